@@ -1,0 +1,37 @@
+VENV := .venv
+BIN := $(VENV)/bin
+PYTHON ?= python3
+
+.PHONY: demo test test-fast setup check protos clean
+
+demo: $(VENV)/.runtime           ## serve the embedded model, ask it a question, stop
+	@$(BIN)/slipstream demo
+
+test: $(VENV)/.test              ## the whole suite
+	$(BIN)/python -m pytest
+
+test-fast: $(VENV)/.test         ## what does not take long
+	$(BIN)/python -m pytest -m "not slow"
+
+setup: $(VENV)/.test             ## the environment for development
+
+check: $(VENV)/.test             ## lint and types
+	$(BIN)/ruff check .
+	$(BIN)/pyright
+
+protos: $(VENV)/.test            ## regenerate the stubs
+	$(BIN)/python protos/generate.py
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.runtime: pyproject.toml | $(VENV)/bin/python
+	$(BIN)/python -m pip install --editable .
+	@touch $@
+
+$(VENV)/.test: pyproject.toml | $(VENV)/bin/python
+	$(BIN)/python -m pip install --editable '.[test]'
+	@touch $@ $(VENV)/.runtime
+
+clean:
+	rm -rf $(VENV) build *.egg-info

@@ -1,0 +1,1 @@
+"""The engine: prefill, insert and generate over a stacked KV cache."""

@@ -1,0 +1,64 @@
+"""How an engine is built: one frozen dataclass, checked once. Imports nothing heavy, the command line reads it first."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from .errors import RefusedError
+
+SMALLEST_BUCKET = 16
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineConfig:
+    """The model, the shape of its decode batch and the devices it runs on."""
+
+    model: str = "embedded"
+    """`embedded` (SmolLM2-135M-Instruct, fetched on first use) or the path of a GGUF file."""
+
+    slots: int = 8
+    """Requests decoded together (slots)."""
+
+    cache_length: int = 1024
+    """Prompt and answer of one request together (tokens); a multiple of 128."""
+
+    max_prefill_length: int | None = None
+    """Longest prompt (tokens), a power of two. Default: the largest one within the cache length."""
+
+    tensor_parallel: int | None = None
+    """Devices that share the model (devices). Default: the largest size that devices and head counts allow."""
+
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Type of weights, activations and cache. `auto` is float32 on CPUs, which multiply it faster, bfloat16 elsewhere."""
+
+    platform: Literal["auto", "cpu", "tpu", "cuda"] = "auto"
+    """Devices to run on. `auto` takes JAX_PLATFORMS if set, else a TPU or GPU where there is one, else the CPU."""
+
+    def __post_init__(self) -> None:
+        if self.slots < 1:
+            raise RefusedError(f"slots={self.slots} must be at least 1")
+        if self.cache_length < 128 or self.cache_length % 128:
+            raise RefusedError(
+                f"cache_length={self.cache_length} must be a multiple of 128; nearest: "
+                f"{max(128, round(self.cache_length / 128) * 128)}"
+            )
+        longest = self.largest_bucket
+        if longest < SMALLEST_BUCKET or longest & (longest - 1) or longest > self.cache_length:
+            raise RefusedError(
+                f"max_prefill_length={longest} must be a power of two from {SMALLEST_BUCKET} "
+                f"to cache_length={self.cache_length}"
+            )
+        if self.tensor_parallel is not None and self.tensor_parallel < 1:
+            raise RefusedError(f"tensor_parallel={self.tensor_parallel} must be at least 1")
+
+    @property
+    def largest_bucket(self) -> int:
+        """Longest prompt (tokens)."""
+        if self.max_prefill_length is not None:
+            return self.max_prefill_length
+        return 1 << (self.cache_length.bit_length() - 1)
+
+    @property
+    def buckets(self) -> tuple[int, ...]:
+        """Padded prompt lengths that prefill is compiled for (tokens): powers of two up to the largest bucket."""
+        first, last = SMALLEST_BUCKET.bit_length() - 1, self.largest_bucket.bit_length() - 1
+        return tuple(1 << power for power in range(first, last + 1))

@@ -1,0 +1,8 @@
+"""What a user did wrong, told so that the user can mend it."""
+
+
+class RefusedError(ValueError):
+    """Bad input. The message names the value, the limit and the remedy; it is shown as it stands, without a traceback.
+
+    The command line exits with status 2, the wire answers INVALID_ARGUMENT.
+    """
