@@ -1,0 +1,225 @@
+"""The engine: token ids in, token ids out, in JetStream's verbs. Knows nothing of text, requests or the network.
+
+    prefix, first = engine.prefill(params, *engine.pad(prompt_ids), sampling=...)
+    state = engine.insert(prefix, state, slot)
+    state, result = engine.generate(params, state)      # one token for every live slot
+    state = engine.free(state, slot)
+
+Functional: state in, state out, donated. Every program has one shape, so each is compiled once (prefill and insert once
+a bucket).
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from torch import nn
+
+from .. import cache_manager, kernels
+from . import forward, weights
+from .attention import attend_cache, attend_prompt
+from .config import EngineConfig
+from .errors import RefusedError
+from .forward import Params
+from .sampling import SlotSampling, sample
+from .sampling_params import SamplingParams
+from .tokenizer import Tokenizer
+
+GREEDY = SamplingParams()
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Prefix:
+    """A prompt after prefill, ready for any slot."""
+
+    kv_LKTC: jax.Array
+    """the cache's dtype; rows past `length` are padding"""
+    length: jax.Array
+    """i32 scalar, tokens of the prompt"""
+    token: jax.Array
+    """i32 scalar, the first token of the answer, not in kv"""
+    sampling: SlotSampling
+    """scalars"""
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class DecodeState:
+    """All slots between two steps."""
+
+    cache_LBKSC: jax.Array
+    """k and v of all layers, see cache_manager/layout.py"""
+    token_B: jax.Array
+    """i32, last sampled token, not yet in the cache"""
+    length_B: jax.Array
+    """i32, tokens in the cache; 0 = empty slot, S = full slot"""
+    sampling: SlotSampling
+    """[B] each"""
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class StepResult:
+    """What a decode step tells the host."""
+
+    token_B: jax.Array
+    """i32, the step's token; -1 for a slot that is empty or full"""
+
+
+class Engine:
+    """A model on a mesh, serving `slots` requests together. Nothing on it changes after it is built."""
+
+    def __init__(
+        self, model: nn.Module, mesh: Mesh, config: EngineConfig, dtype: jnp.dtype, tokenizer: Tokenizer, model_name: str
+    ) -> None:
+        """`model` may be on the meta device; its kv heads must be a multiple of the mesh's size (see `loading`)."""
+        self.model_name = model_name
+        self.mesh = mesh
+        self.buckets = config.buckets
+        platform = mesh.devices.flat[0].platform
+        self.layer_loop = forward.layer_loop_for(platform)
+        self.layout = cache_manager.CacheLayout(
+            layers=model.config.num_layers,
+            slots=config.slots,
+            kv_heads=model.config.num_kv_heads,
+            length=config.cache_length,
+            head_dim=model.config.head_dim,
+            dtype=dtype,
+        )
+        self._model, self._tokenizer = model, tokenizer
+        self._backend = kernels.backend_for(platform)
+
+        replicated = NamedSharding(mesh, PartitionSpec())
+        whole = SlotSampling(replicated, replicated, replicated, replicated)
+        state = DecodeState(NamedSharding(mesh, cache_manager.CACHE_SPEC), replicated, replicated, whole)
+        prefix = Prefix(NamedSharding(mesh, cache_manager.PREFIX_SPEC), replicated, replicated, whole)
+        self._state_sharding = state
+        self._prefill = jax.jit(self._prefill_program, out_shardings=prefix)
+        self._insert = jax.jit(_insert_program, donate_argnums=1, out_shardings=state)
+        self._free = jax.jit(_free_program, donate_argnums=0, out_shardings=state)
+        self._generate = jax.jit(
+            self._generate_program, donate_argnums=1, out_shardings=(state, StepResult(replicated))
+        )
+
+    @property
+    def max_concurrent_decodes(self) -> int:
+        """Slots."""
+        return self.layout.slots
+
+    @property
+    def max_prefill_length(self) -> int:
+        """Longest prompt (tokens)."""
+        return self.buckets[-1]
+
+    @property
+    def cache_length(self) -> int:
+        """Prompt and answer of one request together (tokens)."""
+        return self.layout.length
+
+    @property
+    def vocab_size(self) -> int:
+        """Token ids are below this."""
+        return self._model.config.vocab_size
+
+    def get_tokenizer(self) -> Tokenizer:
+        """The model's tokenizer."""
+        return self._tokenizer
+
+    def load_params(self, checkpoint: weights.Checkpoint) -> Params:
+        """Read the weights onto the mesh. Raises RefusedError when the checkpoint does not fit the model."""
+        return weights.load(self._model, checkpoint, self.mesh, self.layout.dtype, self.layer_loop)
+
+    def init_decode_state(self) -> DecodeState:
+        """All slots empty."""
+
+        def empty() -> DecodeState:
+            slots = self.layout.slots
+            nothing_B = jnp.zeros((slots,), jnp.int32)
+            cache_LBKSC = jnp.zeros(self.layout.shape, self.layout.dtype)
+            return DecodeState(cache_LBKSC, nothing_B, nothing_B, SlotSampling.greedy(slots))
+
+        return jax.jit(empty, out_shardings=self._state_sharding)()
+
+    def pad(self, token_ids: Sequence[int]) -> tuple[np.ndarray, int]:
+        """A prompt in the smallest bucket that holds it: (padded_T i32, true length).
+
+        Raises RefusedError for an empty prompt and for one longer than the largest bucket.
+        """
+        length = len(token_ids)
+        if not 0 < length <= self.max_prefill_length:
+            raise RefusedError(f"a prompt of {length} tokens must have from 1 to {self.max_prefill_length}")
+        bucket = next(bucket for bucket in self.buckets if bucket >= length)
+        padded_T = np.zeros(bucket, np.int32)
+        padded_T[:length] = token_ids
+        return padded_T, length
+
+    def prefill(
+        self, params: Params, padded_tokens: np.ndarray, true_length: int, *, sampling: SamplingParams = GREEDY
+    ) -> tuple[Prefix, jax.Array]:
+        """Compute a prompt's keys and values and sample its first token: (prefix, first token, an i32 scalar)."""
+        prefix = self._prefill(params, padded_tokens, np.int32(true_length), SlotSampling.of(sampling))
+        return prefix, prefix.token
+
+    def insert(self, prefix: Prefix, decode_state: DecodeState, slot: int) -> DecodeState:
+        """Put a prefix into a slot; whatever was there is gone. The state is donated, the prefix is not."""
+        return self._insert(prefix, decode_state, np.int32(slot))
+
+    def generate(self, params: Params, decode_state: DecodeState) -> tuple[DecodeState, StepResult]:
+        """One decode step: every slot that is neither empty nor full gets its next token. The state is donated."""
+        return self._generate(params, decode_state)
+
+    def free(self, decode_state: DecodeState, slot: int) -> DecodeState:
+        """Empty a slot. The state is donated."""
+        return self._free(decode_state, np.int32(slot))
+
+    def warm_up(self, params: Params, decode_state: DecodeState) -> DecodeState:
+        """Compile every program by running it once; slots must be empty and are empty again after."""
+        for bucket in self.buckets:
+            prefix, _ = self.prefill(params, np.zeros(bucket, np.int32), bucket)
+            decode_state = self.insert(prefix, decode_state, 0)
+        decode_state, result = self.generate(params, decode_state)
+        decode_state = self.free(decode_state, 0)
+        result.token_B.block_until_ready()
+        return decode_state
+
+    def _prefill_program(self, params: Params, token_T, true_length, sampling: SlotSampling) -> Prefix:
+        attend = attend_prompt(mesh=self.mesh, backend=self._backend)
+        logits_V, kv_LKTC = forward.prefill(self._model, params, token_T, true_length, attend)
+        batch_of_one = jax.tree.map(lambda value: value[None], sampling)
+        (token,) = sample(logits_V[None], batch_of_one, true_length[None])
+        return Prefix(kv_LKTC, true_length, token, sampling)
+
+    def _generate_program(self, params: Params, state: DecodeState) -> tuple[DecodeState, StepResult]:
+        cache_LBKSC, length_B = state.cache_LBKSC, state.length_B
+        live_B = (length_B > 0) & (length_B < self.cache_length)
+        attend = attend_cache(cache_LBKSC, length_B, mesh=self.mesh, backend=self._backend)
+        logits_BV, new_LBKC = forward.decode(self._model, params, state.token_B, length_B, attend)
+        # The text so far is `length` cached tokens and this step's own: what is sampled now stands behind both.
+        token_B = jnp.where(live_B, sample(logits_BV, state.sampling, length_B + 1), state.token_B)
+        cache_LBKSC = cache_manager.flush(
+            cache_LBKSC, new_LBKC, length_B, live_B, mesh=self.mesh, backend=self._backend
+        )
+        state = DecodeState(cache_LBKSC, token_B, length_B + live_B, state.sampling)
+        return state, StepResult(jnp.where(live_B, token_B, -1))
+
+
+def _insert_program(prefix: Prefix, state: DecodeState, slot: jax.Array) -> DecodeState:
+    return DecodeState(
+        cache_manager.insert(state.cache_LBKSC, prefix.kv_LKTC, slot),
+        state.token_B.at[slot].set(prefix.token),
+        state.length_B.at[slot].set(prefix.length),
+        jax.tree.map(lambda values_B, value: values_B.at[slot].set(value), state.sampling, prefix.sampling),
+    )
+
+
+def _free_program(state: DecodeState, slot: jax.Array) -> DecodeState:
+    """Sampling goes back to greedy, so that an empty slot asks nothing of the sampler."""
+    return replace(
+        state,
+        length_B=state.length_B.at[slot].set(0),
+        sampling=replace(state.sampling, temperature=state.sampling.temperature.at[slot].set(0.0)),
+    )

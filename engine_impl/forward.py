@@ -1,0 +1,82 @@
+"""The layer loop, the same for prefill and decode: embed, walk the layers, normalise, project onto the vocabulary.
+
+Whether the layers run under one `lax.scan` over stacked weights or unrolled over a weight array per layer is decided
+here, once, per platform (`layer_loop_for`).
+"""
+
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from torch import nn
+
+from ..cache_manager import rows
+from . import bridge
+from .attention import Attend
+
+LayerLoop = Literal["scan", "unrolled"]
+
+Params = dict[str, Any]
+"""`embed_tokens`, `norm`, `lm_head`: {parameter name: array}; `layers`: the same with all layers stacked ("scan"), or a
+tuple with one such dict a layer ("unrolled")."""
+
+
+def layer_loop_for(platform: str) -> LayerLoop:
+    """How the layers are walked on a platform.
+
+    TPU: a scan compiles in seconds whatever the depth, and its slices of the stacked weights stay on the chip.
+    Elsewhere XLA copies a layer's weights out of the stack at every step: unrolled.
+    """
+    return "scan" if platform == "tpu" else "unrolled"
+
+
+def decode(
+    model: nn.Module, params: Params, token_B: jax.Array, length_B: jax.Array, attend: Attend
+) -> tuple[jax.Array, jax.Array]:
+    """One token a slot, at position `length`: (logits_BV, new_LBKC)."""
+    x_BD, new_LBKC = _layers(model, params, token_B, length_B, attend, _as_slots)
+    return _logits(model, params, x_BD), new_LBKC
+
+
+def prefill(
+    model: nn.Module, params: Params, token_T: jax.Array, true_length: jax.Array, attend: Attend
+) -> tuple[jax.Array, jax.Array]:
+    """One padded prompt: (logits_V of its last real token, kv_LKTC of all its tokens)."""
+    position_T = jnp.arange(token_T.shape[0], dtype=jnp.int32)
+    x_TD, kv_LKTC = _layers(model, params, token_T, position_T, attend, _as_prefix)
+    last_1D = jax.lax.dynamic_slice_in_dim(x_TD, true_length - 1, 1)
+    return _logits(model, params, last_1D)[0], kv_LKTC
+
+
+def _layers(model, params: Params, token_R, position_R, attend: Attend, stored) -> tuple[jax.Array, jax.Array]:
+    """The residual stream behind the last layer, and each layer's k, v in the form to be stored."""
+    x_RD = bridge.run(model.embed_tokens, params["embed_tokens"], token_R)
+    rope = bridge.run(model.rope, {}, position_R)
+
+    def layer(x_RD, weights, index):
+        def attend_layer(q_RNH, k_RKH, v_RKH):
+            return bridge.call_kernel(lambda q, k, v: attend(index, q, k, v), q_RNH, k_RKH, v_RKH)
+
+        x_RD, k_RKH, v_RKH = bridge.run(model.layers[0], weights, x_RD, rope, attend_layer)
+        return x_RD, stored(k_RKH, v_RKH)
+
+    if isinstance(params["layers"], dict):
+        index_L = jnp.arange(len(model.layers), dtype=jnp.int32)
+        return jax.lax.scan(lambda x_RD, of_layer: layer(x_RD, *of_layer), x_RD, (params["layers"], index_L))
+    per_layer = []
+    for index, weights in enumerate(params["layers"]):
+        x_RD, kv = layer(x_RD, weights, index)
+        per_layer.append(kv)
+    return x_RD, jnp.stack(per_layer)
+
+
+def _as_slots(k_BKH: jax.Array, v_BKH: jax.Array) -> jax.Array:
+    return rows(k_BKH, v_BKH)
+
+
+def _as_prefix(k_TKH: jax.Array, v_TKH: jax.Array) -> jax.Array:
+    return rows(k_TKH, v_TKH).swapaxes(0, 1)
+
+
+def _logits(model, params: Params, x_RD: jax.Array) -> jax.Array:
+    return bridge.run(model.lm_head, params["lm_head"], bridge.run(model.norm, params["norm"], x_RD))

@@ -1,0 +1,66 @@
+"""From a config to an engine with its weights: choose devices, open the checkpoint, split, load."""
+
+import os
+from dataclasses import replace
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import torch
+
+from .checkpoints.embedded import embedded_model, home
+from .checkpoints.gguf import GGUFCheckpoint
+from .config import EngineConfig
+from .engine import Engine
+from .errors import RefusedError
+from .forward import Params
+from .models.llama import Llama
+from .sharding import make_mesh
+
+
+def load_engine(config: EngineConfig) -> tuple[Engine, Params]:
+    """Build the engine that the config describes and load its weights.
+
+    Raises RefusedError for a model file that is missing or damaged, a platform without devices, or sizes that the model
+    does not allow.
+    """
+    devices = _devices(config.platform)
+    # Programs compiled once are found again by the next start.
+    jax.config.update("jax_compilation_cache_dir", str(home() / "compiled"))
+    checkpoint = GGUFCheckpoint(embedded_model() if config.model == "embedded" else Path(config.model))
+    shape = checkpoint.config
+    if config.cache_length > shape.context_length:
+        raise RefusedError(
+            f"cache_length={config.cache_length} is beyond what {checkpoint.name} was trained for; "
+            f"use at most {shape.context_length}"
+        )
+    mesh = make_mesh(devices, shape.num_heads, shape.num_kv_heads, config.tensor_parallel)
+    with torch.device("meta"):
+        model = Llama(replace(shape, num_kv_heads=max(shape.num_kv_heads, mesh.size)))
+    dtype = _dtype(config.dtype, devices[0].platform)
+    engine = Engine(model, mesh, config, dtype, checkpoint.tokenizer(), checkpoint.name)
+    return engine, engine.load_params(checkpoint)
+
+
+def _devices(platform: str) -> list[jax.Device]:
+    """Choose the platform explicitly: left alone, JAX tries them all, with noise on stderr for each that is not there."""
+    if platform != "auto":
+        jax.config.update("jax_platforms", platform)
+    elif not os.environ.get("JAX_PLATFORMS"):
+        jax.config.update("jax_platforms", _platform_here())
+    try:
+        return jax.devices()
+    except RuntimeError as error:
+        raise RefusedError(f"platform={platform!r} has no devices here ({error}); use --platform cpu") from error
+
+
+def _platform_here() -> str:
+    if any(Path("/dev").glob("accel[0-9]*")) or any(Path("/dev/vfio").glob("[0-9]*")):
+        return "tpu"
+    return "cuda" if Path("/dev/nvidiactl").exists() else "cpu"
+
+
+def _dtype(name: str, platform: str) -> jnp.dtype:
+    if name == "auto":
+        name = "float32" if platform == "cpu" else "bfloat16"
+    return jnp.dtype(name)

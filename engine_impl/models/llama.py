@@ -1,0 +1,138 @@
+"""The Llama family in plain torch: Llama 2, Llama 3 and what shares their shape (SmolLM2, TinyLlama, ...).
+
+Knows nothing of caches, sharding or batching: a layer sees R rows, each one token at its own position, and calls the
+`attend` that it is given. In decode the rows are the slots, in prefill they are the tokens of one prompt.
+
+R rows; other axes as in cache_manager/layout.py.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""(q_RNH, k_RKH, v_RKH) -> out_RNH"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LlamaConfig:
+    """A Llama's shape."""
+
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    model_dim: int
+    ffn_dim: int
+    vocab_size: int
+    rope_theta: float
+    rms_norm_eps: float
+    tied_embeddings: bool
+    context_length: int
+
+
+class RMSNorm(nn.Module):
+    """Root mean square norm (Zhang & Sennrich, arXiv 1910.07467), computed in float32."""
+
+    def __init__(self, dim: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(dim))
+        self.eps = eps
+
+    def forward(self, x_RD: Tensor) -> Tensor:
+        wide_RD = x_RD.float()
+        scale_R1 = torch.rsqrt(wide_RD.square().mean(-1, keepdim=True) + self.eps)
+        return self.weight * (wide_RD * scale_R1).to(x_RD.dtype)
+
+
+class Rope(nn.Module):
+    """Rotary position embedding (Su et al., arXiv 2104.09864), halves rotated against each other."""
+
+    def __init__(self, head_dim: int, theta: float) -> None:
+        super().__init__()
+        self.frequencies = [theta ** (-2 * i / head_dim) for i in range(head_dim // 2)]
+
+    def forward(self, position_R: Tensor) -> tuple[Tensor, Tensor]:
+        """i32 positions -> (cos_R1H, sin_R1H), float32, to be broadcast over heads."""
+        frequency = torch.tensor(self.frequencies, device=position_R.device, dtype=torch.float32)
+        angle = position_R.float()[:, None, None] * frequency
+        angle_R1H = torch.cat([angle, angle], dim=-1)
+        return angle_R1H.cos(), angle_R1H.sin()
+
+
+def rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
+    """Turn heads [R, heads, H] by their row's angle; computed in float32."""
+    cos_R1H, sin_R1H = rope
+    first, second = x.float().chunk(2, dim=-1)
+    turned = torch.cat([-second, first], dim=-1)
+    return (x * cos_R1H + turned * sin_R1H).to(x.dtype)
+
+
+class Attention(nn.Module):
+    """Grouped-query attention; hands q, k, v to `attend`, keeps nothing."""
+
+    def __init__(self, config: LlamaConfig) -> None:
+        super().__init__()
+        self.head_dim = config.head_dim
+        self.q_proj = nn.Linear(config.model_dim, config.num_heads * config.head_dim, bias=False)
+        self.k_proj = nn.Linear(config.model_dim, config.num_kv_heads * config.head_dim, bias=False)
+        self.v_proj = nn.Linear(config.model_dim, config.num_kv_heads * config.head_dim, bias=False)
+        self.o_proj = nn.Linear(config.num_heads * config.head_dim, config.model_dim, bias=False)
+
+    def forward(self, x_RD: Tensor, rope: tuple[Tensor, Tensor], attend: Attend) -> tuple[Tensor, Tensor, Tensor]:
+        q_RNH = rotate(self.q_proj(x_RD).unflatten(-1, (-1, self.head_dim)), rope)
+        k_RKH = rotate(self.k_proj(x_RD).unflatten(-1, (-1, self.head_dim)), rope)
+        v_RKH = self.v_proj(x_RD).unflatten(-1, (-1, self.head_dim))
+        return self.o_proj(attend(q_RNH, k_RKH, v_RKH).flatten(-2)), k_RKH, v_RKH
+
+
+class MLP(nn.Module):
+    """SwiGLU feed-forward (Shazeer, arXiv 2002.05202)."""
+
+    def __init__(self, config: LlamaConfig) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(config.model_dim, config.ffn_dim, bias=False)
+        self.up_proj = nn.Linear(config.model_dim, config.ffn_dim, bias=False)
+        self.down_proj = nn.Linear(config.ffn_dim, config.model_dim, bias=False)
+
+    def forward(self, x_RD: Tensor) -> Tensor:
+        return self.down_proj(functional.silu(self.gate_proj(x_RD)) * self.up_proj(x_RD))
+
+
+class LlamaLayer(nn.Module):
+    """One transformer layer: the rows' new residual stream and the k, v that somebody else will store."""
+
+    def __init__(self, config: LlamaConfig) -> None:
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.model_dim, config.rms_norm_eps)
+        self.self_attn = Attention(config)
+        self.post_attention_layernorm = RMSNorm(config.model_dim, config.rms_norm_eps)
+        self.mlp = MLP(config)
+
+    def forward(self, x_RD: Tensor, rope: tuple[Tensor, Tensor], attend: Attend) -> tuple[Tensor, Tensor, Tensor]:
+        out_RD, k_RKH, v_RKH = self.self_attn(self.input_layernorm(x_RD), rope, attend)
+        x_RD = x_RD + out_RD
+        return x_RD + self.mlp(self.post_attention_layernorm(x_RD)), k_RKH, v_RKH
+
+
+class Llama(nn.Module):
+    """The parts of a model in the order that a step walks them; parameters are named as in Hugging Face checkpoints,
+    without the leading `model.`."""
+
+    shard_axis = {  # noqa: RUF012  (a table, never written)
+        "embed_tokens": 0, "lm_head": 0, "q_proj": 0, "k_proj": 0, "v_proj": 0, "gate_proj": 0, "up_proj": 0,
+        "o_proj": 1, "down_proj": 1,
+    }
+    """Which axis of a weight [out, in] the chips share: heads, ffn and vocabulary; all else is replicated."""
+
+    def __init__(self, config: LlamaConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.model_dim)
+        self.rope = Rope(config.head_dim, config.rope_theta)
+        self.layers = nn.ModuleList(LlamaLayer(config) for _ in range(config.num_layers))
+        self.norm = RMSNorm(config.model_dim, config.rms_norm_eps)
+        self.lm_head = nn.Linear(config.model_dim, config.vocab_size, bias=False)

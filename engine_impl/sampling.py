@@ -1,0 +1,107 @@
+"""Sampling on the device, a slot at a time in one program: greedy, temperature, top-k, top-p, seed.
+
+A token depends on its logits, its request's parameters and its position in the text, never on the slot or on what else
+is in the batch: the random key is folded from the request's seed and the position.
+
+Nothing sorts the vocabulary (a full sort takes the TPU compiler 23 s). The smallest kept value is found by bisection over
+the bits of a float, exactly, in 32 passes, and only when a slot asks for top-k or top-p. Tokens as likely as the last
+one kept are kept too.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+
+from .sampling_params import SamplingParams
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class SlotSampling:
+    """Sampling parameters on the device: [B], or scalars for one request."""
+
+    temperature: jax.Array
+    """f32; 0 is greedy"""
+    top_k: jax.Array
+    """i32; 0 keeps all"""
+    top_p: jax.Array
+    """f32; 1 keeps all"""
+    seed: jax.Array
+    """u32"""
+
+    @classmethod
+    def of(cls, params: SamplingParams) -> "SlotSampling":
+        """One request's, as scalars."""
+        return cls(
+            jnp.float32(params.temperature), jnp.int32(params.top_k), jnp.float32(params.top_p), jnp.uint32(params.seed)
+        )
+
+    @classmethod
+    def greedy(cls, slots: int) -> "SlotSampling":
+        """For all slots."""
+        fill = {"temperature": (0, jnp.float32), "top_k": (0, jnp.int32), "top_p": (1, jnp.float32), "seed": (0, jnp.uint32)}
+        return cls(**{name: jnp.full((slots,), value, dtype) for name, (value, dtype) in fill.items()})
+
+
+def sample(logits_BV: jax.Array, sampling: SlotSampling, position_B: jax.Array) -> jax.Array:
+    """Choose one token a slot.
+
+    Args:
+        logits_BV: any float; compared in float32.
+        sampling: [B] each.
+        position_B: i32, where in the text the chosen token will stand.
+
+    Returns:
+        token_B, i32.
+    """
+    logits_BV = logits_BV.astype(jnp.float32)
+    likeliest_B = jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
+    is_drawn_B = sampling.temperature > 0
+
+    def with_drawn() -> jax.Array:
+        return jnp.where(is_drawn_B, _draw(logits_BV, sampling, position_B), likeliest_B)
+
+    return jax.lax.cond(is_drawn_B.any(), with_drawn, lambda: likeliest_B)
+
+
+def _draw(logits_BV: jax.Array, sampling: SlotSampling, position_B: jax.Array) -> jax.Array:
+    """Gumbel-max: the argmax of logits plus Gumbel noise is a draw from their softmax."""
+    scaled_BV = logits_BV / jnp.maximum(sampling.temperature, 1e-6)[:, None]
+    is_cut = ((sampling.top_k > 0) | (sampling.top_p < 1)) & (sampling.temperature > 0)
+    kept_BV = jax.lax.cond(is_cut.any(), lambda: _cut(scaled_BV, sampling), lambda: scaled_BV)
+
+    def noise_V(seed, position):
+        return jax.random.gumbel(jax.random.fold_in(jax.random.key(seed), position), (logits_BV.shape[1],))
+
+    return jnp.argmax(kept_BV + jax.vmap(noise_V)(sampling.seed, position_B), axis=-1).astype(jnp.int32)
+
+
+def _cut(logits_BV: jax.Array, sampling: SlotSampling) -> jax.Array:
+    """Top-k, then top-p over what is left; the rest becomes -inf."""
+    order_BV = _ordered(logits_BV)
+    k_B1 = jnp.where(sampling.top_k > 0, sampling.top_k, logits_BV.shape[1])[:, None]
+    last_B1 = _largest(lambda t_B1: (order_BV >= t_B1).sum(-1, keepdims=True) >= k_B1, like=k_B1)
+    kept_BV = jnp.where(order_BV >= last_B1, logits_BV, -jnp.inf)
+
+    p_BV = jax.nn.softmax(kept_BV, axis=-1)
+    top_p_B1 = sampling.top_p[:, None]
+    last_B1 = _largest(lambda t_B1: jnp.where(order_BV >= t_B1, p_BV, 0).sum(-1, keepdims=True) >= top_p_B1, like=k_B1)
+    return jnp.where((order_BV >= last_B1) | (top_p_B1 >= 1), kept_BV, -jnp.inf)
+
+
+def _ordered(x: jax.Array) -> jax.Array:
+    """Floats as u32 in the same order: flip all bits of a negative number, the sign bit of any other."""
+    bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
+    return jnp.where(bits >> 31 == 1, ~bits, bits | jnp.uint32(1 << 31))
+
+
+def _largest(holds: Callable[[jax.Array], jax.Array], like: jax.Array) -> jax.Array:
+    """The largest u32 for which `holds` (true up to some value, then false), bit by bit from the top."""
+
+    def set_bit(i, t):
+        candidate = t | (jnp.uint32(1 << 31) >> i.astype(jnp.uint32))
+        return jnp.where(holds(candidate), candidate, t)
+
+    return jax.lax.fori_loop(0, 32, set_bit, jnp.zeros(like.shape, jnp.uint32))

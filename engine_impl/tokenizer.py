@@ -1,0 +1,148 @@
+"""Text to token ids and back, over Hugging Face `tokenizers`; chat templates in jinja2's sandbox."""
+
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from typing import NoReturn
+
+import jinja2
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer as Backend
+
+from .errors import RefusedError
+
+_LLAMA3_SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+"""The split pattern published with Llama 3's tokenizer (meta-llama/llama3, tokenizer.py)."""
+
+
+class Tokenizer:
+    """A model's tokenizer: ids, stop ids and chat form."""
+
+    def __init__(
+        self,
+        backend: Backend,
+        *,
+        vocab_size: int,
+        bos_id: int | None,
+        eos_id: int,
+        stop_ids: frozenset[int],
+        adds_bos: bool,
+        chat_template: str | None,
+    ) -> None:
+        self.vocab_size = vocab_size
+        self.bos_id = bos_id
+        self.eos_id = eos_id
+        self.stop_ids = stop_ids
+        self._backend = backend
+        self._first_ids = [bos_id] if adds_bos and bos_id is not None else []
+        self._chat_template = _compiled(chat_template) if chat_template else None
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of raw text; a BOS comes first only if the model's tokenizer says so. Control tokens written out in
+        the text (`<|im_end|>`) become their ids."""
+        return self._first_ids + self._backend.encode(text, add_special_tokens=False).ids
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """Text of token ids; control tokens are left out, bytes that are no UTF-8 become U+FFFD."""
+        return self._backend.decode(list(token_ids), skip_special_tokens=True)
+
+    def render_chat(self, messages: Sequence[Mapping[str, str]]) -> str:
+        """Messages ({"role", "content"}) as the text that the model was trained on, ready for its answer.
+
+        Raises RefusedError when the model has no chat template or its template refuses the messages.
+        """
+        if self._chat_template is None:
+            raise RefusedError("this model has no chat template; send raw text instead")
+        try:
+            return self._chat_template.render(
+                messages=[dict(message) for message in messages],
+                add_generation_prompt=True,
+                bos_token="",  # encode() adds it where it belongs
+                eos_token=self._backend.id_to_token(self.eos_id),
+            )
+        except jinja2.TemplateError as error:
+            raise RefusedError(f"the model's chat template refuses these messages: {error}") from error
+
+    def stream(self) -> "TextStream":
+        """A decoder for one answer."""
+        return TextStream(self)
+
+
+class TextStream:
+    """Decodes an answer token by token; what it has given out is always a prefix of the whole answer's text."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._token_ids: list[int] = []
+        self._given_ids = 0  # tokens whose text is out
+        self._context_ids = 0  # where decoding starts: a decoder may treat a text's first token differently
+
+    def feed(self, token_id: int) -> str:
+        """The text that this token completes; empty while a UTF-8 character is incomplete."""
+        self._token_ids.append(token_id)
+        text = self._pending()
+        if text.endswith("\ufffd"):
+            return ""
+        self._context_ids, self._given_ids = self._given_ids, len(self._token_ids)
+        return text
+
+    def finish(self) -> str:
+        """What is left at the answer's end; an incomplete character becomes U+FFFD."""
+        return self._pending()
+
+    def _pending(self) -> str:
+        given = self._tokenizer.decode(self._token_ids[self._context_ids : self._given_ids])
+        return self._tokenizer.decode(self._token_ids[self._context_ids :])[len(given) :]
+
+
+def byte_level_bpe(
+    tokens: Sequence[str],
+    merges: Sequence[str],
+    *,
+    pre_tokenizer: str,
+    control_ids: Sequence[int],
+    added_ids: Sequence[int] = (),
+) -> Backend:
+    """A byte-level BPE tokenizer from its tables.
+
+    Args:
+        tokens: the vocabulary in id order.
+        merges: "left right", best first.
+        pre_tokenizer: llama.cpp's name for how text is split before merging.
+        control_ids: tokens that stand for no text.
+        added_ids: tokens that are text but never come out of a merge.
+
+    Raises RefusedError for a pre_tokenizer that is not known: a wrong split gives wrong ids in silence.
+    """
+    splits = {
+        "smollm": [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)],
+        "gpt-2": [pre_tokenizers.ByteLevel(add_prefix_space=False)],
+        "llama-bpe": [
+            pre_tokenizers.Split(Regex(_LLAMA3_SPLIT), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ],
+    }
+    if pre_tokenizer not in splits:
+        raise RefusedError(f"pre-tokenizer {pre_tokenizer!r} is not there; those there are: {', '.join(splits)}")
+    pairs = [(left, right) for left, _, right in (merge.partition(" ") for merge in merges)]
+    vocabulary = {token: token_id for token_id, token in enumerate(tokens)}
+    backend = Backend(models.BPE(vocab=vocabulary, merges=pairs, ignore_merges=pre_tokenizer == "llama-bpe"))
+    backend.pre_tokenizer = pre_tokenizers.Sequence(splits[pre_tokenizer])
+    backend.decoder = decoders.ByteLevel()
+    backend.add_special_tokens([AddedToken(tokens[i], special=True, normalized=False) for i in control_ids])
+    backend.add_tokens([AddedToken(tokens[i], normalized=False) for i in added_ids])
+    return backend
+
+
+def _compiled(chat_template: str) -> jinja2.Template:
+    """Templates come with checkpoints, from strangers: they run in the sandbox."""
+    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
+    environment.globals["raise_exception"] = _refuse
+    environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
+    return environment.from_string(chat_template)
+
+
+def _refuse(message: str) -> NoReturn:
+    raise jinja2.TemplateError(message)
