@@ -6,7 +6,7 @@ JAX function that a model calls, `attend`.
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import jax
 import torch
@@ -30,7 +30,7 @@ def _stand_ins_for_dropped_overloads() -> Iterator[None]:
                 raise
             return object()
 
-    OpOverloadPacket.__getattr__ = lookup
+    OpOverloadPacket.__getattr__ = cast(Any, lookup)
     try:
         yield
     finally:

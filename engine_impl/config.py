@@ -1,4 +1,4 @@
-"""How an engine is built: one frozen dataclass, checked once. Imports nothing heavy, the command line reads it first."""
+"""How an engine is built: one frozen dataclass, checked once. Nothing heavy: the command line reads it first."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -28,7 +28,7 @@ class EngineConfig:
     """Devices that share the model (devices). Default: the largest size that devices and head counts allow."""
 
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Type of weights, activations and cache. `auto` is float32 on CPUs, which multiply it faster, bfloat16 elsewhere."""
+    """Type of weights, activations and cache. `auto`: float32 on CPUs, which multiply it faster, else bfloat16."""
 
     platform: Literal["auto", "cpu", "tpu", "cuda"] = "auto"
     """Devices to run on. `auto` takes JAX_PLATFORMS if set, else a TPU or GPU where there is one, else the CPU."""

@@ -11,19 +11,20 @@ a bucket).
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from torch import nn
 
 from .. import cache_manager, kernels
 from . import forward, weights
 from .attention import attend_cache, attend_prompt
 from .config import EngineConfig
 from .errors import RefusedError
-from .forward import Params
+from .forward import LayerLoop, Params
+from .models.decoder import Decoder
 from .sampling import SlotSampling, sample
 from .sampling_params import SamplingParams
 from .tokenizer import Tokenizer
@@ -74,14 +75,14 @@ class Engine:
     """A model on a mesh, serving `slots` requests together. Nothing on it changes after it is built."""
 
     def __init__(
-        self, model: nn.Module, mesh: Mesh, config: EngineConfig, dtype: jnp.dtype, tokenizer: Tokenizer, model_name: str
+        self, model: Decoder, mesh: Mesh, config: EngineConfig, dtype: jnp.dtype, tokenizer: Tokenizer, model_name: str
     ) -> None:
         """`model` may be on the meta device; its kv heads must be a multiple of the mesh's size (see `loading`)."""
         self.model_name = model_name
         self.mesh = mesh
         self.buckets = config.buckets
         platform = mesh.devices.flat[0].platform
-        self.layer_loop = forward.layer_loop_for(platform)
+        self.layer_loop: LayerLoop = forward.layer_loop_for(platform)
         self.layout = cache_manager.CacheLayout(
             layers=model.config.num_layers,
             slots=config.slots,
@@ -91,18 +92,20 @@ class Engine:
             dtype=dtype,
         )
         self._model, self._tokenizer = model, tokenizer
-        self._backend = kernels.backend_for(platform)
+        self._backend: kernels.Backend = kernels.backend_for(platform)
 
-        replicated = NamedSharding(mesh, PartitionSpec())
-        whole = SlotSampling(replicated, replicated, replicated, replicated)
-        state = DecodeState(NamedSharding(mesh, cache_manager.CACHE_SPEC), replicated, replicated, whole)
-        prefix = Prefix(NamedSharding(mesh, cache_manager.PREFIX_SPEC), replicated, replicated, whole)
+        everywhere: Any = NamedSharding(mesh, PartitionSpec())
+        cache: Any = NamedSharding(mesh, cache_manager.CACHE_SPEC)
+        kv: Any = NamedSharding(mesh, cache_manager.PREFIX_SPEC)
+        sampling = SlotSampling(everywhere, everywhere, everywhere, everywhere)
+        state = DecodeState(cache, everywhere, everywhere, sampling)
+        prefix = Prefix(kv, everywhere, everywhere, sampling)
         self._state_sharding = state
         self._prefill = jax.jit(self._prefill_program, out_shardings=prefix)
         self._insert = jax.jit(_insert_program, donate_argnums=1, out_shardings=state)
         self._free = jax.jit(_free_program, donate_argnums=0, out_shardings=state)
         self._generate = jax.jit(
-            self._generate_program, donate_argnums=1, out_shardings=(state, StepResult(replicated))
+            self._generate_program, donate_argnums=1, out_shardings=(state, StepResult(everywhere))
         )
 
     @property

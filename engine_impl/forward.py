@@ -8,11 +8,11 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-from torch import nn
 
 from ..cache_manager import rows
 from . import bridge
 from .attention import Attend
+from .models.decoder import Decoder
 
 LayerLoop = Literal["scan", "unrolled"]
 
@@ -31,7 +31,7 @@ def layer_loop_for(platform: str) -> LayerLoop:
 
 
 def decode(
-    model: nn.Module, params: Params, token_B: jax.Array, length_B: jax.Array, attend: Attend
+    model: Decoder, params: Params, token_B: jax.Array, length_B: jax.Array, attend: Attend
 ) -> tuple[jax.Array, jax.Array]:
     """One token a slot, at position `length`: (logits_BV, new_LBKC)."""
     x_BD, new_LBKC = _layers(model, params, token_B, length_B, attend, _as_slots)
@@ -39,7 +39,7 @@ def decode(
 
 
 def prefill(
-    model: nn.Module, params: Params, token_T: jax.Array, true_length: jax.Array, attend: Attend
+    model: Decoder, params: Params, token_T: jax.Array, true_length: jax.Array, attend: Attend
 ) -> tuple[jax.Array, jax.Array]:
     """One padded prompt: (logits_V of its last real token, kv_LKTC of all its tokens)."""
     position_T = jnp.arange(token_T.shape[0], dtype=jnp.int32)
@@ -48,7 +48,7 @@ def prefill(
     return _logits(model, params, last_1D)[0], kv_LKTC
 
 
-def _layers(model, params: Params, token_R, position_R, attend: Attend, stored) -> tuple[jax.Array, jax.Array]:
+def _layers(model: Decoder, params: Params, token_R, position_R, attend: Attend, stored) -> tuple[jax.Array, jax.Array]:
     """The residual stream behind the last layer, and each layer's k, v in the form to be stored."""
     x_RD = bridge.run(model.embed_tokens, params["embed_tokens"], token_R)
     rope = bridge.run(model.rope, {}, position_R)
@@ -78,5 +78,5 @@ def _as_prefix(k_TKH: jax.Array, v_TKH: jax.Array) -> jax.Array:
     return rows(k_TKH, v_TKH).swapaxes(0, 1)
 
 
-def _logits(model, params: Params, x_RD: jax.Array) -> jax.Array:
+def _logits(model: Decoder, params: Params, x_RD: jax.Array) -> jax.Array:
     return bridge.run(model.lm_head, params["lm_head"], bridge.run(model.norm, params["norm"], x_RD))

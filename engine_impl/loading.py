@@ -3,6 +3,7 @@
 import os
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -42,8 +43,8 @@ def load_engine(config: EngineConfig) -> tuple[Engine, Params]:
     return engine, engine.load_params(checkpoint)
 
 
-def _devices(platform: str) -> list[jax.Device]:
-    """Choose the platform explicitly: left alone, JAX tries them all, with noise on stderr for each that is not there."""
+def _devices(platform: str) -> list[Any]:
+    """Choose the platform explicitly: left alone, JAX tries them all and complains of each that is not there."""
     if platform != "auto":
         jax.config.update("jax_platforms", platform)
     elif not os.environ.get("JAX_PLATFORMS"):

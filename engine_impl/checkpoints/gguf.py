@@ -1,4 +1,4 @@
-"""GGUF files: a Llama's shape, weights and tokenizer in one file (https://github.com/ggml-org/ggml/blob/master/docs/gguf.md)."""
+"""GGUF: a Llama's shape, weights and tokenizer in one file (https://github.com/ggml-org/ggml/blob/master/docs/gguf.md)."""
 
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ class GGUFCheckpoint:
         try:
             self._reader = gguf.GGUFReader(path)
         except (ValueError, IndexError, KeyError, OSError) as error:
-            raise RefusedError(f"model file {str(path)!r} is not a readable GGUF file ({error}); fetch it anew") from error
+            raise RefusedError(f"model file {str(path)!r} is no readable GGUF file ({error}); fetch it anew") from error
         self.path = path
         self._tensors = {tensor.name: tensor for tensor in self._reader.tensors}
         family = self._field("general.architecture")
@@ -40,7 +40,7 @@ class GGUFCheckpoint:
         """
         config, stored_name = self.config, self._stored_name(name)
         if stored_name not in self._tensors:
-            raise RefusedError(f"{str(self.path)!r} has no tensor {stored_name!r} for the parameter {name!r}; fetch it anew")
+            raise RefusedError(f"{str(self.path)!r} has no tensor for the parameter {name!r}; fetch it anew")
         stored = self._tensors[stored_name]
         value = gguf.quants.dequantize(stored.data, stored.tensor_type).astype(np.float32, copy=False)
         if name.endswith("q_proj.weight"):
@@ -82,7 +82,8 @@ class GGUFCheckpoint:
     def _stored_name(self, name: str) -> str | None:
         if name == "lm_head.weight" and self.config.tied_embeddings:
             name = "embed_tokens.weight"
-        return self._gguf_names.get_name(name if name.startswith("lm_head") else f"model.{name}", try_suffixes=(".weight",))
+        full_name = name if name.startswith("lm_head") else f"model.{name}"
+        return self._gguf_names.get_name(full_name, try_suffixes=(".weight",))
 
     def _field(self, key: str, *default: Any) -> Any:
         field = self._reader.fields.get(key)

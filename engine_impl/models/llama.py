@@ -6,32 +6,24 @@ Knows nothing of caches, sharding or batching: a layer sees R rows, each one tok
 R rows; other axes as in cache_manager/layout.py.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""(q_RNH, k_RKH, v_RKH) -> out_RNH"""
+from .decoder import Attend, Decoder, ModelConfig
 
 
 @dataclass(frozen=True, kw_only=True)
-class LlamaConfig:
+class LlamaConfig(ModelConfig):
     """A Llama's shape."""
 
-    num_layers: int
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
     model_dim: int
     ffn_dim: int
-    vocab_size: int
     rope_theta: float
     rms_norm_eps: float
-    tied_embeddings: bool
-    context_length: int
 
 
 class RMSNorm(nn.Module):
@@ -118,15 +110,13 @@ class LlamaLayer(nn.Module):
         return x_RD + self.mlp(self.post_attention_layernorm(x_RD)), k_RKH, v_RKH
 
 
-class Llama(nn.Module):
-    """The parts of a model in the order that a step walks them; parameters are named as in Hugging Face checkpoints,
-    without the leading `model.`."""
+class Llama(Decoder):
+    """Heads, ffn and vocabulary are shared among the chips."""
 
-    shard_axis = {  # noqa: RUF012  (a table, never written)
-        "embed_tokens": 0, "lm_head": 0, "q_proj": 0, "k_proj": 0, "v_proj": 0, "gate_proj": 0, "up_proj": 0,
-        "o_proj": 1, "down_proj": 1,
+    shard_axis: ClassVar = {
+        **dict.fromkeys(["embed_tokens", "lm_head", "q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"], 0),
+        **dict.fromkeys(["o_proj", "down_proj"], 1),
     }
-    """Which axis of a weight [out, in] the chips share: heads, ffn and vocabulary; all else is replicated."""
 
     def __init__(self, config: LlamaConfig) -> None:
         super().__init__()
