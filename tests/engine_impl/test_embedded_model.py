@@ -1,0 +1,111 @@
+"""The embedded model against Hugging Face transformers: the same GGUF, float32, token by token."""
+
+import functools
+
+import jax
+import numpy as np
+import pytest
+import torch
+from slipstream.engine_impl import forward
+from slipstream.engine_impl.attention import attend_prompt
+from slipstream.engine_impl.checkpoints.embedded import embedded_model
+from slipstream.engine_impl.sampling_params import SamplingParams
+
+from .models import embedded_engine, greedy
+
+CHATS = [
+    "What is the capital of France?",
+    "Write a haiku about the sea.",
+    "def fibonacci(n):",
+    "Erkläre mir die Relativitätstheorie in zwei Sätzen.",
+    "List the first 10 prime numbers: 2, 3, 5,",
+    "东京是日本的首都",
+]
+TEXTS = [
+    "Once upon a time, in a village by the river, there lived",
+    "The 3 laws of thermodynamics state that in 1865",
+    "import numpy as np\n\nclass Matrix:\n    def __init__(self, rows, cols):\n",
+    "Zutaten: 250 g Mehl, 3 Eier 🥚, ½ l Milch — dann",
+]
+
+
+@pytest.fixture(scope="module")
+def prompts():
+    tokenizer = embedded_engine()[0].get_tokenizer()
+    chats = [tokenizer.render_chat([{"role": "user", "content": text}]) for text in CHATS]
+    return [tokenizer.encode(text) for text in chats + TEXTS]
+
+
+@functools.cache
+def reference():
+    from transformers import AutoModelForCausalLM
+
+    path = embedded_model()
+    return AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
+
+
+def reference_logits(token_ids):
+    with torch.no_grad():
+        return reference()(torch.tensor([token_ids])).logits[0].numpy()
+
+
+def check_greedy(prompt, answer):
+    """One pass over prompt and answer tells what transformers would choose at each place, given what came before."""
+    logits = reference_logits(prompt + answer[:-1])[len(prompt) - 1 :]
+    assert logits.argmax(-1).tolist() == answer
+
+
+@pytest.mark.slow
+def test_greedy_tokens_equal_transformers_in_one_batch_and_alone(prompts):
+    """Ten prompts x 64 tokens: together in ten slots, then each alone in another slot."""
+    engine, params = embedded_engine()
+    together = greedy(engine, params, prompts, 64)
+    for prompt, answer in zip(prompts, together, strict=True):
+        check_greedy(prompt, answer)
+    for i, prompt in enumerate(prompts):
+        state = engine.init_decode_state()
+        prefix, first = engine.prefill(params, *engine.pad(prompt))
+        slot = (i + 3) % 10
+        state, alone = engine.insert(prefix, state, slot), [int(first)]
+        for _ in range(63):
+            state, result = engine.generate(params, state)
+            alone.append(int(result.token_B[slot]))
+        assert alone == together[i]
+
+
+@pytest.mark.slow
+def test_prefill_logits_equal_transformers(prompts):
+    """Within 1e-3, in every bucket that the prompts fall into."""
+    engine, params = embedded_engine()
+    attend = attend_prompt(mesh=engine.mesh, backend="xla")
+    prefill = jax.jit(lambda *args: forward.prefill(engine._model, *args, attend)[0])
+    for prompt in prompts:
+        logits_V = prefill(params, *engine.pad(prompt))
+        np.testing.assert_allclose(logits_V, reference_logits(prompt)[-1], atol=1e-3)
+
+
+@pytest.mark.slow
+def test_three_devices_give_the_tokens_of_one(prompts):
+    """Nine query heads and three kv heads over three devices; sampled and greedy."""
+
+    def answers(engine, params):
+        tokens = greedy(engine, params, prompts[:4], 24)
+        sampling = SamplingParams(temperature=0.7, top_p=0.9, seed=5)
+        _, sampled = engine.prefill(params, *engine.pad(prompts[5]), sampling=sampling)
+        return [*tokens, int(sampled)]
+
+    engine, params = embedded_engine(3)
+    assert engine.init_decode_state().cache_LBKSC.addressable_shards[0].data.shape[2] == 1
+    assert answers(engine, params) == answers(*embedded_engine())
+
+
+def test_the_weights_are_transformers_weights():
+    """GGUF's permuted q and k rows, tied embeddings and norms: bit for bit."""
+    _, params = embedded_engine()
+    state = reference().state_dict()
+    for i in (0, 29):
+        for name, value in params["layers"][i].items():
+            np.testing.assert_array_equal(value, state[f"model.layers.{i}.{name}"].numpy(), err_msg=name)
+    np.testing.assert_array_equal(params["embed_tokens"]["weight"], state["model.embed_tokens.weight"].numpy())
+    np.testing.assert_array_equal(params["norm"]["weight"], state["model.norm.weight"].numpy())
+    assert params["lm_head"]["weight"] is params["embed_tokens"]["weight"]

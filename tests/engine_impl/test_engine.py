@@ -1,0 +1,227 @@
+"""The engine's promises, on a model small enough to run hundreds of steps in a second."""
+
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from slipstream.engine_impl.errors import RefusedError
+from slipstream.engine_impl.sampling_params import SamplingParams
+
+from .models import TINY, greedy, tiny_engine
+
+PROMPT = [5, 17, 80, 3, 3, 99, 41]
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    return tiny_engine()
+
+
+def start(engine, params, prompts, sampling=()):
+    """Slots given by the prompts' keys."""
+    state = engine.init_decode_state()
+    for slot, prompt in prompts.items():
+        chosen = dict(sampling).get(slot, SamplingParams())
+        prefix, _ = engine.prefill(params, *engine.pad(prompt), sampling=chosen)
+        state = engine.insert(prefix, state, slot)
+    return state
+
+
+def poisoned(state):
+    """NaN in every row that no slot has filled."""
+    row_S1 = jnp.arange(state.cache_LBKSC.shape[3])[:, None]
+    live = row_S1 < state.length_B[None, :, None, None, None]
+    return replace(state, cache_LBKSC=jnp.where(live, state.cache_LBKSC, jnp.nan))
+
+
+def host(state):
+    return jax.tree.map(np.array, state)
+
+
+def test_steps_equal_one_prefill_of_the_same_tokens(tiny):
+    """Decode and prefill are two programs for one function: the same tokens leave the same cache and the same successor."""
+    engine, params = tiny
+    (answer,) = greedy(engine, params, [PROMPT], 30)
+    state = start(engine, params, {0: PROMPT})
+    for _ in range(29):
+        state, _ = engine.generate(params, state)
+    text = PROMPT + answer[:-1]
+    prefix, successor = engine.prefill(params, *engine.pad(text))
+    assert int(state.length_B[0]) == len(text)
+    np.testing.assert_allclose(
+        state.cache_LBKSC[:, 0, :, : len(text)], prefix.kv_LKTC[:, :, : len(text)], rtol=1e-4, atol=1e-5
+    )
+    assert int(successor) == answer[-1]
+    assert len(set(answer)) > 5  # a model that repeats itself would prove little
+
+
+def test_the_step_writes_one_row_of_each_live_slot_and_reads_no_slack(tiny):
+    """Everything beyond a slot's length is NaN before the step, and still is after it, but for the new row."""
+    engine, params = tiny
+    state = poisoned(start(engine, params, {0: PROMPT, 2: PROMPT[:1], 3: PROMPT * 9}))
+    before = host(state)
+    state, result = engine.generate(params, state)
+    after = host(state)
+    assert list(np.asarray(result.token_B) >= 0) == [True, False, True, True]
+    expected = before.cache_LBKSC.copy()
+    for slot in (0, 2, 3):
+        row = before.length_B[slot]
+        written = after.cache_LBKSC[:, slot, :, row]
+        assert np.isfinite(written).all()
+        expected[:, slot, :, row] = written
+    np.testing.assert_array_equal(after.cache_LBKSC, expected)
+    assert list(after.length_B) == [8, 0, 2, 64]
+
+
+def test_insert_writes_its_slot_and_nothing_else(tiny):
+    engine, params = tiny
+    state = start(engine, params, {0: PROMPT, 1: PROMPT, 3: PROMPT})
+    before = host(state)
+    prefix, first = engine.prefill(params, *engine.pad(PROMPT[:3]))
+    state = engine.insert(prefix, state, 1)
+    after = host(state)
+    others = [0, 2, 3]
+    np.testing.assert_array_equal(after.cache_LBKSC[:, others], before.cache_LBKSC[:, others])
+    np.testing.assert_array_equal(after.length_B[others], before.length_B[others])
+    assert (after.length_B[1], after.token_B[1]) == (3, int(first))
+
+
+def test_a_full_slot_stops_and_nothing_is_written_past_its_end(tiny):
+    """Row S does not exist: a slot that reaches it stays as it is, token -1, while its neighbours go on."""
+    engine, params = tiny
+    length = engine.cache_length
+    prompt = [n % 101 for n in range(length)]
+    state = start(engine, params, {0: prompt[: length - 1], 1: prompt, 2: PROMPT})
+    state, result = engine.generate(params, state)
+    assert list(np.asarray(result.token_B) >= 0) == [True, False, True, False]
+    before = host(state)
+    state, result = engine.generate(params, state)
+    after = host(state)
+    assert list(np.asarray(result.token_B) >= 0) == [False, False, True, False]
+    assert list(after.length_B) == [length, length, len(PROMPT) + 2, 0]
+    np.testing.assert_array_equal(after.cache_LBKSC[:, :2], before.cache_LBKSC[:, :2])
+
+
+def test_neither_slot_nor_batch_mates_change_a_request(tiny):
+    """Greedy and sampled tokens, in another slot, with others beside, one of them joining late and one leaving."""
+    engine, params = tiny
+    sampled = SamplingParams(temperature=0.8, top_k=40, top_p=0.9, seed=7)
+
+    def answer(slot, others):
+        state = start(
+            engine, params, {slot: PROMPT} | others, {slot: sampled, (slot + 1) % 4: SamplingParams(temperature=2)}
+        )
+        tokens = []
+        for step in range(20):
+            if others and step == 5:
+                prefix, _ = engine.prefill(params, *engine.pad(PROMPT * 4))
+                state = engine.insert(prefix, state, (slot + 2) % 4)
+            if others and step == 10:
+                state = engine.free(state, (slot + 1) % 4)
+            state, result = engine.generate(params, state)
+            tokens.append(int(result.token_B[slot]))
+        return tokens
+
+    alone = answer(0, {})
+    assert answer(3, {}) == alone
+    assert answer(2, {3: PROMPT[2:], 1: [4]}) == alone
+    assert len(set(alone)) > 5
+
+
+def test_the_seed_decides_a_sampled_answer(tiny):
+    engine, params = tiny
+
+    def first_tokens(seed):
+        sampling = SamplingParams(temperature=1.0, seed=seed)
+        state = start(engine, params, {0: PROMPT}, {0: sampling})
+        tokens = [int(state.token_B[0])]
+        for _ in range(8):
+            state, result = engine.generate(params, state)
+            tokens.append(int(result.token_B[0]))
+        return tokens
+
+    assert first_tokens(1) == first_tokens(1)
+    assert first_tokens(1) != first_tokens(2)
+
+
+def test_freed_slots_are_empty_and_greedy_again(tiny):
+    engine, params = tiny
+    state = start(engine, params, {1: PROMPT}, {1: SamplingParams(temperature=1.5, seed=3)})
+    state = engine.free(state, 1)
+    assert not np.asarray(state.length_B).any()
+    assert not np.asarray(state.sampling.temperature).any()
+    before = host(state)
+    state, result = engine.generate(params, state)
+    assert list(np.asarray(result.token_B)) == [-1] * 4
+    np.testing.assert_array_equal(np.asarray(state.cache_LBKSC), before.cache_LBKSC)
+
+
+def test_everything_is_compiled_once():
+    """However slots fill, prompts vary and parameters change: warm_up compiles all there is to compile."""
+    engine, params = tiny_engine(slots=3)
+    compilations = []
+
+    def listen(event: str, seconds: float, **_) -> None:
+        if event == "/jax/core/compile/backend_compile_duration":
+            compilations.append(seconds)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        state = engine.warm_up(params, engine.init_decode_state())
+        assert len(compilations) >= len(engine.buckets) * 2 + 2
+        compilations.clear()
+        for round_, length in enumerate([1, 16, 17, 128, 3, 60]):
+            sampling = SamplingParams(temperature=round_ / 2, top_k=round_, top_p=1 - round_ / 10, seed=round_)
+            prefix, _ = engine.prefill(params, *engine.pad([1] * length), sampling=sampling)
+            state = engine.insert(prefix, state, round_ % 3)
+            state, result = engine.generate(params, state)
+            np.asarray(result.token_B)
+            state = engine.free(state, (round_ + 1) % 3)
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
+    assert compilations == []
+
+
+def test_the_state_is_donated(tiny):
+    """Or every step would need a second cache."""
+    engine, params = tiny
+    state = engine.init_decode_state()
+    prefix, _ = engine.prefill(params, *engine.pad(PROMPT))
+    inserted = engine.insert(prefix, state, 0)
+    assert state.cache_LBKSC.is_deleted()
+    assert not prefix.kv_LKTC.is_deleted()  # one prefill may serve several slots
+    engine.generate(params, inserted)
+    assert inserted.cache_LBKSC.is_deleted()
+
+
+@pytest.mark.parametrize("length", [0, 129])
+def test_pad_refuses_what_no_bucket_holds(tiny, length):
+    engine, _ = tiny
+    with pytest.raises(RefusedError, match=rf"prompt of {length} tokens .* from 1 to 128"):
+        engine.pad([1] * length)
+
+
+@pytest.mark.parametrize(("length", "bucket"), [(1, 16), (16, 16), (17, 32), (128, 128)])
+def test_pad_takes_the_smallest_bucket(tiny, length, bucket):
+    padded_T, true_length = tiny[0].pad(range(1, length + 1))
+    assert (len(padded_T), true_length) == (bucket, length)
+    assert list(padded_T[:length]) == list(range(1, length + 1))
+
+
+@pytest.mark.parametrize(
+    ("devices", "kv_heads"), [(8, 8), (8, 4), (4, 4), (2, 1)], ids=["split", "replicated", "split4", "mqa"]
+)
+def test_devices_change_no_token(devices, kv_heads):
+    """Eight virtual devices give the tokens of one, whether kv heads are split over them or shared by several."""
+    config = replace(TINY, num_kv_heads=kv_heads)
+    prompts = [PROMPT, PROMPT[::-1] * 3, [1], PROMPT * 5]
+    one = greedy(*tiny_engine(config), prompts, 40)
+    engine, params = tiny_engine(config, devices=devices)
+    assert greedy(engine, params, prompts, 40) == one
+    shard = engine.init_decode_state().cache_LBKSC.addressable_shards[0].data
+    assert shard.shape[2] == max(kv_heads // devices, 1)
+    layer = params["layers"][0]
+    assert layer["self_attn.q_proj.weight"].addressable_shards[0].data.shape == (128 // devices, 32)
+    assert layer["mlp.down_proj.weight"].addressable_shards[0].data.shape == (32, 48 // devices)
