@@ -203,8 +203,11 @@ class Engine:
         logits_BV, new_LBKC = forward.decode(self._model, params, state.token_B, length_B, attend)
         # The text so far is `length` cached tokens and this step's own: what is sampled now stands behind both.
         token_B = jnp.where(live_B, sample(logits_BV, state.sampling, length_B + 1), state.token_B)
+        # No token is negative, but XLA does not know: so the flush waits for the last layer's attention too. Nothing else
+        # orders the two, and to keep that read safe XLA:CPU would copy the whole cache, every step.
+        flushed_B = live_B & (token_B >= 0)
         cache_LBKSC = cache_manager.flush(
-            cache_LBKSC, new_LBKC, length_B, live_B, mesh=self.mesh, backend=self._backend
+            cache_LBKSC, new_LBKC, length_B, flushed_B, mesh=self.mesh, backend=self._backend
         )
         state = DecodeState(cache_LBKSC, token_B, length_B + live_B, state.sampling)
         return state, StepResult(jnp.where(live_B, token_B, -1))

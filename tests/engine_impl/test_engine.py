@@ -41,7 +41,7 @@ def host(state):
 
 
 def test_steps_equal_one_prefill_of_the_same_tokens(tiny):
-    """Decode and prefill are two programs for one function: the same tokens leave the same cache and the same successor."""
+    """Decode and prefill are two programs for one function: same tokens, same cache, same successor."""
     engine, params = tiny
     (answer,) = greedy(engine, params, [PROMPT], 30)
     state = start(engine, params, {0: PROMPT})
@@ -225,3 +225,15 @@ def test_devices_change_no_token(devices, kv_heads):
     layer = params["layers"][0]
     assert layer["self_attn.q_proj.weight"].addressable_shards[0].data.shape == (128 // devices, 32)
     assert layer["mlp.down_proj.weight"].addressable_shards[0].data.shape == (32, 48 // devices)
+
+
+def test_neither_step_nor_insert_copies_the_cache(tiny):
+    """With no order between the last layer's read and the flush, XLA:CPU would save the cache first."""
+    engine, params = tiny
+    state = engine.init_decode_state()
+    prefix, _ = engine.prefill(params, *engine.pad(PROMPT))
+    generate = engine._generate.lower(params, state).compile().memory_analysis()
+    insert = engine._insert.lower(prefix, state, np.int32(0)).compile().memory_analysis()
+    for memory in (generate, insert):
+        assert memory.alias_size_in_bytes >= engine.layout.bytes
+        assert memory.temp_size_in_bytes < engine.layout.bytes / 4
