@@ -1,0 +1,1 @@
+"""The server: command line, gRPC front, orchestrator, lifecycle."""

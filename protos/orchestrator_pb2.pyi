@@ -1,0 +1,116 @@
+from google.protobuf.internal import containers as _containers
+from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
+from google.protobuf import descriptor as _descriptor
+from google.protobuf import message as _message
+from collections.abc import Iterable as _Iterable, Mapping as _Mapping
+from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
+
+DESCRIPTOR: _descriptor.FileDescriptor
+
+class FinishReason(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    FINISH_REASON_UNSPECIFIED: _ClassVar[FinishReason]
+    FINISH_REASON_STOP: _ClassVar[FinishReason]
+    FINISH_REASON_LENGTH: _ClassVar[FinishReason]
+FINISH_REASON_UNSPECIFIED: FinishReason
+FINISH_REASON_STOP: FinishReason
+FINISH_REASON_LENGTH: FinishReason
+
+class DecodeRequest(_message.Message):
+    __slots__ = ("max_tokens", "text_content", "token_content", "messages", "metadata", "num_samples", "lora_adapter_id", "has_bos", "temperature", "top_k", "top_p", "seed")
+    class TextContent(_message.Message):
+        __slots__ = ("text",)
+        TEXT_FIELD_NUMBER: _ClassVar[int]
+        text: str
+        def __init__(self, text: _Optional[str] = ...) -> None: ...
+    class TokenContent(_message.Message):
+        __slots__ = ("token_ids",)
+        TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
+        token_ids: _containers.RepeatedScalarFieldContainer[int]
+        def __init__(self, token_ids: _Optional[_Iterable[int]] = ...) -> None: ...
+    class Metadata(_message.Message):
+        __slots__ = ("start_time",)
+        START_TIME_FIELD_NUMBER: _ClassVar[int]
+        start_time: float
+        def __init__(self, start_time: _Optional[float] = ...) -> None: ...
+    class Message(_message.Message):
+        __slots__ = ("role", "content")
+        ROLE_FIELD_NUMBER: _ClassVar[int]
+        CONTENT_FIELD_NUMBER: _ClassVar[int]
+        role: str
+        content: str
+        def __init__(self, role: _Optional[str] = ..., content: _Optional[str] = ...) -> None: ...
+    class Chat(_message.Message):
+        __slots__ = ("messages",)
+        MESSAGES_FIELD_NUMBER: _ClassVar[int]
+        messages: _containers.RepeatedCompositeFieldContainer[DecodeRequest.Message]
+        def __init__(self, messages: _Optional[_Iterable[_Union[DecodeRequest.Message, _Mapping]]] = ...) -> None: ...
+    MAX_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    TEXT_CONTENT_FIELD_NUMBER: _ClassVar[int]
+    TOKEN_CONTENT_FIELD_NUMBER: _ClassVar[int]
+    MESSAGES_FIELD_NUMBER: _ClassVar[int]
+    METADATA_FIELD_NUMBER: _ClassVar[int]
+    NUM_SAMPLES_FIELD_NUMBER: _ClassVar[int]
+    LORA_ADAPTER_ID_FIELD_NUMBER: _ClassVar[int]
+    HAS_BOS_FIELD_NUMBER: _ClassVar[int]
+    TEMPERATURE_FIELD_NUMBER: _ClassVar[int]
+    TOP_K_FIELD_NUMBER: _ClassVar[int]
+    TOP_P_FIELD_NUMBER: _ClassVar[int]
+    SEED_FIELD_NUMBER: _ClassVar[int]
+    max_tokens: int
+    text_content: DecodeRequest.TextContent
+    token_content: DecodeRequest.TokenContent
+    messages: DecodeRequest.Chat
+    metadata: DecodeRequest.Metadata
+    num_samples: int
+    lora_adapter_id: str
+    has_bos: bool
+    temperature: float
+    top_k: int
+    top_p: float
+    seed: int
+    def __init__(self, max_tokens: _Optional[int] = ..., text_content: _Optional[_Union[DecodeRequest.TextContent, _Mapping]] = ..., token_content: _Optional[_Union[DecodeRequest.TokenContent, _Mapping]] = ..., messages: _Optional[_Union[DecodeRequest.Chat, _Mapping]] = ..., metadata: _Optional[_Union[DecodeRequest.Metadata, _Mapping]] = ..., num_samples: _Optional[int] = ..., lora_adapter_id: _Optional[str] = ..., has_bos: _Optional[bool] = ..., temperature: _Optional[float] = ..., top_k: _Optional[int] = ..., top_p: _Optional[float] = ..., seed: _Optional[int] = ...) -> None: ...
+
+class DecodeResponse(_message.Message):
+    __slots__ = ("initial_content", "stream_content", "usage")
+    class InitialContent(_message.Message):
+        __slots__ = ()
+        def __init__(self) -> None: ...
+    class StreamContent(_message.Message):
+        __slots__ = ("samples",)
+        class Sample(_message.Message):
+            __slots__ = ("text", "token_ids", "finish_reason")
+            TEXT_FIELD_NUMBER: _ClassVar[int]
+            TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
+            FINISH_REASON_FIELD_NUMBER: _ClassVar[int]
+            text: str
+            token_ids: _containers.RepeatedScalarFieldContainer[int]
+            finish_reason: FinishReason
+            def __init__(self, text: _Optional[str] = ..., token_ids: _Optional[_Iterable[int]] = ..., finish_reason: _Optional[_Union[FinishReason, str]] = ...) -> None: ...
+        SAMPLES_FIELD_NUMBER: _ClassVar[int]
+        samples: _containers.RepeatedCompositeFieldContainer[DecodeResponse.StreamContent.Sample]
+        def __init__(self, samples: _Optional[_Iterable[_Union[DecodeResponse.StreamContent.Sample, _Mapping]]] = ...) -> None: ...
+    class Usage(_message.Message):
+        __slots__ = ("prompt_tokens", "generated_tokens")
+        PROMPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
+        GENERATED_TOKENS_FIELD_NUMBER: _ClassVar[int]
+        prompt_tokens: int
+        generated_tokens: int
+        def __init__(self, prompt_tokens: _Optional[int] = ..., generated_tokens: _Optional[int] = ...) -> None: ...
+    INITIAL_CONTENT_FIELD_NUMBER: _ClassVar[int]
+    STREAM_CONTENT_FIELD_NUMBER: _ClassVar[int]
+    USAGE_FIELD_NUMBER: _ClassVar[int]
+    initial_content: DecodeResponse.InitialContent
+    stream_content: DecodeResponse.StreamContent
+    usage: DecodeResponse.Usage
+    def __init__(self, initial_content: _Optional[_Union[DecodeResponse.InitialContent, _Mapping]] = ..., stream_content: _Optional[_Union[DecodeResponse.StreamContent, _Mapping]] = ..., usage: _Optional[_Union[DecodeResponse.Usage, _Mapping]] = ...) -> None: ...
+
+class HealthCheckRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class HealthCheckResponse(_message.Message):
+    __slots__ = ("is_live",)
+    IS_LIVE_FIELD_NUMBER: _ClassVar[int]
+    is_live: bool
+    def __init__(self, is_live: _Optional[bool] = ...) -> None: ...

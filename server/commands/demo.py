@@ -1,0 +1,96 @@
+"""slipstream demo: a real server, a real question, a clean stop."""
+
+import dataclasses
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from ...engine_impl.config import EngineConfig
+from ..options import AnswerOptions
+
+QUESTION = "What is the capital of France, and what is it known for?"
+CLI = [sys.executable, "-m", "slipstream.server.cli"]
+STOP_S = 60.0
+"""How long the server may take to stop (seconds)."""
+
+
+@dataclass(frozen=True)
+class Demo:
+    """Start a server, ask it a question over gRPC, show the answer and its speed, stop the server."""
+
+    engine: EngineConfig
+    answer: AnswerOptions
+    question: str = QUESTION
+    """What to ask (text)."""
+
+    def run(self) -> int:
+        print("Starting `slipstream serve` on a free port; it loads the model and compiles it ...", flush=True)
+        start = time.perf_counter()
+        with server(self.engine) as (process, target):
+            print(f"SERVING on {target} after {time.perf_counter() - start:.1f} s\n\n> {self.question}\n", flush=True)
+            self._ask(target)
+            process.send_signal(signal.SIGTERM)
+            status = process.wait(STOP_S)
+        print(f"\nThe server stopped with status {status}.", flush=True)
+        return 1 if status else 0
+
+    def _ask(self, target: str) -> None:
+        from ..client import Client
+
+        arrivals, tokens = [], 0
+        with Client(target) as client:
+            start = time.perf_counter()
+            question = [{"role": "user", "content": self.question}]
+            for piece in client.ask_chat(question, self.answer.max_tokens, self.answer.sampling()):
+                if piece.token_ids:
+                    arrivals.append(time.perf_counter())
+                    tokens += len(piece.token_ids)
+                print(piece.text, end="", flush=True)
+        print(f"\n\n{speed(start, arrivals, tokens)}", flush=True)
+
+
+def speed(start: float, arrivals: list[float], tokens: int) -> str:
+    """One line; the clock is the client's (s)."""
+    if not arrivals:
+        return "no tokens"
+    line = f"{tokens} tokens · TTFT {(arrivals[0] - start) * 1000:.0f} ms"
+    if tokens > 1 and arrivals[-1] > arrivals[0]:
+        per_token = (arrivals[-1] - arrivals[0]) / (tokens - 1)
+        line += f" · {per_token * 1000:.1f} ms per token · {1 / per_token:.1f} tokens/s"
+    return line
+
+
+@contextmanager
+def server(engine: EngineConfig) -> Iterator[tuple[subprocess.Popen, str]]:
+    """A serving process and its address. Its log goes to our stderr. It does not outlive the block."""
+    command = [*CLI, "serve", "--port", "0", *flags(engine)]
+    # A session of its own: Ctrl-C is ours to handle.
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True)
+    try:
+        assert process.stdout is not None
+        for line in process.stdout:
+            if match := re.match(r"SERVING on (\S+)", line):
+                yield process, match[1]
+                return
+            print(line, end="", flush=True)
+        raise SystemExit(process.wait(STOP_S) or 1)  # the server has told why
+    finally:
+        if process.poll() is None:
+            process.kill()
+            process.wait()
+        process.stdout.close()  # pyright: ignore[reportOptionalMemberAccess]
+
+
+def flags(engine: EngineConfig) -> list[str]:
+    """What differs from the defaults, as command line flags."""
+    words = []
+    for option in dataclasses.fields(engine):
+        value = getattr(engine, option.name)
+        if value != option.default:
+            words += [f"--{option.name.replace('_', '-')}", str(value)]
+    return words

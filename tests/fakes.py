@@ -1,0 +1,162 @@
+"""An engine whose answers you can compute in your head: the next token is the last one plus one, up to the stop token.
+
+Text is one token per byte. The bytes of a few long characters follow one another, so that counting up writes them:
+"a" answers "bcd...", "w" answers "xyz" and stops, token 199 answers the bytes of "é€😀".
+"""
+
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+STOP_ID = ord("z") + 1
+BEFORE_LONG = 199
+LONG_TEXT = "é€😀"
+VOCAB_SIZE = 256
+
+BYTE_OF_ID = {i: i for i in range(128)} | {BEFORE_LONG + 1 + i: byte for i, byte in enumerate(LONG_TEXT.encode())}
+
+
+class FakeTokenizer:
+    vocab_size = VOCAB_SIZE
+    stop_ids = frozenset({STOP_ID})
+
+    def encode(self, text: str) -> list[int]:
+        return list(text.encode("ascii"))
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        return bytes(BYTE_OF_ID.get(token_id, ord("?")) for token_id in token_ids).decode(errors="replace")
+
+    def render_chat(self, messages: Sequence[dict[str, str]]) -> str:
+        """Every content, and every role's first letter before it."""
+        return "".join(f"<{message['role'][0]}>{message['content']}" for message in messages)
+
+    def stream(self) -> "FakeTextStream":
+        return FakeTextStream(self)
+
+
+class FakeTextStream:
+    def __init__(self, tokenizer: FakeTokenizer) -> None:
+        self._tokenizer, self._pending = tokenizer, []
+
+    def feed(self, token_id: int) -> str:
+        self._pending.append(token_id)
+        text = self._tokenizer.decode(self._pending)
+        if text.endswith("\ufffd"):
+            return ""
+        self._pending = []
+        return text
+
+    def finish(self) -> str:
+        return self._tokenizer.decode(self._pending)
+
+
+class FakeArray:
+    """A device array: asking for it is quick, reading it waits until the device has come so far."""
+
+    def __init__(self, value: Any, wait: Callable[[], None] = lambda: None) -> None:
+        self._value, self._wait, self._copied = np.asarray(value, np.int32), wait, False
+
+    def copy_to_host_async(self) -> None:
+        self._copied = True
+
+    def __array__(self, dtype=None, copy=None) -> np.ndarray:
+        assert self._copied, "read without copy_to_host_async()"
+        self._wait()
+        return self._value
+
+
+@dataclass
+class FakeState:
+    token_B: np.ndarray  # last token; -1 = empty slot
+    donated: bool = False
+
+    def donate(self) -> np.ndarray:
+        assert not self.donated, "this state was donated"
+        self.donated = True
+        return self.token_B.copy()
+
+
+@dataclass
+class FakeResult:
+    token_B: FakeArray
+
+
+@dataclass
+class FakeEngine:
+    """Faults and pace are set from outside; `log` tells the calls in order."""
+
+    max_concurrent_decodes: int = 2
+    max_prefill_length: int = 16
+    cache_length: int = 256
+    step_s: float = 0.0
+    model_name: str = "fake"
+    on_prefill: Callable[[Sequence[int]], None] = lambda prompt: None
+    """Called with every prompt; may raise."""
+    on_generate: Callable[[int], None] = lambda step: None
+    """Called with every step's number from 0; may raise."""
+    late_errors: dict[int, Exception] = field(default_factory=dict)
+    """By step: errors that show only when its tokens are read, as on a real device."""
+    pace: threading.Semaphore | None = None
+    """If set, reading a step's tokens takes one from it."""
+    log: list[str] = field(default_factory=list)
+    samplings: list[Any] = field(default_factory=list)
+    steps: int = 0
+    states_made: int = 0
+
+    def get_tokenizer(self) -> FakeTokenizer:
+        return FakeTokenizer()
+
+    def init_decode_state(self) -> FakeState:
+        self.states_made += 1
+        return FakeState(np.full(self.max_concurrent_decodes, -1))
+
+    def warm_up(self, params: Any, state: FakeState) -> FakeState:
+        self.log.append("warm_up")
+        return FakeState(state.donate())
+
+    def pad(self, token_ids: Sequence[int]) -> tuple[np.ndarray, int]:
+        padded = np.zeros(self.max_prefill_length, np.int32)
+        padded[: len(token_ids)] = token_ids
+        return padded, len(token_ids)
+
+    def prefill(
+        self, params: Any, padded_tokens: np.ndarray, true_length: int, *, sampling: Any
+    ) -> tuple[int, FakeArray]:
+        prompt = padded_tokens[:true_length].tolist()
+        self.log.append(f"prefill {FakeTokenizer().decode(prompt)}")
+        self.samplings.append(sampling)
+        self.on_prefill(prompt)
+        return prompt[-1] + 1, FakeArray(prompt[-1] + 1)
+
+    def insert(self, prefix: int, state: FakeState, slot: int) -> FakeState:
+        token_B = state.donate()
+        assert token_B[slot] == -1, f"{slot=} is taken"
+        self.log.append(f"insert {slot}")
+        token_B[slot] = prefix
+        return FakeState(token_B)
+
+    def generate(self, params: Any, state: FakeState) -> tuple[FakeState, FakeResult]:
+        step, self.steps = self.steps, self.steps + 1
+        self.log.append("generate")
+        token_B = state.donate()
+        self.on_generate(step)
+        token_B = np.where(token_B >= 0, (token_B + 1) % VOCAB_SIZE, -1)
+        return FakeState(token_B), FakeResult(FakeArray(token_B, lambda: self._wait(step)))
+
+    def _wait(self, step: int) -> None:
+        if self.pace is not None:
+            assert self.pace.acquire(timeout=10)
+        time.sleep(self.step_s)
+        if step in self.late_errors:
+            raise self.late_errors[step]
+
+    def free(self, state: FakeState, slot: int) -> FakeState:
+        token_B = state.donate()
+        assert token_B[slot] != -1, f"{slot=} is free already"
+        self.log.append(f"free {slot}")
+        token_B[slot] = -1
+        return FakeState(token_B)

@@ -1,0 +1,91 @@
+"""The stubs are current, and the wire is JetStream's."""
+
+import importlib.util
+import re
+from pathlib import Path
+
+import pytest
+from google.protobuf import descriptor_pb2, descriptor_pool
+from slipstream.protos import orchestrator_pb2 as pb
+
+PROTOS = Path(__file__).parents[2] / "protos"
+
+
+def generator():
+    spec = importlib.util.spec_from_file_location("generate", PROTOS / "generate.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def without_versions(text: str) -> str:
+    """Another compiler writes its own version into the stubs: that alone makes them no other stubs."""
+    return re.sub(r"\d+\.\d+\.\d+|^    \d+,$", "", text, flags=re.M)
+
+
+def test_the_stubs_are_made_from_the_proto(tmp_path):
+    generate = generator()
+    generate.generate(tmp_path)
+    for name in generate.STUBS:
+        assert without_versions((PROTOS / name).read_text()) == without_versions((tmp_path / name).read_text()), (
+            f"{name} is not current: make protos"
+        )
+
+
+@pytest.mark.parametrize(
+    ("message", "fields"),
+    [
+        (
+            pb.DecodeRequest,
+            {
+                "max_tokens": 4,
+                "text_content": 5,
+                "token_content": 6,
+                "metadata": 7,
+                "num_samples": 8,
+                "lora_adapter_id": 9,
+                "has_bos": 10,
+            },
+        ),
+        (pb.DecodeRequest.TextContent, {"text": 1}),
+        (pb.DecodeRequest.TokenContent, {"token_ids": 1}),
+        (pb.DecodeRequest.Metadata, {"start_time": 1}),
+        (pb.DecodeResponse, {"initial_content": 2, "stream_content": 3}),
+        (pb.DecodeResponse.StreamContent, {"samples": 1}),
+        (pb.DecodeResponse.StreamContent.Sample, {"text": 1, "token_ids": 2}),
+        (pb.HealthCheckResponse, {"is_live": 1}),
+    ],
+    ids=lambda value: getattr(getattr(value, "DESCRIPTOR", None), "name", ""),
+)
+def test_field_numbers_below_100_are_jetstreams(message, fields):
+    numbers = {field.name: field.number for field in message.DESCRIPTOR.fields}
+    assert {name: number for name, number in numbers.items() if number < 100} == fields
+
+
+def test_old_clients_fields_are_ignored():
+    """session_cache=1 (string) and priority=3 (int32), as older clients send them."""
+    raw = b"\x0a\x03abc" + b"\x18\x05" + b"\x20\x07"
+    message = pb.DecodeRequest.FromString(raw)
+    assert message.max_tokens == 7
+    assert message.WhichOneof("content") is None
+
+
+def test_jetstreams_own_proto_fits_into_the_same_process():
+    """Two files that define one full name cannot both be registered; ours has names of its own."""
+    theirs = descriptor_pb2.FileDescriptorProto(
+        name="jetstream/core/proto/jetstream.proto", package="jetstream_proto", syntax="proto3"
+    )
+    for message in pb.DESCRIPTOR.message_types_by_name:
+        theirs.message_type.add(name=message)
+    service = theirs.service.add(name="Orchestrator")
+    service.method.add(
+        name="Decode",
+        input_type=".jetstream_proto.DecodeRequest",
+        output_type=".jetstream_proto.DecodeResponse",
+        server_streaming=True,
+    )
+    pool = descriptor_pool.DescriptorPool()
+    pool.AddSerializedFile(pb.DESCRIPTOR.serialized_pb)
+    pool.AddSerializedFile(theirs.SerializeToString())
+    assert pool.FindServiceByName("jetstream_proto.Orchestrator")
+    assert pool.FindServiceByName("slipstream.v1.Orchestrator")

@@ -1,0 +1,239 @@
+"""Start, drain, stop: in this process, and with real signals in another."""
+
+import asyncio
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import grpc
+import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from slipstream.engine_impl.errors import RefusedError
+from slipstream.protos import orchestrator_pb2 as pb
+from slipstream.protos.orchestrator_pb2_grpc import OrchestratorStub
+from slipstream.server.config import ServerConfig
+from slipstream.server.errors import UnavailableError
+from slipstream.server.lifecycle import Serving
+
+from tests.fakes import FakeEngine
+
+WAIT_S = 10
+SERVING, NOT_SERVING = health_pb2.HealthCheckResponse.SERVING, health_pb2.HealthCheckResponse.NOT_SERVING
+
+
+def ask(channel, text="a", max_tokens=3):
+    request = pb.DecodeRequest(text_content=pb.DecodeRequest.TextContent(text=text), max_tokens=max_tokens)
+    return OrchestratorStub(channel).Decode(request, timeout=WAIT_S)
+
+
+async def whole(call):
+    text = ""
+    while (reply := await call.read()) is not grpc.aio.EOF:
+        text += reply.stream_content.samples[0].text
+    return text
+
+
+async def health(channel):
+    return (await health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(), timeout=WAIT_S)).status
+
+
+async def code_of(call):
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await whole(call)
+    return caught.value.code()
+
+
+async def entering(serving):
+    """The server while it still loads: (task, channel)."""
+    task = asyncio.create_task(serving.__aenter__())
+    while serving.address.endswith(":0"):
+        await asyncio.sleep(0.005)
+    return task, grpc.aio.insecure_channel(serving.address)
+
+
+def test_not_serving_until_warm():
+    """The port answers at once; requests wait for the engine."""
+
+    async def scenario():
+        may_load = threading.Event()
+        serving = Serving(lambda: (may_load.wait(WAIT_S) and FakeEngine(), None), ServerConfig(port=0))
+        task, channel = await entering(serving)
+        assert await health(channel) == NOT_SERVING
+        assert await code_of(ask(channel)) is grpc.StatusCode.UNAVAILABLE
+        may_load.set()
+        await task
+        assert await health(channel) == SERVING
+        assert await whole(ask(channel)) == "bcd"
+        await channel.close()
+        await serving.__aexit__()
+
+    asyncio.run(scenario())
+
+
+def test_draining_finishes_what_runs_and_refuses_what_is_new():
+    async def scenario():
+        engine = FakeEngine(pace=threading.Semaphore(0))
+        serving = Serving(lambda: (engine, None), ServerConfig(port=0, grace_s=WAIT_S))
+        await serving.__aenter__()
+        async with grpc.aio.insecure_channel(serving.address) as channel:
+            running = ask(channel, max_tokens=5)
+            await running.read()
+            leaving = asyncio.create_task(serving.__aexit__())
+            while await health(channel) == SERVING:
+                await asyncio.sleep(0.005)
+            assert await code_of(ask(channel)) is grpc.StatusCode.UNAVAILABLE
+            engine.pace.release(99)
+            assert await whole(running) == "cdef"
+            await leaving
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.parametrize("force", [False, True])
+def test_the_grace_has_an_end(force, caplog):
+    """At its end, or when somebody forces, what still runs is cancelled and counted."""
+
+    async def scenario():
+        engine = FakeEngine(step_s=0.005)
+        serving = Serving(lambda: (engine, None), ServerConfig(port=0, grace_s=WAIT_S if force else 0.05))
+        await serving.__aenter__()
+        async with grpc.aio.insecure_channel(serving.address) as channel:
+            running = ask(channel, "\x01", max_tokens=120)
+            await running.read()
+            if force:
+                serving.force_requested.set()
+            await serving.__aexit__()
+            assert await code_of(running) is grpc.StatusCode.UNAVAILABLE
+
+    asyncio.run(asyncio.wait_for(scenario(), WAIT_S))
+    assert "cancelling 1 requests" in caplog.text
+
+
+def test_a_port_in_use_is_refused_before_the_load():
+    async def scenario():
+        async with Serving(lambda: (FakeEngine(), None), ServerConfig(port=0)) as first:
+            port = int(first.address.rsplit(":", 1)[1])
+            with pytest.raises(RefusedError, match=f"port {port} on 127.0.0.1 is in use.*--port"):
+                await Serving(lambda: pytest.fail("loaded"), ServerConfig(port=port)).__aenter__()
+
+    asyncio.run(scenario())
+
+
+def test_a_host_that_is_not_here_is_refused():
+    async def scenario():
+        with pytest.raises(RefusedError, match=r"cannot listen on 192\.0\.2\.1:0"):
+            await Serving(lambda: pytest.fail("loaded"), ServerConfig(host="192.0.2.1", port=0)).__aenter__()
+
+    asyncio.run(scenario())
+
+
+def test_a_load_that_is_refused_closes_the_port():
+    def refuse():
+        raise RefusedError("no such model")
+
+    async def scenario():
+        serving = Serving(refuse, ServerConfig(port=0))
+        with pytest.raises(RefusedError, match="no such model"):
+            await serving.__aenter__()
+        async with grpc.aio.insecure_channel(serving.address) as channel:
+            assert await code_of(ask(channel)) is grpc.StatusCode.UNAVAILABLE
+
+    asyncio.run(scenario())
+
+
+def test_a_warm_up_that_fails_is_told():
+    engine = FakeEngine()
+    engine.warm_up = lambda params, state: 1 / 0
+
+    async def scenario():
+        with pytest.raises(UnavailableError, match="ZeroDivisionError"):
+            await Serving(lambda: (engine, None), ServerConfig(port=0)).__aenter__()
+
+    asyncio.run(scenario())
+
+
+def test_a_dead_engine_asks_for_the_stop():
+    def broken(step):
+        raise RuntimeError("no device")
+
+    async def scenario():
+        async with Serving(lambda: (FakeEngine(on_generate=broken), None), ServerConfig(port=0)) as serving:
+            async with grpc.aio.insecure_channel(serving.address) as channel:
+                for _ in range(3):
+                    assert await code_of(ask(channel)) is grpc.StatusCode.INTERNAL
+                await asyncio.wait_for(serving.stop_requested.wait(), WAIT_S)
+            assert "no device" in serving.dead_reason
+
+    asyncio.run(scenario())
+
+
+SERVER = """
+import asyncio, sys, threading
+from slipstream.server.config import ServerConfig
+from slipstream.server.lifecycle import serve
+from tests.fakes import FakeEngine
+engine = FakeEngine(step_s=0.02)
+if sys.argv[1] == "broken":
+    engine.on_generate = lambda step: 1 / 0
+load = threading.Event().wait if sys.argv[1] == "never" else (lambda: (engine, None))
+sys.exit(asyncio.run(serve(load, ServerConfig(port=0, grace_s=30))))
+"""
+
+
+def start(mode):
+    root = Path(__file__).parents[2]
+    command = [sys.executable, "-W", "error", "-c", SERVER, mode]
+    return subprocess.Popen(command, cwd=root, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_drains_and_exits_0(number):
+    with start("serve") as process:
+        address = process.stdout.readline().removeprefix("SERVING on ").strip()
+        with grpc.insecure_channel(address) as channel:
+            request = pb.DecodeRequest(token_content=pb.DecodeRequest.TokenContent(token_ids=[64]), max_tokens=10)
+            call = OrchestratorStub(channel).Decode(request, timeout=WAIT_S)
+            text = next(call).stream_content.samples[0].text
+            process.send_signal(number)
+            text += "".join(reply.stream_content.samples[0].text for reply in call)
+        assert text == "ABCDEFGHIJ"
+        assert process.wait(WAIT_S) == 0
+        assert process.stderr.read() == ""
+
+
+def test_a_second_signal_forces():
+    with start("serve") as process:
+        address = process.stdout.readline().removeprefix("SERVING on ").strip()
+        with grpc.insecure_channel(address) as channel:
+            request = pb.DecodeRequest(token_content=pb.DecodeRequest.TokenContent(token_ids=[130]), max_tokens=250)
+            call = OrchestratorStub(channel).Decode(request, timeout=WAIT_S)
+            next(call)
+            process.send_signal(signal.SIGTERM)
+            next(call)
+            process.send_signal(signal.SIGTERM)
+            with pytest.raises(grpc.RpcError) as caught:
+                list(call)
+        assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
+        assert process.wait(WAIT_S) == 0
+
+
+def test_a_dead_engine_ends_the_process_with_the_reason():
+    with start("broken") as process:
+        address = process.stdout.readline().removeprefix("SERVING on ").strip()
+        request = pb.DecodeRequest(token_content=pb.DecodeRequest.TokenContent(token_ids=[64]), max_tokens=10)
+        with grpc.insecure_channel(address) as channel:
+            for _ in range(3):
+                with pytest.raises(grpc.RpcError):
+                    list(OrchestratorStub(channel).Decode(request, timeout=WAIT_S))
+        assert process.wait(WAIT_S) == 1
+        assert "the engine is given up: DeadError: 3 failures in a row" in process.stderr.read()
+
+
+def test_a_signal_during_the_load_ends_it():
+    with start("never") as process:
+        with pytest.raises(subprocess.TimeoutExpired):
+            process.wait(1.5)
+        process.terminate()
+        assert process.wait(WAIT_S) == 0
