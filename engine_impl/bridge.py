@@ -6,6 +6,7 @@ JAX function that a model calls, `attend`.
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import cache
 from typing import Any, cast
 
 import jax
@@ -41,7 +42,13 @@ with _stand_ins_for_dropped_overloads():
     import torchax
     from torchax.interop import jax_view, torch_view
 
-    _ENVIRONMENT = torchax.default_env()  # loads the lowerings, which name overloads too
+
+@cache
+def _environment() -> torchax.tensor.Environment:
+    """Loads the lowerings, which name overloads too. Not at import: it starts JAX's backends, and which ones there are
+    to be is decided by then (see `loading`)."""
+    with _stand_ins_for_dropped_overloads():
+        return torchax.default_env()
 
 
 def run(module: torch.nn.Module, weights: Mapping[str, jax.Array], *args: Any) -> Any:
@@ -55,7 +62,7 @@ def run(module: torch.nn.Module, weights: Mapping[str, jax.Array], *args: Any) -
     Returns:
         What the module returns, tensors as JAX arrays. Works under `jax.jit`.
     """
-    with _ENVIRONMENT:
+    with _environment():
         return jax_view(torch.func.functional_call(module, torch_view(dict(weights)), torch_view(args), strict=True))
 
 

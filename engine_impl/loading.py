@@ -39,7 +39,7 @@ def load_engine(config: EngineConfig) -> tuple[Engine, Params]:
     with torch.device("meta"):
         model = Llama(replace(shape, num_kv_heads=max(shape.num_kv_heads, mesh.size)))
     dtype = _dtype(config.dtype, devices[0].platform)
-    engine = Engine(model, mesh, config, dtype, checkpoint.tokenizer(), checkpoint.name)
+    engine = Engine(model, mesh, config, dtype, checkpoint.tokenizer(), config.model)
     return engine, engine.load_params(checkpoint)
 
 
@@ -51,8 +51,9 @@ def _devices(platform: str) -> list[Any]:
         jax.config.update("jax_platforms", _platform_here())
     try:
         return jax.devices()
-    except RuntimeError as error:
-        raise RefusedError(f"platform={platform!r} has no devices here ({error}); use --platform cpu") from error
+    except (RuntimeError, AssertionError) as error:  # the latter when JAX lacks the platform's plugin altogether
+        reason = str(error) or "its JAX plugin is not installed"
+        raise RefusedError(f"platform={platform!r} has no devices here ({reason}); use --platform cpu") from error
 
 
 def _platform_here() -> str:

@@ -227,9 +227,9 @@ def test_devices_change_no_token(devices, kv_heads):
     assert layer["mlp.down_proj.weight"].addressable_shards[0].data.shape == (32, 48 // devices)
 
 
-def test_neither_step_nor_insert_copies_the_cache(tiny):
+def test_neither_step_nor_insert_copies_the_cache():
     """With no order between the last layer's read and the flush, XLA:CPU would save the cache first."""
-    engine, params = tiny
+    engine, params = tiny_engine(cache_length=512)
     state = engine.init_decode_state()
     prefix, _ = engine.prefill(params, *engine.pad(PROMPT))
     generate = engine._generate.lower(params, state).compile().memory_analysis()
