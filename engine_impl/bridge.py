@@ -4,6 +4,7 @@
 JAX function that a model calls, `attend`.
 """
 
+import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
@@ -41,6 +42,11 @@ def _stand_ins_for_dropped_overloads() -> Iterator[None]:
 with _stand_ins_for_dropped_overloads():
     import torchax
     from torchax.interop import jax_view, torch_view
+    from torchax.tensor import XLADispatchMode
+
+# torch wraps every dispatch mode so that torch.compile leaves it alone; the wrapper's first call imports that compiler,
+# more than a second. Nothing here is compiled by torch.
+XLADispatchMode.__torch_dispatch__ = inspect.unwrap(XLADispatchMode.__torch_dispatch__)
 
 
 @cache

@@ -53,6 +53,7 @@ def _layers(model: Decoder, params: Params, token_R, position_R, attend: Attend,
     x_RD = bridge.run(model.embed_tokens, params["embed_tokens"], token_R)
     rope = bridge.run(model.rope, {}, position_R)
 
+    @jax.jit  # traced once; XLA inlines the calls, so an unrolled layer's index is a constant again
     def layer(x_RD, weights, index):
         def attend_layer(q_RNH, k_RKH, v_RKH):
             return bridge.call_kernel(lambda q, k, v: attend(index, q, k, v), q_RNH, k_RKH, v_RKH)
@@ -65,7 +66,7 @@ def _layers(model: Decoder, params: Params, token_R, position_R, attend: Attend,
         return jax.lax.scan(lambda x_RD, of_layer: layer(x_RD, *of_layer), x_RD, (params["layers"], index_L))
     per_layer = []
     for index, weights in enumerate(params["layers"]):
-        x_RD, kv = layer(x_RD, weights, index)
+        x_RD, kv = layer(x_RD, weights, jnp.int32(index))
         per_layer.append(kv)
     return x_RD, jnp.stack(per_layer)
 

@@ -26,6 +26,18 @@ class LlamaConfig(ModelConfig):
     rms_norm_eps: float
 
 
+class Linear(nn.Linear):
+    """No initial values: they come from a checkpoint, and drawing them would take longer than all the rest."""
+
+    def reset_parameters(self) -> None: ...
+
+
+class Embedding(nn.Embedding):
+    """Likewise."""
+
+    def reset_parameters(self) -> None: ...
+
+
 class RMSNorm(nn.Module):
     """Root mean square norm (Zhang & Sennrich, arXiv 1910.07467), computed in float32."""
 
@@ -69,10 +81,10 @@ class Attention(nn.Module):
     def __init__(self, config: LlamaConfig) -> None:
         super().__init__()
         self.head_dim = config.head_dim
-        self.q_proj = nn.Linear(config.model_dim, config.num_heads * config.head_dim, bias=False)
-        self.k_proj = nn.Linear(config.model_dim, config.num_kv_heads * config.head_dim, bias=False)
-        self.v_proj = nn.Linear(config.model_dim, config.num_kv_heads * config.head_dim, bias=False)
-        self.o_proj = nn.Linear(config.num_heads * config.head_dim, config.model_dim, bias=False)
+        self.q_proj = Linear(config.model_dim, config.num_heads * config.head_dim, bias=False)
+        self.k_proj = Linear(config.model_dim, config.num_kv_heads * config.head_dim, bias=False)
+        self.v_proj = Linear(config.model_dim, config.num_kv_heads * config.head_dim, bias=False)
+        self.o_proj = Linear(config.num_heads * config.head_dim, config.model_dim, bias=False)
 
     def forward(self, x_RD: Tensor, rope: tuple[Tensor, Tensor], attend: Attend) -> tuple[Tensor, Tensor, Tensor]:
         q_RNH = rotate(self.q_proj(x_RD).unflatten(-1, (-1, self.head_dim)), rope)
@@ -86,9 +98,9 @@ class MLP(nn.Module):
 
     def __init__(self, config: LlamaConfig) -> None:
         super().__init__()
-        self.gate_proj = nn.Linear(config.model_dim, config.ffn_dim, bias=False)
-        self.up_proj = nn.Linear(config.model_dim, config.ffn_dim, bias=False)
-        self.down_proj = nn.Linear(config.ffn_dim, config.model_dim, bias=False)
+        self.gate_proj = Linear(config.model_dim, config.ffn_dim, bias=False)
+        self.up_proj = Linear(config.model_dim, config.ffn_dim, bias=False)
+        self.down_proj = Linear(config.ffn_dim, config.model_dim, bias=False)
 
     def forward(self, x_RD: Tensor) -> Tensor:
         return self.down_proj(functional.silu(self.gate_proj(x_RD)) * self.up_proj(x_RD))
@@ -121,8 +133,8 @@ class Llama(Decoder):
     def __init__(self, config: LlamaConfig) -> None:
         super().__init__()
         self.config = config
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.model_dim)
+        self.embed_tokens = Embedding(config.vocab_size, config.model_dim)
         self.rope = Rope(config.head_dim, config.rope_theta)
         self.layers = nn.ModuleList(LlamaLayer(config) for _ in range(config.num_layers))
         self.norm = RMSNorm(config.model_dim, config.rms_norm_eps)
-        self.lm_head = nn.Linear(config.model_dim, config.vocab_size, bias=False)
+        self.lm_head = Linear(config.model_dim, config.vocab_size, bias=False)
