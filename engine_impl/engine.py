@@ -100,7 +100,7 @@ class Engine:
         sampling = SlotSampling(everywhere, everywhere, everywhere, everywhere)
         state = DecodeState(cache, everywhere, everywhere, sampling)
         prefix = Prefix(kv, everywhere, everywhere, sampling)
-        self._state_sharding = state
+        self._state_sharding, self._prefix_sharding = state, prefix
         self._prefill = jax.jit(self._prefill_program, out_shardings=prefix)
         self._insert = jax.jit(_insert_program, donate_argnums=1, out_shardings=state)
         self._free = jax.jit(_free_program, donate_argnums=0, out_shardings=state)
@@ -138,14 +138,7 @@ class Engine:
 
     def init_decode_state(self) -> DecodeState:
         """All slots empty."""
-
-        def empty() -> DecodeState:
-            slots = self.layout.slots
-            nothing_B = jnp.zeros((slots,), jnp.int32)
-            cache_LBKSC = jnp.zeros(self.layout.shape, self.layout.dtype)
-            return DecodeState(cache_LBKSC, nothing_B, nothing_B, SlotSampling.greedy(slots))
-
-        return jax.jit(empty, out_shardings=self._state_sharding)()
+        return jax.jit(self._empty_state, out_shardings=self._state_sharding)()
 
     def pad(self, token_ids: Sequence[int]) -> tuple[np.ndarray, int]:
         """A prompt in the smallest bucket that holds it: (padded_T i32, true length).
@@ -189,6 +182,42 @@ class Engine:
         result.token_B.block_until_ready()
         return decode_state
 
+    def lower_prefill(self, bucket: int) -> jax.stages.Lowered:
+        """The prefill of a bucket on abstract arguments: nothing is allocated, the devices may be a mere topology."""
+        return self._prefill.lower(*self._prefill_arguments(bucket))
+
+    def lower_insert(self, bucket: int) -> jax.stages.Lowered:
+        """The insert of a bucket's prefix, likewise."""
+        prefix = jax.eval_shape(self._prefill_program, *self._prefill_arguments(bucket))
+        return self._insert.lower(
+            _placed(prefix, self._prefix_sharding), self._abstract_state(), self._scalar(jnp.int32)
+        )
+
+    def lower_generate(self) -> jax.stages.Lowered:
+        """The decode step, likewise."""
+        return self._generate.lower(self.abstract_params(), self._abstract_state())
+
+    def abstract_params(self) -> Params:
+        """Shapes, types and shardings of the parameters."""
+        return weights.abstract(self._model, self.mesh, self.layout.dtype, self.layer_loop)
+
+    def _abstract_state(self) -> DecodeState:
+        return _placed(jax.eval_shape(self._empty_state), self._state_sharding)
+
+    def _prefill_arguments(self, bucket: int) -> tuple[Params, Any, Any, SlotSampling]:
+        sampling = jax.tree.map(lambda value: self._scalar(value.dtype), SlotSampling.of(GREEDY))
+        token_T = jax.ShapeDtypeStruct((bucket,), jnp.int32, sharding=self._scalar(jnp.int32).sharding)
+        return self.abstract_params(), token_T, self._scalar(jnp.int32), sampling
+
+    def _scalar(self, dtype: jnp.dtype) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct((), dtype, sharding=NamedSharding(self.mesh, PartitionSpec()))
+
+    def _empty_state(self) -> DecodeState:
+        slots = self.layout.slots
+        nothing_B = jnp.zeros((slots,), jnp.int32)
+        cache_LBKSC = jnp.zeros(self.layout.shape, self.layout.dtype)
+        return DecodeState(cache_LBKSC, nothing_B, nothing_B, SlotSampling.greedy(slots))
+
     def _prefill_program(self, params: Params, token_T, true_length, sampling: SlotSampling) -> Prefix:
         attend = attend_prompt(mesh=self.mesh, backend=self._backend)
         logits_V, kv_LKTC = forward.prefill(self._model, params, token_T, true_length, attend)
@@ -203,14 +232,19 @@ class Engine:
         logits_BV, new_LBKC = forward.decode(self._model, params, state.token_B, length_B, attend)
         # The text so far is `length` cached tokens and this step's own: what is sampled now stands behind both.
         token_B = jnp.where(live_B, sample(logits_BV, state.sampling, length_B + 1), state.token_B)
-        # No token is negative, but XLA does not know: so the flush waits for the last layer's attention too. Nothing else
-        # orders the two, and to keep that read safe XLA:CPU would copy the whole cache, every step.
+        # No token is negative, but XLA does not know: so the flush waits for the last layer's attention too. Nothing
+        # else orders the two, and to keep that read safe XLA:CPU would copy the whole cache, every step.
         flushed_B = live_B & (token_B >= 0)
         cache_LBKSC = cache_manager.flush(
             cache_LBKSC, new_LBKC, length_B, flushed_B, mesh=self.mesh, backend=self._backend
         )
         state = DecodeState(cache_LBKSC, token_B, length_B + live_B, state.sampling)
         return state, StepResult(jnp.where(live_B, token_B, -1))
+
+
+def _placed(shapes: Any, shardings: Any) -> Any:
+    """A tree of shapes with a sharding for each."""
+    return jax.tree.map(lambda x, at: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at), shapes, shardings)
 
 
 def _insert_program(prefix: Prefix, state: DecodeState, slot: jax.Array) -> DecodeState:

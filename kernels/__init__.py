@@ -1,0 +1,13 @@
+"""Attention and cache kernels: arrays and a mesh in, arrays out.
+
+They know nothing of models, requests or slots' owners. Each op is a folder: `op.py` validates at trace time, shards
+over the mesh axis "tensor" and picks the backend; `reference.py` is the definition in plain XLA, and what runs where
+there is no TPU; `pallas_tpu.py` is the TPU kernel. The axes' letters are explained in `cache_manager/layout.py`.
+"""
+
+from .backend import Backend, backend_for
+from .cache_flush import cache_flush
+from .prefill_attention import prefill_attention
+from .ragged_attention import ragged_attention
+
+__all__ = ["Backend", "backend_for", "cache_flush", "prefill_attention", "ragged_attention"]

@@ -1,4 +1,4 @@
-"""What every test needs before JAX is imported: the CPU as platform, eight of them, and a TPU compiler without a TPU."""
+"""What every test needs before JAX is imported: eight virtual CPUs, and a TPU compiler without a TPU."""
 
 import os
 

@@ -6,6 +6,7 @@ Knows nothing of caches, sharding or batching: a layer sees R rows, each one tok
 R rows; other axes as in cache_manager/layout.py.
 """
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -17,6 +18,25 @@ from .decoder import Attend, Decoder, ModelConfig
 
 
 @dataclass(frozen=True, kw_only=True)
+class Llama3Scaling:
+    """How Llama 3.1 and later stretch their rope beyond the trained length (`rope_type: llama3`): slow frequencies are
+    divided by `factor`, fast ones kept, those between blended. Defaults: the published configs'."""
+
+    factor: float
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    trained_length: int = 8192
+    """tokens"""
+
+    def scale(self, frequency: float) -> float:
+        """One frequency (radians a token), as it is used."""
+        turns = self.trained_length * frequency / (2 * math.pi)  # over the trained length
+        kept = (turns - self.low_freq_factor) / (self.high_freq_factor - self.low_freq_factor)
+        kept = min(max(kept, 0.0), 1.0)
+        return kept * frequency + (1 - kept) * frequency / self.factor
+
+
+@dataclass(frozen=True, kw_only=True)
 class LlamaConfig(ModelConfig):
     """A Llama's shape."""
 
@@ -24,6 +44,7 @@ class LlamaConfig(ModelConfig):
     ffn_dim: int
     rope_theta: float
     rms_norm_eps: float
+    rope_scaling: Llama3Scaling | None = None
 
 
 class Linear(nn.Linear):
@@ -55,9 +76,10 @@ class RMSNorm(nn.Module):
 class Rope(nn.Module):
     """Rotary position embedding (Su et al., arXiv 2104.09864), halves rotated against each other."""
 
-    def __init__(self, head_dim: int, theta: float) -> None:
+    def __init__(self, head_dim: int, theta: float, scaling: Llama3Scaling | None) -> None:
         super().__init__()
-        self.frequencies = [theta ** (-2 * i / head_dim) for i in range(head_dim // 2)]
+        frequencies = [theta ** (-2 * i / head_dim) for i in range(head_dim // 2)]
+        self.frequencies = [scaling.scale(f) for f in frequencies] if scaling else frequencies
 
     def forward(self, position_R: Tensor) -> tuple[Tensor, Tensor]:
         """i32 positions -> (cos_R1H, sin_R1H), float32, to be broadcast over heads."""
@@ -134,7 +156,7 @@ class Llama(Decoder):
         super().__init__()
         self.config = config
         self.embed_tokens = Embedding(config.vocab_size, config.model_dim)
-        self.rope = Rope(config.head_dim, config.rope_theta)
+        self.rope = Rope(config.head_dim, config.rope_theta, config.rope_scaling)
         self.layers = nn.ModuleList(LlamaLayer(config) for _ in range(config.num_layers))
         self.norm = RMSNorm(config.model_dim, config.rms_norm_eps)
         self.lm_head = Linear(config.model_dim, config.vocab_size, bias=False)

@@ -1,0 +1,262 @@
+"""Reads the optimised HLO text of a compiled TPU program: what it copies, calls and communicates.
+
+The text is what `jax.stages.Compiled.as_text()` gives. Executions are those of every step: a loop's body counts as often
+as the loop runs, the branches of a conditional do not count (ours are for slots that sample).
+"""
+
+import math
+import re
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+_HEADER = re.compile(r"^(ENTRY )?%?([\w.\-<>]+) .*\{$")
+_INSTRUCTION = re.compile(r"^\s+(ROOT )?%([\w.\-]+) = (\(.*?\)|\S+) ([\w\-]+)\((.*)$")
+_ARRAY = re.compile(r"\b([a-z]+\d*\w*)\[([\d,]*)\](?:\{([^}]*)\})?")
+_CALLEES = re.compile(
+    r"(?:body|condition|to_apply|calls|called_computation|branch_computations)=\{?%?([\w.\-]+(?:, ?%[\w.\-]+)*)"
+)
+_BITS = re.compile(r"\d+")
+
+Taint = set[tuple[str, str, int]]
+"""(computation, instruction, index of the array in its result)"""
+
+COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
+
+_COPYING = {
+    "copy", "copy-start", "transpose", "reshape", "slice", "slice-start", "dynamic-slice", "gather", "concatenate",
+    "pad", "convert", "select", "reverse", "broadcast", "fusion", "async-start",
+}  # fmt: skip
+_UPDATING = {"dynamic-update-slice", "scatter"}
+
+
+@dataclass(frozen=True)
+class Array:
+    """One array of an instruction's result."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    layout: str
+
+    @property
+    def bytes(self) -> int:
+        """Without tile padding."""
+        bits = _BITS.search(self.dtype)
+        return math.prod(self.shape) * (int(bits[0]) if bits else 8) // 8
+
+    @property
+    def in_vmem(self) -> bool:
+        return "S(1)" in self.layout
+
+
+@dataclass(frozen=True)
+class Instruction:
+    """One line."""
+
+    name: str
+    opcode: str
+    result: tuple[Array, ...]
+    operands: tuple[str, ...]
+    callees: tuple[str, ...]
+    is_root: bool
+    text: str
+
+
+class Program:
+    """A parsed module: computations by name, their instructions in order."""
+
+    def __init__(self, hlo_text: str) -> None:
+        self.computations: dict[str, dict[str, Instruction]] = {}
+        self.entry = ""
+        current: dict[str, Instruction] | None = None
+        for line in hlo_text.splitlines():
+            if current is None:
+                header = _HEADER.match(line)
+                if header and "->" in line:
+                    current = self.computations[header[2]] = {}
+                    self.entry = header[2] if header[1] else self.entry
+            elif line.startswith("}"):
+                current = None
+            elif parsed := _parse(line):
+                current[parsed.name] = parsed
+
+    def pallas_calls(self) -> dict[str, int]:
+        """Executions of each Pallas kernel, by the kernel's name without its sizes."""
+        calls: Counter[str] = Counter()
+        for instruction, times in self._executed():
+            if instruction.opcode == "custom-call" and '"tpu_custom_call"' in instruction.text:
+                calls[re.split(r"[_.]\d|\.", instruction.name)[0]] += times
+        return dict(calls)
+
+    def collectives(self) -> dict[str, int]:
+        """Executions of each collective operation."""
+        counts: Counter[str] = Counter()
+        for instruction, times in self._executed():
+            opcode = instruction.opcode.removesuffix("-start")
+            if opcode in COLLECTIVES:
+                counts[opcode] += times
+        return dict(counts)
+
+    def estimated_cycles(self) -> int:
+        """Sum of the compiler's own estimates. It knows fusions only, neither Pallas calls nor collectives, and is off
+        by a factor of about two: for comparing two versions of one program."""
+        estimate = re.compile(r'"estimated_cycles":"(\d+)"')
+        found = ((estimate.search(instruction.text), times) for instruction, times in self._executed())
+        return sum(int(match[1]) * times for match, times in found if match and int(match[1]) < 2**40)
+
+    def copies_of(self, shape: tuple[int, ...], threshold_bytes: int) -> list[str]:
+        """Instructions that copy, transpose, slice or relayout the parameter of this shape, or what came of it.
+
+        Counted are results in HBM of at least `threshold_bytes`. An update in place is no copy; nor is a result in
+        VMEM, which is the compiler's prefetch.
+        """
+        tainted = self._taint(shape, threshold_bytes)
+        fused = {
+            name for c in self.computations.values() for i in c.values() if i.opcode == "fusion" for name in i.callees
+        }
+        found = []
+        for computation, instructions in self.computations.items():
+            if computation in fused:
+                continue
+            for instruction in instructions.values():
+                comes_from_it = any((computation, operand, 0) in tainted for operand in instruction.operands)
+                if instruction.opcode in _COPYING and comes_from_it and not self._updates_in_place(instruction):
+                    arrays = instruction.result[:1] if instruction.opcode.endswith("-start") else instruction.result
+                    if any(array.bytes >= threshold_bytes and not array.in_vmem for array in arrays):
+                        found.append(instruction.name)
+        return found
+
+    def _updates_in_place(self, instruction: Instruction) -> bool:
+        """A fusion that ends in an update of one of its own parameters."""
+        if instruction.opcode != "fusion":
+            return False
+        body = self.computations[instruction.callees[0]]
+        result = next(i for i in body.values() if i.is_root)
+        while result.opcode == "bitcast":
+            result = body[result.operands[0]]
+        if result.opcode not in _UPDATING:
+            return False
+        target = body[result.operands[0]]
+        while target.opcode == "bitcast":
+            target = body[target.operands[0]]
+        return target.opcode == "parameter"
+
+    def _taint(self, shape: tuple[int, ...], threshold_bytes: int) -> Taint:
+        """All that comes from the parameter and is large."""
+        tainted = {
+            (self.entry, i.name, 0)
+            for i in self.computations[self.entry].values()
+            if i.opcode == "parameter" and len(i.result) == 1 and i.result[0].shape == shape
+        }
+        size = 0
+        while len(tainted) != size:
+            size = len(tainted)
+            for computation, instructions in self.computations.items():
+                for instruction in instructions.values():
+                    tainted |= self._flow(computation, instruction, tainted, threshold_bytes)
+        return tainted
+
+    def _flow(self, computation: str, instruction: Instruction, tainted: Taint, threshold_bytes: int) -> Taint:
+        """What one instruction taints, given what is tainted already."""
+
+        def of(operand: str) -> set[int]:
+            return {i for i in range(_width(instructions, operand)) if (computation, operand, i) in tainted}
+
+        instructions, name, opcode = self.computations[computation], instruction.name, instruction.opcode
+        if opcode == "tuple":
+            return {(computation, name, k) for k, operand in enumerate(instruction.operands) if of(operand)}
+        if opcode == "get-tuple-element":
+            match = re.search(r"index=(\d+)", instruction.text)
+            assert match
+            return {(computation, name, 0)} if int(match[1]) in of(instruction.operands[0]) else set()
+        if opcode in ("while", "conditional", "call"):
+            return self._flow_into(computation, instruction, of, tainted)
+        if not any(of(operand) for operand in instruction.operands):
+            return set()
+        return {(computation, name, k) for k, array in enumerate(instruction.result) if array.bytes >= threshold_bytes}
+
+    def _flow_into(
+        self, computation: str, instruction: Instruction, of: Callable[[str], set[int]], tainted: Taint
+    ) -> Taint:
+        """Operands become the callees' parameters, the callees' roots the result; a loop's carry keeps its places."""
+        found = set()
+        for k, callee in enumerate(instruction.callees):
+            parameters = [i.name for i in self.computations[callee].values() if i.opcode == "parameter"]
+            given = instruction.operands[k + 1 : k + 2] if instruction.opcode == "conditional" else instruction.operands
+            for parameter, operand in zip(parameters, given, strict=False):
+                found |= {(callee, parameter, index) for index in of(operand)}
+            if instruction.opcode != "while":
+                root = next(i.name for i in self.computations[callee].values() if i.is_root)
+                found |= {
+                    (computation, instruction.name, index)
+                    for where, at, index in tainted
+                    if (where, at) == (callee, root)
+                }
+        if instruction.opcode == "while":
+            found |= {(computation, instruction.name, index) for index in of(instruction.operands[0])}
+        return found
+
+    def _executed(self) -> Iterator[tuple[Instruction, int]]:
+        """Every instruction outside fusions with the number of its executions."""
+        times: defaultdict[str, int] = defaultdict(int)
+        self._count(self.entry, 1, times)
+        for computation, count in times.items():
+            for instruction in self.computations[computation].values():
+                yield instruction, count
+
+    def _count(self, computation: str, count: int, times: defaultdict[str, int]) -> None:
+        times[computation] += count
+        for instruction in self.computations[computation].values():
+            if instruction.opcode in ("while", "call", "async-start"):
+                inner = count * (self._trips(instruction) if instruction.opcode == "while" else 1)
+                for callee in instruction.callees:
+                    self._count(callee, inner, times)
+
+    def _trips(self, loop: Instruction) -> int:
+        """How often a while loop runs: what XLA found out, else the largest bound in its condition."""
+        known = re.search(r"known_trip_count[^0-9]*(\d+)", loop.text)
+        if known:
+            return int(known[1])
+        condition = re.search(r"condition=%?([\w.\-]+)", loop.text)
+        assert condition
+        bounds = [
+            int(match[1])
+            for instruction in self.computations[condition[1]].values()
+            if (match := re.search(r" constant\((\d+)\)", instruction.text))
+        ]
+        return max(bounds, default=1)
+
+
+def _width(instructions: dict[str, Instruction], name: str) -> int:
+    return len(instructions[name].result) if name in instructions else 0
+
+
+def _parse(line: str) -> Instruction | None:
+    match = _INSTRUCTION.match(line)
+    if match is None:
+        return None
+    root, name, result, opcode, rest = match.groups()
+    inside, attributes = _split_at_closing(rest)
+    callees = [callee.strip().lstrip("%") for group in _CALLEES.findall(attributes) for callee in group.split(",")]
+    return Instruction(
+        name=name,
+        opcode=opcode,
+        result=tuple(
+            Array(dtype, tuple(int(n) for n in shape.split(",") if n), layout or "")
+            for dtype, shape, layout in _ARRAY.findall(result)
+        ),
+        operands=tuple(re.findall(r"%([\w.\-]+)", inside)),
+        callees=tuple(callees),
+        is_root=bool(root),
+        text=line,
+    )
+
+
+def _split_at_closing(text: str) -> tuple[str, str]:
+    """What stands before the parenthesis that closes the operands, and what after."""
+    depth = 1
+    for position, character in enumerate(text):
+        depth += (character == "(") - (character == ")")
+        if not depth:
+            return text[:position], text[position + 1 :]
+    return text, ""

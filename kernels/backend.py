@@ -1,0 +1,61 @@
+"""Which implementation runs, and the checks every op shares."""
+
+from typing import Literal, get_args
+
+import jax
+import jax.numpy as jnp
+from jax.experimental.pallas import tpu as pltpu
+
+Backend = Literal["pallas", "pallas_interpret", "xla"]
+"""`pallas`: Mosaic, TPU only. `xla`: the reference. `pallas_interpret`: the TPU kernel, simulated, for tests on a
+device or two: on more virtual devices than CPU cores the simulator may wait for itself forever."""
+
+AXIS = "tensor"  # the mesh axis that heads are sharded on
+
+
+def backend_for(platform: str) -> Backend:
+    """The implementation to use on a JAX platform ("tpu", "cpu", "gpu", ...)."""
+    return "pallas" if platform == "tpu" else "xla"
+
+
+def interpret_params(backend: Backend) -> pltpu.InterpretParams | bool:
+    """What `pallas_call(interpret=...)` gets: False, or a simulated TPU that finds races and poisons unset memory."""
+    if backend == "pallas_interpret":
+        return pltpu.InterpretParams(detect_races=True, uninitialized_memory="nan")
+    return False
+
+
+def check_backend(backend: str) -> None:
+    """Raises ValueError for a name that is no Backend."""
+    if backend not in get_args(Backend):
+        raise ValueError(f"{backend=} must be one of {get_args(Backend)}; backend_for(platform) chooses one")
+
+
+def check_shape(name: str, array: jax.Array, shape: tuple[int, ...], axes: str) -> None:
+    """Raises ValueError unless `array` has `shape`; `axes` names the shape's letters."""
+    if array.shape != shape:
+        raise ValueError(f"{name} must be [{', '.join(axes)}] = {shape}, got {array.shape}")
+
+
+def check_dtypes(**arrays: jax.Array) -> None:
+    """Raises ValueError unless all arrays share one floating dtype."""
+    dtypes = {name: str(array.dtype) for name, array in arrays.items()}
+    if len(set(dtypes.values())) != 1 or not all(jnp.issubdtype(x.dtype, jnp.floating) for x in arrays.values()):
+        raise ValueError(f"dtypes must be one and the same floating type, got {dtypes}; cast before the call")
+
+
+def heads_per_shard(mesh: jax.sharding.Mesh, num_kv_heads: int, num_q_heads: int | None = None) -> int:
+    """kv heads that one chip holds.
+
+    Raises ValueError when the mesh has no axis "tensor", the kv heads do not divide by it, or the query heads do not
+    divide by the kv heads.
+    """
+    if AXIS not in mesh.shape:
+        raise ValueError(f'mesh has axes {tuple(mesh.shape)}; heads are sharded on "{AXIS}", so name one axis that')
+    shards = mesh.shape[AXIS]
+    if num_kv_heads % shards:
+        raise ValueError(f"{num_kv_heads=} must be divisible by {shards=}; replicate kv heads when loading the weights")
+    if num_q_heads is not None and num_q_heads % num_kv_heads:
+        raise ValueError(f"{num_q_heads=} must be divisible by {num_kv_heads=}; nearest below: "
+                         f"{num_q_heads // num_kv_heads * num_kv_heads}")  # fmt: skip
+    return num_kv_heads // shards

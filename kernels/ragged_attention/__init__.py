@@ -1,0 +1,5 @@
+"""Decode attention over a cache whose slots have different lengths."""
+
+from .op import ragged_attention
+
+__all__ = ["ragged_attention"]

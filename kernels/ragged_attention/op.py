@@ -1,0 +1,78 @@
+"""Decode attention: one query per slot over the slot's rows of the stacked cache, plus the step's own token."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
+
+from ..backend import AXIS, Backend, check_backend, check_dtypes, check_shape, heads_per_shard, interpret_params
+from .pallas_tpu import ragged_attention_tpu
+from .reference import ragged_attention_reference
+
+
+def ragged_attention(
+    q_BNH: jax.Array,
+    new_BKC: jax.Array,
+    cache_LBKSC: jax.Array,
+    layer: jax.Array | int,
+    length_B: jax.Array,
+    *,
+    mesh: Mesh,
+    backend: Backend,
+) -> jax.Array:
+    """Softmax attention (scale H**-0.5) over rows [0, length) of one layer of the cache and over the new token.
+
+    The new token is not in the cache: each layer returns its k and v, and `cache_flush` writes them all at the step's
+    end. So the cache is only read here, and the softmax starts from the new token: m, l, acc = q . k_new, 1, v_new.
+
+    Args:
+        q_BNH: queries, rope applied; bf16 or f32. Query head n uses kv head n // (N / K). Sharded on N, as K.
+        new_BKC: the step's own k and v side by side (C = 2 H), q's dtype. Sharded on K.
+        cache_LBKSC: all layers' k and v, q's dtype; S a multiple of 128. Sharded on K. Rows at or past a slot's length
+            are never used, whatever they hold, NaN included.
+        layer: which layer to read, a Python int or an i32 scalar, traced or not.
+        length_B: i32, rows in use, 0 <= length <= S. 0 gives exactly v_new.
+        mesh: heads are sharded on its axis "tensor".
+        backend: see `Backend`.
+
+    Returns:
+        out_BNH, q's dtype, sharded as q.
+
+    Raises:
+        ValueError: shapes, dtypes or head counts that do not fit together, at trace time.
+    """
+    check_backend(backend)
+    (L, B, K, S, C), (N, H) = cache_LBKSC.shape, q_BNH.shape[1:]
+    heads_per_shard(mesh, K, N)
+    check_dtypes(q_BNH=q_BNH, new_BKC=new_BKC, cache_LBKSC=cache_LBKSC)
+    check_shape("q_BNH", q_BNH, (B, N, H), "BNH")
+    check_shape("new_BKC", new_BKC, (B, K, C), "BKC")
+    check_shape("length_B", length_B, (B,), "B")
+    if C != 2 * H:
+        raise ValueError(f"the cache's rows have {C=} lanes, but k and v side by side need 2 * {H=}")
+    if backend != "xla" and C % 128:
+        padded = -(-C // 128) * 64
+        raise ValueError(
+            f"{H=} makes rows of {C=} lanes, not whole tiles of 128, and the TPU compiler would copy the cache at "
+            f"every call; pad heads to {padded} with zeros and scale q by ({padded} / {H})**0.5"
+        )
+    if S % 128:
+        raise ValueError(f"cache length {S=} must be a multiple of 128; nearest above: {-(-S // 128) * 128}")
+    if isinstance(layer, int) and not 0 <= layer < L:
+        raise ValueError(f"{layer=} must be in [0, {L=})")
+
+    if backend == "xla":
+        attention = ragged_attention_reference
+    else:
+        attention = functools.partial(ragged_attention_tpu, interpret=interpret_params(backend))
+    heads = P(None, AXIS)
+    sharded = jax.shard_map(
+        attention,
+        mesh=mesh,
+        in_specs=(heads, heads, P(None, None, AXIS), P(), P()),
+        out_specs=heads,
+        check_vma=False,  # pallas_call's results carry no varying-axes type
+    )
+    return sharded(q_BNH, new_BKC, cache_LBKSC, jnp.asarray(layer, jnp.int32), length_B.astype(jnp.int32))

@@ -1,0 +1,58 @@
+"""Attention written plainly in float64 numpy, one query at a time, and helpers that make inputs."""
+
+import jax.numpy as jnp
+import ml_dtypes  # noqa: F401  (lets numpy cast bf16)
+import numpy as np
+
+TOLERANCE = {
+    "float32": {"rtol": 1e-5, "atol": 1e-5},
+    "bfloat16": {"rtol": 8e-3, "atol": 4e-3},
+}  # bf16: 2 units of 2**-8
+
+
+def attend_one(q_H, k_SH, v_SH):
+    """Softmax attention of one query over S keys."""
+    score_S = k_SH @ q_H / np.sqrt(len(q_H))
+    weight_S = np.exp(score_S - score_S.max())
+    return weight_S @ v_SH / weight_S.sum()
+
+
+def ragged_attention(q_BNH, new_BKC, cache_LBKSC, layer, length_B):
+    """Decode attention; rows past a slot's length are not looked at."""
+    q_BNH, new_BKC, cache_LBKSC = (np.asarray(x).astype(np.float64) for x in (q_BNH, new_BKC, cache_LBKSC))
+    (B, N, H), K = q_BNH.shape, new_BKC.shape[1]
+    out_BNH = np.empty((B, N, H))
+    for b in range(B):
+        for n in range(N):
+            kv = n // (N // K)
+            rows_SC = np.concatenate([cache_LBKSC[layer, b, kv, : length_B[b]], new_BKC[b, kv : kv + 1]])
+            out_BNH[b, n] = attend_one(q_BNH[b, n], rows_SC[:, :H], rows_SC[:, H:])
+    return out_BNH
+
+
+def prefill_attention(q_TNH, k_TKH, v_TKH):
+    """Causal attention."""
+    q_TNH, k_TKH, v_TKH = (np.asarray(x).astype(np.float64) for x in (q_TNH, k_TKH, v_TKH))
+    (T, N, H), K = q_TNH.shape, k_TKH.shape[1]
+    out_TNH = np.empty((T, N, H))
+    for t in range(T):
+        for n in range(N):
+            kv = n // (N // K)
+            out_TNH[t, n] = attend_one(q_TNH[t, n], k_TKH[: t + 1, kv], v_TKH[: t + 1, kv])
+    return out_TNH
+
+
+def normal(seed, *shape, dtype=jnp.float32):
+    """Standard normal values."""
+    return jnp.asarray(np.random.default_rng(seed).standard_normal(shape), dtype)
+
+
+def assert_close(actual, expected):
+    """Within the tolerance of `actual`'s dtype."""
+    np.testing.assert_allclose(np.asarray(actual).astype(np.float64), expected, **TOLERANCE[str(actual.dtype)])
+
+
+def bits(array):
+    """The array's bits as unsigned integers, so that NaNs compare."""
+    array = np.asarray(array)
+    return array.view({1: np.uint8, 2: np.uint16, 4: np.uint32}[array.dtype.itemsize])

@@ -1,0 +1,170 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from slipstream.kernels import ragged_attention
+from slipstream.kernels.ragged_attention.block_sizes import TARGET_BYTES, block_size
+from slipstream.kernels.ragged_attention.pallas_tpu import cache_index, last_live_block
+
+from . import oracle
+
+L, LAYER = 3, 1
+ATTEND = jax.jit(ragged_attention, static_argnames=("mesh", "backend"))
+
+
+def inputs(lengths, S, K, G, H, dtype, seed=0):
+    """q, new, cache, lengths; NaN in every row that must not be used, and in the other layers."""
+    B = len(lengths)
+    q_BNH = oracle.normal(seed, B, K * G, H, dtype=dtype)
+    new_BKC = oracle.normal(seed + 1, B, K, 2 * H, dtype=dtype)
+    used_BS = np.arange(S)[None, :] < np.array(lengths)[:, None]
+    layer_BKSC = np.where(used_BS[:, None, :, None], oracle.normal(seed + 2, B, K, S, 2 * H, dtype=dtype), np.nan)
+    cache_LBKSC = np.full((L, *layer_BKSC.shape), np.nan)
+    cache_LBKSC[LAYER] = layer_BKSC
+    return q_BNH, new_BKC, jnp.asarray(cache_LBKSC, dtype), jnp.asarray(lengths, jnp.int32)
+
+
+@pytest.mark.parametrize("backend", ["xla", "pallas_interpret"])
+@pytest.mark.parametrize(
+    ("K", "G", "H", "dtype"),
+    [
+        (1, 8, 128, jnp.bfloat16),
+        (3, 3, 64, jnp.float32),
+        pytest.param(1, 4, 64, jnp.bfloat16, marks=pytest.mark.slow),
+        pytest.param(4, 1, 128, jnp.float32, marks=pytest.mark.slow),
+        pytest.param(2, 8, 64, jnp.float32, marks=pytest.mark.slow),
+        pytest.param(4, 3, 128, jnp.bfloat16, marks=pytest.mark.slow),
+        pytest.param(2, 1, 64, jnp.bfloat16, marks=pytest.mark.slow),
+        pytest.param(1, 4, 128, jnp.float32, marks=pytest.mark.slow),
+    ],
+)
+def test_every_length_around_a_block(mesh, backend, K, G, H, dtype):
+    """One row too many or too few, or a NaN that a mask lets through."""
+    S = 384
+    block = block_size(K, H, S, dtype)
+    assert block == 128
+    args = inputs([0, 1, block - 1, 0, block, block + 1, S, 2 * block, 0], S, K, G, H, dtype)
+    q_BNH, new_BKC, cache_LBKSC, length_B = args
+    out_BNH = ATTEND(q_BNH, new_BKC, cache_LBKSC, LAYER, length_B, mesh=mesh, backend=backend)
+    assert out_BNH.dtype == dtype
+    oracle.assert_close(out_BNH, oracle.ragged_attention(q_BNH, new_BKC, cache_LBKSC, LAYER, length_B))
+    v_BNH = jnp.repeat(new_BKC[..., H:], G, axis=1)
+    for dead in (0, 3, 8):
+        assert np.array_equal(out_BNH[dead], v_BNH[dead]), "an empty slot's answer is v_new, exactly"
+
+
+@pytest.mark.parametrize("backend", ["xla", pytest.param("pallas_interpret", marks=pytest.mark.slow)])
+def test_large_blocks(mesh, backend):
+    """The blocks that real cache lengths get, of more than one lane tile of rows."""
+    K, G, H, S = 1, 3, 128, 1024
+    block = block_size(K, H, S, jnp.bfloat16)
+    assert block == 512
+    args = inputs([block - 1, block + 1, 200, S], S, K, G, H, jnp.bfloat16)
+    out_BNH = ATTEND(*args[:3], LAYER, args[3], mesh=mesh, backend=backend)
+    oracle.assert_close(out_BNH, oracle.ragged_attention(*args[:3], LAYER, args[3]))
+
+
+@pytest.mark.parametrize("backend", ["xla", "pallas_interpret"])
+def test_by_hand(mesh, backend):
+    """Scores 0 for the cached row and log 3 for the new one: weights 1/4 and 3/4."""
+    H, S = 64, 128
+    q_BNH = jnp.zeros((1, 1, H)).at[0, 0, 0].set(8.0)  # times H**-0.5 is 1
+    new_BKC = jnp.zeros((1, 1, 2 * H)).at[0, 0, 0].set(np.log(3.0)).at[0, 0, H:].set(4.0)
+    cache_LBKSC = jnp.full((1, 1, 1, S, 2 * H), jnp.nan).at[0, 0, 0, 0].set(0.0).at[0, 0, 0, 0, H:].set(8.0)
+    out_BNH = ATTEND(q_BNH, new_BKC, cache_LBKSC, 0, jnp.array([1]), mesh=mesh, backend=backend)
+    np.testing.assert_allclose(out_BNH, np.full((1, 1, H), 5.0), rtol=1e-6)
+
+
+@pytest.mark.parametrize("backend", ["xla", "pallas_interpret"])
+def test_all_slots_dead(mesh, backend):
+    q_BNH, new_BKC, cache_LBKSC, length_B = inputs([0, 0, 0], 128, 1, 3, 64, jnp.float32)
+    out_BNH = ATTEND(q_BNH, new_BKC, cache_LBKSC, LAYER, length_B, mesh=mesh, backend=backend)
+    assert np.array_equal(out_BNH, jnp.repeat(new_BKC[..., 64:], 3, axis=1))
+
+
+def test_large_scores_do_not_overflow(mesh):
+    """exp of a score that is not taken relative to the largest so far is inf."""
+    q_BNH, new_BKC, cache_LBKSC, length_B = inputs([100, 300], 384, 1, 2, 64, jnp.float32)
+    out_BNH = ATTEND(q_BNH * 300, new_BKC, cache_LBKSC, LAYER, length_B, mesh=mesh, backend="xla")
+    expected_BNH = oracle.ragged_attention(q_BNH * 300, new_BKC, cache_LBKSC, LAYER, length_B)
+    np.testing.assert_allclose(out_BNH, expected_BNH, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    "lengths", [[0, 1, 127, 0, 0, 128, 129, 384, 0], [0, 0, 300], [384, 0, 384, 0], [1], [5, 0], [0, 0, 0]]
+)
+def test_dead_rows_are_not_fetched(lengths):
+    """The pipeline fetches a block when its index differs from the last step's: count those changes.
+
+    A dead slot, or a block past a slot's length, that moved the index would read HBM for nothing.
+    """
+    block, S = 128, 384
+    length_B = jnp.array(lengths, jnp.int32)
+    source_B, block_B = last_live_block(length_B, block, S // block)
+    steps = [
+        tuple(int(i) for i in cache_index(b, s, jnp.array([LAYER]), length_B, source_B, block_B))
+        for b in range(len(lengths))
+        for s in range(S // block)
+    ]
+    fetched = [step for step, before in zip(steps, [None, *steps[:-1]], strict=True) if step != before]
+    live = [(LAYER, b, 0, s, 0) for b, length in enumerate(lengths) for s in range(-(-length // block))]
+    first_fetch = live[:1] or fetched[:1]  # the pipeline always fetches one block, for the first step
+    assert fetched == first_fetch + live[1:]
+
+
+def test_sharded_equals_one_device(mesh, mesh_of_8):
+    """Query heads and the kv heads they use must land on the same chip."""
+    q_BNH, new_BKC, cache_LBKSC, length_B = inputs([0, 3, 200], 256, 8, 2, 64, jnp.float32)
+    args = (q_BNH, new_BKC, cache_LBKSC, jnp.int32(LAYER), length_B)
+    one = ATTEND(*args, mesh=mesh, backend="xla")
+    eight = ATTEND(*args, mesh=mesh_of_8, backend="xla")
+    np.testing.assert_allclose(eight, one, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
+@pytest.mark.parametrize("H", [64, 128, 256])
+@pytest.mark.parametrize("K", [1, 2, 3, 4, 8])
+def test_block_size(K, H, dtype):
+    for S in (128, 384, 512, 640, 1024, 8192):
+        block = block_size(K, H, S, dtype)
+        block_bytes = block * K * 2 * H * jnp.dtype(dtype).itemsize
+        assert S % block == 0
+        assert block % 128 == 0
+        assert block == 128 or block_bytes <= TARGET_BYTES
+        assert 2 * block_bytes <= 4 * 1024 * 1024, "two of them must fit in VMEM beside the rest"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"q_BNH": (2, 5, 64)}, "num_q_heads=5 must be divisible by num_kv_heads=2"),
+        ({"q_BNH": (2, 4, 128)}, "C=128 lanes"),
+        ({"new_BKC": (2, 1, 128)}, r"new_BKC must be \[B, K, C\] = \(2, 2, 128\), got \(2, 1, 128\)"),
+        ({"cache_LBKSC": (3, 2, 2, 130, 128)}, "nearest above: 256"),
+        (
+            {"q_BNH": (2, 4, 80), "new_BKC": (2, 2, 160), "cache_LBKSC": (3, 2, 2, 128, 160), "backend": "pallas"},
+            "pad heads to 128",
+        ),
+        ({"length_B": (3,)}, "length_B must be"),
+        ({"layer": 3}, "layer=3"),
+        ({"dtype": jnp.bfloat16}, "cast before the call"),
+        ({"backend": "cuda"}, "backend='cuda'"),
+        ({"chips": 8}, "num_kv_heads=2 must be divisible by shards=8"),
+    ],
+)
+def test_refuses(mesh, mesh_of_8, change, message):
+    shapes = {
+        "q_BNH": (2, 4, 64),
+        "new_BKC": (2, 2, 128),
+        "cache_LBKSC": (3, 2, 2, 128, 128),
+        "length_B": (2,),
+    } | change
+    args = {
+        "q_BNH": jnp.zeros(shapes["q_BNH"], change.get("dtype", jnp.float32)),
+        "new_BKC": jnp.zeros(shapes["new_BKC"]),
+        "cache_LBKSC": jnp.zeros(shapes["cache_LBKSC"]),
+        "layer": change.get("layer", 0),
+        "length_B": jnp.zeros(shapes["length_B"], jnp.int32),
+    }
+    with pytest.raises(ValueError, match=message):
+        ragged_attention(**args, mesh=mesh_of_8 if "chips" in change else mesh, backend=change.get("backend", "xla"))

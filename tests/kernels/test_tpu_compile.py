@@ -1,0 +1,157 @@
+"""The kernels under the real TPU compiler: they fit the chip, and the cache is never copied."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import pytest
+from slipstream.kernels import cache_flush, prefill_attention, ragged_attention
+
+from ..tpu import abstract, cache_sized_copies, compile_for, nbytes, tpu_mesh
+
+L, B, S = 4, 96, 4096  # no smaller: a cache that fits into VMEM (128 MiB) is moved there whole, and that is no fault
+CASES = [  # kv heads a chip, group, H, dtype
+    (1, 4, 128, jnp.bfloat16),
+    (4, 1, 128, jnp.bfloat16),
+    (4, 2, 128, jnp.bfloat16),
+    (1, 8, 64, jnp.bfloat16),
+    (4, 3, 64, jnp.bfloat16),
+    (3, 3, 64, jnp.float32),
+]
+CHIPS = pytest.mark.parametrize("chips", [1, pytest.param(8, marks=pytest.mark.slow)])
+HEADS = pytest.mark.parametrize(("K", "G", "H", "dtype"), CASES)
+
+
+def arrays(mesh, K, G, H, dtype):
+    """q, new (of a step), cache, layer, length; K is per chip."""
+    K *= mesh.size
+    return (
+        abstract(mesh, (B, K * G, H), dtype, None, "tensor"),
+        abstract(mesh, (L, B, K, 2 * H), dtype, None, None, "tensor"),
+        abstract(mesh, (L, B, K, S, 2 * H), dtype, None, None, "tensor"),
+        abstract(mesh, (), jnp.int32),
+        abstract(mesh, (B,), jnp.int32),
+    )
+
+
+def assert_no_copy_of(cache_LBKSC, compiled):
+    assert compiled.memory_analysis().temp_size_in_bytes < nbytes(cache_LBKSC) / 20
+    assert cache_sized_copies(compiled.as_text(), nbytes(cache_LBKSC) // L) == []
+
+
+@CHIPS
+@HEADS
+def test_ragged_attention(chips, K, G, H, dtype):
+    mesh = tpu_mesh(chips=chips)
+    q_BNH, new_LBKC, cache_LBKSC, layer, length_B = arrays(mesh, K, G, H, dtype)
+
+    def attend(q_BNH, new_LBKC, cache_LBKSC, layer, length_B):
+        return ragged_attention(q_BNH, new_LBKC[0], cache_LBKSC, layer, length_B, mesh=mesh, backend="pallas")
+
+    compiled = compile_for(mesh, attend, q_BNH, new_LBKC, cache_LBKSC, layer, length_B)
+    assert_no_copy_of(cache_LBKSC, compiled)
+
+
+@CHIPS
+@HEADS
+def test_cache_flush(chips, K, G, H, dtype):
+    mesh = tpu_mesh(chips=chips)
+    _, new_LBKC, cache_LBKSC, _, position_B = arrays(mesh, K, G, H, dtype)
+    flush = functools.partial(cache_flush, mesh=mesh, backend="pallas")
+    compiled = compile_for(mesh, flush, cache_LBKSC, new_LBKC, position_B, donate=(0,))
+    assert_no_copy_of(cache_LBKSC, compiled)
+    assert compiled.memory_analysis().alias_size_in_bytes == nbytes(cache_LBKSC)
+
+
+def decode_step(mesh, flush, weight_LDD, token_BD, cache_LBKSC, length_B, *, unroll):
+    """A step's shape: every layer reads the cache and returns its new row; one flush at the end."""
+    K, C = cache_LBKSC.shape[2], cache_LBKSC.shape[4]
+
+    def layer(x_BD, weight_and_layer):
+        weight_DD, layer = weight_and_layer
+        y_BD = x_BD @ weight_DD
+        q_BNH = y_BD.reshape(B, -1, C // 2)
+        new_BKC = y_BD[:, : K * C].reshape(B, K, C)
+        out_BNH = ragged_attention(q_BNH, new_BKC, cache_LBKSC, layer, length_B, mesh=mesh, backend="pallas")
+        return x_BD + out_BNH.reshape(B, -1), new_BKC
+
+    if unroll:
+        rows = []
+        for i in range(L):
+            token_BD, new_BKC = layer(token_BD, (weight_LDD[i], i))
+            rows.append(new_BKC)
+        new_LBKC = jnp.stack(rows)
+    else:
+        token_BD, new_LBKC = jax.lax.scan(layer, token_BD, (weight_LDD, jnp.arange(L)))
+    return token_BD, flush(cache_LBKSC, new_LBKC, length_B)
+
+
+def compile_step(chips, K, G, H, dtype, flush_of, unroll):
+    mesh = tpu_mesh(chips=chips)
+    cache_LBKSC, length_B = arrays(mesh, K, G, H, dtype)[2::2]
+    D = max(K * G * H, 2 * K * H) * mesh.size
+    weight_LDD = abstract(mesh, (L, D, D), dtype, None, None, "tensor")
+    step = functools.partial(decode_step, mesh, flush_of(mesh), unroll=unroll)
+    token_BD = abstract(mesh, (B, D), dtype)
+    return cache_LBKSC, compile_for(mesh, step, weight_LDD, token_BD, cache_LBKSC, length_B, donate=(2,))
+
+
+@pytest.mark.parametrize("unroll", [False, True])
+@CHIPS
+@pytest.mark.parametrize(("K", "G", "H", "dtype"), [c for c in CASES if c[1] > 1])
+def test_step(chips, K, G, H, dtype, unroll):
+    """Layouts are chosen per module: kernels that are clean alone may disagree about the cache's inside a step."""
+
+    def flush_of(mesh):
+        return functools.partial(cache_flush, mesh=mesh, backend="pallas")
+
+    cache_LBKSC, compiled = compile_step(chips, K, G, H, dtype, flush_of, unroll)
+    assert_no_copy_of(cache_LBKSC, compiled)
+    assert compiled.memory_analysis().alias_size_in_bytes == nbytes(cache_LBKSC)
+
+
+def test_the_gate_sees_copies():
+    """Guards `cache_sized_copies` itself: a flush by vmapped update-slices wants another layout than the kernel."""
+
+    def flush_of(mesh):
+        del mesh
+
+        def write(slot_LKSC, new_LKC, position):
+            return jax.lax.dynamic_update_slice(slot_LKSC, new_LKC[:, :, None], (0, 0, position, 0))
+
+        return jax.vmap(write, in_axes=(1, 1, 0), out_axes=1)
+
+    cache_LBKSC, compiled = compile_step(1, 4, 2, 128, jnp.bfloat16, flush_of, unroll=False)
+    assert cache_sized_copies(compiled.as_text(), nbytes(cache_LBKSC) // L)
+
+
+@pytest.mark.parametrize(
+    "topology", [pytest.param(t, marks=pytest.mark.slow) for t in ("v4:2x2x1", "v5p:2x2x1", "v6e:2x2")]
+)
+def test_other_chips(topology):
+    mesh = tpu_mesh(topology, chips=1)
+    for K, G, H, dtype in CASES:
+        q_BNH, new_LBKC, cache_LBKSC, layer, length_B = arrays(mesh, K, G, H, dtype)
+        new_BKC = abstract(mesh, new_LBKC.shape[1:], dtype)
+        attend = functools.partial(ragged_attention, mesh=mesh, backend="pallas")
+        compile_for(mesh, attend, q_BNH, new_BKC, cache_LBKSC, layer, length_B)
+        flush = functools.partial(cache_flush, mesh=mesh, backend="pallas")
+        compile_for(mesh, flush, cache_LBKSC, new_LBKC, length_B, donate=(0,))
+
+
+@pytest.mark.parametrize("T", [16, 128, 1024])
+@pytest.mark.parametrize(
+    ("chips", "N", "K", "H", "dtype"),
+    [
+        (1, 9, 3, 64, jnp.bfloat16),
+        (8, 32, 8, 128, jnp.bfloat16),
+        pytest.param(1, 9, 3, 64, jnp.float32, marks=pytest.mark.slow),
+        pytest.param(8, 64, 8, 64, jnp.bfloat16, marks=pytest.mark.slow),
+    ],
+)
+def test_prefill_attention(T, chips, N, K, H, dtype):
+    mesh = tpu_mesh(chips=chips)
+    q_TNH, k_TKH, v_TKH = (abstract(mesh, (T, heads, H), dtype, None, "tensor") for heads in (N, K, K))
+    attend = functools.partial(prefill_attention, mesh=mesh, backend="pallas")
+    compiled = compile_for(mesh, attend, q_TNH, k_TKH, v_TKH)
+    assert "tpu_custom_call" in compiled.as_text()
