@@ -1,7 +1,7 @@
 """Reads the optimised HLO text of a compiled TPU program: what it copies, calls and communicates.
 
-The text is what `jax.stages.Compiled.as_text()` gives. Executions are those of every step: a loop's body counts as often
-as the loop runs, the branches of a conditional do not count (ours are for slots that sample).
+The text is what `jax.stages.Compiled.as_text()` gives. Executions are those of every step: a loop's body counts as
+often as the loop runs, the branches of a conditional do not count (ours are for slots that sample).
 """
 
 import math
@@ -75,7 +75,7 @@ class Program:
                 if header and "->" in line:
                     current = self.computations[header[2]] = {}
                     self.entry = header[2] if header[1] else self.entry
-            elif line.startswith("}"):
+            elif line == "}":  # attributes may run over several lines and start one with a brace
                 current = None
             elif parsed := _parse(line):
                 current[parsed.name] = parsed

@@ -1,8 +1,8 @@
-"""Asks the TPU compiler, without a TPU: does a model fit on these chips, what do its programs do, how fast can they be?
+"""Asks the TPU compiler, without a TPU: does a model fit, what do its programs do, how fast can they be?
 
-The engine's own programs are compiled by libtpu for a topology, with abstract arguments: no weights, no chips. What comes
-back is a fact of the compiler (memory, copies, calls, collectives), or a floor: bytes that must be read, over the chip's
-bandwidth.
+The engine's own programs are compiled by libtpu for a topology, with abstract arguments: no weights, no chips. What
+comes back is a fact of the compiler (memory, copies, calls, collectives), or a floor: bytes that must be read, over the
+chip's bandwidth.
 """
 
 import contextlib
@@ -30,12 +30,15 @@ import jax.numpy as jnp  # noqa: E402
 import torch  # noqa: E402
 from jax.experimental import topologies  # noqa: E402
 
+from .checkpoints.gguf import GGUFCheckpoint  # noqa: E402
+from .checkpoints.hf_config import read_hf_config  # noqa: E402
 from .chips import Chip, chip_of  # noqa: E402
 from .config import EngineConfig  # noqa: E402
 from .engine import Engine  # noqa: E402
 from .errors import RefusedError  # noqa: E402
 from .hlo import Program  # noqa: E402
 from .models.llama import Llama, LlamaConfig  # noqa: E402
+from .presets import preset  # noqa: E402
 from .sharding import make_mesh  # noqa: E402
 
 OUT_OF_MEMORY = re.compile(r"RESOURCE_EXHAUSTED.*", re.DOTALL)
@@ -59,7 +62,7 @@ class ProgramReport:
     collectives: dict[str, int]
     estimated_cycles: int
     hbm_floor_bytes: int
-    """what has to cross HBM at least: generate reads the weights and a full cache, prefill the weights and its prefix"""
+    """what has to cross HBM: for generate the weights and a full cache, for prefill the weights and its prefix"""
     floor_ms: float
     """hbm_floor_bytes over the chip's bandwidth"""
     compute_floor_ms: float
@@ -106,10 +109,9 @@ class Plan:
 
 
 def plan(
-    name: str,
+    config: EngineConfig,
     shape: LlamaConfig,
     topology: str,
-    config: EngineConfig,
     *,
     all_buckets: bool = False,
     dump: Path | None = None,
@@ -119,7 +121,7 @@ def plan(
 
     `dump` gets each program's optimised HLO as <program>.hlo.txt; `report` is told what is being compiled.
 
-    Raises RefusedError for a topology that does not exist, a size that the heads do not allow, or when libtpu is missing.
+    Raises RefusedError for a topology that does not exist, sizes that the model does not allow, or without libtpu.
     """
     chip = chip_of(topology)
     engine = abstract_engine(shape, topology, config)
@@ -147,10 +149,10 @@ def plan(
             break
         if dump is not None:
             dump.mkdir(parents=True, exist_ok=True)
-            (dump / f"{program}.hlo.txt").write_text(compiled.as_text())
+            (dump / f"{program}.hlo.txt").write_text(compiled.as_text() or "")
         misfit = budget.program_misfit(program, programs[program])
     return Plan(
-        model=name,
+        model=config.model,
         topology=topology,
         chips=engine.mesh.size,
         slots=config.slots,
@@ -166,29 +168,36 @@ def plan(
     )
 
 
-def largest_slots(name: str, shape: LlamaConfig, topology: str, config: EngineConfig, **options: Any) -> Plan:
-    """The plan with the most slots that fit: estimated from one plan's memory, then tried, up or down by one.
+def largest_slots(config: EngineConfig, shape: LlamaConfig, topology: str, **options: Any) -> Plan:
+    """The plan with the most slots that fit; with one slot, if not even that fits.
 
-    Raises RefusedError when not even one slot fits.
+    A slot costs its cache and little else, so the next guess comes from the room that the last plan left, until two
+    neighbours are known of which only the smaller fits.
     """
+    fits, fails = plan(replace(config, slots=1), shape, topology, **options), None
+    if not fits.fits:
+        return fits
+    a_slot = fits.cache_bytes_per_chip
+    while fails is None or fails - fits.slots > 1:
+        guess = fits.slots + max(1, (fits.hbm_bytes_per_chip - fits.resident_bytes_per_chip) // a_slot)
+        if fails is not None:
+            guess = min(guess, fails - 1)
+        tried = plan(replace(config, slots=guess), shape, topology, **options)
+        fits, fails = (tried, fails) if tried.fits else (fits, guess)
+    return fits
 
-    def planned(slots: int) -> Plan:
-        return plan(name, shape, topology, replace(config, slots=slots), **options)
 
-    first = planned(1)
-    if not first.fits:
-        raise RefusedError(f"{name} does not fit on {topology} with one slot: {first.misfit}")
-    per_slot = first.cache_bytes_per_chip
-    slots = max(1, 1 + (first.hbm_bytes_per_chip - first.resident_bytes_per_chip) // per_slot)
-    best = planned(slots)
-    while best.fits:
-        further = planned(best.slots + max(1, (best.hbm_bytes_per_chip - best.resident_bytes_per_chip) // per_slot))
-        if not further.fits and further.slots == best.slots + 1:
-            return best
-        best = further
-    while not best.fits:
-        best = planned(best.slots - 1)
-    return best
+def shape_of(model: str) -> LlamaConfig:
+    """The shape of a preset, a Hugging Face config.json or its folder, `embedded`, or a GGUF file.
+
+    Raises RefusedError for what is none of these.
+    """
+    path = Path(model)
+    if model == "embedded":
+        return preset("smollm2-135m")
+    if path.suffix == ".gguf":
+        return GGUFCheckpoint(path).config
+    return read_hf_config(path) if path.exists() else preset(model)
 
 
 def abstract_engine(shape: LlamaConfig, topology: str, config: EngineConfig) -> Engine:
@@ -226,8 +235,10 @@ class _Budget:
         self.resident = self.weights_bytes + self.cache_bytes
 
     def report(self, program: str, compiled: jax.stages.Compiled, seconds: float) -> ProgramReport:
-        layout, memory = self.engine.layout, compiled.memory_analysis()
-        hlo = Program(compiled.as_text())
+        layout, memory, text = self.engine.layout, compiled.memory_analysis(), compiled.as_text()
+        assert memory is not None  # libtpu gives both
+        assert text is not None
+        hlo = Program(text)
         shard = self.engine.layout.abstract(self.engine.mesh).sharding.shard_shape(layout.shape)
         floor_bytes, rows = self._floor(program)
         floor_ms = floor_bytes / self.chip.hbm_bandwidth * 1e3
@@ -276,7 +287,7 @@ class _Budget:
         over = needed - self.chip.hbm_bytes
         if over <= 0:
             return None
-        return Misfit(program, needed, over, None, self._remedies(over))
+        return Misfit(program, needed, over, None, self._remedies(needed))
 
     def refused(self, program: str, message: str) -> Misfit:
         over = None
@@ -284,19 +295,21 @@ class _Budget:
             number, unit = re.search(r"Exceeded hbm capacity by ([\d.]+)([KMGT])", message).groups()  # type: ignore
             over = int(float(number) * 2 ** {"K": 10, "M": 20, "G": 30, "T": 40}[unit])
         needed = None if over is None else over + self.chip.hbm_bytes
-        return Misfit(program, needed, over, message.splitlines()[0][:300], self._remedies(over or 1))
+        return Misfit(
+            program, needed, over, message.splitlines()[0][:300], self._remedies(needed or self.chip.hbm_bytes + 1)
+        )
 
-    def _remedies(self, over: int) -> list[str]:
-        """What would make room for `over` bytes a chip, each alone, by arithmetic; a plan of it is the proof."""
-        layout = self.engine.layout
-        room = self.cache_bytes - over
+    def _remedies(self, needed: int) -> list[str]:
+        """What would bring `needed` bytes a chip down, each alone, by arithmetic; a plan of it is the proof."""
+        layout, chips = self.engine.layout, self.engine.mesh.size
+        room = self.cache_bytes - (needed - self.chip.hbm_bytes)  # for the cache
         remedies = []
         if (slots := room * layout.slots // self.cache_bytes) >= 1:
             remedies.append(f"--slots {slots}")
         if (length := room * layout.length // self.cache_bytes // 128 * 128) >= 128:
             remedies.append(f"--cache-length {length}")
-        chips = -(-(self.resident + over - min(0, room)) * self.engine.mesh.size // self.chip.hbm_bytes)
-        remedies.append(f"at least {max(chips, self.engine.mesh.size + 1)} of these chips, or chips with more HBM")
+        enough = max(math.ceil(needed * chips / self.chip.hbm_bytes), chips + 1)
+        remedies.append(f"at least {enough} of these chips, or chips with more HBM")
         return remedies
 
 

@@ -1,4 +1,4 @@
-"""The command line: `slipstream serve | ask | generate | chat | demo`. Its flags are the fields of dataclasses.
+"""The command line: `slipstream serve | ask | generate | chat | demo | plan`. Its flags are the fields of dataclasses.
 
 parse() only parses, main() also runs. Nothing heavy is imported before a command runs.
 """
@@ -18,12 +18,13 @@ from .commands.ask import Ask
 from .commands.chat import Chat
 from .commands.demo import Demo
 from .commands.generate import Generate
+from .commands.plan import Plan
 from .commands.serve import Serve
 from .errors import FailedError, QueueFullError, UnavailableError
 from .options import check_utf8
 
-Command = Serve | Ask | Generate | Chat | Demo
-COMMANDS = {"serve": Serve, "ask": Ask, "generate": Generate, "chat": Chat, "demo": Demo}
+Command = Serve | Ask | Generate | Chat | Demo | Plan
+COMMANDS = {"serve": Serve, "ask": Ask, "generate": Generate, "chat": Chat, "demo": Demo, "plan": Plan}
 STYLE = (tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff)
 
 BAD_INPUT = 2
