@@ -2,7 +2,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PYTHON ?= python3
 
-.PHONY: demo test test-fast setup check protos clean
+.PHONY: demo test test-fast gates setup check protos clean
 
 demo: $(VENV)/.runtime           ## serve the embedded model, ask it a question, stop
 	@$(BIN)/slipstream demo
@@ -11,7 +11,10 @@ test: $(VENV)/.test              ## the whole suite
 	$(BIN)/python -m pytest
 
 test-fast: $(VENV)/.test         ## what does not take long
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -m "not slow and not gates"
+
+gates: $(VENV)/.test             ## every program x heads x head dim x chip, by the TPU compiler
+	$(BIN)/python -m pytest tests/gates -m "gates or not gates"
 
 setup: $(VENV)/.test             ## the environment for development
 

@@ -5,7 +5,6 @@ comes back is a fact of the compiler (memory, copies, calls, collectives), or a 
 chip's bandwidth.
 """
 
-import contextlib
 import math
 import os
 import re
@@ -171,20 +170,23 @@ def plan(
 def largest_slots(config: EngineConfig, shape: LlamaConfig, topology: str, **options: Any) -> Plan:
     """The plan with the most slots that fit; with one slot, if not even that fits.
 
-    A slot costs its cache and little else, so the next guess comes from the room that the last plan left, until two
-    neighbours are known of which only the smaller fits.
+    A slot costs its cache and a little more: each guess comes from what a slot cost between the last two plans and the
+    room that the best one left, until two neighbours are known of which only the smaller fits.
     """
-    fits, fails = plan(replace(config, slots=1), shape, topology, **options), None
-    if not fits.fits:
-        return fits
-    a_slot = fits.cache_bytes_per_chip
-    while fails is None or fails - fits.slots > 1:
-        guess = fits.slots + max(1, (fits.hbm_bytes_per_chip - fits.resident_bytes_per_chip) // a_slot)
-        if fails is not None:
-            guess = min(guess, fails - 1)
+    best, fails = plan(replace(config, slots=1), shape, topology, **options), None
+    if not best.fits:
+        return best
+    a_slot = best.cache_bytes_per_chip
+    while fails is None or fails - best.slots > 1:
+        room = best.hbm_bytes_per_chip - best.resident_bytes_per_chip
+        guess = best.slots + max(1, room // a_slot)
+        guess = guess if fails is None else min(guess, fails - 1)
         tried = plan(replace(config, slots=guess), shape, topology, **options)
-        fits, fails = (tried, fails) if tried.fits else (fits, guess)
-    return fits
+        needed = tried.misfit.needed_bytes if tried.misfit else tried.resident_bytes_per_chip
+        grown = 2 * a_slot if needed is None else (needed - best.resident_bytes_per_chip) // (guess - best.slots)
+        a_slot = max(a_slot, grown)
+        best, fails = (tried, fails) if tried.fits else (best, guess)
+    return best
 
 
 def shape_of(model: str) -> LlamaConfig:
@@ -290,11 +292,13 @@ class _Budget:
         return Misfit(program, needed, over, None, self._remedies(needed))
 
     def refused(self, program: str, message: str) -> Misfit:
-        over = None
-        with contextlib.suppress(TypeError, ValueError, KeyError):
-            number, unit = re.search(r"Exceeded hbm capacity by ([\d.]+)([KMGT])", message).groups()  # type: ignore
-            over = int(float(number) * 2 ** {"K": 10, "M": 20, "G": 30, "T": 40}[unit])
-        needed = None if over is None else over + self.chip.hbm_bytes
+        """The compiler gives up on a program that alone is too large; it says so in one of two ways."""
+        size = r"([\d.]+)([KMGT])"
+        needed = None
+        if told := re.search(rf"Used {size} of {size} hbm|\({size}\) exceeds available HBM", message):
+            number, unit = told.group(1, 2) if told[1] else told.group(5, 6)
+            needed = int(float(number) * 2 ** {"K": 10, "M": 20, "G": 30, "T": 40}[unit])
+        over = None if needed is None else needed - self.chip.hbm_bytes
         return Misfit(
             program, needed, over, message.splitlines()[0][:300], self._remedies(needed or self.chip.hbm_bytes + 1)
         )

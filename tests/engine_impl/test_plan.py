@@ -1,0 +1,194 @@
+"""Planning, and the shapes that it plans for."""
+
+import json
+from dataclasses import replace
+
+import pytest
+from slipstream.engine_impl.checkpoints.hf_config import read_hf_config
+from slipstream.engine_impl.config import EngineConfig
+from slipstream.engine_impl.errors import RefusedError
+from slipstream.engine_impl.models.llama import Llama3Scaling, Rope
+from slipstream.engine_impl.plan import largest_slots, plan, shape_of
+from slipstream.engine_impl.presets import PRESETS, preset
+
+from .models import embedded_engine
+
+SMALL = replace(preset("llama-3.2-1b"), num_layers=2)
+
+
+def planned(slots=96, cache_length=4096, topology="v5e:2x4", **options):
+    config = EngineConfig(model="small", slots=slots, cache_length=cache_length, max_prefill_length=256)
+    return plan(config, SMALL, topology, **options)
+
+
+@pytest.fixture(scope="module")
+def small_plan(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("hlo")
+    return planned(dump=folder), folder
+
+
+def test_memory_is_what_arithmetic_says(small_plan):
+    """bf16, 8 chips: a kv head and an eighth of every matrix each, but for norms."""
+    report, _ = small_plan
+    matrices = 128256 * 2048 + 2 * (2048 * 2048 * 2 + 2 * 512 * 2048 + 3 * 2048 * 8192)
+    norms = (2 * 2 + 1) * 2048
+    assert report.chips == 8
+    assert report.weights_bytes_per_chip == 2 * (matrices // 8 + norms)
+    assert report.cache_bytes_per_chip == 2 * 2 * 96 * 4096 * 128  # bytes, layers, slots, rows, k and v
+    generate = report.programs["generate"]
+    assert generate.hbm_floor_bytes == report.weights_bytes_per_chip + report.cache_bytes_per_chip
+    assert generate.floor_ms == pytest.approx(generate.hbm_floor_bytes / 819e9 * 1e3)
+    assert generate.tokens_per_second_ceiling == pytest.approx(96 / generate.floor_ms * 1e3)
+    assert report.resident_bytes_per_chip > generate.argument_bytes
+
+
+def test_the_report_names_kernels_collectives_and_no_copies(small_plan):
+    report, _ = small_plan
+    assert report.fits
+    assert set(report.programs) == {"generate", "insert", "prefill_256"}
+    generate = report.programs["generate"]
+    assert generate.pallas_calls == {"ragged_attention": 2, "cache_flush": 1}
+    assert generate.collectives["all-reduce"] == 2 * 2 + 1  # o_proj and down_proj a layer, and the embedding
+    assert all(program.cache_sized_copies == [] for program in report.programs.values())
+    assert json.loads(json.dumps(report.as_json()))["programs"]["insert"]["alias_bytes"] >= report.cache_bytes_per_chip
+
+
+def test_dump_writes_the_programs(small_plan):
+    _, folder = small_plan
+    assert {path.name for path in folder.iterdir()} == {
+        "generate.hlo.txt", "insert.hlo.txt", "prefill_256.hlo.txt"
+    }  # fmt: skip
+    assert (folder / "generate.hlo.txt").read_text().startswith("HloModule")
+
+
+def test_a_misfit_says_which_by_how_much_and_what_would_help():
+    report = planned(slots=70_000, cache_length=2048)
+    assert not report.fits
+    assert report.misfit.program == "weights and cache"
+    total = report.weights_bytes_per_chip + report.cache_bytes_per_chip
+    assert report.misfit.over_bytes == total - int(15.75 * 2**30)
+    slots, length, chips = report.misfit.remedies
+    assert slots.startswith("--slots ")
+    assert planned(slots=int(slots.split()[1])).misfit is None
+    assert length.startswith("--cache-length ")
+    assert chips.startswith("at least ")
+
+
+@pytest.mark.slow
+def test_the_compilers_own_refusal_is_a_misfit_too():
+    """Weights and cache fit to the byte; what the program needs beside them does not."""
+    first = planned(slots=1)
+    slots = (first.hbm_bytes_per_chip - first.weights_bytes_per_chip) // first.cache_bytes_per_chip
+    report = planned(slots=slots)
+    assert not report.fits
+    assert report.misfit.program in ("generate", "insert", "prefill_256")
+
+
+@pytest.mark.slow
+def test_max_slots_is_the_last_that_fits():
+    shape, config = preset("llama-3.2-1b"), EngineConfig(cache_length=131072, max_prefill_length=256)
+    best = largest_slots(config, shape, "v5e:2x4")
+    assert best.fits
+    assert not plan(replace(config, slots=best.slots + 1), shape, "v5e:2x4").fits
+
+
+@pytest.mark.parametrize("topology", ["v5e:3x3", "v9:2x2", "v5e", ""])
+def test_an_unknown_topology_lists_those_there_are(topology):
+    with pytest.raises(RefusedError, match=r"does not exist; those that do: .*v5e:\{2x2,2x4,"):
+        planned(topology=topology)
+
+
+def test_without_libtpu_the_install_command_is_told(monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "libtpu", None)
+    with pytest.raises(RefusedError, match=r"pip install 'jax\[tpu\]'"):
+        planned()
+
+
+def test_shapes_come_from_presets_configs_and_the_embedded_model(tmp_path):
+    assert shape_of("llama-2-7b").num_kv_heads == 32
+    embedded, _ = embedded_engine()
+    assert shape_of("embedded") == replace(embedded._model.config, rms_norm_eps=1e-5)
+    with pytest.raises(RefusedError, match="preset 'llama-7' is not there; those there are: llama-2-7b,"):
+        shape_of("llama-7")
+    with pytest.raises(RefusedError, match=r"give a config\.json or its folder"):
+        shape_of(str(tmp_path))
+
+
+@pytest.mark.parametrize("name", [name for name in PRESETS if name.startswith("llama")])
+def test_presets_have_the_published_number_of_parameters(name):
+    """The sizes in the names, as their authors count them."""
+    published = {
+        "llama-2-7b": 6_738_415_616, "llama-2-13b": 13_015_864_320, "llama-2-70b": 68_976_648_192,
+        "llama-3.1-8b": 8_030_261_248, "llama-3.1-70b": 70_553_706_496, "llama-3.2-1b": 1_235_814_400,
+        "llama-3.2-3b": 3_212_749_824,
+    }  # fmt: skip
+    c = PRESETS[name]
+    attention = 2 * c.model_dim * c.head_dim * (c.num_heads + c.num_kv_heads)
+    layer = attention + 3 * c.model_dim * c.ffn_dim + 2 * c.model_dim
+    vocabulary = (1 if c.tied_embeddings else 2) * c.vocab_size * c.model_dim
+    assert c.num_layers * layer + vocabulary + c.model_dim == published[name]
+
+
+def hf_config(tmp_path, **fields):
+    """What transformers itself writes."""
+    from transformers import LlamaConfig
+
+    config = LlamaConfig(
+        hidden_size=64, intermediate_size=96, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,
+        vocab_size=100, max_position_embeddings=512, **fields,
+    )  # fmt: skip
+    config.save_pretrained(tmp_path)
+    return config
+
+
+@pytest.mark.parametrize("old_form", [False, True])
+def test_hf_configs_of_both_forms_are_read(tmp_path, old_form):
+    hf_config(tmp_path, rope_parameters={"rope_type": "default", "rope_theta": 777.0}, tie_word_embeddings=True)
+    path = tmp_path / "config.json"
+    if old_form:
+        fields = json.loads(path.read_text())
+        fields["rope_theta"] = fields.pop("rope_parameters")["rope_theta"]
+        path.write_text(json.dumps(fields | {"rope_scaling": None}))
+    shape = read_hf_config(tmp_path)
+    assert (shape.num_layers, shape.num_heads, shape.num_kv_heads, shape.head_dim) == (3, 4, 2, 16)
+    assert (shape.rope_theta, shape.rope_scaling, shape.tied_embeddings) == (777.0, None, True)
+    assert read_hf_config(path) == shape
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model_type": "mamba"}, "family 'mamba'; the families there are: llama"),
+        ({"rope_parameters": None}, "neither rope_parameters nor rope_theta"),
+        ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1.0}}, "'yarn'; those there are: default, llama3"),
+        ({"attention_bias": True}, "has biases"),
+    ],
+)
+def test_a_config_that_asks_for_more_is_refused(tmp_path, change, message):
+    hf_config(tmp_path)
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(RefusedError, match=message):
+        read_hf_config(path)
+
+
+def test_a_config_that_is_no_json_is_told(tmp_path):
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(RefusedError, match="is not JSON"):
+        read_hf_config(tmp_path)
+
+
+def test_llama3_rope_scaling_equals_transformers(tmp_path):
+    """Slow, fast and blended frequencies."""
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    scaling = {
+        "rope_type": "llama3", "rope_theta": 500000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 256,
+    }  # fmt: skip
+    config = hf_config(tmp_path, rope_parameters=scaling, head_dim=128)
+    expected, factor = ROPE_INIT_FUNCTIONS["llama3"](config, device="cpu")
+    shape = read_hf_config(tmp_path)
+    assert shape.rope_scaling == Llama3Scaling(factor=8.0, trained_length=256)
+    assert factor == 1.0
+    assert Rope(128, 500000.0, shape.rope_scaling).frequencies == pytest.approx(expected.tolist(), rel=1e-6)
