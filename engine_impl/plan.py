@@ -304,9 +304,12 @@ class _Budget:
         )
 
     def _remedies(self, needed: int) -> list[str]:
-        """What would bring `needed` bytes a chip down, each alone, by arithmetic; a plan of it is the proof."""
+        """What would bring `needed` bytes a chip down, each alone, by arithmetic; a plan of it is the proof.
+
+        A fiftieth of HBM is left to code, temporaries and prefixes.
+        """
         layout, chips = self.engine.layout, self.engine.mesh.size
-        room = self.cache_bytes - (needed - self.chip.hbm_bytes)  # for the cache
+        room = self.cache_bytes - (needed - int(0.98 * self.chip.hbm_bytes))  # for the cache
         remedies = []
         if (slots := room * layout.slots // self.cache_bytes) >= 1:
             remedies.append(f"--slots {slots}")

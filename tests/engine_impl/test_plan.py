@@ -61,17 +61,20 @@ def test_dump_writes_the_programs(small_plan):
     assert (folder / "generate.hlo.txt").read_text().startswith("HloModule")
 
 
+@pytest.mark.slow
 def test_a_misfit_says_which_by_how_much_and_what_would_help():
-    report = planned(slots=70_000, cache_length=2048)
+    shape, config = preset("llama-3.2-1b"), EngineConfig(slots=64, cache_length=131072, max_prefill_length=256)
+    report = plan(config, shape, "v5e:2x4")
     assert not report.fits
     assert report.misfit.program == "weights and cache"
     total = report.weights_bytes_per_chip + report.cache_bytes_per_chip
     assert report.misfit.over_bytes == total - int(15.75 * 2**30)
     slots, length, chips = report.misfit.remedies
     assert slots.startswith("--slots ")
-    assert planned(slots=int(slots.split()[1])).misfit is None
+    assert plan(replace(config, slots=int(slots.split()[1])), shape, "v5e:2x4").fits
     assert length.startswith("--cache-length ")
-    assert chips.startswith("at least ")
+    assert plan(replace(config, cache_length=int(length.split()[1])), shape, "v5e:2x4").fits
+    assert chips == "at least 17 of these chips, or chips with more HBM"
 
 
 @pytest.mark.slow
