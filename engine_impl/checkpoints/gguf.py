@@ -10,6 +10,7 @@ from ..errors import RefusedError
 from ..models.llama import LlamaConfig
 from ..tokenizer import Tokenizer, byte_level_bpe
 
+_ROPE_FACTORS = "rope_freqs.weight"
 _CONTROL, _USER_DEFINED = int(gguf.TokenType.CONTROL), int(gguf.TokenType.USER_DEFINED)
 
 
@@ -51,7 +52,7 @@ class GGUFCheckpoint:
 
     def unused(self, names: set[str]) -> list[str]:
         """Tensors of the file that none of these parameters takes."""
-        return sorted(set(self._tensors) - {self._stored_name(name) for name in names})
+        return sorted(set(self._tensors) - {_ROPE_FACTORS} - {self._stored_name(name) for name in names})
 
     def tokenizer(self) -> Tokenizer:
         """The tokenizer and chat template that the file carries."""
@@ -60,10 +61,11 @@ class GGUFCheckpoint:
             raise RefusedError(f"{str(self.path)!r} has a tokenizer {model!r}; those there are: gpt2 (byte-level BPE)")
         tokens = self._field("tokenizer.ggml.tokens")
         types = self._field("tokenizer.ggml.token_type")
+        split = self._field("tokenizer.ggml.pre")
         backend = byte_level_bpe(
             tokens,
             self._field("tokenizer.ggml.merges"),
-            pre_tokenizer=self._field("tokenizer.ggml.pre"),
+            pre_tokenizer=split,
             control_ids=[i for i, kind in enumerate(types) if kind == _CONTROL],
             added_ids=[i for i, kind in enumerate(types) if kind == _USER_DEFINED],
         )
@@ -75,7 +77,7 @@ class GGUFCheckpoint:
             bos_id=self._field("tokenizer.ggml.bos_token_id", None),
             eos_id=eos_id,
             stop_ids=frozenset(ends),
-            adds_bos=self._field("tokenizer.ggml.add_bos_token", False),
+            adds_bos=self._field("tokenizer.ggml.add_bos_token", split == "llama-bpe"),  # as llama.cpp, where unsaid
             chat_template=self._field("tokenizer.chat_template", None),
         )
 
@@ -97,8 +99,8 @@ class GGUFCheckpoint:
         heads, model_dim = self._field("llama.attention.head_count"), self._field("llama.embedding_length")
         head_dim = self._field("llama.attention.key_length", model_dim // heads)
         scaling = self._field("llama.rope.scaling.type", "none")
-        if scaling != "none" or "rope_freqs.weight" in self._tensors:
-            raise RefusedError(f"{str(self.path)!r} scales its rope ({scaling}), which is not there yet")
+        if scaling != "none":
+            raise RefusedError(f"{str(self.path)!r} scales its rope by {scaling!r}; those there are: none, llama3")
         if self._field("llama.rope.dimension_count", head_dim) != head_dim:
             raise RefusedError(f"{str(self.path)!r} turns only a part of each head, which is not there yet")
         return LlamaConfig(
@@ -113,7 +115,13 @@ class GGUFCheckpoint:
             rms_norm_eps=self._field("llama.attention.layer_norm_rms_epsilon"),
             tied_embeddings="output.weight" not in self._tensors,
             context_length=self._field("llama.context_length"),
+            rope_factors=self._rope_factors(),
         )
+
+    def _rope_factors(self) -> tuple[float, ...] | None:
+        """Llama 3.1 and later: the scaling comes as a tensor of divisors."""
+        stored = self._tensors.get(_ROPE_FACTORS)
+        return None if stored is None else tuple(stored.data.tolist())
 
 
 def _halves_from_pairs(weight: np.ndarray, heads: int) -> np.ndarray:

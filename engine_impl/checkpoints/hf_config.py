@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import RefusedError
-from ..models.llama import Llama3Scaling, LlamaConfig
+from ..models.llama import LlamaConfig, llama3_rope_factors
 
 
 def read_hf_config(path: Path) -> LlamaConfig:
@@ -35,11 +35,12 @@ def read_hf_config(path: Path) -> LlamaConfig:
         raise RefusedError(f"{str(path)!r} lacks {', '.join(missing)}; fetch it anew")
     rope = _rope(fields, path)
     heads, model_dim = fields["num_attention_heads"], fields["hidden_size"]
+    head_dim = fields.get("head_dim") or model_dim // heads
     return LlamaConfig(
         num_layers=fields["num_hidden_layers"],
         num_heads=heads,
         num_kv_heads=fields.get("num_key_value_heads") or heads,
-        head_dim=fields.get("head_dim") or model_dim // heads,
+        head_dim=head_dim,
         vocab_size=fields["vocab_size"],
         context_length=fields["max_position_embeddings"],
         tied_embeddings=fields.get("tie_word_embeddings", False),
@@ -47,7 +48,7 @@ def read_hf_config(path: Path) -> LlamaConfig:
         ffn_dim=fields["intermediate_size"],
         rope_theta=rope["rope_theta"],
         rms_norm_eps=fields["rms_norm_eps"],
-        rope_scaling=_scaling(rope, path),
+        rope_factors=_rope_factors(rope, head_dim, path),
     )
 
 
@@ -66,15 +67,17 @@ def _rope(fields: dict[str, Any], path: Path) -> dict[str, Any]:
     return {"rope_theta": fields["rope_theta"], **(fields.get("rope_scaling") or {})}
 
 
-def _scaling(rope: dict[str, Any], path: Path) -> Llama3Scaling | None:
+def _rope_factors(rope: dict[str, Any], head_dim: int, path: Path) -> tuple[float, ...] | None:
     kind = rope.get("rope_type") or rope.get("type") or "default"
     if kind == "default":
         return None
     if kind != "llama3":
         raise RefusedError(f"{str(path)!r} scales its rope by {kind!r}; those there are: default, llama3")
-    return Llama3Scaling(
+    return llama3_rope_factors(
+        head_dim,
+        rope["rope_theta"],
         factor=rope["factor"],
-        low_freq_factor=rope["low_freq_factor"],
-        high_freq_factor=rope["high_freq_factor"],
+        low=rope["low_freq_factor"],
+        high=rope["high_freq_factor"],
         trained_length=rope["original_max_position_embeddings"],
     )

@@ -18,25 +18,6 @@ from .decoder import Attend, Decoder, ModelConfig
 
 
 @dataclass(frozen=True, kw_only=True)
-class Llama3Scaling:
-    """How Llama 3.1 and later stretch their rope beyond the trained length (`rope_type: llama3`): slow frequencies are
-    divided by `factor`, fast ones kept, those between blended. Defaults: the published configs'."""
-
-    factor: float
-    low_freq_factor: float = 1.0
-    high_freq_factor: float = 4.0
-    trained_length: int = 8192
-    """tokens"""
-
-    def scale(self, frequency: float) -> float:
-        """One frequency (radians a token), as it is used."""
-        turns = self.trained_length * frequency / (2 * math.pi)  # over the trained length
-        kept = (turns - self.low_freq_factor) / (self.high_freq_factor - self.low_freq_factor)
-        kept = min(max(kept, 0.0), 1.0)
-        return kept * frequency + (1 - kept) * frequency / self.factor
-
-
-@dataclass(frozen=True, kw_only=True)
 class LlamaConfig(ModelConfig):
     """A Llama's shape."""
 
@@ -44,7 +25,8 @@ class LlamaConfig(ModelConfig):
     ffn_dim: int
     rope_theta: float
     rms_norm_eps: float
-    rope_scaling: Llama3Scaling | None = None
+    rope_factors: tuple[float, ...] | None = None
+    """What each of the rope's H/2 frequencies is divided by, to reach beyond the trained length; None is no scaling."""
 
 
 class Linear(nn.Linear):
@@ -76,10 +58,10 @@ class RMSNorm(nn.Module):
 class Rope(nn.Module):
     """Rotary position embedding (Su et al., arXiv 2104.09864), halves rotated against each other."""
 
-    def __init__(self, head_dim: int, theta: float, scaling: Llama3Scaling | None) -> None:
+    def __init__(self, head_dim: int, theta: float, factors: tuple[float, ...] | None) -> None:
         super().__init__()
-        frequencies = [theta ** (-2 * i / head_dim) for i in range(head_dim // 2)]
-        self.frequencies = [scaling.scale(f) for f in frequencies] if scaling else frequencies
+        factors = factors or (1.0,) * (head_dim // 2)
+        self.frequencies = [f / factor for f, factor in zip(frequencies(head_dim, theta), factors, strict=True)]
 
     def forward(self, position_R: Tensor) -> tuple[Tensor, Tensor]:
         """i32 positions -> (cos_R1H, sin_R1H), float32, to be broadcast over heads."""
@@ -87,6 +69,28 @@ class Rope(nn.Module):
         angle = position_R.float()[:, None, None] * frequency
         angle_R1H = torch.cat([angle, angle], dim=-1)
         return angle_R1H.cos(), angle_R1H.sin()
+
+
+def frequencies(head_dim: int, theta: float) -> list[float]:
+    """The rope's H/2 frequencies, fastest first (radians a token)."""
+    return [theta ** (-2 * i / head_dim) for i in range(head_dim // 2)]
+
+
+def llama3_rope_factors(
+    head_dim: int, theta: float, *, factor: float, low: float = 1.0, high: float = 4.0, trained_length: int = 8192
+) -> tuple[float, ...]:
+    """How Llama 3.1 and later stretch their rope (`rope_type: llama3`); defaults as in the published configs.
+
+    A frequency that turns fewer than `low` times over the trained length (tokens) is divided by `factor`, one that
+    turns more than `high` times is kept, those between are blended.
+    """
+
+    def divisor(frequency: float) -> float:
+        turns = trained_length * frequency / (2 * math.pi)
+        kept = min(max((turns - low) / (high - low), 0.0), 1.0)
+        return 1 / (kept + (1 - kept) / factor)
+
+    return tuple(divisor(frequency) for frequency in frequencies(head_dim, theta))
 
 
 def rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
@@ -156,7 +160,7 @@ class Llama(Decoder):
         super().__init__()
         self.config = config
         self.embed_tokens = Embedding(config.vocab_size, config.model_dim)
-        self.rope = Rope(config.head_dim, config.rope_theta, config.rope_scaling)
+        self.rope = Rope(config.head_dim, config.rope_theta, config.rope_factors)
         self.layers = nn.ModuleList(LlamaLayer(config) for _ in range(config.num_layers))
         self.norm = RMSNorm(config.model_dim, config.rms_norm_eps)
         self.lm_head = Linear(config.model_dim, config.vocab_size, bias=False)

@@ -11,7 +11,7 @@ from slipstream.engine_impl.loading import load_engine
 HEADS, KV_HEADS, HEAD_DIM, DIM, FFN, VOCABULARY = 4, 2, 8, 32, 48, 259
 
 
-def write_model(path, *, family="llama", drop=(), extra=None, shapes=None):
+def write_model(path, *, family="llama", drop=(), extra=None, shapes=None, scaling=None):
     """A whole tiny Llama, random, with a byte-level tokenizer."""
     rng = np.random.default_rng(0)
     writer = gguf.GGUFWriter(path, family)
@@ -24,6 +24,8 @@ def write_model(path, *, family="llama", drop=(), extra=None, shapes=None):
     writer.add_head_count_kv(KV_HEADS)
     writer.add_layer_norm_rms_eps(1e-5)
     writer.add_rope_freq_base(10000.0)
+    if scaling:
+        writer.add_rope_scaling_type(gguf.RopeScalingType(scaling))
     letters = sorted(pre_tokenizers().ByteLevel.alphabet())
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("smollm")
@@ -76,6 +78,14 @@ def test_a_whole_file_loads_and_answers(tmp_path):
     assert prefix.kv_LKTC.shape == (1, KV_HEADS, 16, 2 * HEAD_DIM)
 
 
+def test_the_rope_of_llama_3_comes_from_its_tensor(tmp_path):
+    path = write_model(tmp_path / "m.gguf", extra={"rope_freqs.weight": (HEAD_DIM // 2,)})
+    checkpoint = GGUFCheckpoint(path)
+    stored = next(t for t in gguf.GGUFReader(path).tensors if t.name == "rope_freqs.weight")
+    assert checkpoint.config.rope_factors == pytest.approx(stored.data.tolist())
+    load(path)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -83,7 +93,7 @@ def test_a_whole_file_loads_and_answers(tmp_path):
         ({"extra": {"blk.0.attn_q.bias": (32,)}}, "no parameter for blk.0.attn_q.bias"),
         ({"shapes": {"blk.0.ffn_gate.weight": (FFN, DIM - 1)}}, r"gate_proj.weight has shape \(48, 31\)"),
         ({"family": "qwen2"}, "family 'qwen2'; the families there are: llama"),
-        ({"extra": {"rope_freqs.weight": (4,)}}, "scales its rope"),
+        ({"scaling": "yarn"}, "scales its rope by 'yarn'"),
     ],
 )
 def test_weights_are_never_wrong_in_silence(tmp_path, change, message):

@@ -1,0 +1,156 @@
+"""The product as its users meet it: the embedded model, a real process, real gRPC."""
+
+import json
+import re
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+
+import grpc
+import pytest
+from slipstream.protos import orchestrator_pb2 as pb
+from slipstream.protos.orchestrator_pb2_grpc import OrchestratorStub
+
+pytestmark = pytest.mark.slow
+
+CLI = [sys.executable, "-m", "slipstream.server.cli"]
+SIZES = ["--slots", "3", "--cache-length", "256", "--max-prefill-length", "64", "--tensor-parallel", "1"]
+QUESTIONS = ["What is the capital of France?", "Name three colours.", "Wie heißt du?", "2 + 2 =", "Tell me a joke."]
+CALL_S = 120
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[tuple[subprocess.Popen, str]]:
+    command = [*CLI, "serve", "--port", "0", *SIZES]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout
+        line = process.stdout.readline()
+        match = re.match(r"SERVING on (\S+)", line)
+        assert match, line
+        yield process, match[1]
+        process.kill()
+
+
+@pytest.fixture(scope="module")
+def offline():
+    """The same questions through `slipstream generate`: ids in, ids out."""
+    prompts = [word for question in QUESTIONS for word in ("--prompt", question)]
+    done = subprocess.run(
+        [*CLI, "generate", *SIZES, *prompts, "--max-tokens", "20", "--json"], capture_output=True, text=True, check=True
+    )
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def decode(channel, path=None, **fields):
+    """All replies of one call."""
+    request = pb.DecodeRequest(**{"max_tokens": 20} | fields)
+    if path is None:
+        return list(OrchestratorStub(channel).Decode(request, timeout=CALL_S))
+    call = channel.unary_stream(path, pb.DecodeRequest.SerializeToString, pb.DecodeResponse.FromString)
+    return list(call(request, timeout=CALL_S))
+
+
+def answer(replies):
+    samples = [sample for reply in replies for sample in reply.stream_content.samples]
+    return "".join(sample.text for sample in samples), [token for sample in samples for token in sample.token_ids]
+
+
+def chat(text):
+    return {"messages": pb.DecodeRequest.Chat(messages=[pb.DecodeRequest.Message(role="user", content=text)])}
+
+
+def test_offline_and_served_answers_agree_alone_and_together(server, offline):
+    """Five questions at once over three slots, then one alone: greedy tokens do not depend on company."""
+    expected = [(result["text"], result["token_ids"]) for result in offline["results"]]
+    answers: dict[int, tuple] = {}
+    with grpc.insecure_channel(server[1]) as channel:
+
+        def ask(index: int) -> None:
+            answers[index] = answer(decode(channel, **chat(QUESTIONS[index])))
+
+        threads = [threading.Thread(target=ask, args=[index]) for index in range(len(QUESTIONS))]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert [answers[index] for index in range(len(QUESTIONS))] == expected
+        assert answer(decode(channel, **chat(QUESTIONS[2]))) == expected[2]
+
+
+def test_jetstreams_path_streams_ids_for_ids_a_token_at_a_time(server, offline):
+    result = offline["results"][0]
+    content = pb.DecodeRequest.TokenContent(token_ids=result["prompt_token_ids"])
+    with grpc.insecure_channel(server[1]) as channel:
+        replies = decode(channel, "/jetstream_proto.Orchestrator/Decode", token_content=content)
+    assert answer(replies) == (result["text"], result["token_ids"])
+    assert len(replies) > len(result["token_ids"]) / 2  # it streams
+
+
+def test_the_seed_decides_a_sampled_answer(server):
+    options = {"temperature": 1.0, "top_p": 0.95, "top_k": 50} | chat("Tell me a story.")
+    with grpc.insecure_channel(server[1]) as channel:
+        first, again, other = (answer(decode(channel, seed=seed, **options)) for seed in (1, 1, 2))
+    assert first == again
+    assert first != other
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({}, "the prompt is missing"),
+        (chat("hi") | {"max_tokens": 0}, "max_tokens=0 must be at least 1"),
+        (chat("hi") | {"max_tokens": -5}, "max_tokens=-5"),
+        (chat("hi") | {"max_tokens": 250}, "exceed cache_length=256"),
+        (chat("long " * 100), "the largest prefill bucket 64"),
+        (chat("hi") | {"temperature": -1.0}, "temperature=-1.0"),
+        (chat("hi") | {"top_p": 1.5}, "top_p=1.5"),
+        ({"token_content": pb.DecodeRequest.TokenContent(token_ids=[5, 49152])}, "ids go from 0 to 49151"),
+        ({"token_content": pb.DecodeRequest.TokenContent(token_ids=[-1])}, "token id -1 at position 0"),
+        ({"text_content": pb.DecodeRequest.TextContent(text="")}, "the prompt is empty"),
+    ],
+)
+def test_bad_requests_are_told_and_harm_nobody(server, fields, message):
+    with grpc.insecure_channel(server[1]) as channel:
+        good = OrchestratorStub(channel).Decode(pb.DecodeRequest(max_tokens=8, **chat("Hello")), timeout=CALL_S)
+        with pytest.raises(grpc.RpcError) as told:
+            decode(channel, **fields)
+        assert told.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+        assert message in told.value.details()
+        assert answer(good)[1]
+
+
+def test_a_cancelled_answer_gives_its_slot_back(server):
+    """Nine long answers are begun and left over three slots; a new one does not wait for 190 tokens of each."""
+    with grpc.insecure_channel(server[1]) as channel:
+        stub = OrchestratorStub(channel)
+        for _ in range(3):
+            calls = [stub.Decode(pb.DecodeRequest(max_tokens=190, **chat("Count to 100."))) for _ in range(3)]
+            for call in calls:
+                next(call)
+                call.cancel()
+        assert answer(decode(channel, **chat(QUESTIONS[0])))[1]
+
+
+def test_sigterm_lets_answers_finish_and_ends_with_0(server):
+    """Last: it stops the module's server."""
+    process, target = server
+    with grpc.insecure_channel(target) as channel:
+        call = OrchestratorStub(channel).Decode(pb.DecodeRequest(max_tokens=40, **chat("Tell me a story.")))
+        first = next(call)
+        process.send_signal(signal.SIGTERM)
+        rest = list(call)
+    assert rest[-1].stream_content.samples[0].finish_reason
+    assert len(answer([first, *rest])[1]) == 40
+    assert process.wait(60) == 0
+    assert "Traceback" not in process.stderr.read()
+
+
+def test_the_demo_asks_and_stops():
+    """What `make demo` runs."""
+    done = subprocess.run([*CLI, "demo", *SIZES, "--max-tokens", "12"], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "The capital of France is Paris" in done.stdout
+    assert re.search(r"12 tokens · TTFT \d+ ms · [\d.]+ ms per token · [\d.]+ tokens/s", done.stdout)
+    assert "stopped with status 0" in done.stdout
