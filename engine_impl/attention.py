@@ -8,7 +8,7 @@ from collections.abc import Callable
 import jax
 
 from ..cache_manager import rows
-from ..kernels import Backend, prefill_attention, ragged_attention
+from ..kernels import Backend, attention_steps, prefill_attention, ragged_attention
 
 Attend = Callable[[jax.Array | int, jax.Array, jax.Array, jax.Array], jax.Array]
 """(layer, q_RNH, k_RKH, v_RKH) -> out_RNH"""
@@ -16,10 +16,11 @@ Attend = Callable[[jax.Array | int, jax.Array, jax.Array, jax.Array], jax.Array]
 
 def attend_cache(cache_LBKSC: jax.Array, length_B: jax.Array, *, mesh: jax.sharding.Mesh, backend: Backend) -> Attend:
     """Rows are slots: each attends to its first `length` cached tokens and to its own new one."""
+    steps = attention_steps(cache_LBKSC, length_B, mesh=mesh, backend=backend)
 
     def attend(layer, q_BNH, k_BKH, v_BKH):
         new_BKC = rows(k_BKH, v_BKH)
-        return ragged_attention(q_BNH, new_BKC, cache_LBKSC, layer, length_B, mesh=mesh, backend=backend)
+        return ragged_attention(q_BNH, new_BKC, cache_LBKSC, layer, length_B, steps, mesh=mesh, backend=backend)
 
     return attend
 

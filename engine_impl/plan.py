@@ -14,6 +14,22 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import jax
+import jax.numpy as jnp
+import torch
+from jax.experimental import topologies
+
+from .checkpoints.gguf import GGUFCheckpoint
+from .checkpoints.hf_config import read_hf_config
+from .chips import Chip, chip_of
+from .config import EngineConfig
+from .engine import Engine
+from .errors import RefusedError
+from .hlo import Program
+from .models.llama import Llama, LlamaConfig
+from .presets import preset
+from .sharding import make_mesh
+
 # libtpu as a compiler only: do not look for a TPU, and let other processes use libtpu beside this one.
 COMPILER_ONLY = {
     "TPU_SKIP_MDS_QUERY": "1",
@@ -21,24 +37,6 @@ COMPILER_ONLY = {
     "TPU_WORKER_HOSTNAMES": "localhost",
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
 }
-for _name, _value in COMPILER_ONLY.items():
-    os.environ.setdefault(_name, _value)
-
-import jax  # noqa: E402  (libtpu reads the environment when JAX loads it)
-import jax.numpy as jnp  # noqa: E402
-import torch  # noqa: E402
-from jax.experimental import topologies  # noqa: E402
-
-from .checkpoints.gguf import GGUFCheckpoint  # noqa: E402
-from .checkpoints.hf_config import read_hf_config  # noqa: E402
-from .chips import Chip, chip_of  # noqa: E402
-from .config import EngineConfig  # noqa: E402
-from .engine import Engine  # noqa: E402
-from .errors import RefusedError  # noqa: E402
-from .hlo import Program  # noqa: E402
-from .models.llama import Llama, LlamaConfig  # noqa: E402
-from .presets import preset  # noqa: E402
-from .sharding import make_mesh  # noqa: E402
 
 OUT_OF_MEMORY = re.compile(r"RESOURCE_EXHAUSTED.*", re.DOTALL)
 
@@ -219,6 +217,8 @@ def _devices(topology: str) -> list[Any]:
         import libtpu  # noqa: F401  (JAX's own message, without it, speaks of platforms)
     except ImportError as error:
         raise RefusedError("planning needs the TPU compiler, libtpu; install it: pip install 'jax[tpu]'") from error
+    for name, value in COMPILER_ONLY.items():
+        os.environ.setdefault(name, value)  # read when libtpu is loaded, by the call below
     jax.config.update("jax_platforms", "cpu")
     return list(topologies.get_topology_desc(topology_name=topology, platform="tpu").devices)
 

@@ -1,0 +1,189 @@
+"""Microseconds of decode attention and of the flush alone, beside what else this backend runs.
+
+Attention is timed over all layers, one after another as in a step: one layer's rows would stay in a CPU's cache.
+"""
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ..cache_manager import CacheLayout
+from ..engine_impl.errors import RefusedError
+from ..engine_impl.loading import _devices, _dtype
+from ..engine_impl.sharding import make_mesh
+from ..kernels import Backend, backend_for, cache_flush
+from . import machine
+from .attentions import Attention, Case, attentions
+from .stats import percentile
+from .table import Progress, table
+
+Flush = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
+"""(cache_LBKSC, new_LBKC, position_B) -> cache_LBKSC, donated"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class KernelPlan:
+    """Shapes and repeats; see the flags of `slipstream bench kernel`."""
+
+    slots: int
+    cache_length: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    dtype: Literal["auto", "float32", "bfloat16"]
+    repeats: int
+    platform: Literal["auto", "cpu", "tpu", "cuda"]
+
+
+def run(plan: KernelPlan, live_tokens: list[int]) -> dict[str, Any]:
+    """{"attention": [a row each], "flush": [a row each], ...the plan and the machine}. Raises RefusedError."""
+    for live in live_tokens:
+        if live >= plan.cache_length:
+            raise RefusedError(f"live_tokens={live} must be below cache_length={plan.cache_length}")
+    if plan.cache_length % 128 or plan.heads % plan.kv_heads:
+        raise RefusedError(
+            f"cache_length={plan.cache_length} must be a multiple of 128, and heads={plan.heads} of "
+            f"kv_heads={plan.kv_heads}"
+        )
+    devices = _devices(plan.platform)
+    platform, bandwidth = devices[0].platform, machine.copy_bandwidth(devices[0])
+    bench = KernelBench(plan, make_mesh(devices[:1], plan.heads, plan.kv_heads, 1), backend_for(platform))
+    attention = [row for live in live_tokens for row in bench.attention_rows(live, bandwidth)]
+    flush = list(bench.flush_rows(live_tokens[0], bandwidth))
+    for title, rows in (("attention, all layers", attention), ("flush, all layers", flush)):
+        print(f"{title}\n{_table(rows)}\n")
+    if platform == "cpu":
+        print("XLA programs only, on a CPU: JAX's paged and ragged kernels and our Pallas ones need an accelerator.")
+    shape = asdict(plan) | {"dtype": bench.dtype.name, "copy_bandwidth_bytes_per_second": round(bandwidth)}
+    return shape | {"attention": attention, "flush": flush} | machine.describe(machine.use_threads(None))
+
+
+class KernelBench:
+    """The arrays of one shape on one device."""
+
+    def __init__(self, plan: KernelPlan, mesh: jax.sharding.Mesh, backend: Backend) -> None:
+        self.platform = mesh.devices.flat[0].platform
+        self.dtype = _dtype(plan.dtype, self.platform)
+        self._plan, self._mesh = plan, mesh
+        self._backend: Backend = backend
+        self._layout = CacheLayout(
+            layers=plan.layers,
+            slots=plan.slots,
+            kv_heads=plan.kv_heads,
+            length=plan.cache_length,
+            head_dim=plan.head_dim,
+            dtype=self.dtype,
+        )
+
+    def case(self, live_tokens: int) -> Case:
+        """Every slot holds `live_tokens` rows."""
+        _, slots, kv_heads, _, lanes = self._layout.shape
+        keys = jax.random.split(jax.random.key(0), 3)
+        return Case(
+            q_BNH=jax.random.normal(keys[0], (slots, self._plan.heads, lanes // 2), self.dtype),
+            new_BKC=jax.random.normal(keys[1], (slots, kv_heads, lanes), self.dtype),
+            cache_LBKSC=jax.random.normal(keys[2], self._layout.shape, self.dtype),
+            length_B=jnp.full(slots, live_tokens, jnp.int32),
+            mesh=self._mesh,
+        )
+
+    def attention_rows(self, live_tokens: int, bandwidth: float) -> Iterator[dict[str, Any]]:
+        """One row an implementation; one that refuses the shape says why instead of a time."""
+        progress, case, expected_BNH = Progress(), self.case(live_tokens), None
+        nbytes = round(self._layout.bytes * (live_tokens + 1) / self._plan.cache_length)
+        for attention in attentions(self.platform, self._backend, self._mesh):
+            progress.show(f"{attention.name}, {live_tokens} live tokens ...")
+            row: dict[str, Any] = {"name": attention.name, "live_tokens": live_tokens, "bytes": nbytes}
+            try:
+                us, out_BNH = self._time_attention(attention, case)
+            except Exception as error:  # a rival's kernel may refuse in any way
+                row |= _times([], nbytes, bandwidth) | {"max_error": None, "refused": str(error).split("\n")[0][:200]}
+            else:
+                expected_BNH = out_BNH if expected_BNH is None else expected_BNH
+                row |= _times(us, nbytes, bandwidth)
+                row |= {"max_error": float(np.abs(out_BNH - expected_BNH).max()), "refused": None}
+            progress.clear()
+            yield row
+
+    def _time_attention(self, attention: Attention, case: Case) -> tuple[list[float], np.ndarray]:
+        """(µs of each call, the first layer's output)."""
+        arrays, layers = jax.block_until_ready(attention.prepare(case)), self._plan.layers
+
+        @jax.jit
+        def all_layers(q_BNH: jax.Array, arrays: Any) -> jax.Array:
+            for layer in range(layers):
+                q_BNH = attention.attend(q_BNH, layer, arrays)  # the next layer waits for this one
+            return q_BNH
+
+        first_BNH = jax.jit(attention.attend, static_argnums=1)(case.q_BNH, 0, arrays)
+        us = timed(lambda: all_layers(case.q_BNH, arrays), self._plan.repeats)
+        return us, np.asarray(first_BNH, np.float32)
+
+    def flush_rows(self, live_tokens: int, bandwidth: float) -> Iterator[dict[str, Any]]:
+        """One row an implementation."""
+        case, plan = self.case(live_tokens), self._plan
+        new_LBKC = jnp.broadcast_to(case.new_BKC, (plan.layers, *case.new_BKC.shape)).copy()
+        nbytes = 2 * new_LBKC.nbytes
+        cache_LBKSC, expected = case.cache_LBKSC, None
+        for name, flush in self._flushes():
+            compiled = jax.jit(flush, donate_argnums=0)
+            state = [compiled(cache_LBKSC, new_LBKC, case.length_B)]
+
+            def step(compiled=compiled, state=state) -> jax.Array:
+                state[0] = compiled(state[0], new_LBKC, case.length_B)
+                return state[0]
+
+            us = timed(step, plan.repeats)
+            cache_LBKSC = state[0]
+            written = np.asarray(cache_LBKSC[:, :, :, live_tokens], np.float32)
+            expected = written if expected is None else expected
+            row = {"name": name, "live_tokens": live_tokens, "bytes": nbytes} | _times(us, nbytes, bandwidth)
+            yield row | {"max_error": float(np.abs(written - expected).max()), "refused": None}
+
+    def _flushes(self) -> Iterator[tuple[str, Flush]]:
+        def ours(backend: Backend) -> Flush:
+            return lambda cache, new, position: cache_flush(cache, new, position, mesh=self._mesh, backend=backend)
+
+        yield f"slipstream ({self._backend})", ours(self._backend)
+        if self._backend != "xla":
+            yield "slipstream (xla scatter)", ours("xla")
+        yield "vmap of dynamic_update_slice", jax.vmap(_update_slot, in_axes=(1, 1, 0), out_axes=1)
+
+
+def _update_slot(slot_LKSC: jax.Array, new_LKC: jax.Array, position: jax.Array) -> jax.Array:
+    return jax.lax.dynamic_update_slice(slot_LKSC, new_LKC[:, :, None], (0, 0, position, 0))
+
+
+def timed(call: Callable[[], jax.Array], repeats: int) -> list[float]:
+    """Microseconds of each call, after two that do not count."""
+    times = []
+    for _ in range(repeats + 2):
+        start = time.perf_counter()
+        jax.block_until_ready(call())
+        times.append((time.perf_counter() - start) * 1e6)
+    return times[2:]
+
+
+def _times(us: list[float], nbytes: int, bandwidth: float) -> dict[str, Any]:
+    p50, p99 = percentile(us, 50), percentile(us, 99)
+    if p50 is None or p99 is None:
+        return {"us_p50": None, "us_p99": None, "bytes_per_second": None, "mbu": None}
+    speed = nbytes / p50 * 1e6
+    return {
+        "us_p50": round(p50, 2),
+        "us_p99": round(p99, 2),
+        "bytes_per_second": round(speed),
+        "mbu": round(speed / bandwidth, 4),
+    }
+
+
+def _table(rows: list[dict[str, Any]]) -> str:
+    headers = ["implementation", "live", "p50 us", "p99 us", "bytes", "MBU", "max error", "refused"]
+    keys = ["name", "live_tokens", "us_p50", "us_p99", "bytes", "mbu", "max_error", "refused"]
+    return table(headers, [[row[key] for key in keys] for row in rows])

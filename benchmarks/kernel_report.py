@@ -1,0 +1,330 @@
+"""Which block size keeps the attention kernel bound by HBM, and what a flush costs: the compiler's schedule, no TPU.
+
+    python -m slipstream.benchmarks.kernel_report --chips v5e --json
+
+Compiles the real kernels with libtpu and counts the VLIW bundles, one a cycle, of each kind of grid step, against the
+cycles that the step's bytes take at the chip's full bandwidth. A step takes the larger of the two, since the pipeline
+fetches a block while it computes on the one before.
+
+Attention, bundles by kind of step:
+
+    pipeline    of a step that computes nothing: fetching, waiting, storing
+    whole       a block full of live rows, the pipeline included
+    boundary    the block with the slot's last row, which masks scores and v; the pipeline included
+    slot        once a slot, on top: the start from the new token, the division at the end
+    bound       what a whole step waits for
+    cycles      of one layer for a slot of 1024 tokens, on average over where in a block it ends
+
+Cycles hold the trade-off: a larger block reads more that the slot does not use, half a block on average; a smaller one
+pays for the pipeline more often. `kernels/ragged_attention/block_sizes.py` takes the block of the fewest on v5e.
+
+Not in it: stalls on VMEM and what latency of a DMA is not hidden. So bundles are a lower bound of compute.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from ..engine_impl.chips import CHIPS
+from ..kernels.cache_flush.pallas_tpu import tile_rows
+from .llo import parse, programs
+
+KV_HEADS, HEAD_DIMS, DTYPES = (1, 4, 8), (64, 128), ("bfloat16", "float32")
+BLOCK_BYTES = (64 * 1024, 2 * 1024 * 1024)  # smaller is hopeless, of larger ones two do not fit into v5e's VMEM
+BLOCK_ROWS = (128, 256, 512, 1024, 2048)
+QUERY_GROUP = 4  # query heads a kv head; up to 8 share a tile of 8 rows
+LIVE_ROWS = 1024  # of the slot that `cycles` is about
+
+FLUSH_LAYERS = 32
+
+
+@dataclass(frozen=True)
+class Core:
+    """What runs one kernel's grid."""
+
+    topology: str
+    clock: float
+    """cycles a second: peak bf16 operations over what the MXUs of a core do in a cycle, 2 * 128 * 128 each on four, so
+    1.5 GHz on v5e (four MXUs: https://cloud.google.com/tpu/docs/v5e). v4: 1.05 GHz, as in arXiv:2304.01433, table 4.
+    v6e: four times as large MXUs, of which the documentation counts two or four; the compiler estimates a 4096**3
+    product at 301,616 cycles, which two cannot do, and four at 1.75 GHz make the data sheet's peak."""
+    per_device: int
+    """cores of a JAX device, which share its HBM and the slots of the grid"""
+    delay_slots: int = 4
+    """bundles that are issued behind a branch whether it is taken or not"""
+
+    def dma_cycles(self, chip: str, nbytes: int) -> int:
+        """Cycles for `nbytes` at this core's share of the bandwidth."""
+        return round(nbytes / (CHIPS[chip].hbm_bandwidth / self.per_device) * self.clock)
+
+
+CORES = {
+    "v5e": Core("v5e:2x2", 1.5e9, 1),
+    "v6e": Core("v6e:2x2", 1.75e9, 1),
+    "v5p": Core("v5p:2x2x1", 1.75e9, 2),
+    "v4": Core("v4:2x2x1", 1.05e9, 1, delay_slots=1),
+}
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One kernel to compile."""
+
+    kernel: str
+    """ "attention" or "flush" """
+    kv_heads: int
+    """of one chip"""
+    head_dim: int
+    dtype: str
+    block: int = 0
+    """rows a step; attention only"""
+
+
+@dataclass(frozen=True)
+class AttentionRow:
+    """Bundles of the attention kernel's steps."""
+
+    chip: str
+    setting: Setting
+    block_bytes: int
+    pipeline: int
+    whole: int
+    boundary: int
+    slot: int
+    dma_cycles: int
+
+    @property
+    def is_dma_bound(self) -> bool:
+        """Whether HBM, not the program, decides how long a whole step takes."""
+        return self.whole <= self.dma_cycles
+
+    @property
+    def cycles(self) -> int:
+        """See the module's docstring."""
+        boundary = 1 - 1 / self.setting.block  # a slot may end with its block
+        whole = (LIVE_ROWS + (self.setting.block - 1) / 2) / self.setting.block - boundary
+        return round(
+            whole * max(self.whole, self.dma_cycles) + boundary * max(self.boundary, self.dma_cycles) + self.slot
+        )
+
+
+@dataclass(frozen=True)
+class FlushRow:
+    """Bundles of the flush kernel's step: one slot, FLUSH_LAYERS layers."""
+
+    chip: str
+    setting: Setting
+    step: int
+    dma_cycles: int
+    """for the tiles, there and back"""
+
+
+Row = AttentionRow | FlushRow
+
+
+def settings(chips_kv_heads: Iterable[int] = KV_HEADS) -> list[Setting]:
+    """All that is compiled for one chip."""
+    found = []
+    for kv_heads in chips_kv_heads:
+        for head_dim in HEAD_DIMS:
+            for dtype in DTYPES:
+                row_bytes = _row_bytes(kv_heads, head_dim, dtype)
+                found += [
+                    Setting("attention", kv_heads, head_dim, dtype, block)
+                    for block in BLOCK_ROWS
+                    if BLOCK_BYTES[0] <= block * row_bytes <= BLOCK_BYTES[1]
+                ]
+                found.append(Setting("flush", kv_heads, head_dim, dtype))
+    return found
+
+
+def measure(chip: str, wanted: list[Setting]) -> list[Row]:
+    """Compile and read kernels for a chip, in a process of its own: libtpu reads its flags when it is loaded.
+
+    Raises RuntimeError with what the process wrote if it fails.
+    """
+    from ..engine_impl.plan import COMPILER_ONLY
+
+    with tempfile.TemporaryDirectory() as dump:
+        flags = f"--xla_jf_dump_to={dump} --xla_jf_dump_llo_text=true --xla_jf_dump_llo_pass_label_regex=final"
+        child = subprocess.run(
+            [sys.executable, "-m", "slipstream.benchmarks.kernel_report", "--chips", chip, "--into", dump],
+            env=os.environ | COMPILER_ONLY | {"LIBTPU_INIT_ARGS": flags, "JAX_PLATFORMS": "cpu"},
+            input=json.dumps([asdict(setting) for setting in wanted]),
+            capture_output=True,
+            text=True,
+        )
+    if child.returncode:
+        raise RuntimeError(f"compiling for {chip} failed:\n{child.stderr[-4000:]}")
+    rows: list[Row] = []
+    for line in child.stdout.splitlines():
+        fields = json.loads(line)
+        fields["setting"] = Setting(**fields["setting"])
+        rows.append((AttentionRow if fields["setting"].kernel == "attention" else FlushRow)(**fields))
+    return rows
+
+
+def _row_bytes(kv_heads: int, head_dim: int, dtype: str) -> int:
+    return kv_heads * 2 * head_dim * {"bfloat16": 2, "float32": 4}[dtype]
+
+
+def _child(chip: str, dump: Path) -> None:
+    """Settings on stdin, a row each on stdout; libtpu dumps into `dump`."""
+    for setting in [Setting(**fields) for fields in json.load(sys.stdin)]:
+        _compile(CORES[chip].topology, setting)
+        kernel = {"attention": "ragged_attention", "flush": "cache_flush"}[setting.kernel]
+        (text,) = (text for name, text in programs(dump).items() if name.startswith(kernel))
+        for path in dump.iterdir():
+            path.unlink()
+        print(json.dumps(asdict(read(chip, setting, text))), flush=True)
+
+
+def _compile(topology: str, setting: Setting) -> None:
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+    from jax.experimental import topologies
+    from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+    from ..kernels.cache_flush.pallas_tpu import cache_flush_tpu
+    from ..kernels.ragged_attention.pallas_tpu import live_steps, ragged_attention_tpu
+
+    mesh = Mesh(np.array(topologies.get_topology_desc(topology_name=topology, platform="tpu").devices[:1]), ("tensor",))
+    everywhere = PartitionSpec()
+    K, H, B = setting.kv_heads, setting.head_dim, 96
+
+    def array(*shape: int, dtype: Any = jnp.dtype(setting.dtype)) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, everywhere))
+
+    layer, length_B = array(dtype=jnp.int32), array(B, dtype=jnp.int32)
+    if setting.kernel == "attention":
+        donated = ()
+
+        def kernel(q_BNH, new_BKC, cache_LBKSC, layer, length_B):
+            steps = live_steps(length_B, cache_LBKSC.shape[3], setting.block)
+            return ragged_attention_tpu(q_BNH, new_BKC, cache_LBKSC, layer, length_B, steps)
+
+        cache_LBKSC = array(2, B, K, 2 * BLOCK_ROWS[-1], 2 * H)
+        args = array(B, K * QUERY_GROUP, H), array(B, K, 2 * H), cache_LBKSC, layer, length_B
+    else:
+        kernel, donated = cache_flush_tpu, (0,)
+        args = array(FLUSH_LAYERS, B, K, 256, 2 * H), array(FLUSH_LAYERS, B, K, 2 * H), length_B
+    sharded = jax.shard_map(kernel, mesh=mesh, in_specs=everywhere, out_specs=everywhere, check_vma=False)
+    jax.jit(sharded, donate_argnums=donated).lower(*args).compile()
+
+
+def read(chip: str, setting: Setting, text: str) -> Row:
+    """A setting's row from its final program."""
+    core = CORES[chip]
+    program = parse(text, core.delay_slots)
+    row_bytes = _row_bytes(setting.kv_heads, setting.head_dim, setting.dtype)
+    if setting.kernel == "flush":
+        dma = core.dma_cycles(chip, 2 * FLUSH_LAYERS * tile_rows(setting.dtype) * row_bytes)
+        return FlushRow(chip, setting, program.issued(program.regions), dma)
+    products = program.of("vmat")
+    if len(products) != 2:
+        raise ValueError(f"{len(products)} regions with matrix products, not a whole block's and a boundary's")
+    stages = program.stages()
+    return AttentionRow(
+        chip,
+        setting,
+        block_bytes=setting.block * row_bytes,
+        pipeline=program.issued(stages),
+        whole=program.issued(stages | {products[0]}),
+        boundary=program.issued(stages | {products[1]}),
+        slot=program.issued(program.regions) - program.issued(stages | set(products)),
+        dma_cycles=core.dma_cycles(chip, setting.block * row_bytes),
+    )
+
+
+def best_blocks(rows: Iterable[AttentionRow]) -> dict[tuple[str, int, int, str], AttentionRow]:
+    """By chip, kv heads, head dim and dtype the row with the fewest cycles."""
+    best: dict[tuple[str, int, int, str], AttentionRow] = {}
+    for row in rows:
+        key = row.chip, row.setting.kv_heads, row.setting.head_dim, row.setting.dtype
+        if key not in best or row.cycles < best[key].cycles:
+            best[key] = row
+    return best
+
+
+def report(rows: list[Row]) -> str:
+    """The two tables."""
+    from .table import table
+
+    attention = [row for row in rows if isinstance(row, AttentionRow)]
+    best = best_blocks(attention).values()
+    lines = [
+        (
+            row.chip, row.setting.kv_heads, row.setting.head_dim, row.setting.dtype, row.setting.block,
+            row.block_bytes // 1024, row.pipeline, row.whole, row.boundary, row.slot, row.dma_cycles,
+            "DMA" if row.is_dma_bound else "bundles", row.cycles, "*" if row in best else "",
+        )
+        for row in attention
+    ]  # fmt: skip
+    headers = (
+        "chip", "K", "H", "dtype", "block", "KiB", "pipeline", "whole", "boundary", "slot", "DMA", "bound",
+        "cycles", "fewest",
+    )  # fmt: skip
+    flush = [
+        (r.chip, r.setting.kv_heads, r.setting.head_dim, r.setting.dtype, r.step, r.dma_cycles)
+        for r in rows
+        if isinstance(r, FlushRow)
+    ]
+    return "\n\n".join([
+        "Attention: bundles a grid step, by block of rows",
+        table(headers, lines),
+        f"Flush: bundles a grid step (a slot, {FLUSH_LAYERS} layers)",
+        table(("chip", "K", "H", "dtype", "step", "DMA"), flush),
+    ])  # fmt: skip
+
+
+def as_json(rows: list[Row]) -> dict[str, Any]:
+    """All rows as plain data."""
+
+    def plain(row: Row) -> dict[str, Any]:
+        fields = asdict(row)
+        fields |= fields.pop("setting")
+        if isinstance(row, AttentionRow):
+            return fields | {"is_dma_bound": row.is_dma_bound, "cycles": row.cycles}
+        return {name: value for name, value in fields.items() if name != "block"}
+
+    return {
+        "clock_hz": {chip: core.clock for chip, core in CORES.items()},
+        "live_rows": LIVE_ROWS,
+        "kernels": [plain(row) for row in rows],
+    }
+
+
+def main() -> None:
+    """The command."""
+    parser = argparse.ArgumentParser(
+        prog="python -m slipstream.benchmarks.kernel_report",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--chips", default=",".join(CORES), help=f"comma-separated, of {', '.join(CORES)} (all)")
+    parser.add_argument("--kv-heads", default=",".join(map(str, KV_HEADS)), help="kv heads a chip, comma-separated")
+    parser.add_argument("--json", action="store_true", help="print the JSON object only")
+    parser.add_argument("--into", type=Path, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    chips = args.chips.split(",")
+    if unknown := set(chips) - set(CORES):
+        parser.error(f"--chips {','.join(sorted(unknown))}: there are {', '.join(CORES)}")
+    if args.into:
+        _child(chips[0], args.into)
+        return
+    rows = [row for chip in chips for row in measure(chip, settings(map(int, args.kv_heads.split(","))))]
+    if not args.json:
+        print(report(rows), end="\n\n")
+    print(json.dumps(as_json(rows)))
+
+
+if __name__ == "__main__":
+    main()

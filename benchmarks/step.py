@@ -1,0 +1,246 @@
+"""Milliseconds of a decode step, beside what its bytes must cost, and beside a baseline timed in turns with it.
+
+A point is one choice of slots, cache length, live tokens and dtype. All slots are live and hold the same prompt. Every
+block of steps starts anew at `live_tokens - steps / 2`, so that `live_tokens` is the mean over a block.
+"""
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+import jax
+import numpy as np
+
+from ..engine_impl.config import EngineConfig
+from ..engine_impl.engine import Engine
+from ..engine_impl.errors import RefusedError
+from ..engine_impl.forward import Params
+from . import machine
+from .eager import EagerEngine
+from .models import Loaded, load
+from .stats import Ratio, percentile
+from .steppers import PROMPT_LENGTH, Block, EngineStepper, Stepper
+from .table import Progress, table
+
+Versus = Literal["none", "eager", "eager-per-layer", "transformers", "transformers-dynamic"]
+CHECKED_TOKENS = 16
+"""Tokens of the untimed first block that are compared with the baseline's."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Point:
+    """What one row of the table measures."""
+
+    slots: int
+    cache_length: int
+    live_tokens: int
+    dtype: Literal["auto", "float32", "bfloat16"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepPlan:
+    """What all points share."""
+
+    model: str
+    platform: Literal["auto", "cpu", "tpu", "cuda"]
+    tensor_parallel: int | None
+    versus: Versus
+    steps: int
+    """a block's"""
+    pairs: int
+    """blocks"""
+    threads: int | None
+
+
+def run(plan: StepPlan, points: list[Point]) -> dict[str, Any]:
+    """Measure every point. One point gives one flat object, several give {"sweep": [one object each]}.
+
+    Raises RefusedError for a point that cannot be measured, before anything is.
+    """
+    for point in points:
+        check(plan, point)
+    threads = machine.use_threads(plan.threads)
+    results = list(_results(plan, points, threads))
+    print(summary(results))
+    return results[0] if len(results) == 1 else {"sweep": results}
+
+
+def check(plan: StepPlan, point: Point) -> None:
+    """Raises RefusedError unless a block fits around the live tokens."""
+    longest = point.cache_length - (plan.steps + 1) // 2
+    if not plan.steps // 2 < point.live_tokens <= longest:
+        raise RefusedError(
+            f"live_tokens={point.live_tokens} must be above {plan.steps // 2} and at most {longest}: "
+            f"{plan.steps} steps around it fit into cache_length={point.cache_length}; choose others, or fewer --steps"
+        )
+
+
+def _results(plan: StepPlan, points: list[Point], threads: int) -> Iterator[dict[str, Any]]:
+    """Points that differ in live tokens alone share an engine."""
+    progress, bandwidth = Progress(), None
+    loaded_for, bench = None, None
+    for point in points:
+        if loaded_for != (key := (point.slots, point.cache_length, point.dtype)):
+            progress.show(f"{plan.model}: loading for {key} ...")
+            bench = None  # its memory goes first
+            bench, loaded_for = PointBench(plan, point), key
+        assert bench is not None
+        bandwidth = bandwidth or machine.copy_bandwidth(jax.devices()[0])
+        progress.show(f"{plan.model}: measuring {point} ...")
+        result = bench.measure(point, bandwidth) | machine.describe(threads)
+        progress.clear()
+        yield result
+
+
+class PointBench:
+    """A loaded model with its baseline, for points that differ in live tokens alone."""
+
+    def __init__(self, plan: StepPlan, point: Point) -> None:
+        config = EngineConfig(
+            model=plan.model,
+            slots=point.slots,
+            cache_length=point.cache_length,
+            dtype=point.dtype,
+            platform=plan.platform,
+            tensor_parallel=plan.tensor_parallel,
+        )
+        self._plan = plan
+        loaded = load(config)
+        jax.config.update("jax_enable_compilation_cache", False)  # or compile_seconds would be the disk's
+        self.engine, self.params = loaded.engine, loaded.params
+        self._prompt = prompt_for(loaded.engine)
+        self._ours, self.compile_seconds, tokens = started(EngineStepper(self.engine, self.params), self._prompt)
+        self._baseline, self._equal_tokens = None, None
+        if plan.versus != "none":
+            baseline = baseline_for(plan.versus, loaded)
+            self._baseline, _, baseline_tokens = started(baseline, self._prompt)
+            self._equal_tokens = tokens == baseline_tokens
+
+    def measure(self, point: Point, bandwidth: float) -> dict[str, Any]:
+        """All that the table and the JSON say of a point, but for the machine."""
+        steppers = [self._ours] if self._baseline is None else [self._ours, self._baseline]
+        blocks = in_turns(steppers, self._plan, point.live_tokens)
+        ms = [ms for block in blocks[0] for ms in block.step_ms]
+        p50, nbytes = float(np.median(ms)), bytes_per_step(self.engine, self.params, point.live_tokens)
+        devices = self.engine.mesh.devices.flat
+        # Virtual CPU devices share one memory; real ones each have their own.
+        chips = 1 if devices[0].platform == "cpu" else len(list(devices))
+        datasheet = machine.datasheet_bandwidth(devices[0])
+        result = {"model": self._plan.model, **asdict(point), "dtype": self.engine.layout.dtype.name} | {
+            "compile_seconds": round(self.compile_seconds, 3),
+            "step_ms_p50": round(p50, 4),
+            "step_ms_p99": _rounded(percentile(ms, 99)),
+            "tokens_per_second": round(point.slots * 1000 / float(np.mean(ms)), 2),
+            "bytes_per_step": nbytes,
+            "copy_bandwidth_bytes_per_second": round(bandwidth * chips),
+            "mbu": round(nbytes / (p50 / 1000) / (bandwidth * chips), 4),
+            "datasheet_bandwidth_bytes_per_second": datasheet and datasheet * chips,
+            "mbu_datasheet": datasheet and round(nbytes / (p50 / 1000) / (datasheet * chips), 4),
+            "steps_timed": len(ms),
+            "chips": len(list(self.engine.mesh.devices.flat)),
+            "layer_loop": self.engine.layer_loop,
+        }
+        if self._baseline is None:
+            return result
+        baseline_ms = [ms for block in blocks[1] for ms in block.step_ms]
+        ratio = Ratio.of([b.step_ms for b in blocks[0]], [b.step_ms for b in blocks[1]])
+        return (
+            result
+            | ratio.json()
+            | {
+                "versus": self._plan.versus,
+                "baseline_step_ms_p50": _rounded(percentile(baseline_ms, 50)),
+                "baseline_step_ms_p99": _rounded(percentile(baseline_ms, 99)),
+                "equal_tokens": self._equal_tokens,
+            }
+        )
+
+
+def baseline_for(versus: Versus, loaded: Loaded) -> Stepper:
+    """The baseline on the same weights, type and slots.
+
+    Raises RefusedError for one that does not run where the engine runs.
+    """
+    engine, params, checkpoint = loaded
+    if versus == "eager":
+        return EngineStepper(EagerEngine(engine, "stacked"), params, versus)
+    if versus == "eager-per-layer":
+        eager = EagerEngine(engine, "per_layer")
+        return EngineStepper(eager, params if eager.layer_loop == engine.layer_loop else eager.load_params(checkpoint))
+    if engine.mesh.devices.flat[0].platform != "cpu":
+        raise RefusedError(f"versus={versus!r} is compared on CPUs only; use --platform cpu, or --versus eager")
+    from .huggingface import TransformersStepper, transformers_model
+
+    return TransformersStepper(
+        transformers_model(checkpoint, engine.layout.dtype.name),
+        slots=engine.max_concurrent_decodes,
+        cache_length=engine.cache_length,
+        cache="dynamic" if versus == "transformers-dynamic" else "static",
+        name=versus,
+    )
+
+
+def prompt_for(engine: Engine) -> list[int]:
+    """Random tokens, the same in every run; few enough that the checked ones fit behind them."""
+    length = min(PROMPT_LENGTH, engine.max_prefill_length, engine.cache_length // 2)
+    return np.random.default_rng(0).integers(0, engine.vocab_size, length).tolist()
+
+
+def started(stepper: Stepper, prompt: list[int]) -> tuple[Any, float, list[int]]:
+    """Filled and stepped for the first time: (stepper, seconds of the first step less a usual one, its tokens)."""
+    stepper.fill(prompt)
+    start = time.perf_counter()
+    first = stepper.block(1)
+    seconds = time.perf_counter() - start
+    block = stepper.block(CHECKED_TOKENS)
+    return stepper, max(0.0, seconds - min(block.step_ms) / 1000), first.tokens + block.tokens
+
+
+def in_turns(
+    steppers: list[Any], plan: StepPlan, live_tokens: int, pause: Callable[[], object] = lambda: time.sleep(0.05)
+) -> list[list[Block]]:
+    """A B A B ...: each stepper's blocks. Before each, one untimed step: threads of the other may still be spinning."""
+    blocks: list[list[Block]] = [[] for _ in steppers]
+    for _ in range(plan.pairs):
+        for stepper, its_blocks in zip(steppers, blocks, strict=True):
+            pause()
+            stepper.set_length(live_tokens - plan.steps // 2)
+            stepper.block(1)
+            stepper.set_length(live_tokens - plan.steps // 2)
+            its_blocks.append(stepper.block(plan.steps))
+    return blocks
+
+
+def bytes_per_step(engine: Engine, params: Params, live_tokens: int) -> int:
+    """What a step cannot avoid to move: every weight and all live rows read once, the new rows written.
+
+    An embedding table that is not also the output projection is not counted: a step reads one row of it a slot.
+    """
+    read = {name: part for name, part in params.items() if name != "embed_tokens"}
+    weights = sum(leaf.nbytes for leaf in jax.tree.leaves(read))
+    return round(weights + engine.layout.bytes * (live_tokens + 1) / engine.cache_length)
+
+
+def summary(results: list[dict[str, Any]]) -> str:
+    """The results as a table, with what they share above it."""
+    first = results[0]
+    head = (
+        f"{first['model']} on {first['devices']} x {first['device']} ({first['cpu']}), threads={first['threads']}, "
+        f"copy bandwidth {first['copy_bandwidth_bytes_per_second'] / 1e9:.1f} GB/s"
+    )
+    columns = {
+        "slots": "slots", "cache_length": "cache", "live_tokens": "live", "dtype": "dtype",
+        "compile_seconds": "compile s", "step_ms_p50": "p50 ms", "step_ms_p99": "p99 ms",
+        "tokens_per_second": "tokens/s", "bytes_per_step": "bytes", "mbu": "MBU",
+    }  # fmt: skip
+    if "versus" in first:
+        columns |= {
+            "baseline_step_ms_p50": f"{first['versus']} ms", "ratio_p50": "ratio", "ratio_min": "min",
+            "ratio_max": "max", "equal_tokens": "equal tokens",
+        }  # fmt: skip
+    return f"{head}\n{table(list(columns.values()), [[r[key] for key in columns] for r in results])}"
+
+
+def _rounded(value: float | None) -> float | None:
+    return None if value is None else round(value, 4)

@@ -1,0 +1,82 @@
+"""What is timed: decode steps with every slot live, ours and the baselines', behind one face."""
+
+import time
+from dataclasses import replace
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import numpy as np
+
+from ..engine_impl.engine import Engine
+from ..engine_impl.forward import Params
+
+PROMPT_LENGTH = 128
+
+
+class Block(NamedTuple):
+    """Steps timed one after another."""
+
+    step_ms: list[float]
+    tokens: list[int]
+    """slot 0's"""
+
+
+class Stepper(Protocol):
+    """A batch that can be set to a length and stepped."""
+
+    name: str
+
+    def fill(self, prompt: list[int]) -> None:
+        """The prompt into every slot."""
+        ...
+
+    def set_length(self, length: int) -> None:
+        """As if every slot held so many tokens; rows that nobody wrote are zeros."""
+        ...
+
+    def block(self, steps: int) -> Block:
+        """One token a slot and step."""
+        ...
+
+
+class EngineStepper:
+    """Our engine, or one with its verbs."""
+
+    def __init__(self, engine: Engine, params: Params, name: str = "slipstream") -> None:
+        self.name = name
+        self._engine, self._params = engine, params
+        self._state: Any = None
+
+    def fill(self, prompt: list[int]) -> None:
+        state = self._engine.init_decode_state()
+        prefix, _ = self._engine.prefill(self._params, *self._engine.pad(prompt))
+        for slot in range(self._engine.max_concurrent_decodes):
+            state = self._engine.insert(prefix, state, slot)
+        self._state = jax.block_until_ready(state)
+
+    def set_length(self, length: int) -> None:
+        # The same sharding as before: another would be another program to compile.
+        lengths = np.full(self._engine.max_concurrent_decodes, length, np.int32)
+        self._state = replace(self._state, length_B=jax.device_put(lengths, self._state.length_B.sharding))
+        jax.block_until_ready(self._state)
+
+    def block(self, steps: int) -> Block:
+        """As the server runs it: a step is started before the tokens of the one before are read."""
+        ms, tokens, pending = [], [], None
+        last = time.perf_counter()
+        for _ in range(steps):
+            self._state, result = self._engine.generate(self._params, self._state)
+            result.token_B.copy_to_host_async()
+            if pending is not None:
+                last = _read(pending, tokens, ms, last)
+            pending = result.token_B
+        _read(pending, tokens, ms, last)
+        return Block(ms, tokens)
+
+
+def _read(token_B: Any, tokens: list[int], ms: list[float], last: float) -> float:
+    """Waits for a step's tokens; its time is what has passed since the step before was there."""
+    tokens.append(int(np.asarray(token_B)[0]))
+    now = time.perf_counter()
+    ms.append((now - last) * 1000)
+    return now
