@@ -61,13 +61,13 @@ def table(plan: "Report") -> str:
         f"HBM a chip: weights {plan.weights_bytes_per_chip / GIB:.2f} + cache {plan.cache_bytes_per_chip / GIB:.2f}, "
         f"at most {plan.resident_bytes_per_chip / GIB:.2f} of {plan.hbm_bytes_per_chip / GIB:.2f} GiB",
         "",
-        f"{'program':<15}{'compile s':>10}{'temp MiB':>10}{'code MiB':>10}{'copies':>8}{'floor ms':>10}{'compute ms':>12}",
+        f"{'program':<15}{'compile s':>10}{'temp MiB':>10}{'code MiB':>10}{'copies':>8}{'floor ms':>10}{'compute':>9}",
     ]
     for name, program in plan.programs.items():
         lines.append(
             f"{name:<15}{program.compile_seconds:>10.1f}{program.temp_bytes / MIB:>10.1f}"
             f"{program.code_bytes / MIB:>10.1f}{len(program.cache_sized_copies):>8}{program.floor_ms:>10.2f}"
-            f"{program.compute_floor_ms:>12.2f}"
+            f"{program.compute_floor_ms:>9.2f}"
         )
         calls = program.pallas_calls | program.collectives
         lines.append("    " + (", ".join(f"{count} x {call}" for call, count in calls.items()) or "no kernels"))
