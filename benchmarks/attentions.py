@@ -11,7 +11,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from ..kernels import Backend, ragged_attention
+from ..engine_impl.attention import attend_cache
+from ..kernels import Backend
 
 PAGE = 128  # rows of a page; a multiple of every TPU tile, and vLLM's choice there is 16 to 256
 PAGES_PER_BLOCK = 8
@@ -67,11 +68,12 @@ def attentions(platform: str, backend: Backend, mesh: jax.sharding.Mesh) -> list
 
 
 def ours(backend: Backend, mesh: jax.sharding.Mesh, name: str) -> Attention:
-    """`kernels.ragged_attention` over the stacked cache."""
+    """The engine's own over the stacked cache."""
 
     def attend(q_BNH: jax.Array, layer: int, arrays: Any) -> jax.Array:
         new_BKC, cache_LBKSC, length_B = arrays
-        return ragged_attention(q_BNH, new_BKC, cache_LBKSC, layer, length_B, mesh=mesh, backend=backend)
+        k_BKH, v_BKH = jnp.split(new_BKC, 2, axis=-1)
+        return attend_cache(cache_LBKSC, length_B, mesh=mesh, backend=backend)(jnp.int32(layer), q_BNH, k_BKH, v_BKH)
 
     return Attention(name, lambda case: (case.new_BKC, case.cache_LBKSC, case.length_B), attend)
 

@@ -18,12 +18,13 @@ from jax.sharding import PartitionSpec as P
 
 from ..cache_manager import insert, rows
 from ..engine_impl import bridge, forward
+from ..engine_impl.attention import attend_cache
 from ..engine_impl.config import EngineConfig
 from ..engine_impl.engine import DecodeState, Engine, Prefix, StepResult
 from ..engine_impl.forward import Params
 from ..engine_impl.models.decoder import Decoder
 from ..engine_impl.sampling import sample
-from ..kernels import Backend, ragged_attention
+from ..kernels import Backend
 from ..kernels.backend import AXIS
 
 CacheForm = Literal["stacked", "per_layer"]
@@ -53,7 +54,7 @@ class EagerEngine(Engine):
             engine._model, engine.mesh, config, engine.layout.dtype, engine.get_tokenizer(), engine.model_name
         )
         self.form = form
-        self.scatter = scatter
+        self.scatter: Scatter = scatter
         self._prefill = engine._prefill  # the same program: not compiled twice
         if form == "per_layer":
             self.layer_loop = "unrolled"
@@ -125,13 +126,11 @@ class EagerLayers:
 
         def attend(q_BNH, k_BKH, v_BKH):
             nonlocal cache_LBKSC
-            new_BKC = rows(k_BKH, v_BKH)
-            cache_LBKSC = self._insert(cache_LBKSC, new_BKC, index)
+            cache_LBKSC = self._insert(cache_LBKSC, rows(k_BKH, v_BKH), index)
             # The op takes the step's own row apart, so of the updated cache it reads the rows before it: the same
             # arithmetic as ours, hence equal tokens, and one row less to read.
-            return ragged_attention(
-                q_BNH, new_BKC, cache_LBKSC, index, self._length_B, mesh=self._mesh, backend=self._backend
-            )
+            attend_rows = attend_cache(cache_LBKSC, self._length_B, mesh=self._mesh, backend=self._backend)
+            return attend_rows(index, q_BNH, k_BKH, v_BKH)
 
         x_BD, _, _ = bridge.run(
             self._model.layers[0], weights, x_BD, rope, lambda q, k, v: bridge.call_kernel(attend, q, k, v)

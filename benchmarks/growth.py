@@ -60,6 +60,7 @@ def run(plan: GrowthPlan, plot: Path | None) -> dict[str, Any]:
         from .plot import check_plot
 
         check_plot(plot)
+    machine.warn_if_busy()
     threads, progress = machine.use_threads(plan.threads), Progress()
     live: dict[str, Curve] = {}
     slopes, insert, bandwidth = {}, {}, None

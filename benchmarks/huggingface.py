@@ -47,7 +47,7 @@ def transformers_model(checkpoint: Checkpoint, dtype: str) -> Any:
     # Buffers (rope's frequencies) are computed when they are built, so not on the meta device.
     model.model.rotary_emb = type(model.model.rotary_emb)(model.config)
     for name, _ in list(model.named_parameters()):
-        value = torch.from_numpy(checkpoint.tensor(name.removeprefix("model."))).to(getattr(torch, dtype))
+        value = torch.tensor(checkpoint.tensor(name.removeprefix("model."))).to(getattr(torch, dtype))
         owner = model.get_submodule(name.rpartition(".")[0])
         owner.weight = torch.nn.Parameter(value, requires_grad=False)
     model.tie_weights()

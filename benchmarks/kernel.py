@@ -51,6 +51,7 @@ def run(plan: KernelPlan, live_tokens: list[int]) -> dict[str, Any]:
             f"cache_length={plan.cache_length} must be a multiple of 128, and heads={plan.heads} of "
             f"kv_heads={plan.kv_heads}"
         )
+    machine.warn_if_busy()
     devices = _devices(plan.platform)
     platform, bandwidth = devices[0].platform, machine.copy_bandwidth(devices[0])
     bench = KernelBench(plan, make_mesh(devices[:1], plan.heads, plan.kv_heads, 1), backend_for(platform))

@@ -13,7 +13,8 @@ Attention, bundles by kind of step:
     boundary    the block with the slot's last row, which masks scores and v; the pipeline included
     slot        once a slot, on top: the start from the new token, the division at the end
     bound       what a whole step waits for
-    cycles      of one layer for a slot of 1024 tokens, on average over where in a block it ends
+    cycles      of one layer, for a slot of 1024 tokens, on average over where in a block it ends
+    excess      of cycles, over the best block's
 
 Cycles hold the trade-off: a larger block reads more that the slot does not use, half a block on average; a smaller one
 pays for the pipeline more often. `kernels/ragged_attention/block_sizes.py` takes the block of the fewest on v5e.
@@ -27,7 +28,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,7 @@ from typing import Any
 from ..engine_impl.chips import CHIPS
 from ..kernels.cache_flush.pallas_tpu import tile_rows
 from .llo import parse, programs
+from .table import table
 
 KV_HEADS, HEAD_DIMS, DTYPES = (1, 4, 8), (64, 128), ("bfloat16", "float32")
 BLOCK_BYTES = (64 * 1024, 2 * 1024 * 1024)  # smaller is hopeless, of larger ones two do not fit into v5e's VMEM
@@ -129,10 +131,10 @@ class FlushRow:
 Row = AttentionRow | FlushRow
 
 
-def settings(chips_kv_heads: Iterable[int] = KV_HEADS) -> list[Setting]:
+def settings(all_kv_heads: Iterable[int] = KV_HEADS) -> list[Setting]:
     """All that is compiled for one chip."""
     found = []
-    for kv_heads in chips_kv_heads:
+    for kv_heads in all_kv_heads:
         for head_dim in HEAD_DIMS:
             for dtype in DTYPES:
                 row_bytes = _row_bytes(kv_heads, head_dim, dtype)
@@ -150,13 +152,11 @@ def measure(chip: str, wanted: list[Setting]) -> list[Row]:
 
     Raises RuntimeError with what the process wrote if it fails.
     """
-    from ..engine_impl.plan import COMPILER_ONLY
-
     with tempfile.TemporaryDirectory() as dump:
         flags = f"--xla_jf_dump_to={dump} --xla_jf_dump_llo_text=true --xla_jf_dump_llo_pass_label_regex=final"
         child = subprocess.run(
             [sys.executable, "-m", "slipstream.benchmarks.kernel_report", "--chips", chip, "--into", dump],
-            env=os.environ | COMPILER_ONLY | {"LIBTPU_INIT_ARGS": flags, "JAX_PLATFORMS": "cpu"},
+            env=os.environ | {"LIBTPU_INIT_ARGS": flags},
             input=json.dumps([asdict(setting) for setting in wanted]),
             capture_output=True,
             text=True,
@@ -190,27 +190,27 @@ def _compile(topology: str, setting: Setting) -> None:
     import jax
     import jax.numpy as jnp
     import numpy as np
-    from jax.experimental import topologies
     from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+    from ..engine_impl.topology import tpu_devices
     from ..kernels.cache_flush.pallas_tpu import cache_flush_tpu
     from ..kernels.ragged_attention.pallas_tpu import live_steps, ragged_attention_tpu
 
-    mesh = Mesh(np.array(topologies.get_topology_desc(topology_name=topology, platform="tpu").devices[:1]), ("tensor",))
+    mesh = Mesh(np.array(tpu_devices(topology)[:1]), ("tensor",))
     everywhere = PartitionSpec()
-    K, H, B = setting.kv_heads, setting.head_dim, 96
+    K, H, B, dtype = setting.kv_heads, setting.head_dim, 96, jnp.dtype(setting.dtype)
 
-    def array(*shape: int, dtype: Any = jnp.dtype(setting.dtype)) -> jax.ShapeDtypeStruct:
+    def array(*shape: int, dtype: Any = dtype) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, everywhere))
 
+    def attend(q_BNH, new_BKC, cache_LBKSC, layer, length_B):
+        steps = live_steps(length_B, cache_LBKSC.shape[3], setting.block)
+        return ragged_attention_tpu(q_BNH, new_BKC, cache_LBKSC, layer, length_B, steps)
+
     layer, length_B = array(dtype=jnp.int32), array(B, dtype=jnp.int32)
+    kernel: Callable[..., jax.Array]
     if setting.kernel == "attention":
-        donated = ()
-
-        def kernel(q_BNH, new_BKC, cache_LBKSC, layer, length_B):
-            steps = live_steps(length_B, cache_LBKSC.shape[3], setting.block)
-            return ragged_attention_tpu(q_BNH, new_BKC, cache_LBKSC, layer, length_B, steps)
-
+        kernel, donated = attend, ()
         cache_LBKSC = array(2, B, K, 2 * BLOCK_ROWS[-1], 2 * H)
         args = array(B, K * QUERY_GROUP, H), array(B, K, 2 * H), cache_LBKSC, layer, length_B
     else:
@@ -244,42 +244,49 @@ def read(chip: str, setting: Setting, text: str) -> Row:
     )
 
 
-def best_blocks(rows: Iterable[AttentionRow]) -> dict[tuple[str, int, int, str], AttentionRow]:
-    """By chip, kv heads, head dim and dtype the row with the fewest cycles."""
-    best: dict[tuple[str, int, int, str], AttentionRow] = {}
+def excess(rows: list[AttentionRow]) -> dict[AttentionRow, float]:
+    """Each row's cycles over those of the best block for its chip, kv heads, head dim and dtype; 0 for the best."""
+    fewest: dict[tuple[Any, ...], int] = {}
     for row in rows:
-        key = row.chip, row.setting.kv_heads, row.setting.head_dim, row.setting.dtype
-        if key not in best or row.cycles < best[key].cycles:
-            best[key] = row
-    return best
+        fewest[_shape(row)] = min(row.cycles, fewest.get(_shape(row), row.cycles))
+    return {row: row.cycles / fewest[_shape(row)] - 1 for row in rows}
+
+
+def choose(rows: list[AttentionRow]) -> dict[tuple[Any, ...], tuple[int, float]]:
+    """By (kv heads, head dim, dtype) the block whose excess on its worst chip is least, and that excess."""
+    worst: dict[tuple[Any, ...], dict[int, float]] = {}
+    for row, over in excess(rows).items():
+        blocks = worst.setdefault(_shape(row)[1:], {})
+        blocks[row.setting.block] = max(over, blocks.get(row.setting.block, 0))
+    return {shape: min(blocks.items(), key=lambda item: item[1]) for shape, blocks in worst.items()}
+
+
+def _shape(row: Row) -> tuple[Any, ...]:
+    return row.chip, row.setting.kv_heads, row.setting.head_dim, row.setting.dtype
 
 
 def report(rows: list[Row]) -> str:
-    """The two tables."""
-    from .table import table
-
+    """The tables."""
     attention = [row for row in rows if isinstance(row, AttentionRow)]
-    best = best_blocks(attention).values()
+    over = excess(attention)
     lines = [
         (
-            row.chip, row.setting.kv_heads, row.setting.head_dim, row.setting.dtype, row.setting.block,
-            row.block_bytes // 1024, row.pipeline, row.whole, row.boundary, row.slot, row.dma_cycles,
-            "DMA" if row.is_dma_bound else "bundles", row.cycles, "*" if row in best else "",
+            *_shape(row), row.setting.block, row.block_bytes // 1024, row.pipeline, row.whole, row.boundary, row.slot,
+            row.dma_cycles, "DMA" if row.is_dma_bound else "bundles", row.cycles, f"+{over[row]:.0%}",
         )
         for row in attention
     ]  # fmt: skip
     headers = (
-        "chip", "K", "H", "dtype", "block", "KiB", "pipeline", "whole", "boundary", "slot", "DMA", "bound",
-        "cycles", "fewest",
+        "chip", "K", "H", "dtype", "block", "KiB", "pipeline", "whole", "boundary", "slot", "DMA", "bound", "cycles",
+        "excess",
     )  # fmt: skip
-    flush = [
-        (r.chip, r.setting.kv_heads, r.setting.head_dim, r.setting.dtype, r.step, r.dma_cycles)
-        for r in rows
-        if isinstance(r, FlushRow)
-    ]
+    chosen = [(*shape, block, f"+{worst:.0%}") for shape, (block, worst) in choose(attention).items()]
+    flush = [(*_shape(row), row.step, row.dma_cycles) for row in rows if isinstance(row, FlushRow)]
     return "\n\n".join([
         "Attention: bundles a grid step, by block of rows",
         table(headers, lines),
+        "The block with the least excess on the worst of these chips",
+        table(("K", "H", "dtype", "block", "excess"), chosen),
         f"Flush: bundles a grid step (a slot, {FLUSH_LAYERS} layers)",
         table(("chip", "K", "H", "dtype", "step", "DMA"), flush),
     ])  # fmt: skip
@@ -299,6 +306,10 @@ def as_json(rows: list[Row]) -> dict[str, Any]:
         "clock_hz": {chip: core.clock for chip, core in CORES.items()},
         "live_rows": LIVE_ROWS,
         "kernels": [plain(row) for row in rows],
+        "blocks": [
+            {"kv_heads": K, "head_dim": H, "dtype": dtype, "block": block, "worst_excess": round(worst, 3)}
+            for (K, H, dtype), (block, worst) in choose([r for r in rows if isinstance(r, AttentionRow)]).items()
+        ],
     }
 
 

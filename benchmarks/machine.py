@@ -3,6 +3,7 @@
 import importlib.metadata
 import os
 import platform
+import sys
 import time
 from collections.abc import Callable
 from datetime import UTC, datetime
@@ -15,7 +16,10 @@ import jax.numpy as jnp
 COPIED_BYTES = {"cpu": 512 * 2**20}
 """Size of the array that is copied, by platform (bytes): far beyond any cache."""
 COPIED_BYTES_ELSEWHERE = 2 * 2**30
-REPEATS = 12
+REPEATS = 24
+
+BUSY = 0.5
+"""Load average beyond which times are not to be trusted (processes)."""
 
 DATASHEET_BANDWIDTH = {
     # JAX's device_kind -> bytes a second. TPUs: https://cloud.google.com/tpu/docs/system-architecture-tpu-vm, the
@@ -48,8 +52,19 @@ def use_threads(threads: int | None) -> int:
     return used
 
 
+def warn_if_busy(load_average: Callable[[], tuple[float, ...]] = os.getloadavg) -> float:
+    """The last minute's load average; one line on stderr when others are using the CPU.
+
+    Baselines suffer from neighbours more than we do: a torch thread that waits for its sibling waits for the scheduler.
+    """
+    load = load_average()[0]
+    if load > BUSY:
+        print(f"warning: load average {load:.1f}: others use this CPU, do not trust times or ratios", file=sys.stderr)
+    return load
+
+
 def copy_bandwidth(device: Any) -> float:
-    """Bytes a second that one device reads and writes together when it copies an array: the best of a dozen copies.
+    """Bytes a second that one device reads and writes together when it copies an array: the best of two dozen copies.
 
     The target is donated, so that no copy waits for fresh memory pages. Decode reads much and writes little; where
     reading alone is faster than copying, an MBU against this number could pass 1.

@@ -60,8 +60,8 @@ def run(plan: StepPlan, points: list[Point]) -> dict[str, Any]:
     """
     for point in points:
         check(plan, point)
-    threads = machine.use_threads(plan.threads)
-    results = list(_results(plan, points, threads))
+    load_average, threads = machine.warn_if_busy(), machine.use_threads(plan.threads)
+    results = [result | {"load_average": load_average} for result in _results(plan, points, threads)]
     print(summary(results))
     return results[0] if len(results) == 1 else {"sweep": results}
 

@@ -8,6 +8,6 @@ there is no TPU; `pallas_tpu.py` is the TPU kernel. The axes' letters are explai
 from .backend import Backend, backend_for
 from .cache_flush import cache_flush
 from .prefill_attention import prefill_attention
-from .ragged_attention import ragged_attention
+from .ragged_attention import attention_steps, ragged_attention
 
-__all__ = ["Backend", "backend_for", "cache_flush", "prefill_attention", "ragged_attention"]
+__all__ = ["Backend", "attention_steps", "backend_for", "cache_flush", "prefill_attention", "ragged_attention"]

@@ -1,4 +1,4 @@
-"""The command line: `slipstream serve | ask | generate | chat | demo | plan`. Its flags are the fields of dataclasses.
+"""The command line: `slipstream serve | ask | generate | ...` (COMMANDS). Its flags are the fields of dataclasses.
 
 parse() only parses, main() also runs. Nothing heavy is imported before a command runs.
 """
@@ -15,6 +15,7 @@ import tyro
 
 from ..engine_impl.errors import RefusedError
 from .commands.ask import Ask
+from .commands.bench import Bench
 from .commands.chat import Chat
 from .commands.demo import Demo
 from .commands.generate import Generate
@@ -23,8 +24,10 @@ from .commands.serve import Serve
 from .errors import FailedError, QueueFullError, UnavailableError
 from .options import check_utf8
 
-Command = Serve | Ask | Generate | Chat | Demo | Plan
-COMMANDS = {"serve": Serve, "ask": Ask, "generate": Generate, "chat": Chat, "demo": Demo, "plan": Plan}
+Command = Serve | Ask | Generate | Chat | Demo | Plan | Bench
+COMMANDS = {
+    "serve": Serve, "ask": Ask, "generate": Generate, "chat": Chat, "demo": Demo, "plan": Plan, "bench": Bench,
+}  # fmt: skip
 STYLE = (tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff)
 
 BAD_INPUT = 2

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-ROOMS = {"protos", "kernels", "cache_manager", "engine_impl", "server"}
+ROOMS = {"protos", "kernels", "cache_manager", "engine_impl", "server", "benchmarks"}
 
 MAY_IMPORT = {
     # room: (other rooms, packages beside the standard library)
@@ -18,7 +18,14 @@ MAY_IMPORT = {
         {"kernels", "cache_manager"},
         {"jax", "numpy", "torch", "torchax", "gguf", "tokenizers", "jinja2"},
     ),
-    "server": ({"protos", "engine_impl"}, {"grpc", "grpc_health", "grpc_reflection", "google", "tyro", "numpy"}),
+    "server": (
+        {"protos", "engine_impl", "benchmarks"},  # benchmarks: see the test below
+        {"grpc", "grpc_health", "grpc_reflection", "google", "tyro", "numpy"},
+    ),
+    "benchmarks": (
+        {"protos", "kernels", "cache_manager", "engine_impl", "server"},
+        {"jax", "numpy", "torch", "grpc", "transformers", "matplotlib"},
+    ),
 }
 ONLY_IN = {"torchax": "engine_impl/bridge.py"}
 
@@ -65,6 +72,13 @@ def test_only_the_bridge_knows_torchax():
             if any(name.split(".")[0] == package for name in imports(path))
         }
         assert users == {home}
+
+
+def test_benchmarks_are_imported_by_their_commands_alone_and_only_when_they_run():
+    for path in sources("server"):
+        lines = [line for line in path.read_text().splitlines() if "import" in line and "benchmarks" in line]
+        assert not lines or path.relative_to(ROOT / "server/commands").name.startswith("bench")
+        assert all(line.startswith("        from ...benchmarks.") for line in lines)  # within a method
 
 
 def test_models_import_torch_alone():

@@ -2,6 +2,15 @@
 
 A row is less than a tile and cannot be written alone, so a step reads a slot's aligned tile in a group of layers, puts
 the new rows in and writes it back. The cache is input and output in one.
+
+The compiler's schedule for v5e (`benchmarks/kernel_report.py`), bf16, H = 128, a slot's 32 layers: 340 bundles with 1
+kv head, 964 with 4, 1,151 with 8, while the tiles take 480, 1,920 and 3,841 cycles there and back. So HBM is what a
+flush waits for: for 96 slots 31, 123 and 246 us.
+
+Rows written alone, by one strided DMA a slot, would take 24 bundles and a sixteenth of those bytes. In this layout the
+compiler refuses it in bf16 (offsets must be multiples of 8). It allows it with the heads inside the tokens,
+[L, B, S, K, C], but there attention has to pick each head's rows apart: 6,678 bundles for a block of 256 rows of 4
+heads (here 513), 4,386 for 8 (817); and with 1 head the whole cache is copied, twice.
 """
 
 import functools
@@ -17,8 +26,9 @@ VMEM_BYTES = 8 * 1024 * 1024  # of the 16 MiB that a kernel gets on v5e
 
 
 def tile_rows(dtype: DTypeLike) -> int:
-    """Rows of a native tile: 8 words of 32 bits, so f32 8, bf16 16, int8 32."""
-    return 32 // jnp.dtype(dtype).itemsize
+    """Rows of a tile of the cache in HBM, the least that a DMA can write: T(8,128) in f32, T(8,128)(2,1) in bf16, but
+    T(32,128)(4,1) in int8."""
+    return 32 if jnp.dtype(dtype).itemsize == 1 else 8
 
 
 def layer_group(num_layers: int, num_kv_heads: int, row_lanes: int, dtype: DTypeLike, vmem_bytes: int) -> int:
@@ -40,7 +50,7 @@ def _kernel(
     position = position_ref[pl.program_id(1)]
     layers, K, rows, C = tile_ref.shape
     hit = (position >= 0) & (position < cache_len)
-    row = jnp.where(hit, position % rows, -1)
+    row = jnp.where(hit, position & (rows - 1), -1)
     here_SC = jax.lax.broadcasted_iota(jnp.int32, (rows, C), 0) == row
     for layer in range(layers):
         for k in range(K):
@@ -58,11 +68,13 @@ def cache_flush_tpu(
     """`op.cache_flush` on one chip's heads."""
     L, B, K, S, C = cache_LBKSC.shape
     rows = tile_rows(cache_LBKSC.dtype)
+    tile_bits = rows.bit_length() - 1
     layers = layer_group(L, K, C, cache_LBKSC.dtype, vmem_bytes)
 
     def tile_index(group, b, position_ref):
         # A slot with nothing to write gets its nearest tile back as it was.
-        return group, b, 0, jnp.clip(position_ref[b], 0, S - 1) // rows, 0
+        # Shifted, since // would look for a sign in each of the pipeline's calls: 50 bundles a step.
+        return group, b, 0, jnp.clip(position_ref[b], 0, S - 1) >> tile_bits, 0
 
     tile = pl.BlockSpec((layers, None, K, rows, C), tile_index)
     return pl.pallas_call(

@@ -1,5 +1,5 @@
 """Decode attention over a cache whose slots have different lengths."""
 
-from .op import ragged_attention
+from .op import attention_steps, ragged_attention
 
-__all__ = ["ragged_attention"]
+__all__ = ["attention_steps", "ragged_attention"]

@@ -8,7 +8,8 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from ..backend import AXIS, Backend, check_backend, check_dtypes, check_shape, heads_per_shard, interpret_params
-from .pallas_tpu import ragged_attention_tpu
+from .block_sizes import block_size
+from .pallas_tpu import Steps, live_steps, ragged_attention_tpu
 from .reference import ragged_attention_reference
 
 
@@ -18,6 +19,7 @@ def ragged_attention(
     cache_LBKSC: jax.Array,
     layer: jax.Array | int,
     length_B: jax.Array,
+    steps: Steps | None = None,
     *,
     mesh: Mesh,
     backend: Backend,
@@ -34,6 +36,7 @@ def ragged_attention(
             are never used, whatever they hold, NaN included.
         layer: which layer to read, a Python int or an i32 scalar, traced or not.
         length_B: i32, rows in use, 0 <= length <= S. 0 gives exactly v_new.
+        steps: `attention_steps` of this cache and these lengths. None lists them here, once a call.
         mesh: heads are sharded on its axis "tensor".
         backend: see `Backend`.
 
@@ -63,16 +66,40 @@ def ragged_attention(
     if isinstance(layer, int) and not 0 <= layer < L:
         raise ValueError(f"{layer=} must be in [0, {L=})")
 
+    heads, length_B = P(None, AXIS), length_B.astype(jnp.int32)
     if backend == "xla":
-        attention = ragged_attention_reference
+        attention, operands = ragged_attention_reference, ()
     else:
         attention = functools.partial(ragged_attention_tpu, interpret=interpret_params(backend))
-    heads = P(None, AXIS)
+        operands = (steps or _list_steps(cache_LBKSC, length_B, mesh, backend),)
     sharded = jax.shard_map(
         attention,
         mesh=mesh,
-        in_specs=(heads, heads, P(None, None, AXIS), P(), P()),
+        in_specs=(heads, heads, P(None, None, AXIS), P(), P(), *(P() for _ in operands)),
         out_specs=heads,
         check_vma=False,  # pallas_call's results carry no varying-axes type
     )
-    return sharded(q_BNH, new_BKC, cache_LBKSC, jnp.asarray(layer, jnp.int32), length_B.astype(jnp.int32))
+    return sharded(q_BNH, new_BKC, cache_LBKSC, jnp.asarray(layer, jnp.int32), length_B, *operands)
+
+
+def attention_steps(cache_LBKSC: jax.Array, length_B: jax.Array, *, mesh: Mesh, backend: Backend) -> Steps | None:
+    """What all layers of a decode step have in common, for `ragged_attention`: which blocks to read.
+
+    Depends on the lengths only, but a scan over layers would list them anew for each: XLA leaves there what is larger
+    than it is made of. None where the backend has no use for it.
+    """
+    return None if backend == "xla" else _list_steps(cache_LBKSC, length_B, mesh, backend)
+
+
+def _list_steps(cache_LBKSC: jax.Array, length_B: jax.Array, mesh: Mesh, backend: Backend) -> Steps:
+    K, S, C = cache_LBKSC.shape[2:]
+    block = block_size(heads_per_shard(mesh, K), C // 2, S, cache_LBKSC.dtype)
+    cores = None if backend == "pallas" else 1
+    listing = jax.shard_map(
+        functools.partial(live_steps, cache_len=S, block=block, cores=cores),
+        mesh=mesh,  # tells what chip it is
+        in_specs=P(),
+        out_specs=P(),
+        check_vma=False,
+    )
+    return listing(length_B.astype(jnp.int32))

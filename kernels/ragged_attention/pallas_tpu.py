@@ -1,18 +1,80 @@
 """Decode attention on TPU: a Mosaic kernel that streams the live blocks of the cache through VMEM.
 
-The grid is (slot, block of rows); one step sees the rows of all kv heads that the chip holds. The pipeline fetches a
-block only when its index differs from the step before: `cache_index` repeats itself past a slot's length and for dead
-slots, so that nothing is read there.
+One step sees one block of rows of one slot, of all kv heads that the chip holds. The grid is as long as the slots'
+live blocks are many, its size known only at run time: `live_steps` lists them. The pipeline fetches a block only when
+its index differs from the step before, so a dead slot, which has a step for its answer, repeats its neighbour's.
+
+The compiler's schedule for v5e (`benchmarks/kernel_report.py`) with 1 kv head, H = 128, bf16 and blocks of 512 rows,
+which take 480 cycles to arrive from HBM: a whole block's step issues 301 bundles, one a cycle. The same kernel on a
+grid of all (slot, block) pairs, whose index map stands still past a slot's length, issues 278, but also 147 for every
+pair that no slot uses: of a slot of 1024 tokens, 220 of 1,450 cycles with S = 2048, 2,000 of 3,200 with S = 8192.
 """
 
 import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from .block_sizes import LANES, block_size
+from .block_sizes import LANES
+
+
+class Steps(NamedTuple):
+    """The grid's steps, a list for each core. The lists stand one behind the other, each as long as any may get, N.
+
+    Where a core has fewer, its last step is repeated.
+    """
+
+    count: jax.Array
+    """[cores]: steps there are"""
+    slot: jax.Array
+    """[cores * N]: whose query and answer"""
+    source: jax.Array
+    """[cores * N]: the slot whose rows are in VMEM; another one, if this one is dead"""
+    block: jax.Array
+    """[cores * N]: which of its blocks of rows"""
+
+
+def live_steps(length_B: jax.Array, cache_len: int, block: int, cores: int | None = None) -> Steps:
+    """Every block that holds a live row, slot by slot, and one step for each dead slot. Core b % cores has slot b.
+
+    Args:
+        block: rows, a divisor of `cache_len`.
+        cores: TensorCores that share the slots; None: all of a JAX device (two on v5p), where they divide the slots.
+    """
+    if cores is None:
+        cores = pltpu.get_tpu_info().num_cores
+        cores = cores if length_B.shape[0] % cores == 0 else 1
+    of_cores = jax.vmap(functools.partial(_steps_of_core, block=block, num_blocks=cache_len // block))
+    count_C, slot_CN, source_CN, block_CN = of_cores(length_B.reshape(-1, cores).T)
+    core_C1 = jnp.arange(cores, dtype=jnp.int32)[:, None]
+    return Steps(count_C, (slot_CN * cores + core_C1).ravel(), (source_CN * cores + core_C1).ravel(), block_CN.ravel())
+
+
+def _steps_of_core(length_B, *, block, num_blocks):
+    """`live_steps` of the slots of one core, numbered from 0."""
+    num_slots = length_B.shape[0]
+    count_B = jnp.clip((length_B + block - 1) // block, 1, num_blocks)
+    end_B = jnp.cumsum(count_B, dtype=jnp.int32)
+    start_B = end_B - count_B
+    source_B, last_B = last_live_block(length_B, block, num_blocks)
+
+    step_N = jnp.minimum(jnp.arange(num_slots * num_blocks, dtype=jnp.int32), end_B[-1] - 1)
+    is_slot_NB = (start_B[None, :] <= step_N[:, None]) & (step_N[:, None] < end_B[None, :])
+
+    def of_slot(value_B: jax.Array) -> jax.Array:  # a gather, but of one-hot rows: TPUs gather scalars one by one
+        return jnp.sum(jnp.where(is_slot_NB, value_B[None, :], 0), axis=1, dtype=jnp.int32)
+
+    # A live slot's blocks count up from 0, a dead one's single step stays at `last`.
+    first_B = jnp.where(length_B > 0, start_B, start_B - last_B)
+    return (
+        end_B[-1],
+        of_slot(jnp.arange(num_slots, dtype=jnp.int32)),
+        of_slot(source_B),
+        step_N - of_slot(first_B),
+    )
 
 
 def last_live_block(length_B: jax.Array, block: int, num_blocks: int) -> tuple[jax.Array, jax.Array]:
@@ -20,8 +82,6 @@ def last_live_block(length_B: jax.Array, block: int, num_blocks: int) -> tuple[j
 
     A live slot's own last block. For a dead one (length 0) what the pipeline holds by then: the last block of the live
     slot before it; before the first live slot, that slot's first block, which is wanted next.
-
-    Counting blocks through all slots makes this a running maximum, most of which XLA moves out of a scan over layers.
     """
     num_slots = length_B.shape[0]
     start_B = num_blocks * jnp.arange(num_slots, dtype=jnp.int32)
@@ -31,17 +91,13 @@ def last_live_block(length_B: jax.Array, block: int, num_blocks: int) -> tuple[j
     return source_B // num_blocks, source_B % num_blocks
 
 
-def cache_index(b, s, layer_ref, length_ref, source_ref, block_ref):
-    """The cache block of grid step (slot b, block s), as indices into [L, B, K, S, C] in units of blocks."""
-    last = block_ref[b]
-    return layer_ref[0], source_ref[b], 0, jnp.where(length_ref[b] > 0, jnp.minimum(s, last), last), 0
-
-
 def _kernel(
     layer_ref,  # [1], scalars
     length_ref,  # [B]
-    source_ref,  # [B]
-    block_ref,  # [B]
+    count_ref,  # [cores]
+    slot_ref,  # [cores * N]
+    source_ref,  # [cores * N]
+    block_ref,  # [cores * N]
     q_ref,  # [K, G, Q]
     new_ref,  # [K, C]
     cache_ref,  # [K, block, C]
@@ -51,18 +107,22 @@ def _kernel(
     acc_ref,  # [K, G, C or H] f32: sum of exp(score - m) v
     *,
     head_dim: int,
+    max_steps: int,
 ):
     """One block of one slot. Q and acc's width are H where k and v are whole lane tiles, else C: see `_split`."""
-    del layer_ref, source_ref, block_ref
-    b, s = pl.program_id(0), pl.program_id(1)
+    del layer_ref, source_ref
+    core, i = pl.program_id(0), pl.program_id(1)
+    step = core * max_steps + i
     K, block, _ = cache_ref.shape
-    length = length_ref[b]
+    length = length_ref[slot_ref[step]]
+    rows_left = length - block_ref[step] * block
+    is_live = i < count_ref[core]
     scale = head_dim**-0.5
     # f32 operands in one bf16 pass would lose 16 bits.
     precision = jax.lax.Precision.HIGHEST if cache_ref.dtype == jnp.float32 else jax.lax.Precision.DEFAULT
     dot = functools.partial(jax.lax.dot_general, preferred_element_type=jnp.float32, precision=precision)
 
-    @pl.when(s == 0)
+    @pl.when(is_live & ((block_ref[step] == 0) | (length == 0)))
     def start_from_new_token():
         k_KC, v_KC = _split(new_ref[...].astype(jnp.float32), head_dim)
         for k in range(K):
@@ -71,7 +131,6 @@ def _kernel(
         l_ref[...] = jnp.ones_like(l_ref)
 
     def add_block(whole: bool):
-        rows_left = length - s * block
         for k in range(K):
             k_SC, v_SC = _split(cache_ref[k], head_dim)
             score_GS = dot(q_ref[k], k_SC, (((1,), (1,)), ((), ()))) * scale
@@ -87,10 +146,10 @@ def _kernel(
             l_ref[k] = l_ref[k] * decay_G1 + jnp.sum(p_GS, axis=-1, keepdims=True)
             acc_ref[k] = acc_ref[k] * decay_G1 + dot(p_GS.astype(v_SC.dtype), v_SC, (((1,), (0,)), ((), ())))
 
-    pl.when((s + 1) * block <= length)(functools.partial(add_block, whole=True))
-    pl.when((s * block < length) & (length < (s + 1) * block))(functools.partial(add_block, whole=False))
+    pl.when(is_live & (rows_left >= block))(functools.partial(add_block, whole=True))
+    pl.when(is_live & (rows_left > 0) & (rows_left < block))(functools.partial(add_block, whole=False))
 
-    @pl.when(s == pl.num_programs(1) - 1)
+    @pl.when(is_live & (rows_left <= block))
     def finish():
         out_KGC = acc_ref[...] / l_ref[...]
         out_ref[...] = out_KGC[..., -head_dim:].astype(out_ref.dtype)
@@ -113,28 +172,36 @@ def ragged_attention_tpu(
     cache_LBKSC: jax.Array,
     layer: jax.Array,
     length_B: jax.Array,
+    steps: Steps,
     *,
     interpret: pltpu.InterpretParams | bool = False,
 ) -> jax.Array:
-    """`op.ragged_attention` on one chip's heads; `layer` is an i32 scalar."""
+    """`op.ragged_attention` on one chip's heads; `layer` is an i32 scalar. The block's rows are those of `steps`."""
     (B, N, H), (K, S, C) = q_BNH.shape, cache_LBKSC.shape[2:]
-    G, block = N // K, block_size(K, H, S, cache_LBKSC.dtype)
+    G, block, cores = N // K, B * S // steps.slot.size, steps.count.size
+    max_steps = steps.slot.size // cores
     q_BKGQ = q_BNH.reshape(B, K, G, H)
     if H % LANES:
         q_BKGQ = jnp.pad(q_BKGQ, ((0, 0), (0, 0), (0, 0), (0, C - H)))
     Q = q_BKGQ.shape[-1]
 
-    def slot_index(b, s, *scalars):
-        return b, 0, 0, 0
+    def cache_index(core, i, layer_ref, length_ref, count_ref, slot_ref, source_ref, block_ref):
+        del length_ref, count_ref, slot_ref
+        step = core * max_steps + i
+        return layer_ref[0], source_ref[step], 0, block_ref[step], 0
+
+    def slot_index(core, i, layer_ref, length_ref, count_ref, slot_ref, *others):
+        del layer_ref, length_ref, count_ref, others
+        return slot_ref[core * max_steps + i], 0, 0, 0
 
     out_BKGH = pl.pallas_call(
-        functools.partial(_kernel, head_dim=H),
+        functools.partial(_kernel, head_dim=H, max_steps=max_steps),
         grid_spec=pltpu.PrefetchScalarGridSpec(
-            num_scalar_prefetch=4,
-            grid=(B, S // block),
+            num_scalar_prefetch=6,
+            grid=(cores, jnp.max(steps.count)),
             in_specs=[
                 pl.BlockSpec((None, K, G, Q), slot_index),
-                pl.BlockSpec((None, K, C), lambda b, s, *scalars: (b, 0, 0)),
+                pl.BlockSpec((None, K, C), lambda *ids: slot_index(*ids)[:3]),
                 pl.BlockSpec((None, None, K, block, C), cache_index),
             ],
             out_specs=pl.BlockSpec((None, K, G, H), slot_index),
@@ -153,5 +220,5 @@ def ragged_attention_tpu(
         ),
         interpret=interpret,
         name=f"ragged_attention_{K}x{H}_block{block}",
-    )(layer[None], length_B, *last_live_block(length_B, block, S // block), q_BKGQ, new_BKC, cache_LBKSC)
+    )(layer[None], length_B, *steps, q_BKGQ, new_BKC, cache_LBKSC)
     return out_BKGH.reshape(B, N, H)

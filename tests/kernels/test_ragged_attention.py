@@ -2,9 +2,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from slipstream.kernels import ragged_attention
-from slipstream.kernels.ragged_attention.block_sizes import TARGET_BYTES, block_size
-from slipstream.kernels.ragged_attention.pallas_tpu import cache_index, last_live_block
+from slipstream.kernels import attention_steps, ragged_attention
+from slipstream.kernels.backend import interpret_params
+from slipstream.kernels.ragged_attention.block_sizes import TARGET_BYTES, TUNED, block_size
+from slipstream.kernels.ragged_attention.pallas_tpu import live_steps, ragged_attention_tpu
 
 from . import oracle
 
@@ -90,26 +91,52 @@ def test_large_scores_do_not_overflow(mesh):
     np.testing.assert_allclose(out_BNH, expected_BNH, rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.parametrize("cores", [1, 2, 4])
 @pytest.mark.parametrize(
-    "lengths", [[0, 1, 127, 0, 0, 128, 129, 384, 0], [0, 0, 300], [384, 0, 384, 0], [1], [5, 0], [0, 0, 0]]
+    "lengths", [[0, 1, 127, 0, 0, 128, 129, 384], [0, 0, 300, 0], [384, 0, 384, 0], [1, 1, 1, 1], [5, 0, 0, 0], [0] * 4]
 )
-def test_dead_rows_are_not_fetched(lengths):
-    """The pipeline fetches a block when its index differs from the last step's: count those changes.
+def test_the_steps_are_the_live_blocks(lengths, cores):
+    """The pipeline fetches a block when its index differs from the last step's: those must be the live ones, once each.
 
-    A dead slot, or a block past a slot's length, that moved the index would read HBM for nothing.
+    A dead slot's step that moved the index would read HBM for nothing; a dead slot without a step has no answer.
     """
     block, S = 128, 384
-    length_B = jnp.array(lengths, jnp.int32)
-    source_B, block_B = last_live_block(length_B, block, S // block)
-    steps = [
-        tuple(int(i) for i in cache_index(b, s, jnp.array([LAYER]), length_B, source_B, block_B))
-        for b in range(len(lengths))
-        for s in range(S // block)
-    ]
-    fetched = [step for step, before in zip(steps, [None, *steps[:-1]], strict=True) if step != before]
-    live = [(LAYER, b, 0, s, 0) for b, length in enumerate(lengths) for s in range(-(-length // block))]
-    first_fetch = live[:1] or fetched[:1]  # the pipeline always fetches one block, for the first step
-    assert fetched == first_fetch + live[1:]
+    steps = live_steps(jnp.array(lengths, jnp.int32), S, block, cores)
+    N = len(lengths) // cores * (S // block)
+    for core in range(cores):
+        count = int(steps.count[core])
+        listed = [
+            (int(steps.slot[i]), int(steps.source[i]), int(steps.block[i])) for i in range(core * N, core * N + N)
+        ]
+        slots = range(core, len(lengths), cores)
+        live = [(b, s) for b in slots for s in range(-(-lengths[b] // block))]
+        fetched = [fetch for i, (_, *fetch) in enumerate(listed) if i == 0 or fetch != list(listed[i - 1][1:])]
+        assert [tuple(fetch) for fetch in fetched[:1]] == live[:1] or not live, "the pipeline always fetches one block"
+        assert [tuple(fetch) for fetch in fetched[1:]] == live[1:]
+        answered = [b for b in slots for _ in range(max(1, -(-lengths[b] // block)))]
+        assert [slot for slot, *_ in listed[:count]] == answered
+        assert set(listed[count:]) <= {listed[count - 1]}, "the longer core's steps beyond this one's move nothing"
+
+
+def test_two_cores():
+    """On a chip with two cores the shorter list of steps is padded; a padded step must change nothing."""
+    lengths, S, H = [200, 1, 0, 0, 256, 130], 256, 128
+    q_BNH, new_BKC, cache_LBKSC, length_B = inputs(lengths, S, 1, 2, H, jnp.float32)
+    steps = live_steps(length_B, S, 128, cores=2)
+    assert steps.count.tolist() == [5, 4]
+    out_BNH = ragged_attention_tpu(
+        q_BNH, new_BKC, cache_LBKSC, jnp.int32(LAYER), length_B, steps, interpret=interpret_params("pallas_interpret")
+    )
+    oracle.assert_close(out_BNH, oracle.ragged_attention(q_BNH, new_BKC, cache_LBKSC, LAYER, length_B))
+
+
+def test_steps_listed_once_for_all_layers(mesh):
+    """What the engine does: the steps come from outside the layer loop."""
+    args = inputs([0, 3, 200], 256, 1, 2, 64, jnp.float32)
+    steps = attention_steps(args[2], args[3], mesh=mesh, backend="pallas_interpret")
+    out_BNH = ATTEND(*args[:3], LAYER, args[3], steps, mesh=mesh, backend="pallas_interpret")
+    assert np.array_equal(out_BNH, ATTEND(*args[:3], LAYER, args[3], mesh=mesh, backend="pallas_interpret"))
+    assert attention_steps(args[2], args[3], mesh=mesh, backend="xla") is None
 
 
 def test_sharded_equals_one_device(mesh, mesh_of_8):
@@ -130,7 +157,7 @@ def test_block_size(K, H, dtype):
         block_bytes = block * K * 2 * H * jnp.dtype(dtype).itemsize
         assert S % block == 0
         assert block % 128 == 0
-        assert block == 128 or block_bytes <= TARGET_BYTES
+        assert block == 128 or block_bytes <= TARGET_BYTES or (K, H, jnp.dtype(dtype).name) in TUNED
         assert 2 * block_bytes <= 4 * 1024 * 1024, "two of them must fit in VMEM beside the rest"
 
 

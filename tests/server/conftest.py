@@ -23,12 +23,12 @@ def fake_engine(monkeypatch):
 
 
 @contextmanager
-def serving_in_thread(engine):
+def serving_in_thread(engine, *, max_queued=256):
     """host:port of a server that runs beside the test."""
     started, loops = threading.Event(), []
 
     async def serve():
-        async with Serving(lambda: (engine, None), ServerConfig(port=0, grace_s=1.0)) as serving:
+        async with Serving(lambda: (engine, None), ServerConfig(port=0, grace_s=1.0, max_queued=max_queued)) as serving:
             loops.append((asyncio.get_running_loop(), serving))
             started.set()
             await serving.stop_requested.wait()

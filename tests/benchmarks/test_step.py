@@ -1,0 +1,78 @@
+"""`slipstream bench step` on a tiny model: what it prints, what it counts, what it refuses."""
+
+import json
+
+import pytest
+from slipstream.benchmarks import step
+from slipstream.server import cli
+
+KEYS = {
+    "model", "slots", "cache_length", "live_tokens", "dtype", "compile_seconds", "step_ms_p50", "step_ms_p99",
+    "tokens_per_second", "bytes_per_step", "copy_bandwidth_bytes_per_second", "mbu", "threads", "versions", "date",
+}  # fmt: skip
+VERSUS_KEYS = {"versus", "ratio_p50", "ratio_min", "ratio_max", "pairs", "baseline_step_ms_p50", "equal_tokens"}
+QUICK = ["bench", "step", "--slots", "2", "--cache-length", "128", "--steps", "2", "--pairs", "2", "--json"]
+
+
+@pytest.fixture
+def last_line(monkeypatch, capsys, tiny_loaded):
+    """The JSON of a command line on the tiny model."""
+    monkeypatch.setattr(step, "load", lambda config: tiny_loaded)
+
+    def run(*words):
+        assert cli.run([*QUICK, *words]) == 0
+        return json.loads(capsys.readouterr().out.splitlines()[-1])
+
+    return run
+
+
+def test_one_point_is_one_flat_object(last_line):
+    result = last_line("--live-tokens", "40")
+    assert set(result) >= KEYS
+    assert not VERSUS_KEYS & set(result)
+    assert (result["slots"], result["live_tokens"], result["steps_timed"]) == (2, 40, 4)
+    bandwidth = result["copy_bandwidth_bytes_per_second"]
+    assert result["mbu"] == pytest.approx(
+        result["bytes_per_step"] / (result["step_ms_p50"] / 1000) / bandwidth, abs=1e-3, rel=1e-3
+    )
+
+
+@pytest.mark.parametrize("versus", ["eager", "transformers", "transformers-dynamic"])
+def test_a_baseline_gives_equal_tokens_and_a_ratio_a_pair(last_line, versus):
+    result = last_line("--live-tokens", "40", "--versus", versus)
+    assert set(result) >= KEYS | VERSUS_KEYS
+    assert result["equal_tokens"] is True
+    assert len(result["pairs"]) == 2
+    assert result["ratio_min"] <= result["ratio_p50"] <= result["ratio_max"]
+
+
+def test_a_sweep_is_one_object_with_all_results(last_line):
+    result = last_line("--live-tokens", "40,64")
+    assert [point["live_tokens"] for point in result["sweep"]] == [40, 64]
+    assert all(set(point) >= KEYS for point in result["sweep"])
+
+
+def test_bytes_are_weights_but_the_embedding_and_live_rows(tiny_loaded):
+    """By hand, for two layers of TINY in f32, two slots with 9 rows to read and one to write."""
+    engine, params, _ = tiny_loaded
+    layer = 32 * (8 + 4 + 4) * 16 + 8 * 16 * 32 + 3 * 32 * 48 + 2 * 32
+    weights = 2 * layer + 32 + 101 * 32
+    rows = 2 * 2 * 4 * 2 * 16 * (9 + 1)
+    assert step.bytes_per_step(engine, params, 9) == 4 * (weights + rows)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--slots", "1,x"], "slots='1,x' must be positive numbers"),
+        (["--slots", "0"], "slots='0' must be positive"),
+        (["--dtype", "float8"], "dtype='float8' is not known; those that are: auto, float32, bfloat16"),
+        (["--pairs", "0"], "pairs=0 must be at least 1"),
+        (["--live-tokens", "1024"], "live_tokens=1024 must be above 8 and at most 1016"),
+        (["--live-tokens", "8"], "live_tokens=8 must be above 8"),
+        (["--model", "llama-9"], "llama-9"),
+    ],
+)
+def test_refusals_name_the_limit(words, message, capsys):
+    assert cli.run(["bench", "step", *words]) == cli.BAD_INPUT
+    assert message in capsys.readouterr().err
