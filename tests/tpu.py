@@ -5,7 +5,6 @@ Import it as `from ..tpu import ...`; `tests/conftest.py` sets the environment t
 
 import functools
 import math
-import re
 from collections.abc import Callable
 from typing import Any
 
@@ -14,11 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-
-_INSTRUCTION = re.compile(r"^\s+(?:ROOT )?(%?[\w.-]+) = (.*?) ([\w-]+)\(")
-_ARRAY = re.compile(r"(\w+)\[([\d,]*)\](\{[^}]*\})?")
-_COPIES = {"copy", "copy-start", "transpose", "reshape", "fusion"}
-_BITS = re.compile(r"\d+")
+from slipstream.engine_impl.hlo import Program
 
 
 @functools.cache
@@ -50,29 +45,8 @@ def nbytes(array: jax.ShapeDtypeStruct) -> int:
     return math.prod(array.sharding.shard_shape(array.shape)) * jnp.dtype(array.dtype).itemsize
 
 
-def cache_sized_copies(hlo_text: str, threshold_bytes: int) -> list[str]:
-    """The copies, transposes, reshapes and fusions that write `threshold_bytes` or more to HBM, as "name = type op".
-
-    Skips the bodies of fusions, which write nothing of their own, and results in VMEM ("S(1)" in the layout): those are
-    the compiler's prefetches. `compiled.as_text()` is what to pass, and one layer of the cache is a good threshold.
-    """
-    fused = set(re.findall(r"calls=(%?[\w.-]+)", hlo_text))
-    found, inside = [], ""
-    for line in hlo_text.splitlines():
-        if line and not line[0].isspace():
-            inside = line.removeprefix("ENTRY ").split(" ")[0]
-        match = _INSTRUCTION.match(line)
-        if match is None or inside in fused:
-            continue
-        name, result, op = match.groups()
-        arrays = _ARRAY.findall(result)
-        if op == "copy-start":  # (to, from, context)
-            arrays = arrays[:1]
-        if op in _COPIES and any(_bytes(d, s) >= threshold_bytes and "S(1)" not in layout for d, s, layout in arrays):
-            found.append(f"{name} = {result} {op}")
-    return found
-
-
-def _bytes(dtype: str, shape: str) -> int:
-    bits = _BITS.search(dtype)  # pred, token and the like have none
-    return math.prod(int(n) for n in shape.split(",") if n) * (int(bits[0]) if bits else 8) // 8
+def layer_sized_copies(compiled: jax.stages.Compiled, cache_LBKSC: jax.ShapeDtypeStruct) -> list[str]:
+    """What copies a layer of the cache or more; see `Program.copies_of`."""
+    assert cache_LBKSC.sharding is not None
+    shard = cache_LBKSC.sharding.shard_shape(cache_LBKSC.shape)
+    return Program(compiled.as_text() or "").copies_of(shard, nbytes(cache_LBKSC) // shard[0])

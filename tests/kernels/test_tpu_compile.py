@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import pytest
 from slipstream.kernels import cache_flush, prefill_attention, ragged_attention
 
-from ..tpu import abstract, cache_sized_copies, compile_for, nbytes, tpu_mesh
+from ..tpu import abstract, compile_for, layer_sized_copies, nbytes, tpu_mesh
 
 L, B, S = 4, 96, 4096  # no smaller: a cache that fits into VMEM (128 MiB) is moved there whole, and that is no fault
 CASES = [  # kv heads a chip, group, H, dtype
@@ -36,7 +36,7 @@ def arrays(mesh, K, G, H, dtype):
 
 def assert_no_copy_of(cache_LBKSC, compiled):
     assert compiled.memory_analysis().temp_size_in_bytes < nbytes(cache_LBKSC) / 20
-    assert cache_sized_copies(compiled.as_text(), nbytes(cache_LBKSC) // L) == []
+    assert layer_sized_copies(compiled, cache_LBKSC) == []
 
 
 @CHIPS
@@ -63,7 +63,7 @@ def test_cache_flush(chips, K, G, H, dtype):
     assert compiled.memory_analysis().alias_size_in_bytes == nbytes(cache_LBKSC)
 
 
-def decode_step(mesh, flush, weight_LDD, token_BD, cache_LBKSC, length_B, *, unroll):
+def decode_step(mesh, flush, weight_LDD, token_BD, cache_LBKSC, length_B):
     """A step's shape: every layer reads the cache and returns its new row; one flush at the end."""
     K, C = cache_LBKSC.shape[2], cache_LBKSC.shape[4]
 
@@ -75,43 +75,35 @@ def decode_step(mesh, flush, weight_LDD, token_BD, cache_LBKSC, length_B, *, unr
         out_BNH = ragged_attention(q_BNH, new_BKC, cache_LBKSC, layer, length_B, mesh=mesh, backend="pallas")
         return x_BD + out_BNH.reshape(B, -1), new_BKC
 
-    if unroll:
-        rows = []
-        for i in range(L):
-            token_BD, new_BKC = layer(token_BD, (weight_LDD[i], i))
-            rows.append(new_BKC)
-        new_LBKC = jnp.stack(rows)
-    else:
-        token_BD, new_LBKC = jax.lax.scan(layer, token_BD, (weight_LDD, jnp.arange(L)))
+    token_BD, new_LBKC = jax.lax.scan(layer, token_BD, (weight_LDD, jnp.arange(L)))
     return token_BD, flush(cache_LBKSC, new_LBKC, length_B)
 
 
-def compile_step(chips, K, G, H, dtype, flush_of, unroll):
+def compile_step(chips, K, G, H, dtype, flush_of):
     mesh = tpu_mesh(chips=chips)
     cache_LBKSC, length_B = arrays(mesh, K, G, H, dtype)[2::2]
     D = max(K * G * H, 2 * K * H) * mesh.size
     weight_LDD = abstract(mesh, (L, D, D), dtype, None, None, "tensor")
-    step = functools.partial(decode_step, mesh, flush_of(mesh), unroll=unroll)
+    step = functools.partial(decode_step, mesh, flush_of(mesh))
     token_BD = abstract(mesh, (B, D), dtype)
     return cache_LBKSC, compile_for(mesh, step, weight_LDD, token_BD, cache_LBKSC, length_B, donate=(2,))
 
 
-@pytest.mark.parametrize("unroll", [False, True])
 @CHIPS
 @pytest.mark.parametrize(("K", "G", "H", "dtype"), [c for c in CASES if c[1] > 1])
-def test_step(chips, K, G, H, dtype, unroll):
+def test_step(chips, K, G, H, dtype):
     """Layouts are chosen per module: kernels that are clean alone may disagree about the cache's inside a step."""
 
     def flush_of(mesh):
         return functools.partial(cache_flush, mesh=mesh, backend="pallas")
 
-    cache_LBKSC, compiled = compile_step(chips, K, G, H, dtype, flush_of, unroll)
+    cache_LBKSC, compiled = compile_step(chips, K, G, H, dtype, flush_of)
     assert_no_copy_of(cache_LBKSC, compiled)
     assert compiled.memory_analysis().alias_size_in_bytes == nbytes(cache_LBKSC)
 
 
 def test_the_gate_sees_copies():
-    """Guards `cache_sized_copies` itself: a flush by vmapped update-slices wants another layout than the kernel."""
+    """Guards the gate itself: a flush by vmapped update-slices wants another layout than the kernel."""
 
     def flush_of(mesh):
         del mesh
@@ -121,8 +113,8 @@ def test_the_gate_sees_copies():
 
         return jax.vmap(write, in_axes=(1, 1, 0), out_axes=1)
 
-    cache_LBKSC, compiled = compile_step(1, 4, 2, 128, jnp.bfloat16, flush_of, unroll=False)
-    assert cache_sized_copies(compiled.as_text(), nbytes(cache_LBKSC) // L)
+    cache_LBKSC, compiled = compile_step(1, 4, 2, 128, jnp.bfloat16, flush_of)
+    assert layer_sized_copies(compiled, cache_LBKSC)
 
 
 @pytest.mark.parametrize(
