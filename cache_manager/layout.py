@@ -12,11 +12,11 @@ The cache is one array `cache_LBKSC`, left-aligned: row 0 of a slot is its first
   with one DMA a head, as large as VMEM allows.
 - k and v share a row. At head dim 64 a row is then exactly one 128-lane vector: k alone would be padded to twice its
   size or make XLA choose a layout with S minor, which copies the whole cache at every kernel call. At head dim 128 the
-  border falls between two vectors and slicing is free. One array also halves the DMAs of a block; in v5e bundles a block
-  costs 301 against 358 of two arrays with 1 head a chip, 513 / 532 with 4, 817 / 790 with 8 (bf16, H = 128).
-- The price is paid at the flush: a row is smaller than the tile that memory is written in (8 rows in bf16 and f32, 32 in
-  int8), so the flush reads, changes and writes one tile a head and slot. On v5e, 96 slots, 32 layers, bf16, H = 128, by
-  the bytes: 31, 123 and 246 us a step with 1, 4 and 8 heads a chip. With the tokens outside the tile, `[L, B, S, K, C]`,
+  border falls between two vectors and slicing is free. One array also halves the DMAs of a block; a block costs 301
+  bundles on v5e, against 358 for two arrays, with 1 head a chip, 513 / 532 with 4, 817 / 790 with 8 (bf16, H = 128).
+- The price is paid at the flush: a row is smaller than the tile that memory is written in (8 rows in bf16 and f32, 32
+  in int8), so the flush reads, changes and writes one tile a head and slot. On v5e, 96 slots, 32 layers, bf16, H = 128,
+  by the bytes: 31, 123 and 246 us a step with 1, 4 and 8 heads a chip. With tokens outside the tile, `[L, B, S, K, C]`,
   it would be one strided DMA a slot, 24 bundles; but each block of attention would cost 6678 bundles instead of 513
   (4 heads) or 4386 instead of 817 (8 heads), and with one bf16 head XLA copies the cache twice.
 
