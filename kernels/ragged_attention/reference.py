@@ -4,8 +4,8 @@ import jax
 import jax.numpy as jnp
 
 BLOCK = 64
-"""Rows of the cache per loop iteration. A whole step of the embedded model on 2 CPU cores with 64 / 128 / 256: 44 / 48 /
-44 ms (8 slots of 160 tokens), 90 / 112 / 135 ms (32 of 160), 81 / 83 / 84 ms (8 of 900)."""
+"""Rows of the cache per loop iteration. A whole step of the embedded model on 2 CPU cores with 64 / 128 / 256 rows:
+44 / 48 / 44 ms (8 slots of 160 tokens), 90 / 112 / 135 ms (32 of 160), 81 / 83 / 84 ms (8 of 900)."""
 
 
 def ragged_attention_reference(
