@@ -1,15 +1,7 @@
-"""Allocation of the stacked cache, and insert: one of the two places where it changes (the other is the flush)."""
+"""Insert: one of the two places where the stacked cache changes (the other is the flush)."""
 
 import jax
 import jax.numpy as jnp
-
-from .layout import CacheLayout
-
-
-def allocate(layout: CacheLayout, mesh: jax.sharding.Mesh) -> jax.Array:
-    """An empty cache_LBKSC, each device holding its own heads only."""
-    empty = layout.abstract(mesh)
-    return jax.jit(lambda: jnp.zeros(empty.shape, empty.dtype), out_shardings=empty.sharding)()
 
 
 def insert(cache_LBKSC: jax.Array, prefix_LKTC: jax.Array, slot: jax.Array) -> jax.Array:
