@@ -26,6 +26,7 @@ def stacked_layers(params):
     return {**params, "layers": jax.tree.map(lambda *weights: jnp.stack(weights), *params["layers"])}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("form", "loop"), [("stacked", "unrolled"), ("stacked", "scan"), ("per_layer", "unrolled")])
 def test_greedy_tokens_are_ours_and_a_full_slot_is_not_written(form, loop, sharded):
     """Guards the scatter's mode too: at row S, a clamped write would overwrite the last token."""

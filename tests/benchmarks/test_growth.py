@@ -7,6 +7,7 @@ from slipstream.benchmarks import growth, step
 from slipstream.server import cli
 
 
+@pytest.mark.slow
 def test_curves_and_plot(tiny_loaded, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(step, "load", lambda config: tiny_loaded)
     monkeypatch.setattr(growth, "HOST_STEPS", 8)

@@ -13,6 +13,7 @@ from slipstream.server import cli
 SHAPE = {"slots": 2, "cache_length": 128, "layers": 2, "heads": 4, "kv_heads": 2, "head_dim": 16}
 
 
+@pytest.mark.slow
 def test_all_agree_and_a_cpu_says_what_it_cannot_run(capsys):
     flags = [word for name, value in SHAPE.items() for word in (f"--{name.replace('_', '-')}", str(value))]
     assert cli.run(["bench", "kernel", *flags, "--live-tokens", "127", "--repeats", "2", "--json"]) == 0

@@ -99,6 +99,7 @@ def test_three_devices_give_the_tokens_of_one(prompts):
     assert answers(engine, params) == answers(*embedded_engine())
 
 
+@pytest.mark.slow
 def test_the_weights_are_transformers_weights():
     """GGUF's permuted q and k rows, tied embeddings and norms: bit for bit."""
     _, params = embedded_engine()

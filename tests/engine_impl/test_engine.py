@@ -211,7 +211,13 @@ def test_pad_takes_the_smallest_bucket(tiny, length, bucket):
 
 
 @pytest.mark.parametrize(
-    ("devices", "kv_heads"), [(8, 8), (8, 4), (4, 4), (2, 1)], ids=["split", "replicated", "split4", "mqa"]
+    ("devices", "kv_heads"),
+    [
+        pytest.param(8, 8, id="split", marks=pytest.mark.slow),
+        pytest.param(8, 4, id="replicated"),
+        pytest.param(4, 4, id="split4", marks=pytest.mark.slow),
+        pytest.param(2, 1, id="mqa", marks=pytest.mark.slow),
+    ],
 )
 def test_devices_change_no_token(devices, kv_heads):
     """Eight virtual devices give the tokens of one, whether kv heads are split over them or shared by several."""

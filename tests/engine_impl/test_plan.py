@@ -27,6 +27,7 @@ def small_plan(tmp_path_factory):
     return planned(dump=folder), folder
 
 
+@pytest.mark.slow
 def test_memory_is_what_arithmetic_says(small_plan):
     """bf16, 8 chips: a kv head and an eighth of every matrix each, but for norms."""
     report, _ = small_plan
@@ -42,6 +43,7 @@ def test_memory_is_what_arithmetic_says(small_plan):
     assert report.resident_bytes_per_chip > generate.argument_bytes
 
 
+@pytest.mark.slow
 def test_the_report_names_kernels_collectives_and_no_copies(small_plan):
     report, _ = small_plan
     assert report.fits
@@ -53,6 +55,7 @@ def test_the_report_names_kernels_collectives_and_no_copies(small_plan):
     assert json.loads(json.dumps(report.as_json()))["programs"]["insert"]["alias_bytes"] >= report.cache_bytes_per_chip
 
 
+@pytest.mark.slow
 def test_dump_writes_the_programs(small_plan):
     _, folder = small_plan
     assert {path.name for path in folder.iterdir()} == {

@@ -36,7 +36,7 @@ PAIRWISE = [  # every pair of program, kv heads a chip, head dim and topology; o
     ("prefill", 8, 64, "v4:2x2x1"),
 ]
 CASES = [
-    pytest.param(*case, id="-".join(map(str, case)), marks=() if case in PAIRWISE else pytest.mark.gates)
+    pytest.param(*case, id="-".join(map(str, case)), marks=pytest.mark.slow if case in PAIRWISE else pytest.mark.gates)
     for case in PRODUCT
 ]
 

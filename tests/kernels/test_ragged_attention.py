@@ -130,6 +130,7 @@ def test_two_cores():
     oracle.assert_close(out_BNH, oracle.ragged_attention(q_BNH, new_BKC, cache_LBKSC, LAYER, length_B))
 
 
+@pytest.mark.slow
 def test_steps_listed_once_for_all_layers(mesh):
     """What the engine does: the steps come from outside the layer loop."""
     args = inputs([0, 3, 200], 256, 1, 2, 64, jnp.float32)
