@@ -18,13 +18,12 @@ from jax.sharding import PartitionSpec as P
 
 from ..cache_manager import insert, rows
 from ..engine_impl import bridge, forward
-from ..engine_impl.attention import attend_cache
 from ..engine_impl.config import EngineConfig
 from ..engine_impl.engine import DecodeState, Engine, Prefix, StepResult
 from ..engine_impl.forward import Params
 from ..engine_impl.models.decoder import Decoder
 from ..engine_impl.sampling import sample
-from ..kernels import Backend
+from ..kernels import Backend, attention_steps, ragged_attention
 from ..kernels.backend import AXIS
 
 CacheForm = Literal["stacked", "per_layer"]
@@ -101,7 +100,13 @@ class EagerLayers:
         """One token a slot: (logits_BV, the cache in the form it came, with the new rows)."""
         x_BD = bridge.run(self._model.embed_tokens, params["embed_tokens"], token_B)
         rope = bridge.run(self._model.rope, {}, self._length_B)
-        layer = jax.jit(self._layer)  # traced once; XLA inlines the calls
+        one_cache = cache[0] if isinstance(cache, tuple) else cache
+        steps = attention_steps(one_cache, self._length_B, mesh=self._mesh, backend=self._backend)
+
+        @jax.jit  # traced once; XLA inlines the calls
+        def layer(*args):
+            return self._layer(steps, *args)
+
         layers = params["layers"]
         if isinstance(layers, dict):
             index_L = jnp.arange(len(self._model.layers), dtype=jnp.int32)
@@ -121,16 +126,18 @@ class EagerLayers:
                 x_BD, cache = layer(x_BD, cache, rope, weights, jnp.int32(index))
         return forward._logits(self._model, params, x_BD), cache
 
-    def _layer(self, x_BD, cache_LBKSC, rope, weights, index) -> tuple[jax.Array, jax.Array]:
+    def _layer(self, steps, x_BD, cache_LBKSC, rope, weights, index) -> tuple[jax.Array, jax.Array]:
         """One layer: its new rows go into the cache first, and attention reads the cache that holds them."""
 
         def attend(q_BNH, k_BKH, v_BKH):
             nonlocal cache_LBKSC
-            cache_LBKSC = self._insert(cache_LBKSC, rows(k_BKH, v_BKH), index)
+            new_BKC = rows(k_BKH, v_BKH)
+            cache_LBKSC = self._insert(cache_LBKSC, new_BKC, index)
             # The op takes the step's own row apart, so of the updated cache it reads the rows before it: the same
             # arithmetic as ours, hence equal tokens, and one row less to read.
-            attend_rows = attend_cache(cache_LBKSC, self._length_B, mesh=self._mesh, backend=self._backend)
-            return attend_rows(index, q_BNH, k_BKH, v_BKH)
+            return ragged_attention(
+                q_BNH, new_BKC, cache_LBKSC, index, self._length_B, steps, mesh=self._mesh, backend=self._backend
+            )
 
         x_BD, _, _ = bridge.run(
             self._model.layers[0], weights, x_BD, rope, lambda q, k, v: bridge.call_kernel(attend, q, k, v)
