@@ -6,8 +6,18 @@ there is no TPU; `pallas_tpu.py` is the TPU kernel. The axes' letters are explai
 """
 
 from .backend import Backend, backend_for
+from .blockwise_matmul import Blockwise, blockwise_matmul
 from .cache_flush import cache_flush
 from .prefill_attention import prefill_attention
 from .ragged_attention import attention_steps, ragged_attention
 
-__all__ = ["Backend", "attention_steps", "backend_for", "cache_flush", "prefill_attention", "ragged_attention"]
+__all__ = [
+    "Backend",
+    "Blockwise",
+    "attention_steps",
+    "backend_for",
+    "blockwise_matmul",
+    "cache_flush",
+    "prefill_attention",
+    "ragged_attention",
+]
