@@ -43,3 +43,7 @@ class Decoder(nn.Module):
     """x_RD -> x_RD"""
     lm_head: nn.Module
     """x_RD -> logits_RV"""
+
+    def sources(self, name: str) -> tuple[str, ...]:
+        """The checkpoint's tensors that make up the parameter `name`; several are stacked on a new leading axis."""
+        return (name,)

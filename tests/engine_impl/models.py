@@ -28,14 +28,17 @@ class RandomCheckpoint:
     config: LlamaConfig
     name: str = "random"
 
-    def tensor(self, name: str) -> np.ndarray:
+    def shapes(self) -> dict[str, tuple[int, ...]]:
         with torch.device("meta"):
-            shape = dict(Llama(self.config).named_parameters())[name].shape
+            return {name: tuple(parameter.shape) for name, parameter in Llama(self.config).named_parameters()}
+
+    def tensor(self, name: str) -> np.ndarray:
+        shape = self.shapes()[name]
         values = np.random.default_rng(list(name.encode())).normal(size=shape).astype(np.float32)
         return 1 + 0.1 * values if "norm" in name else values * 2 / shape[-1] ** 0.5
 
-    def unused(self, names: set[str]) -> list[str]:
-        return []
+    def tokenizer(self) -> Any:
+        return None
 
 
 def tiny_engine(
