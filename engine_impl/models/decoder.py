@@ -2,9 +2,11 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
+
+from .fields import Fields
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 """(q_RNH, k_RKH, v_RKH) -> out_RNH"""
@@ -29,6 +31,8 @@ class Decoder(nn.Module):
     Parameters are named as in Hugging Face checkpoints, without the leading `model.`.
     """
 
+    config_type: ClassVar[type[ModelConfig]]
+    """The family's own, by which `registry.build` finds it."""
     shard_axis: ClassVar[dict[str, int]]
     """Module name -> the axis of its weight [out, in] that the chips share; all else is replicated."""
 
@@ -43,3 +47,17 @@ class Decoder(nn.Module):
     """x_RD -> x_RD"""
     lm_head: nn.Module
     """x_RD -> logits_RV"""
+
+    def __init__(self, config: Any) -> None:
+        """`config` is of the family's `config_type`."""
+        super().__init__()
+        self.config = config
+
+    @classmethod
+    def read_config(cls, fields: Fields) -> ModelConfig:
+        """The config that a `config.json` describes. Raises RefusedError for what the family cannot do."""
+        raise NotImplementedError
+
+    def sources(self, name: str) -> tuple[str, ...]:
+        """The checkpoint's tensors that make up a parameter; several are stacked on a new leading axis."""
+        return (name,)

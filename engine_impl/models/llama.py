@@ -8,13 +8,14 @@ R rows; other axes as in cache_manager/layout.py.
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from .decoder import Attend, Decoder, ModelConfig
+from .fields import Fields
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -151,16 +152,53 @@ class LlamaLayer(nn.Module):
 class Llama(Decoder):
     """Heads, ffn and vocabulary are shared among the chips."""
 
+    config_type: ClassVar = LlamaConfig
     shard_axis: ClassVar = {
         **dict.fromkeys(["embed_tokens", "lm_head", "q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"], 0),
         **dict.fromkeys(["o_proj", "down_proj"], 1),
     }
 
     def __init__(self, config: LlamaConfig) -> None:
-        super().__init__()
-        self.config = config
+        super().__init__(config)
         self.embed_tokens = Embedding(config.vocab_size, config.model_dim)
         self.rope = Rope(config.head_dim, config.rope_theta, config.rope_factors)
         self.layers = nn.ModuleList(LlamaLayer(config) for _ in range(config.num_layers))
         self.norm = RMSNorm(config.model_dim, config.rms_norm_eps)
         self.lm_head = Linear(config.model_dim, config.vocab_size, bias=False)
+
+    @classmethod
+    def read_config(cls, fields: Fields) -> LlamaConfig:
+        if fields.get("attention_bias") or fields.get("mlp_bias"):
+            raise fields.refused("has biases, which the llama family here has not")
+        fields.only("hidden_act", "silu")
+        rope = fields.rope(("default", "llama3"))
+        heads, model_dim = fields["num_attention_heads"], fields["hidden_size"]
+        head_dim = fields.get("head_dim", model_dim // heads)
+        return LlamaConfig(
+            num_layers=fields["num_hidden_layers"],
+            num_heads=heads,
+            num_kv_heads=fields.get("num_key_value_heads", heads),
+            head_dim=head_dim,
+            vocab_size=fields["vocab_size"],
+            context_length=fields["max_position_embeddings"],
+            tied_embeddings=fields.get("tie_word_embeddings", False),
+            model_dim=model_dim,
+            ffn_dim=fields["intermediate_size"],
+            rope_theta=rope["rope_theta"],
+            rms_norm_eps=fields["rms_norm_eps"],
+            rope_factors=rope_factors(rope, head_dim),
+        )
+
+
+def rope_factors(rope: dict[str, Any], head_dim: int) -> tuple[float, ...] | None:
+    """What `rope_type` default or llama3 divides the frequencies by."""
+    if rope["rope_type"] == "default":
+        return None
+    return llama3_rope_factors(
+        head_dim,
+        rope["rope_theta"],
+        factor=rope["factor"],
+        low=rope["low_freq_factor"],
+        high=rope["high_freq_factor"],
+        trained_length=rope["original_max_position_embeddings"],
+    )
