@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from .fields import Fields
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""(q_RNH, k_RKH, v_RKH) -> out_RNH"""
+"""(q_RNH, k_RKH, v_RKH) -> out_RNH, softmax of q . k times H**-0.5"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,12 +23,28 @@ class ModelConfig:
     vocab_size: int
     context_length: int
     tied_embeddings: bool
+    windows: tuple[int | None, ...] = (None,)
+    """How many tokens a layer sees, the row's own included; None is all. Layers take turns: it starts over at its end,
+    so that one entry stands for all layers, two for every other one."""
+    attn_soft_cap: float | None = None
+    """Attention scores become cap * tanh(score / cap)."""
+
+    @property
+    def window_of_layer(self) -> tuple[int | None, ...]:
+        """`windows`, one a layer."""
+        return tuple(self.windows[i % len(self.windows)] for i in range(self.num_layers))
+
+    @property
+    def rope_of_layer(self) -> tuple[int, ...]:
+        """Which of the module's ropes each layer takes; most families have one."""
+        return (0,) * self.num_layers
 
 
 class Decoder(nn.Module):
     """The parts of a decoder-only model, in the order that a step walks them.
 
-    Parameters are named as in Hugging Face checkpoints, without the leading `model.`.
+    Parameters are named as in Hugging Face checkpoints, without the leading `model.`; where a name has to differ,
+    `sources` tells which tensors it stands for.
     """
 
     config_type: ClassVar[type[ModelConfig]]
@@ -39,19 +55,25 @@ class Decoder(nn.Module):
     config: ModelConfig
     embed_tokens: nn.Module
     """token_R -> x_RD"""
+    after_embedding: nn.Module
+    """x_RD -> x_RD"""
     rope: nn.Module
-    """position_R -> what the layers take as `rope`"""
+    """position_R -> a tuple; each layer takes the entry that `config.rope_of_layer` names. All of one shape."""
     layers: nn.ModuleList
-    """(x_RD, rope, attend) -> (x_RD, k_RKH, v_RKH)"""
+    """(x_RD, rope, attend) -> (x_RD, k_RKH, v_RKH); all alike but for their weights"""
     norm: nn.Module
     """x_RD -> x_RD"""
     lm_head: nn.Module
     """x_RD -> logits_RV"""
+    after_logits: nn.Module
+    """logits_RV -> logits_RV"""
 
     def __init__(self, config: Any) -> None:
-        """`config` is of the family's `config_type`."""
+        """`config` is of the family's `config_type`. A family sets the other parts itself."""
         super().__init__()
         self.config = config
+        self.after_embedding = nn.Identity()
+        self.after_logits = nn.Identity()
 
     @classmethod
     def read_config(cls, fields: Fields) -> ModelConfig:

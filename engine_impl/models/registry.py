@@ -7,10 +7,22 @@ import torch
 from ..errors import RefusedError
 from .decoder import Decoder, ModelConfig
 from .fields import Fields
+from .gemma import Gemma
+from .gemma2 import Gemma2
+from .gemma3 import Gemma3
 from .llama import Llama
+from .mistral import Mistral
+from .qwen2 import Qwen2
+from .qwen3 import Qwen3
 
 FAMILIES: dict[str, type[Decoder]] = {
+    "gemma": Gemma,
+    "gemma2": Gemma2,
+    "gemma3_text": Gemma3,
     "llama": Llama,
+    "mistral": Mistral,
+    "qwen2": Qwen2,
+    "qwen3": Qwen3,
 }
 
 
