@@ -3,14 +3,14 @@
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
 
 from ..engine_impl.checkpoints.open import open_checkpoint
 from ..engine_impl.config import EngineConfig
 from ..engine_impl.engine import Engine
 from ..engine_impl.forward import Params
 from ..engine_impl.loading import build_engine
-from ..engine_impl.models.llama import Llama, LlamaConfig
+from ..engine_impl.models import registry
+from ..engine_impl.models.decoder import ModelConfig
 from ..engine_impl.presets import PRESETS
 from ..engine_impl.weights import Checkpoint
 
@@ -31,11 +31,10 @@ class RandomCheckpoint:
     A million values are drawn and repeated: drawing eight billion would take longer than the benchmark.
     """
 
-    def __init__(self, config: LlamaConfig, name: str) -> None:
+    def __init__(self, config: ModelConfig, name: str) -> None:
         self.config, self.name = config, name
         self._values = np.random.default_rng(0).standard_normal(RANDOM_VALUES, np.float32)
-        with torch.device("meta"):
-            self._shapes = {name: tuple(p.shape) for name, p in Llama(config).named_parameters()}
+        self._shapes = {name: tuple(p.shape) for name, p in registry.build(config).named_parameters()}
 
     def tensor(self, name: str) -> np.ndarray:
         """Norms are one; a matrix keeps the size of what it multiplies."""
@@ -62,7 +61,7 @@ def load(config: EngineConfig) -> Loaded:
     return Loaded(engine, engine.load_params(checkpoint), checkpoint)
 
 
-def load_random(config: EngineConfig, shape: LlamaConfig) -> Loaded:
+def load_random(config: EngineConfig, shape: ModelConfig) -> Loaded:
     """An engine of this shape, without a tokenizer."""
     checkpoint = RandomCheckpoint(shape, config.model)
     engine = build_engine(config, checkpoint)

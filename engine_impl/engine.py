@@ -20,7 +20,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from .. import cache_manager, kernels
 from . import forward, weights
-from .attention import attend_cache, attend_prompt
+from .attention import attend_cache, attend_prompt, stored_head_dim
 from .config import EngineConfig
 from .errors import RefusedError
 from .forward import LayerLoop, Params
@@ -83,16 +83,22 @@ class Engine:
         self.buckets = config.buckets
         platform = mesh.devices.flat[0].platform
         self.layer_loop: LayerLoop = forward.layer_loop_for(platform)
+        self._backend: kernels.Backend = kernels.backend_for(platform)
         self.layout = cache_manager.CacheLayout(
             layers=model.config.num_layers,
             slots=config.slots,
             kv_heads=model.config.num_kv_heads,
             length=config.cache_length,
-            head_dim=model.config.head_dim,
+            head_dim=stored_head_dim(model.config.head_dim, self._backend),
             dtype=dtype,
         )
         self._model, self._tokenizer = model, tokenizer
-        self._backend: kernels.Backend = kernels.backend_for(platform)
+        self._attention: dict[str, Any] = {
+            "window_of_layer": model.config.window_of_layer,
+            "soft_cap": model.config.attn_soft_cap,
+            "mesh": mesh,
+            "backend": self._backend,
+        }
 
         everywhere: Any = NamedSharding(mesh, PartitionSpec())
         cache: Any = NamedSharding(mesh, cache_manager.CACHE_SPEC)
@@ -219,7 +225,7 @@ class Engine:
         return DecodeState(cache_LBKSC, nothing_B, nothing_B, SlotSampling.greedy(slots))
 
     def _prefill_program(self, params: Params, token_T, true_length, sampling: SlotSampling) -> Prefix:
-        attend = attend_prompt(mesh=self.mesh, backend=self._backend)
+        attend = attend_prompt(token_T.shape[0], head_dim=self.layout.head_dim, **self._attention)
         logits_V, kv_LKTC = forward.prefill(self._model, params, token_T, true_length, attend)
         batch_of_one = jax.tree.map(lambda value: value[None], sampling)
         (token,) = sample(logits_V[None], batch_of_one, true_length[None])
@@ -228,7 +234,7 @@ class Engine:
     def _generate_program(self, params: Params, state: DecodeState) -> tuple[DecodeState, StepResult]:
         cache_LBKSC, length_B = state.cache_LBKSC, state.length_B
         live_B = (length_B > 0) & (length_B < self.cache_length)
-        attend = attend_cache(cache_LBKSC, length_B, mesh=self.mesh, backend=self._backend)
+        attend = attend_cache(cache_LBKSC, length_B, **self._attention)
         logits_BV, new_LBKC = forward.decode(self._model, params, state.token_B, length_B, attend)
         # The text so far is `length` cached tokens and this step's own: what is sampled now stands behind both.
         token_B = jnp.where(live_B, sample(logits_BV, state.sampling, length_B + 1), state.token_B)

@@ -7,7 +7,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import torch
 
 from .checkpoints.embedded import home
 from .checkpoints.open import open_checkpoint
@@ -15,7 +14,7 @@ from .config import EngineConfig
 from .engine import Engine
 from .errors import RefusedError
 from .forward import Params
-from .models.llama import Llama
+from .models import registry
 from .sharding import make_mesh
 from .weights import Checkpoint
 
@@ -51,8 +50,7 @@ def build_engine(config: EngineConfig, checkpoint: Checkpoint | None = None) -> 
             f"use at most {shape.context_length}"
         )
     mesh = make_mesh(devices, shape.num_heads, shape.num_kv_heads, config.tensor_parallel)
-    with torch.device("meta"):
-        model = Llama(replace(shape, num_kv_heads=max(shape.num_kv_heads, mesh.size)))
+    model = registry.build(replace(shape, num_kv_heads=max(shape.num_kv_heads, mesh.size)))
     dtype = choose_dtype(config.dtype, devices[0].platform)
     return Engine(model, mesh, config, dtype, checkpoint.tokenizer(), config.model)
 
