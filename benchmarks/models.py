@@ -12,7 +12,7 @@ from ..engine_impl.loading import build_engine
 from ..engine_impl.models import registry
 from ..engine_impl.models.decoder import ModelConfig
 from ..engine_impl.presets import PRESETS
-from ..engine_impl.weights import Checkpoint
+from ..engine_impl.weights import Checkpoint, needed_shapes
 
 RANDOM_VALUES = 2**20
 
@@ -34,7 +34,7 @@ class RandomCheckpoint:
     def __init__(self, config: ModelConfig, name: str) -> None:
         self.config, self.name = config, name
         self._values = np.random.default_rng(0).standard_normal(RANDOM_VALUES, np.float32)
-        self._shapes = {name: tuple(p.shape) for name, p in registry.build(config).named_parameters()}
+        self._shapes = needed_shapes(registry.build(config), config.num_kv_heads)
 
     def tensor(self, name: str) -> np.ndarray:
         """Norms are one; a matrix keeps the size of what it multiplies."""
@@ -44,7 +44,7 @@ class RandomCheckpoint:
         return np.resize(self._values * shape[-1] ** -0.5, shape)
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Those of the model's parameters."""
+        """What the model needs."""
         return self._shapes
 
     def tokenizer(self) -> Any:

@@ -21,7 +21,7 @@ class ChatTemplate:
     def __init__(self, source: str, special_tokens: Mapping[str, str]) -> None:
         """
         Args:
-            source: the jinja text. It is compiled when it is first used: a model with a broken one still takes raw text.
+            source: the jinja text. It is compiled when it is first used: with a broken one, raw text still works.
             special_tokens: what the template may name, such as {"bos_token": "<s>"}.
         """
         self._source, self._special_tokens = source, dict(special_tokens)

@@ -101,7 +101,9 @@ class NoTokenizer(Tokenizer):
         raise self._refusal()
 
     def _refusal(self) -> RefusedError:
-        return RefusedError(f"{self._where} comes without a tokenizer (tokenizer.json or tokenizer.model); give token ids")
+        return RefusedError(
+            f"{self._where} has no tokenizer (tokenizer.json or tokenizer.model); give token ids instead"
+        )
 
 
 class TextStream:

@@ -71,17 +71,24 @@ def abstract(model: Decoder, mesh: Mesh, dtype: jnp.dtype, loop: LayerLoop) -> P
     return _build(model, mesh, loop, describe)
 
 
+def needed_shapes(model: Decoder, kv_heads: int) -> dict[str, tuple[int, ...]]:
+    """The tensors that a checkpoint of this model has to have; `kv_heads` as they are there, not repeated."""
+    shapes = {}
+    for name, parameter in model.named_parameters():
+        if name == HEAD and model.config.tied_embeddings:
+            continue
+        shape, sources = tuple(parameter.shape), model.sources(name)
+        if _of_kv_heads(name):
+            shape = (shape[0] * kv_heads // model.config.num_kv_heads, *shape[1:])
+        shapes |= {source: shape if len(sources) == 1 else shape[1:] for source in sources}
+    return shapes
+
+
 def check_names(model: Decoder, checkpoint: Checkpoint) -> None:
     """Raises one RefusedError with all that does not agree; reads no weights, except those of a doubled lm_head."""
-    there, needed, tied = dict(checkpoint.shapes()), {}, model.config.tied_embeddings
-    for name, parameter in model.named_parameters():
-        if name == HEAD and tied:
-            continue
-        sources = model.sources(name)
-        shape = _shape_in_file(model, checkpoint, name, tuple(parameter.shape))
-        needed |= {source: shape if len(sources) == 1 else shape[1:] for source in sources}
+    there, needed = checkpoint.shapes(), needed_shapes(model, checkpoint.config.num_kv_heads)
     extra = {name for name in there if name not in needed and not name.endswith(BENIGN)}
-    if tied and HEAD in extra:
+    if model.config.tied_embeddings and HEAD in extra:
         _check_tied(checkpoint, there)
         extra.remove(HEAD)
     misshapen = [
@@ -118,12 +125,6 @@ def _check_tied(checkpoint: Checkpoint, shapes: Mapping[str, tuple[int, ...]]) -
             f"{checkpoint.name} has a {HEAD} of its own, but its config ties it to the embedding "
             "(tie_word_embeddings); one of the two is wrong"
         )
-
-
-def _shape_in_file(model: Decoder, checkpoint: Checkpoint, name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
-    if _of_kv_heads(name):
-        return (shape[0] * checkpoint.config.num_kv_heads // model.config.num_kv_heads, *shape[1:])
-    return shape
 
 
 def _of_kv_heads(name: str) -> bool:
@@ -190,9 +191,10 @@ class _Loader:
             sources = [_repeat_heads(source, *heads) for source in sources]
 
         def share(index: tuple[slice, ...]) -> np.ndarray:
-            if len(sources) == 1:
-                return np.array(sources[0][index], self._dtype)
-            return np.stack([source[index[1:]].astype(self._dtype) for source in sources[index[0]]])
+            with np.errstate(over="ignore"):  # the check for infinities tells it, with the tensor's name
+                if len(sources) == 1:
+                    return np.array(sources[0][index], self._dtype)
+                return np.stack([source[index[1:]].astype(self._dtype) for source in sources[index[0]]])
 
         array = jax.make_array_from_callback(leaf.shape, leaf.of_one, share)
         self._finite.append((name, _all_finite(array)))

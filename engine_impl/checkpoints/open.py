@@ -2,7 +2,6 @@
 
 from pathlib import Path
 
-from ..errors import RefusedError
 from ..weights import Checkpoint
 from .embedded import embedded_model
 from .gguf import GGUFCheckpoint

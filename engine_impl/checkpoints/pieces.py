@@ -1,4 +1,4 @@
-"""SentencePiece vocabularies as `tokenizers` backends: from a `tokenizer.model`, or from the same tables in a GGUF file.
+"""SentencePiece vocabularies as `tokenizers` backends: from a `tokenizer.model`, or the same tables in a GGUF file.
 
 Algorithms as in the SentencePiece library (https://github.com/google/sentencepiece), which the tests compare with.
 """

@@ -95,7 +95,7 @@ def weight_files(folder: Path, name: str) -> list[Path]:
         raise RefusedError(f"{str(index)!r} is no index of safetensors files ({error!r}); fetch it anew") from error
     missing = [file for file in files if not (folder / file).is_file()]
     if missing:
-        raise RefusedError(f"{name} lacks {len(missing)} of its {len(files)} files: {', '.join(missing)}; fetch it anew")
+        raise RefusedError(f"{name} lacks {len(missing)} of {len(files)} files: {', '.join(missing)}; fetch it anew")
     return [folder / file for file in files]
 
 
@@ -103,7 +103,7 @@ def _why_no_weights(folder: Path, name: str) -> str:
     pickles = sorted(file.name for pattern in PICKLES for file in folder.glob(pattern))
     if pickles:
         return (
-            f"{name} holds only pickled weights ({', '.join(pickles[:3])}), which can run any code when they are opened "
+            f"{name} holds only pickled weights ({', '.join(pickles[:3])}), which can run any code when opened "
             "and are never read here; take a copy in safetensors, or convert it with transformers on a machine that "
             "may run them: AutoModelForCausalLM.from_pretrained(OLD).save_pretrained(NEW)"
         )
@@ -125,8 +125,8 @@ def _header(file: Path) -> dict[str, _Stored]:
     if foreign:
         name, dtype = next(iter(foreign.items()))
         raise RefusedError(
-            f"{str(file)!r} holds {len(foreign)} tensors that are not in {', '.join(_DTYPES)}, such as {name} in {dtype}; "
-            "take a copy of the model that is not quantised"
+            f"{str(file)!r} holds {len(foreign)} tensors that are not in {', '.join(_DTYPES)}, such as {name} in "
+            f"{dtype}; take a copy of the model that is not quantised"
         )
     start = 8 + length
     return {
