@@ -204,8 +204,8 @@ def _compile(topology: str, setting: Setting) -> None:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, everywhere))
 
     def attend(q_BNH, new_BKC, cache_LBKSC, layer, length_B):
-        steps = live_steps(length_B, cache_LBKSC.shape[3], setting.block)
-        return ragged_attention_tpu(q_BNH, new_BKC, cache_LBKSC, layer, length_B, steps)
+        steps = live_steps(length_B, None, cache_LBKSC.shape[3], setting.block)
+        return ragged_attention_tpu(q_BNH, new_BKC, cache_LBKSC, layer, length_B, None, steps)
 
     layer, length_B = array(dtype=jnp.int32), array(B, dtype=jnp.int32)
     kernel: Callable[..., jax.Array]

@@ -4,6 +4,7 @@ Source of each: the `config.json` that its authors publish on the Hugging Face h
 """
 
 from .errors import RefusedError
+from .models.decoder import ModelConfig
 from .models.llama import LlamaConfig, llama3_rope_factors
 
 
@@ -37,7 +38,7 @@ PRESETS = {
 }
 
 
-def preset(name: str) -> LlamaConfig:
+def preset(name: str) -> ModelConfig:
     """Raises RefusedError for an unknown name, listing those there are."""
     if name not in PRESETS:
         raise RefusedError(f"model preset {name!r} is not there; those there are: {', '.join(PRESETS)}")

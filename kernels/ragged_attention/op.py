@@ -8,6 +8,7 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from ..backend import AXIS, Backend, check_backend, check_dtypes, check_shape, heads_per_shard, interpret_params
+from ..scores import check_soft_cap, check_window
 from .block_sizes import block_size
 from .pallas_tpu import Steps, live_steps, ragged_attention_tpu
 from .reference import ragged_attention_reference
@@ -21,6 +22,8 @@ def ragged_attention(
     length_B: jax.Array,
     steps: Steps | None = None,
     *,
+    window: jax.Array | int | None = None,
+    soft_cap: float | None = None,
     mesh: Mesh,
     backend: Backend,
 ) -> jax.Array:
@@ -36,7 +39,11 @@ def ragged_attention(
             are never used, whatever they hold, NaN included.
         layer: which layer to read, a Python int or an i32 scalar, traced or not.
         length_B: i32, rows in use, 0 <= length <= S. 0 gives exactly v_new.
-        steps: `attention_steps` of this cache and these lengths. None lists them here, once a call.
+        steps: `attention_steps` of this cache, these lengths and this window. None lists them here, once a call.
+        window: how many tokens a query sees, itself included: rows [length - window + 1, length) and the new token.
+            An i32 scalar, traced or not: layers under one scan may differ, S + 1 and above being everything. None is
+            everything too, by a program that has no windows. Only the window's blocks are read.
+        soft_cap: scores become cap * tanh(score / cap), after scaling (arXiv:2408.00118). None: they do not.
         mesh: heads are sharded on its axis "tensor".
         backend: see `Backend`.
 
@@ -44,9 +51,12 @@ def ragged_attention(
         out_BNH, q's dtype, sharded as q.
 
     Raises:
-        ValueError: shapes, dtypes or head counts that do not fit together, at trace time.
+        ValueError: shapes, dtypes or head counts that do not fit together, a window below 1 or a cap not above 0, at
+            trace time.
     """
     check_backend(backend)
+    check_window(window)
+    check_soft_cap(soft_cap)
     (L, B, K, S, C), (N, H) = cache_LBKSC.shape, q_BNH.shape[1:]
     heads_per_shard(mesh, K, N)
     check_dtypes(q_BNH=q_BNH, new_BKC=new_BKC, cache_LBKSC=cache_LBKSC)
@@ -67,31 +77,44 @@ def ragged_attention(
         raise ValueError(f"{layer=} must be in [0, {L=})")
 
     heads, length_B = P(None, AXIS), length_B.astype(jnp.int32)
+    window = None if window is None else jnp.asarray(window, jnp.int32)
     if backend == "xla":
         attention, operands = ragged_attention_reference, ()
     else:
         attention = functools.partial(ragged_attention_tpu, interpret=interpret_params(backend))
-        operands = (steps or _list_steps(cache_LBKSC, length_B, mesh, backend),)
+        operands = (steps or _list_steps(cache_LBKSC, length_B, window, mesh, backend),)
     sharded = jax.shard_map(
-        attention,
+        functools.partial(attention, soft_cap=soft_cap),
         mesh=mesh,
-        in_specs=(heads, heads, P(None, None, AXIS), P(), P(), *(P() for _ in operands)),
+        in_specs=(heads, heads, P(None, None, AXIS), P(), P(), P(), *(P() for _ in operands)),
         out_specs=heads,
         check_vma=False,  # pallas_call's results carry no varying-axes type
     )
-    return sharded(q_BNH, new_BKC, cache_LBKSC, jnp.asarray(layer, jnp.int32), length_B, *operands)
+    return sharded(q_BNH, new_BKC, cache_LBKSC, jnp.asarray(layer, jnp.int32), length_B, window, *operands)
 
 
-def attention_steps(cache_LBKSC: jax.Array, length_B: jax.Array, *, mesh: Mesh, backend: Backend) -> Steps | None:
-    """What all layers of a decode step have in common, for `ragged_attention`: which blocks to read.
+def attention_steps(
+    cache_LBKSC: jax.Array,
+    length_B: jax.Array,
+    *,
+    window: jax.Array | int | None = None,
+    mesh: Mesh,
+    backend: Backend,
+) -> Steps | None:
+    """What all layers of a window have in common in a decode step, for `ragged_attention`: which blocks to read.
 
-    Depends on the lengths only, but a scan over layers would list them anew for each: XLA leaves there what is larger
-    than it is made of. None where the backend has no use for it.
+    Depends on lengths and window only, but a scan over layers would list them anew for each: XLA leaves there what is
+    larger than it is made of. Has the same shapes whatever the window: where layers differ, list once for each window
+    (S + 1 for all) and pick. None where the backend has no use for it.
     """
-    return None if backend == "xla" else _list_steps(cache_LBKSC, length_B, mesh, backend)
+    check_window(window)
+    window = None if window is None else jnp.asarray(window, jnp.int32)
+    return None if backend == "xla" else _list_steps(cache_LBKSC, length_B, window, mesh, backend)
 
 
-def _list_steps(cache_LBKSC: jax.Array, length_B: jax.Array, mesh: Mesh, backend: Backend) -> Steps:
+def _list_steps(
+    cache_LBKSC: jax.Array, length_B: jax.Array, window: jax.Array | None, mesh: Mesh, backend: Backend
+) -> Steps:
     K, S, C = cache_LBKSC.shape[2:]
     block = block_size(heads_per_shard(mesh, K), C // 2, S, cache_LBKSC.dtype)
     cores = None if backend == "pallas" else 1
@@ -102,4 +125,4 @@ def _list_steps(cache_LBKSC: jax.Array, length_B: jax.Array, mesh: Mesh, backend
         out_specs=P(),
         check_vma=False,
     )
-    return listing(length_B.astype(jnp.int32))
+    return listing(length_B.astype(jnp.int32), window)

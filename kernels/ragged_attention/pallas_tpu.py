@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from ..scores import cap_scores, rows_seen
 from .block_sizes import LANES
 
 
@@ -37,10 +38,14 @@ class Steps(NamedTuple):
     """[cores * N]: which of its blocks of rows"""
 
 
-def live_steps(length_B: jax.Array, cache_len: int, block: int, cores: int | None = None) -> Steps:
-    """Every block that holds a live row, slot by slot, and one step for each dead slot. Core b % cores has slot b.
+def live_steps(
+    length_B: jax.Array, window: jax.Array | None, cache_len: int, block: int, cores: int | None = None
+) -> Steps:
+    """Every block that holds a row to be seen, slot by slot, and one step for each slot without any. Core b % cores
+    has slot b.
 
     Args:
+        window: i32 scalar, as in `op.ragged_attention`.
         block: rows, a divisor of `cache_len`.
         cores: TensorCores that share the slots; None: all of a JAX device (two on v5p), where they divide the slots.
     """
@@ -48,18 +53,21 @@ def live_steps(length_B: jax.Array, cache_len: int, block: int, cores: int | Non
         cores = pltpu.get_tpu_info().num_cores
         cores = cores if length_B.shape[0] % cores == 0 else 1
     of_cores = jax.vmap(functools.partial(_steps_of_core, block=block, num_blocks=cache_len // block))
-    count_C, slot_CN, source_CN, block_CN = of_cores(length_B.reshape(-1, cores).T)
+    first_B, end_B = rows_seen(length_B, window)
+    first_B = jnp.broadcast_to(jnp.asarray(first_B, jnp.int32), length_B.shape)
+    count_C, slot_CN, source_CN, block_CN = of_cores(first_B.reshape(-1, cores).T, end_B.reshape(-1, cores).T)
     core_C1 = jnp.arange(cores, dtype=jnp.int32)[:, None]
     return Steps(count_C, (slot_CN * cores + core_C1).ravel(), (source_CN * cores + core_C1).ravel(), block_CN.ravel())
 
 
-def _steps_of_core(length_B, *, block, num_blocks):
-    """`live_steps` of the slots of one core, numbered from 0."""
+def _steps_of_core(first_B, length_B, *, block, num_blocks):
+    """`live_steps` of the slots of one core, numbered from 0; rows [first, length) are seen."""
     num_slots = length_B.shape[0]
-    count_B = jnp.clip((length_B + block - 1) // block, 1, num_blocks)
+    first_block_B = first_B // block
+    count_B = jnp.clip((length_B + block - 1) // block - first_block_B, 1, num_blocks)
     end_B = jnp.cumsum(count_B, dtype=jnp.int32)
     start_B = end_B - count_B
-    source_B, last_B = last_live_block(length_B, block, num_blocks)
+    source_B, last_B = last_live_block(first_block_B, length_B, block, num_blocks)
 
     step_N = jnp.minimum(jnp.arange(num_slots * num_blocks, dtype=jnp.int32), end_B[-1] - 1)
     is_slot_NB = (start_B[None, :] <= step_N[:, None]) & (step_N[:, None] < end_B[None, :])
@@ -67,17 +75,19 @@ def _steps_of_core(length_B, *, block, num_blocks):
     def of_slot(value_B: jax.Array) -> jax.Array:  # a gather, but of one-hot rows: TPUs gather scalars one by one
         return jnp.sum(jnp.where(is_slot_NB, value_B[None, :], 0), axis=1, dtype=jnp.int32)
 
-    # A live slot's blocks count up from 0, a dead one's single step stays at `last`.
-    first_B = jnp.where(length_B > 0, start_B, start_B - last_B)
+    # A live slot's blocks count up from its first, a dead one's single step stays at `last`.
+    zero_B = jnp.where(length_B > 0, start_B - first_block_B, start_B - last_B)
     return (
         end_B[-1],
         of_slot(jnp.arange(num_slots, dtype=jnp.int32)),
         of_slot(source_B),
-        step_N - of_slot(first_B),
+        step_N - of_slot(zero_B),
     )
 
 
-def last_live_block(length_B: jax.Array, block: int, num_blocks: int) -> tuple[jax.Array, jax.Array]:
+def last_live_block(
+    first_block_B: jax.Array, length_B: jax.Array, block: int, num_blocks: int
+) -> tuple[jax.Array, jax.Array]:
     """Where each slot's reading ends: i32 (slot_B, block_B).
 
     A live slot's own last block. For a dead one (length 0) what the pipeline holds by then: the last block of the live
@@ -86,13 +96,13 @@ def last_live_block(length_B: jax.Array, block: int, num_blocks: int) -> tuple[j
     num_slots = length_B.shape[0]
     start_B = num_blocks * jnp.arange(num_slots, dtype=jnp.int32)
     last_B = start_B + jnp.minimum((length_B - 1) // block, num_blocks - 1)
-    first_live = jnp.min(start_B, where=length_B > 0, initial=num_blocks * (num_slots - 1))
+    first_live = jnp.min(start_B + first_block_B, where=length_B > 0, initial=num_blocks * num_slots - 1)
     source_B = jnp.maximum(jax.lax.cummax(jnp.where(length_B > 0, last_B, -1)), first_live)
     return source_B // num_blocks, source_B % num_blocks
 
 
 def _kernel(
-    layer_ref,  # [1], scalars
+    layer_ref,  # [1] scalars: which layer; [2] where there is a window: and how many tokens it has
     length_ref,  # [B]
     count_ref,  # [cores]
     slot_ref,  # [cores * N]
@@ -108,37 +118,44 @@ def _kernel(
     *,
     head_dim: int,
     max_steps: int,
+    soft_cap: float | None,
 ):
     """One block of one slot. Q and acc's width are H where k and v are whole lane tiles, else C: see `_split`."""
-    del layer_ref, source_ref
+    del source_ref
     core, i = pl.program_id(0), pl.program_id(1)
     step = core * max_steps + i
     K, block, _ = cache_ref.shape
-    length = length_ref[slot_ref[step]]
-    rows_left = length - block_ref[step] * block
+    has_window = layer_ref.shape == (2,)
+    first, length = rows_seen(length_ref[slot_ref[step]], layer_ref[1] if has_window else None)
+    row = block_ref[step] * block  # the block's first
+    rows_left = length - row
     is_live = i < count_ref[core]
     scale = head_dim**-0.5
+    capped = functools.partial(cap_scores, soft_cap=soft_cap)
     # f32 operands in one bf16 pass would lose 16 bits.
     precision = jax.lax.Precision.HIGHEST if cache_ref.dtype == jnp.float32 else jax.lax.Precision.DEFAULT
     dot = functools.partial(jax.lax.dot_general, preferred_element_type=jnp.float32, precision=precision)
 
-    @pl.when(is_live & ((block_ref[step] == 0) | (length == 0)))
+    @pl.when(is_live & ((row <= first) | (length == 0)))
     def start_from_new_token():
         k_KC, v_KC = _split(new_ref[...].astype(jnp.float32), head_dim)
         for k in range(K):
-            m_ref[k] = jnp.sum(q_ref[k].astype(jnp.float32) * k_KC[k : k + 1], axis=-1, keepdims=True) * scale
+            score_G1 = jnp.sum(q_ref[k].astype(jnp.float32) * k_KC[k : k + 1], axis=-1, keepdims=True) * scale
+            m_ref[k] = capped(score_G1)
             acc_ref[k] = jnp.broadcast_to(v_KC[k : k + 1], acc_ref.shape[1:])
         l_ref[...] = jnp.ones_like(l_ref)
+
+    def is_seen(shape: tuple[int, ...], axis: int) -> jax.Array:
+        at = jax.lax.broadcasted_iota(jnp.int32, shape, axis)
+        return (at < rows_left) & (at >= first - row) if has_window else at < rows_left
 
     def add_block(whole: bool):
         for k in range(K):
             k_SC, v_SC = _split(cache_ref[k], head_dim)
-            score_GS = dot(q_ref[k], k_SC, (((1,), (1,)), ((), ()))) * scale
-            if not whole:  # rows past the length may hold NaN, and 0 * NaN is NaN: mask v as well
-                score_GS = jnp.where(
-                    jax.lax.broadcasted_iota(jnp.int32, score_GS.shape, 1) < rows_left, score_GS, -jnp.inf
-                )
-                v_SC = jnp.where(jax.lax.broadcasted_iota(jnp.int32, v_SC.shape, 0) < rows_left, v_SC, 0)
+            score_GS = capped(dot(q_ref[k], k_SC, (((1,), (1,)), ((), ()))) * scale)
+            if not whole:  # rows that are not seen may hold NaN, and 0 * NaN is NaN: mask v as well
+                score_GS = jnp.where(is_seen(score_GS.shape, 1), score_GS, -jnp.inf)
+                v_SC = jnp.where(is_seen(v_SC.shape, 0), v_SC, 0)
             m_G1 = jnp.maximum(m_ref[k], jnp.max(score_GS, axis=-1, keepdims=True))
             decay_G1 = jnp.exp(m_ref[k] - m_G1)
             p_GS = jnp.exp(score_GS - m_G1)
@@ -146,8 +163,9 @@ def _kernel(
             l_ref[k] = l_ref[k] * decay_G1 + jnp.sum(p_GS, axis=-1, keepdims=True)
             acc_ref[k] = acc_ref[k] * decay_G1 + dot(p_GS.astype(v_SC.dtype), v_SC, (((1,), (0,)), ((), ())))
 
-    pl.when(is_live & (rows_left >= block))(functools.partial(add_block, whole=True))
-    pl.when(is_live & (rows_left > 0) & (rows_left < block))(functools.partial(add_block, whole=False))
+    is_whole = (rows_left >= block) & (row >= first) if has_window else rows_left >= block
+    pl.when(is_live & is_whole)(functools.partial(add_block, whole=True))
+    pl.when(is_live & (rows_left > 0) & jnp.logical_not(is_whole))(functools.partial(add_block, whole=False))
 
     @pl.when(is_live & (rows_left <= block))
     def finish():
@@ -172,11 +190,14 @@ def ragged_attention_tpu(
     cache_LBKSC: jax.Array,
     layer: jax.Array,
     length_B: jax.Array,
+    window: jax.Array | None,
     steps: Steps,
     *,
+    soft_cap: float | None = None,
     interpret: pltpu.InterpretParams | bool = False,
 ) -> jax.Array:
-    """`op.ragged_attention` on one chip's heads; `layer` is an i32 scalar. The block's rows are those of `steps`."""
+    """`op.ragged_attention` on one chip's heads; `layer` and `window` are i32 scalars. The block's rows are those of
+    `steps`."""
     (B, N, H), (K, S, C) = q_BNH.shape, cache_LBKSC.shape[2:]
     G, block, cores = N // K, B * S // steps.slot.size, steps.count.size
     max_steps = steps.slot.size // cores
@@ -184,6 +205,7 @@ def ragged_attention_tpu(
     if H % LANES:
         q_BKGQ = jnp.pad(q_BKGQ, ((0, 0), (0, 0), (0, 0), (0, C - H)))
     Q = q_BKGQ.shape[-1]
+    layer_and_window = layer[None] if window is None else jnp.stack([layer, window])
 
     def cache_index(core, i, layer_ref, length_ref, count_ref, slot_ref, source_ref, block_ref):
         del length_ref, count_ref, slot_ref
@@ -195,7 +217,7 @@ def ragged_attention_tpu(
         return slot_ref[core * max_steps + i], 0, 0, 0
 
     out_BKGH = pl.pallas_call(
-        functools.partial(_kernel, head_dim=H, max_steps=max_steps),
+        functools.partial(_kernel, head_dim=H, max_steps=max_steps, soft_cap=soft_cap),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=6,
             grid=(cores, jnp.max(steps.count)),
@@ -220,5 +242,5 @@ def ragged_attention_tpu(
         ),
         interpret=interpret,
         name=f"ragged_attention_{K}x{H}_block{block}",
-    )(layer[None], length_B, *steps, q_BKGQ, new_BKC, cache_LBKSC)
+    )(layer_and_window, length_B, *steps, q_BKGQ, new_BKC, cache_LBKSC)
     return out_BKGH.reshape(B, N, H)

@@ -10,27 +10,30 @@ TOLERANCE = {
 }  # bf16: 2 units of 2**-8
 
 
-def attend_one(q_H, k_SH, v_SH):
+def attend_one(q_H, k_SH, v_SH, soft_cap=None):
     """Softmax attention of one query over S keys."""
     score_S = k_SH @ q_H / np.sqrt(len(q_H))
+    if soft_cap is not None:
+        score_S = soft_cap * np.tanh(score_S / soft_cap)
     weight_S = np.exp(score_S - score_S.max())
     return weight_S @ v_SH / weight_S.sum()
 
 
-def ragged_attention(q_BNH, new_BKC, cache_LBKSC, layer, length_B):
-    """Decode attention; rows past a slot's length are not looked at."""
+def ragged_attention(q_BNH, new_BKC, cache_LBKSC, layer, length_B, window=None, soft_cap=None):
+    """Decode attention; rows past a slot's length or before its window are not looked at."""
     q_BNH, new_BKC, cache_LBKSC = (np.asarray(x).astype(np.float64) for x in (q_BNH, new_BKC, cache_LBKSC))
     (B, N, H), K = q_BNH.shape, new_BKC.shape[1]
     out_BNH = np.empty((B, N, H))
     for b in range(B):
         for n in range(N):
             kv = n // (N // K)
-            rows_SC = np.concatenate([cache_LBKSC[layer, b, kv, : length_B[b]], new_BKC[b, kv : kv + 1]])
-            out_BNH[b, n] = attend_one(q_BNH[b, n], rows_SC[:, :H], rows_SC[:, H:])
+            seen = [j for j in range(length_B[b]) if window is None or j > length_B[b] - window]
+            rows_SC = np.concatenate([cache_LBKSC[layer, b, kv, seen], new_BKC[b, kv : kv + 1]])
+            out_BNH[b, n] = attend_one(q_BNH[b, n], rows_SC[:, :H], rows_SC[:, H:], soft_cap)
     return out_BNH
 
 
-def prefill_attention(q_TNH, k_TKH, v_TKH):
+def prefill_attention(q_TNH, k_TKH, v_TKH, window=None, soft_cap=None):
     """Causal attention."""
     q_TNH, k_TKH, v_TKH = (np.asarray(x).astype(np.float64) for x in (q_TNH, k_TKH, v_TKH))
     (T, N, H), K = q_TNH.shape, k_TKH.shape[1]
@@ -38,7 +41,8 @@ def prefill_attention(q_TNH, k_TKH, v_TKH):
     for t in range(T):
         for n in range(N):
             kv = n // (N // K)
-            out_TNH[t, n] = attend_one(q_TNH[t, n], k_TKH[: t + 1, kv], v_TKH[: t + 1, kv])
+            seen = [j for j in range(t + 1) if window is None or j > t - window]
+            out_TNH[t, n] = attend_one(q_TNH[t, n], k_TKH[seen, kv], v_TKH[seen, kv], soft_cap)
     return out_TNH
 
 

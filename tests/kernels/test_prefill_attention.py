@@ -6,7 +6,7 @@ from slipstream.kernels import prefill_attention
 
 from . import oracle
 
-ATTEND = jax.jit(prefill_attention, static_argnames=("mesh", "backend"))
+ATTEND = jax.jit(prefill_attention, static_argnames=("window", "soft_cap", "mesh", "backend"))
 
 
 def inputs(T, N, K, H, dtype):
@@ -32,6 +32,42 @@ def test_reference_chunks(mesh, T):
     """Queries in chunks of 256: a chunk's end is every key's last chance."""
     args = inputs(T, 3, 1, 64, jnp.float32)
     oracle.assert_close(ATTEND(*args, mesh=mesh, backend="xla"), oracle.prefill_attention(*args))
+
+
+@pytest.mark.parametrize(
+    ("backend", "T", "window", "soft_cap"),
+    [
+        ("xla", 16, 1, None),
+        ("xla", 16, 5, 2.0),
+        ("xla", 600, 255, None),
+        ("xla", 600, 256, 2.0),
+        ("xla", 600, 257, None),
+        ("xla", 600, 600, 2.0),
+        ("xla", 600, 2000, None),
+        ("pallas_interpret", 200, 70, 2.0),
+        pytest.param("pallas_interpret", 200, 1, None, marks=pytest.mark.slow),
+        pytest.param("pallas_interpret", 384, 128, None, marks=pytest.mark.slow),
+        pytest.param("pallas_interpret", 384, 129, None, marks=pytest.mark.slow),
+        pytest.param("pallas_interpret", 200, 200, 2.0, marks=pytest.mark.slow),
+    ],
+)
+def test_window_and_soft_cap(mesh, backend, T, window, soft_cap):
+    """One key too many or too few, at chunks' and blocks' borders; a cap that scores of 10 notice."""
+    q_TNH, k_TKH, v_TKH = inputs(T, 2, 1, 64, jnp.float32)
+    args = (q_TNH * 10, k_TKH, v_TKH)
+    out_TNH = ATTEND(*args, window=window, soft_cap=soft_cap, mesh=mesh, backend=backend)
+    oracle.assert_close(out_TNH, oracle.prefill_attention(*args, window=window, soft_cap=soft_cap))
+
+
+def test_a_short_window_is_less_work(mesh):
+    """Chunks that nobody sees are not computed."""
+
+    def flops(window):
+        args = inputs(2048, 2, 1, 64, jnp.float32)
+        lowered = ATTEND.lower(*args, window=window, mesh=mesh, backend="xla")
+        return lowered.compile().cost_analysis()["flops"]
+
+    assert flops(256) < 0.5 * flops(None)
 
 
 @pytest.mark.parametrize("backend", ["xla", "pallas_interpret"])

@@ -10,15 +10,16 @@ from slipstream.kernels.ragged_attention.pallas_tpu import live_steps, ragged_at
 from . import oracle
 
 L, LAYER = 3, 1
-ATTEND = jax.jit(ragged_attention, static_argnames=("mesh", "backend"))
+ATTEND = jax.jit(ragged_attention, static_argnames=("soft_cap", "mesh", "backend"))
 
 
-def inputs(lengths, S, K, G, H, dtype, seed=0):
+def inputs(lengths, S, K, G, H, dtype, seed=0, window=None):
     """q, new, cache, lengths; NaN in every row that must not be used, and in the other layers."""
     B = len(lengths)
     q_BNH = oracle.normal(seed, B, K * G, H, dtype=dtype)
     new_BKC = oracle.normal(seed + 1, B, K, 2 * H, dtype=dtype)
-    used_BS = np.arange(S)[None, :] < np.array(lengths)[:, None]
+    before_BS = np.array(lengths)[:, None] - np.arange(S)[None, :]  # how far a row lies back from the new token
+    used_BS = (before_BS > 0) & (before_BS < (window or S + 1))
     layer_BKSC = np.where(used_BS[:, None, :, None], oracle.normal(seed + 2, B, K, S, 2 * H, dtype=dtype), np.nan)
     cache_LBKSC = np.full((L, *layer_BKSC.shape), np.nan)
     cache_LBKSC[LAYER] = layer_BKSC
@@ -91,17 +92,113 @@ def test_large_scores_do_not_overflow(mesh):
     np.testing.assert_allclose(out_BNH, expected_BNH, rtol=1e-3, atol=1e-3)
 
 
+WINDOWS = [1, 2, 127, 128, 129, 300, 385, 2**31 - 1]
+
+
+@pytest.mark.parametrize(
+    ("backend", "K", "G", "H", "dtype", "windows"),
+    [
+        ("xla", 3, 3, 64, jnp.float32, WINDOWS),
+        ("pallas_interpret", 1, 4, 64, jnp.bfloat16, [1, 128]),
+        pytest.param("pallas_interpret", 2, 2, 128, jnp.float32, WINDOWS, marks=pytest.mark.slow),
+        pytest.param("pallas_interpret", 3, 1, 64, jnp.float32, WINDOWS[1:5], marks=pytest.mark.slow),
+    ],
+)
+def test_every_length_and_window_around_a_block(mesh, backend, K, G, H, dtype, windows):
+    """One row too many or too few on the window's other side, where there is NaN, too."""
+    S, block = 384, 128
+    assert block_size(K, H, S, dtype) == block
+    lengths = [0, 1, block - 1, 0, block, block + 1, S, 2 * block, 0]
+    for window in windows:  # one compilation: the window is traced
+        q_BNH, new_BKC, cache_LBKSC, length_B = inputs(lengths, S, K, G, H, dtype, window=window)
+        args = (q_BNH, new_BKC, cache_LBKSC, LAYER, length_B)
+        out_BNH = ATTEND(*args, window=jnp.int32(window), mesh=mesh, backend=backend)
+        oracle.assert_close(out_BNH, oracle.ragged_attention(*args, window=window))
+        if window > S:
+            everything = ATTEND(*args, mesh=mesh, backend=backend)
+            np.testing.assert_allclose(out_BNH, everything, rtol=1e-6, atol=1e-6)
+        v_BNH = jnp.repeat(new_BKC[..., H:], G, axis=1)
+        for alone in range(len(lengths)) if window == 1 else (0, 3, 8):
+            assert np.array_equal(out_BNH[alone], v_BNH[alone]), "a token that sees only itself gives v_new, exactly"
+
+
+@pytest.mark.parametrize("backend", ["xla", pytest.param("pallas_interpret", marks=pytest.mark.slow)])
+def test_layers_of_one_scan_have_windows_of_their_own(mesh, backend):
+    """Steps are listed once a window and picked by layer; each layer's slack is NaN."""
+    S, windows, lengths = 256, [1, 100, 257], [0, 3, 200, 256]
+    of_layers = [inputs(lengths, S, 1, 2, 64, jnp.float32, window=window) for window in windows]
+    q_BNH, new_BKC, _, length_B = of_layers[0]
+    cache_LBKSC = jnp.stack([cache_LBKSC[LAYER] for _, _, cache_LBKSC, _ in of_layers])
+
+    @jax.jit
+    def attend(window_L):
+        def list_steps(window):
+            return attention_steps(cache_LBKSC, length_B, window=window, mesh=mesh, backend=backend)
+
+        listed = jax.tree.map(lambda *steps: jnp.stack(steps), *(list_steps(window) for window in windows))
+
+        def of_layer(_, layer):
+            steps = jax.tree.map(lambda steps_L: steps_L[layer], listed)
+            out_BNH = ragged_attention(
+                q_BNH, new_BKC, cache_LBKSC, layer, length_B, steps, window=window_L[layer], mesh=mesh, backend=backend
+            )
+            return None, out_BNH
+
+        return jax.lax.scan(of_layer, None, jnp.arange(3))[1]
+
+    out_LBNH = attend(jnp.array(windows))
+    for layer, window in enumerate(windows):
+        expected_BNH = oracle.ragged_attention(q_BNH, new_BKC, cache_LBKSC, layer, length_B, window=window)
+        oracle.assert_close(out_LBNH[layer], expected_BNH)
+
+
+@pytest.mark.parametrize(
+    ("backend", "window"),
+    [
+        ("xla", None),
+        ("xla", 70),
+        ("pallas_interpret", 70),
+        pytest.param("pallas_interpret", None, marks=pytest.mark.slow),
+    ],
+)
+def test_soft_cap(mesh, backend, window):
+    """Gemma 2 caps at 50, which scores of 300 notice; the new token's own score is capped, too."""
+    q_BNH, new_BKC, cache_LBKSC, length_B = inputs([0, 1, 100, 256], 256, 1, 2, 64, jnp.float32, window=window)
+    args = (q_BNH * 100, new_BKC, cache_LBKSC, LAYER, length_B)
+    out_BNH = ATTEND(*args, window=window, soft_cap=50.0, mesh=mesh, backend=backend)
+    expected_BNH = oracle.ragged_attention(*args, window=window, soft_cap=50.0)
+    np.testing.assert_allclose(out_BNH, expected_BNH, rtol=1e-3, atol=1e-4)
+    uncapped_BNH = oracle.ragged_attention(*args, window=window)
+    assert np.abs(expected_BNH - uncapped_BNH)[2:].max() > 0.1
+
+
+@pytest.mark.parametrize("backend", ["xla", "pallas_interpret"])
+def test_soft_cap_by_hand(mesh, backend):
+    """Scores 0 and 1000, capped at log 3: weights 1/4 and 3/4."""
+    H, S = 64, 128
+    q_BNH = jnp.zeros((1, 1, H)).at[0, 0, 0].set(8.0)
+    new_BKC = jnp.zeros((1, 1, 2 * H)).at[0, 0, 0].set(1000.0).at[0, 0, H:].set(4.0)
+    cache_LBKSC = jnp.full((1, 1, 1, S, 2 * H), jnp.nan).at[0, 0, 0, 0].set(0.0).at[0, 0, 0, 0, H:].set(8.0)
+    args = (q_BNH, new_BKC, cache_LBKSC, 0, jnp.array([1]))
+    out_BNH = ATTEND(*args, soft_cap=float(np.log(3.0)), mesh=mesh, backend=backend)
+    np.testing.assert_allclose(out_BNH, np.full((1, 1, H), 5.0), rtol=1e-6)
+
+
+LIST = jax.jit(live_steps, static_argnames=("cache_len", "block", "cores"))
+
+
+@pytest.mark.parametrize("window", [None, 1, 2, 128, 200, 400])
 @pytest.mark.parametrize("cores", [1, 2, 4])
 @pytest.mark.parametrize(
     "lengths", [[0, 1, 127, 0, 0, 128, 129, 384], [0, 0, 300, 0], [384, 0, 384, 0], [1, 1, 1, 1], [5, 0, 0, 0], [0] * 4]
 )
-def test_the_steps_are_the_live_blocks(lengths, cores):
+def test_the_steps_are_the_live_blocks(lengths, cores, window):
     """The pipeline fetches a block when its index differs from the last step's: those must be the live ones, once each.
 
     A dead slot's step that moved the index would read HBM for nothing; a dead slot without a step has no answer.
     """
     block, S = 128, 384
-    steps = live_steps(jnp.array(lengths, jnp.int32), S, block, cores)
+    steps = LIST(jnp.array(lengths, jnp.int32), window, cache_len=S, block=block, cores=cores)
     N = len(lengths) // cores * (S // block)
     for core in range(cores):
         count = int(steps.count[core])
@@ -109,11 +206,12 @@ def test_the_steps_are_the_live_blocks(lengths, cores):
             (int(steps.slot[i]), int(steps.source[i]), int(steps.block[i])) for i in range(core * N, core * N + N)
         ]
         slots = range(core, len(lengths), cores)
-        live = [(b, s) for b in slots for s in range(-(-lengths[b] // block))]
+        rows = {b: [j for j in range(lengths[b]) if window is None or j > lengths[b] - window] for b in slots}
+        live = [(b, s) for b in slots for s in sorted({j // block for j in rows[b]})]
         fetched = [fetch for i, (_, *fetch) in enumerate(listed) if i == 0 or fetch != list(listed[i - 1][1:])]
         assert [tuple(fetch) for fetch in fetched[:1]] == live[:1] or not live, "the pipeline always fetches one block"
         assert [tuple(fetch) for fetch in fetched[1:]] == live[1:]
-        answered = [b for b in slots for _ in range(max(1, -(-lengths[b] // block)))]
+        answered = [b for b in slots for _ in range(max(1, len({j // block for j in rows[b]})))]
         assert [slot for slot, *_ in listed[:count]] == answered
         assert set(listed[count:]) <= {listed[count - 1]}, "the longer core's steps beyond this one's move nothing"
 
@@ -122,10 +220,11 @@ def test_two_cores():
     """On a chip with two cores the shorter list of steps is padded; a padded step must change nothing."""
     lengths, S, H = [200, 1, 0, 0, 256, 130], 256, 128
     q_BNH, new_BKC, cache_LBKSC, length_B = inputs(lengths, S, 1, 2, H, jnp.float32)
-    steps = live_steps(length_B, S, 128, cores=2)
+    steps = live_steps(length_B, None, S, 128, cores=2)
     assert steps.count.tolist() == [5, 4]
     out_BNH = ragged_attention_tpu(
-        q_BNH, new_BKC, cache_LBKSC, jnp.int32(LAYER), length_B, steps, interpret=interpret_params("pallas_interpret")
+        *(q_BNH, new_BKC, cache_LBKSC, jnp.int32(LAYER), length_B, None, steps),
+        interpret=interpret_params("pallas_interpret"),
     )
     oracle.assert_close(out_BNH, oracle.ragged_attention(q_BNH, new_BKC, cache_LBKSC, LAYER, length_B))
 
@@ -175,6 +274,10 @@ def test_block_size(K, H, dtype):
         ),
         ({"length_B": (3,)}, "length_B must be"),
         ({"layer": 3}, "layer=3"),
+        ({"window": 0}, "window=0 must be at least 1"),
+        ({"window": jnp.ones(2, jnp.int32)}, r"integer scalar, got int32\[2\]"),
+        ({"window": 7.0}, r"integer scalar, got float32\[\]"),
+        ({"soft_cap": 0.0}, "soft_cap=0.0 must be above 0"),
         ({"dtype": jnp.bfloat16}, "cast before the call"),
         ({"backend": "cuda"}, "backend='cuda'"),
         ({"chips": 8}, "num_kv_heads=2 must be divisible by shards=8"),
@@ -193,6 +296,8 @@ def test_refuses(mesh, mesh_of_8, change, message):
         "cache_LBKSC": jnp.zeros(shapes["cache_LBKSC"]),
         "layer": change.get("layer", 0),
         "length_B": jnp.zeros(shapes["length_B"], jnp.int32),
+        "window": change.get("window"),
+        "soft_cap": change.get("soft_cap"),
     }
     with pytest.raises(ValueError, match=message):
         ragged_attention(**args, mesh=mesh_of_8 if "chips" in change else mesh, backend=change.get("backend", "xla"))

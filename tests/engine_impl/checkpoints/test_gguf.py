@@ -74,7 +74,7 @@ def test_a_whole_file_loads_and_answers(tmp_path):
     assert tokenizer.encode("ab") == [258]
     assert tokenizer.stop_ids == {257}
     prefix, first = engine.prefill(params, *engine.pad(tokenizer.encode("hello")))
-    assert 0 <= int(first) < VOCABULARY
+    assert 0 <= int(first.token_B[0]) < VOCABULARY
     assert prefix.kv_LKTC.shape == (1, KV_HEADS, 16, 2 * HEAD_DIM)
 
 
@@ -89,9 +89,12 @@ def test_the_rope_of_llama_3_comes_from_its_tensor(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"drop": ["blk.0.ffn_up.weight"]}, "no tensor for the parameter 'layers.0.mlp.up_proj.weight'"),
-        ({"extra": {"blk.0.attn_q.bias": (32,)}}, "no parameter for blk.0.attn_q.bias"),
-        ({"shapes": {"blk.0.ffn_gate.weight": (FFN, DIM - 1)}}, r"gate_proj.weight has shape \(48, 31\)"),
+        ({"drop": ["blk.0.ffn_up.weight"]}, "missing: layers.0.mlp.up_proj.weight"),
+        ({"extra": {"blk.0.attn_q.bias": (32,)}}, "unexpected: layers.0.self_attn.q_proj.bias"),
+        (
+            {"shapes": {"blk.0.ffn_gate.weight": (FFN, DIM - 1)}},
+            r"gate_proj.weight is \(48, 31\), the model needs \(48, 32\)",
+        ),
         ({"family": "qwen2"}, "family 'qwen2'; the families there are: llama"),
         ({"scaling": "yarn"}, "scales its rope by 'yarn'"),
     ],
