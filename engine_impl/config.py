@@ -33,7 +33,25 @@ class EngineConfig:
     platform: Literal["auto", "cpu", "tpu", "cuda"] = "auto"
     """Devices to run on. `auto` takes JAX_PLATFORMS if set, else a TPU or GPU where there is one, else the CPU."""
 
+    quantize_weights: Literal["none", "int8", "int4"] = "none"
+    """Store weights as int8 (a scale for each output) or int4 (a scale and an offset for each block of inputs)."""
+
+    quantize_block: int = 32
+    """Inputs that share a scale with int4 (32, 64 or 128). 32 keeps the weights of Q4_0 and Q4_1 files as they are."""
+
+    quantize_activations: Literal["none", "int8"] = "none"
+    """With int8 weights: round activations to int8 too, which doubles the rate of multiplication on a TPU."""
+
+    quantize_exclude: tuple[str, ...] = ("lm_head",)
+    """Modules that keep their weights as they are, by patterns such as `layers.0.*` or `*.down_proj`."""
+
     def __post_init__(self) -> None:
+        if self.quantize_block not in (32, 64, 128):
+            raise RefusedError(f"quantize_block={self.quantize_block} must be 32, 64 or 128")
+        if self.quantize_activations != "none" and self.quantize_weights != "int8":
+            raise RefusedError(
+                f"quantize_activations={self.quantize_activations!r} needs int8 weights; add --quantize-weights int8"
+            )
         if self.slots < 1:
             raise RefusedError(f"slots={self.slots} must be at least 1")
         if self.cache_length < 128 or self.cache_length % 128:

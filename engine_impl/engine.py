@@ -34,6 +34,7 @@ from .forward import LayerLoop, Params
 from .logprobs import logprob_of, logprobs
 from .models.decoder import Decoder
 from .penalties import count_answer, counts_of_prompt
+from .quantize import quantize
 from .sampling import sample
 from .sampling_params import SamplingParams
 from .slot_sampling import SlotSampling
@@ -101,7 +102,8 @@ class Engine:
     def __init__(
         self, model: Decoder, mesh: Mesh, config: EngineConfig, dtype: jnp.dtype, tokenizer: Tokenizer, model_name: str
     ) -> None:
-        """`model` may be on the meta device; its kv heads must be a multiple of the mesh's size (see `loading`)."""
+        """`model` may be on the meta device; its kv heads must be a multiple of the mesh's size (see `loading`). Its
+        linear modules are swapped here if the config asks for quantised weights."""
         self.model_name = model_name
         self.mesh = mesh
         self.buckets = config.buckets
@@ -116,6 +118,7 @@ class Engine:
             head_dim=stored_head_dim(model.config.head_dim, self._backend),
             dtype=dtype,
         )
+        quantize(model, config, dtype, mesh, self._backend)
         self._model, self._tokenizer = model, tokenizer
         self._attention: dict[str, Any] = {
             "window_of_layer": model.config.window_of_layer,

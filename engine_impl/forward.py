@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+from torch import nn
 
 from . import bridge
 from .attention import Attend
@@ -18,7 +19,10 @@ LayerLoop = Literal["scan", "unrolled"]
 
 Params = dict[str, Any]
 """`embed_tokens`, `norm`, `lm_head`: {parameter name: array}; `layers`: the same with all layers stacked ("scan"), or a
-tuple with one such dict a layer ("unrolled")."""
+tuple with one such dict a layer ("unrolled").
+
+A scan hands each layer its slice of the stacks. Modules that read the stack themselves (`reads_stack`) get all of it
+and, as `layer`, the layer's number; where nothing is stacked, that is 0."""
 
 
 def layer_loop_for(platform: str) -> LayerLoop:
@@ -91,24 +95,41 @@ def _layers(model: Decoder, params: Params, token_R, position_R, attend: Attend)
         return x_RD, attend.stored(k_RKH, v_RKH)
 
     if isinstance(params["layers"], dict):
+        whole = {name: stack for name, stack in params["layers"].items() if name.startswith(_readers(model.layers[0]))}
+        sliced = {name: stack for name, stack in params["layers"].items() if name not in whole}
         ropes_stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *ropes) if len(ropes) > 1 else None
 
         def step(x_RD, of_layer):
             weights, index, kind, which = of_layer
+            weights = {**weights, **whole, **_numbered(model.layers[0], index)}
             rope = ropes[0] if ropes_stacked is None else jax.tree.map(lambda leaves: leaves[which], ropes_stacked)
             return layer(x_RD, weights, index, kind, rope)
 
         numbers = (range(len(model.layers)), kind_of_layer, rope_of_layer)
-        return jax.lax.scan(step, x_RD, (params["layers"], *(jnp.asarray(list(n), jnp.int32) for n in numbers)))
+        return jax.lax.scan(step, x_RD, (sliced, *(jnp.asarray(list(n), jnp.int32) for n in numbers)))
 
     layer = jax.jit(layer, static_argnums=3)  # XLA inlines the calls, so a layer's index is a constant again
     per_layer = []
     for index, weights in enumerate(params["layers"]):
+        weights = {**weights, **_numbered(model.layers[0], jnp.int32(0))}
         x_RD, kv = layer(x_RD, weights, jnp.int32(index), kind_of_layer[index], ropes[rope_of_layer[index]])
         per_layer.append(kv)
     return x_RD, jnp.stack(per_layer)
 
 
 def _logits(model: Decoder, params: Params, x_RD: jax.Array) -> jax.Array:
-    logits_RV = bridge.run(model.lm_head, params["lm_head"], bridge.run(model.norm, params["norm"], x_RD))
+    head = {**params["lm_head"], **_numbered(model.lm_head, jnp.int32(0))}
+    logits_RV = bridge.run(model.lm_head, head, bridge.run(model.norm, params["norm"], x_RD))
     return bridge.run(model.after_logits, {}, logits_RV)
+
+
+def _readers(module: nn.Module) -> tuple[str, ...]:
+    """How the names of weights begin that their module reads from the stack."""
+    return tuple(
+        f"{path}." if path else "" for path, part in module.named_modules() if getattr(part, "reads_stack", False)
+    )
+
+
+def _numbered(module: nn.Module, layer: jax.Array) -> dict[str, jax.Array]:
+    """The number that these modules take beside their weights."""
+    return {f"{reader}layer": layer for reader in _readers(module)}

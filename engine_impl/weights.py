@@ -3,7 +3,7 @@
 Tensors go one by one from the file to the devices that hold them: the host never holds more than a few.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -16,10 +16,12 @@ from torch import nn
 from .errors import RefusedError
 from .forward import LayerLoop, Params
 from .models.decoder import Decoder, ModelConfig
+from .quantized_linear import QuantizedLinear
 from .sharding import parameter_spec
 from .tokenizer import Tokenizer
 
 HEAD, EMBEDDING = "lm_head.weight", "embed_tokens.weight"
+WEIGHT = "weight"
 BENIGN = "rotary_emb.inv_freq"
 """Older checkpoints store the rope's frequencies, which follow from the config."""
 
@@ -57,31 +59,39 @@ def load(model: Decoder, checkpoint: Checkpoint, mesh: Mesh, dtype: jnp.dtype, l
     """
     check_names(model, checkpoint)
     loader = _Loader(model, checkpoint, dtype)
-    params = _build(model, mesh, loop, loader.place)
+    params = _build(model, mesh, loop, loader)
     loader.check_finite()
     return params
 
 
 def abstract(model: Decoder, mesh: Mesh, dtype: jnp.dtype, loop: LayerLoop) -> Params:
     """The parameters' shapes, types and shardings, without their memory."""
-
-    def describe(leaf: "_Leaf") -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(leaf.full_shape, dtype, sharding=leaf.sharding)
-
-    return _build(model, mesh, loop, describe)
+    return _build(model, mesh, loop, _Describer(dtype))
 
 
 def needed_shapes(model: Decoder, kv_heads: int) -> dict[str, tuple[int, ...]]:
     """The tensors that a checkpoint of this model has to have; `kv_heads` as they are there, not repeated."""
     shapes = {}
-    for name, parameter in model.named_parameters():
+    for name, shape in _float_shapes(model).items():
         if name == HEAD and model.config.tied_embeddings:
             continue
-        shape, sources = tuple(parameter.shape), model.sources(name)
+        sources = model.sources(name)
         if _of_kv_heads(name):
             shape = (shape[0] * kv_heads // model.config.num_kv_heads, *shape[1:])
         shapes |= {source: shape if len(sources) == 1 else shape[1:] for source in sources}
     return shapes
+
+
+def _float_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    """The parameters as they were before anything was quantised."""
+    quantized = {path: part for path, part in model.named_modules() if isinstance(part, QuantizedLinear)}
+    stored = {_join(path, name) for path, part in quantized.items() for name in part.stored}
+    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters() if name not in stored}
+    return shapes | {_join(path, WEIGHT): part.float_shape for path, part in quantized.items()}
+
+
+def _join(path: str, name: str) -> str:
+    return f"{path}.{name}" if path else name
 
 
 def check_names(model: Decoder, checkpoint: Checkpoint) -> None:
@@ -163,15 +173,36 @@ class _Loader:
         self._model, self._checkpoint, self._dtype = model, checkpoint, dtype
         self._finite: list[tuple[str, jax.Array]] = []
 
-    def place(self, leaf: _Leaf) -> jax.Array:
+    def plain(self, leaf: _Leaf) -> jax.Array:
+        """A leaf as the checkpoint has it."""
+        return self._assembled(leaf, self._dtype, {"": leaf}, lambda array: {"": array})[""]
+
+    def quantized(self, leaf: _Leaf, parts: dict[str, "_Leaf"], module: QuantizedLinear) -> dict[str, jax.Array]:
+        """The arrays that stand for `leaf`. Encoded from float32: rounding first would move values off their grid."""
+        shardings = {name: part.of_one for name, part in parts.items()}
+        return self._assembled(leaf, jnp.dtype("float32"), parts, jax.jit(module.encode, out_shardings=shardings))
+
+    def _assembled(
+        self,
+        leaf: _Leaf,
+        dtype: jnp.dtype,
+        parts: dict[str, _Leaf],
+        encode: Callable[[jax.Array], dict[str, jax.Array]],
+    ) -> dict[str, jax.Array]:
+        """What `encode` makes of the leaf; stacked ones are filled in place, layer by layer."""
         if not leaf.stacked:
-            return self._array(leaf.names[0], leaf)
-        empty = jax.jit(lambda: jnp.zeros(leaf.full_shape, self._dtype), out_shardings=leaf.sharding)
-        put = jax.jit(_put, donate_argnums=0, out_shardings=leaf.sharding)
-        stack = empty()
+            return encode(self._array(leaf.names[0], leaf, dtype))
+        full = {name: part.sharding for name, part in parts.items()}
+
+        def empty() -> dict[str, jax.Array]:
+            of_one = jax.eval_shape(encode, jax.ShapeDtypeStruct(leaf.shape, dtype))
+            return {name: jnp.zeros((len(leaf.names), *array.shape), array.dtype) for name, array in of_one.items()}
+
+        stacks = jax.jit(empty, out_shardings=full)()
+        put = jax.jit(_put, donate_argnums=0, out_shardings=full)
         for index, name in enumerate(leaf.names):
-            stack = put(stack, self._array(name, leaf), index)
-        return stack
+            stacks = put(stacks, encode(self._array(name, leaf, dtype)), index)
+        return stacks
 
     def check_finite(self) -> None:
         faulty = [name for name, finite in self._finite if not finite]
@@ -181,7 +212,7 @@ class _Loader:
                 "fetch it anew, or give another --dtype"
             )
 
-    def _array(self, name: str, leaf: _Leaf) -> jax.Array:
+    def _array(self, name: str, leaf: _Leaf, dtype: jnp.dtype) -> jax.Array:
         """One parameter. Every device's share is read for itself, so that no more of a memory map is touched."""
         if len(self._finite) > 1:
             self._finite[-2][1].block_until_ready()
@@ -193,16 +224,36 @@ class _Loader:
         def share(index: tuple[slice, ...]) -> np.ndarray:
             with np.errstate(over="ignore"):  # the check for infinities tells it, with the tensor's name
                 if len(sources) == 1:
-                    return np.array(sources[0][index], self._dtype)
-                return np.stack([source[index[1:]].astype(self._dtype) for source in sources[index[0]]])
+                    return np.array(sources[0][index], dtype)
+                return np.stack([source[index[1:]].astype(dtype) for source in sources[index[0]]])
 
         array = jax.make_array_from_callback(leaf.shape, leaf.of_one, share)
         self._finite.append((name, _all_finite(array)))
         return array
 
 
-def _put(stack: jax.Array, array: jax.Array, index: jax.Array) -> jax.Array:
-    return jax.lax.dynamic_update_index_in_dim(stack, array, index, 0)
+def _put(stacks: dict[str, jax.Array], arrays: dict[str, jax.Array], index: jax.Array) -> dict[str, jax.Array]:
+    return jax.tree.map(
+        lambda stack, array: jax.lax.dynamic_update_index_in_dim(stack, array, index, 0), stacks, arrays
+    )
+
+
+class _Describer:
+    """Makes shapes, types and shardings."""
+
+    def __init__(self, dtype: jnp.dtype) -> None:
+        self._dtype = dtype
+
+    def plain(self, leaf: _Leaf) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(leaf.full_shape, self._dtype, sharding=leaf.sharding)
+
+    def quantized(
+        self, leaf: _Leaf, parts: dict[str, _Leaf], module: QuantizedLinear
+    ) -> dict[str, jax.ShapeDtypeStruct]:
+        return {
+            name: jax.ShapeDtypeStruct(part.full_shape, module.stored[name].dtype, sharding=part.sharding)
+            for name, part in parts.items()
+        }
 
 
 @jax.jit
@@ -210,15 +261,26 @@ def _all_finite(array: jax.Array) -> jax.Array:
     return jnp.isfinite(array).all()
 
 
-def _build(model: Decoder, mesh: Mesh, loop: LayerLoop, make: Any) -> Params:
-    """The tree of `forward.Params` with make(leaf) at each place."""
+def _build(model: Decoder, mesh: Mesh, loop: LayerLoop, maker: "_Loader | _Describer") -> Params:
+    """The tree of `forward.Params`, every leaf made by the maker."""
 
     def section(module: nn.Module, prefixes: list[str], stacked: bool = False) -> dict[str, Any]:
-        made = {}
-        for name, parameter in module.named_parameters():
-            shape = tuple(parameter.shape)
-            spec = parameter_spec(model, f"{prefixes[0]}.{name}", shape, mesh)
-            made[name] = make(_Leaf([f"{prefix}.{name}" for prefix in prefixes], shape, spec, mesh, stacked))
+        def leaf(name: str, shape: tuple[int, ...], spec: PartitionSpec | None = None) -> _Leaf:
+            names = [f"{prefix}.{name}" for prefix in prefixes]
+            return _Leaf(names, shape, spec or parameter_spec(model, names[0], shape, mesh), mesh, stacked)
+
+        quantized = {path: part for path, part in module.named_modules() if isinstance(part, QuantizedLinear)}
+        stored = {_join(path, name) for path, part in quantized.items() for name in part.stored}
+        made = {
+            name: maker.plain(leaf(name, tuple(parameter.shape)))
+            for name, parameter in module.named_parameters()
+            if name not in stored
+        }
+        for path, part in quantized.items():
+            specs = part.specs()
+            parts = {name: leaf(_join(path, name), of.shape, specs[name]) for name, of in part.stored.items()}
+            weight = leaf(_join(path, WEIGHT), part.float_shape, part.float_spec)
+            made |= {_join(path, name): array for name, array in maker.quantized(weight, parts, part).items()}
         return made
 
     layer_names = [f"layers.{i}" for i in range(len(model.layers))]

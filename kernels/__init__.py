@@ -5,15 +5,17 @@ over the mesh axis "tensor" and picks the backend; `reference.py` is the definit
 there is no TPU; `pallas_tpu.py` is the TPU kernel. The axes' letters are explained in `cache_manager/layout.py`.
 """
 
-from .backend import Backend, backend_for
-from .blockwise_matmul import Blockwise, blockwise_matmul
+from .backend import AXIS, Backend, backend_for
+from .blockwise_matmul import Blockwise, Split, blockwise_matmul
 from .cache_flush import cache_flush
 from .prefill_attention import prefill_attention
 from .ragged_attention import attention_steps, ragged_attention
 
 __all__ = [
+    "AXIS",
     "Backend",
     "Blockwise",
+    "Split",
     "attention_steps",
     "backend_for",
     "blockwise_matmul",

@@ -1,6 +1,6 @@
 """Multiplies activations with int4 weights that are never unpacked in memory."""
 
-from .op import blockwise_matmul
+from .op import Split, blockwise_matmul
 from .reference import Blockwise, unpack
 
-__all__ = ["Blockwise", "blockwise_matmul", "unpack"]
+__all__ = ["Blockwise", "Split", "blockwise_matmul", "unpack"]

@@ -1,0 +1,81 @@
+"""How a matrix of floats becomes codes and scales. Pure arithmetic, run once a matrix, on the devices that hold it.
+
+O outputs, I inputs, Q blocks of inputs.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from ..kernels import Blockwise
+
+EXACT = 1e-5
+"""What a value may be off its grid, over its block's largest, to count as on it: float32 rounding of scale * code."""
+
+
+def encode_int8(weight_OI: jax.Array) -> dict[str, jax.Array]:
+    """One scale an output, symmetric: weight = code * scale, |error| <= scale / 2.
+
+    The scale is the row's largest magnitude over 127, or over 128 where that fits better: so a row that some other
+    tool has quantised, and that comes here as floats, keeps its codes.
+
+    Returns:
+        code i8 [O, I], scale f32 [O].
+    """
+    weight_OI = weight_OI.astype(jnp.float32)
+    largest_O1 = jnp.abs(weight_OI).max(axis=1, keepdims=True)
+
+    def candidate(steps: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+        scale_O1 = jnp.where(largest_O1 > 0, largest_O1 / steps, 1)
+        code_OI = jnp.clip(jnp.round(weight_OI / scale_O1), -128, 127)
+        return code_OI, scale_O1, jnp.abs(code_OI * scale_O1 - weight_OI).max(axis=1, keepdims=True)
+
+    code_OI, scale_O1, error_O1 = candidate(127)
+    other_OI, other_scale_O1, other_error_O1 = candidate(128)
+    is_other_O1 = other_error_O1 < EXACT * largest_O1
+    is_other_O1 &= error_O1 > other_error_O1
+    code_OI = jnp.where(is_other_O1, other_OI, code_OI)
+    return {"code": code_OI.astype(jnp.int8), "scale": jnp.where(is_other_O1, other_scale_O1, scale_O1)[:, 0]}
+
+
+def encode_int4(weight_OI: jax.Array, block: int, dtype: jnp.dtype) -> Blockwise:
+    """`block` inputs share a scale and an offset: weight = code * scale + offset, |error| <= scale / 2.
+
+    A block's least value gets the code -8 and its largest 7, 15 steps above. A block that comes from a file of 4-bit
+    codes may use fewer steps: where other blocks turn out to lie on such a grid, its own number of steps is looked for,
+    so that Q4_0, Q4_1, AWQ and GPTQ weights stay what they are.
+
+    Args:
+        block: divides I.
+        dtype: of scale and offset; codes are chosen for what they are in that type.
+    """
+    (O, I), Q = weight_OI.shape, weight_OI.shape[1] // block
+    weight_QiO = weight_OI.astype(jnp.float32).T.reshape(Q, block, O)
+    least_QO, largest_QO = weight_QiO.min(axis=1), weight_QiO.max(axis=1)
+    allowed_QO = EXACT * jnp.maximum(jnp.abs(least_QO), jnp.abs(largest_QO))
+
+    def scale_of(steps_QO: jax.Array) -> jax.Array:
+        return jnp.where(largest_QO > least_QO, (largest_QO - least_QO) / steps_QO, 1)
+
+    def is_on_grid(steps: jax.Array) -> jax.Array:
+        scale_QO = scale_of(jnp.full_like(least_QO, steps))
+        step_QiO = (weight_QiO - least_QO[:, None]) / scale_QO[:, None]
+        off_QiO = jnp.abs(step_QiO - jnp.round(step_QiO)) * scale_QO[:, None]
+        return off_QiO.max(axis=1) <= allowed_QO
+
+    def look(carry):
+        steps, steps_QO, found_QO = carry
+        steps = steps - 1
+        here_QO = ~found_QO & is_on_grid(steps)
+        return steps, jnp.where(here_QO, steps, steps_QO), found_QO | here_QO
+
+    def goes_on(carry):
+        steps, _, found_QO = carry
+        return (steps > 1) & found_QO.any() & ~found_QO.all()
+
+    start = (jnp.float32(15), jnp.full_like(least_QO, 15), is_on_grid(jnp.float32(15)))
+    _, steps_QO, _ = jax.lax.while_loop(goes_on, look, start)
+    scale_QO = scale_of(steps_QO).astype(dtype)
+    offset_QO = (least_QO + 8 * scale_QO.astype(jnp.float32)).astype(dtype)
+    code_QiO = (weight_QiO - offset_QO[:, None].astype(jnp.float32)) / scale_QO[:, None].astype(jnp.float32)
+    code_IO = jnp.clip(jnp.round(code_QiO), -8, 7).astype(jnp.int8).reshape(I, O)
+    return Blockwise((code_IO[::2] & 15) | (code_IO[1::2] << 4), scale_QO, offset_QO)
