@@ -1,6 +1,5 @@
 """Tokenizers of Hugging Face folders against transformers and the SentencePiece library, on the same files."""
 
-import io
 import json
 import random
 import warnings
@@ -14,15 +13,8 @@ from slipstream.engine_impl.tokenizer import NoTokenizer
 from tokenizers import AddedToken, decoders, models, pre_tokenizers, processors, trainers
 from tokenizers import Tokenizer as Backend
 
-CORPUS = [
-    "The quick brown fox jumps over the lazy dog. It was the best of times, it was the worst of times.",
-    "def fibonacci(n):\n    if n < 2:\n        return n\n    return fibonacci(n - 1) + fibonacci(n - 2)\n",
-    "Es war einmal ein König, der hatte drei Töchter; naïve café, Ærøskøbing, Łódź.",
-    "東京は日本の首都です。北京是中国的首都。서울은 대한민국의 수도이다.",
-    "Семь раз отмерь, один раз отрежь. Съешь же ещё этих мягких французских булок.",
-    "🥚🐣🐥 👩‍👩‍👧‍👦 🇫🇷 ✨ 1,234.56 ½ № ① ﬁ",
-    '{"key": ["value", 1.5e-3, null], "другой": "価値"}',
-]
+from .vocabularies import CORPUS, train_pieces
+
 TEXTS = [
     *CORPUS,
     "",
@@ -31,7 +23,7 @@ TEXTS = [
     "trailing ",
     "two  spaces   three\tand a tab",
     "line\n\nline\r\n\n\n  indented",
-    "unseen: ﷽ ༼ つ ◕_◕ ༽つ 𝔘𝔫𝔦𝔠𝔬𝔡𝔢 \u200b\u00a0",
+    "unseen: ﷽ ༼ つ ◕_◕ ༽つ \U0001d518\U0001d52b \u200b\u00a0",
     "<s>already begun",
     "before</s>after </s> spaced",
     "<|im_start|>user\nhi<|im_end|>",
@@ -86,41 +78,6 @@ def save_with_bos(path, folder):
     backend = Backend.from_file(str(path))
     backend.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
     backend.save(str(folder / "tokenizer.json"))
-
-
-def train_pieces(**options):
-    model = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(CORPUS * 3), model_writer=model, minloglevel=2, num_threads=1, **options
-    )
-    return model.getvalue()
-
-
-@pytest.fixture(scope="session")
-def llama_pieces():
-    """As Llama 2's: BPE, byte fallback, text as it is."""
-    return train_pieces(
-        model_type="bpe", vocab_size=620, byte_fallback=True, normalization_rule_name="identity",
-        remove_extra_whitespaces=False, split_digits=True, allow_whitespace_only_pieces=True, character_coverage=0.98,
-    )  # fmt: skip
-
-
-@pytest.fixture(scope="session")
-def gemma_pieces():
-    """As Gemma's: no space in front of a text, runs of spaces as pieces of the user's."""
-    return train_pieces(
-        model_type="bpe", vocab_size=620, byte_fallback=True, normalization_rule_name="identity", add_dummy_prefix=False,
-        remove_extra_whitespaces=False, user_defined_symbols=["<|im_start|>", "▁▁▁", "▁▁"], character_coverage=0.98,
-    )  # fmt: skip
-
-
-@pytest.fixture(scope="session")
-def unigram_pieces():
-    """SentencePiece's own defaults: unigram, NFKC, single spaces; a piece of the user's."""
-    return train_pieces(
-        model_type="unigram", vocab_size=420, byte_fallback=True, user_defined_symbols=["<|im_start|>"],
-        hard_vocab_limit=False,
-    )  # fmt: skip
 
 
 def pieces_folder(tmp_path, model, **config):
