@@ -121,8 +121,8 @@ def _download(model: str, files: list[str]) -> Path:
         raise RefusedError(f"{name} has no revision {revision!r}; see {page}/tree/main") from error
     except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled) as error:
         raise RefusedError(
-            f"model {name!r} is neither a folder here nor whole in the cache, and the hub is out of reach ({_why(error)}"
-            f"); run `slipstream fetch {model}` where there is a network, with the same HF_HOME"
+            f"model {name!r} is neither a folder here nor whole in the cache, and the hub is out of reach "
+            f"({_why(error)}); run `slipstream fetch {model}` where there is a network, with the same HF_HOME"
         ) from error
     except (errors.HfHubHTTPError, httpx.HTTPError, OSError) as error:
         raise RefusedError(
