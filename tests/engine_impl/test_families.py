@@ -10,8 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from safetensors.numpy import load_file
-from slipstream.engine_impl.checkpoints.hf_config import read_hf_config
+from slipstream.engine_impl.checkpoints.safetensors import SafetensorsCheckpoint
 from slipstream.engine_impl.config import EngineConfig
 from slipstream.engine_impl.engine import Engine
 from slipstream.engine_impl.models import registry
@@ -90,22 +89,8 @@ def written_by_transformers(family: str, root: Path) -> tuple[Path, Any]:
     return root / family, model
 
 
-class FolderCheckpoint:
-    def __init__(self, folder: Path) -> None:
-        self.name, self.config = folder.name, read_hf_config(folder)
-        self.tensors = {k.removeprefix("model."): v for k, v in load_file(folder / "model.safetensors").items()}
-
-    def tensor(self, name):
-        if name == "lm_head.weight" and self.config.tied_embeddings:
-            name = "embed_tokens.weight"
-        return self.tensors[name]
-
-    def unused(self, names):
-        return sorted(set(self.tensors) - names)
-
-
 def load(folder, devices):
-    checkpoint = FolderCheckpoint(folder)
+    checkpoint = SafetensorsCheckpoint(folder)
     mesh = make_mesh(jax.devices(), checkpoint.config.num_heads, checkpoint.config.num_kv_heads, devices)
     model = registry.build(replace(checkpoint.config, num_kv_heads=max(checkpoint.config.num_kv_heads, mesh.size)))
     config = EngineConfig(slots=2, cache_length=128, max_prefill_length=64)
