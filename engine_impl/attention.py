@@ -20,7 +20,7 @@ class Attend(NamedTuple):
     kind_of_layer: tuple[int, ...]
     """Layers of one kind see equally far."""
     call: Callable[[jax.Array | int, jax.Array | int, jax.Array, jax.Array, jax.Array], jax.Array]
-    """(layer, its kind, q_RNH, k_RKH, v_RKH) -> out_RNH; the kind is a Python int, or traced where layers are scanned"""
+    """(layer, its kind, q_RNH, k_RKH, v_RKH) -> out_RNH; the kind is a Python int, or traced under a scan"""
     stored: Callable[[jax.Array, jax.Array], jax.Array]
     """(k_RKH, v_RKH) -> what the program hands on of a layer"""
 
@@ -34,8 +34,8 @@ def attend_cache(
     cache_LBKSC: jax.Array,
     length_B: jax.Array,
     *,
-    window_of_layer: Sequence[int | None],
-    soft_cap: float | None,
+    window_of_layer: Sequence[int | None] = (None,),
+    soft_cap: float | None = None,
     mesh: jax.sharding.Mesh,
     backend: Backend,
 ) -> Attend:
@@ -67,8 +67,8 @@ def attend_prompt(
     num_tokens: int,
     *,
     head_dim: int,
-    window_of_layer: Sequence[int | None],
-    soft_cap: float | None,
+    window_of_layer: Sequence[int | None] = (None,),
+    soft_cap: float | None = None,
     mesh: jax.sharding.Mesh,
     backend: Backend,
 ) -> Attend:

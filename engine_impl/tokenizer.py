@@ -42,7 +42,8 @@ class Tokenizer:
         self.first_ids = tuple(first_ids)
         self._backend = backend
         self._text_prefix = text_prefix
-        self._control = tuple(token.content for token in backend.get_added_tokens_decoder().values())
+        added = backend.get_added_tokens_decoder().values()
+        self._control = tuple(token.content for token in added if token.special)
         self._chat_template = chat_template
 
     def encode(self, text: str) -> list[int]:

@@ -15,7 +15,7 @@ from torch import nn
 
 from .errors import RefusedError
 from .forward import LayerLoop, Params
-from .models.decoder import Decoder, ModelConfig
+from .models.decoder import Decoder, ModelConfig, Rows
 from .quantized_linear import QuantizedLinear
 from .sharding import parameter_spec
 from .tokenizer import Tokenizer
@@ -71,14 +71,18 @@ def abstract(model: Decoder, mesh: Mesh, dtype: jnp.dtype, loop: LayerLoop) -> P
 
 def needed_shapes(model: Decoder, kv_heads: int) -> dict[str, tuple[int, ...]]:
     """The tensors that a checkpoint of this model has to have; `kv_heads` as they are there, not repeated."""
-    shapes = {}
+    shapes: dict[str, tuple[int, ...]] = {}
     for name, shape in _float_shapes(model).items():
         if name == HEAD and model.config.tied_embeddings:
             continue
         sources = model.sources(name)
         if _of_kv_heads(name):
             shape = (shape[0] * kv_heads // model.config.num_kv_heads, *shape[1:])
-        shapes |= {source: shape if len(sources) == 1 else shape[1:] for source in sources}
+        for source in sources:
+            of_source = shape if len(sources) == 1 else shape[1:]
+            if isinstance(source, Rows):  # other parameters take the others
+                of_source = (max(source.stop, shapes.get(source, (0,))[0]), *of_source[1:])
+            shapes[str(source)] = of_source
     return shapes
 
 
@@ -216,7 +220,7 @@ class _Loader:
         """One parameter. Every device's share is read for itself, so that no more of a memory map is touched."""
         if len(self._finite) > 1:
             self._finite[-2][1].block_until_ready()
-        sources = [self._checkpoint.tensor(source) for source in self._model.sources(name)]
+        sources = [_rows(self._checkpoint.tensor(source), source) for source in self._model.sources(name)]
         if _of_kv_heads(name):
             heads = self._checkpoint.config.num_kv_heads, self._model.config.num_kv_heads
             sources = [_repeat_heads(source, *heads) for source in sources]
@@ -295,6 +299,11 @@ def _build(model: Decoder, mesh: Mesh, loop: LayerLoop, maker: "_Loader | _Descr
         "norm": section(model.norm, ["norm"]),
         "lm_head": embed_tokens if model.config.tied_embeddings else section(model.lm_head, ["lm_head"]),
     }
+
+
+def _rows(tensor: np.ndarray, source: str) -> np.ndarray:
+    """What the model takes of a checkpoint's tensor."""
+    return tensor[source.start : source.stop] if isinstance(source, Rows) else tensor
 
 
 def _repeat_heads(weight: np.ndarray, heads: int, wanted: int) -> np.ndarray:

@@ -1,17 +1,19 @@
 """GGUF: a Llama's shape, weights and tokenizer in one file (https://github.com/ggml-org/ggml/blob/master/docs/gguf.md)."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import gguf
 import numpy as np
+from tokenizers import Tokenizer as Backend
 
 from ..chat_template import ChatTemplate
 from ..errors import RefusedError
 from ..models.llama import LlamaConfig
 from ..tokenizer import Tokenizer, byte_level_bpe
+from .gguf_file import GGUFFile
+from .pieces import CONTROL, USER_DEFINED, Pieces, backend_of
 
 _ROPE_FACTORS = "rope_freqs.weight"
 _MODULES = {"token_embd": "embed_tokens", "output_norm": "norm", "output": "lm_head"}
@@ -26,7 +28,7 @@ _LAYER_MODULES = {
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
 }
-_CONTROL, _USER_DEFINED = int(gguf.TokenType.CONTROL), int(gguf.TokenType.USER_DEFINED)
+_SPECIAL_TOKENS = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
 
 
 class GGUFCheckpoint:
@@ -37,13 +39,11 @@ class GGUFCheckpoint:
         if not path.is_file():
             raise RefusedError(f"model file {str(path)!r} does not exist; give `embedded` or the path of a GGUF file")
         try:
-            self._reader = gguf.GGUFReader(path)
-        except (ValueError, IndexError, KeyError, OSError) as error:
+            self._file = GGUFFile(path)
+        except (ValueError, OSError) as error:
             raise RefusedError(f"model file {str(path)!r} is no readable GGUF file ({error}); fetch it anew") from error
         self.path = path
-        tensors = {tensor.name: tensor for tensor in self._reader.tensors}
-        self._rope_divisors = tensors.pop(_ROPE_FACTORS, None)
-        self._tensors = {_parameter(name): tensor for name, tensor in tensors.items()}
+        self._stored_names = {_parameter(name): name for name in self._file.tensors if name != _ROPE_FACTORS}
         family = self._field("general.architecture")
         if family != "llama":
             raise RefusedError(f"model file {str(path)!r} is of the family {family!r}; the families there are: llama")
@@ -52,53 +52,72 @@ class GGUFCheckpoint:
 
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
         """The shape of every tensor there is, by its parameter's name; one that we do not know keeps the file's."""
-        return {name: tuple(map(int, reversed(tensor.shape))) for name, tensor in self._tensors.items()}
+        return {name: self._file.tensors[stored].shape for name, stored in self._stored_names.items()}
 
     def tensor(self, name: str) -> np.ndarray:
         """One tensor by its parameter's name, float32, dequantised."""
-        config, stored = self.config, self._tensors[name]
-        value = gguf.quants.dequantize(stored.data, stored.tensor_type).astype(np.float32, copy=False)
+        value = self._dequantised(self._stored_names[name])
         if name.endswith("q_proj.weight"):
-            return _halves_from_pairs(value, config.num_heads)
+            return _halves_from_pairs(value, self.config.num_heads)
         if name.endswith("k_proj.weight"):
-            return _halves_from_pairs(value, config.num_kv_heads)
+            return _halves_from_pairs(value, self.config.num_kv_heads)
         return value
 
     def tokenizer(self) -> Tokenizer:
         """The tokenizer and chat template that the file carries."""
         model = self._field("tokenizer.ggml.model")
-        if model != "gpt2":
-            raise RefusedError(f"{str(self.path)!r} has a tokenizer {model!r}; those there are: gpt2 (byte-level BPE)")
+        if model not in ("gpt2", "llama"):
+            raise RefusedError(
+                f"{str(self.path)!r} has a tokenizer {model!r}; those there are: gpt2 (byte-level BPE), llama "
+                "(SentencePiece)"
+            )
         tokens = self._field("tokenizer.ggml.tokens")
-        types = self._field("tokenizer.ggml.token_type")
-        split = self._field("tokenizer.ggml.pre")
-        backend = byte_level_bpe(
-            tokens,
-            self._field("tokenizer.ggml.merges"),
-            pre_tokenizer=split,
-            control_ids=[i for i, kind in enumerate(types) if kind == _CONTROL],
-            added_ids=[i for i, kind in enumerate(types) if kind == _USER_DEFINED],
-        )
-        eos_id = self._field("tokenizer.ggml.eos_token_id")
-        bos_id = self._field("tokenizer.ggml.bos_token_id", None)
-        adds_bos = self._field("tokenizer.ggml.add_bos_token", split == "llama-bpe")  # as llama.cpp, where unsaid
-        special = {name: tokens[i] for name, i in (("bos_token", bos_id), ("eos_token", eos_id)) if i is not None}
+        backend, prefix = self._pieces(tokens) if model == "llama" else (self._byte_level_bpe(tokens), "")
+        ids = {name: self._field(f"tokenizer.ggml.{key}_token_id", None) for name, key in _SPECIAL_TOKENS.items()}
+        special = {name: tokens[i] for name, i in ids.items() if i is not None}
+        bos_id, eos_id = ids["bos_token"], self._field("tokenizer.ggml.eos_token_id")
+        unsaid = model == "llama" or self._field("tokenizer.ggml.pre") == "llama-bpe"  # as llama.cpp
+        adds_bos = self._field("tokenizer.ggml.add_bos_token", unsaid) and bos_id is not None
         template = self._field("tokenizer.chat_template", None)
-        ends = {eos_id, self._field("tokenizer.ggml.eot_token_id", eos_id)}
         return Tokenizer(
             backend,
             vocab_size=len(tokens),
             bos_id=bos_id,
             eos_id=eos_id,
-            stop_ids=frozenset(ends),
-            first_ids=[bos_id] if adds_bos and bos_id is not None else [],
+            stop_ids=frozenset({eos_id, self._field("tokenizer.ggml.eot_token_id", eos_id)}),
+            first_ids=[bos_id] if adds_bos else [],
+            text_prefix=prefix,
             chat_template=ChatTemplate(template, special) if template else None,
         )
 
+    def _byte_level_bpe(self, tokens: Sequence[str]) -> Backend:
+        kinds = self._field("tokenizer.ggml.token_type")
+        return byte_level_bpe(
+            tokens,
+            self._field("tokenizer.ggml.merges"),
+            pre_tokenizer=self._field("tokenizer.ggml.pre"),
+            control_ids=[i for i, kind in enumerate(kinds) if kind == CONTROL],
+            added_ids=[i for i, kind in enumerate(kinds) if kind == USER_DEFINED],
+        )
+
+    def _pieces(self, tokens: Sequence[str]) -> tuple[Backend, str]:
+        pieces = Pieces(
+            texts=tokens,
+            scores=self._field("tokenizer.ggml.scores"),
+            kinds=self._field("tokenizer.ggml.token_type"),
+            space_first=self._field("tokenizer.ggml.add_space_prefix", True),
+        )
+        return backend_of(pieces, space_after_control=True)  # as llama.cpp
+
+    def _dequantised(self, stored_name: str) -> np.ndarray:
+        try:
+            return self._file.tensor(stored_name)
+        except ValueError as error:
+            raise RefusedError(f"{str(self.path)!r}: {error}; take another quantisation of the model") from error
+
     def _field(self, key: str, *default: Any) -> Any:
-        field = self._reader.fields.get(key)
-        if field is not None:
-            return field.contents()
+        if key in self._file.fields:
+            return self._file.fields[key]
         if default:
             return default[0]
         raise RefusedError(f"{str(self.path)!r} lacks the field {key!r}; convert the model anew")
@@ -121,19 +140,22 @@ class GGUFCheckpoint:
             vocab_size=self._vocab_size(),
             rope_theta=self._field("llama.rope.freq_base", 10000.0),  # GGUF: absent means the first Llama's
             rms_norm_eps=self._field("llama.attention.layer_norm_rms_epsilon"),
-            tied_embeddings="lm_head.weight" not in self._tensors,
+            tied_embeddings="lm_head.weight" not in self._stored_names,
             context_length=self._field("llama.context_length"),
             rope_factors=self._rope_factors(),
         )
 
     def _vocab_size(self) -> int:
-        if "embed_tokens.weight" not in self._tensors:
+        embedding = self._stored_names.get("embed_tokens.weight")
+        if embedding is None:
             raise RefusedError(f"{str(self.path)!r} has no token embedding; convert the model anew")
-        return int(self._tensors["embed_tokens.weight"].shape[1])
+        return self._file.tensors[embedding].shape[0]
 
     def _rope_factors(self) -> tuple[float, ...] | None:
         """Llama 3.1 and later: the scaling comes as a tensor of divisors."""
-        return None if self._rope_divisors is None else tuple(self._rope_divisors.data.tolist())
+        if _ROPE_FACTORS not in self._file.tensors:
+            return None
+        return tuple(self._dequantised(_ROPE_FACTORS).tolist())
 
 
 def _parameter(stored_name: str) -> str:

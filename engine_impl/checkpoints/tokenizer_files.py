@@ -33,9 +33,10 @@ def read_tokenizer(folder: Path, where: str, vocab_size: int) -> Tokenizer:
     of_tokenizer = _read(folder / "special_tokens_map.json") | _read(folder / "tokenizer_config.json")
     ends = _ids(generation.get("eos_token_id")) | _ids(config.get("eos_token_id"))
     own_ids: dict[str, int] = {}
-    prefix = ""
+    first_ids, prefix = None, ""
     if (folder / "tokenizer.json").is_file():
         backend = _backend(folder / "tokenizer.json")
+        first_ids = _first_ids(backend)
     elif (folder / "tokenizer.model").is_file():
         pieces, own_ids = read_pieces(folder / "tokenizer.model")
         backend, prefix = backend_of(pieces, space_after_control=of_tokenizer.get("legacy") is True)
@@ -45,6 +46,8 @@ def read_tokenizer(folder: Path, where: str, vocab_size: int) -> Tokenizer:
     _add_tokens(backend, folder, of_tokenizer)
     special = {name: backend.id_to_token(i) for name, i in own_ids.items()} | _special_tokens(of_tokenizer)
     bos_id, eos_id = (backend.token_to_id(special.get(name, "")) for name in ("bos_token", "eos_token"))
+    if first_ids is None:
+        first_ids = [bos_id] if bos_id is not None and of_tokenizer.get("add_bos_token", True) else []
     template = _chat_template(folder, of_tokenizer)
     return Tokenizer(
         backend,
@@ -52,7 +55,7 @@ def read_tokenizer(folder: Path, where: str, vocab_size: int) -> Tokenizer:
         bos_id=bos_id,
         eos_id=min(ends, default=None) if eos_id is None else eos_id,
         stop_ids=frozenset(ends | _ids(eos_id)),
-        first_ids=_first_ids(backend, of_tokenizer.get("add_bos_token"), bos_id, bool(own_ids), where),
+        first_ids=first_ids,
         text_prefix=prefix,
         chat_template=None if template is None else ChatTemplate(template, special),
     )
@@ -112,18 +115,12 @@ def _add_tokens(backend: Backend, folder: Path, fields: Fields) -> None:
             )
 
 
-def _first_ids(backend: Backend, adds_bos: bool | None, bos_id: int | None, is_pieces: bool, where: str) -> list[int]:
-    """What comes before a text: as add_bos_token says; where it says nothing, as tokenizer.json's post-processor does,
-    and a SentencePiece model has its BOS. Never an EOS: it would end the answer before it begins."""
-    if adds_bos is None and is_pieces:
-        adds_bos = bos_id is not None
-    if adds_bos is None:
-        bare, whole = (backend.encode("a", add_special_tokens=added).ids for added in (False, True))
-        starts = [i for i in range(len(whole)) if whole[i : i + len(bare)] == bare]
-        return whole[: starts[0]] if starts else []
-    if adds_bos and bos_id is None:
-        raise RefusedError(f"{where} wants a BOS before every text (add_bos_token) but its tokenizer has none")
-    return [bos_id] if adds_bos and bos_id is not None else []
+def _first_ids(backend: Backend) -> list[int]:
+    """What tokenizer.json's post-processor puts before a text; add_bos_token is not heard beside it. Nothing of what it
+    puts behind: an EOS would end the answer before it begins."""
+    bare, whole = (backend.encode("a", add_special_tokens=added).ids for added in (False, True))
+    starts = [i for i in range(len(whole)) if whole[i : i + len(bare)] == bare]
+    return whole[: starts[0]] if starts else []
 
 
 def _chat_template(folder: Path, fields: Fields) -> str | None:

@@ -12,6 +12,18 @@ Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 """(q_RNH, k_RKH, v_RKH) -> out_RNH, softmax of q . k times H**-0.5"""
 
 
+class Rows(str):
+    """The name of a checkpoint's tensor of which a parameter is rows [start, stop)."""
+
+    start: int
+    stop: int
+
+    def __new__(cls, name: str, start: int, stop: int) -> "Rows":
+        rows = super().__new__(cls, name)
+        rows.start, rows.stop = start, stop
+        return rows
+
+
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     """The sizes that the engine needs; a family adds its own."""
@@ -81,5 +93,6 @@ class Decoder(nn.Module):
         raise NotImplementedError
 
     def sources(self, name: str) -> tuple[str, ...]:
-        """The checkpoint's tensors that make up a parameter; several are stacked on a new leading axis."""
+        """The checkpoint's tensors that make up a parameter; several are stacked on a new leading axis, of `Rows` only
+        those are taken."""
         return (name,)

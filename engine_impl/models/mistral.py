@@ -21,6 +21,4 @@ class Mistral(Transformer):
     def read_config(cls, fields: Fields) -> MistralConfig:
         fields.only("hidden_act", "silu")
         shape = read_shape(fields)
-        return MistralConfig(
-            **shape, **read_rope(fields, shape["head_dim"]), windows=(fields.get("sliding_window"),)
-        )
+        return MistralConfig(**shape, **read_rope(fields, shape["head_dim"]), windows=(fields.get("sliding_window"),))

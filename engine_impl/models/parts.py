@@ -17,6 +17,26 @@ class Embedding(nn.Embedding):
     def reset_parameters(self) -> None: ...
 
 
+class ExpertLinear(nn.Module):
+    """A `Linear` without bias for each of E experts, weight [E, out, in]."""
+
+    def __init__(self, experts: int, in_features: int, out_features: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(experts, out_features, in_features))
+
+    def of_all(self, x_RI: Tensor) -> Tensor:
+        """Every expert's answer to every row: [E, R, out]."""
+        return torch.einsum("ri,eoi->ero", x_RI, self.weight)
+
+    def summed(self, x_ERI: Tensor) -> Tensor:
+        """The sum of the experts' answers, each to its own rows: [R, out]."""
+        return torch.einsum("eri,eoi->ro", x_ERI, self.weight)
+
+    def of_one(self, x_I: Tensor, expert: Tensor) -> Tensor:
+        """One expert's answer to one row; `expert` is an integer scalar. Only that expert's weights are read."""
+        return functional.linear(x_I, self.weight[expert])
+
+
 class RMSNorm(nn.Module):
     """Root mean square norm (Zhang & Sennrich, arXiv 1910.07467), computed in float32."""
 

@@ -7,7 +7,14 @@ from torch import nn
 
 from .fields import Fields
 from .transformer import (
-    Attention, GatedMLP, Layer, Transformer, TransformerConfig, read_rope, read_shape, windows_of_layers,
+    Attention,
+    GatedMLP,
+    Layer,
+    Transformer,
+    TransformerConfig,
+    read_rope,
+    read_shape,
+    windows_of_layers,
 )  # fmt: skip
 
 

@@ -12,6 +12,8 @@ from .gemma2 import Gemma2
 from .gemma3 import Gemma3
 from .llama import Llama
 from .mistral import Mistral
+from .mixtral import Mixtral
+from .phi3 import Phi3
 from .qwen2 import Qwen2
 from .qwen3 import Qwen3
 
@@ -21,6 +23,8 @@ FAMILIES: dict[str, type[Decoder]] = {
     "gemma3_text": Gemma3,
     "llama": Llama,
     "mistral": Mistral,
+    "mixtral": Mixtral,
+    "phi3": Phi3,
     "qwen2": Qwen2,
     "qwen3": Qwen3,
 }
