@@ -1,18 +1,37 @@
 """Products with int8 weights, out = x @ (code * scale).T: three ways to treat x.
 
-R rows, O outputs, I inputs. x is bf16 or f32, as out; code_OI is i8, scale_O f32.
+R rows, O outputs, I inputs. x is bf16 or f32, as out; code_OI is i8, scale_O f32. Each works on one device's share:
+`shared` runs it on a mesh, so that rows are rounded by the share of them that a device has, and no device waits to
+learn the largest of all.
 """
 
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
+
+from ..kernels import AXIS, Split
 
 Multiply = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 """(x_RI, code_OI, scale_O) -> out_RO"""
 
 PARTS = 254
 """A remainder of rounding, at most half a step, is counted in steps this much smaller, to fit an int8."""
+
+
+def shared(multiply: Multiply, split: Split, mesh: Mesh) -> Multiply:
+    """`multiply` on every device's share. With shared outputs x is whole on each device and the result is shared,
+    with shared inputs x is, and the results are added up."""
+
+    def of_device(x_RI: jax.Array, code_OI: jax.Array, scale_O: jax.Array) -> jax.Array:
+        out_RO = multiply(x_RI, code_OI, scale_O)
+        return jax.lax.psum(out_RO, AXIS) if split == "inputs" else out_RO
+
+    outputs, inputs = (AXIS if split == axis else None for axis in ("outputs", "inputs"))
+    in_specs = (P(None, inputs), P(outputs, inputs), P(outputs))
+    return jax.shard_map(of_device, mesh=mesh, in_specs=in_specs, out_specs=P(None, outputs))
 
 
 def multiply_floats(x_RI: jax.Array, code_OI: jax.Array, scale_O: jax.Array) -> jax.Array:

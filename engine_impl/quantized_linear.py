@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ..kernels import AXIS, Backend, Blockwise, Split, blockwise_matmul
 from . import bridge
-from .int8_matmul import Multiply
+from .int8_matmul import Multiply, shared
 from .weight_codecs import encode_int4, encode_int8
 
 
@@ -57,6 +57,11 @@ class QuantizedLinear(nn.Module):
             empty = torch.empty(leaf.shape, dtype=getattr(torch, leaf.dtype.name), device="meta")
             self.register_parameter(name, nn.Parameter(empty, requires_grad=False))
 
+    @property
+    def split(self) -> Split:
+        """Which of the weight's axes the devices share."""
+        return None if self.axis is None else ("outputs", "inputs")[self.axis]
+
     def encode(self, weight_OI: jax.Array) -> Mapping[str, jax.Array]:
         """The arrays of a float weight. Pure; runs under jit."""
         raise NotImplementedError
@@ -88,7 +93,7 @@ class Int8Linear(QuantizedLinear):
         code = Stored((O, I), jnp.dtype("int8"), outputs=0, inputs=1)
         scale = Stored((O,), jnp.dtype("float32"), outputs=0, inputs=None)
         super().__init__(replaced, {"code": code, "scale": scale}, axis, mesh)
-        self.multiply = multiply
+        self.multiply = shared(multiply, self.split, mesh)
 
     def encode(self, weight_OI: jax.Array) -> Mapping[str, jax.Array]:
         return encode_int8(weight_OI)
@@ -124,7 +129,6 @@ class Int4Linear(QuantizedLinear):
     def forward(self, x_RI: Tensor) -> Tensor:
         def multiply(x_RI, layer, *leaves):
             stacks = Blockwise(*(leaf if leaf.ndim == 3 else leaf[None] for leaf in leaves))
-            split: Split = {0: "outputs", 1: "inputs", None: None}[self.axis]
-            return blockwise_matmul(x_RI, stacks, layer, split=split, mesh=self.mesh, backend=self.backend)
+            return blockwise_matmul(x_RI, stacks, layer, split=self.split, mesh=self.mesh, backend=self.backend)
 
         return self.with_bias(bridge.call_kernel(multiply, x_RI, self.layer, self.packed, self.scale, self.offset))

@@ -13,6 +13,7 @@ from .pallas_tpu import blockwise_matmul_tpu
 from .reference import Blockwise, blockwise_matmul_reference
 
 Split = Literal["inputs", "outputs"] | None
+"""The axis of a weight that the devices share."""
 
 
 def blockwise_matmul(
@@ -58,9 +59,8 @@ def blockwise_matmul(
         matmul = functools.partial(blockwise_matmul_tpu, interpret=interpret_params(backend))
 
     def of_shard(x_RI, weight, layer):
-        out_RO = matmul(x_RI, weight, layer)
-        out_RO = jax.lax.psum(out_RO, AXIS) if split == "inputs" else out_RO
-        return out_RO.astype(x_RI.dtype)
+        out_RO = matmul(x_RI, weight, layer).astype(x_RI.dtype)
+        return jax.lax.psum(out_RO, AXIS) if split == "inputs" else out_RO
 
     specs = {
         "inputs": (P(None, AXIS), P(None, AXIS), P()),

@@ -20,7 +20,8 @@ from .reference import Blockwise
 LANES = 128
 SCALE_ROWS = 16  # of a tile in bf16, the larger of the two types
 INPUTS = 4096  # at most, of a tile, where they can be divided
-TILE = 2 << 20  # bytes of x, and of the weight unpacked
+ROWS = OUTPUTS = 256  # likewise
+TILE = 2 << 20  # bytes at most of x, and of the weight unpacked
 
 
 def _kernel(
@@ -69,7 +70,7 @@ def blockwise_matmul_tpu(
     inputs = tile_of(I, SCALE_ROWS * I // Q)
     most = TILE // (inputs * x_RI.dtype.itemsize)
     # The last tile of rows or outputs may reach past the end: what is there is neither used nor written.
-    rows, outputs = min(R, max(most // 8 * 8, 8)), min(O, max(most // LANES * LANES, LANES))
+    rows, outputs = min(R, ROWS, max(most // 8 * 8, 8)), min(O, OUTPUTS, max(most // LANES * LANES, LANES))
     tiles = pl.cdiv(O, outputs)
     cores = 1 if interpret else pltpu.get_tpu_info().num_cores
     cores = cores if tiles % cores == 0 else 1
