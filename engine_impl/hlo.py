@@ -104,6 +104,16 @@ class Program:
         found = ((estimate.search(instruction.text), times) for instruction, times in self._executed())
         return sum(int(match[1]) * times for match, times in found if match and int(match[1]) < 2**40)
 
+    def floats_of(self, shape: tuple[int, ...]) -> list[str]:
+        """Instructions whose result is an array of floats with these dimensions, in any order, in HBM or VMEM."""
+        wanted = sorted(shape)
+        return [
+            instruction.name
+            for instruction, _ in self._executed()
+            for array in instruction.result
+            if array.dtype in ("bf16", "f16", "f32") and sorted(n for n in array.shape if n > 1) == wanted
+        ]
+
     def copies_of(self, shape: tuple[int, ...], threshold_bytes: int) -> list[str]:
         """Instructions that copy, transpose, slice or relayout the parameter of this shape, or what came of it.
 
@@ -121,8 +131,7 @@ class Program:
             for instruction in instructions.values():
                 comes_from_it = any((computation, operand, 0) in tainted for operand in instruction.operands)
                 if instruction.opcode in _COPYING and comes_from_it and not self._updates_in_place(instruction):
-                    arrays = instruction.result[:1] if instruction.opcode.endswith("-start") else instruction.result
-                    if any(array.bytes >= threshold_bytes and not array.in_vmem for array in arrays):
+                    if any(array.bytes >= threshold_bytes and not array.in_vmem for array in _made(instruction)):
                         found.append(instruction.name)
         return found
 
@@ -225,6 +234,13 @@ class Program:
             if (match := re.search(r" constant\((\d+)\)", instruction.text))
         ]
         return max(bounds, default=1)
+
+
+def _made(instruction: Instruction) -> tuple[Array, ...]:
+    """What an instruction makes. The start of an asynchronous one has its operand in its result too."""
+    if instruction.opcode == "slice-start":
+        return instruction.result[1:2]
+    return instruction.result[:1] if instruction.opcode.endswith("-start") else instruction.result
 
 
 def _width(instructions: dict[str, Instruction], name: str) -> int:

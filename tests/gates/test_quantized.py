@@ -1,0 +1,53 @@
+"""Gates: programs with quantised weights, as they will run on real chips. No weight becomes an array of floats."""
+
+import itertools
+import math
+
+import pytest
+from slipstream.engine_impl.config import EngineConfig
+from slipstream.engine_impl.hlo import Program
+from slipstream.engine_impl.models.llama import LlamaConfig
+from slipstream.engine_impl.plan import abstract_engine
+
+from .test_programs import BUCKET, CACHE_LENGTH, LAYERS, SLOTS, cache_shard, compiled
+
+MODES = {
+    "int8": {"quantize_weights": "int8"},
+    "int8x8": {"quantize_weights": "int8", "quantize_activations": "int8"},
+    "int4": {"quantize_weights": "int4"},
+    "int4-128": {"quantize_weights": "int4", "quantize_block": 128},
+}
+SHAPE = LlamaConfig(
+    num_layers=LAYERS, num_heads=32, num_kv_heads=8, head_dim=128, model_dim=2048, ffn_dim=5120, vocab_size=32768,
+    context_length=8192, tied_embeddings=False, rope_theta=1e4, rms_norm_eps=1e-5,
+)  # fmt: skip
+LOCAL = [("v5e:2x4", mode, program) for mode in ("int8", "int4") for program in ("generate", "prefill")]
+LOCAL += [("v5e:2x4", "int8x8", "generate")]
+PRODUCT = itertools.product(("v5e:2x4", "v6e:2x4", "v5p:2x2x2", "v4:2x2x1"), MODES, ("generate", "prefill"))
+
+
+@pytest.mark.parametrize(
+    ("topology", "mode", "program"),
+    [pytest.param(*case, marks=pytest.mark.slow if case in LOCAL else pytest.mark.gates) for case in PRODUCT],
+)
+def test_codes_stay_codes(topology, mode, program):
+    config = EngineConfig(slots=SLOTS, cache_length=CACHE_LENGTH, max_prefill_length=BUCKET, **MODES[mode])
+    engine = abstract_engine(SHAPE, topology, config)
+    executable = compiled(engine, program)
+    hlo, memory = Program(executable.as_text()), executable.memory_analysis()
+    shape, cache_bytes = cache_shard(engine)
+    chips = engine.mesh.size
+
+    for outputs, inputs in ((5120 // chips, 2048), (2048, 5120 // chips), (4096 // chips, 2048), (2048, 4096 // chips)):
+        assert hlo.floats_of((outputs, inputs)) == []
+    assert hlo.pallas_calls().get("blockwise_matmul", 0) == (7 * LAYERS if "int4" in mode else 0)
+    if "int4" in mode:  # the stacks are read where they lie
+        for name, leaf in engine.abstract_params()["layers"].items():
+            if name.endswith("packed"):
+                of_chip = leaf.sharding.shard_shape(leaf.shape)
+                assert hlo.copies_of(of_chip, math.prod(of_chip[1:])) == []
+    if program == "generate":
+        assert hlo.copies_of(shape, cache_bytes // LAYERS // 2) == []
+        assert hlo.collectives()["all-reduce"] == 2 * LAYERS + 1
+        logits_bytes = 4 * SLOTS * SHAPE.vocab_size // chips
+        assert memory.temp_size_in_bytes < 0.01 * cache_bytes + 8 * logits_bytes
