@@ -99,6 +99,8 @@ class NoTokenizer(Tokenizer):
         raise self._refusal()
 
     def _encode(self, text: str) -> list[int]:
+        if not text:
+            return []
         raise self._refusal()
 
     def _refusal(self) -> RefusedError:

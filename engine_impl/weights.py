@@ -170,9 +170,8 @@ class _Loader:
     def place(self, leaf: _Leaf) -> jax.Array:
         if not leaf.stacked:
             return self._array(leaf.names[0], leaf)
-        empty = jax.jit(lambda: jnp.zeros(leaf.full_shape, self._dtype), out_shardings=leaf.sharding)
         put = jax.jit(_put, donate_argnums=0, out_shardings=leaf.sharding)
-        stack = empty()
+        stack = jnp.zeros(leaf.full_shape, self._dtype, device=leaf.sharding)
         for index, name in enumerate(leaf.names):
             stack = put(stack, self._array(name, leaf), index)
         return stack

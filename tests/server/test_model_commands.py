@@ -38,6 +38,7 @@ def words(folder, *more):
     return ["score", "--model", str(folder), *size, "--tokens", ",".join(map(str, IDS)), *more]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("through", ["prefill", "decode"])
 def test_score_equals_transformers(folder, expected, through, capsys):
     assert cli.run(words(folder, "--through", through, "--json")) == 0

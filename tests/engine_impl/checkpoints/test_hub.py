@@ -52,7 +52,9 @@ def test_a_revision_can_be_named(cache):
 def test_a_cached_part_is_not_taken_for_the_whole(cache, lost):
     """It would be fetched; here there is no network."""
     (snapshot(cache, files=2) / lost).unlink()
-    with pytest.raises(RefusedError, match="lacks 1 of 2 files|without a config.json.*run `slipstream fetch org/tiny`"):
+    with pytest.raises(
+        RefusedError, match=r"lacks 1 of 2 files|without a config\.json.*run `slipstream fetch org/tiny`"
+    ):
         open_checkpoint("org/tiny")
 
 
