@@ -121,8 +121,8 @@ def _check_tied(checkpoint: Checkpoint, shapes: Mapping[str, tuple[int, ...]]) -
     if same:
         head, embedding = checkpoint.tensor(HEAD), checkpoint.tensor(EMBEDDING)
         same = all(
-            np.array_equal(*(part[row : row + COMPARED_ROWS].astype(np.float32) for part in (head, embedding)))
-            for row in range(0, len(head), COMPARED_ROWS)
+            (head[rows].astype(np.float32) == embedding[rows].astype(np.float32)).all()
+            for rows in (slice(row, row + COMPARED_ROWS) for row in range(0, len(head), COMPARED_ROWS))
         )
     if not same:
         raise RefusedError(
@@ -193,7 +193,7 @@ class _Loader:
             heads = self._checkpoint.config.num_kv_heads, self._model.config.num_kv_heads
             sources = [_repeat_heads(source, *heads) for source in sources]
 
-        def share(index: tuple[slice, ...]) -> np.ndarray:
+        def share(index: Any) -> np.ndarray:
             with np.errstate(over="ignore"):  # the check for infinities tells it, with the tensor's name
                 if len(sources) == 1:
                     return np.array(sources[0][index], self._dtype)

@@ -44,7 +44,7 @@ def read_tokenizer(folder: Path, where: str, vocab_size: int) -> Tokenizer:
         bos = min(_ids(config.get("bos_token_id")), default=None)
         return NoTokenizer(where, vocab_size=vocab_size, bos_id=bos, stop_ids=frozenset(ends))
     _add_tokens(backend, folder, of_tokenizer)
-    special = {name: backend.id_to_token(i) for name, i in own_ids.items()} | _special_tokens(of_tokenizer)
+    special = {name: backend.id_to_token(i) or "" for name, i in own_ids.items()} | _special_tokens(of_tokenizer)
     bos_id, eos_id = (backend.token_to_id(special.get(name, "")) for name in ("bos_token", "eos_token"))
     if first_ids is None:
         first_ids = [bos_id] if bos_id is not None and of_tokenizer.get("add_bos_token", True) else []
