@@ -26,6 +26,7 @@ def load_engine(config: EngineConfig) -> tuple[Engine, Params]:
     not allow.
     """
     choose_devices(config.platform)  # refused before a download
+    registry.use_module(config.model_module)
     checkpoint = open_checkpoint(config.model)
     engine = build_engine(config, checkpoint)
     return engine, engine.load_params(checkpoint)
