@@ -27,7 +27,7 @@ def load_engine(config: EngineConfig, devices: Sequence[Any] | None = None) -> t
     not allow.
     """
     devices = devices or choose_devices(config.platform)  # refused before a download
-    checkpoint = open_checkpoint(config.model)
+    checkpoint = _open(config)
     engine = build_engine(config, checkpoint, devices)
     return engine, engine.load_params(checkpoint)
 
@@ -46,7 +46,7 @@ def build_engine(
     devices = devices or choose_devices(config.platform)
     # Programs compiled once are found again by the next start.
     jax.config.update("jax_compilation_cache_dir", str(home() / "compiled"))
-    checkpoint = checkpoint or open_checkpoint(config.model)
+    checkpoint = checkpoint or _open(config)
     shape = checkpoint.config
     if config.cache_length > shape.context_length:
         raise RefusedError(
@@ -57,6 +57,11 @@ def build_engine(
     model = registry.build(replace(shape, num_kv_heads=max(shape.num_kv_heads, mesh.size)))
     dtype = choose_dtype(config.dtype, devices[0].platform)
     return Engine(model, mesh, config, dtype, checkpoint.tokenizer(), config.model)
+
+
+def _open(config: EngineConfig) -> Checkpoint:
+    registry.use_module(config.model_module)
+    return open_checkpoint(config.model)
 
 
 def choose_devices(platform: str) -> list[Any]:
