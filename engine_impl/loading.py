@@ -1,6 +1,7 @@
 """From a config to an engine with its weights: choose devices, open the checkpoint, split, load."""
 
 import os
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,13 +20,13 @@ from .models.llama import Llama
 from .sharding import make_mesh
 
 
-def load_engine(config: EngineConfig) -> tuple[Engine, Params]:
-    """Build the engine that the config describes and load its weights.
+def load_engine(config: EngineConfig, devices: Sequence[Any] | None = None) -> tuple[Engine, Params]:
+    """Build the engine that the config describes and load its weights, on these devices or on all of the platform's.
 
     Raises RefusedError for a model file that is missing or damaged, a platform without devices, or sizes that the model
     does not allow.
     """
-    devices = _devices(config.platform)
+    devices = devices or choose_devices(config.platform)
     # Programs compiled once are found again by the next start.
     jax.config.update("jax_compilation_cache_dir", str(home() / "compiled"))
     checkpoint = GGUFCheckpoint(embedded_model() if config.model == "embedded" else Path(config.model))
@@ -43,8 +44,9 @@ def load_engine(config: EngineConfig) -> tuple[Engine, Params]:
     return engine, engine.load_params(checkpoint)
 
 
-def _devices(platform: str) -> list[Any]:
-    """Choose the platform explicitly: left alone, JAX tries them all and complains of each that is not there."""
+def choose_devices(platform: str) -> list[Any]:
+    """The platform's devices. Chosen explicitly: left alone, JAX tries them all and complains of each that is not
+    there. Raises RefusedError when there are none."""
     if platform != "auto":
         jax.config.update("jax_platforms", platform)
     elif not os.environ.get("JAX_PLATFORMS"):

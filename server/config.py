@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from typing import Literal
 
 from ..engine_impl.errors import RefusedError
 
@@ -24,7 +25,15 @@ class ServerConfig:
     grace_s: float = 30.0
     """Time that running requests get to finish after the first SIGTERM or Ctrl-C (seconds). A second one ends it."""
 
+    orchestrator: Literal["slipstream", "jetstream"] = "slipstream"
+    """Who schedules requests: ours, or JetStream's own Driver and gRPC server (google-jetstream 0.2.2) on our engine."""
+
+    disaggregated: bool = False
+    """With JetStream's orchestrator: prefill on the first half of the devices, decode on the second."""
+
     def __post_init__(self) -> None:
+        if self.disaggregated and self.orchestrator != "jetstream":
+            raise RefusedError("--disaggregated is a mode of JetStream's orchestrator: add --orchestrator jetstream")
         if not self.host:
             raise RefusedError("host='' must be a name or an IP address; 127.0.0.1 is this machine only")
         if not 0 <= self.port <= MAX_PORT:

@@ -17,10 +17,14 @@ class Serve:
     server: ServerConfig
 
     def run(self) -> int:
-        from ..lifecycle import serve
-
         logging.basicConfig(stream=sys.stderr, format="%(asctime)s %(levelname).1s %(message)s")
         logging.getLogger("slipstream").setLevel(logging.INFO)
+        if self.server.orchestrator == "jetstream":
+            from ..jetstream_host import host
+
+            return asyncio.run(host(self.engine, self.server))
+        from ..lifecycle import serve
+
         return asyncio.run(serve(self._load, self.server))
 
     def _load(self):
