@@ -12,7 +12,7 @@ from ..engine_impl.checkpoints.gguf import GGUFCheckpoint
 from ..engine_impl.config import EngineConfig
 from ..engine_impl.engine import Engine
 from ..engine_impl.forward import Params
-from ..engine_impl.loading import _devices, _dtype, load_engine
+from ..engine_impl.loading import choose_devices, _dtype, load_engine
 from ..engine_impl.models.llama import Llama, LlamaConfig
 from ..engine_impl.presets import PRESETS
 from ..engine_impl.sharding import make_mesh
@@ -64,7 +64,7 @@ def load(config: EngineConfig) -> Loaded:
 
 def load_random(config: EngineConfig, shape: LlamaConfig) -> Loaded:
     """An engine of this shape, without a tokenizer."""
-    devices = _devices(config.platform)
+    devices = choose_devices(config.platform)
     mesh = make_mesh(devices, shape.num_heads, shape.num_kv_heads, config.tensor_parallel)
     with torch.device("meta"):
         model = Llama(replace(shape, num_kv_heads=max(shape.num_kv_heads, mesh.size)))

@@ -30,7 +30,8 @@ from .loading import load_engine
 from .tokenizer import Tokenizer
 
 with jetstream_compat.importing():
-    from jetstream.engine import engine_api, token_utils, tokenizer_api, tokenizer_pb2
+    from jetstream.engine import engine_api, token_utils, tokenizer_api
+    from jetstream.engine.tokenizer_pb2 import TokenizerParameters  # pyright: ignore[reportAttributeAccessIssue]
 
 log = logging.getLogger(__name__)
 
@@ -84,9 +85,8 @@ class JetStreamEngine(engine_api.Engine):
     def warm_up(self) -> None:
         """Compile every program. Without it a program compiles when its first request comes."""
         state = self._engine.warm_up(self._params, self._engine.init_decode_state())
-        prefix, _ = self._engine.prefill(self._params, *self._engine.pad([0]))
-        jax_state = self.insert(prefix, self._wrapped(state), 0)
-        self.generate(self._params, jax_state)[1].convert_to_numpy()
+        state = self.insert(self._refused(self._params), self._wrapped(state), 0)
+        self.generate(self._params, state)[1].convert_to_numpy()
 
     def load_params(self, *args: Any, **kwargs: Any) -> Params:
         """The parameters that the engine was built with."""
@@ -147,11 +147,11 @@ class JetStreamEngine(engine_api.Engine):
         """The shardings that a prefix of another engine takes on this one: a tree like a Prefix."""
         return self._engine.prefix_sharding
 
-    def get_tokenizer(self) -> tokenizer_pb2.TokenizerParameters:
+    def get_tokenizer(self) -> TokenizerParameters:
         """Names the model; what JetStream asks of a tokenizer is `build_tokenizer`'s."""
-        return tokenizer_pb2.TokenizerParameters(path=self._engine.model_name, extra_ids=0)
+        return TokenizerParameters(path=self._engine.model_name, extra_ids=0)
 
-    def build_tokenizer(self, metadata: tokenizer_pb2.TokenizerParameters) -> "JetStreamTokenizer":
+    def build_tokenizer(self, metadata: TokenizerParameters) -> "JetStreamTokenizer":
         """The model's own, which came with its weights."""
         return self._tokenizer
 

@@ -20,8 +20,8 @@ _LLAMA3_SPLIT = (
 
 
 _PRINTABLE = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-_BYTE_OF_CHARACTER = {chr(byte): byte for byte in _PRINTABLE} | {
-    chr(0x100 + index): byte for index, byte in enumerate(sorted(set(range(0x100)) - set(_PRINTABLE)))
+_BYTES_OF_CHARACTER = {chr(byte): bytes([byte]) for byte in _PRINTABLE} | {
+    chr(0x100 + index): bytes([byte]) for index, byte in enumerate(sorted(set(range(0x100)) - set(_PRINTABLE)))
 }
 """How byte-level vocabularies write bytes: as the Latin-1 character where that is printable, else from U+0100 on."""
 
@@ -59,10 +59,10 @@ class Tokenizer:
 
     def token_bytes(self, token_id: int) -> bytes:
         """What one token of a byte-level or byte-fallback vocabulary stands for: perhaps part of a character."""
-        token = self._backend.id_to_token(token_id)
+        token = self._backend.id_to_token(token_id) or ""
         if byte := re.fullmatch("<0x([0-9A-F]{2})>", token):
             return bytes.fromhex(byte[1])
-        return bytes(_BYTE_OF_CHARACTER[character] for character in token)
+        return b"".join(_BYTES_OF_CHARACTER.get(character, character.encode()) for character in token)
 
     def render_chat(self, messages: Sequence[Mapping[str, str]]) -> str:
         """Messages ({"role", "content"}) as the text that the model was trained on, ready for its answer.

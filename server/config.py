@@ -26,7 +26,7 @@ class ServerConfig:
     """Time that running requests get to finish after the first SIGTERM or Ctrl-C (seconds). A second one ends it."""
 
     orchestrator: Literal["slipstream", "jetstream"] = "slipstream"
-    """Who schedules requests: ours, or JetStream's own Driver and gRPC server (google-jetstream 0.2.2) on our engine."""
+    """Who schedules requests: we, or JetStream's own Driver and gRPC server (google-jetstream 0.2.2) on our engine."""
 
     disaggregated: bool = False
     """With JetStream's orchestrator: prefill on the first half of the devices, decode on the second."""
