@@ -14,7 +14,7 @@ import numpy as np
 
 from ..cache_manager import CacheLayout
 from ..engine_impl.errors import RefusedError
-from ..engine_impl.loading import choose_devices, _dtype
+from ..engine_impl.loading import _dtype, choose_devices
 from ..engine_impl.sharding import make_mesh
 from ..kernels import Backend, backend_for, cache_flush
 from . import machine

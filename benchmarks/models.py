@@ -12,7 +12,7 @@ from ..engine_impl.checkpoints.gguf import GGUFCheckpoint
 from ..engine_impl.config import EngineConfig
 from ..engine_impl.engine import Engine
 from ..engine_impl.forward import Params
-from ..engine_impl.loading import choose_devices, _dtype, load_engine
+from ..engine_impl.loading import _dtype, choose_devices, load_engine
 from ..engine_impl.models.llama import Llama, LlamaConfig
 from ..engine_impl.presets import PRESETS
 from ..engine_impl.sharding import make_mesh
