@@ -36,6 +36,7 @@ with jetstream_compat.importing():
 log = logging.getLogger(__name__)
 
 jetstream_compat.join_bytes(token_utils)
+jetstream_compat.pad_lists(token_utils)
 
 LONGEST_PREFILL = 32768
 """The last of the lengths that JetStream pads a prompt to (tokens)."""

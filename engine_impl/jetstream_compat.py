@@ -16,6 +16,7 @@ from types import ModuleType
 from typing import Any
 
 import jax
+import numpy as np
 
 from .errors import RefusedError
 
@@ -92,6 +93,18 @@ def delete_prefixes(orchestrator: Any) -> None:
                 leaf.delete()
 
     orchestrator.delete_pytree = delete_pytree
+
+
+def pad_lists(token_utils: Any) -> None:
+    """`token_utils.pad_tokens` gets token lists as lists and, unless it puts a BOS before them, asks for their shape: a
+    request with token ids and a session_cache raised in the prefill thread, so any client could end the server. Takes
+    the module."""
+    pad_tokens = token_utils.pad_tokens
+
+    def pad_any_tokens(tokens: Any, *args: Any, **kwargs: Any) -> Any:
+        return pad_tokens(np.asarray(tokens, np.int32), *args, **kwargs)
+
+    token_utils.pad_tokens = pad_any_tokens
 
 
 def join_bytes(token_utils: Any) -> None:
