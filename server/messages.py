@@ -39,7 +39,9 @@ def read_prompt(message: pb.DecodeRequest, tokenizer: "Tokenizer") -> list[int]:
         case "text_content":
             return tokenizer.encode(message.text_content.text)
         case "token_content":
-            return list(message.token_content.token_ids)
+            bos = tokenizer.encode("")  # as JetStream does it: its clients send token ids without
+            token_ids = list(message.token_content.token_ids)
+            return token_ids if message.has_bos or token_ids[: len(bos)] == bos or not token_ids else bos + token_ids
         case "messages":
             turns = [{"role": turn.role, "content": turn.content} for turn in message.messages.messages]
             if not turns:

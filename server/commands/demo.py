@@ -66,9 +66,9 @@ def speed(start: float, arrivals: list[float], tokens: int) -> str:
 
 
 @contextmanager
-def server(engine: EngineConfig) -> Iterator[tuple[subprocess.Popen, str]]:
-    """A serving process and its address. Its log goes to our stderr. It does not outlive the block."""
-    command = [*CLI, "serve", "--port", "0", *flags(engine)]
+def server(engine: EngineConfig, *words: str) -> Iterator[tuple[subprocess.Popen, str]]:
+    """A serving process, with more flags, and its address. Its log goes to our stderr; it does not outlive us."""
+    command = [*CLI, "serve", "--port", "0", *flags(engine), *words]
     # A session of its own: Ctrl-C is ours to handle.
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True)
     try:
