@@ -131,8 +131,8 @@ class JetStreamEngine(engine_api.Engine):
 
         The result's data is i32 [B, 3]: the token, whether it is one, and how many its answer has with it.
         """
-        # JetStream starts up to eight steps before it reads the first one's tokens: a new prompt would wait behind them,
-        # and so would a finished slot. Here the step before the last has to be done; the last one may still run.
+        # JetStream starts up to eight steps before it reads the first one's tokens: prompts and finished slots would
+        # wait behind them. Here the step before the last has to be done; the last one may still run.
         decode_state.handed_B.block_until_ready()
         decode = decode_state.decode
         with self._turn:
