@@ -1,0 +1,155 @@
+"""Delivery: tokens become text, text becomes events, in a thread of its own, so that no step waits for a caller.
+
+All that is done once a token in Python is done here. It is also the only place that ends a request: whoever wants one
+ended posts it, and the first end counts. So every request gets exactly one last event.
+"""
+
+import logging
+import queue
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+from .errors import FailedError, UnavailableError
+from .flight import Landing
+from .metrics import Metrics, Outcome
+from .request import Event, FinishReason, Request, Sample, TokenLogprob, Usage
+from .stop_strings import StopStrings
+
+if TYPE_CHECKING:
+    from ..engine_impl.tokenizer import TextStream
+
+log = logging.getLogger(__name__)
+
+CLOSE_S = 10.0
+"""How long close() waits for what is still to be delivered (seconds)."""
+
+OUTCOMES = {
+    FinishReason.STOP: Outcome.OK,
+    FinishReason.LENGTH: Outcome.OK,
+    FinishReason.CANCELLED: Outcome.CANCELLED,
+    FinishReason.DEADLINE: Outcome.DEADLINE,
+}
+
+End = FinishReason | Exception
+
+
+class StreamingTokenizer(Protocol):
+    """What delivery needs of a tokenizer."""
+
+    def stream(self) -> "TextStream": ...
+
+
+@dataclass(frozen=True)
+class Ending:
+    """A request that is over."""
+
+    request: Request
+    end: End
+
+
+class Text:
+    """One answer's text, token by token: whole characters, cut at the first stop string."""
+
+    def __init__(self, stream: "TextStream", stop_strings: tuple[str, ...]) -> None:
+        self._stream, self._stops = stream, StopStrings(stop_strings)
+
+    @property
+    def is_stopped(self) -> bool:
+        return self._stops.found
+
+    def feed(self, token_id: int) -> str:
+        return self._stops.feed(self._stream.feed(token_id))
+
+    def finish(self) -> str:
+        """What is left at the answer's end."""
+        return self._stops.feed(self._stream.finish()) + self._stops.finish()
+
+
+class Delivery:
+    """start() it, post from any thread, close() it."""
+
+    def __init__(
+        self,
+        tokenizer: StreamingTokenizer,
+        metrics: Metrics | None,
+        *,
+        free: Callable[[Sample], object],
+        on_end: Callable[[Request], object],
+    ) -> None:
+        """`free(sample)` is called, from delivery's thread, for a sample that ended here and may still have a slot;
+        `on_end(request)` after a request's last event."""
+        self._tokenizer, self._metrics, self._free, self._on_end = tokenizer, metrics, free, on_end
+        self._posts: queue.SimpleQueue[Landing | Ending | None] = queue.SimpleQueue()
+        self._texts: dict[Sample, Text] = {}
+        self._thread = threading.Thread(target=self._run, name="delivery", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def post(self, landing: Landing) -> None:
+        """Tokens for their owners. Those of a request that is done are dropped."""
+        self._posts.put(landing)
+
+    def end(self, request: Request, end: End) -> None:
+        """Ends a request, after what was posted before. No effect on one that is done."""
+        self._posts.put(Ending(request, end))
+
+    def close(self) -> None:
+        """Returns when all that was posted before is delivered."""
+        self._posts.put(None)
+        self._thread.join(CLOSE_S)
+
+    # Delivery's thread, from here on.
+
+    def _run(self) -> None:
+        while (post := self._posts.get()) is not None:
+            if isinstance(post, Ending):
+                self._guarded(post.request, lambda: self._end_request(post.request, post.end))
+            else:
+                self._land(post)
+
+    def _land(self, landing: Landing) -> None:
+        token_ids, stopped = landing.token_B.tolist(), landing.stopped_B.tolist()
+        for slot, sample in landing.roster.seats:
+            if not sample.done:
+                self._guarded(
+                    sample.request, lambda: self._token(sample, token_ids[slot], stopped[slot], landing, slot)
+                )
+
+    def _guarded(self, request: Request, work: Callable[[], None]) -> None:
+        """What goes wrong with one request fails it and no other."""
+        try:
+            work()
+        except CallerGoneError:
+            log.exception("request %s: its caller is gone", request.id)
+            self._close_request(request, Outcome.CANCELLED)
+        except Exception as error:
+            log.exception("the delivery of request %s failed", request.id)
+            failed = FailedError(f"request {request.id} failed in delivery: {type(error).__name__}: {error}")
+            self._guarded(request, lambda: self._end_request(request, failed))
+
+    def _token(self, sample: Sample, token_id: int, is_stop: bool, landing: Landing, slot: int) -> None:
+        request = sample.request
+        if request.first_token_at is None:
+            request.first_token_at = time.monotonic()
+        if landing.prompt_logprob_T is not None:
+            values = landing.prompt_logprob_T[: len(request.prompt_ids)].tolist()
+            emit(request, Event(index=sample.index, prompt_logprobs=(0.0, *values[1:])))
+        if is_stop:
+            self._end_sample(sample, FinishReason.STOP)
+            return
+        text = self._text(sample)
+        piece = text.feed(token_id)
+        sample.delivered += 1
+        brought = Event(
+            index=sample.index, text=piece, token_ids=(token_id,), logprobs=logprobs_of(sample, landing, slot)
+        )
+        if text.is_stopped:
+            self._end_sample(sample, FinishReason.STOP, brought)
+        elif sample.delivered == request.max_tokens:
+            self._end_sample(sample, FinishReason.LENGTH, brought)
+        else:
+            emit(request, brought)
