@@ -5,8 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from slipstream.engine_impl.errors import RefusedError
-from slipstream.engine_impl.sampling import SlotSampling, sample
+from slipstream.engine_impl.sampling import sample
 from slipstream.engine_impl.sampling_params import SamplingParams
+from slipstream.engine_impl.slot_sampling import SlotSampling
 
 VOCABULARY = 500
 
@@ -19,7 +20,9 @@ def draws(logits_V, count=4000, **params):
     """The same request at `count` positions: independent draws."""
     sampling = SlotSampling.of(SamplingParams(temperature=params.pop("temperature", 1.0), **params))
     many = jax.tree.map(lambda value: jnp.full((count,), value), sampling)
-    return np.asarray(sample(jnp.broadcast_to(logits_V, (count, VOCABULARY)), many, jnp.arange(count)))
+    shape = count, VOCABULARY
+    nothing_said_BV = jnp.zeros(shape, jnp.uint16)
+    return np.asarray(sample(jnp.broadcast_to(logits_V, shape), nothing_said_BV, many, jnp.arange(count)))
 
 
 def kept_by_sorting(logits_V, top_k, top_p, temperature):
@@ -64,7 +67,8 @@ def test_greedy_slots_are_untouched_by_the_others():
     logits_BV = logits(slots=3)
     params = [SamplingParams(), SamplingParams(temperature=5.0, top_k=3), SamplingParams()]
     sampling = jax.tree.map(lambda *values: jnp.stack(values), *map(SlotSampling.of, params))
-    token_B = sample(jnp.asarray(logits_BV), sampling, jnp.array([4, 4, 4]))
+    nothing_said_BV = jnp.zeros(logits_BV.shape, jnp.uint16)
+    token_B = sample(jnp.asarray(logits_BV), nothing_said_BV, sampling, jnp.array([4, 4, 4]))
     assert token_B[0] == logits_BV[0].argmax()
     assert token_B[2] == logits_BV[2].argmax()
 

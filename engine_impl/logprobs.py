@@ -1,0 +1,75 @@
+"""Log-probabilities of tokens under the model itself: log_softmax of its logits, before penalties, temperature, cuts.
+
+They are made only when a slot asks for them, the likeliest tokens' only when one asks for those.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from .sampling_params import MAX_LOGPROBS
+
+PROMPT_CHUNK = 128
+"""Prompt tokens whose logits exist at a time."""
+
+
+class Logprobs(NamedTuple):
+    """A step's; P is MAX_LOGPROBS. Zeros where no slot asks."""
+
+    chosen_B: jax.Array
+    """f32"""
+    top_token_BP: jax.Array
+    """i32, likeliest first; equally likely ones by their id"""
+    top_BP: jax.Array
+    """f32"""
+
+
+def logprobs(logits_BV: jax.Array, token_B: jax.Array, asked_B: jax.Array) -> Logprobs:
+    """What the slots ask for, given their logits, the tokens chosen, and SlotSampling.logprobs."""
+    slots = token_B.shape[0]
+    no_tops = jnp.zeros((slots, MAX_LOGPROBS), jnp.int32), jnp.zeros((slots, MAX_LOGPROBS), jnp.float32)
+
+    def made() -> Logprobs:
+        wide_BV = logits_BV.astype(jnp.float32)
+        top_token_BP, top_logit_BP = jax.lax.cond((asked_B > 0).any(), lambda: _likeliest(wide_BV), lambda: no_tops)
+        norm_B = jax.nn.logsumexp(wide_BV, axis=-1)
+        return Logprobs(_at(wide_BV, token_B) - norm_B, top_token_BP, top_logit_BP - norm_B[:, None])
+
+    nothing_B = jnp.zeros((slots,), jnp.float32)
+    return jax.lax.cond((asked_B >= 0).any(), made, lambda: Logprobs(nothing_B, *no_tops))
+
+
+def logprob_of(logits_RV: jax.Array, token_R: jax.Array) -> jax.Array:
+    """logprob_R, f32, of one token a row."""
+    wide_RV = logits_RV.astype(jnp.float32)
+    return _at(wide_RV, token_R) - jax.nn.logsumexp(wide_RV, axis=-1)
+
+
+def prompt_logprobs(
+    x_TD: jax.Array, token_T: jax.Array, true_length: jax.Array, logits_of: Callable[[jax.Array], jax.Array]
+) -> jax.Array:
+    """logprob_T, f32: each prompt token's, given those before it; 0 for the first one and for padding.
+
+    `logits_of` turns rows of the last layer's output into logits. It sees PROMPT_CHUNK rows at a time, so that the
+    logits of a whole prompt never exist.
+    """
+    bucket = token_T.shape[0]
+    chunks = -1, min(PROMPT_CHUNK, bucket)
+    rows = x_TD.reshape(*chunks, x_TD.shape[1]), jnp.roll(token_T, -1).reshape(chunks)
+    next_T = jax.lax.map(lambda of_chunk: logprob_of(logits_of(of_chunk[0]), of_chunk[1]), rows).reshape(bucket)
+    at_T = jnp.arange(bucket)
+    return jnp.where((at_T > 0) & (at_T < true_length), jnp.roll(next_T, 1), 0)
+
+
+def _at(values_RV: jax.Array, token_R: jax.Array) -> jax.Array:
+    """One value a row; a masked sum, which chips that share V do each for their part, where a gather would need all."""
+    is_token_RV = jnp.arange(values_RV.shape[1]) == token_R[:, None]
+    return jnp.where(is_token_RV, values_RV, 0).sum(-1)
+
+
+def _likeliest(logits_BV: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """(token_BP, logit_BP) of the largest logits."""
+    logit_BP, token_BP = jax.lax.top_k(logits_BV, MAX_LOGPROBS)
+    return token_BP.astype(jnp.int32), logit_BP
