@@ -73,8 +73,8 @@ class Metrics:
         self._queue_depth.set_function(queue_depth)
 
     def watch_devices(self, devices: Sequence[Any], compilations: Callable[[], int]) -> None:
-        """Called once, when all is warm. `devices` (JAX's) tell their memory from now on; `compilations()` counts programs
-        compiled so far, and what it grows by from now on was compiled too late."""
+        """Called once, when all is warm. `devices` (JAX's) tell their memory from now on. `compilations()` counts the
+        programs compiled so far: what it grows by from now on was compiled too late."""
         self.registry.register(_Devices(devices, compilations))
 
     def rejected(self) -> None:
