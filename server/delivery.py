@@ -9,8 +9,8 @@ import queue
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Protocol
 
 from .errors import FailedError, UnavailableError
 from .flight import Landing
@@ -34,6 +34,12 @@ OUTCOMES = {
 }
 
 End = FinishReason | Exception
+
+NOTHING = Event()
+
+
+class CallerGoneError(Exception):
+    """A request's `deliver` raised."""
 
 
 class StreamingTokenizer(Protocol):
@@ -107,7 +113,7 @@ class Delivery:
     def _run(self) -> None:
         while (post := self._posts.get()) is not None:
             if isinstance(post, Ending):
-                self._guarded(post.request, lambda: self._end_request(post.request, post.end))
+                self._guarded(post.request, self._end_request, post.request, post.end)
             else:
                 self._land(post)
 
@@ -115,21 +121,19 @@ class Delivery:
         token_ids, stopped = landing.token_B.tolist(), landing.stopped_B.tolist()
         for slot, sample in landing.roster.seats:
             if not sample.done:
-                self._guarded(
-                    sample.request, lambda: self._token(sample, token_ids[slot], stopped[slot], landing, slot)
-                )
+                self._guarded(sample.request, self._token, sample, token_ids[slot], stopped[slot], landing, slot)
 
-    def _guarded(self, request: Request, work: Callable[[], None]) -> None:
+    def _guarded(self, request: Request, work: Callable[..., None], *arguments: Any) -> None:
         """What goes wrong with one request fails it and no other."""
         try:
-            work()
+            work(*arguments)
         except CallerGoneError:
             log.exception("request %s: its caller is gone", request.id)
             self._close_request(request, Outcome.CANCELLED)
         except Exception as error:
             log.exception("the delivery of request %s failed", request.id)
             failed = FailedError(f"request {request.id} failed in delivery: {type(error).__name__}: {error}")
-            self._guarded(request, lambda: self._end_request(request, failed))
+            self._guarded(request, self._end_request, request, failed)
 
     def _token(self, sample: Sample, token_id: int, is_stop: bool, landing: Landing, slot: int) -> None:
         request = sample.request
@@ -153,3 +157,114 @@ class Delivery:
             self._end_sample(sample, FinishReason.LENGTH, brought)
         else:
             emit(request, brought)
+
+    def _end_sample(self, sample: Sample, reason: FinishReason, brought: Event = NOTHING) -> None:
+        """`brought`: what its last token brought."""
+        request, text = sample.request, self._texts.pop(sample, None)
+        sample.done = True
+        self._free(sample)
+        last = replace(brought, index=sample.index, finish_reason=reason)
+        if text is not None:
+            last = replace(last, text=brought.text + text.finish())
+        if all(other.done for other in request.samples):
+            last = replace(last, usage=self._close_request(request, OUTCOMES[reason]))
+        emit(request, last)
+
+    def _end_request(self, request: Request, end: End) -> None:
+        if request.done:
+            return
+        if isinstance(end, FinishReason):
+            for sample in [sample for sample in request.samples if not sample.done]:
+                self._end_sample(sample, end)
+        else:
+            # A server that stops has cancelled the request; anything else has failed it.
+            self._close_request(request, Outcome.CANCELLED if isinstance(end, UnavailableError) else Outcome.FAILED)
+            emit(request, Event(error=end))
+
+    def _close_request(self, request: Request, outcome: Outcome) -> Usage:
+        """Nothing comes after the event that this is called for."""
+        for sample in request.samples:
+            if not sample.done:
+                sample.done = True
+                self._texts.pop(sample, None)
+                self._free(sample)
+        if not request.done:
+            request.ended_at = time.monotonic()
+            self._on_end(request)
+            self._count(request, outcome)
+        return usage_of(request)
+
+    def _count(self, request: Request, outcome: Outcome) -> None:
+        if self._metrics is None:
+            return
+        try:
+            count(self._metrics, request, outcome)
+        except Exception:  # no reason to leave a caller without an answer
+            log.exception("request %s could not be counted", request.id)
+
+    def _text(self, sample: Sample) -> Text:
+        if sample not in self._texts:
+            self._texts[sample] = Text(self._tokenizer.stream(), sample.request.stop_strings)
+        return self._texts[sample]
+
+
+def emit(request: Request, event: Event) -> None:
+    """A caller that cannot take its event counts as gone: raises CallerGoneError."""
+    try:
+        request.deliver(event)
+    except Exception as error:
+        raise CallerGoneError from error
+
+
+def logprobs_of(sample: Sample, landing: Landing, slot: int) -> tuple[TokenLogprob, ...]:
+    """Of the token in `slot`; empty unless the request asked."""
+    asked = sample.request.sampling.logprobs
+    if asked is None:
+        return ()
+    assert landing.logprob_B is not None
+    logprob = float(landing.logprob_B[slot])
+    if not asked:
+        return (TokenLogprob(logprob),)
+    assert landing.top_token_BP is not None
+    assert landing.top_logprob_BP is not None
+    token_ids, logprobs = landing.top_token_BP[slot, :asked].tolist(), landing.top_logprob_BP[slot, :asked].tolist()
+    return (TokenLogprob(logprob, tuple(zip(token_ids, logprobs, strict=True))),)
+
+
+def usage_of(request: Request) -> Usage:
+    """Of a request that has ended."""
+    total_s = seconds(request, request.ended_at)
+    assert total_s is not None
+    return Usage(
+        prompt_tokens=len(request.prompt_ids),
+        generated_tokens=request.delivered,
+        queue_ms=milliseconds(seconds(request, request.started_at)),
+        ttft_ms=milliseconds(seconds(request, request.first_token_at)),
+        total_ms=round(total_s * 1000, 3),
+    )
+
+
+def count(metrics: Metrics, request: Request, outcome: Outcome) -> None:
+    """Tells the metrics of a request that has ended."""
+    e2e_s, ttft_s = seconds(request, request.ended_at), seconds(request, request.first_token_at)
+    assert e2e_s is not None
+    longest = max(sample.delivered for sample in request.samples)
+    metrics.ended(
+        outcome,
+        prompt_tokens=len(request.prompt_ids),
+        generated_tokens=request.delivered,
+        queue_s=seconds(request, request.started_at),
+        ttft_s=ttft_s,
+        tpot_s=(e2e_s - ttft_s) / (longest - 1) if ttft_s is not None and longest > 1 else None,
+        e2e_s=e2e_s,
+        request_id=request.id,
+    )
+
+
+def seconds(request: Request, stamp: float | None) -> float | None:
+    """From its arrival to one of its stamps."""
+    return None if stamp is None or request.queued_at is None else stamp - request.queued_at
+
+
+def milliseconds(duration_s: float | None) -> float | None:
+    return None if duration_s is None else round(duration_s * 1000, 3)

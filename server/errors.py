@@ -18,5 +18,9 @@ class DeadlineError(Exception):
     """The caller's time is up: DEADLINE_EXCEEDED on the wire."""
 
 
+class CancelledError(Exception):
+    """The caller left, so nobody reads this: CANCELLED on the wire."""
+
+
 class FailedError(Exception):
     """The engine failed while it worked on the request: INTERNAL on the wire."""

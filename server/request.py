@@ -186,7 +186,7 @@ class Limits:
     def check(self, prompt_ids: Sequence[int], max_tokens: int, num_samples: int = 1) -> None:
         """Raises RefusedError for a request that the engine cannot answer."""
         check_max_tokens(max_tokens)
-        self.check_samples(num_samples)
+        check_slots(num_samples, self.slots)
         length = len(prompt_ids)
         if not length:
             raise RefusedError("the prompt is empty; send at least one token")
@@ -207,15 +207,6 @@ class Limits:
                     f"ids go from 0 to {self.vocab_size - 1}"
                 )
 
-    def check_samples(self, num_samples: int) -> None:
-        """Raises RefusedError when so many can never run together."""
-        check_num_samples(num_samples)
-        if num_samples > self.slots:
-            raise RefusedError(
-                f"{num_samples=} needs as many slots and the server has {self.slots}; "
-                "ask for fewer samples or serve with more --slots"
-            )
-
 
 def check_max_tokens(max_tokens: int) -> None:
     """Raises RefusedError unless positive."""
@@ -227,6 +218,16 @@ def check_num_samples(num_samples: int) -> None:
     """Raises RefusedError unless positive."""
     if num_samples <= 0:
         raise RefusedError(f"{num_samples=} must be at least 1")
+
+
+def check_slots(num_samples: int, slots: int) -> None:
+    """Raises RefusedError when so many samples can never run together."""
+    check_num_samples(num_samples)
+    if num_samples > slots:
+        raise RefusedError(
+            f"{num_samples=} needs as many slots and the server has {slots}; "
+            "ask for fewer samples or serve with more --slots"
+        )
 
 
 def check_priority(priority: int) -> None:
