@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from .errors import FailedError, UnavailableError
+from .metrics import Metrics
 from .queue import RequestQueue
 from .request import Event, FinishReason, Request
 
@@ -61,6 +62,7 @@ class Orchestrator:
         params: Any,
         *,
         max_queued: int,
+        metrics: Metrics | None = None,
         warm_up: bool = True,
         on_ready: Callable[[], object] = lambda: None,
         on_dead: Callable[[str], object] = lambda reason: None,
@@ -77,6 +79,9 @@ class Orchestrator:
         self._failed_prefills = self._failed_steps = 0  # since the last that worked
         self._closing = False
         self._thread = threading.Thread(target=self._run, name="orchestrator", daemon=True)
+        (metrics or Metrics()).watch(
+            queue_depth=self._queue.__len__, slots_in_use=lambda: self.slots_in_use, slots=len(self._slots)
+        )
 
     # Any thread.
 
