@@ -10,6 +10,7 @@ from ..engine_impl.errors import RefusedError
 from ..engine_impl.sampling_params import SamplingParams
 from ..protos import orchestrator_pb2 as pb
 from ..protos.orchestrator_pb2_grpc import OrchestratorStub
+from .channel import PLAIN, ChannelConfig, channel, metadata
 from .errors import UnavailableError
 
 REASONS = {pb.FINISH_REASON_STOP: "stop", pb.FINISH_REASON_LENGTH: "length"}
@@ -35,9 +36,9 @@ Pieces = Generator[Piece, None, None]
 class Client:
     """`with Client(target) as client:`"""
 
-    def __init__(self, target: str) -> None:
-        self._target = target
-        self._channel = grpc.insecure_channel(target)
+    def __init__(self, target: str, security: ChannelConfig = PLAIN) -> None:
+        self._target, self._metadata = target, metadata(security)
+        self._channel = channel(target, security)
         self._stub = OrchestratorStub(self._channel)
 
     def __enter__(self) -> "Client":
@@ -61,7 +62,7 @@ class Client:
         request.max_tokens = max_tokens
         request.temperature, request.top_k, request.top_p = sampling.temperature, sampling.top_k, sampling.top_p
         request.seed = sampling.seed
-        call = self._stub.Decode(request)
+        call = self._stub.Decode(request, metadata=self._metadata)
         try:
             for reply in call:
                 sample = reply.stream_content.samples[0]

@@ -26,7 +26,7 @@ class SecurityConfig:
     """Who may ask, and how much one caller may take. By default everybody who reaches the port, in the clear."""
 
     tls_cert: Path | None = None
-    """The server's certificate chain (a PEM file). With it every connection is encrypted. Renewed files are read again."""
+    """The server's certificate chain (a PEM file): every connection is encrypted. Files that change are read again."""
 
     tls_key: Path | None = None
     """The certificate's private key (a PEM file)."""
@@ -61,8 +61,8 @@ class WatchConfig:
     """What the server tells of itself."""
 
     metrics_port: int | None = None
-    """HTTP port of /metrics (Prometheus), /healthz and /readyz, on the same host (TCP); 0 takes a free one. Default:
-    none."""
+    """HTTP port of /metrics (Prometheus), /healthz and /readyz, on the same host (TCP); 0 takes a free
+    one. Default: none."""
 
     log_format: Literal["text", "json"] = "text"
     """The log on stderr: lines to read, or one JSON object a line. A request's end is one line."""
@@ -98,8 +98,7 @@ class ServerConfig:
     """Requests that may wait for a slot (requests); beyond it they get RESOURCE_EXHAUSTED."""
 
     max_queued_tokens: int | None = None
-    """Prompt tokens that may wait for a slot, all requests together (tokens); beyond it RESOURCE_EXHAUSTED. Default: no
-    limit."""
+    """Prompt tokens of all requests that wait (tokens); beyond it RESOURCE_EXHAUSTED. Default: no limit."""
 
     grace_s: Annotated[float, flag("grace")] = 30.0
     """Time that running requests get to finish after the first SIGTERM or Ctrl-C (seconds). A second one ends it."""

@@ -62,14 +62,19 @@ class Metrics:
         self._e2e_s = self._histogram("e2e", "From admission to the request's end", ANSWER_S)
         self._prefill_s = self._histogram("prefill", "Prefill of one request, until its first token is read", WAIT_S)
         self._step_s = self._histogram("decode_step", "One decode step of all slots", STEP_S)
+        self._slot_steps = self._counter(
+            "decode_slot_steps", "Slots in use, summed over decode steps: tokens as they come"
+        )
         self._recent_ttft_s: deque[float] = deque(maxlen=RECENT)
         self._lock = threading.Lock()  # of the line above; Prometheus' own objects have theirs
+        self._busy_slots: Callable[[], int] = int
         ProcessCollector(registry=self.registry)
 
     def watch(self, *, queue_depth: Callable[[], int], slots_in_use: Callable[[], int], slots: int) -> None:
         """Gauges, asked at every scrape, from whatever thread scrapes."""
         self._slots.set(slots)
         self._slots_in_use.set_function(slots_in_use)
+        self._busy_slots = slots_in_use
         self._queue_depth.set_function(queue_depth)
 
     def watch_devices(self, devices: Sequence[Any], compilations: Callable[[], int]) -> None:
@@ -125,6 +130,7 @@ class Metrics:
     def step(self, seconds: float) -> None:
         """One decode step was run and its tokens read."""
         self._step_s.observe(seconds)
+        self._slot_steps.inc(self._busy_slots())
 
     @property
     def recent_ttft_s(self) -> list[float]:

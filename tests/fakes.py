@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -69,6 +70,13 @@ class FakeArray:
         return self._value
 
 
+class FakeDevice:
+    """A device of JAX's that tells nothing of its memory, as CPUs do."""
+
+    def memory_stats(self) -> None:
+        return None
+
+
 @dataclass
 class FakeState:
     token_B: np.ndarray  # last token; -1 = empty slot
@@ -106,6 +114,7 @@ class FakeEngine:
     samplings: list[Any] = field(default_factory=list)
     steps: int = 0
     states_made: int = 0
+    mesh: Any = field(default_factory=lambda: SimpleNamespace(devices=np.array([FakeDevice()])))
 
     def get_tokenizer(self) -> FakeTokenizer:
         return FakeTokenizer()

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import tyro
 
+from ..channel import PLAIN, ChannelConfig
 from ..options import AnswerOptions
 
 if TYPE_CHECKING:
@@ -25,12 +26,13 @@ class Ask:
     """The server's address (host:port)."""
     raw: bool = False
     """Send the text as it is, without the model's chat template."""
+    channel: ChannelConfig = PLAIN
 
     def run(self) -> int:
         from ..client import Client
 
         ask = self.answer.max_tokens, self.answer.sampling()
-        with Client(self.target) as client:
+        with Client(self.target, self.channel) as client:
             if self.raw:
                 print_stream(client.ask_text(self.question, *ask))
             else:

@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from ...engine_impl.errors import RefusedError
+from ..channel import PLAIN, ChannelConfig
 from .ask import DEFAULT_TARGET
 
 JsonFlag = Annotated[bool, tyro.conf.arg(name="json")]
@@ -163,6 +164,7 @@ class BenchServe:
     """How long one request may take (seconds)."""
     plot: Path | None = None
     """Draw latency against load there (.svg or .png)."""
+    channel: ChannelConfig = PLAIN
     as_json: JsonFlag = False
     """Print one JSON object as the last line of stdout."""
 
@@ -193,6 +195,7 @@ class BenchServe:
             seed=self.seed,
             slo_ms={"ttft": self.slo_ttft_ms, "tpot": self.slo_tpot_ms, "e2e": self.slo_e2e_ms},
             timeout_s=self.timeout_s,
+            channel=self.channel,
         )
         return finish(run(plan, numbers("load", self.load), self.plot), self.as_json)
 

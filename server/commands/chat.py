@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from ...engine_impl.errors import RefusedError
+from ..channel import PLAIN, ChannelConfig
 from ..errors import UnavailableError
 from ..options import AnswerOptions
 from .ask import DEFAULT_TARGET
@@ -24,12 +25,13 @@ class Chat:
     """The server's address (host:port)."""
     system: str | None = None
     """Instructions to the model that precede the conversation (text)."""
+    channel: ChannelConfig = PLAIN
 
     def run(self) -> int:
         from ..client import Client
 
         print(HINT)
-        with Client(self.target) as client:
+        with Client(self.target, self.channel) as client:
             messages = self._opening()
             while (line := read_line()) is not None:
                 if line == "/new":

@@ -19,7 +19,7 @@ NEVER = "localhost:1"
 
 
 def test_flags_are_the_fields_of_both_configs():
-    command = cli.parse(["serve", "--slots", "3", "--cache-length", "256", "--port", "0", "--grace-s", "1.5"])
+    command = cli.parse(["serve", "--slots", "3", "--cache-length", "256", "--port", "0", "--grace", "1.5"])
     assert command == Serve(EngineConfig(slots=3, cache_length=256), ServerConfig(port=0, grace_s=1.5))
 
 
@@ -51,7 +51,7 @@ def test_help_loads_nothing_heavy():
         (["serve", "--cache-length", "100"], "cache_length=100 must be a multiple of 128"),
         (["serve", "--port", "-1"], "port=-1 must be from 0"),
         (["serve", "--max-queued", "0"], "max_queued=0 must be at least 1"),
-        (["serve", "--grace-s", "nan"], "grace_s=nan"),
+        (["serve", "--grace", "nan"], "grace=nan"),
         (["ask", "hi", "--temperature", "-1"], "temperature=-1.0"),
         (["ask", "hi", "--max-tokens", "0"], "max_tokens=0 must be at least 1"),
         (["generate"], "no prompt; give at least one --prompt"),
