@@ -73,7 +73,7 @@ class EagerEngine(Engine):
         live_B = (length_B > 0) & (length_B < self.cache_length)
         layers = EagerLayers(self._model, length_B, live_B, self.mesh, self._backend, self.scatter)
         logits_BV, cache = layers.decode(params, state.token_B, state.cache_LBKSC)
-        advanced, result = next_tokens(logits_BV, state, live_B)
+        advanced, result = next_tokens(logits_BV, state, live_B, self.mesh)
         return replace(advanced, cache_LBKSC=cache), result
 
 

@@ -130,7 +130,7 @@ class Engine:
         prefix = Prefix(kv, everywhere, everywhere, sampling, v, v, everywhere)
         self._state_sharding, self._prefix_sharding = state, prefix
         self._prefill = jax.jit(self._prefill_program, out_shardings=(prefix, everywhere))
-        self._resample = jax.jit(_resample_program, out_shardings=everywhere)
+        self._resample = jax.jit(self._resample_program, out_shardings=everywhere)
         self._force = jax.jit(_force_program, out_shardings=everywhere)
         self._insert = jax.jit(_insert_program, donate_argnums=1, out_shardings=state)
         self._free = jax.jit(_free_program, donate_argnums=0, out_shardings=state)
@@ -259,6 +259,17 @@ class Engine:
         """The decode step, likewise."""
         return self._generate.lower(self.abstract_params(), self._abstract_state())
 
+    def lower_resample(self) -> jax.stages.Lowered:
+        """Another first token, likewise."""
+        prefix, _ = jax.eval_shape(self._prefill_program, *self._prefill_arguments(self.buckets[0]))
+        prefix = _placed(prefix, self._prefix_sharding)
+        return self._resample.lower(prefix.logits_V, prefix.count_V, prefix.length, prefix.sampling)
+
+    def lower_score_step(self) -> jax.stages.Lowered:
+        """The decode step with given tokens, likewise."""
+        given_B = jax.ShapeDtypeStruct((self.layout.slots,), jnp.int32, sharding=self._scalar(jnp.int32).sharding)
+        return self._score_step.lower(self.abstract_params(), self._abstract_state(), given_B)
+
     def abstract_params(self) -> Params:
         """Shapes, types and shardings of the parameters."""
         return weights.abstract(self._model, self.mesh, self.layout.dtype, self.layer_loop)
@@ -289,12 +300,21 @@ class Engine:
             self._model, params, token_T, true_length, attend, wants_logprobs
         )
         count_V = counts_of_prompt(token_T, true_length, self.vocab_size)
-        token, sampling, result = _resample_program(logits_V, count_V, true_length, sampling)
+        token, sampling, result = self._resample_program(logits_V, count_V, true_length, sampling)
         return Prefix(kv_LKTC, true_length, token, sampling, logits_V, count_V, logprob_T), result
+
+    def _resample_program(
+        self, logits_V: jax.Array, count_V: jax.Array, length: jax.Array, sampling: SlotSampling
+    ) -> tuple[jax.Array, SlotSampling, StepResult]:
+        """A prompt's first token, with its parameters as they go into the prefix."""
+        batch_of_one = jax.tree.map(lambda value: value[None], sampling)
+        token_B = sample(logits_V[None], count_V[None], batch_of_one, length[None])
+        told = logprobs(logits_V[None], token_B, batch_of_one.logprobs, self.mesh)
+        return token_B[0], sampling, StepResult(token_B, *told)
 
     def _generate_program(self, params: Params, state: DecodeState) -> tuple[DecodeState, StepResult]:
         logits_BV, new_LBKC = self._decode(params, state)
-        advanced, result = next_tokens(logits_BV, state, self._live(state))
+        advanced, result = next_tokens(logits_BV, state, self._live(state), self.mesh)
         return self._flushed(state, advanced, new_LBKC), result
 
     def _score_program(self, params: Params, state: DecodeState, next_token_B) -> tuple[DecodeState, jax.Array]:
@@ -325,12 +345,14 @@ class Engine:
         return replace(advanced, cache_LBKSC=cache_LBKSC)
 
 
-def next_tokens(logits_BV: jax.Array, state: DecodeState, live_B: jax.Array) -> tuple[DecodeState, StepResult]:
+def next_tokens(
+    logits_BV: jax.Array, state: DecodeState, live_B: jax.Array, mesh: Mesh
+) -> tuple[DecodeState, StepResult]:
     """What follows from a step's logits: (the state behind it, but for the cache; what to tell the host)."""
     count_BV = count_answer(state.count_BV, state.token_B, state.sampling)
     # The text so far is `length` cached tokens and this step's own: what is sampled now stands behind both.
     chosen_B = sample(logits_BV, count_BV, state.sampling, state.length_B + 1)
-    told = logprobs(logits_BV, chosen_B, state.sampling.logprobs)
+    told = logprobs(logits_BV, chosen_B, state.sampling.logprobs, mesh)
     token_B = jnp.where(live_B, chosen_B, state.token_B)
     advanced = replace(state, token_B=token_B, length_B=state.length_B + live_B, count_BV=count_BV)
     return advanced, StepResult(jnp.where(live_B, token_B, -1), *told)
@@ -339,16 +361,6 @@ def next_tokens(logits_BV: jax.Array, state: DecodeState, live_B: jax.Array) -> 
 def _placed(shapes: Any, shardings: Any) -> Any:
     """A tree of shapes with a sharding for each."""
     return jax.tree.map(lambda x, at: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at), shapes, shardings)
-
-
-def _resample_program(
-    logits_V: jax.Array, count_V: jax.Array, length: jax.Array, sampling: SlotSampling
-) -> tuple[jax.Array, SlotSampling, StepResult]:
-    """A prompt's first token, with its parameters as they go into the prefix."""
-    batch_of_one = jax.tree.map(lambda value: value[None], sampling)
-    token_B = sample(logits_V[None], count_V[None], batch_of_one, length[None])
-    told = logprobs(logits_V[None], token_B, batch_of_one.logprobs)
-    return token_B[0], sampling, StepResult(token_B, *told)
 
 
 def _force_program(logits_V: jax.Array, token: jax.Array) -> tuple[jax.Array, jax.Array]:

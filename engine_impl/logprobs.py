@@ -8,7 +8,10 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
 
+from ..kernels.backend import AXIS
 from .sampling_params import MAX_LOGPROBS
 
 PROMPT_CHUNK = 128
@@ -26,14 +29,16 @@ class Logprobs(NamedTuple):
     """f32"""
 
 
-def logprobs(logits_BV: jax.Array, token_B: jax.Array, asked_B: jax.Array) -> Logprobs:
+def logprobs(logits_BV: jax.Array, token_B: jax.Array, asked_B: jax.Array, mesh: Mesh) -> Logprobs:
     """What the slots ask for, given their logits, the tokens chosen, and SlotSampling.logprobs."""
     slots = token_B.shape[0]
     no_tops = jnp.zeros((slots, MAX_LOGPROBS), jnp.int32), jnp.zeros((slots, MAX_LOGPROBS), jnp.float32)
 
     def made() -> Logprobs:
         wide_BV = logits_BV.astype(jnp.float32)
-        top_token_BP, top_logit_BP = jax.lax.cond((asked_B > 0).any(), lambda: _likeliest(wide_BV), lambda: no_tops)
+        top_token_BP, top_logit_BP = jax.lax.cond(
+            (asked_B > 0).any(), lambda: likeliest(wide_BV, mesh), lambda: no_tops
+        )
         norm_B = jax.nn.logsumexp(wide_BV, axis=-1)
         return Logprobs(_at(wide_BV, token_B) - norm_B, top_token_BP, top_logit_BP - norm_B[:, None])
 
@@ -69,7 +74,25 @@ def _at(values_RV: jax.Array, token_R: jax.Array) -> jax.Array:
     return jnp.where(is_token_RV, values_RV, 0).sum(-1)
 
 
-def _likeliest(logits_BV: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """(token_BP, logit_BP) of the largest logits."""
-    logit_BP, token_BP = jax.lax.top_k(logits_BV, MAX_LOGPROBS)
-    return token_BP.astype(jnp.int32), logit_BP
+def likeliest(logits_BV: jax.Array, mesh: Mesh) -> tuple[jax.Array, jax.Array]:
+    """(token_BP i32, logit_BP), largest first. The chips share V where they divide it: each finds its own largest, and
+    P of each are compared.
+
+    What the TPU compiler says of 64 slots and a vocabulary of 128,256 (libtpu 0.0.42): alone, 2.4 s to compile for
+    eight chips, 28 thousand static cycles; one maximum after another costs 480 thousand, and on two CPU cores 21 ms for
+    [8, 49152] where this costs 0.6. Left to the partitioner, `top_k` of a shared V compiles to indices that are all 0.
+    """
+    chips = mesh.shape[AXIS]
+    is_shared = logits_BV.shape[1] % chips == 0
+
+    def of_chip(logits_BV):
+        logit_BP, token_BP = jax.lax.top_k(logits_BV, min(MAX_LOGPROBS, logits_BV.shape[1]))
+        if not is_shared:
+            return token_BP, logit_BP
+        token_BP += jax.lax.axis_index(AXIS) * logits_BV.shape[1]
+        every_chips = jax.lax.all_gather((logit_BP, token_BP), AXIS, axis=1, tiled=True)
+        logit_BP, at_BP = jax.lax.top_k(every_chips[0], MAX_LOGPROBS)
+        return jnp.take_along_axis(every_chips[1], at_BP, axis=1), logit_BP
+
+    specs = P(None, AXIS) if is_shared else P()
+    return jax.shard_map(of_chip, mesh=mesh, in_specs=specs, out_specs=P(), check_vma=False)(logits_BV)
