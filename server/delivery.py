@@ -23,6 +23,10 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+MAX_BEHIND = 4
+"""Landings that delivery may be behind (count). Beyond it the loop waits: what it would gain, callers would not see, and
+steps of answers that have met their stop string would be wasted."""
+
 CLOSE_S = 10.0
 """How long close() waits for what is still to be delivered (seconds)."""
 
@@ -89,6 +93,9 @@ class Delivery:
         `on_end(request)` after a request's last event."""
         self._tokenizer, self._metrics, self._free, self._on_end = tokenizer, metrics, free, on_end
         self._posts: queue.SimpleQueue[Landing | Ending | None] = queue.SimpleQueue()
+        self._room: queue.SimpleQueue[None] = queue.SimpleQueue()  # a semaphore, in C: one entry a landing
+        for _ in range(MAX_BEHIND):
+            self._room.put(None)
         self._texts: dict[Sample, Text] = {}
         self._thread = threading.Thread(target=self._run, name="delivery", daemon=True)
 
@@ -96,7 +103,8 @@ class Delivery:
         self._thread.start()
 
     def post(self, landing: Landing) -> None:
-        """Tokens for their owners. Those of a request that is done are dropped."""
+        """Tokens for their owners. Those of a request that is done are dropped. Waits while delivery is behind."""
+        self._room.get()
         self._posts.put(landing)
 
     def end(self, request: Request, end: End) -> None:
@@ -116,6 +124,7 @@ class Delivery:
                 self._guarded(post.request, self._end_request, post.request, post.end)
             else:
                 self._land(post)
+                self._room.put(None)
 
     def _land(self, landing: Landing) -> None:
         token_ids, stopped = landing.token_B.tolist(), landing.stopped_B.tolist()

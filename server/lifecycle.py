@@ -152,6 +152,7 @@ class Serving:
             engine,
             params,
             max_queued=self._config.max_queued,
+            max_queued_tokens=self._config.max_queued_tokens,
             metrics=self.metrics,
             on_ready=partial(loop.call_soon_threadsafe, ready.set),
             on_dead=partial(loop.call_soon_threadsafe, self._on_dead),
@@ -187,11 +188,15 @@ class Serving:
         timeout_s = self._config.probe_timeout_s
         while True:
             await asyncio.sleep(self._config.probe_interval_s)
-            answers = await asyncio.to_thread(self.orchestrator.probe, timeout_s)
+            try:
+                await asyncio.to_thread(self.orchestrator.probe, timeout_s)
+                answers, reason = True, ""
+            except UnavailableError as error:
+                answers, reason = False, str(error)
             if answers and not self.is_ready:
                 log.info("the engine answers again: SERVING")
             elif not answers and self.is_ready:
-                log.error("the engine gave no step within %g s: NOT_SERVING", timeout_s)
+                log.error("NOT_SERVING: %s", reason)
             if answers != self.is_ready:
                 await self._set_ready(answers)
 

@@ -10,7 +10,6 @@ from ..engine_impl.sampling_params import SamplingParams
 from .request import check_max_tokens, check_num_samples, check_priority, check_stops, drawn_seed
 
 
-
 @dataclass(frozen=True, kw_only=True)
 class AnswerOptions:
     """The answer's length, how its tokens are chosen, where it stops, and what is told about it."""

@@ -43,7 +43,7 @@ CLOSE_S = 10.0
 """How long close() waits for a turn to end (seconds); the thread is a daemon and cannot hold the process."""
 
 DEADLINE_SLACK_S = 0.05
-"""A cancel this close to the deadline is the deadline's doing (seconds): the caller's clock started earlier than ours."""
+"""A cancel this close to the deadline is the deadline's doing (seconds): the caller's clock was started before ours."""
 
 STOPPING = "the server is stopping"
 
@@ -85,6 +85,12 @@ class Orchestrator:
         self._closing = False
         self._thread = threading.Thread(target=self._run, name="orchestrator", daemon=True)
         self._deadlines = threading.Thread(target=self._end_overdue_waiters, name="deadlines", daemon=True)
+        if metrics is not None:
+            metrics.watch(
+                queue_depth=lambda: self.queue_depth,
+                slots_in_use=lambda: self.slots_in_use,
+                slots=engine.max_concurrent_decodes,
+            )
 
     # Any thread.
 
@@ -113,7 +119,8 @@ class Orchestrator:
         """Ends it, and frees its slots before the next step. No effect on a request that is done."""
         if request.done or request.queued_at is None:
             return
-        self._queue.remove(request)
+        if not self._queue.remove(request):
+            self._to_free.extend(request.samples)  # at once: delivery may be behind
         is_late = is_overdue(request, time.monotonic() + DEADLINE_SLACK_S)
         self._delivery.end(request, FinishReason.DEADLINE if is_late else FinishReason.CANCELLED)
 

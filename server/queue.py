@@ -103,7 +103,7 @@ class RequestQueue:
             self._changed.wait_for(lambda: bool(self._waiting) or until())
 
     def overdue(self) -> list[Request]:
-        """Sleeps until deadlines pass, and takes out those requests; an empty list when the queue is closed and empty."""
+        """Sleeps until deadlines pass, and takes those requests out; an empty list: the queue is closed and empty."""
         with self._changed:
             while self._waiting or self._closed is None:
                 now = time.monotonic()

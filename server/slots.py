@@ -14,7 +14,7 @@ NO_STOP = -2
 
 @dataclass(frozen=True)
 class Roster:
-    """Who sits where, from one change to the next. Never changed, so a step in flight keeps the one it was started with.
+    """Who sits where, from one change to the next. Frozen: a step in flight keeps the one that it was started with.
 
     W is the most stop ids that one request can have.
     """
