@@ -14,6 +14,9 @@ from .config import join_address
 IDLE_S = 10.0
 """How long a connection may be silent (seconds), after which it is closed."""
 
+POLL_S = 0.1
+"""How often http.server looks whether it is to stop (seconds)."""
+
 TEXT = "text/plain; charset=utf-8"
 
 
@@ -61,9 +64,9 @@ class Endpoint:
             ) from error
         self.address = join_address(host, self._server.server_address[1])
         """host:port; the port is the real one."""
-        threading.Thread(target=self._server.serve_forever, name="metrics", daemon=True).start()
+        threading.Thread(target=self._server.serve_forever, args=[POLL_S], name="metrics", daemon=True).start()
 
     def close(self) -> None:
-        """Frees the port; may take half a second, the polling interval of http.server."""
+        """Frees the port; may take POLL_S."""
         self._server.shutdown()
         self._server.server_close()

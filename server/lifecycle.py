@@ -185,20 +185,18 @@ class Serving:
     async def _probe(self) -> None:
         """Ready as long as the device answers."""
         assert self.orchestrator is not None
-        timeout_s = self._config.probe_timeout_s
         while True:
             await asyncio.sleep(self._config.probe_interval_s)
             try:
-                await asyncio.to_thread(self.orchestrator.probe, timeout_s)
-                answers, reason = True, ""
+                await asyncio.to_thread(self.orchestrator.probe, self._config.probe_timeout_s)
             except UnavailableError as error:
-                answers, reason = False, str(error)
-            if answers and not self.is_ready:
-                log.info("the engine answers again: SERVING")
-            elif not answers and self.is_ready:
-                log.error("NOT_SERVING: %s", reason)
-            if answers != self.is_ready:
-                await self._set_ready(answers)
+                if self.is_ready:
+                    log.error("NOT_SERVING: %s", error)
+                    await self._set_ready(False)
+            else:
+                if not self.is_ready:
+                    log.info("SERVING: the engine answers again")
+                    await self._set_ready(True)
 
     async def _drain(self) -> None:
         """Until the calls in flight are answered, the grace is over or somebody forces."""

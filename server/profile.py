@@ -20,6 +20,7 @@ class Profile(grpc.aio.ServerInterceptor):
         self._folder, self._seconds, self._methods = folder, seconds, methods
         self._had_first = False
         self._window: asyncio.Task[None] | None = None
+        self.is_tracing = False
 
     async def intercept_service(
         self,
@@ -53,9 +54,11 @@ class Profile(grpc.aio.ServerInterceptor):
             log.error("no trace: %s", error)
             return
         log.info("tracing for %g s", self._seconds)
+        self.is_tracing = True
         try:
             await asyncio.sleep(self._seconds)
         finally:
+            self.is_tracing = False
             await asyncio.to_thread(self._write, tracing.stop)
 
     def _write(self, stop: Callable[[], None]) -> None:
