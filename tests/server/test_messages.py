@@ -65,12 +65,11 @@ def test_any_message_is_a_request_or_refused(options, content, is_sound_at_heart
     message = pb.DecodeRequest(**options, **content)
     try:
         request = read_request(message, FakeEngine(), print, request_id="x")
-    except RefusedError as refused:
-        assert str(refused)
-    else:
-        assert isinstance(request, Request)
-        assert 0 < len(request.prompt_ids) <= 16
-        assert request.max_tokens > 0
+    except RefusedError:
+        return
+    assert isinstance(request, Request)
+    assert 0 < len(request.prompt_ids) <= 16
+    assert 0 < request.max_tokens <= 255
 
 
 @settings(deadline=None, max_examples=200)
