@@ -160,7 +160,7 @@ class Serving:
         await first_of(ready, self.stop_requested)
         if self.dead_reason is not None:
             raise UnavailableError(self.dead_reason)
-        self.metrics.watch_devices(engine.mesh.devices.flat, lambda: programs().compiled)
+        self.metrics.watch_devices(engine.mesh.devices.flat, lambda: programs().made)
         self._front.open(engine, self.orchestrator)
         made = programs()
         log.info(
