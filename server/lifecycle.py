@@ -152,6 +152,7 @@ class Serving:
             engine,
             params,
             max_queued=self._config.max_queued,
+            max_queued_tokens=self._config.max_queued_tokens,
             metrics=self.metrics,
             on_ready=partial(loop.call_soon_threadsafe, ready.set),
             on_dead=partial(loop.call_soon_threadsafe, self._on_dead),

@@ -27,6 +27,12 @@ class Chat:
     """Instructions to the model that precede the conversation (text)."""
     channel: ChannelConfig = PLAIN
 
+    def __post_init__(self) -> None:
+        if self.answer.num_samples != 1:
+            raise RefusedError(
+                f"num_samples={self.answer.num_samples}: a chat goes on from one answer; `slipstream ask` shows several"
+            )
+
     def run(self) -> int:
         from ..client import Client
 
@@ -45,11 +51,13 @@ class Chat:
 
     def _turn(self, client: "Client", messages: list[dict[str, str]], line: str) -> None:
         """Adds the question and what was answered to `messages`; nothing when the server refuses."""
+        from ..answer import Answer, logprob_lines
+
         question = {"role": "user", "content": line}
-        answer = ""
+        answer = Answer.of(1)
         try:
-            for piece in client.ask_chat([*messages, question], self.answer.max_tokens, self.answer.sampling()):
-                answer += piece.text
+            for piece in client.ask_chat([*messages, question], self.answer):
+                answer.grow(piece)
                 print(piece.text, end="", flush=True)
         except KeyboardInterrupt:
             print(" [stopped]", end="")
@@ -60,7 +68,9 @@ class Chat:
             print(f"slipstream: {error}", file=sys.stderr)
             return
         print()
-        messages += [question, {"role": "assistant", "content": answer}]
+        for line in logprob_lines(answer):
+            print(line)
+        messages += [question, {"role": "assistant", "content": answer.samples[0].text}]
 
 
 def read_line() -> str | None:

@@ -46,7 +46,7 @@ class Demo:
         with Client(target) as client:
             start = time.perf_counter()
             question = [{"role": "user", "content": self.question}]
-            for piece in client.ask_chat(question, self.answer.max_tokens, self.answer.sampling()):
+            for piece in client.ask_chat(question, self.answer):
                 if piece.token_ids:
                     arrivals.append(time.perf_counter())
                     tokens += len(piece.token_ids)

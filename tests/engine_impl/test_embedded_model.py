@@ -66,7 +66,7 @@ def test_greedy_tokens_equal_transformers_in_one_batch_and_alone(prompts):
         state = engine.init_decode_state()
         prefix, first = engine.prefill(params, *engine.pad(prompt))
         slot = (i + 3) % 10
-        state, alone = engine.insert(prefix, state, slot), [int(first)]
+        state, alone = engine.insert(prefix, state, slot), [int(first.token_B[0])]
         for _ in range(63):
             state, result = engine.generate(params, state)
             alone.append(int(result.token_B[slot]))
@@ -92,7 +92,7 @@ def test_three_devices_give_the_tokens_of_one(prompts):
         tokens = greedy(engine, params, prompts[:4], 24)
         sampling = SamplingParams(temperature=0.7, top_p=0.9, seed=5)
         _, sampled = engine.prefill(params, *engine.pad(prompts[5]), sampling=sampling)
-        return [*tokens, int(sampled)]
+        return [*tokens, int(sampled.token_B[0])]
 
     engine, params = embedded_engine(3)
     assert engine.init_decode_state().cache_LBKSC.addressable_shards[0].data.shape[2] == 1

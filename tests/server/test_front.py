@@ -184,7 +184,7 @@ def test_a_text_that_is_no_utf8_is_refused_and_the_server_goes_on():
         (text_request("a", top_p=1.5), "top_p=1.5"),
         (text_request("a", top_k=-1), "top_k=-1"),
         (text_request("a", seed=2**32), "seed=4294967296"),
-        (text_request("a", num_samples=2), "num_samples=2 must be 0 or 1"),
+        (text_request("a", num_samples=3), "num_samples=3 needs as many slots and the server has 2"),
         (text_request("a", lora_adapter_id="x"), "lora_adapter_id='x' must be empty"),
     ],
     ids=lambda value: value[:24] if isinstance(value, str) else "",
