@@ -177,6 +177,8 @@ class Serving:
         self.stop_requested.set()
 
     def _start_watchers(self) -> None:
+        if self.profile is not None:
+            self.profile.arm()
         if self._config.probe_interval_s:
             self._watchers.append(asyncio.create_task(self._probe()))
         if self._line is not None and self._line.is_shown:
