@@ -6,7 +6,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from socket import AddressFamily, getaddrinfo
 from typing import Any
 
-from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
+from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, disable_created_metrics, generate_latest
 
 from ..engine_impl.errors import RefusedError
 from .config import join_address
@@ -49,6 +49,8 @@ class Endpoint:
 
             def log_message(self, format: str, *args: Any) -> None:
                 """A scrape every few seconds is no news."""
+
+        disable_created_metrics()  # a second series for each, with its time of birth
 
         class Server(ThreadingHTTPServer):
             daemon_threads = True

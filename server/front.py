@@ -13,6 +13,7 @@ from ..engine_impl.errors import RefusedError
 from ..protos import orchestrator_pb2 as pb
 from ..protos.orchestrator_pb2_grpc import OrchestratorServicer, add_OrchestratorServicer_to_server
 from .errors import CancelledError, DeadlineError, FailedError, QueueFullError, UnavailableError
+from .logs import log_prompt
 from .mailbox import Mailbox
 from .messages import read_request, write_reply
 from .orchestrator import Orchestrator
@@ -92,6 +93,7 @@ class Front(OrchestratorServicer):
         read = partial(read_request, request_id=request_id, deadline=deadline_of(context))
         # In a thread: the text may be megabytes, and others are being answered.
         request = await asyncio.to_thread(read, message, engine, partial(self._mailbox.post, events))
+        log_prompt(request.id, request.prompt_ids, engine.get_tokenizer())
         orchestrator.submit(request)
         try:
             # Not before: a client's retry policy only applies to answers that are nothing but trailers.

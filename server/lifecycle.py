@@ -161,7 +161,7 @@ class Serving:
         await first_of(ready, self.stop_requested)
         if self.dead_reason is not None:
             raise UnavailableError(self.dead_reason)
-        self.metrics.watch_devices(engine.mesh.devices.flat, lambda: programs().compiled)
+        self.metrics.watch_devices(engine.mesh.devices.flat, lambda: programs().made)
         self._front.open(engine, self.orchestrator)
         made = programs()
         log.info(
@@ -177,6 +177,8 @@ class Serving:
         self.stop_requested.set()
 
     def _start_watchers(self) -> None:
+        if self.profile is not None:
+            self.profile.arm()
         if self._config.probe_interval_s:
             self._watchers.append(asyncio.create_task(self._probe()))
         if self._line is not None and self._line.is_shown:

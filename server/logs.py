@@ -3,13 +3,17 @@
 import json
 import logging
 import sys
+from collections.abc import Sequence
 from datetime import UTC, datetime
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from .status import StatusLine
 
+if TYPE_CHECKING:
+    from ..engine_impl.tokenizer import Tokenizer
+
 PROMPTS = logging.getLogger("slipstream.server.prompts")
-"""Whoever has a prompt and its request's id logs it here, at DEBUG; the logger is deaf unless configure() is told."""
+"""Prompts are logged here, at DEBUG: deaf unless configure() is told otherwise."""
 
 
 def configure(form: Literal["text", "json"], *, prompts: bool = False, line: StatusLine | None = None) -> None:
@@ -19,6 +23,13 @@ def configure(form: Literal["text", "json"], *, prompts: bool = False, line: Sta
     logging.basicConfig(handlers=[handler], force=True)
     logging.getLogger("slipstream").setLevel(logging.INFO)
     PROMPTS.setLevel(logging.DEBUG if prompts else logging.INFO)
+
+
+def log_prompt(request_id: str, prompt_ids: Sequence[int], tokenizer: "Tokenizer") -> None:
+    """What was asked, if that is to be logged at all."""
+    if PROMPTS.isEnabledFor(logging.DEBUG):
+        fields = {"request_id": request_id, "prompt": tokenizer.decode(prompt_ids)}
+        PROMPTS.debug("request asks", extra={"fields": fields})
 
 
 class Handler(logging.StreamHandler):
@@ -42,7 +53,9 @@ class TextFormatter(logging.Formatter):
 
     def formatMessage(self, record: logging.LogRecord) -> str:
         known = {name: value for name, value in fields_of(record).items() if value is not None}
-        return " ".join([super().formatMessage(record), *(f"{name}={value}" for name, value in known.items())])
+        return " ".join(
+            [super().formatMessage(record), *(f"{name}={readable(value)}" for name, value in known.items())]
+        )
 
 
 class JsonFormatter(logging.Formatter):
@@ -55,6 +68,12 @@ class JsonFormatter(logging.Formatter):
         if record.exc_info:
             line["exception"] = self.formatException(record.exc_info)
         return json.dumps(line, default=str)
+
+
+def readable(value: object) -> str:
+    """A text that could be taken for more than one value, or for more than one line, stands in quotes."""
+    text = str(value)
+    return text if text.isprintable() and text and not set(text) & set(" =\"'") else repr(text)
 
 
 def fields_of(record: logging.LogRecord) -> dict[str, object]:

@@ -18,7 +18,7 @@ class Profile(grpc.aio.ServerInterceptor):
     def __init__(self, folder: Path, seconds: float, methods: tuple[str, ...]) -> None:
         """`methods`: path endings of the calls that count as requests."""
         self._folder, self._seconds, self._methods = folder, seconds, methods
-        self._had_first = False
+        self._is_armed = False
         self._window: asyncio.Task[None] | None = None
         self.is_tracing = False
 
@@ -28,10 +28,14 @@ class Profile(grpc.aio.ServerInterceptor):
         handler_call_details: grpc.HandlerCallDetails,
     ) -> Any:
         """Starts the first trace; changes nothing."""
-        if not self._had_first and handler_call_details.method.endswith(self._methods):
-            self._had_first = True
+        if self._is_armed and handler_call_details.method.endswith(self._methods):
+            self._is_armed = False
             self.start()
         return await continuation(handler_call_details)
+
+    def arm(self) -> None:
+        """The next request is the first one: those before were refused."""
+        self._is_armed = True
 
     def start(self) -> None:
         """One trace at a time: while one runs, nothing happens."""

@@ -149,7 +149,13 @@ class FakeEngine:
         return padded, len(token_ids)
 
     def prefill(
-        self, params: Any, padded_tokens: np.ndarray, true_length: int, *, sampling: Any, prompt_logprobs: bool = False
+        self,
+        params: Any,
+        padded_tokens: np.ndarray,
+        true_length: int,
+        *,
+        sampling: Any = None,
+        prompt_logprobs: bool = False,
     ) -> tuple[FakePrefix, FakeResult]:
         prompt = padded_tokens[:true_length].tolist()
         self._call(f"prefill {FakeTokenizer().decode(prompt)}")

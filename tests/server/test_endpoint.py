@@ -47,6 +47,7 @@ def test_a_request_is_in_the_metrics_when_it_is_answered():
                 "prefill_seconds_count 1.0", "compilations_after_warmup_total 0.0",
             ):  # fmt: skip
                 assert f"\nslipstream_{line}\n" in body
+            assert "_created" not in body
 
     asyncio.run(scenario())
 

@@ -5,10 +5,16 @@ import json
 import logging
 import sys
 
+import grpc
 import pytest
+from slipstream.protos import orchestrator_pb2 as pb
+from slipstream.protos.orchestrator_pb2_grpc import OrchestratorStub
 from slipstream.server import logs
 from slipstream.server.metrics import Metrics, Outcome
 from slipstream.server.status import StatusLine
+
+from tests.fakes import FakeEngine
+from tests.server.conftest import serving_in_thread
 
 log = logging.getLogger("slipstream.server.test")
 TIMES = {"queue_s": 0.001, "ttft_s": None, "tpot_s": None, "e2e_s": 0.5}
@@ -80,9 +86,24 @@ def test_others_are_heard_from_warnings_up(configured, capsys):
 
 @pytest.mark.parametrize("prompts", [False, True])
 def test_prompts_are_logged_only_if_asked_for(prompts, configured, capsys):
-    configured("text", prompts=prompts)
-    logs.PROMPTS.debug("request %s asks %r", "abc", "a secret")
-    assert ("a secret" in "".join(lines(capsys))) is prompts
+    configured("json", prompts=prompts)
+    text = pb.DecodeRequest.TextContent(text="a secret")
+    with serving_in_thread(FakeEngine()) as target, grpc.insecure_channel(target) as channel:
+        request = pb.DecodeRequest(text_content=text, max_tokens=2)
+        list(OrchestratorStub(channel).Decode(request, timeout=10, metadata=[("x-request-id", "mine")]))
+    written = [json.loads(line) for line in lines(capsys)]
+    (end,) = [line for line in written if line["message"] == "request ended"]
+    assert (end["request_id"], end["generated_tokens"]) == ("mine", 2)
+    asked = [(line["request_id"], line["prompt"]) for line in written if line["message"] == "request asks"]
+    assert asked == ([("mine", "a secret")] if prompts else [])
+
+
+def test_a_text_field_cannot_forge_another_line_or_field(configured, capsys):
+    """Request ids and prompts are what strangers send."""
+    configured("text")
+    log.info("request asks", extra={"fields": {"request_id": "x outcome=ok", "prompt": "two\nlines", "n": 3}})
+    (line,) = lines(capsys)
+    assert line.endswith("request asks request_id='x outcome=ok' prompt='two\\nlines' n=3")
 
 
 class Terminal(io.StringIO):

@@ -1,6 +1,7 @@
 """--profile: a trace is written by the first request, and again when asked."""
 
 import asyncio
+import threading
 
 import grpc
 import jax
@@ -48,6 +49,26 @@ def test_the_first_request_is_traced_and_the_stop_ends_the_trace(tmp_path):
     asyncio.run(asyncio.wait_for(scenario(), WAIT_S))
     (trace,) = traces(tmp_path)
     assert b"PjRt" in trace.read_bytes()
+
+
+def test_a_request_that_is_refused_during_the_load_is_not_traced(monkeypatch, tmp_path):
+    monkeypatch.setattr(tracing, "start", lambda folder: pytest.fail("traced"))
+    may_load = threading.Event()
+    config = ServerConfig(port=0, watch=WatchConfig(profile=tmp_path))
+
+    async def scenario():
+        serving = Serving(lambda: (may_load.wait(WAIT_S) and FakeEngine(), None), config)
+        entering = asyncio.create_task(serving.__aenter__())
+        while serving.address.endswith(":0"):
+            await asyncio.sleep(0.005)
+        async with grpc.aio.insecure_channel(serving.address) as channel:
+            with pytest.raises(grpc.aio.AioRpcError, match="still loading"):
+                await ask(channel)
+        may_load.set()
+        await entering
+        await serving.__aexit__()
+
+    asyncio.run(scenario())
 
 
 def test_a_window_ends_by_itself_and_can_be_opened_again(monkeypatch, tmp_path, caplog):
