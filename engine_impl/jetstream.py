@@ -6,13 +6,14 @@ In 0.2.2 a prefill returns a prefix only and every token comes out of `generate`
 sampled before it and then computes the next: the first token comes from the first call after the insert, without
 waiting for the step. A slot's answer ends with the first token that is marked invalid.
 
-JetStream never frees a slot. One whose answer ended with a stop token is emptied here; one that reached max_tokens,
-which the engine is not told, decodes on unheard until it is inserted into anew or its cache is full.
+JetStream never frees a slot. One whose answer ended with a stop token is emptied here, and so is one that `idle_slots`
+names, where the host has set it. Without it a slot that reached max_tokens, which the engine is not told, decodes on
+unheard until it is inserted into anew or its cache is full.
 """
 
 import logging
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -63,6 +64,8 @@ class JetStreamEngine(engine_api.Engine):
 
     def __init__(self, engine: Engine, params: Params) -> None:
         self._engine, self._params = engine, params
+        self.idle_slots: Callable[[], Collection[int]] = tuple
+        """Asked before every step: slots that nobody waits for."""
         self._tokenizer = JetStreamTokenizer(engine.get_tokenizer())
         # Two threads that start programs on the same devices in turn could start them in another order on each device,
         # and their collectives would wait for one another. Also, tracing a torch module is for one thread at a time.
@@ -70,10 +73,10 @@ class JetStreamEngine(engine_api.Engine):
         self._everywhere = NamedSharding(engine.mesh, PartitionSpec())
         stop_ids = np.array(sorted(engine.get_tokenizer().stop_ids), np.int32)
 
-        def hand_out(next_B, handed_B, length_B):
+        def hand_out(next_B, handed_B, length_B, idle_B):
             valid_B = next_B >= 0
             handed_B = handed_B + valid_B
-            ended_B = jnp.isin(next_B, stop_ids)
+            ended_B = idle_B | jnp.isin(next_B, stop_ids)
             data_B3 = jnp.stack([next_B, valid_B.astype(jnp.int32), handed_B], axis=1)
             return data_B3, handed_B, jnp.where(ended_B, 0, length_B)
 
@@ -135,8 +138,12 @@ class JetStreamEngine(engine_api.Engine):
         # wait behind them. Here the step before the last has to be done; the last one may still run.
         decode_state.handed_B.block_until_ready()
         decode = decode_state.decode
+        idle_B = np.zeros(self.max_concurrent_decodes, bool)
+        idle_B[list(self.idle_slots())] = True
         with self._turn:
-            data_B3, handed_B, length_B = self._hand_out(decode_state.next_B, decode_state.handed_B, decode.length_B)
+            data_B3, handed_B, length_B = self._hand_out(
+                decode_state.next_B, decode_state.handed_B, decode.length_B, idle_B
+            )
             decode, result = self._engine.generate(params, replace(decode, length_B=length_B))
         tokens = engine_api.ResultTokens(
             data=data_B3, tokens_idx=(0, 1), valid_idx=(1, 2), length_idx=(2, 3), samples_per_slot=1

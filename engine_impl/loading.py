@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import torch
 
+from . import compilations
 from .checkpoints.embedded import embedded_model, home
 from .checkpoints.gguf import GGUFCheckpoint
 from .config import EngineConfig
@@ -27,8 +28,7 @@ def load_engine(config: EngineConfig, devices: Sequence[Any] | None = None) -> t
     does not allow.
     """
     devices = devices or choose_devices(config.platform)
-    # Programs compiled once are found again by the next start.
-    jax.config.update("jax_compilation_cache_dir", str(home() / "compiled"))
+    compilations.keep_in(home() / "compiled")
     checkpoint = GGUFCheckpoint(embedded_model() if config.model == "embedded" else Path(config.model))
     shape = checkpoint.config
     if config.cache_length > shape.context_length:

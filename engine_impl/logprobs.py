@@ -36,11 +36,14 @@ def logprobs(logits_BV: jax.Array, token_B: jax.Array, asked_B: jax.Array, mesh:
 
     def made() -> Logprobs:
         wide_BV = logits_BV.astype(jnp.float32)
-        top_token_BP, top_logit_BP = jax.lax.cond(
-            (asked_B > 0).any(), lambda: likeliest(wide_BV, mesh), lambda: no_tops
-        )
         norm_B = jax.nn.logsumexp(wide_BV, axis=-1)
-        return Logprobs(_at(wide_BV, token_B) - norm_B, top_token_BP, top_logit_BP - norm_B[:, None])
+
+        def tops() -> tuple[jax.Array, jax.Array]:
+            top_token_BP, top_logit_BP = likeliest(wide_BV, mesh)
+            return top_token_BP, top_logit_BP - norm_B[:, None]
+
+        top_token_BP, top_BP = jax.lax.cond((asked_B > 0).any(), tops, lambda: no_tops)
+        return Logprobs(_at(wide_BV, token_B) - norm_B, top_token_BP, top_BP)
 
     nothing_B = jnp.zeros((slots,), jnp.float32)
     return jax.lax.cond((asked_B >= 0).any(), made, lambda: Logprobs(nothing_B, *no_tops))

@@ -54,20 +54,23 @@ def _argmax(values_BV: jax.Array) -> jax.Array:
 def _draw(logits_BV: jax.Array, sampling: SlotSampling, position_B: jax.Array) -> jax.Array:
     """Gumbel-max: the argmax of logits plus Gumbel noise is a draw from their softmax."""
     scaled_BV = logits_BV / jnp.maximum(sampling.temperature, 1e-6)[:, None]
-    is_cut = ((sampling.top_k > 0) | (sampling.top_p < 1)) & sampling.is_drawn
-    kept_BV = jax.lax.cond(is_cut.any(), lambda: _cut(scaled_BV, sampling), lambda: scaled_BV)
-    # The likeliest token is always kept, so that its share is the same before and after the other cuts.
-    least_B1 = scaled_BV.max(-1, keepdims=True) + jnp.log(sampling.min_p)[:, None]
-    kept_BV = jnp.where(scaled_BV >= least_B1, kept_BV, -jnp.inf)
 
     def noise_V(seed, position):
         return jax.random.gumbel(jax.random.fold_in(jax.random.key(seed), position), (logits_BV.shape[1],))
 
-    return _argmax(kept_BV + jax.vmap(noise_V)(sampling.seed, position_B))
+    return _argmax(cut(scaled_BV, sampling) + jax.vmap(noise_V)(sampling.seed, position_B))
 
 
-def _cut(logits_BV: jax.Array, sampling: SlotSampling) -> jax.Array:
-    """Top-k, then top-p over what is left; the rest becomes -inf."""
+def cut(logits_BV: jax.Array, sampling: SlotSampling) -> jax.Array:
+    """Top-k, then top-p and min-p of what is left; the rest becomes -inf. `logits_BV` are f32, after temperature."""
+    is_cut = ((sampling.top_k > 0) | (sampling.top_p < 1)) & sampling.is_drawn
+    kept_BV = jax.lax.cond(is_cut.any(), lambda: _top_k_and_p(logits_BV, sampling), lambda: logits_BV)
+    # The likeliest token is always kept, so a token's share of its probability is the same before and after a cut.
+    least_B1 = logits_BV.max(-1, keepdims=True) + jnp.log(sampling.min_p)[:, None]
+    return jnp.where(logits_BV >= least_B1, kept_BV, -jnp.inf)
+
+
+def _top_k_and_p(logits_BV: jax.Array, sampling: SlotSampling) -> jax.Array:
     order_BV = _ordered(logits_BV)
     k_B1 = jnp.where(sampling.top_k > 0, sampling.top_k, logits_BV.shape[1])[:, None]
     last_B1 = _largest(lambda t_B1: (order_BV >= t_B1).sum(-1, keepdims=True) >= k_B1, like=k_B1)

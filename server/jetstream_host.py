@@ -2,13 +2,14 @@
 
     load -> warm up -> listen -> SERVING -> drain -> stop
 
-Ours are the engine below it, and around it what a server needs that JetStream's lacks: an address to listen on, a bound
-on the queue, grpc.health.v1, a drain, an end that is not SIGKILL.
+Ours are the engine below it, and around it what a server needs that JetStream's lacks: an address to listen on, TLS, a
+bound on the queue, grpc.health.v1, a drain, an end that is not SIGKILL. What it cannot be given is refused.
 """
 
 import asyncio
 import logging
 import os
+import queue
 import signal
 import socket
 import threading
@@ -19,6 +20,7 @@ from functools import partial
 from typing import Any
 
 import grpc
+import prometheus_client
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
@@ -27,12 +29,15 @@ from ..engine_impl.config import EngineConfig
 from ..engine_impl.errors import RefusedError
 from ..engine_impl.jetstream import create_engine
 from ..engine_impl.loading import choose_devices
+from . import security
 from .config import ServerConfig
+from .endpoint import Endpoint
 from .front import JETSTREAM_SERVICE
 from .lifecycle import check_port_is_free, first_of, in_thread
 
 with jetstream_compat.importing():
     from jetstream.core import config_lib, orchestrator, server_lib
+    from jetstream.core.metrics.prometheus import JetstreamMetricsCollector
 
 log = logging.getLogger(__name__)
 
@@ -74,13 +79,22 @@ class JetStreamHost:
 
     def __init__(self, engine: EngineConfig, server: ServerConfig, on_dead: Callable[[str], object]) -> None:
         """`on_dead(reason)` is called from the thread of JetStream's that failed."""
+        check_supported(server)
         check_port_is_free(server)
+        security.warn_if_open(server)
+        self._credentials = security.credentials(server.security) or grpc.insecure_server_credentials()
         # JetStreamServer does not tell which port it got; so a free one is chosen before.
         self._config = replace(server, port=server.port or free_port(server.host))
         self._engine, self._on_dead = engine, on_dead
         self._health = health.aio.HealthServicer()  # pyright: ignore[reportAttributeAccessIssue]
         self._driver: Any = None
         self._server: Any = None
+        self._is_ready = False
+        self._endpoint: Endpoint | None = None
+        if server.watch.metrics_port is not None:
+            registry = prometheus_client.REGISTRY  # JetStream's own metrics, under their names
+            self._endpoint = Endpoint(server.host, server.watch.metrics_port, registry, lambda: self._is_ready)
+            log.info("metrics on http://%s/metrics", self._endpoint.address)
 
     @property
     def address(self) -> str:
@@ -95,18 +109,18 @@ class JetStreamHost:
         host = self._config.address.rpartition(":")[0]
         workers = max(self._driver.get_total_concurrent_requests(), MIN_WORKERS)
         with jetstream_compat.listening_on(server_lib, host):
-            self._server = server_lib.JetStreamServer(
-                self._driver, workers, self._config.port, grpc.insecure_server_credentials()
-            )
+            self._server = server_lib.JetStreamServer(self._driver, workers, self._config.port, self._credentials)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server._grpc_server)
         names = (JETSTREAM_SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME)
         reflection.enable_server_reflection(names, self._server._grpc_server)
         self._server.start()
         for service in ("", JETSTREAM_SERVICE):
             self._on_loop(self._health.set(service, health_pb2.HealthCheckResponse.SERVING)).result()
+        self._is_ready = True
 
     async def drain(self, force: asyncio.Event) -> None:
         """NOT_SERVING, no new requests; those in flight get the grace to finish, or until somebody forces."""
+        self._is_ready = False
         await asyncio.wrap_future(self._on_loop(self._health.enter_graceful_shutdown()))
         stopping = asyncio.wrap_future(self._on_loop(self._server._grpc_server.stop(self._config.grace_s)))
         stopped = asyncio.Event()
@@ -120,6 +134,8 @@ class JetStreamHost:
         thread = threading.Thread(target=self._server.stop, name="stop", daemon=True)
         thread.start()
         thread.join(CLOSE_S)
+        if self._endpoint is not None:
+            self._endpoint.close()
         return not thread.is_alive()
 
     def _on_loop(self, coroutine: Coroutine[Any, Any, Any]) -> Any:
@@ -139,10 +155,33 @@ def make_driver(engines: Any, config: ServerConfig, on_dead: Callable[[str], obj
             generate_params=[engine.load_params() for engine in generate],
             interleaved_mode=bool(engines.interleaved_engines),
             jax_padding=False,
+            metrics_collector=JetstreamMetricsCollector() if config.watch.metrics_port is not None else None,
         )
+    for engine, free in zip(generate, driver._generate_slots, strict=True):
+        engine.idle_slots = partial(waiting_in, free)
     # Its RESOURCE_EXHAUSTED comes from a full queue, and its queue has no bound: the branch would never be taken.
     driver._prefill_backlog.maxsize = config.max_queued
     return driver
+
+
+def waiting_in(slots: queue.Queue[int]) -> list[int]:
+    """What the queue holds, without taking it."""
+    with slots.mutex:
+        return list(slots.queue)
+
+
+def check_supported(config: ServerConfig) -> None:
+    """Raises RefusedError for a flag that JetStream's server has no place for: above all none that protects."""
+    plain = ServerConfig()
+    asked = {
+        "--max-queued-tokens": config.max_queued_tokens != plain.max_queued_tokens,
+        "--auth-token-file": config.security.auth_token_file is not None,
+        "--max-streams-per-client": config.security.max_streams_per_client is not None,
+        "--max-message-bytes": config.security.max_message_bytes != plain.security.max_message_bytes,
+        "--profile": config.watch.profile is not None,
+    }
+    if flags := [flag for flag, is_asked in asked.items() if is_asked]:
+        raise RefusedError(f"{', '.join(flags)}: not with JetStream's server; serve with --orchestrator slipstream")
 
 
 def free_port(host: str) -> int:

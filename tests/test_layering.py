@@ -20,7 +20,7 @@ MAY_IMPORT = {
     ),
     "server": (
         {"protos", "engine_impl", "benchmarks"},  # benchmarks: see the test below
-        {"grpc", "grpc_health", "grpc_reflection", "google", "tyro", "numpy", "jetstream"},
+        {"grpc", "grpc_health", "grpc_reflection", "google", "tyro", "numpy", "jetstream", "prometheus_client"},
     ),
     "benchmarks": (
         {"protos", "kernels", "cache_manager", "engine_impl", "server"},
