@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from . import compilations
 from .checkpoints.embedded import home
 from .checkpoints.open import open_checkpoint
 from .config import EngineConfig
@@ -44,8 +45,7 @@ def build_engine(
     Raises RefusedError as `load_engine` does.
     """
     devices = devices or choose_devices(config.platform)
-    # Programs compiled once are found again by the next start.
-    jax.config.update("jax_compilation_cache_dir", str(home() / "compiled"))
+    compilations.keep_in(home() / "compiled")
     checkpoint = checkpoint or _open(config)
     shape = checkpoint.config
     if config.cache_length > shape.context_length:
