@@ -1,9 +1,8 @@
-"""How much host memory loading takes beyond the weights themselves: python -m slipstream.benchmarks.loading
+"""How much host memory loading takes beyond the weights themselves: `slipstream bench loading`.
 
 Writes a checkpoint of a preset's shape with random weights, a safetensors file a layer, into a temporary folder, and
 loads it as a server does. On a CPU the weights stay in this process's memory, so what counts is the peak of the
 resident memory (the kernel's VmHWM, mapped file pages included) less what was there before and less the weights.
-The last line of stdout is one JSON object (bytes, seconds).
 """
 
 import json
@@ -14,12 +13,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 import jax
-import tyro
 from safetensors.numpy import save_file
 
 from ..engine_impl.checkpoints.safetensors import INDEX, SafetensorsCheckpoint
 from ..engine_impl.config import EngineConfig
 from ..engine_impl.errors import RefusedError
+from ..engine_impl.forward import LayerLoop
 from ..engine_impl.loading import build_engine
 from ..engine_impl.models.llama import LlamaConfig
 from ..engine_impl.presets import preset
@@ -28,36 +27,41 @@ from .models import RandomCheckpoint
 MIB = 2**20
 
 
-@dataclass(frozen=True)
-class Run:
-    """Measure the peak of host memory while a checkpoint is loaded."""
+@dataclass(frozen=True, kw_only=True)
+class LoadingPlan:
+    """What is written and how it is loaded; see `slipstream bench loading --help`."""
 
-    shape: str = "llama-3.2-1b"
-    """A preset of the Llama family; see `slipstream models`."""
-    stored: Literal["bfloat16", "float16", "float32"] = "bfloat16"
-    """Type in the files."""
-    dtype: Literal["bfloat16", "float32"] = "bfloat16"
-    """Type in memory."""
-    loop: Literal["scan", "unrolled"] = "scan"
-    """How the layers are walked: `scan` stacks them, as on TPUs, `unrolled` keeps an array for each, as on CPUs."""
+    shape: str
+    stored: str
+    dtype: Literal["float32", "bfloat16"]
+    loop: LayerLoop
     tensor_parallel: int = 1
-    """Devices that share the weights (devices)."""
     folder: Path | None = None
-    """Where the checkpoint is written (path). Default: where temporary files go."""
 
 
-def measure(run: Run) -> dict[str, Any]:
-    """Write, load, measure. Raises RefusedError for a preset that is no Llama, and where there is no /proc (Linux)."""
-    shape = preset(run.shape)
+def run(plan: LoadingPlan) -> dict[str, Any]:
+    """Measure and tell. Raises RefusedError for a preset that is no Llama, and where there is no /proc (Linux)."""
+    told = measure(plan)
+    print(
+        f"{plan.shape}, {told['checkpoint_bytes'] / MIB:.0f} MiB of {plan.stored} -> {plan.dtype}, {plan.loop}: "
+        f"{told['seconds']} s, peak {told['peak_bytes'] / MIB:.0f} MiB = weights {told['weights_bytes'] / MIB:.0f} + "
+        f"{told['beyond_weights_bytes'] / MIB:.0f} MiB (largest tensor: {told['largest_tensor_bytes'] / MIB:.0f} MiB)"
+    )
+    return told
+
+
+def measure(plan: LoadingPlan) -> dict[str, Any]:
+    """Write, load, measure (bytes, seconds)."""
+    shape = preset(plan.shape)
     if not isinstance(shape, LlamaConfig):
-        raise RefusedError(f"shape={run.shape!r} must be a Llama's")
-    with tempfile.TemporaryDirectory(dir=run.folder) as name:
+        raise RefusedError(f"shape={plan.shape!r} must be a Llama's")
+    with tempfile.TemporaryDirectory(dir=plan.folder) as name:
         folder = Path(name)
-        largest = write(folder, shape, run.shape, run.stored)
-        checkpoint = SafetensorsCheckpoint(folder, run.shape)
-        config = EngineConfig(dtype=run.dtype, tensor_parallel=run.tensor_parallel, platform="cpu")
+        largest = write(folder, shape, plan.shape, plan.stored)
+        checkpoint = SafetensorsCheckpoint(folder, plan.shape)
+        config = EngineConfig(dtype=plan.dtype, tensor_parallel=plan.tensor_parallel, platform="cpu")
         engine = build_engine(config, checkpoint)
-        engine.layer_loop = run.loop
+        engine.layer_loop = plan.loop
         before = reset_peak()
         start = time.perf_counter()
         params = jax.block_until_ready(engine.load_params(checkpoint))
@@ -66,8 +70,8 @@ def measure(run: Run) -> dict[str, Any]:
         on_disk = sum(file.stat().st_size for file in folder.iterdir())
     weights = sum({id(leaf): resident(leaf) for leaf in jax.tree.leaves(params)}.values())
     return {
-        "shape": run.shape, "stored": run.stored, "dtype": run.dtype, "loop": run.loop,
-        "tensor_parallel": run.tensor_parallel, "checkpoint_bytes": on_disk, "largest_tensor_bytes": largest,
+        "shape": plan.shape, "stored": plan.stored, "dtype": plan.dtype, "loop": plan.loop,
+        "tensor_parallel": plan.tensor_parallel, "checkpoint_bytes": on_disk, "largest_tensor_bytes": largest,
         "weights_bytes": weights, "peak_bytes": peak - before, "beyond_weights_bytes": peak - before - weights,
         "seconds": round(seconds, 2), "gigabytes_per_second": round(on_disk / seconds / 1e9, 3),
     }  # fmt: skip
@@ -117,17 +121,3 @@ def memory(field: str) -> int:
     """A field of /proc/self/status (bytes)."""
     line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
     return int(line.split()[1]) * 1024
-
-
-def main(run: Run) -> None:
-    told = measure(run)
-    print(
-        f"{run.shape}, {told['checkpoint_bytes'] / MIB:.0f} MiB of {run.stored} -> {run.dtype}, {run.loop}: "
-        f"{told['seconds']} s, peak {told['peak_bytes'] / MIB:.0f} MiB = weights {told['weights_bytes'] / MIB:.0f} + "
-        f"{told['beyond_weights_bytes'] / MIB:.0f} MiB (largest tensor: {told['largest_tensor_bytes'] / MIB:.0f} MiB)"
-    )
-    print(json.dumps(told), flush=True)
-
-
-if __name__ == "__main__":
-    main(tyro.cli(Run))

@@ -16,8 +16,8 @@ MAY_IMPORT = {
     "cache_manager": ({"kernels"}, {"jax", "numpy"}),
     "engine_impl": (
         {"kernels", "cache_manager"},
-        set("jax numpy torch torchax gguf safetensors sentencepiece huggingface_hub google tokenizers jinja2".split())
-        | {"libtpu", "jetstream"},
+        {"jax", "numpy", "torch", "torchax", "gguf", "tokenizers", "jinja2", "libtpu", "jetstream"}
+        | {"safetensors", "sentencepiece", "huggingface_hub", "google"},
     ),
     "server": (
         {"protos", "engine_impl", "benchmarks"},  # benchmarks: see the test below
@@ -25,7 +25,7 @@ MAY_IMPORT = {
     ),
     "benchmarks": (
         {"protos", "kernels", "cache_manager", "engine_impl", "server"},
-        {"jax", "numpy", "torch", "grpc", "transformers", "matplotlib"},
+        {"jax", "numpy", "torch", "grpc", "transformers", "matplotlib", "safetensors"},
     ),
 }
 ONLY_IN = {

@@ -25,8 +25,9 @@ def byte_tokenizer(*, adds_bos: bool = False, stop_ids: frozenset[int] = frozens
     backend = byte_level_bpe(
         [*TOKENS, *HALF_EMOJI, "<s>", "</s>"], MERGES, pre_tokenizer="gpt-2", control_ids=[BOS, END]
     )
+    first_ids = [BOS] if adds_bos else []
     return Tokenizer(
-        backend, vocab_size=260, bos_id=BOS, eos_id=END, stop_ids=stop_ids, first_ids=[BOS] * adds_bos, chat_template=None
+        backend, vocab_size=260, bos_id=BOS, eos_id=END, stop_ids=stop_ids, first_ids=first_ids, chat_template=None
     )
 
 
