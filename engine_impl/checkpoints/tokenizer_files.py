@@ -24,7 +24,7 @@ def read_tokenizer(folder: Path, where: str, vocab_size: int) -> Tokenizer:
 
     Args:
         where: what messages call the model.
-        vocab_size: the model's; for a folder without a tokenizer.
+        vocab_size: the model's; ids beyond it are never taken, even if the tokenizer has some.
 
     Raises RefusedError for files that are damaged or contradict each other.
     """
@@ -51,7 +51,7 @@ def read_tokenizer(folder: Path, where: str, vocab_size: int) -> Tokenizer:
     template = _chat_template(folder, of_tokenizer)
     return Tokenizer(
         backend,
-        vocab_size=backend.get_vocab_size(with_added_tokens=True),
+        vocab_size=min(vocab_size, max(backend.get_vocab(with_added_tokens=True).values()) + 1),
         bos_id=bos_id,
         eos_id=min(ends, default=None) if eos_id is None else eos_id,
         stop_ids=frozenset(ends | _ids(eos_id)),

@@ -50,6 +50,31 @@ def test_score_equals_transformers(folder, expected, through, capsys):
     assert told["perplexity"] == pytest.approx(math.exp(-np.mean(expected)), rel=1e-4)
 
 
+@pytest.mark.slow
+def test_a_chat_with_a_folder_reaches_the_model_as_transformers_encodes_it(tmp_path, capsys):
+    """With its own tokenizer, template and BOS, once."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from transformers import AutoTokenizer
+
+    folder = write_folder(tmp_path / "m")
+    control, letters = ["<unk>", "<s>", "</s>"], sorted(pre_tokenizers.ByteLevel.alphabet())
+    backend = Tokenizer(models.BPE(vocab={token: i for i, token in enumerate(control + letters)}, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.add_special_tokens(control)
+    backend.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    backend.save(str(folder / "tokenizer.json"))
+    template = "{{ bos_token }}{% for m in messages %}[{{ m.role }}] {{ m.content }}{{ eos_token }}{% endfor %}"
+    fields = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>", "eos_token": "</s>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(fields | {"chat_template": template}))
+    size = ["--cache-length", "128", "--slots", "2", "--tensor-parallel", "1", "--max-tokens", "5"]
+    assert cli.run(["generate", "--model", str(folder), *size, "--prompt", "größe 🥚", "--json"]) == 0
+    (result,) = json.loads(capsys.readouterr().out.splitlines()[-1])["results"]
+    reference = AutoTokenizer.from_pretrained(folder)
+    chat = [{"role": "user", "content": "größe 🥚"}]
+    assert result["prompt_token_ids"] == reference.apply_chat_template(chat, return_dict=False)
+    assert result["prompt_token_ids"].count(1) == 1
+
+
 def test_score_for_people(folder, expected, capsys):
     assert cli.run(words(folder)) == 0
     lines = capsys.readouterr().out.splitlines()

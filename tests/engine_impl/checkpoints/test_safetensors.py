@@ -233,9 +233,12 @@ def test_a_missing_file_is_told(tmp_path):
         load(folder)
 
 
-def test_a_broken_index_is_told(tmp_path):
+@pytest.mark.parametrize(
+    "index", ["[]", "{", '{"weight_map": {}}', '{"weight_map": {"a": "../m.safetensors"}}', '{"weight_map": {"a": 5}}']
+)
+def test_a_broken_index_is_told(tmp_path, index):
     folder = write_folder(tmp_path / "m", files=2)
-    (folder / "model.safetensors.index.json").write_text("[]")
+    (folder / "model.safetensors.index.json").write_text(index)
     with pytest.raises(RefusedError, match="is no index of safetensors files"):
         load(folder)
 
