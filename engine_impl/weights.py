@@ -15,7 +15,7 @@ from torch import nn
 
 from .errors import RefusedError
 from .forward import LayerLoop, Params
-from .models.decoder import Decoder, ModelConfig, Rows
+from .models.decoder import Decoder, ModelConfig, Rows, Transposed
 from .sharding import parameter_spec
 from .tokenizer import Tokenizer
 
@@ -82,6 +82,8 @@ def needed_shapes(model: Decoder, kv_heads: int) -> dict[str, tuple[int, ...]]:
             shape = (shape[0] * kv_heads // model.config.num_kv_heads, *shape[1:])
         for source in sources:
             of_source = shape if len(sources) == 1 else shape[1:]
+            if isinstance(source, Transposed):
+                of_source = of_source[::-1]
             if isinstance(source, Rows):  # other parameters take the others
                 of_source = (max(source.stop, shapes.get(source, (0,))[0]), *of_source[1:])
             shapes[str(source)] = of_source
@@ -188,7 +190,7 @@ class _Loader:
         """One parameter. Every device's share is read for itself, so that no more of a memory map is touched."""
         if len(self._finite) > 1:
             self._finite[-2][1].block_until_ready()
-        sources = [_rows(self._checkpoint.tensor(source), source) for source in self._model.sources(name)]
+        sources = [_taken(self._checkpoint.tensor(source), source) for source in self._model.sources(name)]
         if _of_kv_heads(name):
             heads = self._checkpoint.config.num_kv_heads, self._model.config.num_kv_heads
             sources = [_repeat_heads(source, *heads) for source in sources]
@@ -238,8 +240,10 @@ def _build(model: Decoder, mesh: Mesh, loop: LayerLoop, make: Any) -> Params:
     }
 
 
-def _rows(tensor: np.ndarray, source: str) -> np.ndarray:
+def _taken(tensor: np.ndarray, source: str) -> np.ndarray:
     """What the model takes of a checkpoint's tensor."""
+    if isinstance(source, Transposed):
+        return tensor.T
     return tensor[source.start : source.stop] if isinstance(source, Rows) else tensor
 
 

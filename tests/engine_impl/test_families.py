@@ -12,15 +12,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from slipstream.engine_impl import bridge
 from slipstream.engine_impl.checkpoints.hf_config import read_hf_config
 from slipstream.engine_impl.checkpoints.safetensors import SafetensorsCheckpoint
 from slipstream.engine_impl.config import EngineConfig
 from slipstream.engine_impl.engine import Engine
 from slipstream.engine_impl.errors import RefusedError
 from slipstream.engine_impl.loading import load_engine
-from slipstream.engine_impl.models import registry
+from slipstream.engine_impl.models import mixtral, registry
 from slipstream.engine_impl.models.fields import Fields
 from slipstream.engine_impl.models.transformer import windows_of_layers
+from slipstream.engine_impl.presets import PRESETS
 from slipstream.engine_impl.sharding import make_mesh
 
 from .models import greedy
@@ -68,7 +70,10 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "mixtral": (
         "Mixtral",
-        {"rope_parameters": DEFAULT, "num_local_experts": 8, "num_experts_per_tok": 2, "sliding_window": 50},
+        {
+            "rope_parameters": DEFAULT, "num_local_experts": 8, "num_experts_per_tok": 2, "sliding_window": 50,
+            "intermediate_size": 64,
+        },
     ),
     "phi3": ("Phi3", {"rope_parameters": DEFAULT, "sliding_window": 12, "num_key_value_heads": 2}),
 }  # fmt: skip
@@ -227,37 +232,19 @@ def test_layer_types_become_the_shortest_turn(layer_types, windows):
     assert windows_of_layers(Fields({}, "config.json"), layer_types, 7) == windows
 
 
-PARROT = """
-from dataclasses import dataclass
-from typing import ClassVar
-
-from slipstream.engine_impl.models.registry import register
-from slipstream.engine_impl.models.transformer import Transformer, TransformerConfig, read_rope, read_shape
-
-
-@dataclass(frozen=True, kw_only=True)
-class ParrotConfig(TransformerConfig):
-    pass
-
-
-@register("parrot")
-class Parrot(Transformer):
-    config_type: ClassVar = ParrotConfig
-
-    @classmethod
-    def read_config(cls, fields):
-        shape = read_shape(fields)
-        return ParrotConfig(**shape, **read_rope(fields, shape["head_dim"]))
-"""
+def the_pages_family():
+    """The module that docs/adding-a-model.md shows."""
+    page = (Path(__file__).parents[2] / "docs/adding-a-model.md").read_text()
+    return page.partition("```python\n")[2].partition("```")[0]
 
 
 @pytest.fixture
 def parrot(tmp_path, monkeypatch):
-    """A module outside the package, and a checkpoint of its family: a Llama's under another name."""
-    folder, reference = written_by_transformers("llama", tmp_path)
+    """A module outside the package, and a checkpoint of its family: a Qwen2's under another name."""
+    folder, reference = written_by_transformers("qwen2", tmp_path)
     config = folder / "config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {"model_type": "parrot"}))
-    (tmp_path / "parrots.py").write_text(PARROT)
+    (tmp_path / "parrots.py").write_text(the_pages_family())
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setattr(registry, "FAMILIES", dict(registry.FAMILIES))
     monkeypatch.delitem(sys.modules, "parrots", raising=False)
@@ -291,3 +278,20 @@ def test_a_module_that_is_not_there_is_told():
 def test_a_name_is_taken_once():
     with pytest.raises(ValueError, match=r"model_type='llama' is .*\.llama\.Llama already"):
         registry.register("llama")(registry.FAMILIES["qwen2"])
+
+
+def test_all_ways_through_the_experts_agree(monkeypatch):
+    """Sorted by expert, all through all, one by one: under the bridge, and in torch alone."""
+    shape = replace(PRESETS["mixtral-8x7b"], model_dim=16, ffn_dim=24)
+    experts = mixtral.MixtureOfExperts(shape)
+    weights = {name: 0.3 * torch.randn(p.shape) for name, p in experts.named_parameters()}
+    x_RD = torch.randn(12, shape.model_dim)
+    answers = []
+    for many_rows in (1, 100):
+        monkeypatch.setattr(mixtral, "MANY_ROWS", many_rows)
+        arrays = {name: jnp.asarray(value.numpy()) for name, value in weights.items()}
+        answers.append(bridge.run(experts, arrays, jnp.asarray(x_RD.numpy())))
+        answers.append(torch.func.functional_call(experts, weights, x_RD).detach().numpy())
+    alone = [torch.func.functional_call(experts, weights, x_RD[i : i + 1]).detach().numpy()[0] for i in range(12)]
+    for answer in answers:
+        np.testing.assert_allclose(answer, alone, atol=1e-5)
