@@ -89,12 +89,12 @@ def test_every_token_comes_once_and_the_first_one_first(engine, expected):
 
 
 def test_a_stop_token_ends_the_answer_and_empties_the_slot(native, expected, monkeypatch):
-    stop_id = expected[1][2]
+    stop_id = expected[1][3]
     monkeypatch.setattr(native[0], "get_tokenizer", lambda: byte_tokenizer(stop_ids=frozenset({stop_id})))
     stopping = JetStreamEngine(*native)
     answers, complete, state = decode(stopping, [prefill(stopping, prompt) for prompt in PROMPTS], 99, STEPS)
     assert answers == [answer[: answer.index(stop_id)] if stop_id in answer else answer for answer in expected]
-    assert answers[1] == expected[1][:2]
+    assert answers[1] == expected[1][:3]
     assert complete == [stop_id in answer for answer in expected]
     assert state.decode.length_B[1] == 0
     assert state.next_B[1] == -1
