@@ -31,11 +31,13 @@ from .loading import load_engine
 from .tokenizer import Tokenizer
 
 with jetstream_compat.importing():
+    from jetstream.core import orchestrator
     from jetstream.engine import engine_api, token_utils, tokenizer_api
     from jetstream.engine.tokenizer_pb2 import TokenizerParameters  # pyright: ignore[reportAttributeAccessIssue]
 
 log = logging.getLogger(__name__)
 
+jetstream_compat.delete_prefixes(orchestrator)  # here, so that every Driver that gets this engine is mended
 jetstream_compat.join_bytes(token_utils)
 jetstream_compat.pad_lists(token_utils)
 

@@ -41,8 +41,6 @@ with jetstream_compat.importing():
 
 log = logging.getLogger(__name__)
 
-jetstream_compat.delete_prefixes(orchestrator)
-
 MIN_WORKERS = 64
 """Threads of the gRPC server, as JetStream's own `run` takes them (threads)."""
 

@@ -7,15 +7,15 @@ from slipstream.engine_impl.errors import RefusedError
 from slipstream.engine_impl.jetstream import NO_BOS, JetStreamEngine, JetStreamTokenizer, engine_api, token_utils
 
 from .models import greedy
-from .text_models import BOS, END, byte_tokenizer, text_engine
+from .text_models import BOS, END, byte_tokenizer, one_device_engine, text_engine
 
-PROMPTS = [[72, 105], list(b"What is the capital of France?"), [200, 3, 17]]
+PROMPTS = [[72, 105], list(b"Say so again."), [200, 3, 17]]
 STEPS = 9
 
 
 @pytest.fixture(scope="module")
 def native():
-    return text_engine(jax.devices()[:1], byte_tokenizer())
+    return one_device_engine()
 
 
 @pytest.fixture(scope="module")
@@ -89,15 +89,23 @@ def test_every_token_comes_once_and_the_first_one_first(engine, expected):
 
 
 def test_a_stop_token_ends_the_answer_and_empties_the_slot(native, expected, monkeypatch):
-    stop_id = expected[1][2]
+    stop_id = expected[1][3]
     monkeypatch.setattr(native[0], "get_tokenizer", lambda: byte_tokenizer(stop_ids=frozenset({stop_id})))
     stopping = JetStreamEngine(*native)
     answers, complete, state = decode(stopping, [prefill(stopping, prompt) for prompt in PROMPTS], 99, STEPS)
     assert answers == [answer[: answer.index(stop_id)] if stop_id in answer else answer for answer in expected]
-    assert answers[1] == expected[1][:2]
+    assert answers[1] == expected[1][:3]
     assert complete == [stop_id in answer for answer in expected]
     assert state.decode.length_B[1] == 0
     assert state.next_B[1] == -1
+
+
+def test_slots_that_nobody_waits_for_are_emptied(native, expected):
+    watched = JetStreamEngine(*native)
+    watched.idle_slots = lambda: [0]
+    answers, _, state = decode(watched, [prefill(watched, prompt) for prompt in PROMPTS], 99, STEPS)
+    assert answers == [expected[0][:1], *expected[1:]]  # the token that was there already is still handed out
+    assert state.decode.length_B.tolist() == [0, *(len(prompt) + STEPS for prompt in PROMPTS[1:])]
 
 
 def test_a_slot_whose_answer_goes_on_is_taken_over(engine, expected):

@@ -1,9 +1,11 @@
 """A tiny model that reads and writes text, for tests that need a whole server on virtual devices in seconds."""
 
+import functools
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+import jax
 from slipstream.engine_impl.engine import Engine
 from slipstream.engine_impl.sharding import make_mesh
 from slipstream.engine_impl.tokenizer import Tokenizer, byte_level_bpe
@@ -37,3 +39,9 @@ def text_engine(devices: Sequence[Any], tokenizer: Tokenizer, *, slots: int = 3)
     engine, params = tiny_engine(CONFIG, slots=slots, mesh=mesh)
     engine.get_tokenizer = lambda: tokenizer
     return engine, params
+
+
+@functools.cache
+def one_device_engine() -> tuple[Engine, Any]:
+    """Compiled once a test run."""
+    return text_engine(jax.devices()[:1], byte_tokenizer())

@@ -4,38 +4,43 @@ import signal
 import subprocess
 import sys
 import threading
+import urllib.request
 from contextlib import contextmanager
 
 import grpc
 import jax
 import pytest
+import trustme
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from jetstream.core.proto import jetstream_pb2 as pb
 from jetstream.core.proto.jetstream_pb2_grpc import OrchestratorStub
 from slipstream.engine_impl.config import EngineConfig
 from slipstream.engine_impl.errors import RefusedError
-from slipstream.server import jetstream_host, offline
+from slipstream.server import cli, jetstream_host, offline
 from slipstream.server.options import AnswerOptions
 
-from tests.engine_impl.text_models import byte_tokenizer, text_engine
+from tests.engine_impl.models import embedded_engine
+from tests.engine_impl.text_models import one_device_engine
 
 pytestmark = pytest.mark.slow
 
-PROMPTS = ["Hi", "What is the capital of France?", "Say 😀 again.", "1 2 3", "x"]
+CLI = [sys.executable, "-m", "slipstream.server.cli", "serve", "--orchestrator", "jetstream", "--port", "0"]
+SIZES = ["--slots", "3", "--cache-length", "256", "--max-prefill-length", "64", "--tensor-parallel", "1"]
+TINY = [sys.executable, "-W", "error", "-m", "tests.server.jetstream_process"]
+PROMPTS = ["The capital of France is", "🙂 🙂 🙂 🙂 🙂 🙂", "def fibonacci(n):", "1, 2, 3, 5, 8,", "Wie heißt du?"]
+SHORT_PROMPTS = ["Hi", "1 2 3", "😀"]
 MAX_TOKENS = 12
 WAIT_S = 60
 
 
 @contextmanager
-def serving(*flags):
-    """(process, channel) of tests/server/jetstream_process.py."""
-    command = [sys.executable, "-W", "error", "-m", "tests.server.jetstream_process", *flags]
+def running(command):
+    """(process, address) of a server."""
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     try:
         line = process.stdout.readline()
         assert line.startswith("SERVING on 127.0.0.1:"), process.stderr.read()
-        with grpc.insecure_channel(line.split()[-1]) as channel:
-            yield process, channel
+        yield process, line.split()[-1]
     finally:
         process.kill()
         process.communicate()
@@ -43,8 +48,9 @@ def serving(*flags):
 
 @pytest.fixture(scope="module")
 def interleaved():
-    with serving("1", "--slots", "2", "--max-queued", "2") as started:
-        yield started
+    """The embedded model as the command line serves it."""
+    with running([*CLI, *SIZES, "--max-queued", "3"]) as (process, address), grpc.insecure_channel(address) as channel:
+        yield process, channel
 
 
 def call(channel, prompt, max_tokens=MAX_TOKENS, **fields):
@@ -58,8 +64,9 @@ def call(channel, prompt, max_tokens=MAX_TOKENS, **fields):
 
 
 def answer(replies):
+    """(text, token ids)"""
     samples = [sample for reply in replies for sample in reply.stream_content.samples]
-    return [token_id for sample in samples for token_id in sample.token_ids]
+    return "".join(sample.text for sample in samples), [token_id for sample in samples for token_id in sample.token_ids]
 
 
 def in_parallel(function, arguments):
@@ -73,34 +80,38 @@ def in_parallel(function, arguments):
     return results
 
 
+def through_our_orchestrator(engine, params, prompts):
+    """(text, token ids) by prompt, offline."""
+    encode = engine.get_tokenizer().encode
+    options = AnswerOptions(max_tokens=MAX_TOKENS)
+    *_, answers = offline.answer(engine, params, [encode(prompt) for prompt in prompts], options)
+    samples = [answer.samples[0] for answer in answers]
+    return {prompt: (sample.text, list(sample.token_ids)) for prompt, sample in zip(prompts, samples, strict=True)}
+
+
 @pytest.fixture(scope="module")
 def expected():
-    """The same prompts through our orchestrator, offline."""
-    tokenizer = byte_tokenizer()
-    engine, params = text_engine(jax.devices()[:1], tokenizer, slots=2)
-    options = AnswerOptions(max_tokens=MAX_TOKENS)
-    *_, answers = offline.answer(engine, params, [tokenizer.encode(prompt) for prompt in PROMPTS], options)
-    return {prompt: answer.token_ids for prompt, answer in zip(PROMPTS, answers, strict=True)}
+    return through_our_orchestrator(*embedded_engine(), PROMPTS)
 
 
 def test_theirs_and_ours_answer_alike_text_and_token_ids(interleaved, expected):
-    """One at a time, since this server lets only two wait."""
     _, channel = interleaved
-    assert {prompt: answer(call(channel, prompt)) for prompt in PROMPTS} == expected
-    for prompt in PROMPTS:
-        ids = byte_tokenizer().encode(prompt)
-        assert answer(call(channel, ids)) == expected[prompt]
-        assert answer(call(channel, ids, session_cache="a", priority=1)) == expected[prompt]
+    assert in_parallel(lambda prompt: answer(call(channel, prompt)), PROMPTS) == expected
+    assert "🙂" in expected[PROMPTS[1]][0]  # a character of several tokens, which came out whole
+    for prompt in PROMPTS[:2]:
+        ids = embedded_engine()[0].get_tokenizer().encode(prompt)
+        assert answer(call(channel, ids)) == ("", expected[prompt][1])  # ids for ids: JetStream sends no text then
+        assert answer(call(channel, ids, session_cache="a", priority=1)) == ("", expected[prompt][1])
 
 
 def test_requests_that_cannot_be_answered_end_and_harm_nobody(interleaved, expected):
     _, channel = interleaved
-    good = call(channel, "Hi")
-    for bad in ("", [], [5, 260], [-1]):
-        assert answer(call(channel, bad)) == []
+    good = call(channel, PROMPTS[0])
+    for bad in ("", [], [5, 49152], [-1]):
+        assert answer(call(channel, bad)) == ("", [])
     with pytest.raises(grpc.RpcError):
         list(OrchestratorStub(channel).Decode(pb.DecodeRequest(max_tokens=3), timeout=WAIT_S))
-    assert answer(good) == expected["Hi"]
+    assert answer(good) == expected[PROMPTS[0]]
 
 
 def test_both_health_checks(interleaved):
@@ -113,40 +124,67 @@ def test_both_health_checks(interleaved):
 
 
 def test_the_queue_has_a_bound(interleaved):
-    """Two decode, three are on their way to a slot, two wait: of twenty some must be told so."""
+    """Three decode, three are on their way to a slot, three wait: of twenty some must be told so."""
     _, channel = interleaved
 
     def code(index):
         try:
-            return len(answer(call(channel, "Hi", 60)))
+            return len(answer(call(channel, PROMPTS[0], 6))[1])
         except grpc.RpcError as error:
             return error.code()
 
     codes = list(in_parallel(code, range(20)).values())
-    assert grpc.StatusCode.RESOURCE_EXHAUSTED in codes
-    assert set(codes) == {60, grpc.StatusCode.RESOURCE_EXHAUSTED}
+    assert set(codes) == {6, grpc.StatusCode.RESOURCE_EXHAUSTED}
+    assert 6 <= codes.count(6) < 20
 
 
 def test_sigterm_lets_answers_finish_and_ends_with_0(interleaved):
     """Last: it stops the module's server. The logs are ours alone, and nothing but the address is on stdout."""
     process, channel = interleaved
-    running = call(channel, "Hi", 60)
-    first = next(running)
+    calls = call(channel, PROMPTS[0], 20)
+    first = next(calls)
     process.send_signal(signal.SIGTERM)
-    assert len(answer([first, *running])) == 60
+    assert len(answer([first, *calls])[1]) == 20
     assert process.wait(WAIT_S) == 0
     assert process.stdout.read() == ""
-    assert "Generate engine" not in process.stderr.read()
+    log = process.stderr.read()
+    assert "Generate engine" not in log
+    assert "Traceback" not in log.replace('Traceback (most recent call last):\n  File "src/python/grpcio', "")
 
 
-def test_disaggregated(expected):
+def test_disaggregated_over_tls_with_metrics(tmp_path):
     """Prefill on two devices, decode on two others; all prompts at once."""
-    with serving("4", "--slots", "2", "--disaggregated") as (process, channel):
-        assert in_parallel(lambda prompt: answer(call(channel, prompt)), PROMPTS) == expected
+    authority = trustme.CA()
+    certificate = authority.issue_cert("127.0.0.1")
+    certificate.cert_chain_pems[0].write_to_path(tmp_path / "cert.pem")
+    certificate.private_key_pem.write_to_path(tmp_path / "key.pem")
+    tls = ["--tls-cert", str(tmp_path / "cert.pem"), "--tls-key", str(tmp_path / "key.pem")]
+    metrics_port = str(jetstream_host.free_port("127.0.0.1"))
+    trusted = grpc.ssl_channel_credentials(authority.cert_pem.bytes())
+    with (
+        running([*TINY, "4", "--slots", "2", "--disaggregated", "--metrics-port", metrics_port, *tls]) as (
+            process,
+            address,
+        ),
+        grpc.secure_channel(address, trusted) as channel,
+    ):
+        answers = in_parallel(lambda prompt: answer(call(channel, prompt))[1], SHORT_PROMPTS)
+        with urllib.request.urlopen(f"http://127.0.0.1:{metrics_port}/metrics", timeout=WAIT_S) as page:
+            assert b"jetstream_slots_available_percentage" in page.read()
+        with urllib.request.urlopen(f"http://127.0.0.1:{metrics_port}/readyz", timeout=WAIT_S) as page:
+            assert page.status == 200
         process.send_signal(signal.SIGTERM)
         assert process.wait(WAIT_S) == 0
+    alone = through_our_orchestrator(*one_device_engine(), SHORT_PROMPTS)
+    assert answers == {prompt: token_ids for prompt, (_, token_ids) in alone.items()}
 
 
 def test_a_single_device_has_no_halves():
     with pytest.raises(RefusedError, match="there are 1; it needs an even number"):
         jetstream_host.engines_config(EngineConfig(), jax.devices()[:1], disaggregated=True)
+
+
+@pytest.mark.parametrize("flag", ["--auth-token-file", "--max-streams-per-client", "--max-queued-tokens", "--profile"])
+def test_what_jetstreams_server_cannot_do_is_refused(flag, capsys):
+    assert cli.run(["serve", "--orchestrator", "jetstream", flag, "7"]) == cli.BAD_INPUT
+    assert f"{flag}: not with JetStream's server" in capsys.readouterr().err
