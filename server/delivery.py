@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 MAX_BEHIND = 4
-"""Landings that delivery may be behind (count). Beyond it the loop waits: what it would gain, callers would not see, and
-steps of answers that have met their stop string would be wasted."""
+"""Landings that delivery may be behind (count). Beyond it the loop waits: no caller would see what it gained, and steps
+would be wasted on answers that have met their stop string."""
 
 CLOSE_S = 10.0
 """How long close() waits for what is still to be delivered (seconds)."""

@@ -35,7 +35,8 @@ STATUS: dict[type[Exception], grpc.StatusCode] = {
 }
 
 REQUEST_ID = "x-request-id"
-"""Metadata, both ways: the caller's name for its request, or else ours."""
+"""Metadata, both ways: the caller's name for its request, or else ours. Initial when the request is accepted, trailing
+when it is refused or fails."""
 MAX_REQUEST_ID = 128
 """Longest (characters)."""
 
@@ -76,7 +77,6 @@ class Front(OrchestratorServicer):
         self.calls += 1
         request_id = own_id(context)
         try:
-            await context.send_initial_metadata(((REQUEST_ID, request_id),))
             check_id(request_id)
             await self._answer(message, context, request_id)
         except tuple(STATUS) as error:
@@ -96,6 +96,8 @@ class Front(OrchestratorServicer):
         log_prompt(request.id, request.prompt_ids, engine.get_tokenizer())
         orchestrator.submit(request)
         try:
+            # Not before: a client's retry policy only applies to answers that are nothing but trailers.
+            await context.send_initial_metadata(((REQUEST_ID, request_id),))
             async for reply in replies(events, request):
                 await context.write(reply)
         finally:

@@ -84,6 +84,13 @@ class AnswerOptions:
             logprobs=self.logprobs,
         )
 
+    def check_one_sample(self, command: str) -> None:
+        """Raises RefusedError: `command` has room for one answer."""
+        if self.num_samples != 1:
+            raise RefusedError(
+                f"num_samples={self.num_samples} must be 1: {command} shows one answer; `slipstream ask` shows several"
+            )
+
     def request_fields(self) -> dict[str, Any]:
         """What a Request needs beside its prompt and its caller."""
         return {

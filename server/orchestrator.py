@@ -16,6 +16,7 @@ delivery alone, so each gets exactly one last event.
 """
 
 import logging
+import sys
 import threading
 import time
 from collections import deque
@@ -44,6 +45,10 @@ CLOSE_S = 10.0
 
 DEADLINE_SLACK_S = 0.05
 """A cancel this close to the deadline is the deadline's doing (seconds): the caller's clock was started before ours."""
+
+SWITCH_S = 0.0005
+"""How long a busy thread keeps the interpreter from the loop (seconds; Python's own: 0.005). The loop asks for it a few
+times a step. 256 streams over gRPC, steps of 8 ms, 2 busy cores: 11.0 ms from step to step, with Python's own 13.0."""
 
 STOPPING = "the server is stopping"
 
@@ -95,6 +100,7 @@ class Orchestrator:
     # Any thread.
 
     def start(self) -> None:
+        sys.setswitchinterval(min(SWITCH_S, sys.getswitchinterval()))
         self._delivery.start()
         self._deadlines.start()
         self._thread.start()
@@ -266,8 +272,9 @@ class Orchestrator:
         return started
 
     def _generate(self) -> list[Flight]:
-        """Starts one step for every slot in use, and for a probe if there is none."""
-        if not self._slots.in_use and not self._probes:
+        """Starts one step for every slot in use; over empty slots only for a probe."""
+        is_probed = bool(self._probes) and not any(flight.is_step for flight in self._flights)
+        if not self._slots.in_use and not is_probed:
             return []
         started = time.monotonic()
         self._state, result = self._engine.generate(self._params, self._state)

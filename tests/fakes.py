@@ -34,7 +34,7 @@ class FakeTokenizer:
 
     def render_chat(self, messages: Sequence[dict[str, str]]) -> str:
         """Every content, and every role's first letter before it."""
-        return "".join(f"<{message['role'][0]}>{message['content']}" for message in messages)
+        return "".join(f"<{message['role'][:1]}>{message['content']}" for message in messages)
 
     def stream(self) -> "FakeTextStream":
         return FakeTextStream(self)

@@ -28,10 +28,7 @@ class Chat:
     channel: ChannelConfig = PLAIN
 
     def __post_init__(self) -> None:
-        if self.answer.num_samples != 1:
-            raise RefusedError(
-                f"num_samples={self.answer.num_samples}: a chat goes on from one answer; `slipstream ask` shows several"
-            )
+        self.answer.check_one_sample("a chat")
 
     def run(self) -> int:
         from ..client import Client

@@ -28,6 +28,9 @@ class Demo:
     question: str = QUESTION
     """What to ask (text)."""
 
+    def __post_init__(self) -> None:
+        self.answer.check_one_sample("the demo")
+
     def run(self) -> int:
         print("Starting `slipstream serve` on a free port; it loads the model and compiles it ...", flush=True)
         start = time.perf_counter()

@@ -14,9 +14,10 @@ from slipstream.benchmarks.eager import EagerEngine
 from slipstream.engine_impl.chips import CHIPS, chip_of
 from slipstream.engine_impl.config import EngineConfig
 from slipstream.engine_impl.engine import Engine
-from slipstream.engine_impl.hlo import Program
+from slipstream.engine_impl.hlo import Instruction, Program
 from slipstream.engine_impl.models.llama import LlamaConfig
 from slipstream.engine_impl.plan import abstract_engine
+from slipstream.engine_impl.sampling_params import MAX_LOGPROBS
 
 SLOTS, CACHE_LENGTH, BUCKET, LAYERS, VOCABULARY = 64, 4096, 256, 2, 32768
 PROGRAMS = ("generate", "insert", "prefill")
@@ -42,14 +43,14 @@ CASES = [
 
 
 @functools.cache
-def small_engine(kv_heads: int, head_dim: int, topology: str) -> Engine:
+def small_engine(kv_heads: int, head_dim: int, topology: str, bucket: int = BUCKET) -> Engine:
     """Two layers of a Llama with so many kv heads on each of eight chips."""
     shape = LlamaConfig(
         num_layers=LAYERS, num_heads=16 * kv_heads, num_kv_heads=8 * kv_heads, head_dim=head_dim,
         model_dim=1024, ffn_dim=2048, vocab_size=VOCABULARY, context_length=8192, tied_embeddings=False,
         rope_theta=1e4, rms_norm_eps=1e-5,
     )  # fmt: skip
-    config = EngineConfig(slots=SLOTS, cache_length=CACHE_LENGTH, max_prefill_length=BUCKET)
+    config = EngineConfig(slots=SLOTS, cache_length=CACHE_LENGTH, max_prefill_length=bucket)
     return abstract_engine(shape, topology, config)
 
 
@@ -68,9 +69,21 @@ def cache_shard(engine: Engine) -> tuple[tuple[int, ...], int]:
     return shape, engine.layout.bytes // engine.mesh.size
 
 
+def copies_of_counts(hlo: Program, engine: Engine) -> list[str]:
+    """Whole copies of count_BV in HBM, in any branch."""
+    shape = (SLOTS, VOCABULARY // engine.mesh.size)
+    instructions = [instruction for computation in hlo.computations.values() for instruction in computation.values()]
+    return [
+        instruction.name
+        for instruction in instructions
+        if instruction.opcode in ("copy", "copy-start")
+        and any((array.dtype, array.shape, array.in_vmem) == ("u16", shape, False) for array in instruction.result[:1])
+    ]
+
+
 @pytest.mark.parametrize(("program", "kv_heads", "head_dim", "topology"), CASES)
 def test_a_program_on_real_chips(program, kv_heads, head_dim, topology):
-    """It compiles and fits, the donated cache is updated in place, and nothing copies it."""
+    """It compiles and fits, the donated cache and counts are updated in place, and nothing copies them."""
     engine = small_engine(kv_heads, head_dim, topology)
     executable = compiled(engine, program)
     memory, hlo = executable.memory_analysis(), Program(executable.as_text())
@@ -83,7 +96,9 @@ def test_a_program_on_real_chips(program, kv_heads, head_dim, topology):
     else:
         logits_bytes = 4 * SLOTS * VOCABULARY // engine.mesh.size  # a sampled step holds a few of these
         assert memory.temp_size_in_bytes < 0.01 * cache_bytes + 8 * logits_bytes
-        assert cache_bytes <= memory.alias_size_in_bytes < cache_bytes + 16 * 1024
+        state_bytes = cache_bytes + 2 * SLOTS * VOCABULARY // engine.mesh.size  # a u16 a slot and token
+        assert state_bytes <= memory.alias_size_in_bytes < state_bytes + 16 * 1024
+        assert copies_of_counts(hlo, engine) == []
         kernels = {"ragged_attention": LAYERS, "cache_flush": 1} if program == "generate" else {}
         assert hlo.pallas_calls() == kernels
 
@@ -97,17 +112,54 @@ def test_what_one_program_leaves_the_next_takes_as_it_lies(kv_heads, head_dim):
     (prefix, state_in, _), _ = insert.input_formats
     (_, state), _ = generate.input_formats
     state_out, _ = generate.output_formats
-    layouts = [prefill.output_formats.kv_LKTC.layout, prefix.kv_LKTC.layout]
-    assert layouts[0] == layouts[1]
-    caches = [formats.cache_LBKSC.layout for formats in (state_in, insert.output_formats, state, state_out)]
-    assert len(set(caches)) == 1
+    made, _ = prefill.output_formats
+    for leaf in ("kv_LKTC", "count_V"):
+        assert getattr(made, leaf).layout == getattr(prefix, leaf).layout
+    for leaf in ("cache_LBKSC", "count_BV"):
+        layouts = {getattr(formats, leaf).layout for formats in (state_in, insert.output_formats, state, state_out)}
+        assert len(layouts) == 1
 
 
 @pytest.mark.slow
 def test_no_step_sorts_the_vocabulary():
-    """A sort of it takes the compiler 23 s by itself, and the chip more than the rest of the sampler."""
-    generate = compiled(small_engine(1, 64, "v5e:2x4"), "generate").as_text()
-    assert " sort(" not in generate
+    """A sort of it takes the compiler 23 s by itself, and the chip more than the rest of the sampler. What is sorted is
+    what every chip found likeliest."""
+    for instruction in instructions_of("generate"):
+        if instruction.opcode == "sort":
+            assert instruction.result[0].shape == (SLOTS, 8 * MAX_LOGPROBS)
+
+
+@pytest.mark.slow
+def test_no_chip_gathers_the_logits():
+    """Whatever a slot asks for: penalties, cuts, draws and logprobs are each chip's own, over its share of V."""
+    gathered = [
+        sum(array.bytes for array in instruction.result)
+        for instruction in instructions_of("generate")
+        if instruction.opcode.removesuffix("-start") in ("all-gather", "all-to-all", "collective-permute")
+    ]
+    assert gathered
+    assert max(gathered) <= 4 * SLOTS * 8 * MAX_LOGPROBS
+
+
+@pytest.mark.slow
+def test_a_slot_that_asks_for_nothing_pays_for_nothing():
+    """The step outside its conditionals has one pass over the logits: the argmax, and its two small gathers."""
+    generate = Program(compiled(small_engine(1, 64, "v5e:2x4"), "generate").as_text())
+    assert generate.collectives() == {"all-reduce": 2 * LAYERS + 1, "all-gather": 2}
+
+
+@pytest.mark.slow
+def test_prompt_logprobs_never_hold_all_logits():
+    """T x V in float32 would be 16 MiB on each of eight chips."""
+    bucket = 1024
+    engine = small_engine(1, 64, "v5e:2x4", bucket)
+    memory = engine.lower_prefill(bucket).compile().memory_analysis()
+    assert memory.temp_size_in_bytes < 4 * bucket * VOCABULARY // engine.mesh.size / 2
+
+
+def instructions_of(program: str) -> list[Instruction]:
+    hlo = Program(compiled(small_engine(1, 64, "v5e:2x4"), program).as_text())
+    return [instruction for computation in hlo.computations.values() for instruction in computation.values()]
 
 
 @pytest.mark.slow
