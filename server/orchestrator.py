@@ -303,7 +303,10 @@ class Orchestrator:
             self._failed_steps = 0
             self._answer_probes(None)
         if self._metrics is not None:
-            (self._metrics.step if flight.is_step else self._metrics.prefill)(duration_s)
+            if flight.is_step:
+                self._metrics.step(duration_s, slots=flight.roster.taken)
+            else:
+                self._metrics.prefill(duration_s)
 
     def _answer_probes(self, error: Exception | None) -> None:
         while self._probes:

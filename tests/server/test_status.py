@@ -29,7 +29,7 @@ def test_what_it_says(metrics, monkeypatch):
     assert line.text() == "slots 3/8 · queue 7 · 0 tokens/s · TTFT p50 - · rejected 0"
     now = 102.0
     for _ in range(20):
-        metrics.step(0.05)  # three slots each
+        metrics.step(0.05, slots=3)
     metrics.rejected()
     for ttft_s in (0.1, 0.3, 9.0):
         metrics.ended(
