@@ -314,7 +314,7 @@ class Orchestrator:
             self._answer_probes(None)
         if self._metrics is not None:
             if flight.is_step:
-                self._metrics.step(duration_s)
+                self._metrics.step(duration_s, slots=flight.roster.taken)
             elif flight.roster.owner_B[0].index == 0:  # the other samples' first tokens come from the same prefill
                 self._metrics.prefill(duration_s)
 

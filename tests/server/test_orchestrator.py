@@ -670,7 +670,8 @@ def test_metrics_count_every_end():
         def prefill(self, seconds):
             self.durations.append(("prefill", seconds))
 
-        def step(self, seconds):
+        def step(self, seconds, slots):
+            assert slots == 1
             self.durations.append(("step", seconds))
 
     metrics, engine = Counting(), FakeEngine(max_concurrent_decodes=1, step_s=0.002)
