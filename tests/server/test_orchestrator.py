@@ -782,7 +782,7 @@ def test_any_mixture_answers_every_request_once_and_leaves_nothing_behind(seed):
         assert (orchestrator.queue_depth, orchestrator._queue.tokens) == (0, 0)
         assert not orchestrator._live
         assert not orchestrator._delivery._texts
-    until(lambda: threading.active_count() == threads)
+    until(lambda: threading.active_count() <= threads)  # fewer: those of a test before may have ended
     total = sum(
         metrics.registry.get_sample_value("slipstream_requests_total", {"outcome": outcome.value})
         for outcome in Outcome
