@@ -37,11 +37,13 @@ KINDS: dict[str, tuple[float, set[grpc.StatusCode]]] = {
     "cancelled": (0.2, {OK, FULL, CANCELLED}),
     "late": (0.1, {OK, FULL, LATE}),
     "cut off": (0.05, {OK, FULL, CANCELLED}),
-    "senseless": (0.1, {BAD}),
+    "senseless": (0.1, {BAD, FULL}),  # a full queue is told before the prompt is read
 }
 QUIET_S = 30.0
 """How long the server may take to be idle after the last call (seconds)."""
 CALL_S = 300.0
+BACKOFF_S = 0.1
+"""How long a caller that was refused waits before its next request (seconds)."""
 LATE_MS = (1, 200)
 MAX_GROWTH = {"memory_mib": 64.0, "threads": 4.0, "files": 8.0}
 """What may come on top between the first third and the end: a few late pool threads, an allocator's arenas."""
@@ -165,6 +167,8 @@ class Soak:
         else:
             code = await self._sound(kind, draw)
         self.tally.ends[kind, code.name if code else "NONE"] += 1
+        if code is FULL:
+            await asyncio.sleep(BACKOFF_S)
         if code not in KINDS[kind][1]:
             self.tally.faults.append(f"request {number}, {kind}: {code}")
 
@@ -197,7 +201,7 @@ class Soak:
             _request([], 1),
             _request([-1], 1),
             _request([2**31 - 1], 1),
-            _request(good * 100_000, 1),
+            _request(good * 1000, 1),
             _request(good, 1, samples=10_000),
             pb.DecodeRequest(max_tokens=1),
             pb.DecodeRequest(max_tokens=1, messages=pb.DecodeRequest.Chat()),

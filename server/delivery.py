@@ -114,7 +114,8 @@ class Delivery:
     def close(self) -> None:
         """Returns when all that was posted before is delivered."""
         self._posts.put(None)
-        self._thread.join(CLOSE_S)
+        if self._thread.is_alive():
+            self._thread.join(CLOSE_S)
 
     # Delivery's thread, from here on.
 

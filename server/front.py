@@ -88,6 +88,7 @@ class Front(OrchestratorServicer):
         if self._served is None:
             raise UnavailableError(self._closed)
         engine, orchestrator = self._served
+        orchestrator.check_room()
         self._mailbox = self._mailbox or Mailbox(asyncio.get_running_loop())
         events: asyncio.Queue[Event] = asyncio.Queue()
         read = partial(read_request, request_id=request_id, deadline=deadline_of(context))

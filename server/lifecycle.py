@@ -39,6 +39,9 @@ if TYPE_CHECKING:
 Load = Callable[[], tuple["Engine", Any]]
 """Builds the engine and its params; may take minutes."""
 
+KEEPALIVE_S = 20.0
+"""How long a connection may be silent before it is pinged (seconds); half of it later it counts as cut."""
+
 FLUSH_S = 1.0
 """Time that the last replies get to leave (seconds)."""
 
@@ -82,6 +85,9 @@ class Serving:
                 # Without it a second server on the same port starts, and the kernel deals connections to both.
                 ("grpc.so_reuseport", 0),
                 ("grpc.max_receive_message_length", config.security.max_message_bytes),
+                # A peer that vanished without a word is noticed, and its slot freed.
+                ("grpc.keepalive_time_ms", round(KEEPALIVE_S * 1000)),
+                ("grpc.http2.ping_timeout_ms", round(KEEPALIVE_S * 500)),
             ],
         )
 

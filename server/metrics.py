@@ -67,14 +67,12 @@ class Metrics:
         )
         self._recent_ttft_s: deque[float] = deque(maxlen=RECENT)
         self._lock = threading.Lock()  # of the line above; Prometheus' own objects have theirs
-        self._busy_slots: Callable[[], int] = int
         ProcessCollector(registry=self.registry)
 
     def watch(self, *, queue_depth: Callable[[], int], slots_in_use: Callable[[], int], slots: int) -> None:
         """Gauges, asked at every scrape, from whatever thread scrapes."""
         self._slots.set(slots)
         self._slots_in_use.set_function(slots_in_use)
-        self._busy_slots = slots_in_use
         self._queue_depth.set_function(queue_depth)
 
     def watch_devices(self, devices: Sequence[Any], compilations: Callable[[], int]) -> None:
@@ -127,10 +125,10 @@ class Metrics:
         """One prompt was prefilled and its first token read."""
         self._prefill_s.observe(seconds)
 
-    def step(self, seconds: float) -> None:
-        """One decode step was run and its tokens read."""
+    def step(self, seconds: float, slots: int) -> None:
+        """One decode step was run for so many slots in use, and its tokens read."""
         self._step_s.observe(seconds)
-        self._slot_steps.inc(self._busy_slots())
+        self._slot_steps.inc(slots)
 
     @property
     def recent_ttft_s(self) -> list[float]:

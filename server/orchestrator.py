@@ -20,8 +20,9 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from .delivery import Delivery
@@ -114,12 +115,13 @@ class Orchestrator:
         check_slots(request.num_samples, self._engine.max_concurrent_decodes)
         if is_overdue(request, time.monotonic()):
             raise DeadlineError(f"the deadline of request {request.id} passed before it could be queued")
-        try:
+        with self._refusals_counted():
             self._queue.put(request)
-        except (QueueFullError, UnavailableError):
-            if self._metrics is not None:
-                self._metrics.rejected()
-            raise
+
+    def check_room(self) -> None:
+        """Refuses early, before a prompt is made into tokens: raises QueueFullError or UnavailableError."""
+        with self._refusals_counted():
+            self._queue.check_room()
 
     def cancel(self, request: Request) -> None:
         """Ends it, and frees its slots before the next step. No effect on a request that is done."""
@@ -168,6 +170,15 @@ class Orchestrator:
     def queue_depth(self) -> int:
         """Requests that wait for a slot."""
         return len(self._queue)
+
+    @contextmanager
+    def _refusals_counted(self) -> Iterator[None]:
+        try:
+            yield
+        except (QueueFullError, UnavailableError):
+            if self._metrics is not None:
+                self._metrics.rejected()
+            raise
 
     # Delivery's thread.
 
@@ -240,7 +251,6 @@ class Orchestrator:
         if (request := self._queue.take(self._slots.free)) is None:
             return
         self._live.add(request)
-        request.started_at = time.monotonic()
         try:
             started = self._prefill(request)
         except Exception as error:  # touched no other request, unlike a failed step
@@ -256,6 +266,7 @@ class Orchestrator:
 
     def _prefill(self, request: Request) -> list[tuple[Any, Flight]]:
         """A prefix and a first token for each sample, all from one prefill."""
+        request.started_at = now = time.monotonic()
         padded, length = self._engine.pad(request.prompt_ids)
         prefix, result = self._engine.prefill(
             self._params, padded, length, sampling=request.sampling, prompt_logprobs=request.prompt_logprobs
@@ -265,10 +276,8 @@ class Orchestrator:
             if sample.index:
                 prefix, result = self._engine.resample(prefix, sample.sampling)
             asked = prefix.prompt_logprob_T if request.prompt_logprobs and not sample.index else None
-            flight = Flight(
-                result, self._slots.alone(sample), is_step=False, started=time.monotonic(), prompt_logprob_T=asked
-            )
-            started.append((prefix, flight))
+            roster = self._slots.alone(sample)
+            started.append((prefix, Flight(result, roster, is_step=False, started=now, prompt_logprob_T=asked)))
         return started
 
     def _generate(self) -> list[Flight]:
@@ -295,7 +304,8 @@ class Orchestrator:
             self._state = self._engine.free(self._state, self._slots.take_back(sample))
 
     def _count(self, flight: Flight) -> None:
-        """A flight that has landed is a success, took its time, and is what probes wait for."""
+        """A flight that has landed is a success, took the device from the one before it until now, and is what probes
+        wait for."""
         now = time.monotonic()
         duration_s, self._landed_at = now - max(flight.started, self._landed_at), now
         self._failed_prefills = 0
@@ -303,7 +313,10 @@ class Orchestrator:
             self._failed_steps = 0
             self._answer_probes(None)
         if self._metrics is not None:
-            (self._metrics.step if flight.is_step else self._metrics.prefill)(duration_s)
+            if flight.is_step:
+                self._metrics.step(duration_s, slots=flight.roster.taken)
+            elif flight.roster.owner_B[0].index == 0:  # the other samples' first tokens come from the same prefill
+                self._metrics.prefill(duration_s)
 
     def _answer_probes(self, error: Exception | None) -> None:
         while self._probes:

@@ -46,13 +46,16 @@ class RequestQueue:
     def put(self, request: Request) -> None:
         """Raises QueueFullError, or whatever the queue was closed with."""
         with self._changed:
-            if self._closed is not None:
-                raise self._closed
-            self._check_room(request)
+            self._check_room(len(request.prompt_ids))
             request.queued_at = time.monotonic()
             insort_right(self._waiting, request, key=rank)
             self.tokens += len(request.prompt_ids)
             self._changed.notify_all()
+
+    def check_room(self) -> None:
+        """Raises what put() would raise for the shortest prompt."""
+        with self._changed:
+            self._check_room(1)
 
     def take(self, free_slots: int) -> Request | None:
         """Whose turn it is; None when there is nobody or when its slots are not all free.
@@ -119,14 +122,15 @@ class RequestQueue:
         self._waiting.remove(request)
         self.tokens -= len(request.prompt_ids)
 
-    def _check_room(self, request: Request) -> None:
+    def _check_room(self, length: int) -> None:
+        if self._closed is not None:
+            raise self._closed
         if len(self._waiting) >= self.max_queued:
             raise QueueFullError(
                 f"{len(self._waiting)} requests wait already and max_queued={self.max_queued}; "
                 "try again later or serve with a larger --max-queued",
                 retry_after_s=self._retry_after_s(),
             )
-        length = len(request.prompt_ids)
         limit = self.max_queued_tokens
         if limit is not None and self._waiting and self.tokens + length > limit:
             raise QueueFullError(

@@ -54,6 +54,11 @@ class Roster:
         return int(self.logprobs_B.max(initial=-1))
 
     @cached_property
+    def taken(self) -> int:
+        """Slots with an owner."""
+        return int(np.count_nonzero(self.owner_B))
+
+    @cached_property
     def seats(self) -> list[tuple[int, Sample]]:
         """(slot, sample) of all that are taken: the only walk over the slots, once a roster, and not by the loop."""
         return [(slot, sample) for slot, sample in enumerate(self.owner_B) if sample is not None]

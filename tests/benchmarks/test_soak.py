@@ -25,7 +25,7 @@ def test_a_short_soak(capsys):
     assert kinds["whole"]["OK"] > 100
     assert kinds["whole"]["RESOURCE_EXHAUSTED"] > 10
     assert kinds["cancelled"]["CANCELLED"] > 10
-    assert kinds["senseless"].keys() == {"INVALID_ARGUMENT"}
+    assert kinds["senseless"]["INVALID_ARGUMENT"] > 10
     assert "no faults" in capsys.readouterr().out
 
 

@@ -44,7 +44,7 @@ def test_a_request_is_in_the_metrics_when_it_is_answered():
             for line in (
                 'requests_total{outcome="ok"} 1.0', "prompt_tokens_total 1.0", "generated_tokens_total 3.0",
                 "slots 2.0", "slots_in_use 0.0", "queue_depth 0.0", "ttft_seconds_count 1.0", "e2e_seconds_count 1.0",
-                "prefill_seconds_count 1.0", "compilations_after_warmup_total 0.0",
+                "prefill_seconds_count 1.0", "decode_slot_steps_total 2.0", "compilations_after_warmup_total 0.0",
             ):  # fmt: skip
                 assert f"\nslipstream_{line}\n" in body
             assert "_created" not in body

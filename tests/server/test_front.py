@@ -496,6 +496,24 @@ def test_a_full_queue_hints_when_to_come_again():
     asyncio.run(scenario())
 
 
+def test_a_full_queue_refuses_before_the_text_is_tokenised():
+    async def scenario():
+        engine = FakeEngine(max_concurrent_decodes=1, pace=threading.Semaphore(0))
+        async with serving(engine, max_queued=1) as (server, channel):
+            first = OrchestratorStub(channel).Decode(text_request("a"), timeout=WAIT_S)
+            await first.read()
+            second = asyncio.create_task(answer(channel, text_request("A")))
+            await until(lambda: server.orchestrator.queue_depth == 1)
+            engine.get_tokenizer = lambda: pytest.fail("tokenised")
+            assert (await refusal(channel, text_request("a")))[0] is grpc.StatusCode.RESOURCE_EXHAUSTED
+            engine.pace.release(99)
+            await second
+            assert outcomes(server) == {"ok": 2.0, "rejected": 1.0}
+            del engine.get_tokenizer
+
+    asyncio.run(scenario())
+
+
 def test_a_client_with_a_retry_policy_is_pushed_back_and_then_answered():
     """The client's own gRPC reads grpc-retry-pushback-ms: its caller never sees the refusal."""
     policy = {

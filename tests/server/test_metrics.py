@@ -58,10 +58,9 @@ def test_gauges_are_read_when_they_are_scraped(metrics):
 
 
 def test_the_engines_pace(metrics):
-    metrics.watch(queue_depth=int, slots_in_use=lambda: 3, slots=8)
     metrics.prefill(0.4)
-    metrics.step(0.012)
-    metrics.step(0.02)
+    metrics.step(0.012, slots=2)
+    metrics.step(0.02, slots=4)
     assert value(metrics, "prefill_seconds_sum") == 0.4
     assert value(metrics, "decode_step_seconds_bucket", le="0.015") == 1
     assert value(metrics, "decode_step_seconds_count") == 2

@@ -93,6 +93,18 @@ def test_too_many_requests_are_refused_with_both_numbers():
     assert len(waiting) == 2
 
 
+def test_room_can_be_asked_for_before_there_is_a_request():
+    waiting = RequestQueue(1)
+    waiting.check_room()
+    waiting.put(request())
+    with pytest.raises(QueueFullError, match="max_queued=1"):
+        waiting.check_room()
+    waiting.take(ALL)
+    waiting.close(UnavailableError("closed"))
+    with pytest.raises(UnavailableError, match="closed"):
+        waiting.check_room()
+
+
 def test_too_many_tokens_are_refused_with_all_numbers():
     waiting = RequestQueue(9, max_queued_tokens=10)
     waiting.put(request(length=6))

@@ -6,8 +6,12 @@ import re
 
 import pytest
 from slipstream.server import status
+from slipstream.server.config import ServerConfig
+from slipstream.server.lifecycle import Serving
 from slipstream.server.metrics import Metrics, Outcome
 from slipstream.server.status import Status, StatusLine
+
+from tests.fakes import FakeEngine
 
 
 class Terminal(io.StringIO):
@@ -29,7 +33,7 @@ def test_what_it_says(metrics, monkeypatch):
     assert line.text() == "slots 3/8 · queue 7 · 0 tokens/s · TTFT p50 - · rejected 0"
     now = 102.0
     for _ in range(20):
-        metrics.step(0.05)  # three slots each
+        metrics.step(0.05, slots=3)
     metrics.rejected()
     for ttft_s in (0.1, 0.3, 9.0):
         metrics.ended(
@@ -64,3 +68,17 @@ def test_it_writes_over_itself_and_leaves_nothing(metrics, monkeypatch):
     assert all(text.startswith("slots 3/8") for text in shown)
     assert last == ""
     assert "\n" not in terminal.getvalue()
+
+
+def test_a_serving_server_shows_it_and_wipes_it_at_the_end(monkeypatch):
+    monkeypatch.setattr(status, "EVERY_S", 0.005)
+    terminal = Terminal()
+
+    async def scenario():
+        engine = FakeEngine(max_concurrent_decodes=3)
+        async with Serving(lambda: (engine, None), ServerConfig(port=0), StatusLine(terminal)):
+            while "slots 0/3 · queue 0 · 0 tokens/s" not in terminal.getvalue():
+                await asyncio.sleep(0.005)
+
+    asyncio.run(asyncio.wait_for(scenario(), 10))
+    assert terminal.getvalue().endswith("\r\x1b[K")

@@ -39,8 +39,17 @@ async def main():
         made = compilations.programs()
         async with grpc.aio.insecure_channel(serving.address) as channel:
             stub = OrchestratorStub(channel)
-            asks = [ask(stub, 1), ask(stub, 20), ask(stub, 100), ask(stub, 60, temperature=0.7, top_k=5, top_p=0.9)]
+            asks = [
+                ask(stub, 1), ask(stub, 20), ask(stub, 100), ask(stub, 60, temperature=0.7, top_k=5, top_p=0.9, seed=1),
+                ask(stub, 3, num_samples=2), ask(stub, 3, logprobs=5, prompt_logprobs=True, priority=1),
+                ask(stub, 3, temperature=0.5, min_p=0.1, repetition_penalty=1.2, presence_penalty=0.1),
+                ask(stub, 3, stop_strings=["never"], stop_token_ids=[254], ignore_eos=True),
+            ]
             tokens = await asyncio.gather(*asks)
+            content = pb.DecodeRequest.TokenContent(token_ids=[1])
+            cancelled = stub.Decode(pb.DecodeRequest(token_content=content, max_tokens=90))
+            await cancelled.read()
+            cancelled.cancel()
         await asyncio.sleep(0.2)
         late = serving.metrics.registry.get_sample_value("slipstream_compilations_after_warmup_total")
         again = compilations.programs().made - made.made
@@ -75,6 +84,6 @@ def test_a_second_start_compiles_nothing_and_traffic_nothing_at_all(tmp_path):
     assert (second["compiled"], second["found"]) == (0, first["compiled"] + first["found"])
     for run in (first, second):
         assert (run["late"], run["again"]) == (0, 0)
-        assert run["tokens"] == [4, 4, 4, 4]
+        assert run["tokens"] == [4] * 8
     assert f"compiled {first['compiled']} programs, {first['found']} from the cache" in first_log
     assert f"compiled 0 programs, {second['found']} from the cache" in second_log
