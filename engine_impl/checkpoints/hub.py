@@ -67,10 +67,10 @@ def fetch(model: str) -> Path:
 
 def cached_models() -> list[CachedModel]:
     """What the cache holds of this kind, by name."""
-    from huggingface_hub import CacheNotFound, scan_cache_dir
+    from huggingface_hub import CacheNotFound, constants, scan_cache_dir
 
     try:
-        repositories = scan_cache_dir().repos
+        repositories = scan_cache_dir(constants.HF_HUB_CACHE).repos
     except CacheNotFound:
         return []
     return sorted(
