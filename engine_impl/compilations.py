@@ -45,14 +45,14 @@ def programs() -> Programs:
         return Programs(_made - _found, _found)
 
 
-def _on_duration(event: str, duration: float, **about: object) -> None:
+def _on_duration(event: str, duration_secs: float, **about: str | int) -> None:
     global _made
     if event == COMPILED:
         with _lock:
             _made += 1
 
 
-def _on_event(event: str, **about: object) -> None:
+def _on_event(event: str, **about: str | int) -> None:
     global _found
     if event == FOUND:
         with _lock:
