@@ -136,7 +136,9 @@ def _kernel(
     precision = jax.lax.Precision.HIGHEST if cache_ref.dtype == jnp.float32 else jax.lax.Precision.DEFAULT
     dot = functools.partial(jax.lax.dot_general, preferred_element_type=jnp.float32, precision=precision)
 
-    @pl.when(is_live & ((row <= first) | (length == 0)))
+    is_first_block = row <= first if has_window else block_ref[step] == 0
+
+    @pl.when(is_live & (is_first_block | (length == 0)))
     def start_from_new_token():
         k_KC, v_KC = _split(new_ref[...].astype(jnp.float32), head_dim)
         for k in range(K):

@@ -187,8 +187,9 @@ def test_soft_cap_by_hand(mesh, backend):
 LIST = jax.jit(live_steps, static_argnames=("cache_len", "block", "cores"))
 
 
-@pytest.mark.parametrize("window", [None, 1, 2, 128, 200, 400])
-@pytest.mark.parametrize("cores", [1, 2, 4])
+@pytest.mark.parametrize(
+    ("cores", "window"), [(1, None), (2, None), (4, None), (1, 1), (1, 2), (2, 128), (1, 200), (4, 129), (2, 400)]
+)
 @pytest.mark.parametrize(
     "lengths", [[0, 1, 127, 0, 0, 128, 129, 384], [0, 0, 300, 0], [384, 0, 384, 0], [1, 1, 1, 1], [5, 0, 0, 0], [0] * 4]
 )

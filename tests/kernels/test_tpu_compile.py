@@ -131,6 +131,26 @@ def test_other_chips(topology):
         compile_for(mesh, flush, cache_LBKSC, new_LBKC, length_B, donate=(0,))
 
 
+@pytest.mark.parametrize(
+    "topology", ["v5e:2x4", *(pytest.param(t, marks=pytest.mark.slow) for t in ("v5p:2x2x1", "v6e:2x2"))]
+)
+@pytest.mark.parametrize(("K", "G", "H", "dtype"), [CASES[2], CASES[3]])
+def test_window_and_soft_cap(topology, K, G, H, dtype):
+    """A window that is known at run time only, as under a scan over layers of two kinds."""
+    mesh = tpu_mesh(topology, chips=1)
+    q_BNH, new_LBKC, cache_LBKSC, layer, length_B = arrays(mesh, K, G, H, dtype)
+
+    def attend(q_BNH, new_LBKC, cache_LBKSC, layer, length_B, window):
+        args = (q_BNH, new_LBKC[0], cache_LBKSC, layer, length_B)
+        return ragged_attention(*args, window=window, soft_cap=50.0, mesh=mesh, backend="pallas")
+
+    compiled = compile_for(mesh, attend, q_BNH, new_LBKC, cache_LBKSC, layer, length_B, layer)
+    assert_no_copy_of(cache_LBKSC, compiled)
+    q_TNH, k_TKH, v_TKH = (abstract(mesh, (1024, heads, H), dtype) for heads in (K * G, K, K))
+    prompt = functools.partial(prefill_attention, window=300, soft_cap=50.0, mesh=mesh, backend="pallas")
+    assert "tpu_custom_call" in compile_for(mesh, prompt, q_TNH, k_TKH, v_TKH).as_text()
+
+
 @pytest.mark.parametrize("T", [16, 128, 1024])
 @pytest.mark.parametrize(
     ("chips", "N", "K", "H", "dtype"),
