@@ -19,10 +19,9 @@ from jax.sharding import PartitionSpec as P
 from ..cache_manager import insert, rows
 from ..engine_impl import bridge, forward
 from ..engine_impl.config import EngineConfig
-from ..engine_impl.engine import DecodeState, Engine, Prefix, StepResult
+from ..engine_impl.engine import DecodeState, Engine, Prefix, StepResult, next_tokens, set_sampling
 from ..engine_impl.forward import Params
 from ..engine_impl.models.decoder import Decoder
-from ..engine_impl.sampling import sample
 from ..kernels import Backend, attention_steps, ragged_attention
 from ..kernels.backend import AXIS
 
@@ -74,9 +73,8 @@ class EagerEngine(Engine):
         live_B = (length_B > 0) & (length_B < self.cache_length)
         layers = EagerLayers(self._model, length_B, live_B, self.mesh, self._backend, self.scatter)
         logits_BV, cache = layers.decode(params, state.token_B, state.cache_LBKSC)
-        token_B = jnp.where(live_B, sample(logits_BV, state.sampling, length_B + 1), state.token_B)
-        state = DecodeState(cache, token_B, length_B + live_B, state.sampling)
-        return state, StepResult(jnp.where(live_B, token_B, -1))
+        advanced, result = next_tokens(logits_BV, state, live_B, self.mesh)
+        return replace(advanced, cache_LBKSC=cache), result
 
 
 class EagerLayers:
@@ -172,5 +170,6 @@ def _insert_per_layer(prefix: Prefix, state: DecodeState, slot: jax.Array) -> De
         cache_LBKSC=cache,
         token_B=state.token_B.at[slot].set(prefix.token),
         length_B=state.length_B.at[slot].set(prefix.length),
-        sampling=jax.tree.map(lambda values_B, value: values_B.at[slot].set(value), state.sampling, prefix.sampling),
+        sampling=set_sampling(state.sampling, prefix.sampling, slot),
+        count_BV=state.count_BV.at[slot].set(prefix.count_V),
     )

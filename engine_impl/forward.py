@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from ..cache_manager import rows
 from . import bridge
 from .attention import Attend
+from .logprobs import prompt_logprobs
 from .models.decoder import Decoder
 
 LayerLoop = Literal["scan", "unrolled"]
@@ -53,13 +54,23 @@ def decode(
 
 
 def prefill(
-    model: Decoder, params: Params, token_T: jax.Array, true_length: jax.Array, attend: Attend
-) -> tuple[jax.Array, jax.Array]:
-    """One padded prompt: (logits_V of its last real token, kv_LKTC of all its tokens)."""
+    model: Decoder,
+    params: Params,
+    token_T: jax.Array,
+    true_length: jax.Array,
+    attend: Attend,
+    wants_logprobs: jax.Array | bool = False,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """One padded prompt: (logits_V of its last real token, kv_LKTC of all its tokens, their logprob_T or zeros)."""
     position_T = jnp.arange(token_T.shape[0], dtype=jnp.int32)
     x_TD, kv_LKTC = _layers(model, params, token_T, position_T, attend, _as_prefix)
     last_1D = jax.lax.dynamic_slice_in_dim(x_TD, true_length - 1, 1)
-    return _logits(model, params, last_1D)[0], kv_LKTC
+    logprob_T = jax.lax.cond(
+        wants_logprobs,
+        lambda: prompt_logprobs(x_TD, token_T, true_length, lambda x_RD: _logits(model, params, x_RD)),
+        lambda: jnp.zeros(token_T.shape, jnp.float32),
+    )
+    return _logits(model, params, last_1D)[0], kv_LKTC, logprob_T
 
 
 def _layers(model: Decoder, params: Params, token_R, position_R, attend: Attend, stored) -> tuple[jax.Array, jax.Array]:

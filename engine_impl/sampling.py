@@ -1,4 +1,5 @@
-"""Sampling on the device, a slot at a time in one program: greedy, temperature, top-k, top-p, seed.
+"""Sampling on the device, all slots in one program, each by its own parameters: penalties, then greedy, or temperature,
+top-k, top-p, min-p and a seed.
 
 A token depends on its logits, its request's parameters and its position in the text, never on the slot or on what else
 is in the batch: the random key is folded from the request's seed and the position.
@@ -9,46 +10,20 @@ last one kept are kept too.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
 
-from .sampling_params import SamplingParams
+from .penalties import penalise
+from .slot_sampling import SlotSampling
 
 
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class SlotSampling:
-    """Sampling parameters on the device: [B], or scalars for one request."""
-
-    temperature: jax.Array
-    """f32; 0 is greedy"""
-    top_k: jax.Array
-    """i32; 0 keeps all"""
-    top_p: jax.Array
-    """f32; 1 keeps all"""
-    seed: jax.Array
-    """u32"""
-
-    @classmethod
-    def of(cls, params: SamplingParams) -> "SlotSampling":
-        """One request's, as scalars."""
-        return cls(
-            jnp.float32(params.temperature), jnp.int32(params.top_k), jnp.float32(params.top_p), jnp.uint32(params.seed)
-        )
-
-    @classmethod
-    def greedy(cls, slots: int) -> "SlotSampling":
-        """For all slots."""
-        return jax.tree.map(lambda value: jnp.full((slots,), value), cls.of(SamplingParams()))
-
-
-def sample(logits_BV: jax.Array, sampling: SlotSampling, position_B: jax.Array) -> jax.Array:
+def sample(logits_BV: jax.Array, count_BV: jax.Array, sampling: SlotSampling, position_B: jax.Array) -> jax.Array:
     """Choose one token a slot.
 
     Args:
         logits_BV: any float; compared in float32.
+        count_BV: u16, what the slots' texts have so far, see penalties.py; read only when a slot asks for a penalty.
         sampling: [B] each.
         position_B: i32, where in the text the chosen token will stand.
 
@@ -56,29 +31,46 @@ def sample(logits_BV: jax.Array, sampling: SlotSampling, position_B: jax.Array) 
         token_B, i32.
     """
     logits_BV = logits_BV.astype(jnp.float32)
-    likeliest_B = jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
-    is_drawn_B = sampling.temperature > 0
 
-    def with_drawn() -> jax.Array:
-        return jnp.where(is_drawn_B, _draw(logits_BV, sampling, position_B), likeliest_B)
+    def asked() -> jax.Array:
+        wanted_BV = jax.lax.cond(
+            sampling.is_penalised.any(), lambda: penalise(logits_BV, count_BV, sampling), lambda: logits_BV
+        )
+        likeliest_B = _argmax(wanted_BV)
+        return jax.lax.cond(
+            sampling.is_drawn.any(),
+            lambda: jnp.where(sampling.is_drawn, _draw(wanted_BV, sampling, position_B), likeliest_B),
+            lambda: likeliest_B,
+        )
 
-    return jax.lax.cond(is_drawn_B.any(), with_drawn, lambda: likeliest_B)
+    likeliest_B = _argmax(logits_BV)
+    return jax.lax.cond((sampling.is_drawn | sampling.is_penalised).any(), asked, lambda: likeliest_B)
+
+
+def _argmax(values_BV: jax.Array) -> jax.Array:
+    return jnp.argmax(values_BV, axis=-1).astype(jnp.int32)
 
 
 def _draw(logits_BV: jax.Array, sampling: SlotSampling, position_B: jax.Array) -> jax.Array:
     """Gumbel-max: the argmax of logits plus Gumbel noise is a draw from their softmax."""
     scaled_BV = logits_BV / jnp.maximum(sampling.temperature, 1e-6)[:, None]
-    is_cut = ((sampling.top_k > 0) | (sampling.top_p < 1)) & (sampling.temperature > 0)
-    kept_BV = jax.lax.cond(is_cut.any(), lambda: _cut(scaled_BV, sampling), lambda: scaled_BV)
 
     def noise_V(seed, position):
         return jax.random.gumbel(jax.random.fold_in(jax.random.key(seed), position), (logits_BV.shape[1],))
 
-    return jnp.argmax(kept_BV + jax.vmap(noise_V)(sampling.seed, position_B), axis=-1).astype(jnp.int32)
+    return _argmax(cut(scaled_BV, sampling) + jax.vmap(noise_V)(sampling.seed, position_B))
 
 
-def _cut(logits_BV: jax.Array, sampling: SlotSampling) -> jax.Array:
-    """Top-k, then top-p over what is left; the rest becomes -inf."""
+def cut(logits_BV: jax.Array, sampling: SlotSampling) -> jax.Array:
+    """Top-k, then top-p and min-p of what is left; the rest becomes -inf. `logits_BV` are f32, after temperature."""
+    is_cut = ((sampling.top_k > 0) | (sampling.top_p < 1)) & sampling.is_drawn
+    kept_BV = jax.lax.cond(is_cut.any(), lambda: _top_k_and_p(logits_BV, sampling), lambda: logits_BV)
+    # The likeliest token is always kept, so a token's share of its probability is the same before and after a cut.
+    least_B1 = logits_BV.max(-1, keepdims=True) + jnp.log(sampling.min_p)[:, None]
+    return jnp.where(logits_BV >= least_B1, kept_BV, -jnp.inf)
+
+
+def _top_k_and_p(logits_BV: jax.Array, sampling: SlotSampling) -> jax.Array:
     order_BV = _ordered(logits_BV)
     k_B1 = jnp.where(sampling.top_k > 0, sampling.top_k, logits_BV.shape[1])[:, None]
     last_B1 = _largest(lambda t_B1: (order_BV >= t_B1).sum(-1, keepdims=True) >= k_B1, like=k_B1)

@@ -47,7 +47,7 @@ class DeadError(Exception):
 class Flight:
     """Tokens on their way from the device, and whose they are."""
 
-    tokens: Any  # i32 array: [B] of a decode step, scalar of a prefill
+    tokens: Any  # i32 array: [B] of a decode step, [1] of a prefill
     owners: dict[int, Request]  # by index into `tokens`
     is_step: bool
 
@@ -170,7 +170,7 @@ class Orchestrator:
             self._give_up_on_a_series(error)
             return
         request.planned = 1
-        self._flights.append(fly(first, {0: request}, is_step=False))
+        self._flights.append(fly(first.token_B, {0: request}, is_step=False))
         if request.max_tokens > 1:
             request.slot = self._slots.index(None)
             self._slots[request.slot] = request
@@ -190,7 +190,7 @@ class Orchestrator:
         return [flight]
 
     def _deliver(self, flight: Flight) -> None:
-        tokens = np.atleast_1d(np.asarray(flight.tokens))  # waits for the device
+        tokens = np.asarray(flight.tokens)  # waits for the device
         self._failed_prefills = 0
         if flight.is_step:  # a prefill that works says nothing about steps
             self._failed_steps = 0

@@ -125,12 +125,12 @@ class FakeEngine:
 
     def prefill(
         self, params: Any, padded_tokens: np.ndarray, true_length: int, *, sampling: Any
-    ) -> tuple[int, FakeArray]:
+    ) -> tuple[int, "FakeResult"]:
         prompt = padded_tokens[:true_length].tolist()
         self.log.append(f"prefill {FakeTokenizer().decode(prompt)}")
         self.samplings.append(sampling)
         self.on_prefill(prompt)
-        return prompt[-1] + 1, FakeArray(prompt[-1] + 1)
+        return prompt[-1] + 1, FakeResult(FakeArray([prompt[-1] + 1]))
 
     def insert(self, prefix: int, state: FakeState, slot: int) -> FakeState:
         token_B = state.donate()

@@ -66,7 +66,7 @@ def test_greedy_tokens_equal_transformers_in_one_batch_and_alone(prompts):
         state = engine.init_decode_state()
         prefix, first = engine.prefill(params, *engine.pad(prompt))
         slot = (i + 3) % 10
-        state, alone = engine.insert(prefix, state, slot), [int(first)]
+        state, alone = engine.insert(prefix, state, slot), [int(first.token_B[0])]
         for _ in range(63):
             state, result = engine.generate(params, state)
             alone.append(int(result.token_B[slot]))
@@ -85,6 +85,32 @@ def test_prefill_logits_equal_transformers(prompts):
 
 
 @pytest.mark.slow
+def test_logprobs_equal_transformers(prompts):
+    """Within 1e-4: a prompt's own, those of drawn tokens with penalties on, and the likeliest tokens beside them."""
+    engine, params = embedded_engine()
+    prompt = max((prompt for prompt in prompts if len(prompt) <= 64), key=len)
+    sampling = SamplingParams(temperature=1.0, top_p=0.9, repetition_penalty=1.2, seed=3, logprobs=5)
+    prefix, first = engine.prefill(params, *engine.pad(prompt), sampling=sampling, prompt_logprobs=True)
+    state, results = engine.insert(prefix, engine.init_decode_state(), 4), []
+    for _ in range(12):
+        state, result = engine.generate(params, state)
+        results.append(jax.tree.map(lambda values: values[4], result))
+    results.insert(0, jax.tree.map(lambda values: values[0], first))
+    answer = [int(result.token_B) for result in results]
+
+    expected = torch.tensor(reference_logits(prompt + answer)).log_softmax(-1).numpy()
+    before = np.arange(len(prompt) - 1)
+    np.testing.assert_allclose(
+        prefix.prompt_logprob_T[1 : len(prompt)], expected[before, np.array(prompt[1:])], atol=1e-4
+    )
+    for position, (result, token) in enumerate(zip(results, answer, strict=True), len(prompt) - 1):
+        np.testing.assert_allclose(result.logprob_B, expected[position, token], atol=1e-4)
+        likeliest = np.argsort(-expected[position])[:20]
+        np.testing.assert_allclose(result.top_logprob_BP, expected[position, likeliest], atol=1e-4)
+        np.testing.assert_allclose(expected[position, result.top_token_BP], result.top_logprob_BP, atol=1e-4)
+
+
+@pytest.mark.slow
 def test_three_devices_give_the_tokens_of_one(prompts):
     """Nine query heads and three kv heads over three devices; sampled and greedy."""
 
@@ -92,7 +118,7 @@ def test_three_devices_give_the_tokens_of_one(prompts):
         tokens = greedy(engine, params, prompts[:4], 24)
         sampling = SamplingParams(temperature=0.7, top_p=0.9, seed=5)
         _, sampled = engine.prefill(params, *engine.pad(prompts[5]), sampling=sampling)
-        return [*tokens, int(sampled)]
+        return [*tokens, int(sampled.token_B[0])]
 
     engine, params = embedded_engine(3)
     assert engine.init_decode_state().cache_LBKSC.addressable_shards[0].data.shape[2] == 1

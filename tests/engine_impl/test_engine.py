@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from slipstream.engine_impl.errors import RefusedError
-from slipstream.engine_impl.sampling_params import SamplingParams
+from slipstream.engine_impl.sampling_params import MAX_LOGPROBS, SamplingParams
 
 from .models import TINY, greedy, tiny_engine
 
@@ -53,7 +53,7 @@ def test_steps_equal_one_prefill_of_the_same_tokens(tiny):
     np.testing.assert_allclose(
         state.cache_LBKSC[:, 0, :, : len(text)], prefix.kv_LKTC[:, :, : len(text)], rtol=1e-4, atol=1e-5
     )
-    assert int(successor) == answer[-1]
+    assert int(successor.token_B[0]) == answer[-1]
     assert len(set(answer)) > 5  # a model that repeats itself would prove little
 
 
@@ -85,7 +85,7 @@ def test_insert_writes_its_slot_and_nothing_else(tiny):
     others = [0, 2, 3]
     np.testing.assert_array_equal(after.cache_LBKSC[:, others], before.cache_LBKSC[:, others])
     np.testing.assert_array_equal(after.length_B[others], before.length_B[others])
-    assert (after.length_B[1], after.token_B[1]) == (3, int(first))
+    assert (after.length_B[1], after.token_B[1]) == (3, int(first.token_B[0]))
 
 
 def test_a_full_slot_stops_and_nothing_is_written_past_its_end(tiny):
@@ -104,15 +104,22 @@ def test_a_full_slot_stops_and_nothing_is_written_past_its_end(tiny):
     np.testing.assert_array_equal(after.cache_LBKSC[:, :2], before.cache_LBKSC[:, :2])
 
 
-def test_neither_slot_nor_batch_mates_change_a_request(tiny):
-    """Greedy and sampled tokens, in another slot, with others beside, one of them joining late and one leaving."""
+@pytest.mark.parametrize(
+    "asked",
+    [
+        SamplingParams(temperature=0.8, top_k=40, top_p=0.9, seed=7),
+        SamplingParams(repetition_penalty=1.3, frequency_penalty=0.5),
+        SamplingParams(temperature=0.8, min_p=0.05, presence_penalty=1.0, seed=7, logprobs=3),
+    ],
+    ids=["cut", "penalised", "all"],
+)
+def test_neither_slot_nor_batch_mates_change_a_request(tiny, asked):
+    """In another slot, with others beside that ask for other things, one of them joining late and one leaving."""
     engine, params = tiny
-    sampled = SamplingParams(temperature=0.8, top_k=40, top_p=0.9, seed=7)
 
     def answer(slot, others):
-        state = start(
-            engine, params, {slot: PROMPT} | others, {slot: sampled, (slot + 1) % 4: SamplingParams(temperature=2)}
-        )
+        beside = SamplingParams(temperature=2, presence_penalty=-1)
+        state = start(engine, params, {slot: PROMPT} | others, {slot: asked, (slot + 1) % 4: beside})
         tokens = []
         for step in range(20):
             if others and step == 5:
@@ -147,11 +154,16 @@ def test_the_seed_decides_a_sampled_answer(tiny):
 
 
 def test_freed_slots_are_empty_and_greedy_again(tiny):
+    """Whatever their request asked for: the next steps would pay for it."""
     engine, params = tiny
-    state = start(engine, params, {1: PROMPT}, {1: SamplingParams(temperature=1.5, seed=3)})
+    everything = SamplingParams(
+        temperature=1.5, top_k=3, top_p=0.5, min_p=0.1, seed=3,
+        repetition_penalty=2, presence_penalty=1, frequency_penalty=1, logprobs=3,
+    )  # fmt: skip
+    state = start(engine, params, {1: PROMPT}, {1: everything})
     state = engine.free(state, 1)
     assert not np.asarray(state.length_B).any()
-    assert not np.asarray(state.sampling.temperature).any()
+    jax.tree.map(np.testing.assert_array_equal, state.sampling, engine.init_decode_state().sampling)
     before = host(state)
     state, result = engine.generate(params, state)
     assert list(np.asarray(result.token_B)) == [-1] * 4
@@ -170,11 +182,18 @@ def test_everything_is_compiled_once():
     jax.monitoring.register_event_duration_secs_listener(listen)
     try:
         state = engine.warm_up(params, engine.init_decode_state())
-        assert len(compilations) >= len(engine.buckets) * 2 + 2
+        assert len(compilations) >= len(engine.buckets) * 2 + 3
         compilations.clear()
         for round_, length in enumerate([1, 16, 17, 128, 3, 60]):
-            sampling = SamplingParams(temperature=round_ / 2, top_k=round_, top_p=1 - round_ / 10, seed=round_)
-            prefix, _ = engine.prefill(params, *engine.pad([1] * length), sampling=sampling)
+            sampling = SamplingParams(
+                temperature=round_ / 2, top_k=round_, top_p=1 - round_ / 10, min_p=round_ / 10, seed=round_,
+                repetition_penalty=1 + round_ / 10, presence_penalty=round_ / 5, frequency_penalty=round_ / 6,
+                logprobs=round_ or None,
+            )  # fmt: skip
+            prompt = engine.pad([1] * length)
+            prefix, _ = engine.prefill(params, *prompt, sampling=sampling, prompt_logprobs=round_ > 2)
+            if round_ % 2:
+                prefix, _ = engine.resample(prefix, replace(sampling, seed=99))
             state = engine.insert(prefix, state, round_ % 3)
             state, result = engine.generate(params, state)
             np.asarray(result.token_B)
@@ -194,6 +213,102 @@ def test_the_state_is_donated(tiny):
     assert not prefix.kv_LKTC.is_deleted()  # one prefill may serve several slots
     engine.generate(params, inserted)
     assert inserted.cache_LBKSC.is_deleted()
+
+
+def test_penalties_hold_over_prompt_and_answer(tiny):
+    """Greedy with all penalties, token by token: prefill's own logits of the text so far, penalised by hand."""
+    engine, params = tiny
+    sampling = SamplingParams(repetition_penalty=1.4, presence_penalty=0.7, frequency_penalty=0.3)
+    prefix, first = engine.prefill(params, *engine.pad(PROMPT), sampling=sampling)
+    state, answer = engine.insert(prefix, engine.init_decode_state(), 2), [int(first.token_B[0])]
+    for _ in range(24):
+        state, result = engine.generate(params, state)
+        answer.append(int(result.token_B[2]))
+    for position, token in enumerate(answer):
+        said = answer[:position]
+        logits_V = np.array(engine.prefill(params, *engine.pad(PROMPT + said))[0].logits_V)
+        seen = list({*PROMPT, *said})
+        logits_V[seen] = np.where(logits_V[seen] > 0, logits_V[seen] / 1.4, logits_V[seen] * 1.4)
+        count_V = np.bincount(said, minlength=len(logits_V))
+        assert (logits_V - 0.7 * (count_V > 0) - 0.3 * count_V).argmax() == token
+    assert answer != greedy(engine, params, [PROMPT], 25)[0]
+
+
+def test_several_answers_come_from_one_prefill(tiny):
+    """A resampled prefix is that of a prefill with its parameters, and its answer too; the first stays as it was."""
+    engine, params = tiny
+    asked = [SamplingParams(), SamplingParams(temperature=1.2, repetition_penalty=1.5, logprobs=2, seed=4)]
+    prefix, _ = engine.prefill(params, *engine.pad(PROMPT), sampling=asked[0])
+    before = host(prefix)
+    for sampling in asked:
+        again, told = engine.resample(prefix, sampling)
+        fresh, expected = engine.prefill(params, *engine.pad(PROMPT), sampling=sampling)
+        jax.tree.map(np.testing.assert_array_equal, (again, told), (fresh, expected))
+    jax.tree.map(np.testing.assert_array_equal, host(prefix), before)
+
+    tokens = []
+    for slot, prefix in enumerate((again, fresh)):
+        state = engine.insert(prefix, engine.init_decode_state(), slot)
+        for _ in range(8):
+            state, result = engine.generate(params, state)
+            tokens.append(int(result.token_B[slot]))
+    assert tokens[:8] == tokens[8:]
+    assert len({int(engine.resample(prefix, replace(asked[1], seed=seed))[1].token_B[0]) for seed in range(8)}) > 2
+
+
+def test_a_step_tells_the_logprobs_that_a_slot_asks_for(tiny):
+    """Under the model itself: the same for a slot that draws, penalises and cuts. -1 slots tell nothing."""
+    engine, params = tiny
+    drawn = SamplingParams(temperature=3, min_p=0.01, frequency_penalty=2, logprobs=5, seed=2)
+    prefix, first = engine.prefill(params, *engine.pad(PROMPT), sampling=drawn)
+    state, text, results = engine.insert(prefix, engine.init_decode_state(), 1), list(PROMPT), [(first, 0)]
+    for _ in range(6):
+        state, result = engine.generate(params, state)
+        results.append((result, 1))
+    for result, slot in results:
+        logits_V = engine.prefill(params, *engine.pad(text))[0].logits_V
+        logprob_V = jax.nn.log_softmax(logits_V)
+        token = int(result.token_B[slot])
+        np.testing.assert_allclose(result.logprob_B[slot], logprob_V[token], rtol=1e-4, atol=1e-4)
+        np.testing.assert_array_equal(result.top_token_BP[slot], np.argsort(-logprob_V)[:MAX_LOGPROBS])
+        np.testing.assert_allclose(
+            result.top_logprob_BP[slot], -np.sort(-logprob_V)[:MAX_LOGPROBS], rtol=1e-4, atol=1e-4
+        )
+        text.append(token)
+
+
+def test_two_ways_to_score_a_text_agree(tiny):
+    """Prefill's prompt logprobs, and the text fed to the decode step token by token, beside other slots, with NaN in
+    every row that no token has filled; and the cache that the steps leave is the prefill's."""
+    engine, params = tiny
+    texts = {0: PROMPT * 3, 2: [9, *PROMPT], 3: PROMPT[::-1] * 5}
+    steps = min(map(len, texts.values())) - 2
+    whole = {slot: engine.prefill(params, *engine.pad(text), prompt_logprobs=True)[0] for slot, text in texts.items()}
+    state, scores = engine.init_decode_state(), {slot: [] for slot in texts}
+    for slot, text in texts.items():
+        prefix, _ = engine.prefill(params, *engine.pad(text[:1]))
+        prefix, logprob = engine.force(prefix, text[1])
+        state = engine.insert(prefix, state, slot)
+        scores[slot].append(float(logprob))
+    state = poisoned(state)
+    for step in range(2, 2 + steps):
+        next_token_B = np.array([texts[slot][step] if slot in texts else 0 for slot in range(4)])
+        state, logprob_B = engine.score_step(params, state, next_token_B)
+        for slot in texts:
+            scores[slot].append(float(logprob_B[slot]))
+    assert state.length_B.tolist() == [steps + 1, 0, steps + 1, steps + 1]
+    for slot, prefix in whole.items():
+        expected_T = np.asarray(prefix.prompt_logprob_T)
+        np.testing.assert_allclose(scores[slot], expected_T[1 : steps + 2], rtol=1e-4, atol=1e-4)
+        assert expected_T[0] == 0
+        assert not expected_T[len(texts[slot]) :].any()
+        rows = np.s_[:, :, : steps + 1]
+        np.testing.assert_allclose(state.cache_LBKSC[:, slot][rows], prefix.kv_LKTC[rows], rtol=1e-4, atol=1e-5)
+
+
+def test_nobody_asked_so_there_are_no_prompt_logprobs(tiny):
+    engine, params = tiny
+    assert not np.asarray(engine.prefill(params, *engine.pad(PROMPT))[0].prompt_logprob_T).any()
 
 
 @pytest.mark.parametrize("length", [0, 129])
@@ -233,13 +348,14 @@ def test_devices_change_no_token(devices, kv_heads):
     assert layer["mlp.down_proj.weight"].addressable_shards[0].data.shape == (32, 48 // devices)
 
 
-def test_neither_step_nor_insert_copies_the_cache():
+def test_no_step_nor_insert_copies_the_cache():
     """With no order between the last layer's read and the flush, XLA:CPU would save the cache first."""
     engine, params = tiny_engine(cache_length=512)
     state = engine.init_decode_state()
     prefix, _ = engine.prefill(params, *engine.pad(PROMPT))
     generate = engine._generate.lower(params, state).compile().memory_analysis()
     insert = engine._insert.lower(prefix, state, np.int32(0)).compile().memory_analysis()
-    for memory in (generate, insert):
-        assert memory.alias_size_in_bytes >= engine.layout.bytes
+    score = engine._score_step.lower(params, state, np.zeros(4, np.int32)).compile().memory_analysis()
+    for memory in (generate, insert, score):
+        assert memory.alias_size_in_bytes >= engine.layout.bytes + state.count_BV.nbytes
         assert memory.temp_size_in_bytes < engine.layout.bytes / 4
