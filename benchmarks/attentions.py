@@ -73,7 +73,8 @@ def ours(backend: Backend, mesh: jax.sharding.Mesh, name: str) -> Attention:
     def attend(q_BNH: jax.Array, layer: int, arrays: Any) -> jax.Array:
         new_BKC, cache_LBKSC, length_B = arrays
         k_BKH, v_BKH = jnp.split(new_BKC, 2, axis=-1)
-        return attend_cache(cache_LBKSC, length_B, mesh=mesh, backend=backend)(jnp.int32(layer), q_BNH, k_BKH, v_BKH)
+        attend = attend_cache(cache_LBKSC, length_B, mesh=mesh, backend=backend)
+        return attend.call(jnp.int32(layer), 0, q_BNH, k_BKH, v_BKH)
 
     return Attention(name, lambda case: (case.new_BKC, case.cache_LBKSC, case.length_B), attend)
 

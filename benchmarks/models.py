@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
 
 from ..engine_impl.checkpoints.embedded import embedded_model
 from ..engine_impl.checkpoints.gguf import GGUFCheckpoint
@@ -13,7 +12,8 @@ from ..engine_impl.config import EngineConfig
 from ..engine_impl.engine import Engine
 from ..engine_impl.forward import Params
 from ..engine_impl.loading import _devices, _dtype, load_engine
-from ..engine_impl.models.llama import Llama, LlamaConfig
+from ..engine_impl.models import registry
+from ..engine_impl.models.decoder import ModelConfig
 from ..engine_impl.presets import PRESETS
 from ..engine_impl.sharding import make_mesh
 from ..engine_impl.weights import Checkpoint
@@ -35,11 +35,10 @@ class RandomCheckpoint:
     A million values are drawn and repeated: drawing eight billion would take longer than the benchmark.
     """
 
-    def __init__(self, config: LlamaConfig, name: str) -> None:
+    def __init__(self, config: ModelConfig, name: str) -> None:
         self.config, self.name = config, name
         self._values = np.random.default_rng(0).standard_normal(RANDOM_VALUES, np.float32)
-        with torch.device("meta"):
-            self._shapes = {name: tuple(p.shape) for name, p in Llama(config).named_parameters()}
+        self._shapes = {name: tuple(p.shape) for name, p in registry.build(config).named_parameters()}
 
     def tensor(self, name: str) -> np.ndarray:
         """Norms are one; a matrix keeps the size of what it multiplies."""
@@ -62,12 +61,11 @@ def load(config: EngineConfig) -> Loaded:
     return Loaded(engine, params, GGUFCheckpoint(path))
 
 
-def load_random(config: EngineConfig, shape: LlamaConfig) -> Loaded:
+def load_random(config: EngineConfig, shape: ModelConfig) -> Loaded:
     """An engine of this shape, without a tokenizer."""
     devices = _devices(config.platform)
     mesh = make_mesh(devices, shape.num_heads, shape.num_kv_heads, config.tensor_parallel)
-    with torch.device("meta"):
-        model = Llama(replace(shape, num_kv_heads=max(shape.num_kv_heads, mesh.size)))
+    model = registry.build(replace(shape, num_kv_heads=max(shape.num_kv_heads, mesh.size)))
     tokenizer: Any = None
     engine = Engine(model, mesh, config, _dtype(config.dtype, devices[0].platform), tokenizer, config.model)
     checkpoint = RandomCheckpoint(shape, config.model)

@@ -1,34 +1,132 @@
 """`attend` for both ways through the model: decode against the cache, prefill within the prompt.
 
-A model hands over q, k, v of its rows and gets back what they attend to; where keys and values live is decided here.
+A model hands over q, k, v of its rows and gets back what they attend to; where keys and values live, and how far back
+a layer sees, is decided here.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 
 from ..cache_manager import rows
 from ..kernels import Backend, attention_steps, prefill_attention, ragged_attention
 
-Attend = Callable[[jax.Array | int, jax.Array, jax.Array, jax.Array], jax.Array]
-"""(layer, q_RNH, k_RKH, v_RKH) -> out_RNH"""
+
+class Attend(NamedTuple):
+    """How the layers of one program attend."""
+
+    kind_of_layer: tuple[int, ...]
+    """Layers of one kind see equally far."""
+    call: Callable[[jax.Array | int, jax.Array | int, jax.Array, jax.Array, jax.Array], jax.Array]
+    """(layer, its kind, q_RNH, k_RKH, v_RKH) -> out_RNH; the kind is a Python int, or traced under a scan"""
+    stored: Callable[[jax.Array, jax.Array], jax.Array]
+    """(k_RKH, v_RKH) -> what the program hands on of a layer"""
 
 
-def attend_cache(cache_LBKSC: jax.Array, length_B: jax.Array, *, mesh: jax.sharding.Mesh, backend: Backend) -> Attend:
-    """Rows are slots: each attends to its first `length` cached tokens and to its own new one."""
-    steps = attention_steps(cache_LBKSC, length_B, mesh=mesh, backend=backend)
-
-    def attend(layer, q_BNH, k_BKH, v_BKH):
-        new_BKC = rows(k_BKH, v_BKH)
-        return ragged_attention(q_BNH, new_BKC, cache_LBKSC, layer, length_B, steps, mesh=mesh, backend=backend)
-
-    return attend
+def stored_head_dim(head_dim: int, backend: Backend) -> int:
+    """H of the cache: on TPUs its rows, k and v side by side, are whole tiles of 128 lanes, heads padded with zeros."""
+    return head_dim if backend == "xla" else -(-head_dim // 64) * 64
 
 
-def attend_prompt(*, mesh: jax.sharding.Mesh, backend: Backend) -> Attend:
-    """Rows are one prompt's tokens: each attends to itself and those before it."""
+def attend_cache(
+    cache_LBKSC: jax.Array,
+    length_B: jax.Array,
+    *,
+    window_of_layer: Sequence[int | None] = (None,),
+    soft_cap: float | None = None,
+    mesh: jax.sharding.Mesh,
+    backend: Backend,
+) -> Attend:
+    """Rows are slots: each attends to its first `length` cached tokens and to its own new one.
 
-    def attend(layer, q_TNH, k_TKH, v_TKH):
-        return prefill_attention(q_TNH, k_TKH, v_TKH, mesh=mesh, backend=backend)
+    Args:
+        window_of_layer: how many tokens each layer sees, the new one included; None is all.
+        soft_cap: scores become cap * tanh(score / cap).
+    """
+    S, C = cache_LBKSC.shape[3:]
+    windows, kind_of_layer = _kinds(window_of_layer, S)
+    steps = [attention_steps(cache_LBKSC, length_B, window=window, mesh=mesh, backend=backend) for window in windows]
 
-    return attend
+    def attend(layer, kind, q_BNH, k_BKH, v_BKH):
+        window, of_window = _chosen(windows, kind, S + 1), steps[0] if len(steps) == 1 else _one_of(steps, kind)
+        out_BNH = ragged_attention(
+            _queries(q_BNH, C // 2), stored(k_BKH, v_BKH), cache_LBKSC, layer, length_B, of_window,
+            window=window, soft_cap=soft_cap, mesh=mesh, backend=backend,
+        )  # fmt: skip
+        return out_BNH[..., : q_BNH.shape[-1]]
+
+    def stored(k_BKH, v_BKH):
+        return rows(_padded(k_BKH, C // 2), _padded(v_BKH, C // 2))
+
+    return Attend(kind_of_layer, attend, stored)
+
+
+def attend_prompt(
+    num_tokens: int,
+    *,
+    head_dim: int,
+    window_of_layer: Sequence[int | None] = (None,),
+    soft_cap: float | None = None,
+    mesh: jax.sharding.Mesh,
+    backend: Backend,
+) -> Attend:
+    """Rows are one prompt's `num_tokens` tokens, padding included: each attends to itself and those before it.
+
+    `head_dim` is the cache's; the rest is as for `attend_cache`.
+    """
+    windows, kind_of_layer = _kinds(window_of_layer, num_tokens)
+
+    def attend(layer, kind, q_TNH, k_TKH, v_TKH):
+        padded = _queries(q_TNH, head_dim), _padded(k_TKH, head_dim), _padded(v_TKH, head_dim)
+        of_windows = [
+            lambda *qkv, window=window: prefill_attention(
+                *qkv, window=window, soft_cap=soft_cap, mesh=mesh, backend=backend
+            )
+            for window in windows
+        ]
+        if len(windows) == 1:
+            out_TNH = of_windows[0](*padded)
+        elif isinstance(kind, int):
+            out_TNH = of_windows[kind](*padded)
+        else:
+            out_TNH = jax.lax.switch(kind, of_windows, *padded)  # a window's mask is known when it is compiled
+        return out_TNH[..., : q_TNH.shape[-1]]
+
+    def stored(k_TKH, v_TKH):
+        return rows(_padded(k_TKH, head_dim), _padded(v_TKH, head_dim)).swapaxes(0, 1)
+
+    return Attend(kind_of_layer, attend, stored)
+
+
+def _kinds(window_of_layer: Sequence[int | None], reach: int) -> tuple[list[int | None], tuple[int, ...]]:
+    """The windows there are, and which each layer has; one that cuts nothing off from `reach` tokens is none."""
+    window_of_layer = [None if window is None or window >= reach else window for window in window_of_layer]
+    windows = list(dict.fromkeys(window_of_layer))
+    return windows, tuple(windows.index(window) for window in window_of_layer)
+
+
+def _chosen(windows: list[int | None], kind: jax.Array | int, everything: int) -> jax.Array | int | None:
+    if len(windows) == 1:
+        return windows[0]
+    if isinstance(kind, int):
+        return windows[kind]
+    return jnp.asarray([everything if window is None else window for window in windows], jnp.int32)[kind]
+
+
+def _one_of(trees: list, kind: jax.Array | int):
+    """One of several trees of the same shape; a traced `kind` selects."""
+    return trees[kind] if isinstance(kind, int) else jax.tree.map(lambda *leaves: jnp.stack(leaves)[kind], *trees)
+
+
+def _padded(x_RKH: jax.Array, head_dim: int) -> jax.Array:
+    """Heads filled up with zeros, which add nothing to a score."""
+    missing = head_dim - x_RKH.shape[-1]
+    return jnp.pad(x_RKH, ((0, 0), (0, 0), (0, missing))) if missing else x_RKH
+
+
+def _queries(q_RNH: jax.Array, head_dim: int) -> jax.Array:
+    """Likewise, and made up for the kernels' scale, which goes by the padded width."""
+    H = q_RNH.shape[-1]
+    return _padded(q_RNH * (head_dim / H) ** 0.5, head_dim) if head_dim != H else q_RNH

@@ -27,7 +27,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from .. import cache_manager, kernels
 from . import forward, sharding, weights
-from .attention import attend_cache, attend_prompt
+from .attention import attend_cache, attend_prompt, stored_head_dim
 from .config import EngineConfig
 from .errors import RefusedError
 from .forward import LayerLoop, Params
@@ -107,16 +107,22 @@ class Engine:
         self.buckets = config.buckets
         platform = mesh.devices.flat[0].platform
         self.layer_loop: LayerLoop = forward.layer_loop_for(platform)
+        self._backend: kernels.Backend = kernels.backend_for(platform)
         self.layout = cache_manager.CacheLayout(
             layers=model.config.num_layers,
             slots=config.slots,
             kv_heads=model.config.num_kv_heads,
             length=config.cache_length,
-            head_dim=model.config.head_dim,
+            head_dim=stored_head_dim(model.config.head_dim, self._backend),
             dtype=dtype,
         )
         self._model, self._tokenizer = model, tokenizer
-        self._backend: kernels.Backend = kernels.backend_for(platform)
+        self._attention: dict[str, Any] = {
+            "window_of_layer": model.config.window_of_layer,
+            "soft_cap": model.config.attn_soft_cap,
+            "mesh": mesh,
+            "backend": self._backend,
+        }
 
         everywhere: Any = NamedSharding(mesh, PartitionSpec())
         cache: Any = NamedSharding(mesh, cache_manager.CACHE_SPEC)
@@ -295,7 +301,7 @@ class Engine:
     def _prefill_program(
         self, params: Params, token_T, true_length, sampling: SlotSampling, wants_logprobs
     ) -> tuple[Prefix, StepResult]:
-        attend = attend_prompt(mesh=self.mesh, backend=self._backend)
+        attend = attend_prompt(token_T.shape[0], head_dim=self.layout.head_dim, **self._attention)
         logits_V, kv_LKTC, logprob_T = forward.prefill(
             self._model, params, token_T, true_length, attend, wants_logprobs
         )
@@ -331,7 +337,7 @@ class Engine:
 
     def _decode(self, params: Params, state: DecodeState) -> tuple[jax.Array, jax.Array]:
         """(logits_BV, new_LBKC)"""
-        attend = attend_cache(state.cache_LBKSC, state.length_B, mesh=self.mesh, backend=self._backend)
+        attend = attend_cache(state.cache_LBKSC, state.length_B, **self._attention)
         return forward.decode(self._model, params, state.token_B, state.length_B, attend)
 
     def _flushed(self, state: DecodeState, advanced: DecodeState, new_LBKC: jax.Array) -> DecodeState:

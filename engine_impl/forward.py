@@ -9,7 +9,6 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
-from ..cache_manager import rows
 from . import bridge
 from .attention import Attend
 from .logprobs import prompt_logprobs
@@ -49,7 +48,7 @@ def decode(
     model: Decoder, params: Params, token_B: jax.Array, length_B: jax.Array, attend: Attend
 ) -> tuple[jax.Array, jax.Array]:
     """One token a slot, at position `length`: (logits_BV, new_LBKC)."""
-    x_BD, new_LBKC = _layers(model, params, token_B, length_B, attend, _as_slots)
+    x_BD, new_LBKC = _layers(model, params, token_B, length_B, attend)
     return _logits(model, params, x_BD), new_LBKC
 
 
@@ -63,7 +62,7 @@ def prefill(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """One padded prompt: (logits_V of its last real token, kv_LKTC of all its tokens, their logprob_T or zeros)."""
     position_T = jnp.arange(token_T.shape[0], dtype=jnp.int32)
-    x_TD, kv_LKTC = _layers(model, params, token_T, position_T, attend, _as_prefix)
+    x_TD, kv_LKTC = _layers(model, params, token_T, position_T, attend)
     last_1D = jax.lax.dynamic_slice_in_dim(x_TD, true_length - 1, 1)
     logprob_T = jax.lax.cond(
         wants_logprobs,
@@ -73,36 +72,43 @@ def prefill(
     return _logits(model, params, last_1D)[0], kv_LKTC, logprob_T
 
 
-def _layers(model: Decoder, params: Params, token_R, position_R, attend: Attend, stored) -> tuple[jax.Array, jax.Array]:
-    """The residual stream behind the last layer, and each layer's k, v in the form to be stored."""
-    x_RD = bridge.run(model.embed_tokens, params["embed_tokens"], token_R)
-    rope = bridge.run(model.rope, {}, position_R)
+def _layers(model: Decoder, params: Params, token_R, position_R, attend: Attend) -> tuple[jax.Array, jax.Array]:
+    """The residual stream behind the last layer, and each layer's k, v in the form to be stored.
 
-    @jax.jit  # traced once; XLA inlines the calls, so an unrolled layer's index is a constant again
-    def layer(x_RD, weights, index):
+    Layers differ in their weights, in how far back they see and in their rope. Under a scan all three are selected by
+    the layer's number; unrolled, a layer is traced once for each way of seeing.
+    """
+    x_RD = bridge.run(model.embed_tokens, params["embed_tokens"], token_R)
+    x_RD = bridge.run(model.after_embedding, {}, x_RD)
+    ropes = bridge.run(model.rope, {}, position_R)
+    kind_of_layer, rope_of_layer = attend.kind_of_layer, model.config.rope_of_layer
+
+    def layer(x_RD, weights, index, kind, rope):
         def attend_layer(q_RNH, k_RKH, v_RKH):
-            return bridge.call_kernel(lambda q, k, v: attend(index, q, k, v), q_RNH, k_RKH, v_RKH)
+            return bridge.call_kernel(lambda q, k, v: attend.call(index, kind, q, k, v), q_RNH, k_RKH, v_RKH)
 
         x_RD, k_RKH, v_RKH = bridge.run(model.layers[0], weights, x_RD, rope, attend_layer)
-        return x_RD, stored(k_RKH, v_RKH)
+        return x_RD, attend.stored(k_RKH, v_RKH)
 
     if isinstance(params["layers"], dict):
-        index_L = jnp.arange(len(model.layers), dtype=jnp.int32)
-        return jax.lax.scan(lambda x_RD, of_layer: layer(x_RD, *of_layer), x_RD, (params["layers"], index_L))
+        ropes_stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *ropes) if len(ropes) > 1 else None
+
+        def step(x_RD, of_layer):
+            weights, index, kind, which = of_layer
+            rope = ropes[0] if ropes_stacked is None else jax.tree.map(lambda leaves: leaves[which], ropes_stacked)
+            return layer(x_RD, weights, index, kind, rope)
+
+        numbers = (range(len(model.layers)), kind_of_layer, rope_of_layer)
+        return jax.lax.scan(step, x_RD, (params["layers"], *(jnp.asarray(list(n), jnp.int32) for n in numbers)))
+
+    layer = jax.jit(layer, static_argnums=3)  # XLA inlines the calls, so a layer's index is a constant again
     per_layer = []
     for index, weights in enumerate(params["layers"]):
-        x_RD, kv = layer(x_RD, weights, jnp.int32(index))
+        x_RD, kv = layer(x_RD, weights, jnp.int32(index), kind_of_layer[index], ropes[rope_of_layer[index]])
         per_layer.append(kv)
     return x_RD, jnp.stack(per_layer)
 
 
-def _as_slots(k_BKH: jax.Array, v_BKH: jax.Array) -> jax.Array:
-    return rows(k_BKH, v_BKH)
-
-
-def _as_prefix(k_TKH: jax.Array, v_TKH: jax.Array) -> jax.Array:
-    return rows(k_TKH, v_TKH).swapaxes(0, 1)
-
-
 def _logits(model: Decoder, params: Params, x_RD: jax.Array) -> jax.Array:
-    return bridge.run(model.lm_head, params["lm_head"], bridge.run(model.norm, params["norm"], x_RD))
+    logits_RV = bridge.run(model.lm_head, params["lm_head"], bridge.run(model.norm, params["norm"], x_RD))
+    return bridge.run(model.after_logits, {}, logits_RV)

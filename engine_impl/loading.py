@@ -7,7 +7,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import torch
 
 from .checkpoints.embedded import embedded_model, home
 from .checkpoints.gguf import GGUFCheckpoint
@@ -15,7 +14,7 @@ from .config import EngineConfig
 from .engine import Engine
 from .errors import RefusedError
 from .forward import Params
-from .models.llama import Llama
+from .models import registry
 from .sharding import make_mesh
 
 
@@ -36,8 +35,7 @@ def load_engine(config: EngineConfig) -> tuple[Engine, Params]:
             f"use at most {shape.context_length}"
         )
     mesh = make_mesh(devices, shape.num_heads, shape.num_kv_heads, config.tensor_parallel)
-    with torch.device("meta"):
-        model = Llama(replace(shape, num_kv_heads=max(shape.num_kv_heads, mesh.size)))
+    model = registry.build(replace(shape, num_kv_heads=max(shape.num_kv_heads, mesh.size)))
     dtype = _dtype(config.dtype, devices[0].platform)
     engine = Engine(model, mesh, config, dtype, checkpoint.tokenizer(), config.model)
     return engine, engine.load_params(checkpoint)

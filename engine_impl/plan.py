@@ -13,7 +13,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import torch
 
 from .budget import Budget, Misfit, ProgramReport
 from .checkpoints.gguf import GGUFCheckpoint
@@ -21,7 +20,8 @@ from .checkpoints.hf_config import read_hf_config
 from .chips import chip_of
 from .config import EngineConfig
 from .engine import Engine
-from .models.llama import Llama, LlamaConfig
+from .models import registry
+from .models.decoder import ModelConfig
 from .presets import preset
 from .sharding import make_mesh
 from .topology import tpu_devices
@@ -53,7 +53,7 @@ class Plan:
 
 def plan(
     config: EngineConfig,
-    shape: LlamaConfig,
+    shape: ModelConfig,
     topology: str,
     *,
     all_buckets: bool = False,
@@ -111,7 +111,7 @@ def plan(
     )
 
 
-def largest_slots(config: EngineConfig, shape: LlamaConfig, topology: str, **options: Any) -> Plan:
+def largest_slots(config: EngineConfig, shape: ModelConfig, topology: str, **options: Any) -> Plan:
     """The plan with the most slots that fit; with one slot, if not even that fits.
 
     A slot costs its cache and a little more: each guess comes from what a slot cost between the last two plans and the
@@ -133,7 +133,7 @@ def largest_slots(config: EngineConfig, shape: LlamaConfig, topology: str, **opt
     return best
 
 
-def shape_of(model: str) -> LlamaConfig:
+def shape_of(model: str) -> ModelConfig:
     """The shape of a preset, a Hugging Face config.json or its folder, `embedded`, or a GGUF file.
 
     Raises RefusedError for what is none of these.
@@ -146,12 +146,11 @@ def shape_of(model: str) -> LlamaConfig:
     return read_hf_config(path) if path.exists() else preset(model)
 
 
-def abstract_engine(shape: LlamaConfig, topology: str, config: EngineConfig) -> Engine:
+def abstract_engine(shape: ModelConfig, topology: str, config: EngineConfig) -> Engine:
     """The product's own engine on chips that are not there."""
     devices = tpu_devices(topology)
     mesh = make_mesh(devices, shape.num_heads, shape.num_kv_heads, config.tensor_parallel)
-    with torch.device("meta"):
-        model = Llama(replace(shape, num_kv_heads=max(shape.num_kv_heads, mesh.size)))
+    model = registry.build(replace(shape, num_kv_heads=max(shape.num_kv_heads, mesh.size)))
     dtype = jnp.dtype("bfloat16" if config.dtype == "auto" else config.dtype)
     tokenizer: Any = None  # text is none of a program's business
     return Engine(model, mesh, config, dtype, tokenizer, config.model)

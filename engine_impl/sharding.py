@@ -40,6 +40,6 @@ def parameter_spec(model: Decoder, name: str, shape: Sequence[int], mesh: Mesh) 
     """How one parameter is split: along the axis that the model's `shard_axis` gives for its module, if the devices
     divide it; otherwise each device has a copy."""
     axis = model.shard_axis.get(name.split(".")[-2])
-    if axis is None or shape[axis] % mesh.size:
+    if axis is None or axis >= len(shape) or shape[axis] % mesh.size:
         return PartitionSpec()
     return PartitionSpec(*[AXIS if i == axis else None for i in range(len(shape))])

@@ -11,7 +11,7 @@ from torch import nn
 
 from .errors import RefusedError
 from .forward import LayerLoop, Params
-from .models.decoder import Decoder, ModelConfig
+from .models.decoder import Decoder, ModelConfig, Rows
 from .sharding import parameter_spec
 
 
@@ -33,7 +33,8 @@ def load(model: Decoder, checkpoint: Checkpoint, mesh: Mesh, dtype: jnp.dtype, l
     """
 
     def read(name: str, shape: tuple[int, ...]) -> np.ndarray:
-        value = checkpoint.tensor(name)
+        parts = [_rows(checkpoint.tensor(source), source) for source in model.sources(name)]
+        value = parts[0] if len(parts) == 1 else np.stack(parts)
         if name.split(".")[-2] in ("k_proj", "v_proj"):
             value = _repeat_heads(value, checkpoint.config.num_kv_heads, model.config.num_kv_heads)
         if value.shape != shape:
@@ -44,7 +45,7 @@ def load(model: Decoder, checkpoint: Checkpoint, mesh: Mesh, dtype: jnp.dtype, l
         values = [read(name, shape) for name in names]
         return jax.device_put(np.stack(values) if stacked else values[0], sharding)
 
-    if unused := checkpoint.unused({name for name, _ in model.named_parameters()}):
+    if unused := checkpoint.unused({source for name, _ in model.named_parameters() for source in model.sources(name)}):
         raise RefusedError(f"{checkpoint.name}: the model has no parameter for {', '.join(unused)}")
     return _build(model, mesh, loop, place)
 
@@ -82,6 +83,11 @@ def _build(model: Decoder, mesh: Mesh, loop: LayerLoop, leaf: Callable[..., Any]
         "norm": section(model.norm, ["norm"]),
         "lm_head": embed_tokens if model.config.tied_embeddings else section(model.lm_head, ["lm_head"]),
     }
+
+
+def _rows(tensor: np.ndarray, source: str) -> np.ndarray:
+    """What the model takes of a checkpoint's tensor."""
+    return tensor[source.start : source.stop] if isinstance(source, Rows) else tensor
 
 
 def _repeat_heads(weight: np.ndarray, heads: int, wanted: int) -> np.ndarray:

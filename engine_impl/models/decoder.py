@@ -2,12 +2,26 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
+from .fields import Fields
+
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""(q_RNH, k_RKH, v_RKH) -> out_RNH"""
+"""(q_RNH, k_RKH, v_RKH) -> out_RNH, softmax of q . k times H**-0.5"""
+
+
+class Rows(str):
+    """The name of a checkpoint's tensor of which a parameter is rows [start, stop)."""
+
+    start: int
+    stop: int
+
+    def __new__(cls, name: str, start: int, stop: int) -> "Rows":
+        rows = super().__new__(cls, name)
+        rows.start, rows.stop = start, stop
+        return rows
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,25 +35,64 @@ class ModelConfig:
     vocab_size: int
     context_length: int
     tied_embeddings: bool
+    windows: tuple[int | None, ...] = (None,)
+    """How many tokens a layer sees, the row's own included; None is all. Layers take turns: it starts over at its end,
+    so that one entry stands for all layers, two for every other one."""
+    attn_soft_cap: float | None = None
+    """Attention scores become cap * tanh(score / cap)."""
+
+    @property
+    def window_of_layer(self) -> tuple[int | None, ...]:
+        """`windows`, one a layer."""
+        return tuple(self.windows[i % len(self.windows)] for i in range(self.num_layers))
+
+    @property
+    def rope_of_layer(self) -> tuple[int, ...]:
+        """Which of the module's ropes each layer takes; most families have one."""
+        return (0,) * self.num_layers
 
 
 class Decoder(nn.Module):
     """The parts of a decoder-only model, in the order that a step walks them.
 
-    Parameters are named as in Hugging Face checkpoints, without the leading `model.`.
+    Parameters are named as in Hugging Face checkpoints, without the leading `model.`; where a name has to differ,
+    `sources` tells which tensors it stands for.
     """
 
+    config_type: ClassVar[type[ModelConfig]]
+    """The family's own, by which `registry.build` finds it."""
     shard_axis: ClassVar[dict[str, int]]
     """Module name -> the axis of its weight [out, in] that the chips share; all else is replicated."""
 
     config: ModelConfig
     embed_tokens: nn.Module
     """token_R -> x_RD"""
+    after_embedding: nn.Module
+    """x_RD -> x_RD"""
     rope: nn.Module
-    """position_R -> what the layers take as `rope`"""
+    """position_R -> a tuple; each layer takes the entry that `config.rope_of_layer` names. All of one shape."""
     layers: nn.ModuleList
-    """(x_RD, rope, attend) -> (x_RD, k_RKH, v_RKH)"""
+    """(x_RD, rope, attend) -> (x_RD, k_RKH, v_RKH); all alike but for their weights"""
     norm: nn.Module
     """x_RD -> x_RD"""
     lm_head: nn.Module
     """x_RD -> logits_RV"""
+    after_logits: nn.Module
+    """logits_RV -> logits_RV"""
+
+    def __init__(self, config: Any) -> None:
+        """`config` is of the family's `config_type`. A family sets the other parts itself."""
+        super().__init__()
+        self.config = config
+        self.after_embedding = nn.Identity()
+        self.after_logits = nn.Identity()
+
+    @classmethod
+    def read_config(cls, fields: Fields) -> ModelConfig:
+        """The config that a `config.json` describes. Raises RefusedError for what the family cannot do."""
+        raise NotImplementedError
+
+    def sources(self, name: str) -> tuple[str, ...]:
+        """The checkpoint's tensors that make up a parameter; several are stacked on a new leading axis, of `Rows` only
+        those are taken."""
+        return (name,)

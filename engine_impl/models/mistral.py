@@ -1,0 +1,24 @@
+"""Mistral 7B and its kin: a Llama whose layers all look back over a window."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from .fields import Fields
+from .transformer import Transformer, TransformerConfig, read_rope, read_shape
+
+
+@dataclass(frozen=True, kw_only=True)
+class MistralConfig(TransformerConfig):
+    """A Mistral's shape."""
+
+
+class Mistral(Transformer):
+    """Later ones (7B v0.2 on, Nemo) have no window."""
+
+    config_type: ClassVar = MistralConfig
+
+    @classmethod
+    def read_config(cls, fields: Fields) -> MistralConfig:
+        fields.only("hidden_act", "silu")
+        shape = read_shape(fields)
+        return MistralConfig(**shape, **read_rope(fields, shape["head_dim"]), windows=(fields.get("sliding_window"),))

@@ -1,0 +1,88 @@
+"""Modules that the families are made of. Matrix weights live in `Linear`, `Embedding` and `ExpertLinear` only."""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+
+class Linear(nn.Linear):
+    """No initial values: they come from a checkpoint, and drawing them would take longer than all the rest."""
+
+    def reset_parameters(self) -> None: ...
+
+
+class Embedding(nn.Embedding):
+    """Likewise."""
+
+    def reset_parameters(self) -> None: ...
+
+
+class ExpertLinear(nn.Module):
+    """A `Linear` without bias for each of E experts, weight [E, out, in]."""
+
+    def __init__(self, experts: int, in_features: int, out_features: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(experts, out_features, in_features))
+
+    def of_all(self, x_RI: Tensor) -> Tensor:
+        """Every expert's answer to every row: [E, R, out]."""
+        return torch.einsum("ri,eoi->ero", x_RI, self.weight)
+
+    def summed(self, x_ERI: Tensor) -> Tensor:
+        """The sum of the experts' answers, each to its own rows: [R, out]."""
+        return torch.einsum("eri,eoi->ro", x_ERI, self.weight)
+
+    def of_one(self, x_I: Tensor, expert: Tensor) -> Tensor:
+        """One expert's answer to one row; `expert` is an integer scalar. Only that expert's weights are read."""
+        return functional.linear(x_I, self.weight[expert])
+
+
+class RMSNorm(nn.Module):
+    """Root mean square norm (Zhang & Sennrich, arXiv 1910.07467), computed in float32."""
+
+    def __init__(self, dim: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(dim))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.weight * self.normed(x).to(x.dtype)
+
+    def normed(self, x: Tensor) -> Tensor:
+        """x over its root mean square along the last axis, float32."""
+        wide = x.float()
+        return wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
+
+
+class GemmaRMSNorm(RMSNorm):
+    """Weights are stored as their distance from one, and multiplied in float32."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (self.normed(x) * (1 + self.weight.float())).to(x.dtype)
+
+
+class Scale(nn.Module):
+    """Multiplies by a number, rounded to the type of what it multiplies."""
+
+    def __init__(self, factor: float) -> None:
+        super().__init__()
+        self.factor = factor
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * torch.full((), self.factor, dtype=x.dtype, device=x.device)
+
+
+class SoftCap(nn.Module):
+    """cap * tanh(x / cap), computed in float32."""
+
+    def __init__(self, cap: float) -> None:
+        super().__init__()
+        self.cap = cap
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (self.cap * torch.tanh(x.float() / self.cap)).to(x.dtype)
+
+
+def gelu_tanh(x: Tensor) -> Tensor:
+    """GELU by its tanh approximation."""
+    return functional.gelu(x, approximate="tanh")

@@ -1,0 +1,157 @@
+"""What most families have in common: grouped-query attention with a rope, a gated feed-forward, two norms a layer.
+
+Knows nothing of caches, sharding or batching: a layer sees R rows, each one token at its own position, and calls the
+`attend` that it is given. In decode the rows are the slots, in prefill they are the tokens of one prompt.
+
+R rows; other axes as in cache_manager/layout.py.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+from torch.nn import functional
+
+from .decoder import Attend, Decoder, ModelConfig
+from .fields import Fields
+from .parts import Embedding, Linear, RMSNorm
+from .rope import SCALINGS, Factors, Rope, frequencies, read_factors, rotate
+
+
+@dataclass(frozen=True, kw_only=True)
+class TransformerConfig(ModelConfig):
+    """A transformer's shape."""
+
+    model_dim: int
+    ffn_dim: int
+    rope_theta: float
+    rms_norm_eps: float
+    rope_factors: Factors | None = None
+    """What each of the rope's H/2 frequencies is divided by, to reach beyond the trained length; None is no scaling."""
+
+
+class Attention(nn.Module):
+    """Grouped-query attention; hands q, k, v to `attend`, keeps nothing."""
+
+    def __init__(self, config: TransformerConfig, *, qkv_bias: bool = False, query_scale: float = 1.0) -> None:
+        """`query_scale` is for families that do not scale scores by H**-0.5, as `attend` does. A family that
+        normalises its heads sets `q_norm` and `k_norm`."""
+        super().__init__()
+        self.head_dim, self.query_scale = config.head_dim, query_scale
+        q_dim, kv_dim = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+        self.q_proj = Linear(config.model_dim, q_dim, bias=qkv_bias)
+        self.k_proj = Linear(config.model_dim, kv_dim, bias=qkv_bias)
+        self.v_proj = Linear(config.model_dim, kv_dim, bias=qkv_bias)
+        self.o_proj = Linear(q_dim, config.model_dim, bias=False)
+        self.q_norm: nn.Module = nn.Identity()
+        self.k_norm: nn.Module = nn.Identity()
+
+    def forward(self, x_RD: Tensor, rope: tuple[Tensor, Tensor], attend: Attend) -> tuple[Tensor, Tensor, Tensor]:
+        q_RNH = rotate(self.q_norm(self._heads(self.q_proj(x_RD))), rope) * self.query_scale
+        k_RKH = rotate(self.k_norm(self._heads(self.k_proj(x_RD))), rope)
+        v_RKH = self._heads(self.v_proj(x_RD))
+        return self.o_proj(attend(q_RNH, k_RKH, v_RKH).flatten(-2)), k_RKH, v_RKH
+
+    def _heads(self, x: Tensor) -> Tensor:
+        return x.unflatten(-1, (-1, self.head_dim))
+
+
+class GatedMLP(nn.Module):
+    """Gated feed-forward (Shazeer, arXiv 2002.05202): SwiGLU, or GeGLU with another activation."""
+
+    def __init__(self, config: TransformerConfig, activation: Callable[[Tensor], Tensor] = functional.silu) -> None:
+        super().__init__()
+        self.activation = activation
+        self.gate_proj = Linear(config.model_dim, config.ffn_dim, bias=False)
+        self.up_proj = Linear(config.model_dim, config.ffn_dim, bias=False)
+        self.down_proj = Linear(config.ffn_dim, config.model_dim, bias=False)
+
+    def forward(self, x_RD: Tensor) -> Tensor:
+        return self.down_proj(self.activation(self.gate_proj(x_RD)) * self.up_proj(x_RD))
+
+
+class Layer(nn.Module):
+    """One transformer layer: the rows' new residual stream and the k, v that somebody else will store."""
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        self_attn: nn.Module,
+        mlp: nn.Module,
+        norm: Callable[[int, float], nn.Module] = RMSNorm,
+    ) -> None:
+        super().__init__()
+        self.input_layernorm = norm(config.model_dim, config.rms_norm_eps)
+        self.self_attn = self_attn
+        self.post_attention_layernorm = norm(config.model_dim, config.rms_norm_eps)
+        self.mlp = mlp
+
+    def forward(self, x_RD: Tensor, rope: tuple[Tensor, Tensor], attend: Attend) -> tuple[Tensor, Tensor, Tensor]:
+        out_RD, k_RKH, v_RKH = self.self_attn(self.input_layernorm(x_RD), rope, attend)
+        x_RD = x_RD + out_RD
+        return x_RD + self.mlp(self.post_attention_layernorm(x_RD)), k_RKH, v_RKH
+
+
+class Transformer(Decoder):
+    """Heads, ffn and vocabulary are shared among the chips. A family says what its layers are."""
+
+    shard_axis: ClassVar = {
+        **dict.fromkeys(["embed_tokens", "lm_head", "q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"], 0),
+        **dict.fromkeys(["o_proj", "down_proj"], 1),
+    }
+    config: TransformerConfig
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__(config)
+        self.embed_tokens = Embedding(config.vocab_size, config.model_dim)
+        self.rope = Rope(frequencies(config.head_dim, config.rope_theta, config.rope_factors))
+        self.layers = nn.ModuleList(self.layer(config) for _ in range(config.num_layers))
+        self.norm = RMSNorm(config.model_dim, config.rms_norm_eps)
+        self.lm_head = Linear(config.model_dim, config.vocab_size, bias=False)
+
+    def layer(self, config: Any) -> nn.Module:
+        """A layer, by default Llama's."""
+        return Layer(config, Attention(config), GatedMLP(config))
+
+
+def read_shape(fields: Fields, *, tied_embeddings: bool = False) -> dict[str, Any]:
+    """The fields of `TransformerConfig` but for its rope; `tied_embeddings` is the family's, where it is left unsaid.
+
+    Raises RefusedError for biases of attention and feed-forward: a family that has some knows of them itself.
+    """
+    for name in ("attention_bias", "mlp_bias"):
+        fields.only(name, False)
+    heads, model_dim = fields["num_attention_heads"], fields["hidden_size"]
+    return {
+        "num_layers": fields["num_hidden_layers"],
+        "num_heads": heads,
+        "num_kv_heads": fields.get("num_key_value_heads", heads),
+        "head_dim": fields.get("head_dim", model_dim // heads),
+        "vocab_size": fields["vocab_size"],
+        "context_length": fields["max_position_embeddings"],
+        "tied_embeddings": fields.get("tie_word_embeddings", tied_embeddings),
+        "model_dim": model_dim,
+        "ffn_dim": fields["intermediate_size"],
+        "rms_norm_eps": fields["rms_norm_eps"],
+    }
+
+
+def read_rope(fields: Fields, head_dim: int, scalings: tuple[str, ...] = SCALINGS) -> dict[str, Any]:
+    """The fields of `TransformerConfig` that its one rope needs. Raises RefusedError for another scaling."""
+    rope = fields.rope(scalings)
+    if rope.get("partial_rotary_factor", 1) != 1 or fields.get("partial_rotary_factor", 1) != 1:
+        raise fields.refused("turns only a part of each head, which is not there yet")
+    return {"rope_theta": float(rope["rope_theta"]), "rope_factors": read_factors(fields, rope, head_dim)}
+
+
+def windows_of_layers(fields: Fields, layer_types: list[str], window: int | None) -> tuple[int | None, ...]:
+    """`ModelConfig.windows` from a type a layer, in as few entries as say it."""
+    kinds: dict[str, int | None] = {"sliding_attention": window, "full_attention": None}
+    if unknown := set(layer_types) - set(kinds):
+        raise fields.refused(f"has layers of type {', '.join(sorted(unknown))}; those there are: {', '.join(kinds)}")
+    windows = tuple(kinds[kind] for kind in layer_types)
+    for period in range(1, len(windows)):
+        if all(window == windows[i % period] for i, window in enumerate(windows)):
+            return windows[:period]
+    return windows
