@@ -97,9 +97,9 @@ def test_what_one_program_leaves_the_next_takes_as_it_lies(kv_heads, head_dim):
     (prefix, state_in, _), _ = insert.input_formats
     (_, state), _ = generate.input_formats
     state_out, _ = generate.output_formats
-    layouts = [prefill.output_formats.kv_LKTC.layout, prefix.kv_LKTC.layout]
+    layouts = [prefill.output_formats[0].kv.rows.layout, prefix.kv.rows.layout]
     assert layouts[0] == layouts[1]
-    caches = [formats.cache_LBKSC.layout for formats in (state_in, insert.output_formats, state, state_out)]
+    caches = [formats.cache.rows.layout for formats in (state_in, insert.output_formats, state, state_out)]
     assert len(set(caches)) == 1
 
 
