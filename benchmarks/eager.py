@@ -20,6 +20,7 @@ from ..cache_manager import KV, Plain, insert, rows
 from ..engine_impl import bridge, forward
 from ..engine_impl.config import EngineConfig
 from ..engine_impl.engine import DecodeState, Engine, Prefix, StepResult, next_tokens, set_sampling
+from ..engine_impl.errors import RefusedError
 from ..engine_impl.forward import Params
 from ..engine_impl.models.decoder import Decoder
 from ..kernels import Backend, attention_steps, ragged_attention
@@ -42,10 +43,16 @@ class EagerEngine(Engine):
         """A twin of `engine`, on its mesh and with its sizes.
 
         Takes the engine's own params; except "per_layer" on a TPU, whose layers are unrolled: load them anew.
-        Raises ValueError for an engine with a quantised cache.
+
+        Raises RefusedError for a model whose layers see differently far or cap their scores, or with padded heads, and
+        for a quantised cache.
         """
+        shape = engine._model.config
+        plain = (*shape.windows, shape.attn_soft_cap, engine.layout.head_dim) == (None, None, shape.head_dim)
+        if not plain or any(shape.rope_of_layer):
+            raise RefusedError(f"the eager baseline has no windows or soft caps as {engine.model_name} needs them")
         if engine.layout.codec != Plain():
-            raise ValueError(f"the eager cache stores rows as they are, not by {engine.layout.codec=}")
+            raise RefusedError(f"the eager baseline stores rows as they are, not by {engine.layout.codec=}")
         config = EngineConfig(
             slots=engine.max_concurrent_decodes,
             cache_length=engine.cache_length,
@@ -100,7 +107,8 @@ class EagerLayers:
     def decode(self, params: Params, token_B: jax.Array, cache: Any) -> tuple[jax.Array, Any]:
         """One token a slot: (logits_BV, the cache in the form it came, with the new rows)."""
         x_BD = bridge.run(self._model.embed_tokens, params["embed_tokens"], token_B)
-        rope = bridge.run(self._model.rope, {}, self._length_B)
+        x_BD = bridge.run(self._model.after_embedding, {}, x_BD)
+        (rope,) = bridge.run(self._model.rope, {}, self._length_B)
         one_cache = cache[0] if isinstance(cache, tuple) else cache
         steps = attention_steps(one_cache, self._length_B, mesh=self._mesh, backend=self._backend)
 

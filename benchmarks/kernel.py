@@ -14,7 +14,7 @@ import numpy as np
 
 from ..cache_manager import CacheLayout
 from ..engine_impl.errors import RefusedError
-from ..engine_impl.loading import _devices, _dtype
+from ..engine_impl.loading import choose_devices, choose_dtype
 from ..engine_impl.sharding import make_mesh
 from ..kernels import Backend, backend_for, cache_flush
 from . import machine
@@ -52,7 +52,7 @@ def run(plan: KernelPlan, live_tokens: list[int]) -> dict[str, Any]:
             f"kv_heads={plan.kv_heads}"
         )
     machine.warn_if_busy()
-    devices = _devices(plan.platform)
+    devices = choose_devices(plan.platform)
     platform, bandwidth = devices[0].platform, machine.copy_bandwidth(devices[0])
     bench = KernelBench(plan, make_mesh(devices[:1], plan.heads, plan.kv_heads, 1), backend_for(platform))
     attention = [row for live in live_tokens for row in bench.attention_rows(live, bandwidth)]
@@ -70,7 +70,7 @@ class KernelBench:
 
     def __init__(self, plan: KernelPlan, mesh: jax.sharding.Mesh, backend: Backend) -> None:
         self.platform = mesh.devices.flat[0].platform
-        self.dtype = _dtype(plan.dtype, self.platform)
+        self.dtype = choose_dtype(plan.dtype, self.platform)
         self._plan, self._mesh = plan, mesh
         self._backend: Backend = backend
         self._layout = CacheLayout(

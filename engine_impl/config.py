@@ -13,7 +13,11 @@ class EngineConfig:
     """The model, the shape of its decode batch and the devices it runs on."""
 
     model: str = "embedded"
-    """`embedded` (SmolLM2-135M-Instruct, fetched on first use) or the path of a GGUF file."""
+    """`embedded` (SmolLM2-135M-Instruct, fetched on first use), a GGUF file, a folder with config.json and safetensors
+    files, or a model of the Hugging Face hub (org/name, or org/name@revision)."""
+
+    model_module: str | None = None
+    """A Python module that registers a model family of your own (package.module), see docs/adding-a-model.md."""
 
     slots: int = 8
     """Requests decoded together (slots)."""

@@ -8,26 +8,42 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from .checkpoints.embedded import embedded_model, home
-from .checkpoints.gguf import GGUFCheckpoint
+from .checkpoints.embedded import home
+from .checkpoints.open import open_checkpoint
 from .config import EngineConfig
 from .engine import Engine
 from .errors import RefusedError
 from .forward import Params
 from .models import registry
 from .sharding import make_mesh
+from .weights import Checkpoint
 
 
 def load_engine(config: EngineConfig) -> tuple[Engine, Params]:
     """Build the engine that the config describes and load its weights.
 
-    Raises RefusedError for a model file that is missing or damaged, a platform without devices, or sizes that the model
-    does not allow.
+    Raises RefusedError for a model that is missing or damaged, a platform without devices, or sizes that the model does
+    not allow.
     """
-    devices = _devices(config.platform)
+    choose_devices(config.platform)  # refused before a download
+    registry.use_module(config.model_module)
+    checkpoint = open_checkpoint(config.model)
+    engine = build_engine(config, checkpoint)
+    return engine, engine.load_params(checkpoint)
+
+
+def build_engine(config: EngineConfig, checkpoint: Checkpoint | None = None) -> Engine:
+    """The engine that the config describes, with its tokenizer and without weights: `engine.load_params` reads them.
+
+    Args:
+        checkpoint: where shape and tokenizer come from; default: what `config.model` names.
+
+    Raises RefusedError as `load_engine` does.
+    """
+    devices = choose_devices(config.platform)
     # Programs compiled once are found again by the next start.
     jax.config.update("jax_compilation_cache_dir", str(home() / "compiled"))
-    checkpoint = GGUFCheckpoint(embedded_model() if config.model == "embedded" else Path(config.model))
+    checkpoint = checkpoint or open_checkpoint(config.model)
     shape = checkpoint.config
     if config.cache_length > shape.context_length:
         raise RefusedError(
@@ -36,13 +52,15 @@ def load_engine(config: EngineConfig) -> tuple[Engine, Params]:
         )
     mesh = make_mesh(devices, shape.num_heads, shape.num_kv_heads, config.tensor_parallel)
     model = registry.build(replace(shape, num_kv_heads=max(shape.num_kv_heads, mesh.size)))
-    dtype = _dtype(config.dtype, devices[0].platform)
-    engine = Engine(model, mesh, config, dtype, checkpoint.tokenizer(), config.model)
-    return engine, engine.load_params(checkpoint)
+    dtype = choose_dtype(config.dtype, devices[0].platform)
+    return Engine(model, mesh, config, dtype, checkpoint.tokenizer(), config.model)
 
 
-def _devices(platform: str) -> list[Any]:
-    """Choose the platform explicitly: left alone, JAX tries them all and complains of each that is not there."""
+def choose_devices(platform: str) -> list[Any]:
+    """The devices of a platform (see `EngineConfig.platform`). Raises RefusedError when it has none.
+
+    The platform is chosen explicitly: left alone, JAX tries them all and complains of each that is not there.
+    """
     if platform != "auto":
         jax.config.update("jax_platforms", platform)
     elif not os.environ.get("JAX_PLATFORMS"):
@@ -60,7 +78,8 @@ def _platform_here() -> str:
     return "cuda" if Path("/dev/nvidiactl").exists() else "cpu"
 
 
-def _dtype(name: str, platform: str) -> jnp.dtype:
+def choose_dtype(name: str, platform: str) -> jnp.dtype:
+    """The type of weights, activations and cache (see `EngineConfig.dtype`)."""
     if name == "auto":
         name = "float32" if platform == "cpu" else "bfloat16"
     return jnp.dtype(name)

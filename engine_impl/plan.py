@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from .budget import Budget, Misfit, ProgramReport
+from .checkpoints import hub
 from .checkpoints.gguf import GGUFCheckpoint
 from .checkpoints.hf_config import read_hf_config
 from .chips import chip_of
@@ -134,7 +135,7 @@ def largest_slots(config: EngineConfig, shape: ModelConfig, topology: str, **opt
 
 
 def shape_of(model: str) -> ModelConfig:
-    """The shape of a preset, a Hugging Face config.json or its folder, `embedded`, or a GGUF file.
+    """The shape of a preset, a Hugging Face config.json or its folder, a hub id, `embedded`, or a GGUF file.
 
     Raises RefusedError for what is none of these.
     """
@@ -143,7 +144,9 @@ def shape_of(model: str) -> ModelConfig:
         return preset("smollm2-135m")
     if path.suffix == ".gguf":
         return GGUFCheckpoint(path).config
-    return read_hf_config(path) if path.exists() else preset(model)
+    if path.exists():
+        return read_hf_config(path)
+    return read_hf_config(hub.config_file(model)) if hub.is_id(model) else preset(model)
 
 
 def abstract_engine(shape: ModelConfig, topology: str, config: EngineConfig) -> Engine:

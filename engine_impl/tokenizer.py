@@ -1,14 +1,11 @@
-"""Text to token ids and back, over Hugging Face `tokenizers`; chat templates in jinja2's sandbox."""
+"""Text to token ids and back, over Hugging Face `tokenizers`."""
 
 from collections.abc import Mapping, Sequence
-from datetime import datetime
-from typing import NoReturn
 
-import jinja2
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers
 from tokenizers import Tokenizer as Backend
 
+from .chat_template import ChatTemplate
 from .errors import RefusedError
 
 _LLAMA3_SPLIT = (
@@ -27,23 +24,40 @@ class Tokenizer:
         *,
         vocab_size: int,
         bos_id: int | None,
-        eos_id: int,
+        eos_id: int | None,
         stop_ids: frozenset[int],
-        adds_bos: bool,
-        chat_template: str | None,
+        first_ids: Sequence[int] = (),
+        text_prefix: str = "",
+        chat_template: ChatTemplate | None,
     ) -> None:
+        """
+        Args:
+            first_ids: what comes before every raw text, mostly a BOS.
+            text_prefix: what is put before a text that does not begin with a control token: SentencePiece's space.
+        """
         self.vocab_size = vocab_size
         self.bos_id = bos_id
         self.eos_id = eos_id
         self.stop_ids = stop_ids
+        self.first_ids = tuple(first_ids)
         self._backend = backend
-        self._first_ids = [bos_id] if adds_bos and bos_id is not None else []
-        self._chat_template = _compiled(chat_template) if chat_template else None
+        self._text_prefix = text_prefix
+        added = backend.get_added_tokens_decoder().values()
+        self._control = tuple(token.content for token in added if token.special)
+        self._chat_template = chat_template
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of raw text; a BOS comes first only if the model's tokenizer says so. Control tokens written out in
-        the text (`<|im_end|>`) become their ids."""
-        return self._first_ids + self._backend.encode(text, add_special_tokens=False).ids
+        """Token ids of raw text; a BOS comes first only if the model's tokenizer says so, and never twice. Control
+        tokens written out in the text (`<|im_end|>`) become their ids."""
+        token_ids, first_ids = self._encode(text), list(self.first_ids)
+        return token_ids if first_ids == token_ids[: len(first_ids)] else first_ids + token_ids
+
+    def encode_chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
+        """Token ids of messages in the model's chat form, which brings its own BOS, or has none.
+
+        Raises RefusedError as `render_chat` does.
+        """
+        return self._encode(self.render_chat(messages))
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """Text of token ids; control tokens are left out, bytes that are no UTF-8 become U+FFFD."""
@@ -56,19 +70,41 @@ class Tokenizer:
         """
         if self._chat_template is None:
             raise RefusedError("this model has no chat template; send raw text instead")
-        try:
-            return self._chat_template.render(
-                messages=[dict(message) for message in messages],
-                add_generation_prompt=True,
-                bos_token="",  # encode() adds it where it belongs
-                eos_token=self._backend.id_to_token(self.eos_id),
-            )
-        except jinja2.TemplateError as error:
-            raise RefusedError(f"the model's chat template refuses these messages: {error}") from error
+        return self._chat_template.render(messages)
 
     def stream(self) -> "TextStream":
         """A decoder for one answer."""
         return TextStream(self)
+
+    def _encode(self, text: str) -> list[int]:
+        if self._text_prefix and text and not text.startswith(self._control):
+            text = self._text_prefix + text
+        return self._backend.encode(text, add_special_tokens=False).ids
+
+
+class NoTokenizer(Tokenizer):
+    """For a model that comes without one: token ids work, texts are refused, answers have no text."""
+
+    def __init__(self, where: str, *, vocab_size: int, bos_id: int | None, stop_ids: frozenset[int]) -> None:
+        """`where` is what messages call the model."""
+        eos_id = min(stop_ids, default=None)
+        backend = Backend(models.BPE())
+        super().__init__(
+            backend, vocab_size=vocab_size, bos_id=bos_id, eos_id=eos_id, stop_ids=stop_ids, chat_template=None
+        )
+        self._where = where
+
+    def render_chat(self, messages: Sequence[Mapping[str, str]]) -> str:
+        """Raises RefusedError."""
+        raise self._refusal()
+
+    def _encode(self, text: str) -> list[int]:
+        raise self._refusal()
+
+    def _refusal(self) -> RefusedError:
+        return RefusedError(
+            f"{self._where} has no tokenizer (tokenizer.json or tokenizer.model); give token ids instead"
+        )
 
 
 class TextStream:
@@ -84,7 +120,7 @@ class TextStream:
         """The text that this token completes; empty while a UTF-8 character is incomplete."""
         self._token_ids.append(token_id)
         text = self._pending()
-        if text.endswith("\ufffd"):
+        if not text or text.endswith("\ufffd"):  # nothing to see is no context either: it may be a control token
             return ""
         self._context_ids, self._given_ids = self._given_ids, len(self._token_ids)
         return text
@@ -95,7 +131,11 @@ class TextStream:
 
     def _pending(self) -> str:
         given = self._tokenizer.decode(self._token_ids[self._context_ids : self._given_ids])
-        return self._tokenizer.decode(self._token_ids[self._context_ids :])[len(given) :]
+        text = self._tokenizer.decode(self._token_ids[self._context_ids :])
+        if text.startswith(given):
+            return text[len(given) :]
+        # A stray byte token behind a whole character made of bytes: the decoder then reads none of them.
+        return self._tokenizer.decode(self._token_ids[self._given_ids :])
 
 
 def byte_level_bpe(
@@ -135,17 +175,3 @@ def byte_level_bpe(
     backend.add_special_tokens([AddedToken(tokens[i], special=True, normalized=False) for i in control_ids])
     backend.add_tokens([AddedToken(tokens[i], normalized=False) for i in added_ids])
     return backend
-
-
-def _compiled(chat_template: str) -> jinja2.Template:
-    """Templates come with checkpoints, from strangers: they run in the sandbox."""
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
-    )
-    environment.globals["raise_exception"] = _refuse
-    environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
-    return environment.from_string(chat_template)
-
-
-def _refuse(message: str) -> NoReturn:
-    raise jinja2.TemplateError(message)

@@ -1,6 +1,10 @@
-"""A model's parameters on their devices, or only their shapes."""
+"""A model's parameters on their devices, or only their shapes.
 
-from collections.abc import Callable
+Tensors go one by one from the file to the devices that hold them: the host never holds more than a few.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import jax
@@ -11,64 +15,216 @@ from torch import nn
 
 from .errors import RefusedError
 from .forward import LayerLoop, Params
-from .models.decoder import Decoder, ModelConfig, Rows
+from .models.decoder import Decoder, ModelConfig, Rows, Transposed
 from .sharding import parameter_spec
+from .tokenizer import Tokenizer
+
+HEAD, EMBEDDING = "lm_head.weight", "embed_tokens.weight"
+BENIGN = "rotary_emb.inv_freq"
+"""Older checkpoints store the rope's frequencies, which follow from the config."""
+
+COMPARED_ROWS = 1024
+NAMES_TOLD = 8
 
 
 class Checkpoint(Protocol):
-    """What a file format offers."""
+    """What a file format offers. Tensors are called as the model's parameters are (see `Decoder.sources`)."""
 
     @property
-    def name(self) -> str: ...
+    def name(self) -> str:
+        """What messages call it."""
+        ...
+
     @property
     def config(self) -> ModelConfig: ...
-    def tensor(self, name: str) -> np.ndarray: ...
-    def unused(self, names: set[str]) -> list[str]: ...
+
+    def shapes(self) -> Mapping[str, tuple[int, ...]]:
+        """Every tensor there is; one that no parameter takes is an error when the weights are loaded."""
+        ...
+
+    def tensor(self, name: str) -> np.ndarray:
+        """One of them: an array, or a memory map of which a chip's share is then read."""
+        ...
+
+    def tokenizer(self) -> Tokenizer: ...
 
 
 def load(model: Decoder, checkpoint: Checkpoint, mesh: Mesh, dtype: jnp.dtype, loop: LayerLoop) -> Params:
     """Read every parameter of the model from the checkpoint, once, and put it on the devices that hold it.
 
-    Raises RefusedError when a tensor is missing, left over or of another shape: weights are never wrong in silence.
+    Raises RefusedError, naming them, when tensors are missing, left over, of another shape or not finite: weights are
+    never wrong in silence.
     """
-
-    def read(name: str, shape: tuple[int, ...]) -> np.ndarray:
-        parts = [_rows(checkpoint.tensor(source), source) for source in model.sources(name)]
-        value = parts[0] if len(parts) == 1 else np.stack(parts)
-        if name.split(".")[-2] in ("k_proj", "v_proj"):
-            value = _repeat_heads(value, checkpoint.config.num_kv_heads, model.config.num_kv_heads)
-        if value.shape != shape:
-            raise RefusedError(f"{checkpoint.name}: {name} has shape {value.shape}, the model needs {shape}")
-        return value.astype(dtype)
-
-    def place(names: list[str], shape: tuple[int, ...], sharding: NamedSharding, stacked: bool) -> jax.Array:
-        values = [read(name, shape) for name in names]
-        return jax.device_put(np.stack(values) if stacked else values[0], sharding)
-
-    if unused := checkpoint.unused({source for name, _ in model.named_parameters() for source in model.sources(name)}):
-        raise RefusedError(f"{checkpoint.name}: the model has no parameter for {', '.join(unused)}")
-    return _build(model, mesh, loop, place)
+    check_names(model, checkpoint)
+    loader = _Loader(model, checkpoint, dtype)
+    params = _build(model, mesh, loop, loader.place)
+    loader.check_finite()
+    return params
 
 
 def abstract(model: Decoder, mesh: Mesh, dtype: jnp.dtype, loop: LayerLoop) -> Params:
     """The parameters' shapes, types and shardings, without their memory."""
 
-    def describe(names: list[str], shape: tuple[int, ...], sharding: NamedSharding, stacked: bool):
-        return jax.ShapeDtypeStruct((len(names), *shape) if stacked else shape, dtype, sharding=sharding)
+    def describe(leaf: "_Leaf") -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(leaf.full_shape, dtype, sharding=leaf.sharding)
 
     return _build(model, mesh, loop, describe)
 
 
-def _build(model: Decoder, mesh: Mesh, loop: LayerLoop, leaf: Callable[..., Any]) -> Params:
-    """The tree of `forward.Params` with a leaf(parameter names, shape, sharding, stacked) at each place."""
+def needed_shapes(model: Decoder, kv_heads: int) -> dict[str, tuple[int, ...]]:
+    """The tensors that a checkpoint of this model has to have; `kv_heads` as they are there, not repeated."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for name, parameter in model.named_parameters():
+        if name == HEAD and model.config.tied_embeddings:
+            continue
+        shape, sources = tuple(parameter.shape), model.sources(name)
+        if _of_kv_heads(name):
+            shape = (shape[0] * kv_heads // model.config.num_kv_heads, *shape[1:])
+        for source in sources:
+            of_source = shape if len(sources) == 1 else shape[1:]
+            if isinstance(source, Transposed):
+                of_source = of_source[::-1]
+            if isinstance(source, Rows):  # other parameters take the others
+                of_source = (max(source.stop, shapes.get(source, (0,))[0]), *of_source[1:])
+            shapes[str(source)] = of_source
+    return shapes
+
+
+def check_names(model: Decoder, checkpoint: Checkpoint) -> None:
+    """Raises one RefusedError with all that does not agree; reads no weights, except those of a doubled lm_head."""
+    there, needed = checkpoint.shapes(), needed_shapes(model, checkpoint.config.num_kv_heads)
+    extra = {name for name in there if name not in needed and not name.endswith(BENIGN)}
+    if model.config.tied_embeddings and HEAD in extra:
+        _check_tied(checkpoint, there)
+        extra.remove(HEAD)
+    misshapen = [
+        f"{name} is {there[name]}, the model needs {shape}"
+        for name, shape in needed.items()
+        if name in there and there[name] != shape
+    ]
+    faults = {
+        "missing": [name for name in needed if name not in there],
+        "unexpected": sorted(extra),
+        "of another shape": misshapen,
+    }
+    told = [f"{fault}: {_told(names)}" for fault, names in faults.items() if names]
+    if told:
+        raise RefusedError(f"{checkpoint.name} does not fit the model that its config describes; {'; '.join(told)}")
+
+
+def _told(names: list[str]) -> str:
+    more = len(names) - NAMES_TOLD
+    return ", ".join(names[:NAMES_TOLD]) + (f" and {more} more" if more > 0 else "")
+
+
+def _check_tied(checkpoint: Checkpoint, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """A copy of the embedding may be there too; anything else may not."""
+    same = shapes[HEAD] == shapes.get(EMBEDDING)
+    if same:
+        head, embedding = checkpoint.tensor(HEAD), checkpoint.tensor(EMBEDDING)
+        same = all(
+            np.array_equal(*(part[row : row + COMPARED_ROWS].astype(np.float32) for part in (head, embedding)))
+            for row in range(0, len(head), COMPARED_ROWS)
+        )
+    if not same:
+        raise RefusedError(
+            f"{checkpoint.name} has a {HEAD} of its own, but its config ties it to the embedding "
+            "(tie_word_embeddings); one of the two is wrong"
+        )
+
+
+def _of_kv_heads(name: str) -> bool:
+    return name.split(".")[-2] in ("k_proj", "v_proj")
+
+
+@dataclass(frozen=True)
+class _Leaf:
+    """One array of `Params`."""
+
+    names: list[str]
+    """the parameters in it: one, or that of every layer, stacked"""
+    shape: tuple[int, ...]
+    """of one of them"""
+    spec: PartitionSpec
+    mesh: Mesh
+    stacked: bool
+
+    @property
+    def full_shape(self) -> tuple[int, ...]:
+        return (len(self.names), *self.shape) if self.stacked else self.shape
+
+    @property
+    def of_one(self) -> NamedSharding:
+        return NamedSharding(self.mesh, self.spec)
+
+    @property
+    def sharding(self) -> NamedSharding:
+        return NamedSharding(self.mesh, PartitionSpec(None, *self.spec)) if self.stacked else self.of_one
+
+
+class _Loader:
+    """Moves tensors, at most two at a time on their way, and remembers which were finite."""
+
+    def __init__(self, model: Decoder, checkpoint: Checkpoint, dtype: jnp.dtype) -> None:
+        self._model, self._checkpoint, self._dtype = model, checkpoint, dtype
+        self._finite: list[tuple[str, jax.Array]] = []
+
+    def place(self, leaf: _Leaf) -> jax.Array:
+        if not leaf.stacked:
+            return self._array(leaf.names[0], leaf)
+        empty = jax.jit(lambda: jnp.zeros(leaf.full_shape, self._dtype), out_shardings=leaf.sharding)
+        put = jax.jit(_put, donate_argnums=0, out_shardings=leaf.sharding)
+        stack = empty()
+        for index, name in enumerate(leaf.names):
+            stack = put(stack, self._array(name, leaf), index)
+        return stack
+
+    def check_finite(self) -> None:
+        faulty = [name for name, finite in self._finite if not finite]
+        if faulty:
+            raise RefusedError(
+                f"{self._checkpoint.name} has values that are NaN or infinite as {self._dtype.name}: {_told(faulty)}; "
+                "fetch it anew, or give another --dtype"
+            )
+
+    def _array(self, name: str, leaf: _Leaf) -> jax.Array:
+        """One parameter. Every device's share is read for itself, so that no more of a memory map is touched."""
+        if len(self._finite) > 1:
+            self._finite[-2][1].block_until_ready()
+        sources = [_taken(self._checkpoint.tensor(source), source) for source in self._model.sources(name)]
+        if _of_kv_heads(name):
+            heads = self._checkpoint.config.num_kv_heads, self._model.config.num_kv_heads
+            sources = [_repeat_heads(source, *heads) for source in sources]
+
+        def share(index: tuple[slice, ...]) -> np.ndarray:
+            with np.errstate(over="ignore"):  # the check for infinities tells it, with the tensor's name
+                if len(sources) == 1:
+                    return np.array(sources[0][index], self._dtype)
+                return np.stack([source[index[1:]].astype(self._dtype) for source in sources[index[0]]])
+
+        array = jax.make_array_from_callback(leaf.shape, leaf.of_one, share)
+        self._finite.append((name, _all_finite(array)))
+        return array
+
+
+def _put(stack: jax.Array, array: jax.Array, index: jax.Array) -> jax.Array:
+    return jax.lax.dynamic_update_index_in_dim(stack, array, index, 0)
+
+
+@jax.jit
+def _all_finite(array: jax.Array) -> jax.Array:
+    return jnp.isfinite(array).all()
+
+
+def _build(model: Decoder, mesh: Mesh, loop: LayerLoop, make: Any) -> Params:
+    """The tree of `forward.Params` with make(leaf) at each place."""
 
     def section(module: nn.Module, prefixes: list[str], stacked: bool = False) -> dict[str, Any]:
         made = {}
         for name, parameter in module.named_parameters():
             shape = tuple(parameter.shape)
             spec = parameter_spec(model, f"{prefixes[0]}.{name}", shape, mesh)
-            sharding = NamedSharding(mesh, PartitionSpec(None, *spec) if stacked else spec)
-            made[name] = leaf([f"{prefix}.{name}" for prefix in prefixes], shape, sharding, stacked)
+            made[name] = make(_Leaf([f"{prefix}.{name}" for prefix in prefixes], shape, spec, mesh, stacked))
         return made
 
     layer_names = [f"layers.{i}" for i in range(len(model.layers))]
@@ -85,8 +241,10 @@ def _build(model: Decoder, mesh: Mesh, loop: LayerLoop, leaf: Callable[..., Any]
     }
 
 
-def _rows(tensor: np.ndarray, source: str) -> np.ndarray:
+def _taken(tensor: np.ndarray, source: str) -> np.ndarray:
     """What the model takes of a checkpoint's tensor."""
+    if isinstance(source, Transposed):
+        return tensor.T
     return tensor[source.start : source.stop] if isinstance(source, Rows) else tensor
 
 

@@ -18,15 +18,19 @@ from .commands.ask import Ask
 from .commands.bench import Bench
 from .commands.chat import Chat
 from .commands.demo import Demo
+from .commands.fetch import Fetch
 from .commands.generate import Generate
+from .commands.models import Models
 from .commands.plan import Plan
+from .commands.score import Score
 from .commands.serve import Serve
 from .errors import FailedError, QueueFullError, UnavailableError
 from .options import check_utf8
 
-Command = Serve | Ask | Generate | Chat | Demo | Plan | Bench
+Command = Serve | Ask | Generate | Chat | Demo | Plan | Bench | Score | Models | Fetch
 COMMANDS = {
     "serve": Serve, "ask": Ask, "generate": Generate, "chat": Chat, "demo": Demo, "plan": Plan, "bench": Bench,
+    "score": Score, "models": Models, "fetch": Fetch,
 }  # fmt: skip
 STYLE = (tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff)
 

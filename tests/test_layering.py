@@ -16,7 +16,20 @@ MAY_IMPORT = {
     "cache_manager": ({"kernels"}, {"jax", "numpy"}),
     "engine_impl": (
         {"kernels", "cache_manager"},
-        {"jax", "numpy", "torch", "torchax", "gguf", "tokenizers", "jinja2", "libtpu"},
+        {
+            "jax",
+            "numpy",
+            "torch",
+            "torchax",
+            "gguf",
+            "safetensors",
+            "sentencepiece",
+            "huggingface_hub",
+            "google",
+            "tokenizers",
+            "jinja2",
+            "libtpu",
+        },
     ),
     "server": (
         {"protos", "engine_impl", "benchmarks"},  # benchmarks: see the test below

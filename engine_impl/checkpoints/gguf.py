@@ -1,17 +1,34 @@
 """GGUF: a Llama's shape, weights and tokenizer in one file (https://github.com/ggml-org/ggml/blob/master/docs/gguf.md)."""
 
+import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import gguf
 import numpy as np
+from tokenizers import Tokenizer as Backend
 
+from ..chat_template import ChatTemplate
 from ..errors import RefusedError
 from ..models.llama import LlamaConfig
 from ..tokenizer import Tokenizer, byte_level_bpe
+from .gguf_file import GGUFFile
+from .pieces import CONTROL, USER_DEFINED, Pieces, backend_of
 
 _ROPE_FACTORS = "rope_freqs.weight"
-_CONTROL, _USER_DEFINED = int(gguf.TokenType.CONTROL), int(gguf.TokenType.USER_DEFINED)
+_MODULES = {"token_embd": "embed_tokens", "output_norm": "norm", "output": "lm_head"}
+_LAYER_MODULES = {
+    "attn_norm": "input_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "ffn_norm": "post_attention_layernorm",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
+_SPECIAL_TOKENS = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
 
 
 class GGUFCheckpoint:
@@ -22,75 +39,85 @@ class GGUFCheckpoint:
         if not path.is_file():
             raise RefusedError(f"model file {str(path)!r} does not exist; give `embedded` or the path of a GGUF file")
         try:
-            self._reader = gguf.GGUFReader(path)
-        except (ValueError, IndexError, KeyError, OSError) as error:
+            self._file = GGUFFile(path)
+        except (ValueError, OSError) as error:
             raise RefusedError(f"model file {str(path)!r} is no readable GGUF file ({error}); fetch it anew") from error
         self.path = path
-        self._tensors = {tensor.name: tensor for tensor in self._reader.tensors}
+        self._stored_names = {_parameter(name): name for name in self._file.tensors if name != _ROPE_FACTORS}
         family = self._field("general.architecture")
         if family != "llama":
             raise RefusedError(f"model file {str(path)!r} is of the family {family!r}; the families there are: llama")
         self.name = self._field("general.name", path.stem)
         self.config = self._llama_config()
-        self._gguf_names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, self.config.num_layers)
+
+    def shapes(self) -> Mapping[str, tuple[int, ...]]:
+        """The shape of every tensor there is, by its parameter's name; one that we do not know keeps the file's."""
+        return {name: self._file.tensors[stored].shape for name, stored in self._stored_names.items()}
 
     def tensor(self, name: str) -> np.ndarray:
-        """One parameter of the torch module by its name, float32, shape as the module has it.
-
-        Raises RefusedError when the file has no such tensor.
-        """
-        config, stored_name = self.config, self._stored_name(name)
-        if stored_name not in self._tensors:
-            raise RefusedError(f"{str(self.path)!r} has no tensor for the parameter {name!r}; fetch it anew")
-        stored = self._tensors[stored_name]
-        value = gguf.quants.dequantize(stored.data, stored.tensor_type).astype(np.float32, copy=False)
+        """One tensor by its parameter's name, float32, dequantised."""
+        value = self._dequantised(self._stored_names[name])
         if name.endswith("q_proj.weight"):
-            return _halves_from_pairs(value, config.num_heads)
+            return _halves_from_pairs(value, self.config.num_heads)
         if name.endswith("k_proj.weight"):
-            return _halves_from_pairs(value, config.num_kv_heads)
+            return _halves_from_pairs(value, self.config.num_kv_heads)
         return value
-
-    def unused(self, names: set[str]) -> list[str]:
-        """Tensors of the file that none of these parameters takes."""
-        return sorted(set(self._tensors) - {_ROPE_FACTORS} - {self._stored_name(name) for name in names})
 
     def tokenizer(self) -> Tokenizer:
         """The tokenizer and chat template that the file carries."""
         model = self._field("tokenizer.ggml.model")
-        if model != "gpt2":
-            raise RefusedError(f"{str(self.path)!r} has a tokenizer {model!r}; those there are: gpt2 (byte-level BPE)")
+        if model not in ("gpt2", "llama"):
+            raise RefusedError(
+                f"{str(self.path)!r} has a tokenizer {model!r}; those there are: gpt2 (byte-level BPE), llama "
+                "(SentencePiece)"
+            )
         tokens = self._field("tokenizer.ggml.tokens")
-        types = self._field("tokenizer.ggml.token_type")
-        split = self._field("tokenizer.ggml.pre")
-        backend = byte_level_bpe(
-            tokens,
-            self._field("tokenizer.ggml.merges"),
-            pre_tokenizer=split,
-            control_ids=[i for i, kind in enumerate(types) if kind == _CONTROL],
-            added_ids=[i for i, kind in enumerate(types) if kind == _USER_DEFINED],
-        )
-        eos_id = self._field("tokenizer.ggml.eos_token_id")
-        ends = {eos_id, self._field("tokenizer.ggml.eot_token_id", eos_id)}
+        backend, prefix = self._pieces(tokens) if model == "llama" else (self._byte_level_bpe(tokens), "")
+        ids = {name: self._field(f"tokenizer.ggml.{key}_token_id", None) for name, key in _SPECIAL_TOKENS.items()}
+        special = {name: tokens[i] for name, i in ids.items() if i is not None}
+        bos_id, eos_id = ids["bos_token"], self._field("tokenizer.ggml.eos_token_id")
+        unsaid = model == "llama" or self._field("tokenizer.ggml.pre") == "llama-bpe"  # as llama.cpp
+        adds_bos = self._field("tokenizer.ggml.add_bos_token", unsaid) and bos_id is not None
+        template = self._field("tokenizer.chat_template", None)
         return Tokenizer(
             backend,
             vocab_size=len(tokens),
-            bos_id=self._field("tokenizer.ggml.bos_token_id", None),
+            bos_id=bos_id,
             eos_id=eos_id,
-            stop_ids=frozenset(ends),
-            adds_bos=self._field("tokenizer.ggml.add_bos_token", split == "llama-bpe"),  # as llama.cpp, where unsaid
-            chat_template=self._field("tokenizer.chat_template", None),
+            stop_ids=frozenset({eos_id, self._field("tokenizer.ggml.eot_token_id", eos_id)}),
+            first_ids=[bos_id] if adds_bos else [],
+            text_prefix=prefix,
+            chat_template=ChatTemplate(template, special) if template else None,
         )
 
-    def _stored_name(self, name: str) -> str | None:
-        if name == "lm_head.weight" and self.config.tied_embeddings:
-            name = "embed_tokens.weight"
-        full_name = name if name.startswith("lm_head") else f"model.{name}"
-        return self._gguf_names.get_name(full_name, try_suffixes=(".weight",))
+    def _byte_level_bpe(self, tokens: Sequence[str]) -> Backend:
+        kinds = self._field("tokenizer.ggml.token_type")
+        return byte_level_bpe(
+            tokens,
+            self._field("tokenizer.ggml.merges"),
+            pre_tokenizer=self._field("tokenizer.ggml.pre"),
+            control_ids=[i for i, kind in enumerate(kinds) if kind == CONTROL],
+            added_ids=[i for i, kind in enumerate(kinds) if kind == USER_DEFINED],
+        )
+
+    def _pieces(self, tokens: Sequence[str]) -> tuple[Backend, str]:
+        pieces = Pieces(
+            texts=tokens,
+            scores=self._field("tokenizer.ggml.scores"),
+            kinds=self._field("tokenizer.ggml.token_type"),
+            space_first=self._field("tokenizer.ggml.add_space_prefix", True),
+        )
+        return backend_of(pieces, space_after_control=True)  # as llama.cpp
+
+    def _dequantised(self, stored_name: str) -> np.ndarray:
+        try:
+            return self._file.tensor(stored_name)
+        except ValueError as error:
+            raise RefusedError(f"{str(self.path)!r}: {error}; take another quantisation of the model") from error
 
     def _field(self, key: str, *default: Any) -> Any:
-        field = self._reader.fields.get(key)
-        if field is not None:
-            return field.contents()
+        if key in self._file.fields:
+            return self._file.fields[key]
         if default:
             return default[0]
         raise RefusedError(f"{str(self.path)!r} lacks the field {key!r}; convert the model anew")
@@ -110,18 +137,33 @@ class GGUFCheckpoint:
             head_dim=head_dim,
             model_dim=model_dim,
             ffn_dim=self._field("llama.feed_forward_length"),
-            vocab_size=int(self._tensors["token_embd.weight"].shape[1]),
+            vocab_size=self._vocab_size(),
             rope_theta=self._field("llama.rope.freq_base", 10000.0),  # GGUF: absent means the first Llama's
             rms_norm_eps=self._field("llama.attention.layer_norm_rms_epsilon"),
-            tied_embeddings="output.weight" not in self._tensors,
+            tied_embeddings="lm_head.weight" not in self._stored_names,
             context_length=self._field("llama.context_length"),
             rope_factors=self._rope_factors(),
         )
 
+    def _vocab_size(self) -> int:
+        embedding = self._stored_names.get("embed_tokens.weight")
+        if embedding is None:
+            raise RefusedError(f"{str(self.path)!r} has no token embedding; convert the model anew")
+        return self._file.tensors[embedding].shape[0]
+
     def _rope_factors(self) -> tuple[float, ...] | None:
         """Llama 3.1 and later: the scaling comes as a tensor of divisors."""
-        stored = self._tensors.get(_ROPE_FACTORS)
-        return None if stored is None else tuple(stored.data.tolist())
+        if _ROPE_FACTORS not in self._file.tensors:
+            return None
+        return tuple(self._dequantised(_ROPE_FACTORS).tolist())
+
+
+def _parameter(stored_name: str) -> str:
+    """`blk.3.attn_q.weight` is our `layers.3.self_attn.q_proj.weight`; what is not in the table keeps its name."""
+    if (of_layer := re.fullmatch(r"blk\.(\d+)\.(\w+)\.(\w+)", stored_name)) and of_layer[2] in _LAYER_MODULES:
+        return f"layers.{of_layer[1]}.{_LAYER_MODULES[of_layer[2]]}.{of_layer[3]}"
+    module, _, kind = stored_name.rpartition(".")
+    return f"{_MODULES[module]}.{kind}" if module in _MODULES else stored_name
 
 
 def _halves_from_pairs(weight: np.ndarray, heads: int) -> np.ndarray:

@@ -25,4 +25,6 @@ def read_hf_config(path: Path) -> ModelConfig:
         ) from error
     except ValueError as error:
         raise RefusedError(f"{str(path)!r} is not JSON ({error}); fetch it anew") from error
+    if not isinstance(fields, dict):
+        raise RefusedError(f"{str(path)!r} is no JSON object; fetch it anew")
     return registry.read_config(fields, str(path))

@@ -21,8 +21,8 @@ GIB, MIB = 2**30, 2**20
 class Plan:
     """Ask the TPU compiler, without a TPU: does a model fit, what is the floor of a step, what do its programs do?
 
-    --model takes a preset (llama-2-7b, llama-3.1-8b, ...), a Hugging Face config.json or its folder, `embedded`, or a
-    GGUF file; no weights are read.
+    --model takes a preset (llama-2-7b, llama-3.1-8b, ...), a Hugging Face config.json or its folder, a hub id,
+    `embedded`, or a GGUF file; no weights are read.
     """
 
     engine: EngineConfig
@@ -38,8 +38,10 @@ class Plan:
     """Print one JSON object as the last line of stdout (bytes, ms)."""
 
     def run(self) -> int:
+        from ...engine_impl.models.registry import use_module
         from ...engine_impl.plan import largest_slots, plan, shape_of
 
+        use_module(self.engine.model_module)
         compute = largest_slots if self.max_slots else plan
         report = compute(
             self.engine,

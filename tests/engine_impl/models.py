@@ -12,8 +12,10 @@ from jax.sharding import Mesh
 from slipstream.engine_impl.config import EngineConfig
 from slipstream.engine_impl.engine import Engine
 from slipstream.engine_impl.loading import load_engine
+from slipstream.engine_impl.models import registry
 from slipstream.engine_impl.models.llama import Llama, LlamaConfig
 from slipstream.engine_impl.sharding import make_mesh
+from slipstream.engine_impl.weights import needed_shapes
 
 TINY = LlamaConfig(
     num_layers=2, num_heads=8, num_kv_heads=4, head_dim=16, model_dim=32, ffn_dim=48, vocab_size=101,
@@ -28,14 +30,16 @@ class RandomCheckpoint:
     config: LlamaConfig
     name: str = "random"
 
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        return needed_shapes(registry.build(self.config), self.config.num_kv_heads)
+
     def tensor(self, name: str) -> np.ndarray:
-        with torch.device("meta"):
-            shape = dict(Llama(self.config).named_parameters())[name].shape
+        shape = self.shapes()[name]
         values = np.random.default_rng(list(name.encode())).normal(size=shape).astype(np.float32)
         return 1 + 0.1 * values if "norm" in name else values * 2 / shape[-1] ** 0.5
 
-    def unused(self, names: set[str]) -> list[str]:
-        return []
+    def tokenizer(self) -> Any:
+        return None
 
 
 def tiny_engine(

@@ -6,8 +6,6 @@ import jax
 import numpy as np
 import pytest
 import torch
-from slipstream.engine_impl import forward
-from slipstream.engine_impl.attention import attend_prompt
 from slipstream.engine_impl.checkpoints.embedded import embedded_model
 from slipstream.engine_impl.sampling_params import SamplingParams
 
@@ -77,10 +75,8 @@ def test_greedy_tokens_equal_transformers_in_one_batch_and_alone(prompts):
 def test_prefill_logits_equal_transformers(prompts):
     """Within 1e-3, in every bucket that the prompts fall into."""
     engine, params = embedded_engine()
-    attend = attend_prompt(mesh=engine.mesh, backend="xla")
-    prefill = jax.jit(lambda *args: forward.prefill(engine._model, *args, attend)[0])
     for prompt in prompts:
-        logits_V = prefill(params, *engine.pad(prompt))
+        logits_V = engine.prefill(params, *engine.pad(prompt))[0].logits_V
         np.testing.assert_allclose(logits_V, reference_logits(prompt)[-1], atol=1e-3)
 
 

@@ -3,6 +3,7 @@
 import random
 
 import pytest
+from slipstream.engine_impl.chat_template import ChatTemplate
 from slipstream.engine_impl.errors import RefusedError
 from slipstream.engine_impl.tokenizer import Tokenizer, byte_level_bpe
 
@@ -24,7 +25,7 @@ def byte_tokenizer():
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     backend = byte_level_bpe([*letters, "<s>"], [], pre_tokenizer="gpt-2", control_ids=[256])
     return Tokenizer(
-        backend, vocab_size=257, bos_id=256, eos_id=256, stop_ids=frozenset([256]), adds_bos=True, chat_template=None
+        backend, vocab_size=257, bos_id=256, eos_id=256, stop_ids=frozenset([256]), first_ids=[256], chat_template=None
     )
 
 
@@ -61,7 +62,7 @@ def test_a_model_without_chat_template_refuses_messages(byte_tokenizer):
 def with_template(template):
     backend = byte_level_bpe(["a"], [], pre_tokenizer="gpt-2", control_ids=[])
     return Tokenizer(
-        backend, vocab_size=1, bos_id=None, eos_id=0, stop_ids=frozenset(), adds_bos=False, chat_template=template
+        backend, vocab_size=1, bos_id=None, eos_id=0, stop_ids=frozenset(), chat_template=ChatTemplate(template, {})
     )
 
 

@@ -3,16 +3,22 @@
 import gguf
 import numpy as np
 import pytest
+import sentencepiece
 from slipstream.engine_impl.checkpoints.gguf import GGUFCheckpoint
+from slipstream.engine_impl.checkpoints.gguf_file import GGUFFile
+from slipstream.engine_impl.checkpoints.pieces import read_pieces
 from slipstream.engine_impl.config import EngineConfig
 from slipstream.engine_impl.errors import RefusedError
 from slipstream.engine_impl.loading import load_engine
+from tokenizers.pre_tokenizers import ByteLevel
+
+from .vocabularies import CORPUS
 
 HEADS, KV_HEADS, HEAD_DIM, DIM, FFN, VOCABULARY = 4, 2, 8, 32, 48, 259
 
 
-def write_model(path, *, family="llama", drop=(), extra=None, shapes=None, scaling=None):
-    """A whole tiny Llama, random, with a byte-level tokenizer."""
+def write_model(path, *, family="llama", drop=(), extra=None, shapes=None, scaling=None, pieces=None):
+    """A whole tiny Llama, random, with a byte-level tokenizer, or with these SentencePiece pieces."""
     rng = np.random.default_rng(0)
     writer = gguf.GGUFWriter(path, family)
     writer.add_name("tiny")
@@ -26,13 +32,20 @@ def write_model(path, *, family="llama", drop=(), extra=None, shapes=None, scali
     writer.add_rope_freq_base(10000.0)
     if scaling:
         writer.add_rope_scaling_type(gguf.RopeScalingType(scaling))
-    letters = sorted(pre_tokenizers().ByteLevel.alphabet())
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("smollm")
-    writer.add_token_list([*letters, "<s>", "</s>", "ab"])
-    writer.add_token_types([1] * 256 + [3, 3, 1])
-    writer.add_token_merges(["a b"])
-    writer.add_eos_token_id(257)
+    if pieces is None:
+        letters = sorted(ByteLevel.alphabet())
+        writer.add_tokenizer_model("gpt2")
+        writer.add_tokenizer_pre("smollm")
+        writer.add_token_list([*letters, "<s>", "</s>", "ab"])
+        writer.add_token_types([1] * 256 + [3, 3, 1])
+        writer.add_token_merges(["a b"])
+    else:
+        writer.add_tokenizer_model("llama")
+        writer.add_token_list(pieces.texts)
+        writer.add_token_scores(pieces.scores)
+        writer.add_token_types(pieces.kinds)
+        writer.add_bos_token_id(1)
+    writer.add_eos_token_id(257 if pieces is None else 2)
     tensors = {
         "token_embd.weight": (VOCABULARY, DIM),
         "output_norm.weight": (DIM,),
@@ -56,12 +69,6 @@ def write_model(path, *, family="llama", drop=(), extra=None, shapes=None, scali
     writer.write_tensors_to_file()
     writer.close()
     return path
-
-
-def pre_tokenizers():
-    from tokenizers import pre_tokenizers
-
-    return pre_tokenizers
 
 
 def load(path):
@@ -89,9 +96,12 @@ def test_the_rope_of_llama_3_comes_from_its_tensor(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"drop": ["blk.0.ffn_up.weight"]}, "no tensor for the parameter 'layers.0.mlp.up_proj.weight'"),
-        ({"extra": {"blk.0.attn_q.bias": (32,)}}, "no parameter for blk.0.attn_q.bias"),
-        ({"shapes": {"blk.0.ffn_gate.weight": (FFN, DIM - 1)}}, r"gate_proj.weight has shape \(48, 31\)"),
+        ({"drop": ["blk.0.ffn_up.weight"]}, "missing: layers.0.mlp.up_proj.weight"),
+        ({"extra": {"blk.0.attn_q.bias": (32,)}}, "unexpected: layers.0.self_attn.q_proj.bias"),
+        (
+            {"shapes": {"blk.0.ffn_gate.weight": (FFN, DIM - 1)}},
+            r"gate_proj.weight is \(48, 31\), the model needs \(48, 32\)",
+        ),
         ({"family": "qwen2"}, "family 'qwen2'; the families there are: llama"),
         ({"scaling": "yarn"}, "scales its rope by 'yarn'"),
     ],
@@ -118,3 +128,91 @@ def test_a_cache_longer_than_the_models_context_is_refused(tmp_path):
     config = EngineConfig(model=str(write_model(tmp_path / "m.gguf")), cache_length=512)
     with pytest.raises(RefusedError, match="cache_length=512 is beyond what tiny was trained for; use at most 256"):
         load_engine(config)
+
+
+def write_tensors(path, tensors, **fields):
+    """Tensors as bytes, by name: (kind, u8 array of rows)."""
+    writer = gguf.GGUFWriter(path, "none")
+    for key, value in fields.items():
+        writer.add_key_value(key, *value)
+    for name, (kind, stored) in tensors.items():
+        writer.add_tensor(name, stored, raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return GGUFFile(path)
+
+
+KINDS = gguf.GGMLQuantizationType
+
+
+def block(*parts):
+    """One quantised block: f16 scales, then bytes."""
+    return np.concatenate([np.frombuffer(np.asarray(part).tobytes(), np.uint8) for part in parts])[None]
+
+
+def f16(*values):
+    return np.array(values, np.float16)
+
+
+def u8(count, value):
+    return np.full(count, value, np.uint8)
+
+
+BLOCKS = {
+    # By the layouts in ggml-common.h: value = d * q, d * (q - 8), d * q + m, ...
+    KINDS.F16: (f16(1.5, -2.0).view(np.uint8)[None], [1.5, -2.0]),
+    KINDS.BF16: (np.array([0x3FC0, 0xC000], np.uint16).view(np.uint8)[None], [1.5, -2.0]),
+    KINDS.Q8_0: (block(f16(0.5), np.full(32, -3, np.int8)), [-1.5] * 32),
+    KINDS.Q4_0: (block(f16(0.5), u8(16, 0x3C)), [2.0] * 16 + [-2.5] * 16),
+    KINDS.Q4_1: (block(f16(0.5, 1.0), u8(16, 0x3C)), [7.0] * 16 + [2.5] * 16),
+    # 8 sub-blocks, each with scale 2 and minimum 1, of q = 3: 0.5 * 2 * 3 - 0.25 * 1
+    KINDS.Q4_K: (block(f16(0.5, 0.25), u8(4, 2), u8(4, 1), u8(4, 0x12), u8(128, 0x33)), [2.75] * 256),
+    # 16 scales of 3, q = 5 + 16 * 2 - 32
+    KINDS.Q6_K: (block(u8(128, 0x55), u8(64, 0xAA), u8(16, 3), f16(0.5)), [7.5] * 256),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", BLOCKS, ids=lambda kind: kind.name)
+def test_each_kind_of_quantisation_by_hand(tmp_path, kind):
+    stored, values = BLOCKS[kind]
+    file = write_tensors(tmp_path / "m.gguf", {"x": (kind, np.repeat(stored, 3, axis=0))})
+    assert file.tensors["x"].shape == (3, len(values))
+    np.testing.assert_array_equal(file.tensor("x"), [values] * 3)
+
+
+def test_a_kind_that_holds_no_floats_is_told(tmp_path):
+    file = write_tensors(tmp_path / "m.gguf", {"x": (KINDS.I8, np.zeros((2, 4), np.int8))})
+    with pytest.raises(ValueError, match="tensor x is stored as I8, which cannot be dequantised"):
+        file.tensor("x")
+
+
+def test_every_kind_of_field(tmp_path):
+    kinds = gguf.GGUFValueType
+    fields = {
+        "u8": (200, kinds.UINT8), "i8": (-3, kinds.INT8), "u16": (60000, kinds.UINT16), "i16": (-5, kinds.INT16),
+        "u32": (2**31, kinds.UINT32), "i32": (-(2**30), kinds.INT32), "u64": (2**63, kinds.UINT64),
+        "i64": (-(2**62), kinds.INT64), "f32": (0.5, kinds.FLOAT32), "f64": (0.1, kinds.FLOAT64),
+        "yes": (True, kinds.BOOL), "text": ("größe", kinds.STRING),
+    }  # fmt: skip
+    lists = {"numbers": [1, 2, 3], "floats": [0.5, 1.5], "texts": ["a", "", "東京"], "flags": [True, False]}
+    path = tmp_path / "m.gguf"
+    file = write_tensors(path, {}, **fields, **{key: (value, kinds.ARRAY) for key, value in lists.items()})
+    expected = {key: field.contents() for key, field in gguf.GGUFReader(path).fields.items() if "GGUF" not in key}
+    assert file.fields == expected
+    assert {key: file.fields[key] for key in lists} == lists
+    assert {key: file.fields[key] for key in fields} == {key: value for key, (value, _) in fields.items()}
+
+
+def test_sentencepiece_tokenizers(tmp_path, llama_pieces):
+    """The pieces of a tokenizer.model, moved into a GGUF file, give the ids of the SentencePiece library."""
+    (tmp_path / "tokenizer.model").write_bytes(llama_pieces)
+    pieces, _ = read_pieces(tmp_path / "tokenizer.model")
+    tokenizer = GGUFCheckpoint(write_model(tmp_path / "m.gguf", pieces=pieces)).tokenizer()
+    reference = sentencepiece.SentencePieceProcessor(model_proto=llama_pieces)
+    for text in [*CORPUS, " leading", "two  spaces"]:
+        assert tokenizer.encode(text) == [1, *reference.encode(text)], text
+        assert tokenizer.decode(tokenizer.encode(text)) == text
+    assert tokenizer.encode("a</s>b") == [1, *reference.encode("a"), 2, *reference.encode("b")]
+    assert (tokenizer.bos_id, tokenizer.stop_ids) == (1, {2})

@@ -1,0 +1,70 @@
+"""Every family by the real TPU compiler: small shapes in `make test`, the real ones in `make gates`."""
+
+from dataclasses import replace
+
+import pytest
+from slipstream.engine_impl.chips import chip_of
+from slipstream.engine_impl.config import EngineConfig
+from slipstream.engine_impl.engine import Engine
+from slipstream.engine_impl.hlo import Program
+from slipstream.engine_impl.plan import abstract_engine
+from slipstream.engine_impl.presets import PRESETS
+
+TOPOLOGY = "v5e:2x4"
+BUCKET = 1024
+
+SMALL = (
+    "mistral-7b-v0.1", "qwen2.5-7b", "qwen3-8b", "gemma-7b", "gemma-2-9b", "gemma-3-12b", "mixtral-8x7b", "phi-3-mini",
+)  # fmt: skip
+REAL = {  # slots that fit with 4096 tokens each, bf16
+    "mistral-7b": 64, "mistral-7b-v0.1": 64, "qwen2.5-7b": 64, "qwen3-8b": 64, "gemma-2-9b": 32, "gemma-3-12b": 32,
+    "mixtral-8x7b": 16, "phi-3-mini": 16,
+}  # fmt: skip
+
+
+def small(name: str) -> Engine:
+    """The family with a layer of each kind that it has and one more, a kv head a chip, and windows that cut off."""
+    windows = tuple(window and 500 for window in dict.fromkeys(PRESETS[name].windows))
+    shape = replace(
+        PRESETS[name], num_layers=len(windows) + 1, windows=windows, num_heads=16, num_kv_heads=8, model_dim=1024,
+        ffn_dim=2048, vocab_size=32768,
+    )  # fmt: skip
+    config = EngineConfig(model=name, slots=64, cache_length=4096, max_prefill_length=BUCKET)
+    return abstract_engine(shape, TOPOLOGY, config)
+
+
+def check(engine: Engine, program: str) -> None:
+    """It fits; the step reads the cache in place, by one kernel a layer, and writes it once."""
+    executable = (engine.lower_generate() if program == "generate" else engine.lower_prefill(BUCKET)).compile()
+    layout, chips = engine.layout, engine.mesh.size
+    shape, cache_bytes = layout.abstract(engine.mesh).sharding.shard_shape(layout.shape), layout.bytes // chips
+    memory, hlo = executable.memory_analysis(), Program(executable.as_text())
+    cache_beside = 0 if program == "generate" else cache_bytes
+    assert memory.argument_size_in_bytes + memory.temp_size_in_bytes + cache_beside < chip_of(TOPOLOGY).hbm_bytes
+    if program == "generate":
+        assert hlo.copies_of(shape, cache_bytes // layout.layers // 2) == []
+        assert hlo.pallas_calls() == {"ragged_attention": layout.layers, "cache_flush": 1}
+        assert memory.alias_size_in_bytes >= cache_bytes
+    else:
+        windows = len(set(engine._model.config.window_of_layer))
+        assert executable.as_text().count('custom_call_target="tpu_custom_call"') == windows
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SMALL)
+def test_a_familys_step(name):
+    check(small(name), "generate")
+
+
+@pytest.mark.slow
+def test_a_prompt_of_layers_that_see_differently_far():
+    """One attention for each window, of which each layer runs its own."""
+    check(small("gemma-3-12b"), "prefill")
+
+
+@pytest.mark.gates
+@pytest.mark.parametrize("program", ["generate", "prefill"])
+@pytest.mark.parametrize("name", REAL)
+def test_a_real_shape(name, program):
+    config = EngineConfig(model=name, slots=REAL[name], cache_length=4096, max_prefill_length=BUCKET)
+    check(abstract_engine(PRESETS[name], TOPOLOGY, config), program)
