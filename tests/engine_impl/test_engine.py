@@ -258,7 +258,7 @@ def test_several_answers_come_from_one_prefill(tiny):
 
 
 def test_a_step_tells_the_logprobs_that_a_slot_asks_for(tiny):
-    """Under the model itself: the same for a slot that draws, penalises and cuts. -1 slots tell nothing."""
+    """Under the model itself: the same for a slot that draws, penalises and cuts."""
     engine, params = tiny
     drawn = SamplingParams(temperature=3, min_p=0.01, frequency_penalty=2, logprobs=5, seed=2)
     prefix, first = engine.prefill(params, *engine.pad(PROMPT), sampling=drawn)
