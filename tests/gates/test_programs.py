@@ -21,7 +21,7 @@ from slipstream.engine_impl.plan import abstract_engine
 from slipstream.engine_impl.sampling_params import MAX_LOGPROBS
 
 SLOTS, CACHE_LENGTH, BUCKET, LAYERS, VOCABULARY = 64, 4096, 256, 2, 32768
-SCALED_CACHE_LENGTH = 262144  # of 1 kv head a chip in int8: the scales alone must be too large for VMEM
+SCALED_CACHE_LENGTH = 196608  # of 1 kv head a chip in int8: the scales alone must be too large for VMEM
 PROGRAMS = ("generate", "insert", "prefill")
 TOPOLOGIES = ("v5e:2x4", "v6e:2x4", "v5p:2x2x2")
 
