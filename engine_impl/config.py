@@ -34,6 +34,9 @@ class EngineConfig:
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Type of weights, activations and cache. `auto`: float32 on CPUs, which multiply it faster, else bfloat16."""
 
+    quantize_kv: Literal["none", "int8"] = "none"
+    """Keys and values in the cache. `int8`: codes with a scale for each token and head, half of bfloat16's bytes."""
+
     platform: Literal["auto", "cpu", "tpu", "cuda"] = "auto"
     """Devices to run on. `auto` takes JAX_PLATFORMS if set, else a TPU or GPU where there is one, else the CPU."""
 

@@ -127,7 +127,8 @@ class Program:
         return found
 
     def _updates_in_place(self, instruction: Instruction) -> bool:
-        """A fusion that ends in an update of one of its own parameters."""
+        """A fusion that ends in an update of one of its own parameters, seen through bitcasts and fusions that give
+        their operand back (as XLA puts them around an int8 array with a kernel's tiles)."""
         if instruction.opcode != "fusion":
             return False
         body = self.computations[instruction.callees[0]]
@@ -137,7 +138,7 @@ class Program:
         if result.opcode not in _UPDATING:
             return False
         target = body[result.operands[0]]
-        while target.opcode == "bitcast":
+        while target.opcode == "bitcast" or "output_to_operand_aliasing={{}: (0, {})}" in target.text:
             target = body[target.operands[0]]
         return target.opcode == "parameter"
 

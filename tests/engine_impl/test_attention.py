@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from slipstream.cache_manager import KV, Plain
 from slipstream.engine_impl.attention import attend_cache, attend_prompt, stored_head_dim
 from slipstream.engine_impl.sharding import make_mesh
 
@@ -36,10 +37,10 @@ def test_padded_heads_change_nothing(mesh):
     outs, stored = [], []
     for width in (H, 16):
         cache = jnp.concatenate([wide(cached_k, width), wide(cached_v, width)], axis=-1)
-        attend = attend_cache(cache, jnp.asarray(LENGTHS), soft_cap=2.0, mesh=mesh, backend="xla")
-        prompt = attend_prompt(4, head_dim=width, soft_cap=2.0, mesh=mesh, backend="xla")
+        attend = attend_cache(KV(cache), jnp.asarray(LENGTHS), soft_cap=2.0, mesh=mesh, backend="xla")
+        prompt = attend_prompt(4, head_dim=width, codec=Plain(), soft_cap=2.0, mesh=mesh, backend="xla")
         outs.append((attend.call(0, 0, q, k, v), prompt.call(0, 0, q, k, v)))
-        stored.append((attend.stored(k, v), prompt.stored(k, v)))
+        stored.append((attend.stored(k, v), prompt.stored(k, v).rows))
     for plain, padded in zip(*outs, strict=True):
         np.testing.assert_allclose(padded, plain, rtol=1e-5, atol=1e-6)
     for plain, padded in zip(*stored, strict=True):
@@ -53,10 +54,10 @@ def test_a_traced_kind_sees_what_a_known_one_sees(mesh, what):
     """Layers under a scan select among windows; those that cut nothing off are one kind."""
     windows = {"window_of_layer": (5, None, 40, 4000), "mesh": mesh, "backend": "xla"}
     if what == "cache":
-        attend = attend_cache(random(4, 4, 2, 128, 2 * H), jnp.asarray(LENGTHS), **windows)
+        attend = attend_cache(KV(random(4, 4, 2, 128, 2 * H)), jnp.asarray(LENGTHS), **windows)
         qkv = random(4, 4, H), random(4, 2, H), random(4, 2, H)
     else:
-        attend = attend_prompt(64, head_dim=H, **windows)
+        attend = attend_prompt(64, head_dim=H, codec=Plain(), **windows)
         qkv = random(64, 4, H), random(64, 2, H), random(64, 2, H)
     assert attend.kind_of_layer == (0, 1, 2, 1)
     traced = jax.jit(attend.call)
