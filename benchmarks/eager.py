@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
-from ..cache_manager import insert, rows
+from ..cache_manager import KV, Plain, insert, rows
 from ..engine_impl import bridge, forward
 from ..engine_impl.config import EngineConfig
 from ..engine_impl.engine import DecodeState, Engine, Prefix, StepResult, next_tokens, set_sampling
@@ -36,7 +36,7 @@ the form one writes first, around which it copies the cache when a chip has seve
 class EagerEngine(Engine):
     """`Engine` with an eager decode step; drive it with the same verbs.
 
-    Its state's cache is cache_LBKSC ("stacked") or a tuple with a cache_1BKSC a layer ("per_layer").
+    Its state's cache.rows are a cache_LBKSC ("stacked") or a tuple with a cache_1BKSC a layer ("per_layer").
     """
 
     def __init__(self, engine: Engine, form: CacheForm, scatter: Scatter = "indexed") -> None:
@@ -44,12 +44,15 @@ class EagerEngine(Engine):
 
         Takes the engine's own params; except "per_layer" on a TPU, whose layers are unrolled: load them anew.
 
-        Raises RefusedError for a model whose layers see differently far or cap their scores, or with padded heads.
+        Raises RefusedError for a model whose layers see differently far or cap their scores, or with padded heads, and
+        for a quantised cache.
         """
         shape = engine._model.config
         plain = (*shape.windows, shape.attn_soft_cap, engine.layout.head_dim) == (None, None, shape.head_dim)
         if not plain or any(shape.rope_of_layer):
             raise RefusedError(f"the eager baseline has no windows or soft caps as {engine.model_name} needs them")
+        if engine.layout.codec != Plain():
+            raise RefusedError(f"the eager baseline stores rows as they are, not by {engine.layout.codec=}")
         config = EngineConfig(
             slots=engine.max_concurrent_decodes,
             cache_length=engine.cache_length,
@@ -63,8 +66,8 @@ class EagerEngine(Engine):
         self._prefill = engine._prefill  # the same program: not compiled twice
         if form == "per_layer":
             self.layer_loop = "unrolled"
-            of_layers: Any = (self._state_sharding.cache_LBKSC,) * self.layout.layers
-            self._state_sharding = replace(self._state_sharding, cache_LBKSC=of_layers)
+            of_layers: Any = (self._state_sharding.cache.rows,) * self.layout.layers
+            self._state_sharding = replace(self._state_sharding, cache=KV(of_layers))
             self._insert = jax.jit(_insert_per_layer, donate_argnums=1, out_shardings=self._state_sharding)
 
     def _empty_state(self) -> DecodeState:
@@ -73,15 +76,15 @@ class EagerEngine(Engine):
             return state
         layers, *one_layer = self.layout.shape
         cache: Any = tuple(jnp.zeros((1, *one_layer), self.layout.dtype) for _ in range(layers))
-        return replace(state, cache_LBKSC=cache)
+        return replace(state, cache=KV(cache))
 
     def _generate_program(self, params: Params, state: DecodeState) -> tuple[DecodeState, StepResult]:
         length_B = state.length_B
         live_B = (length_B > 0) & (length_B < self.cache_length)
         layers = EagerLayers(self._model, length_B, live_B, self.mesh, self._backend, self.scatter)
-        logits_BV, cache = layers.decode(params, state.token_B, state.cache_LBKSC)
+        logits_BV, cache = layers.decode(params, state.token_B, state.cache.rows)
         advanced, result = next_tokens(logits_BV, state, live_B, self.mesh)
-        return replace(advanced, cache_LBKSC=cache), result
+        return replace(advanced, cache=KV(cache)), result
 
 
 class EagerLayers:
@@ -170,12 +173,12 @@ class EagerLayers:
 
 def _insert_per_layer(prefix: Prefix, state: DecodeState, slot: jax.Array) -> DecodeState:
     cache: Any = tuple(
-        insert(cache_1BKSC, prefix.kv_LKTC[index : index + 1], slot)
-        for index, cache_1BKSC in enumerate(state.cache_LBKSC)
+        insert(KV(cache_1BKSC), KV(prefix.kv.rows[index : index + 1]), slot).rows
+        for index, cache_1BKSC in enumerate(state.cache.rows)
     )
     return replace(
         state,
-        cache_LBKSC=cache,
+        cache=KV(cache),
         token_B=state.token_B.at[slot].set(prefix.token),
         length_B=state.length_B.at[slot].set(prefix.length),
         sampling=set_sampling(state.sampling, prefix.sampling, slot),

@@ -30,6 +30,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -205,7 +206,7 @@ def _compile(topology: str, setting: Setting) -> None:
 
     def attend(q_BNH, new_BKC, cache_LBKSC, layer, length_B):
         steps = live_steps(length_B, None, cache_LBKSC.shape[3], setting.block)
-        return ragged_attention_tpu(q_BNH, new_BKC, cache_LBKSC, layer, length_B, None, steps)
+        return ragged_attention_tpu(q_BNH, new_BKC, cache_LBKSC, None, layer, length_B, None, steps)
 
     layer, length_B = array(dtype=jnp.int32), array(B, dtype=jnp.int32)
     kernel: Callable[..., jax.Array]
@@ -214,7 +215,7 @@ def _compile(topology: str, setting: Setting) -> None:
         cache_LBKSC = array(2, B, K, 2 * BLOCK_ROWS[-1], 2 * H)
         args = array(B, K * QUERY_GROUP, H), array(B, K, 2 * H), cache_LBKSC, layer, length_B
     else:
-        kernel, donated = cache_flush_tpu, (0,)
+        kernel, donated = partial(cache_flush_tpu, token_axis=3), (0,)
         args = array(FLUSH_LAYERS, B, K, 256, 2 * H), array(FLUSH_LAYERS, B, K, 2 * H), length_B
     sharded = jax.shard_map(kernel, mesh=mesh, in_specs=everywhere, out_specs=everywhere, check_vma=False)
     jax.jit(sharded, donate_argnums=donated).lower(*args).compile()

@@ -5,6 +5,7 @@ Run as `python -m slipstream.benchmarks.tpu_evidence`; about ten minutes on two 
 
 from collections.abc import Iterator
 
+from ..engine_impl.budget import cache_copies
 from ..engine_impl.config import EngineConfig
 from ..engine_impl.hlo import Program
 from ..engine_impl.plan import abstract_engine, plan, shape_of
@@ -64,9 +65,7 @@ def design_rows(topology: str = "v5e:2x4") -> Iterator[str]:
             compiled = engine.lower_generate().compile()
             memory, hlo = compiled.memory_analysis(), Program(compiled.as_text() or "")
             assert memory is not None
-            layout = engine.layout
-            shape = layout.abstract(engine.mesh).sharding.shard_shape(layout.shape)
-            copies = hlo.copies_of(shape, layout.bytes // engine.mesh.size // layout.layers // 2)
+            copies = cache_copies(hlo, engine)
             cells = [f"{memory.temp_size_in_bytes / MIB:,.1f}", str(len(copies)), f"{hlo.estimated_cycles() / 1e6:.1f}"]
             yield "| " + " | ".join([f"{model}, {slots} x {cache_length}", design, *cells]) + " |"
 

@@ -23,17 +23,19 @@ The cache is one array `cache_LBKSC`, left-aligned: row 0 of a slot is its first
 The bundles are the TPU compiler's static schedule, one a cycle, stalls left out: `benchmarks/kernel_report.py`.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import prod
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from ..kernels.backend import AXIS
+from .codec import KV, Codec, Plain
 
-CACHE_SPEC = PartitionSpec(None, None, AXIS, None, None)
-PREFIX_SPEC = PartitionSpec(None, AXIS, None, None)
+CACHE_SPEC = PartitionSpec(None, None, AXIS, None, None)  # [L, B, K, S, C] and [L, B, K, 2, S]
+PREFIX_SPEC = PartitionSpec(None, AXIS, None, None)  # [L, K, T, C] and [L, K, 2, T]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,17 +48,34 @@ class CacheLayout:
     length: int
     head_dim: int
     dtype: jnp.dtype
+    """the model's, in which keys and values come and the codec `Plain` keeps them"""
+    codec: Codec = field(default_factory=Plain)
 
     @property
     def shape(self) -> tuple[int, int, int, int, int]:
-        """[L, B, K, S, C]."""
+        """[L, B, K, S, C], of the rows."""
         return (self.layers, self.slots, self.kv_heads, self.length, 2 * self.head_dim)
 
     @property
     def bytes(self) -> int:
         """Size over all devices (bytes)."""
-        return prod(self.shape) * self.dtype.itemsize
+        leaves: list[Any] = jax.tree.leaves(self._shapes)
+        return sum(prod(leaf.shape) * leaf.dtype.itemsize for leaf in leaves)
 
-    def abstract(self, mesh: jax.sharding.Mesh) -> jax.ShapeDtypeStruct:
-        """The cache's shape, type and sharding, without its memory."""
-        return jax.ShapeDtypeStruct(self.shape, self.dtype, sharding=jax.NamedSharding(mesh, CACHE_SPEC))
+    def empty(self) -> KV:
+        """Zeros."""
+        return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), self._shapes)
+
+    def abstract(self, mesh: jax.sharding.Mesh) -> KV:
+        """The cache's shapes, types and shardings, without its memory: leaves are jax.ShapeDtypeStruct."""
+        cache, _ = self.shardings(mesh)
+        return jax.tree.map(lambda x, at: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at), self._shapes, cache)
+
+    def shardings(self, mesh: jax.sharding.Mesh) -> tuple[KV, KV]:
+        """(of the cache, of a prefix), leaf by leaf: kv heads on the mesh's axis "tensor"."""
+        cache, prefix = (jax.NamedSharding(mesh, spec) for spec in (CACHE_SPEC, PREFIX_SPEC))
+        return jax.tree.map(lambda _: cache, self._shapes), jax.tree.map(lambda _: prefix, self._shapes)
+
+    @property
+    def _shapes(self) -> KV:
+        return self.codec.abstract(self.shape, self.dtype)

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from ..kernels import Backend, cache_flush
+from .codec import KV, Codec
 
 
 def rows(k_RKH: jax.Array, v_RKH: jax.Array) -> jax.Array:
@@ -12,17 +13,22 @@ def rows(k_RKH: jax.Array, v_RKH: jax.Array) -> jax.Array:
 
 
 def flush(
-    cache_LBKSC: jax.Array,
+    cache: KV,
     new_LBKC: jax.Array,
     length_B: jax.Array,
     live_B: jax.Array,
     *,
+    codec: Codec,
     mesh: jax.sharding.Mesh,
     backend: Backend,
-) -> jax.Array:
+) -> KV:
     """Store every live slot's new token behind its last row, for all layers at once; in place when donated.
 
     A dead slot, and one that is full, is not written at all: its position is put outside the cache.
     """
-    outside = cache_LBKSC.shape[3]
-    return cache_flush(cache_LBKSC, new_LBKC, jnp.where(live_B, length_B, outside), mesh=mesh, backend=backend)
+    outside = cache.rows.shape[3]
+    position_B, new = jnp.where(live_B, length_B, outside), codec.encode(new_LBKC)
+    rows = cache_flush(cache.rows, new.rows, position_B, mesh=mesh, backend=backend)
+    if cache.scales is None or new.scales is None:
+        return KV(rows)
+    return KV(rows, cache_flush(cache.scales, new.scales, position_B, token_axis=4, mesh=mesh, backend=backend))

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from ..cache_manager import rows
+from ..cache_manager import KV, Codec, prompt_rows, rows
 from ..kernels import Backend, attention_steps, prefill_attention, ragged_attention
 
 
@@ -21,7 +21,7 @@ class Attend(NamedTuple):
     """Layers of one kind see equally far."""
     call: Callable[[jax.Array | int, jax.Array | int, jax.Array, jax.Array, jax.Array], jax.Array]
     """(layer, its kind, q_RNH, k_RKH, v_RKH) -> out_RNH; the kind is a Python int, or traced under a scan"""
-    stored: Callable[[jax.Array, jax.Array], jax.Array]
+    stored: Callable[[jax.Array, jax.Array], KV | jax.Array]
     """(k_RKH, v_RKH) -> what the program hands on of a layer"""
 
 
@@ -31,7 +31,7 @@ def stored_head_dim(head_dim: int, backend: Backend) -> int:
 
 
 def attend_cache(
-    cache_LBKSC: jax.Array,
+    cache: KV,
     length_B: jax.Array,
     *,
     window_of_layer: Sequence[int | None] = (None,),
@@ -45,15 +45,15 @@ def attend_cache(
         window_of_layer: how many tokens each layer sees, the new one included; None is all.
         soft_cap: scores become cap * tanh(score / cap).
     """
-    S, C = cache_LBKSC.shape[3:]
+    S, C = cache.rows.shape[3:]
     windows, kind_of_layer = _kinds(window_of_layer, S)
-    steps = [attention_steps(cache_LBKSC, length_B, window=window, mesh=mesh, backend=backend) for window in windows]
+    steps = [attention_steps(cache.rows, length_B, window=window, mesh=mesh, backend=backend) for window in windows]
 
     def attend(layer, kind, q_BNH, k_BKH, v_BKH):
         window, of_window = _chosen(windows, kind, S + 1), steps[0] if len(steps) == 1 else _one_of(steps, kind)
         out_BNH = ragged_attention(
-            _queries(q_BNH, C // 2), stored(k_BKH, v_BKH), cache_LBKSC, layer, length_B, of_window,
-            window=window, soft_cap=soft_cap, mesh=mesh, backend=backend,
+            _queries(q_BNH, C // 2), stored(k_BKH, v_BKH), cache.rows, layer, length_B, of_window,
+            scale_LBK2S=cache.scales, window=window, soft_cap=soft_cap, mesh=mesh, backend=backend,
         )  # fmt: skip
         return out_BNH[..., : q_BNH.shape[-1]]
 
@@ -67,6 +67,7 @@ def attend_prompt(
     num_tokens: int,
     *,
     head_dim: int,
+    codec: Codec,
     window_of_layer: Sequence[int | None] = (None,),
     soft_cap: float | None = None,
     mesh: jax.sharding.Mesh,
@@ -74,7 +75,7 @@ def attend_prompt(
 ) -> Attend:
     """Rows are one prompt's `num_tokens` tokens, padding included: each attends to itself and those before it.
 
-    `head_dim` is the cache's; the rest is as for `attend_cache`.
+    `head_dim` and `codec` are the cache's; the rest is as for `attend_cache`.
     """
     windows, kind_of_layer = _kinds(window_of_layer, num_tokens)
 
@@ -95,7 +96,7 @@ def attend_prompt(
         return out_TNH[..., : q_TNH.shape[-1]]
 
     def stored(k_TKH, v_TKH):
-        return rows(_padded(k_TKH, head_dim), _padded(v_TKH, head_dim)).swapaxes(0, 1)
+        return prompt_rows(_padded(k_TKH, head_dim), _padded(v_TKH, head_dim), codec)
 
     return Attend(kind_of_layer, attend, stored)
 

@@ -4,15 +4,17 @@
 JAX function that a model calls, `attend`.
 """
 
+import functools
 import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from functools import cache
 from typing import Any, cast
 
 import jax
 import torch
 from torch._ops import OpOverloadPacket
+
+from .models.parts import grouped_matmul
 
 
 @contextmanager
@@ -49,12 +51,14 @@ with _stand_ins_for_dropped_overloads():
 XLADispatchMode.__torch_dispatch__ = inspect.unwrap(XLADispatchMode.__torch_dispatch__)
 
 
-@cache
+@functools.cache
 def _environment() -> torchax.tensor.Environment:
     """Loads the lowerings, which name overloads too. Not at import: it starts JAX's backends, and which ones there are
     to be is decided by then (see `loading`)."""
     with _stand_ins_for_dropped_overloads():
-        return torchax.default_env()
+        environment = torchax.default_env()
+    environment.override_op_definition(grouped_matmul, functools.partial(call_kernel, jax.lax.ragged_dot))
+    return environment
 
 
 def run(module: torch.nn.Module, weights: Mapping[str, jax.Array], *args: Any) -> Any:

@@ -62,7 +62,7 @@ class Budget:
         self.weights_bytes = sum(_shard_bytes(leaf) for leaf in arrays.values())
         embedding = 0 if params["lm_head"] is params["embed_tokens"] else _shard_bytes(params["embed_tokens"]["weight"])
         self.read_bytes = self.weights_bytes - embedding  # a step gathers a few rows of the embedding
-        self.cache_bytes = _shard_bytes(engine.layout.abstract(engine.mesh))
+        self.cache_bytes = engine.layout.bytes // engine.mesh.size
         self.resident = self.weights_bytes + self.cache_bytes
 
     def report(self, program: str, compiled: jax.stages.Compiled, seconds: float) -> ProgramReport:
@@ -70,7 +70,6 @@ class Budget:
         assert memory is not None  # libtpu gives both
         assert text is not None
         hlo = Program(text)
-        shard = self.engine.layout.abstract(self.engine.mesh).sharding.shard_shape(layout.shape)
         floor_bytes, rows = self._floor(program)
         floor_ms = floor_bytes / self.chip.hbm_bandwidth * 1e3
         flops = 2 * rows * self.read_bytes // layout.dtype.itemsize
@@ -83,7 +82,7 @@ class Budget:
             code_bytes=memory.generated_code_size_in_bytes,
             output_bytes=memory.output_size_in_bytes,
             cache_bytes=self.cache_bytes,
-            cache_sized_copies=hlo.copies_of(shard, self.cache_bytes // layout.layers // 2),
+            cache_sized_copies=cache_copies(hlo, self.engine),
             pallas_calls=hlo.pallas_calls(),
             collectives=hlo.collectives(),
             estimated_cycles=hlo.estimated_cycles(),
@@ -147,6 +146,14 @@ class Budget:
         enough = max(math.ceil(needed * chips / self.chip.hbm_bytes), chips + 1)
         remedies.append(f"at least {enough} of these chips, or chips with more HBM")
         return remedies
+
+
+def cache_copies(hlo: Program, engine: Engine) -> list[str]:
+    """What copies half a layer or more of a leaf of the cache on one chip; see `Program.copies_of`."""
+    found = []
+    for leaf in jax.tree.leaves(engine.layout.abstract(engine.mesh)):
+        found += hlo.copies_of(leaf.sharding.shard_shape(leaf.shape), _shard_bytes(leaf) // engine.layout.layers // 2)
+    return found
 
 
 def _shard_bytes(array: jax.ShapeDtypeStruct) -> int:

@@ -16,6 +16,9 @@ class EngineConfig:
     """`embedded` (SmolLM2-135M-Instruct, fetched on first use), a GGUF file, a folder with config.json and safetensors
     files, or a model of the Hugging Face hub (org/name, or org/name@revision)."""
 
+    model_module: str | None = None
+    """A Python module that registers a model family of your own (package.module), see docs/adding-a-model.md."""
+
     slots: int = 8
     """Requests decoded together (slots)."""
 
@@ -30,6 +33,9 @@ class EngineConfig:
 
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Type of weights, activations and cache. `auto`: float32 on CPUs, which multiply it faster, else bfloat16."""
+
+    quantize_kv: Literal["none", "int8"] = "none"
+    """Keys and values in the cache. `int8`: codes with a scale for each token and head, half of bfloat16's bytes."""
 
     platform: Literal["auto", "cpu", "tpu", "cuda"] = "auto"
     """Devices to run on. `auto` takes JAX_PLATFORMS if set, else a TPU or GPU where there is one, else the CPU."""

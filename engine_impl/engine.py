@@ -48,8 +48,8 @@ GREEDY = SamplingParams()
 class Prefix:
     """A prompt after prefill, ready for any slot."""
 
-    kv_LKTC: jax.Array
-    """the cache's dtype; rows past `length` are padding"""
+    kv: cache_manager.KV
+    """[L, K, T, C], as the cache stores it; rows past `length` are padding"""
     length: jax.Array
     """i32 scalar, tokens of the prompt"""
     token: jax.Array
@@ -69,8 +69,8 @@ class Prefix:
 class DecodeState:
     """All slots between two steps."""
 
-    cache_LBKSC: jax.Array
-    """k and v of all layers, see cache_manager/layout.py"""
+    cache: cache_manager.KV
+    """k and v of all layers, [L, B, K, S, C], see cache_manager/layout.py"""
     token_B: jax.Array
     """i32, last sampled token, not yet in the cache"""
     length_B: jax.Array
@@ -117,6 +117,7 @@ class Engine:
             length=config.cache_length,
             head_dim=stored_head_dim(model.config.head_dim, self._backend),
             dtype=dtype,
+            codec=cache_manager.codec_for(config.quantize_kv),
         )
         quantize(model, config, dtype, mesh, self._backend)
         self._model, self._tokenizer = model, tokenizer
@@ -128,8 +129,7 @@ class Engine:
         }
 
         everywhere: Any = NamedSharding(mesh, PartitionSpec())
-        cache: Any = NamedSharding(mesh, cache_manager.CACHE_SPEC)
-        kv: Any = NamedSharding(mesh, cache_manager.PREFIX_SPEC)
+        cache, kv = self.layout.shardings(mesh)
         # The vocabulary lies as the logits come: as lm_head's rows, [V, D].
         rows = sharding.parameter_spec(model, "lm_head.weight", (self.vocab_size, 1), mesh)[:1]
         v: Any = NamedSharding(mesh, PartitionSpec(*rows))
@@ -165,6 +165,11 @@ class Engine:
     def vocab_size(self) -> int:
         """Token ids are below this."""
         return self._model.config.vocab_size
+
+    @property
+    def prefix_sharding(self) -> Any:
+        """Where a prefix of another engine has to be put for `insert`: shardings, a tree like a Prefix."""
+        return self._prefix_sharding
 
     def get_tokenizer(self) -> Tokenizer:
         """The model's tokenizer."""
@@ -297,20 +302,19 @@ class Engine:
     def _empty_state(self) -> DecodeState:
         slots = self.layout.slots
         nothing_B = jnp.zeros((slots,), jnp.int32)
-        cache_LBKSC = jnp.zeros(self.layout.shape, self.layout.dtype)
         count_BV = jnp.zeros((slots, self.vocab_size), jnp.uint16)
-        return DecodeState(cache_LBKSC, nothing_B, nothing_B, SlotSampling.greedy(slots), count_BV)
+        return DecodeState(self.layout.empty(), nothing_B, nothing_B, SlotSampling.greedy(slots), count_BV)
 
     def _prefill_program(
         self, params: Params, token_T, true_length, sampling: SlotSampling, wants_logprobs
     ) -> tuple[Prefix, StepResult]:
-        attend = attend_prompt(token_T.shape[0], head_dim=self.layout.head_dim, **self._attention)
-        logits_V, kv_LKTC, logprob_T = forward.prefill(
-            self._model, params, token_T, true_length, attend, wants_logprobs
+        attend = attend_prompt(
+            token_T.shape[0], head_dim=self.layout.head_dim, codec=self.layout.codec, **self._attention
         )
+        logits_V, kv, logprob_T = forward.prefill(self._model, params, token_T, true_length, attend, wants_logprobs)
         count_V = counts_of_prompt(token_T, true_length, self.vocab_size)
         token, sampling, result = self._resample_program(logits_V, count_V, true_length, sampling)
-        return Prefix(kv_LKTC, true_length, token, sampling, logits_V, count_V, logprob_T), result
+        return Prefix(kv, true_length, token, sampling, logits_V, count_V, logprob_T), result
 
     def _resample_program(
         self, logits_V: jax.Array, count_V: jax.Array, length: jax.Array, sampling: SlotSampling
@@ -340,7 +344,7 @@ class Engine:
 
     def _decode(self, params: Params, state: DecodeState) -> tuple[jax.Array, jax.Array]:
         """(logits_BV, new_LBKC)"""
-        attend = attend_cache(state.cache_LBKSC, state.length_B, **self._attention)
+        attend = attend_cache(state.cache, state.length_B, **self._attention)
         return forward.decode(self._model, params, state.token_B, state.length_B, attend)
 
     def _flushed(self, state: DecodeState, advanced: DecodeState, new_LBKC: jax.Array) -> DecodeState:
@@ -348,10 +352,11 @@ class Engine:
         # No token is negative, but XLA does not know: so the flush waits for the last layer's attention too. Nothing
         # else orders the two, and to keep that read safe XLA:CPU would copy the whole cache, every step.
         flushed_B = self._live(state) & (advanced.token_B >= 0)
-        cache_LBKSC = cache_manager.flush(
-            state.cache_LBKSC, new_LBKC, state.length_B, flushed_B, mesh=self.mesh, backend=self._backend
-        )
-        return replace(advanced, cache_LBKSC=cache_LBKSC)
+        cache = cache_manager.flush(
+            *(state.cache, new_LBKC, state.length_B, flushed_B),
+            codec=self.layout.codec, mesh=self.mesh, backend=self._backend,
+        )  # fmt: skip
+        return replace(advanced, cache=cache)
 
 
 def next_tokens(
@@ -378,7 +383,7 @@ def _force_program(logits_V: jax.Array, token: jax.Array) -> tuple[jax.Array, ja
 
 def _insert_program(prefix: Prefix, state: DecodeState, slot: jax.Array) -> DecodeState:
     return DecodeState(
-        cache_manager.insert(state.cache_LBKSC, prefix.kv_LKTC, slot),
+        cache_manager.insert(state.cache, prefix.kv, slot),
         state.token_B.at[slot].set(prefix.token),
         state.length_B.at[slot].set(prefix.length),
         set_sampling(state.sampling, prefix.sampling, slot),

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from torch import nn
 
+from ..cache_manager import KV
 from . import bridge
 from .attention import Attend
 from .logprobs import prompt_logprobs
@@ -63,20 +64,20 @@ def prefill(
     true_length: jax.Array,
     attend: Attend,
     wants_logprobs: jax.Array | bool = False,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """One padded prompt: (logits_V of its last real token, kv_LKTC of all its tokens, their logprob_T or zeros)."""
+) -> tuple[jax.Array, KV, jax.Array]:
+    """One padded prompt: (logits_V of its last real token, all its tokens' LKTC, their logprob_T or zeros)."""
     position_T = jnp.arange(token_T.shape[0], dtype=jnp.int32)
-    x_TD, kv_LKTC = _layers(model, params, token_T, position_T, attend)
+    x_TD, kv = _layers(model, params, token_T, position_T, attend)
     last_1D = jax.lax.dynamic_slice_in_dim(x_TD, true_length - 1, 1)
     logprob_T = jax.lax.cond(
         wants_logprobs,
         lambda: prompt_logprobs(x_TD, token_T, true_length, lambda x_RD: _logits(model, params, x_RD)),
         lambda: jnp.zeros(token_T.shape, jnp.float32),
     )
-    return _logits(model, params, last_1D)[0], kv_LKTC, logprob_T
+    return _logits(model, params, last_1D)[0], kv, logprob_T
 
 
-def _layers(model: Decoder, params: Params, token_R, position_R, attend: Attend) -> tuple[jax.Array, jax.Array]:
+def _layers(model: Decoder, params: Params, token_R, position_R, attend: Attend) -> tuple[jax.Array, Any]:
     """The residual stream behind the last layer, and each layer's k, v in the form to be stored.
 
     Layers differ in their weights, in how far back they see and in their rope. Under a scan all three are selected by
@@ -114,7 +115,7 @@ def _layers(model: Decoder, params: Params, token_R, position_R, attend: Attend)
         weights = {**weights, **_numbered(model.layers[0], jnp.int32(0))}
         x_RD, kv = layer(x_RD, weights, jnp.int32(index), kind_of_layer[index], ropes[rope_of_layer[index]])
         per_layer.append(kv)
-    return x_RD, jnp.stack(per_layer)
+    return x_RD, jax.tree.map(lambda *of_layers: jnp.stack(of_layers), *per_layer)
 
 
 def _logits(model: Decoder, params: Params, x_RD: jax.Array) -> jax.Array:

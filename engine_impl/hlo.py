@@ -130,13 +130,19 @@ class Program:
                 continue
             for instruction in instructions.values():
                 comes_from_it = any((computation, operand, 0) in tainted for operand in instruction.operands)
-                if instruction.opcode in _COPYING and comes_from_it and not self._updates_in_place(instruction):
-                    if any(array.bytes >= threshold_bytes and not array.in_vmem for array in _made(instruction)):
-                        found.append(instruction.name)
+                large = any(array.bytes >= threshold_bytes and not array.in_vmem for array in _made(instruction))
+                if (
+                    instruction.opcode in _COPYING
+                    and comes_from_it
+                    and large
+                    and not self._updates_in_place(instruction)
+                ):
+                    found.append(instruction.name)
         return found
 
     def _updates_in_place(self, instruction: Instruction) -> bool:
-        """A fusion that ends in an update of one of its own parameters."""
+        """A fusion that ends in an update of one of its own parameters, seen through bitcasts and fusions that give
+        their operand back (as XLA puts them around an int8 array with a kernel's tiles)."""
         if instruction.opcode != "fusion":
             return False
         body = self.computations[instruction.callees[0]]
@@ -146,7 +152,7 @@ class Program:
         if result.opcode not in _UPDATING:
             return False
         target = body[result.operands[0]]
-        while target.opcode == "bitcast":
+        while target.opcode == "bitcast" or "output_to_operand_aliasing={{}: (0, {})}" in target.text:
             target = body[target.operands[0]]
         return target.opcode == "parameter"
 

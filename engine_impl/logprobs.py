@@ -1,6 +1,8 @@
 """Log-probabilities of tokens under the model itself: log_softmax of its logits, before penalties, temperature, cuts.
 
-They are made only when a slot asks for them, the likeliest tokens' only when one asks for those.
+They are made only when a slot asks for them, the likeliest tokens' only when one asks for those. Static cycles on a
+chip of eight, Llama-3.1-8B: a step of 96 slots 9.0 M, logprobs 0.1 M more; a prefill of 1024 tokens 29.1 M, its prompt
+logprobs 3.4 M more, and all its temporaries 2.1 MiB where the prompt's logits would be 63.
 """
 
 from collections.abc import Callable
@@ -81,9 +83,10 @@ def likeliest(logits_BV: jax.Array, mesh: Mesh) -> tuple[jax.Array, jax.Array]:
     """(token_BP i32, logit_BP), largest first. The chips share V where they divide it: each finds its own largest, and
     P of each are compared.
 
-    What the TPU compiler says of 64 slots and a vocabulary of 128,256 (libtpu 0.0.42): alone, 2.4 s to compile for
-    eight chips, 28 thousand static cycles; one maximum after another costs 480 thousand, and on two CPU cores 21 ms for
-    [8, 49152] where this costs 0.6. Left to the partitioner, `top_k` of a shared V compiles to indices that are all 0.
+    What the TPU compiler makes of a vocabulary of 128,256 on eight chips (libtpu 0.0.42): 2 s to compile, on each chip
+    190 thousand VLIW bundles for 96 slots (20 trips through 9,067), 0.13 ms at 1.5 GHz. One `argmax` after another is
+    480 thousand cycles for 64 slots and two all-gathers a token; on two CPU cores it takes 21 ms for [8, 49152] where
+    this takes 0.6. Left to the partitioner, `top_k` of a shared V compiles for TPUs to token ids that are all 0.
     """
     chips = mesh.shape[AXIS]
     is_shared = logits_BV.shape[1] % chips == 0

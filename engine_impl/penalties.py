@@ -2,6 +2,13 @@
 
 A slot's counts are one u16 a vocabulary entry: 1 if the prompt has the token, plus 2 for each time that the answer has
 it. They are made for every slot, but kept up to date only while some slot asks for a penalty.
+
+Llama-3.1-8B on eight v5e, 96 slots (libtpu 0.0.42): the counts take 2.9 MiB a chip, which shares V as the logits do.
+A step of 9.0 M static cycles pays 31 thousand to count and 39 thousand to penalise while somebody asks, and 35 thousand
+for another argmax. While nobody asks it pays no cycle; the compiler prefetches the counts into VMEM all the same (4 us
+of bandwidth, beside the layers' work), and never copies them in HBM. The tokens themselves, [B, S], would be smaller
+(0.4 MiB), but would have to be scattered into counts again at every step, one by one. On two CPU cores (SmolLM2-135M,
+8 slots) the step takes 1.00 times the CPU time of one without all this while nobody asks, and 1.02 with penalties.
 """
 
 import jax

@@ -5,8 +5,8 @@ A token depends on its logits, its request's parameters and its position in the 
 is in the batch: the random key is folded from the request's seed and the position.
 
 Nothing sorts the vocabulary (a full sort takes the TPU compiler 23 s). The smallest kept value is found by bisection
-over the bits of a float, exactly, in 32 passes, and only when a slot asks for top-k or top-p. Tokens as likely as the
-last one kept are kept too.
+over the bits of a float, exactly, in 32 passes, for top-k when a slot asks for it and for top-p likewise. Tokens as
+likely as the last one kept are kept too.
 """
 
 from collections.abc import Callable
@@ -62,24 +62,33 @@ def _draw(logits_BV: jax.Array, sampling: SlotSampling, position_B: jax.Array) -
 
 
 def cut(logits_BV: jax.Array, sampling: SlotSampling) -> jax.Array:
-    """Top-k, then top-p and min-p of what is left; the rest becomes -inf. `logits_BV` are f32, after temperature."""
-    is_cut = ((sampling.top_k > 0) | (sampling.top_p < 1)) & sampling.is_drawn
-    kept_BV = jax.lax.cond(is_cut.any(), lambda: _top_k_and_p(logits_BV, sampling), lambda: logits_BV)
+    """Top-k, then top-p and min-p of what is left; the rest becomes -inf. `logits_BV` are f32, after temperature.
+
+    Llama-3.1-8B, 96 slots on eight v5e: while some slot asks, top-k costs 1.1 and top-p 1.6 million static cycles
+    beside the step's 9.0, and 32 all-reduces of [B] each; a draw 0.1, and min-p nothing more.
+    """
+    is_k_asked = (sampling.top_k > 0) & sampling.is_drawn
+    is_p_asked = (sampling.top_p < 1) & sampling.is_drawn
+    kept_BV = jax.lax.cond(is_k_asked.any(), lambda: _top_k(logits_BV, sampling.top_k), lambda: logits_BV)
+    kept_BV = jax.lax.cond(is_p_asked.any(), lambda: _top_p(kept_BV, sampling.top_p), lambda: kept_BV)
     # The likeliest token is always kept, so a token's share of its probability is the same before and after a cut.
     least_B1 = logits_BV.max(-1, keepdims=True) + jnp.log(sampling.min_p)[:, None]
     return jnp.where(logits_BV >= least_B1, kept_BV, -jnp.inf)
 
 
-def _top_k_and_p(logits_BV: jax.Array, sampling: SlotSampling) -> jax.Array:
+def _top_k(logits_BV: jax.Array, top_k_B: jax.Array) -> jax.Array:
     order_BV = _ordered(logits_BV)
-    k_B1 = jnp.where(sampling.top_k > 0, sampling.top_k, logits_BV.shape[1])[:, None]
+    k_B1 = jnp.where(top_k_B > 0, top_k_B, logits_BV.shape[1])[:, None]
     last_B1 = _largest(lambda t_B1: (order_BV >= t_B1).sum(-1, keepdims=True) >= k_B1, like=k_B1)
-    kept_BV = jnp.where(order_BV >= last_B1, logits_BV, -jnp.inf)
+    return jnp.where(order_BV >= last_B1, logits_BV, -jnp.inf)
 
-    p_BV = jax.nn.softmax(kept_BV, axis=-1)
-    top_p_B1 = sampling.top_p[:, None]
-    last_B1 = _largest(lambda t_B1: jnp.where(order_BV >= t_B1, p_BV, 0).sum(-1, keepdims=True) >= top_p_B1, like=k_B1)
-    return jnp.where((order_BV >= last_B1) | (top_p_B1 >= 1), kept_BV, -jnp.inf)
+
+def _top_p(logits_BV: jax.Array, top_p_B: jax.Array) -> jax.Array:
+    order_BV, p_BV, top_p_B1 = _ordered(logits_BV), jax.nn.softmax(logits_BV, axis=-1), top_p_B[:, None]
+    last_B1 = _largest(
+        lambda t_B1: jnp.where(order_BV >= t_B1, p_BV, 0).sum(-1, keepdims=True) >= top_p_B1, like=top_p_B1
+    )
+    return jnp.where((order_BV >= last_B1) | (top_p_B1 >= 1), logits_BV, -jnp.inf)
 
 
 def _ordered(x: jax.Array) -> jax.Array:

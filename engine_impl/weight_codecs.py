@@ -3,6 +3,8 @@
 O outputs, I inputs, Q blocks of inputs.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
@@ -12,6 +14,7 @@ EXACT = 1e-5
 """What a value may be off its grid, over its block's largest, to count as on it: float32 rounding of scale * code."""
 
 
+@jax.jit
 def encode_int8(weight_OI: jax.Array) -> dict[str, jax.Array]:
     """One scale an output, symmetric: weight = code * scale, |error| <= scale / 2.
 
@@ -37,6 +40,7 @@ def encode_int8(weight_OI: jax.Array) -> dict[str, jax.Array]:
     return {"code": code_OI.astype(jnp.int8), "scale": jnp.where(is_other_O1, other_scale_O1, scale_O1)[:, 0]}
 
 
+@functools.partial(jax.jit, static_argnames=("block", "dtype"))
 def encode_int4(weight_OI: jax.Array, block: int, dtype: jnp.dtype) -> Blockwise:
     """`block` inputs share a scale and an offset: weight = code * scale + offset, |error| <= scale / 2.
 

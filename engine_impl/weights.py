@@ -15,7 +15,7 @@ from torch import nn
 
 from .errors import RefusedError
 from .forward import LayerLoop, Params
-from .models.decoder import Decoder, ModelConfig, Rows
+from .models.decoder import Decoder, ModelConfig, Rows, Transposed
 from .quantized_linear import QuantizedLinear
 from .sharding import parameter_spec
 from .tokenizer import Tokenizer
@@ -80,6 +80,8 @@ def needed_shapes(model: Decoder, kv_heads: int) -> dict[str, tuple[int, ...]]:
             shape = (shape[0] * kv_heads // model.config.num_kv_heads, *shape[1:])
         for source in sources:
             of_source = shape if len(sources) == 1 else shape[1:]
+            if isinstance(source, Transposed):
+                of_source = of_source[::-1]
             if isinstance(source, Rows):  # other parameters take the others
                 of_source = (max(source.stop, shapes.get(source, (0,))[0]), *of_source[1:])
             shapes[str(source)] = of_source
@@ -131,8 +133,8 @@ def _check_tied(checkpoint: Checkpoint, shapes: Mapping[str, tuple[int, ...]]) -
     if same:
         head, embedding = checkpoint.tensor(HEAD), checkpoint.tensor(EMBEDDING)
         same = all(
-            np.array_equal(*(part[row : row + COMPARED_ROWS].astype(np.float32) for part in (head, embedding)))
-            for row in range(0, len(head), COMPARED_ROWS)
+            (head[rows].astype(np.float32) == embedding[rows].astype(np.float32)).all()
+            for rows in (slice(row, row + COMPARED_ROWS) for row in range(0, len(head), COMPARED_ROWS))
         )
     if not same:
         raise RefusedError(
@@ -183,29 +185,26 @@ class _Loader:
 
     def quantized(self, leaf: _Leaf, parts: dict[str, "_Leaf"], module: QuantizedLinear) -> dict[str, jax.Array]:
         """The arrays that stand for `leaf`. Encoded from float32: rounding first would move values off their grid."""
-        shardings = {name: part.of_one for name, part in parts.items()}
-        return self._assembled(leaf, jnp.dtype("float32"), parts, jax.jit(module.encode, out_shardings=shardings))
+        return self._assembled(leaf, jnp.dtype("float32"), parts, module.encode)
 
     def _assembled(
         self,
         leaf: _Leaf,
         dtype: jnp.dtype,
         parts: dict[str, _Leaf],
-        encode: Callable[[jax.Array], dict[str, jax.Array]],
+        encode: Callable[[jax.Array], Mapping[str, jax.Array]],
     ) -> dict[str, jax.Array]:
         """What `encode` makes of the leaf; stacked ones are filled in place, layer by layer."""
         if not leaf.stacked:
-            return encode(self._array(leaf.names[0], leaf, dtype))
-        full = {name: part.sharding for name, part in parts.items()}
-
-        def empty() -> dict[str, jax.Array]:
-            of_one = jax.eval_shape(encode, jax.ShapeDtypeStruct(leaf.shape, dtype))
-            return {name: jnp.zeros((len(leaf.names), *array.shape), array.dtype) for name, array in of_one.items()}
-
-        stacks = jax.jit(empty, out_shardings=full)()
-        put = jax.jit(_put, donate_argnums=0, out_shardings=full)
+            encoded = encode(self._array(leaf.names[0], leaf, dtype))
+            return {name: jax.device_put(encoded[name], part.of_one) for name, part in parts.items()}
+        of_one = jax.eval_shape(encode, jax.ShapeDtypeStruct(leaf.shape, dtype))
+        stacks = {
+            name: jnp.zeros(part.full_shape, of_one[name].dtype, device=part.sharding) for name, part in parts.items()
+        }
+        put = jax.jit(_put, donate_argnums=0, out_shardings={name: part.sharding for name, part in parts.items()})
         for index, name in enumerate(leaf.names):
-            stacks = put(stacks, encode(self._array(name, leaf, dtype)), index)
+            stacks = put(stacks, dict(encode(self._array(name, leaf, dtype))), index)
         return stacks
 
     def check_finite(self) -> None:
@@ -220,12 +219,12 @@ class _Loader:
         """One parameter. Every device's share is read for itself, so that no more of a memory map is touched."""
         if len(self._finite) > 1:
             self._finite[-2][1].block_until_ready()
-        sources = [_rows(self._checkpoint.tensor(source), source) for source in self._model.sources(name)]
+        sources = [_taken(self._checkpoint.tensor(source), source) for source in self._model.sources(name)]
         if _of_kv_heads(name):
             heads = self._checkpoint.config.num_kv_heads, self._model.config.num_kv_heads
             sources = [_repeat_heads(source, *heads) for source in sources]
 
-        def share(index: tuple[slice, ...]) -> np.ndarray:
+        def share(index: Any) -> np.ndarray:
             with np.errstate(over="ignore"):  # the check for infinities tells it, with the tensor's name
                 if len(sources) == 1:
                     return np.array(sources[0][index], dtype)
@@ -301,8 +300,10 @@ def _build(model: Decoder, mesh: Mesh, loop: LayerLoop, maker: "_Loader | _Descr
     }
 
 
-def _rows(tensor: np.ndarray, source: str) -> np.ndarray:
+def _taken(tensor: np.ndarray, source: str) -> np.ndarray:
     """What the model takes of a checkpoint's tensor."""
+    if isinstance(source, Transposed):
+        return tensor.T
     return tensor[source.start : source.stop] if isinstance(source, Rows) else tensor
 
 

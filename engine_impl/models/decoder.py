@@ -24,6 +24,10 @@ class Rows(str):
         return rows
 
 
+class Transposed(str):
+    """The name of a checkpoint's matrix that the model keeps as [in, out]."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     """The sizes that the engine needs; a family adds its own."""
@@ -93,6 +97,6 @@ class Decoder(nn.Module):
         raise NotImplementedError
 
     def sources(self, name: str) -> tuple[str, ...]:
-        """The checkpoint's tensors that make up a parameter; several are stacked on a new leading axis, of `Rows` only
-        those are taken."""
+        """The checkpoint's tensors that make up a parameter; several are stacked on a new leading axis; see also
+        `Rows` and `Transposed`."""
         return (name,)

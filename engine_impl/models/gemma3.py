@@ -43,6 +43,7 @@ class Gemma3(Gemma2):
 
     @classmethod
     def read_config(cls, fields: Fields) -> Gemma3Config:
+        fields.only("attn_logit_softcapping", None)  # a field that transformers reads and does not use
         shape = read_gemma2(fields, period=fields.get("sliding_window_pattern", 6))
         if fields.get("rope_parameters") is not None:
             every, local = (

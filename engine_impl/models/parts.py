@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.overrides import handle_torch_function, has_torch_function
 
 
 class Linear(nn.Linear):
@@ -18,23 +19,39 @@ class Embedding(nn.Embedding):
 
 
 class ExpertLinear(nn.Module):
-    """A `Linear` without bias for each of E experts, weight [E, out, in]."""
+    """A `Linear` without bias for each of E experts, weight [E, in, out], as TPUs multiply by groups."""
 
     def __init__(self, experts: int, in_features: int, out_features: int) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(experts, out_features, in_features))
+        self.weight = nn.Parameter(torch.empty(experts, in_features, out_features))
 
     def of_all(self, x_RI: Tensor) -> Tensor:
         """Every expert's answer to every row: [E, R, out]."""
-        return torch.einsum("ri,eoi->ero", x_RI, self.weight)
+        return torch.einsum("ri,eio->ero", x_RI, self.weight)
 
     def summed(self, x_ERI: Tensor) -> Tensor:
         """The sum of the experts' answers, each to its own rows: [R, out]."""
-        return torch.einsum("eri,eoi->ro", x_ERI, self.weight)
+        return torch.einsum("eri,eio->ro", x_ERI, self.weight)
 
     def of_one(self, x_I: Tensor, expert: Tensor) -> Tensor:
         """One expert's answer to one row; `expert` is an integer scalar. Only that expert's weights are read."""
-        return functional.linear(x_I, self.weight[expert])
+        return x_I @ self.weight[expert]
+
+    def of_groups(self, x_RI: Tensor, count_E: Tensor) -> Tensor:
+        """Rows sorted by expert, `count` of them each: [R, out]."""
+        return grouped_matmul(x_RI, self.weight, count_E)
+
+
+def grouped_matmul(x_RI: Tensor, weight_EIO: Tensor, count_E: Tensor) -> Tensor:
+    """The first `count` rows times the first matrix, the next ones times the second, ...: [R, O].
+
+    The bridge has an implementation of its own for where sizes must be known beforehand.
+    """
+    arguments = x_RI, weight_EIO, count_E
+    if has_torch_function(arguments):
+        return handle_torch_function(grouped_matmul, arguments, *arguments)
+    groups = x_RI.split(count_E.tolist())
+    return torch.cat([rows @ weight for rows, weight in zip(groups, weight_EIO, strict=True)])
 
 
 class RMSNorm(nn.Module):

@@ -1,6 +1,9 @@
-"""The families there are, by the `model_type` of their Hugging Face `config.json`."""
+"""The families there are, by the `model_type` of their Hugging Face `config.json`; docs/adding-a-model.md adds one."""
 
-from typing import Any
+import importlib
+from collections.abc import Callable
+from importlib.metadata import entry_points
+from typing import Any, TypeVar
 
 import torch
 
@@ -30,17 +33,49 @@ FAMILIES: dict[str, type[Decoder]] = {
 }
 
 
+ENTRY_POINTS = "slipstream.models"
+"""The group in which an installed package names the modules of its families, each by its model type."""
+
+AnyDecoder = TypeVar("AnyDecoder", bound=type[Decoder])
+
+
+def register(model_type: str) -> Callable[[AnyDecoder], AnyDecoder]:
+    """A class decorator for a family from outside. Raises ValueError when another one has the name already."""
+
+    def add(family: AnyDecoder) -> AnyDecoder:
+        there = FAMILIES.setdefault(model_type, family)
+        if there is not family:
+            raise ValueError(f"{model_type=} is {there.__module__}.{there.__name__} already; choose another name")
+        return family
+
+    return add
+
+
+def use_module(name: str | None) -> None:
+    """Import a module that registers families of its own. Raises RefusedError when it cannot be imported."""
+    if name is None:
+        return
+    try:
+        importlib.import_module(name)
+    except ImportError as error:
+        raise RefusedError(f"model_module={name!r} cannot be imported ({error}); is it on PYTHONPATH?") from error
+
+
 def read_config(fields: dict[str, Any], where: str) -> ModelConfig:
     """A `config.json`'s fields as the family's config; `where` names the file in messages.
 
     Raises RefusedError for a family that is not there, and for what the family cannot do.
     """
-    family = fields.get("model_type")
-    if family not in FAMILIES:
+    model_type = fields.get("model_type")
+    if model_type not in FAMILIES:
+        for entry_point in entry_points(group=ENTRY_POINTS, name=str(model_type)):
+            entry_point.load()
+    if model_type not in FAMILIES:
         raise RefusedError(
-            f"{where!r} is of the family {family!r}; the families there are: {', '.join(sorted(FAMILIES))}"
+            f"{where!r} is of the family {model_type!r}; the families there are: {', '.join(sorted(FAMILIES))}; "
+            "--model-module brings one of your own"
         )
-    return FAMILIES[family].read_config(Fields(fields, where))
+    return FAMILIES[model_type].read_config(Fields(fields, where))
 
 
 def build(config: ModelConfig) -> Decoder:

@@ -13,30 +13,40 @@ from .reference import cache_flush_reference
 
 
 def cache_flush(
-    cache_LBKSC: jax.Array, new_LBKC: jax.Array, position_B: jax.Array, *, mesh: Mesh, backend: Backend
+    cache: jax.Array,
+    new: jax.Array,
+    position_B: jax.Array,
+    *,
+    token_axis: int = 3,
+    mesh: Mesh,
+    backend: Backend,
 ) -> jax.Array:
-    """The cache with new_LBKC[:, b] at row position_B[b] of slot b, in every layer; in place when the cache is donated.
+    """The cache with new[:, b] at token position_B[b] of slot b, in every layer; in place when the cache is donated.
 
     Args:
-        cache_LBKSC: any dtype; S a multiple of 128. Sharded on K.
-        new_LBKC: the step's rows, the cache's dtype. Sharded on K.
+        cache: rows, cache_LBKSC of any dtype, or their scales, scale_LBK2S in f32; S a multiple of 128. Sharded on K.
+        new: the step's rows new_LBKC, or scales new_LBK2, of the cache's dtype. Sharded on K.
         position_B: i32. A position outside [0, S) writes nothing at all: that is how dead and full slots are told.
+        token_axis: where S stands: 3 for rows, 4 for scales.
         mesh: heads are sharded on its axis "tensor".
         backend: see `Backend`.
 
     Returns:
-        cache_LBKSC; every other row keeps its bits.
+        The cache; all other tokens keep their bits.
 
     Raises:
         ValueError: shapes or dtypes that do not fit together, at trace time.
     """
     check_backend(backend)
-    L, B, K, S, C = cache_LBKSC.shape
+    if token_axis not in (3, 4):
+        raise ValueError(f"{token_axis=} must be 3 for rows [L, B, K, S, C] or 4 for scales [L, B, K, 2, S]")
+    B, K, S = cache.shape[1], cache.shape[2], cache.shape[token_axis]
     heads_per_shard(mesh, K)
-    check_shape("new_LBKC", new_LBKC, (L, B, K, C), "LBKC")
+    of_a_token = tuple(size for axis, size in enumerate(cache.shape) if axis != token_axis)
+    check_shape("new", new, of_a_token, "LBKC" if token_axis == 3 else "LBK2")
     check_shape("position_B", position_B, (B,), "B")
-    if cache_LBKSC.dtype != new_LBKC.dtype:
-        raise ValueError(f"{new_LBKC.dtype=} must be the cache's, {cache_LBKSC.dtype}; encode the new rows first")
+    if cache.dtype != new.dtype:
+        raise ValueError(f"{new.dtype=} must be the cache's, {cache.dtype}; encode the new rows first")
     if S % 128:
         raise ValueError(f"cache length {S=} must be a multiple of 128; nearest above: {-(-S // 128) * 128}")
 
@@ -46,10 +56,10 @@ def cache_flush(
         flush = functools.partial(cache_flush_tpu, interpret=interpret_params(backend))
     heads = P(None, None, AXIS)
     sharded = jax.shard_map(
-        flush,
+        functools.partial(flush, token_axis=token_axis),
         mesh=mesh,
         in_specs=(heads, heads, P()),
         out_specs=heads,
         check_vma=False,  # pallas_call's results carry no varying-axes type
     )
-    return sharded(cache_LBKSC, new_LBKC, position_B.astype(jnp.int32))
+    return sharded(cache, new, position_B.astype(jnp.int32))

@@ -34,12 +34,16 @@ def tile_rows(dtype: DTypeLike) -> int:
 def layer_group(num_layers: int, num_kv_heads: int, row_lanes: int, dtype: DTypeLike, vmem_bytes: int) -> int:
     """Layers per step: the largest divisor of `num_layers` whose tiles, in and out and double-buffered, fit."""
     lanes = -(-row_lanes // LANES) * LANES
-    layer_bytes = 4 * num_kv_heads * tile_rows(dtype) * lanes * jnp.dtype(dtype).itemsize
-    fits = [n for n in range(1, num_layers + 1) if num_layers % n == 0 and n * layer_bytes <= vmem_bytes]
-    return max(fits, default=1)
+    return _largest_divisor(
+        num_layers, vmem_bytes // (4 * num_kv_heads * tile_rows(dtype) * lanes * jnp.dtype(dtype).itemsize)
+    )
 
 
-def _kernel(
+def _largest_divisor(num_layers: int, at_most: int) -> int:
+    return max((n for n in range(1, at_most + 1) if num_layers % n == 0), default=1)
+
+
+def _write_row(
     position_ref,  # [B], scalars
     new_ref,  # [layers, K, C]
     tile_ref,  # [layers, K, rows, C]
@@ -47,50 +51,83 @@ def _kernel(
     *,
     cache_len: int,
 ):
-    position = position_ref[pl.program_id(1)]
     layers, K, rows, C = tile_ref.shape
-    hit = (position >= 0) & (position < cache_len)
-    row = jnp.where(hit, position & (rows - 1), -1)
+    row = _place_in_tile(position_ref[pl.program_id(1)], rows, cache_len)
     here_SC = jax.lax.broadcasted_iota(jnp.int32, (rows, C), 0) == row
     for layer in range(layers):
         for k in range(K):
             out_ref[layer, k] = jnp.where(here_SC, new_ref[layer, k : k + 1], tile_ref[layer, k])
 
 
+def _write_lane(
+    position_ref,  # [B], scalars
+    new_ref,  # [layers, K, R, slots], of all slots: one on the lanes would be padded to 128 of them
+    tile_ref,  # [layers, K, R, LANES]
+    out_ref,  # [layers, K, R, LANES], the tile's own place
+    *,
+    cache_len: int,
+):
+    b = pl.program_id(1)
+    layers, K, R, lanes = tile_ref.shape
+    lane_RS = jax.lax.broadcasted_iota(jnp.int32, (R, lanes), 1)
+    here_RS = lane_RS == _place_in_tile(position_ref[b], lanes, cache_len)
+    mine_RB = lane_RS == (b & (LANES - 1))
+    slots = pl.ds(pl.multiple_of(b & -LANES, LANES), LANES)
+    for layer in range(layers):
+        for k in range(K):
+            new_R1 = jnp.sum(jnp.where(mine_RB, new_ref[layer, k, :, slots], 0), axis=1, keepdims=True)
+            out_ref[layer, k] = jnp.where(here_RS, new_R1, tile_ref[layer, k])
+
+
+def _place_in_tile(position: jax.Array, tile: int, cache_len: int) -> jax.Array:
+    """-1 where there is nothing to write."""
+    return jnp.where((position >= 0) & (position < cache_len), position & (tile - 1), -1)
+
+
 def cache_flush_tpu(
-    cache_LBKSC: jax.Array,
-    new_LBKC: jax.Array,
+    cache: jax.Array,
+    new: jax.Array,
     position_B: jax.Array,
     *,
+    token_axis: int,
     interpret: pltpu.InterpretParams | bool = False,
     vmem_bytes: int = VMEM_BYTES,
 ) -> jax.Array:
     """`op.cache_flush` on one chip's heads."""
-    L, B, K, S, C = cache_LBKSC.shape
-    rows = tile_rows(cache_LBKSC.dtype)
-    tile_bits = rows.bit_length() - 1
-    layers = layer_group(L, K, C, cache_LBKSC.dtype, vmem_bytes)
+    L, B, K = cache.shape[:3]
+    S = cache.shape[token_axis]
+    if token_axis == 3:
+        kernel, tile_shape = _write_row, (tile_rows(cache.dtype), cache.shape[4])
+        layers = layer_group(L, K, cache.shape[4], cache.dtype, vmem_bytes)
+        new_spec = pl.BlockSpec((layers, None, K, cache.shape[4]), lambda group, b, position_ref: (group, b, 0, 0))
+    else:
+        kernel, tile_shape = _write_lane, (cache.shape[3], LANES)
+        slots = -(-B // LANES) * LANES
+        new = jnp.pad(new.transpose(0, 2, 3, 1), ((0, 0), (0, 0), (0, 0), (0, slots - B)))
+        layer_bytes = 8 * LANES * cache.dtype.itemsize * K * (4 + 2 * slots // LANES)  # at most 8 rows: one tile
+        layers = _largest_divisor(L, vmem_bytes // layer_bytes)
+        new_spec = pl.BlockSpec((layers, *new.shape[1:]), lambda group, b, position_ref: (group, 0, 0, 0))
+    tile = tile_shape[token_axis - 3]
+    tile_bits = tile.bit_length() - 1
 
     def tile_index(group, b, position_ref):
         # A slot with nothing to write gets its nearest tile back as it was.
         # Shifted, since // would look for a sign in each of the pipeline's calls: 50 bundles a step.
-        return group, b, 0, jnp.clip(position_ref[b], 0, S - 1) >> tile_bits, 0
+        at = jnp.clip(position_ref[b], 0, S - 1) >> tile_bits
+        return (group, b, 0, at, 0) if token_axis == 3 else (group, b, 0, 0, at)
 
-    tile = pl.BlockSpec((layers, None, K, rows, C), tile_index)
+    tile_spec = pl.BlockSpec((layers, None, K, *tile_shape), tile_index)
     return pl.pallas_call(
-        functools.partial(_kernel, cache_len=S),
+        functools.partial(kernel, cache_len=S),
         grid_spec=pltpu.PrefetchScalarGridSpec(
-            num_scalar_prefetch=1,
-            grid=(L // layers, B),
-            in_specs=[pl.BlockSpec((layers, None, K, C), lambda group, b, position_ref: (group, b, 0, 0)), tile],
-            out_specs=tile,
+            num_scalar_prefetch=1, grid=(L // layers, B), in_specs=[new_spec, tile_spec], out_specs=tile_spec
         ),
-        out_shape=jax.ShapeDtypeStruct(cache_LBKSC.shape, cache_LBKSC.dtype),
+        out_shape=jax.ShapeDtypeStruct(cache.shape, cache.dtype),
         input_output_aliases={2: 0},  # counting the scalars: the cache is the third operand
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel")),
         cost_estimate=pl.CostEstimate(
-            flops=0, transcendentals=0, bytes_accessed=(2 * rows + 1) * new_LBKC.size * cache_LBKSC.dtype.itemsize
+            flops=0, transcendentals=0, bytes_accessed=new.nbytes + 2 * tile * cache.nbytes // S
         ),
         interpret=interpret,
-        name=f"cache_flush_{K}x{C}_layers{layers}",
-    )(position_B, new_LBKC, cache_LBKSC)
+        name=f"cache_flush_{K}x{'x'.join(map(str, tile_shape))}_layers{layers}",
+    )(position_B, new, cache)

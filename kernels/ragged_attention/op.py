@@ -22,6 +22,7 @@ def ragged_attention(
     length_B: jax.Array,
     steps: Steps | None = None,
     *,
+    scale_LBK2S: jax.Array | None = None,
     window: jax.Array | int | None = None,
     soft_cap: float | None = None,
     mesh: Mesh,
@@ -35,11 +36,13 @@ def ragged_attention(
     Args:
         q_BNH: queries, rope applied; bf16 or f32. Query head n uses kv head n // (N / K). Sharded on N, as K.
         new_BKC: the step's own k and v side by side (C = 2 H), q's dtype. Sharded on K.
-        cache_LBKSC: all layers' k and v, q's dtype; S a multiple of 128. Sharded on K. Rows at or past a slot's length
-            are never used, whatever they hold, NaN included.
+        cache_LBKSC: all layers' k and v, q's dtype, or int8 codes with scales; S a multiple of 128. Sharded on K. Rows
+            at or past a slot's length are never used, whatever they hold, NaN included; nor their scales.
         layer: which layer to read, a Python int or an i32 scalar, traced or not.
         length_B: i32, rows in use, 0 <= length <= S. 0 gives exactly v_new.
         steps: `attention_steps` of this cache, these lengths and this window. None lists them here, once a call.
+        scale_LBK2S: f32, what an int8 row's k and v are to be multiplied by. Sharded on K. The scores and the softmax's
+            weights are multiplied instead, so that k and v are nowhere stored dequantised.
         window: how many tokens a query sees, itself included: rows [length - window + 1, length) and the new token.
             An i32 scalar, traced or not: layers under one scan may differ, S + 1 and above being everything. None is
             everything too, by a program that has no windows. Only the window's blocks are read.
@@ -59,7 +62,14 @@ def ragged_attention(
     check_soft_cap(soft_cap)
     (L, B, K, S, C), (N, H) = cache_LBKSC.shape, q_BNH.shape[1:]
     heads_per_shard(mesh, K, N)
-    check_dtypes(q_BNH=q_BNH, new_BKC=new_BKC, cache_LBKSC=cache_LBKSC)
+    if scale_LBK2S is None:
+        check_dtypes(q_BNH=q_BNH, new_BKC=new_BKC, cache_LBKSC=cache_LBKSC)
+    else:
+        check_dtypes(q_BNH=q_BNH, new_BKC=new_BKC)
+        check_shape("scale_LBK2S", scale_LBK2S, (L, B, K, 2, S), "LBK2S")
+        if (cache_LBKSC.dtype, scale_LBK2S.dtype) != (jnp.int8, jnp.float32):
+            raise ValueError(f"a cache with scales has int8 codes and float32 scales, got {cache_LBKSC.dtype=} and "
+                             f"{scale_LBK2S.dtype=}")  # fmt: skip
     check_shape("q_BNH", q_BNH, (B, N, H), "BNH")
     check_shape("new_BKC", new_BKC, (B, K, C), "BKC")
     check_shape("length_B", length_B, (B,), "B")
@@ -86,11 +96,12 @@ def ragged_attention(
     sharded = jax.shard_map(
         functools.partial(attention, soft_cap=soft_cap),
         mesh=mesh,
-        in_specs=(heads, heads, P(None, None, AXIS), P(), P(), P(), *(P() for _ in operands)),
+        in_specs=(heads, heads, P(None, None, AXIS), P(None, None, AXIS), P(), P(), P(), *(P() for _ in operands)),
         out_specs=heads,
         check_vma=False,  # pallas_call's results carry no varying-axes type
     )
-    return sharded(q_BNH, new_BKC, cache_LBKSC, jnp.asarray(layer, jnp.int32), length_B, window, *operands)
+    layer = jnp.asarray(layer, jnp.int32)
+    return sharded(q_BNH, new_BKC, cache_LBKSC, scale_LBK2S, layer, length_B, window, *operands)
 
 
 def attention_steps(

@@ -110,7 +110,7 @@ def _kernel(
     block_ref,  # [cores * N]
     q_ref,  # [K, G, Q]
     new_ref,  # [K, C]
-    cache_ref,  # [K, block, C]
+    cache_refs,  # [K, block, C]; of an int8 cache also the scales, [K, 2, block] f32
     out_ref,  # [K, G, H]
     m_ref,  # [K, G, 1] f32: largest score so far
     l_ref,  # [K, G, 1] f32: sum of exp(score - m)
@@ -124,6 +124,7 @@ def _kernel(
     del source_ref
     core, i = pl.program_id(0), pl.program_id(1)
     step = core * max_steps + i
+    cache_ref, scale_ref = cache_refs if len(cache_refs) == 2 else (*cache_refs, None)
     K, block, _ = cache_ref.shape
     has_window = layer_ref.shape == (2,)
     first, length = rows_seen(length_ref[slot_ref[step]], layer_ref[1] if has_window else None)
@@ -133,10 +134,12 @@ def _kernel(
     scale = head_dim**-0.5
     capped = functools.partial(cap_scores, soft_cap=soft_cap)
     # f32 operands in one bf16 pass would lose 16 bits.
-    precision = jax.lax.Precision.HIGHEST if cache_ref.dtype == jnp.float32 else jax.lax.Precision.DEFAULT
+    precision = jax.lax.Precision.HIGHEST if q_ref.dtype == jnp.float32 else jax.lax.Precision.DEFAULT
     dot = functools.partial(jax.lax.dot_general, preferred_element_type=jnp.float32, precision=precision)
 
-    @pl.when(is_live & ((row <= first) | (length == 0)))
+    is_first_block = row <= first if has_window else block_ref[step] == 0
+
+    @pl.when(is_live & (is_first_block | (length == 0)))
     def start_from_new_token():
         k_KC, v_KC = _split(new_ref[...].astype(jnp.float32), head_dim)
         for k in range(K):
@@ -151,16 +154,21 @@ def _kernel(
 
     def add_block(whole: bool):
         for k in range(K):
-            k_SC, v_SC = _split(cache_ref[k], head_dim)
-            score_GS = capped(dot(q_ref[k], k_SC, (((1,), (1,)), ((), ()))) * scale)
-            if not whole:  # rows that are not seen may hold NaN, and 0 * NaN is NaN: mask v as well
+            k_SC, v_SC = _split(cache_ref[k].astype(q_ref.dtype), head_dim)
+            scale_k_1S, scale_v_1S = (scale_ref[k, :1], scale_ref[k, 1:]) if scale_ref is not None else (1.0, None)
+            score_GS = capped(dot(q_ref[k], k_SC, (((1,), (1,)), ((), ()))) * (scale_k_1S * scale))
+            if not whole:  # rows that are not seen may hold NaN, and 0 * NaN is NaN: mask what p is multiplied by
                 score_GS = jnp.where(is_seen(score_GS.shape, 1), score_GS, -jnp.inf)
-                v_SC = jnp.where(is_seen(v_SC.shape, 0), v_SC, 0)
+                if scale_v_1S is None:
+                    v_SC = jnp.where(is_seen(v_SC.shape, 0), v_SC, 0)
+                else:
+                    scale_v_1S = jnp.where(is_seen(scale_v_1S.shape, 1), scale_v_1S, 0)
             m_G1 = jnp.maximum(m_ref[k], jnp.max(score_GS, axis=-1, keepdims=True))
             decay_G1 = jnp.exp(m_ref[k] - m_G1)
             p_GS = jnp.exp(score_GS - m_G1)
             m_ref[k] = m_G1
             l_ref[k] = l_ref[k] * decay_G1 + jnp.sum(p_GS, axis=-1, keepdims=True)
+            p_GS = p_GS if scale_v_1S is None else p_GS * scale_v_1S
             acc_ref[k] = acc_ref[k] * decay_G1 + dot(p_GS.astype(v_SC.dtype), v_SC, (((1,), (0,)), ((), ())))
 
     is_whole = (rows_left >= block) & (row >= first) if has_window else rows_left >= block
@@ -188,6 +196,7 @@ def ragged_attention_tpu(
     q_BNH: jax.Array,
     new_BKC: jax.Array,
     cache_LBKSC: jax.Array,
+    scale_LBK2S: jax.Array | None,
     layer: jax.Array,
     length_B: jax.Array,
     window: jax.Array | None,
@@ -212,9 +221,17 @@ def ragged_attention_tpu(
         step = core * max_steps + i
         return layer_ref[0], source_ref[step], 0, block_ref[step], 0
 
+    def scale_index(*ids):
+        layer, source, _, block, _ = cache_index(*ids)
+        return layer, source, 0, 0, block
+
     def slot_index(core, i, layer_ref, length_ref, count_ref, slot_ref, *others):
         del layer_ref, length_ref, count_ref, others
         return slot_ref[core * max_steps + i], 0, 0, 0
+
+    cache, cache_specs = (cache_LBKSC,), (pl.BlockSpec((None, None, K, block, C), cache_index),)
+    if scale_LBK2S is not None:
+        cache, cache_specs = (*cache, scale_LBK2S), (*cache_specs, pl.BlockSpec((None, None, K, 2, block), scale_index))
 
     out_BKGH = pl.pallas_call(
         functools.partial(_kernel, head_dim=H, max_steps=max_steps, soft_cap=soft_cap),
@@ -224,7 +241,7 @@ def ragged_attention_tpu(
             in_specs=[
                 pl.BlockSpec((None, K, G, Q), slot_index),
                 pl.BlockSpec((None, K, C), lambda *ids: slot_index(*ids)[:3]),
-                pl.BlockSpec((None, None, K, block, C), cache_index),
+                cache_specs,
             ],
             out_specs=pl.BlockSpec((None, K, G, H), slot_index),
             scratch_shapes=[
@@ -238,9 +255,11 @@ def ragged_attention_tpu(
         cost_estimate=pl.CostEstimate(  # of full slots: lengths are not known here
             flops=4 * B * N * S * Q,
             transcendentals=B * N * S,
-            bytes_accessed=(B * K * S * C + 2 * q_BNH.size + new_BKC.size) * cache_LBKSC.dtype.itemsize,
+            bytes_accessed=sum(leaf.nbytes for leaf in cache) // cache_LBKSC.shape[0]
+            + 2 * q_BNH.nbytes
+            + new_BKC.nbytes,
         ),
         interpret=interpret,
         name=f"ragged_attention_{K}x{H}_block{block}",
-    )(layer_and_window, length_B, *steps, q_BKGQ, new_BKC, cache_LBKSC)
+    )(layer_and_window, length_B, *steps, q_BKGQ, new_BKC, cache)
     return out_BKGH.reshape(B, N, H)

@@ -14,6 +14,7 @@ def ragged_attention_reference(
     q_BNH: jax.Array,
     new_BKC: jax.Array,
     cache_LBKSC: jax.Array,
+    scale_LBK2S: jax.Array | None,
     layer: jax.Array,
     length_B: jax.Array,
     window: jax.Array | None,
@@ -48,14 +49,20 @@ def ragged_attention_reference(
         rows_BKSC = jax.lax.dynamic_slice(cache_LBKSC, start, (1, B, K, BLOCK, C))[0]
         # Dead rows may hold NaN, and 0 * NaN is NaN: masking the scores alone is not enough.
         rows_BKSC = jnp.where(live_BS[:, None, :, None], rows_BKSC, 0).astype(jnp.float32)
+        scale_BK2S = jnp.ones((1, 1, 2, 1))
+        if scale_LBK2S is not None:
+            start = (layer, jnp.int32(0), jnp.int32(0), jnp.int32(0), block * BLOCK)
+            scale_BK2S = jax.lax.dynamic_slice(scale_LBK2S, start, (1, B, K, 2, BLOCK))[0]
+            scale_BK2S = jnp.where(live_BS[:, None, None, :], scale_BK2S, 0)
 
-        score_BKGS = cap_scores(jnp.einsum("BKGC,BKSC->BKGS", q_BKGC, rows_BKSC), soft_cap)
-        score_BKGS = jnp.where(live_BS[:, None, None, :], score_BKGS, -jnp.inf)
+        score_BKGS = jnp.einsum("BKGC,BKSC->BKGS", q_BKGC, rows_BKSC) * scale_BK2S[:, :, :1]
+        score_BKGS = jnp.where(live_BS[:, None, None, :], cap_scores(score_BKGS, soft_cap), -jnp.inf)
         m_next_BKG = jnp.maximum(m_BKG, score_BKGS.max(axis=-1))
         p_BKGS = jnp.exp(score_BKGS - m_next_BKG[..., None])
         decay_BKG = jnp.exp(m_BKG - m_next_BKG)
         l_BKG = l_BKG * decay_BKG + p_BKGS.sum(axis=-1)
-        acc_BKGC = acc_BKGC * decay_BKG[..., None] + jnp.einsum("BKGS,BKSC->BKGC", p_BKGS, rows_BKSC)
+        weight_BKGS = p_BKGS * scale_BK2S[:, :, 1:]
+        acc_BKGC = acc_BKGC * decay_BKG[..., None] + jnp.einsum("BKGS,BKSC->BKGC", weight_BKGS, rows_BKSC)
         return m_next_BKG, l_BKG, acc_BKGC
 
     first_block = jnp.min(first_B, where=end_B > 0, initial=S) // BLOCK

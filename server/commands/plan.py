@@ -38,8 +38,10 @@ class Plan:
     """Print one JSON object as the last line of stdout (bytes, ms)."""
 
     def run(self) -> int:
+        from ...engine_impl.models.registry import use_module
         from ...engine_impl.plan import largest_slots, plan, shape_of
 
+        use_module(self.engine.model_module)
         compute = largest_slots if self.max_slots else plan
         report = compute(
             self.engine,

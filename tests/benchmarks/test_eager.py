@@ -39,8 +39,8 @@ def test_greedy_tokens_are_ours_and_a_full_slot_is_not_written(form, loop, shard
     state = eager.insert(prefix, eager.init_decode_state(), 0)
     full_B = np.array([engine.cache_length, 0, 0, 0], np.int32)
     state = replace(state, length_B=jax.device_put(full_B, state.length_B.sharding))
-    before = [np.asarray(leaf) for leaf in jax.tree.leaves(state.cache_LBKSC)]
+    before = [np.asarray(leaf) for leaf in jax.tree.leaves(state.cache.rows)]
     state, result = eager.generate(params, state)
     assert result.token_B.tolist() == [-1, -1, -1, -1]
-    for old, new in zip(before, jax.tree.leaves(state.cache_LBKSC), strict=True):
+    for old, new in zip(before, jax.tree.leaves(state.cache.rows), strict=True):
         np.testing.assert_array_equal(old, np.asarray(new))

@@ -1,13 +1,16 @@
-"""The cache's layout, and its two writers."""
+"""The cache's layout, its codecs, and its two writers."""
+
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import Mesh
-from slipstream.cache_manager import CacheLayout, flush, insert, rows
+from slipstream.cache_manager import KV, CacheLayout, Int8, Plain, codec_for, flush, insert, prompt_rows, rows
 
 LAYOUT = CacheLayout(layers=2, slots=3, kv_heads=2, length=128, head_dim=4, dtype=jnp.dtype("bfloat16"))
+INT8 = replace(LAYOUT, codec=Int8())
 
 
 @pytest.fixture
@@ -19,14 +22,42 @@ def noise(*shape, seed=0):
     return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
 
 
+def int8_noise(layout, seed=0):
+    """A cache of random codes and scales."""
+    codes = np.random.default_rng(seed).integers(-127, 128, layout.shape)
+    return KV(jnp.asarray(codes, jnp.int8), jnp.abs(noise(*layout.shape[:3], 2, layout.length, seed=seed)))
+
+
+def meant(kv):
+    """What stored tokens stand for, in float64."""
+    rows_SC, scales_2S = np.asarray(kv.rows, np.float64), np.asarray(kv.scales, np.float64)
+    return rows_SC * np.repeat(scales_2S.swapaxes(-1, -2), rows_SC.shape[-1] // 2, axis=-1)
+
+
+def assert_same(actual, expected):
+    jax.tree.map(np.testing.assert_array_equal, actual, expected)
+
+
 def test_shape_and_bytes():
     assert LAYOUT.shape == (2, 3, 2, 128, 8)
     assert LAYOUT.bytes == 2 * 3 * 2 * 128 * 8 * 2
+    assert INT8.bytes == 2 * 3 * 2 * 128 * (8 + 8)  # codes, and two f32 scales
 
 
-def test_a_device_holds_its_heads():
+def test_codecs_by_name():
+    assert [codec_for(name) for name in ("none", "int8")] == [Plain(), Int8()]
+
+
+@pytest.mark.parametrize("layout", [LAYOUT, INT8], ids=["plain", "int8"])
+def test_a_device_holds_its_heads(layout):
     mesh = Mesh(np.array(jax.devices()[:2]), ("tensor",))
-    assert LAYOUT.abstract(mesh).sharding.shard_shape(LAYOUT.shape) == (2, 3, 1, 128, 8)
+    shards = [leaf.sharding.shard_shape(leaf.shape) for leaf in jax.tree.leaves(layout.abstract(mesh))]
+    assert shards == [(2, 3, 1, 128, 8), (2, 3, 1, 2, 128)][: len(shards)]
+    empty = layout.empty()
+    assert [(x.shape, x.dtype) for x in jax.tree.leaves(empty)] == [
+        (x.shape, x.dtype) for x in jax.tree.leaves(layout.abstract(mesh))
+    ]
+    assert sum(leaf.nbytes for leaf in jax.tree.leaves(empty)) == layout.bytes
 
 
 def test_a_row_is_k_then_v():
@@ -36,19 +67,73 @@ def test_a_row_is_k_then_v():
     np.testing.assert_array_equal(row[..., 4:], v)
 
 
+def hard_rows():
+    """[5, 6, 2 * 16]: normal, an outlier channel, zeros, tiny and huge values, one value alone."""
+    x = np.array(noise(5, 6, 32))
+    x[0, :, 3] *= 1000
+    x[1, :, 16:] = 0
+    x[2] *= 1e-39
+    x[3] *= 1e36
+    x[4] = 0
+    x[4, :, 7] = np.arange(6) - 3
+    return x
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_int8_is_off_by_half_a_scale_at_most(dtype):
+    """Against float64; k and v do not share a scale, so an outlier in k does v no harm."""
+    x = jnp.asarray(hard_rows(), dtype)
+    kv = jax.jit(Int8().encode)(x)
+    assert (kv.rows.dtype, kv.scales.dtype, kv.scales.shape) == (jnp.int8, jnp.float32, (5, 6, 2))
+    exact = np.asarray(x, np.float64).reshape(5, 6, 2, 16)
+    scale = np.asarray(kv.scales, np.float64)[..., None]
+    error = np.abs(np.asarray(kv.rows, np.float64).reshape(exact.shape) * scale - exact)
+    assert (error <= scale * 0.5001).all()
+    largest = np.abs(exact).max(axis=-1, keepdims=True)
+    np.testing.assert_allclose(scale, np.maximum(largest / 127, np.finfo(np.float32).tiny), rtol=1e-6)
+    assert error[4].max() <= 1e-6 * 3, "one value alone, or none, is exact"
+
+
+def test_one_value_a_head():
+    """Head dim 1: every code is 127, -127 or 0, and the value comes back."""
+    x = jnp.array([[3.0, -0.5], [0.0, 1e30], [-7.0, 0.0]])
+    kv = Int8().encode(x)
+    assert kv.rows.tolist() == [[127, -127], [0, 127], [-127, 0]]
+    np.testing.assert_allclose(np.asarray(kv.rows, np.float32) * np.asarray(kv.scales), x, rtol=1e-6)
+
+
+def test_plain_keeps_rows():
+    x = noise(3, 8)
+    kv = Plain().encode(x)
+    assert kv.rows is x
+    assert kv.scales is None
+
+
+def test_a_prompts_rows_are_encoded_token_by_token():
+    """Scales stand with the tokens last, and belong to their token and head."""
+    k, v = noise(5, 2, 4) * 3, noise(5, 2, 4, seed=1)
+    plain, int8 = prompt_rows(k, v, Plain()), prompt_rows(k, v, Int8())
+    assert (int8.rows.shape, int8.scales.shape) == ((2, 5, 8), (2, 2, 5))
+    np.testing.assert_array_equal(plain.rows, np.asarray(rows(k, v)).swapaxes(0, 1))
+    np.testing.assert_allclose(meant(int8), plain.rows, atol=np.abs(k).max() / 127 * 0.51)
+    np.testing.assert_allclose(meant(int8)[..., 4:], plain.rows[..., 4:], atol=np.abs(v).max() / 127 * 0.51)
+
+
 @pytest.mark.parametrize("slot", [0, 2])
 @pytest.mark.parametrize("bucket", [16, 128])
 def test_insert_is_left_aligned_and_touches_one_slot(slot, bucket):
-    cache = noise(*LAYOUT.shape)
-    prefix = noise(2, 2, bucket, 8, seed=1)
-    expected = np.array(cache)
-    expected[:, slot, :, :bucket] = prefix
-    np.testing.assert_array_equal(insert(cache, prefix, jnp.int32(slot)), expected)
+    cache, prefix = int8_noise(INT8), int8_noise(INT8, seed=1)
+    prefix = KV(prefix.rows[:, 0, :, :bucket], prefix.scales[:, 0, :, :, :bucket])
+    expected = jax.tree.map(np.array, cache)
+    expected.rows[:, slot, :, :bucket] = prefix.rows
+    expected.scales[:, slot, :, :, :bucket] = prefix.scales
+    assert_same(insert(cache, prefix, jnp.int32(slot)), expected)
+    assert_same(insert(KV(cache.rows), KV(prefix.rows), jnp.int32(slot)), KV(expected.rows))
 
 
 def test_insert_refuses_a_bucket_longer_than_the_cache():
     with pytest.raises(ValueError, match="bucket=256 does not fit into cache_length=128"):
-        insert(jnp.zeros(LAYOUT.shape), jnp.zeros((2, 2, 256, 8)), jnp.int32(0))
+        insert(LAYOUT.empty(), KV(jnp.zeros((2, 2, 256, 8), jnp.bfloat16)), jnp.int32(0))
 
 
 def test_flush_writes_live_slots_behind_their_last_row(mesh):
@@ -58,5 +143,17 @@ def test_flush_writes_live_slots_behind_their_last_row(mesh):
     expected = np.array(cache)
     expected[:, 0, :, 0] = new[:, 0]
     expected[:, 2, :, 127] = new[:, 2]
-    flushed = flush(cache, new, length, live, mesh=mesh, backend="xla")
-    np.testing.assert_array_equal(flushed, expected)
+    flushed = flush(KV(cache), new, length, live, codec=Plain(), mesh=mesh, backend="xla")
+    assert_same(flushed, KV(expected))
+
+
+def test_flush_encodes_and_leaves_all_else_as_it_is(mesh):
+    """Poison: scales of all other tokens are NaN, and stay so."""
+    cache, new = int8_noise(INT8), noise(2, 3, 2, 8, seed=1)
+    cache = cache._replace(scales=jnp.full_like(cache.scales, jnp.nan))
+    length, live = jnp.array([0, 5, 127]), jnp.array([True, False, True])
+    expected, encoded = jax.tree.map(np.array, cache), Int8().encode(new)
+    for slot, position in ((0, 0), (2, 127)):
+        expected.rows[:, slot, :, position] = encoded.rows[:, slot]
+        expected.scales[:, slot, :, :, position] = encoded.scales[:, slot]
+    assert_same(flush(cache, new, length, live, codec=Int8(), mesh=mesh, backend="xla"), expected)

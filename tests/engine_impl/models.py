@@ -2,7 +2,7 @@
 
 import functools
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -43,13 +43,19 @@ class RandomCheckpoint:
 
 
 def tiny_engine(
-    config: LlamaConfig = TINY, *, devices: int = 1, slots: int = 4, cache_length: int = 128, mesh: Mesh | None = None
+    config: LlamaConfig = TINY,
+    *,
+    devices: int = 1,
+    slots: int = 4,
+    cache_length: int = 128,
+    mesh: Mesh | None = None,
+    quantize_kv: Literal["none", "int8"] = "none",
 ) -> tuple[Engine, Any]:
     """A random Llama on virtual CPU devices, float32."""
     mesh = mesh or make_mesh(jax.devices(), config.num_heads, config.num_kv_heads, devices)
     with torch.device("meta"):
         model = Llama(replace(config, num_kv_heads=max(config.num_kv_heads, mesh.size)))
-    engine_config = EngineConfig(slots=slots, cache_length=cache_length)
+    engine_config = EngineConfig(slots=slots, cache_length=cache_length, quantize_kv=quantize_kv)
     tokenizer: Any = None
     engine = Engine(model, mesh, engine_config, jnp.dtype("float32"), tokenizer, "tiny")
     return engine, engine.load_params(RandomCheckpoint(config))

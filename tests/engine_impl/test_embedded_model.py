@@ -117,7 +117,7 @@ def test_three_devices_give_the_tokens_of_one(prompts):
         return [*tokens, int(sampled.token_B[0])]
 
     engine, params = embedded_engine(3)
-    assert engine.init_decode_state().cache_LBKSC.addressable_shards[0].data.shape[2] == 1
+    assert engine.init_decode_state().cache.rows.addressable_shards[0].data.shape[2] == 1
     assert answers(engine, params) == answers(*embedded_engine())
 
 

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from slipstream.cache_manager import KV
 from slipstream.engine_impl.errors import RefusedError
 from slipstream.engine_impl.sampling_params import MAX_LOGPROBS, SamplingParams
 
@@ -31,9 +32,9 @@ def start(engine, params, prompts, sampling=()):
 
 def poisoned(state):
     """NaN in every row that no slot has filled."""
-    row_S1 = jnp.arange(state.cache_LBKSC.shape[3])[:, None]
+    row_S1 = jnp.arange(state.cache.rows.shape[3])[:, None]
     live = row_S1 < state.length_B[None, :, None, None, None]
-    return replace(state, cache_LBKSC=jnp.where(live, state.cache_LBKSC, jnp.nan))
+    return replace(state, cache=KV(jnp.where(live, state.cache.rows, jnp.nan)))
 
 
 def host(state):
@@ -51,7 +52,7 @@ def test_steps_equal_one_prefill_of_the_same_tokens(tiny):
     prefix, successor = engine.prefill(params, *engine.pad(text))
     assert int(state.length_B[0]) == len(text)
     np.testing.assert_allclose(
-        state.cache_LBKSC[:, 0, :, : len(text)], prefix.kv_LKTC[:, :, : len(text)], rtol=1e-4, atol=1e-5
+        state.cache.rows[:, 0, :, : len(text)], prefix.kv.rows[:, :, : len(text)], rtol=1e-4, atol=1e-5
     )
     assert int(successor.token_B[0]) == answer[-1]
     assert len(set(answer)) > 5  # a model that repeats itself would prove little
@@ -65,13 +66,13 @@ def test_the_step_writes_one_row_of_each_live_slot_and_reads_no_slack(tiny):
     state, result = engine.generate(params, state)
     after = host(state)
     assert list(np.asarray(result.token_B) >= 0) == [True, False, True, True]
-    expected = before.cache_LBKSC.copy()
+    expected = before.cache.rows.copy()
     for slot in (0, 2, 3):
         row = before.length_B[slot]
-        written = after.cache_LBKSC[:, slot, :, row]
+        written = after.cache.rows[:, slot, :, row]
         assert np.isfinite(written).all()
         expected[:, slot, :, row] = written
-    np.testing.assert_array_equal(after.cache_LBKSC, expected)
+    np.testing.assert_array_equal(after.cache.rows, expected)
     assert list(after.length_B) == [8, 0, 2, 64]
 
 
@@ -83,7 +84,7 @@ def test_insert_writes_its_slot_and_nothing_else(tiny):
     state = engine.insert(prefix, state, 1)
     after = host(state)
     others = [0, 2, 3]
-    np.testing.assert_array_equal(after.cache_LBKSC[:, others], before.cache_LBKSC[:, others])
+    np.testing.assert_array_equal(after.cache.rows[:, others], before.cache.rows[:, others])
     np.testing.assert_array_equal(after.length_B[others], before.length_B[others])
     assert (after.length_B[1], after.token_B[1]) == (3, int(first.token_B[0]))
 
@@ -101,7 +102,7 @@ def test_a_full_slot_stops_and_nothing_is_written_past_its_end(tiny):
     after = host(state)
     assert list(np.asarray(result.token_B) >= 0) == [False, False, True, False]
     assert list(after.length_B) == [length, length, len(PROMPT) + 2, 0]
-    np.testing.assert_array_equal(after.cache_LBKSC[:, :2], before.cache_LBKSC[:, :2])
+    np.testing.assert_array_equal(after.cache.rows[:, :2], before.cache.rows[:, :2])
 
 
 @pytest.mark.parametrize(
@@ -167,7 +168,7 @@ def test_freed_slots_are_empty_and_greedy_again(tiny):
     before = host(state)
     state, result = engine.generate(params, state)
     assert list(np.asarray(result.token_B)) == [-1] * 4
-    np.testing.assert_array_equal(np.asarray(state.cache_LBKSC), before.cache_LBKSC)
+    np.testing.assert_array_equal(np.asarray(state.cache.rows), before.cache.rows)
 
 
 def test_everything_is_compiled_once():
@@ -209,10 +210,10 @@ def test_the_state_is_donated(tiny):
     state = engine.init_decode_state()
     prefix, _ = engine.prefill(params, *engine.pad(PROMPT))
     inserted = engine.insert(prefix, state, 0)
-    assert state.cache_LBKSC.is_deleted()
-    assert not prefix.kv_LKTC.is_deleted()  # one prefill may serve several slots
+    assert state.cache.rows.is_deleted()
+    assert not prefix.kv.rows.is_deleted()  # one prefill may serve several slots
     engine.generate(params, inserted)
-    assert inserted.cache_LBKSC.is_deleted()
+    assert inserted.cache.rows.is_deleted()
 
 
 def test_penalties_hold_over_prompt_and_answer(tiny):
@@ -257,7 +258,7 @@ def test_several_answers_come_from_one_prefill(tiny):
 
 
 def test_a_step_tells_the_logprobs_that_a_slot_asks_for(tiny):
-    """Under the model itself: the same for a slot that draws, penalises and cuts. -1 slots tell nothing."""
+    """Under the model itself: the same for a slot that draws, penalises and cuts."""
     engine, params = tiny
     drawn = SamplingParams(temperature=3, min_p=0.01, frequency_penalty=2, logprobs=5, seed=2)
     prefix, first = engine.prefill(params, *engine.pad(PROMPT), sampling=drawn)
@@ -303,7 +304,7 @@ def test_two_ways_to_score_a_text_agree(tiny):
         assert expected_T[0] == 0
         assert not expected_T[len(texts[slot]) :].any()
         rows = np.s_[:, :, : steps + 1]
-        np.testing.assert_allclose(state.cache_LBKSC[:, slot][rows], prefix.kv_LKTC[rows], rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(state.cache.rows[:, slot][rows], prefix.kv.rows[rows], rtol=1e-4, atol=1e-5)
 
 
 def test_nobody_asked_so_there_are_no_prompt_logprobs(tiny):
@@ -341,7 +342,7 @@ def test_devices_change_no_token(devices, kv_heads):
     one = greedy(*tiny_engine(config), prompts, 40)
     engine, params = tiny_engine(config, devices=devices)
     assert greedy(engine, params, prompts, 40) == one
-    shard = engine.init_decode_state().cache_LBKSC.addressable_shards[0].data
+    shard = engine.init_decode_state().cache.rows.addressable_shards[0].data
     assert shard.shape[2] == max(kv_heads // devices, 1)
     layer = params["layers"][0]
     assert layer["self_attn.q_proj.weight"].addressable_shards[0].data.shape == (128 // devices, 32)

@@ -6,34 +6,41 @@ that is too large for VMEM (128 MiB) is treated as a real one is.
 
 import functools
 import itertools
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import pytest
 from slipstream.benchmarks.eager import EagerEngine
+from slipstream.engine_impl.budget import cache_copies
 from slipstream.engine_impl.chips import CHIPS, chip_of
 from slipstream.engine_impl.config import EngineConfig
 from slipstream.engine_impl.engine import Engine
-from slipstream.engine_impl.hlo import Program
+from slipstream.engine_impl.hlo import Instruction, Program
 from slipstream.engine_impl.models.llama import LlamaConfig
 from slipstream.engine_impl.plan import abstract_engine
+from slipstream.engine_impl.sampling_params import MAX_LOGPROBS
 
 SLOTS, CACHE_LENGTH, BUCKET, LAYERS, VOCABULARY = 64, 4096, 256, 2, 32768
+SCALED_CACHE_LENGTH = 196608  # of 1 kv head a chip in int8: the scales alone must be too large for VMEM
 PROGRAMS = ("generate", "insert", "prefill")
 TOPOLOGIES = ("v5e:2x4", "v6e:2x4", "v5p:2x2x2")
 
-PRODUCT = [*itertools.product(PROGRAMS, (1, 4, 8), (64, 128), (*TOPOLOGIES, "v4:2x2x1"))]
+PRODUCT = [*itertools.product(PROGRAMS, (1, 4, 8), (64, 128), (*TOPOLOGIES, "v4:2x2x1"), ("none", "int8"))]
 
-PAIRWISE = [  # every pair of program, kv heads a chip, head dim and topology; on v4 each program once
+PAIRWISE = [  # every pair of program, kv heads a chip, head dim and topology; on v4 and in int8 each program once or so
     *[
-        (program, kv_heads, head_dim, TOPOLOGIES[(i + j + k) % 3])
+        (program, kv_heads, head_dim, TOPOLOGIES[(i + j + k) % 3], "none")
         for i, program in enumerate(PROGRAMS)
         for j, kv_heads in enumerate((1, 4, 8))
         for k, head_dim in enumerate((64, 128))
     ],
-    ("generate", 4, 128, "v4:2x2x1"),
-    ("insert", 1, 64, "v4:2x2x1"),
-    ("prefill", 8, 64, "v4:2x2x1"),
+    ("generate", 4, 128, "v4:2x2x1", "none"),
+    ("insert", 1, 64, "v4:2x2x1", "none"),
+    ("prefill", 8, 64, "v4:2x2x1", "none"),
+    ("generate", 1, 128, "v5e:2x4", "int8"),
+    ("generate", 4, 64, "v6e:2x4", "int8"),
+    ("insert", 4, 128, "v5e:2x4", "int8"),
+    ("prefill", 1, 64, "v5p:2x2x2", "int8"),
 ]
 CASES = [
     pytest.param(*case, id="-".join(map(str, case)), marks=pytest.mark.slow if case in PAIRWISE else pytest.mark.gates)
@@ -42,14 +49,19 @@ CASES = [
 
 
 @functools.cache
-def small_engine(kv_heads: int, head_dim: int, topology: str) -> Engine:
+def small_engine(
+    kv_heads: int, head_dim: int, topology: str, bucket: int = BUCKET, quantize_kv: Literal["none", "int8"] = "none"
+) -> Engine:
     """Two layers of a Llama with so many kv heads on each of eight chips."""
     shape = LlamaConfig(
         num_layers=LAYERS, num_heads=16 * kv_heads, num_kv_heads=8 * kv_heads, head_dim=head_dim,
         model_dim=1024, ffn_dim=2048, vocab_size=VOCABULARY, context_length=8192, tied_embeddings=False,
         rope_theta=1e4, rms_norm_eps=1e-5,
     )  # fmt: skip
-    config = EngineConfig(slots=SLOTS, cache_length=CACHE_LENGTH, max_prefill_length=BUCKET)
+    cache_length = CACHE_LENGTH if quantize_kv == "none" else SCALED_CACHE_LENGTH // kv_heads
+    config = EngineConfig(
+        slots=SLOTS, cache_length=cache_length, max_prefill_length=bucket, quantize_kv=quantize_kv
+    )  # fmt: skip
     return abstract_engine(shape, topology, config)
 
 
@@ -62,52 +74,102 @@ def compiled(engine: Engine, program: str) -> Any:
     return lower[program]().compile()
 
 
-def cache_shard(engine: Engine) -> tuple[tuple[int, ...], int]:
-    """(shape, bytes) of the cache on one chip."""
-    shape = engine.layout.abstract(engine.mesh).sharding.shard_shape(engine.layout.shape)
-    return shape, engine.layout.bytes // engine.mesh.size
+def copies_of_counts(hlo: Program, engine: Engine) -> list[str]:
+    """Whole copies of count_BV in HBM, in any branch."""
+    shape = (SLOTS, VOCABULARY // engine.mesh.size)
+    instructions = [instruction for computation in hlo.computations.values() for instruction in computation.values()]
+    return [
+        instruction.name
+        for instruction in instructions
+        if instruction.opcode in ("copy", "copy-start")
+        and any((array.dtype, array.shape, array.in_vmem) == ("u16", shape, False) for array in instruction.result[:1])
+    ]
 
 
-@pytest.mark.parametrize(("program", "kv_heads", "head_dim", "topology"), CASES)
-def test_a_program_on_real_chips(program, kv_heads, head_dim, topology):
-    """It compiles and fits, the donated cache is updated in place, and nothing copies it."""
-    engine = small_engine(kv_heads, head_dim, topology)
+@pytest.mark.parametrize(("program", "kv_heads", "head_dim", "topology", "quantize_kv"), CASES)
+def test_a_program_on_real_chips(program, kv_heads, head_dim, topology, quantize_kv):
+    """It compiles and fits, the donated cache and counts are updated in place, and nothing copies them."""
+    engine = small_engine(kv_heads, head_dim, topology, quantize_kv=quantize_kv)
     executable = compiled(engine, program)
     memory, hlo = executable.memory_analysis(), Program(executable.as_text())
-    shape, cache_bytes = cache_shard(engine)
+    cache_bytes = engine.layout.bytes // engine.mesh.size
 
-    assert hlo.copies_of(shape, cache_bytes // LAYERS // 2) == []
+    assert cache_copies(hlo, engine) == []
     assert memory.argument_size_in_bytes + memory.temp_size_in_bytes + cache_bytes < chip_of(topology).hbm_bytes
     if program == "prefill":
         assert hlo.pallas_calls() == {"splash_mha_fwd_no_residuals": LAYERS}
     else:
         logits_bytes = 4 * SLOTS * VOCABULARY // engine.mesh.size  # a sampled step holds a few of these
         assert memory.temp_size_in_bytes < 0.01 * cache_bytes + 8 * logits_bytes
-        assert cache_bytes <= memory.alias_size_in_bytes < cache_bytes + 16 * 1024
-        kernels = {"ragged_attention": LAYERS, "cache_flush": 1} if program == "generate" else {}
+        state_bytes = cache_bytes + 2 * SLOTS * VOCABULARY // engine.mesh.size  # a u16 a slot and token
+        assert state_bytes <= memory.alias_size_in_bytes < state_bytes + 16 * 1024
+        assert copies_of_counts(hlo, engine) == []
+        flushes = len(jax.tree.leaves(engine.layout.abstract(engine.mesh)))
+        kernels = {"ragged_attention": LAYERS, "cache_flush": flushes} if program == "generate" else {}
         assert hlo.pallas_calls() == kernels
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("kv_heads", "head_dim"), [(1, 64), (4, 128)])
-def test_what_one_program_leaves_the_next_takes_as_it_lies(kv_heads, head_dim):
+@pytest.mark.parametrize(("kv_heads", "head_dim", "quantize_kv"), [(1, 64, "none"), (4, 128, "none"), (1, 128, "int8")])
+def test_what_one_program_leaves_the_next_takes_as_it_lies(kv_heads, head_dim, quantize_kv):
     """Prefill's prefix and the state have one layout in all programs: no relayout between them."""
-    engine = small_engine(kv_heads, head_dim, "v5e:2x4")
+
+    def layouts(formats):
+        return [leaf.layout for leaf in jax.tree.leaves(formats)]
+
+    engine = small_engine(kv_heads, head_dim, "v5e:2x4", quantize_kv=quantize_kv)
     prefill, insert, generate = (compiled(engine, program) for program in ("prefill", "insert", "generate"))
     (prefix, state_in, _), _ = insert.input_formats
     (_, state), _ = generate.input_formats
     state_out, _ = generate.output_formats
-    layouts = [prefill.output_formats.kv_LKTC.layout, prefix.kv_LKTC.layout]
-    assert layouts[0] == layouts[1]
-    caches = [formats.cache_LBKSC.layout for formats in (state_in, insert.output_formats, state, state_out)]
-    assert len(set(caches)) == 1
+    made, _ = prefill.output_formats
+    for leaf in ("kv", "count_V"):
+        assert layouts(getattr(made, leaf)) == layouts(getattr(prefix, leaf))
+    for leaf in ("cache", "count_BV"):
+        of_states = [layouts(getattr(formats, leaf)) for formats in (state_in, insert.output_formats, state, state_out)]
+        assert of_states == of_states[:1] * 4
 
 
 @pytest.mark.slow
 def test_no_step_sorts_the_vocabulary():
-    """A sort of it takes the compiler 23 s by itself, and the chip more than the rest of the sampler."""
-    generate = compiled(small_engine(1, 64, "v5e:2x4"), "generate").as_text()
-    assert " sort(" not in generate
+    """A sort of it takes the compiler 23 s by itself, and the chip more than the rest of the sampler. What is sorted is
+    what every chip found likeliest."""
+    for instruction in instructions_of("generate"):
+        if instruction.opcode == "sort":
+            assert instruction.result[0].shape == (SLOTS, 8 * MAX_LOGPROBS)
+
+
+@pytest.mark.slow
+def test_no_chip_gathers_the_logits():
+    """Whatever a slot asks for: penalties, cuts, draws and logprobs are each chip's own, over its share of V."""
+    gathered = [
+        sum(array.bytes for array in instruction.result)
+        for instruction in instructions_of("generate")
+        if instruction.opcode.removesuffix("-start") in ("all-gather", "all-to-all", "collective-permute")
+    ]
+    assert gathered
+    assert max(gathered) <= 4 * SLOTS * 8 * MAX_LOGPROBS
+
+
+@pytest.mark.slow
+def test_a_slot_that_asks_for_nothing_pays_for_nothing():
+    """The step outside its conditionals has one pass over the logits: the argmax, and its two small gathers."""
+    generate = Program(compiled(small_engine(1, 64, "v5e:2x4"), "generate").as_text())
+    assert generate.collectives() == {"all-reduce": 2 * LAYERS + 1, "all-gather": 2}
+
+
+@pytest.mark.slow
+def test_prompt_logprobs_never_hold_all_logits():
+    """T x V in float32 would be 16 MiB on each of eight chips."""
+    bucket = 1024
+    engine = small_engine(1, 64, "v5e:2x4", bucket)
+    memory = engine.lower_prefill(bucket).compile().memory_analysis()
+    assert memory.temp_size_in_bytes < 4 * bucket * VOCABULARY // engine.mesh.size / 2
+
+
+def instructions_of(program: str) -> list[Instruction]:
+    hlo = Program(compiled(small_engine(1, 64, "v5e:2x4"), program).as_text())
+    return [instruction for computation in hlo.computations.values() for instruction in computation.values()]
 
 
 @pytest.mark.slow
@@ -115,9 +177,8 @@ def test_the_gate_sees_a_copy_where_there_is_one():
     """The eager design as one writes it first: an XLA scatter in each layer meets a Pallas call on one cache."""
     engine = small_engine(4, 128, "v5e:2x4")
     executable = EagerEngine(engine, "stacked", scatter="sliced").lower_generate().compile()
-    shape, cache_bytes = cache_shard(engine)
-    assert Program(executable.as_text()).copies_of(shape, cache_bytes // LAYERS // 2) != []
-    assert executable.memory_analysis().temp_size_in_bytes > 0.5 * cache_bytes
+    assert cache_copies(Program(executable.as_text()), engine) != []
+    assert executable.memory_analysis().temp_size_in_bytes > 0.5 * engine.layout.bytes // engine.mesh.size
 
 
 @pytest.mark.slow

@@ -11,7 +11,7 @@ from slipstream.kernels.cache_flush.pallas_tpu import VMEM_BYTES, cache_flush_tp
 from . import oracle
 
 S = 128
-FLUSH = jax.jit(cache_flush, static_argnames=("mesh", "backend"))
+FLUSH = jax.jit(cache_flush, static_argnames=("token_axis", "mesh", "backend"))
 
 
 def inputs(L, K, C, dtype, positions):
@@ -51,12 +51,31 @@ def test_writes_its_rows_and_nothing_else(mesh, backend, K, C, dtype):
     assert np.array_equal(oracle.bits(out_LBKSC), oracle.bits(expected(*args)))
 
 
+@pytest.mark.parametrize("backend", ["xla", "pallas_interpret"])
+@pytest.mark.parametrize(
+    ("K", "B"), [(1, 9), pytest.param(3, 9, marks=pytest.mark.slow), pytest.param(1, 130, marks=pytest.mark.slow)]
+)
+def test_scales_are_written_on_the_lanes(mesh, backend, K, B):
+    """Tokens last: a lane's neighbours keep their bits, and a slot gets its own scales, the 129th too."""
+    S, positions = 256, ([0, 1, 127, 128, 255, 256, -1, 300, -256] * 15)[:B]
+    scale_LBK2S, new_LBK2 = oracle.normal(0, 2, B, K, 2, S), oracle.normal(1, 2, B, K, 2)
+    scale_LBK2S = jnp.where(jnp.arange(S) % 2 == 0, jnp.nan, scale_LBK2S)
+    out = FLUSH(scale_LBK2S, new_LBK2, jnp.array(positions), token_axis=4, mesh=mesh, backend=backend)
+    expected_LBK2S = np.array(scale_LBK2S)
+    for b, position in enumerate(positions):
+        if 0 <= position < S:
+            expected_LBK2S[:, b, :, :, position] = new_LBK2[:, b]
+    assert np.array_equal(oracle.bits(out), oracle.bits(expected_LBK2S))
+
+
 def test_several_layer_groups(mesh):
     """Layers in groups that the budget cuts: 6 layers, room for 4, so 3 a step."""
     layer_bytes = 4 * 8 * 128 * 4
     assert layer_group(6, 1, 128, jnp.float32, 4 * layer_bytes) == 3
     args = inputs(6, 1, 128, jnp.float32, [5, S, 127])
-    out_LBKSC = cache_flush_tpu(*args, interpret=interpret_params("pallas_interpret"), vmem_bytes=4 * layer_bytes)
+    out_LBKSC = cache_flush_tpu(
+        *args, token_axis=3, interpret=interpret_params("pallas_interpret"), vmem_bytes=4 * layer_bytes
+    )
     assert np.array_equal(oracle.bits(out_LBKSC), oracle.bits(expected(*args)))
 
 
@@ -78,13 +97,18 @@ def test_tile_rows():
     assert [tile_rows(d) for d in (jnp.float32, jnp.bfloat16, jnp.int8)] == [8, 8, 32]
 
 
-def test_xla_is_in_place(mesh):
+@pytest.mark.parametrize(
+    ("dtype", "token_axis", "shape"),
+    [(jnp.float32, 3, (8, 4, 3, S, 128)), (jnp.int8, 3, (8, 4, 3, S, 128)), (jnp.float32, 4, (8, 4, 3, 2, 8 * S))],
+)
+def test_xla_is_in_place(mesh, dtype, token_axis, shape):
     """A copy of the cache per step would cost more than the step."""
-    cache_LBKSC, new_LBKC, position_B = inputs(8, 3, 128, jnp.float32, [0, 5, 99, S])
-    flush = jax.jit(functools.partial(cache_flush, mesh=mesh, backend="xla"), donate_argnums=0)
-    memory = flush.lower(cache_LBKSC, new_LBKC, position_B).compile().memory_analysis()
-    assert memory.alias_size_in_bytes == cache_LBKSC.nbytes
-    assert memory.temp_size_in_bytes < cache_LBKSC.nbytes / 20
+    cache, position_B = jnp.zeros(shape, dtype), jnp.array([0, 5, 99, S])
+    new = jnp.take(cache, 0, axis=token_axis)
+    flush = jax.jit(functools.partial(cache_flush, token_axis=token_axis, mesh=mesh, backend="xla"), donate_argnums=0)
+    memory = flush.lower(cache, new, position_B).compile().memory_analysis()
+    assert memory.alias_size_in_bytes == cache.nbytes
+    assert memory.temp_size_in_bytes < cache.nbytes / 20
 
 
 def test_sharded_equals_one_device(mesh, mesh_of_8):
@@ -96,7 +120,7 @@ def test_sharded_equals_one_device(mesh, mesh_of_8):
 @pytest.mark.parametrize(
     ("new_shape", "new_dtype", "message"),
     [
-        ((2, 1, 1, 64), jnp.float32, "new_LBKC must be"),
+        ((2, 1, 1, 64), jnp.float32, r"new must be \[L, B, K, C\]"),
         ((2, 1, 1, 128), jnp.bfloat16, "encode the new rows first"),
     ],
 )

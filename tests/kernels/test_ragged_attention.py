@@ -184,11 +184,69 @@ def test_soft_cap_by_hand(mesh, backend):
     np.testing.assert_allclose(out_BNH, np.full((1, 1, H), 5.0), rtol=1e-6)
 
 
+def quantised(rows_LBKSC):
+    """(codes, scales, what they stand for); where a row is NaN its scales are NaN and its codes are 99."""
+    half_LBKS2H = np.asarray(rows_LBKSC, np.float64).reshape(*rows_LBKSC.shape[:-1], 2, -1)
+    scale_LBKS2 = (np.abs(half_LBKS2H).max(axis=-1) / 127).astype(np.float32)
+    code_LBKS2H = np.nan_to_num(half_LBKS2H / scale_LBKS2[..., None], nan=99).round().astype(np.int8)
+    meant = (code_LBKS2H * scale_LBKS2[..., None].astype(np.float64)).reshape(rows_LBKSC.shape)
+    codes = jnp.asarray(code_LBKS2H.reshape(rows_LBKSC.shape))
+    return codes, jnp.asarray(scale_LBKS2.swapaxes(-1, -2)), meant
+
+
+@pytest.mark.parametrize(
+    ("backend", "K", "G", "H", "dtype", "window", "soft_cap"),
+    [
+        ("xla", 3, 3, 64, jnp.float32, None, None),
+        ("xla", 1, 8, 128, jnp.bfloat16, 130, 3.0),
+        ("pallas_interpret", 1, 8, 128, jnp.bfloat16, None, None),
+        pytest.param("pallas_interpret", 3, 3, 64, jnp.float32, None, None, marks=pytest.mark.slow),
+        pytest.param("pallas_interpret", 4, 2, 128, jnp.float32, 130, None, marks=pytest.mark.slow),
+        pytest.param("pallas_interpret", 2, 2, 64, jnp.bfloat16, None, 3.0, marks=pytest.mark.slow),
+    ],
+)
+def test_int8_rows_mean_code_times_scale(mesh, backend, K, G, H, dtype, window, soft_cap):
+    """k's and v's own scale, each at its row; unused rows have NaN for a scale; the new token is not quantised."""
+    S = 384
+    lengths = [0, 1, 127, 0, 128, 129, S, 256, 0]
+    q_BNH, new_BKC, cache_LBKSC, length_B = inputs(lengths, S, K, G, H, dtype, window=window)
+    spread_1S1 = np.exp2(np.random.default_rng(7).integers(-8, 3, (1, S, 1)))  # scales that differ from row to row
+    codes, scales, meant = quantised(
+        np.asarray(cache_LBKSC, np.float32) * np.where(np.arange(2 * H) < H, 1, spread_1S1)
+    )
+    out_BNH = ATTEND(
+        *(q_BNH, new_BKC, codes, LAYER, length_B),
+        scale_LBK2S=scales, window=window, soft_cap=soft_cap, mesh=mesh, backend=backend,
+    )  # fmt: skip
+    assert out_BNH.dtype == dtype
+    expected_BNH = oracle.ragged_attention(q_BNH, new_BKC, meant, LAYER, length_B, window, soft_cap)
+    oracle.assert_close(out_BNH, expected_BNH)
+    v_BNH = jnp.repeat(new_BKC[..., H:], G, axis=1)
+    for dead in (0, 3, 8):
+        assert np.array_equal(out_BNH[dead], v_BNH[dead]), "an empty slot's answer is v_new, exactly"
+
+
+@pytest.mark.parametrize("backend", ["xla", "pallas_interpret"])
+def test_int8_by_hand(mesh, backend):
+    """k = 4 x 0.25 gives the score log 3, as the new token has it; v = 8 x 0.5 and 8: the mean of 4 and 8."""
+    H, S = 64, 128
+    q_BNH = jnp.zeros((1, 1, H)).at[0, 0, 0].set(8.0 * np.log(3.0))
+    new_BKC = jnp.zeros((1, 1, 2 * H)).at[0, 0, 0].set(1.0).at[0, 0, H:].set(8.0)
+    codes = jnp.full((1, 1, 1, S, 2 * H), 77, jnp.int8).at[0, 0, 0, 0].set(0)
+    codes = codes.at[0, 0, 0, 0, 0].set(4).at[0, 0, 0, 0, H:].set(8)
+    scales = jnp.full((1, 1, 1, 2, S), jnp.nan).at[0, 0, 0, :, 0].set(jnp.array([0.25, 0.5]))
+    out_BNH = ATTEND(
+        q_BNH, new_BKC, codes, 0, jnp.array([1]), scale_LBK2S=scales, mesh=mesh, backend=backend
+    )  # fmt: skip
+    np.testing.assert_allclose(out_BNH, np.full((1, 1, H), 6.0), rtol=1e-6)
+
+
 LIST = jax.jit(live_steps, static_argnames=("cache_len", "block", "cores"))
 
 
-@pytest.mark.parametrize("window", [None, 1, 2, 128, 200, 400])
-@pytest.mark.parametrize("cores", [1, 2, 4])
+@pytest.mark.parametrize(
+    ("cores", "window"), [(1, None), (2, None), (4, None), (1, 1), (1, 2), (2, 128), (1, 200), (4, 129), (2, 400)]
+)
 @pytest.mark.parametrize(
     "lengths", [[0, 1, 127, 0, 0, 128, 129, 384], [0, 0, 300, 0], [384, 0, 384, 0], [1, 1, 1, 1], [5, 0, 0, 0], [0] * 4]
 )
@@ -223,7 +281,7 @@ def test_two_cores():
     steps = live_steps(length_B, None, S, 128, cores=2)
     assert steps.count.tolist() == [5, 4]
     out_BNH = ragged_attention_tpu(
-        *(q_BNH, new_BKC, cache_LBKSC, jnp.int32(LAYER), length_B, None, steps),
+        *(q_BNH, new_BKC, cache_LBKSC, None, jnp.int32(LAYER), length_B, None, steps),
         interpret=interpret_params("pallas_interpret"),
     )
     oracle.assert_close(out_BNH, oracle.ragged_attention(q_BNH, new_BKC, cache_LBKSC, LAYER, length_B))
@@ -278,6 +336,8 @@ def test_block_size(K, H, dtype):
         ({"window": jnp.ones(2, jnp.int32)}, r"integer scalar, got int32\[2\]"),
         ({"window": 7.0}, r"integer scalar, got float32\[\]"),
         ({"soft_cap": 0.0}, "soft_cap=0.0 must be above 0"),
+        ({"scale": (3, 2, 2, 128, 2)}, r"scale_LBK2S must be \[L, B, K, 2, S\] = \(3, 2, 2, 2, 128\)"),
+        ({"scale": (3, 2, 2, 2, 128)}, "has int8 codes and float32 scales"),
         ({"dtype": jnp.bfloat16}, "cast before the call"),
         ({"backend": "cuda"}, "backend='cuda'"),
         ({"chips": 8}, "num_kv_heads=2 must be divisible by shards=8"),
@@ -298,6 +358,7 @@ def test_refuses(mesh, mesh_of_8, change, message):
         "length_B": jnp.zeros(shapes["length_B"], jnp.int32),
         "window": change.get("window"),
         "soft_cap": change.get("soft_cap"),
+        "scale_LBK2S": jnp.zeros(change["scale"]) if "scale" in change else None,
     }
     with pytest.raises(ValueError, match=message):
         ragged_attention(**args, mesh=mesh_of_8 if "chips" in change else mesh, backend=change.get("backend", "xla"))

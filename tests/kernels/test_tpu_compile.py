@@ -5,6 +5,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import pytest
+from slipstream.cache_manager.codec import Int8
 from slipstream.kernels import cache_flush, prefill_attention, ragged_attention
 
 from ..tpu import abstract, compile_for, layer_sized_copies, nbytes, tpu_mesh
@@ -129,6 +130,60 @@ def test_other_chips(topology):
         compile_for(mesh, attend, q_BNH, new_BKC, cache_LBKSC, layer, length_B)
         flush = functools.partial(cache_flush, mesh=mesh, backend="pallas")
         compile_for(mesh, flush, cache_LBKSC, new_LBKC, length_B, donate=(0,))
+
+
+@pytest.mark.parametrize(
+    ("topology", "chips"),
+    [
+        ("v5e:2x4", 1),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in [("v5e:2x4", 8), ("v5p:2x2x1", 1), ("v6e:2x2", 1), ("v4:2x2x1", 1)]
+        ),
+    ],
+)
+@pytest.mark.parametrize(("K", "G", "H"), [(1, 4, 128), (4, 2, 128), (1, 8, 64), (4, 3, 64)])
+def test_int8(topology, chips, K, G, H):
+    """Codes and scales: neither is copied, and the scales take the 8 bytes a token that they should."""
+    mesh, S = tpu_mesh(topology, chips=chips), 65536 // K  # the scales, too, must be too large for VMEM
+    q_BNH, new_LBKC, _, layer, length_B = arrays(mesh, K, G, H, jnp.bfloat16)
+    code_LBKSC = abstract(mesh, (L, B, K * chips, S, 2 * H), jnp.int8, None, None, "tensor")
+    scale_LBK2S = abstract(mesh, (L, B, K * chips, 2, S), jnp.float32, None, None, "tensor")
+
+    def step(q_BNH, new_LBKC, code_LBKSC, scale_LBK2S, layer, length_B):
+        args = (q_BNH, new_LBKC[0], code_LBKSC, layer, length_B)
+        out_BNH = ragged_attention(*args, scale_LBK2S=scale_LBK2S, mesh=mesh, backend="pallas")
+        new = Int8().encode(new_LBKC + out_BNH[0, 0, 0])  # the flush comes after the attention
+        code_LBKSC = cache_flush(code_LBKSC, new.rows, length_B, mesh=mesh, backend="pallas")
+        scale_LBK2S = cache_flush(scale_LBK2S, new.scales, length_B, token_axis=4, mesh=mesh, backend="pallas")
+        return code_LBKSC, scale_LBK2S, out_BNH
+
+    compiled = compile_for(mesh, step, q_BNH, new_LBKC, code_LBKSC, scale_LBK2S, layer, length_B, donate=(2, 3))
+    assert_no_copy_of(code_LBKSC, compiled)
+    assert layer_sized_copies(compiled, scale_LBK2S) == []
+    cache_bytes = nbytes(code_LBKSC) + nbytes(scale_LBK2S)
+    assert cache_bytes == L * B * K * S * (2 * H + 8)
+    assert compiled.memory_analysis().alias_size_in_bytes == cache_bytes
+
+
+@pytest.mark.parametrize(
+    "topology", ["v5e:2x4", *(pytest.param(t, marks=pytest.mark.slow) for t in ("v5p:2x2x1", "v6e:2x2"))]
+)
+@pytest.mark.parametrize(("K", "G", "H", "dtype"), [CASES[2], CASES[3]])
+def test_window_and_soft_cap(topology, K, G, H, dtype):
+    """A window that is known at run time only, as under a scan over layers of two kinds."""
+    mesh = tpu_mesh(topology, chips=1)
+    q_BNH, new_LBKC, cache_LBKSC, layer, length_B = arrays(mesh, K, G, H, dtype)
+
+    def attend(q_BNH, new_LBKC, cache_LBKSC, layer, length_B, window):
+        args = (q_BNH, new_LBKC[0], cache_LBKSC, layer, length_B)
+        return ragged_attention(*args, window=window, soft_cap=50.0, mesh=mesh, backend="pallas")
+
+    compiled = compile_for(mesh, attend, q_BNH, new_LBKC, cache_LBKSC, layer, length_B, layer)
+    assert_no_copy_of(cache_LBKSC, compiled)
+    q_TNH, k_TKH, v_TKH = (abstract(mesh, (1024, heads, H), dtype) for heads in (K * G, K, K))
+    prompt = functools.partial(prefill_attention, window=300, soft_cap=50.0, mesh=mesh, backend="pallas")
+    assert "tpu_custom_call" in compile_for(mesh, prompt, q_TNH, k_TKH, v_TKH).as_text()
 
 
 @pytest.mark.parametrize("T", [16, 128, 1024])

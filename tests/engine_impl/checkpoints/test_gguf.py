@@ -82,7 +82,7 @@ def test_a_whole_file_loads_and_answers(tmp_path):
     assert tokenizer.stop_ids == {257}
     prefix, first = engine.prefill(params, *engine.pad(tokenizer.encode("hello")))
     assert 0 <= int(first.token_B[0]) < VOCABULARY
-    assert prefix.kv_LKTC.shape == (1, KV_HEADS, 16, 2 * HEAD_DIM)
+    assert prefix.kv.rows.shape == (1, KV_HEADS, 16, 2 * HEAD_DIM)
 
 
 def test_the_rope_of_llama_3_comes_from_its_tensor(tmp_path):
