@@ -12,22 +12,23 @@ from .config import EngineConfig
 from .errors import RefusedError
 from .int8_matmul import multiply_floats, multiply_rounded, multiply_split
 from .models.decoder import Decoder
-from .models.parts import Linear
-from .quantized_linear import Int4Linear, Int8Linear, QuantizedLinear
+from .models.parts import ExpertLinear, Linear
+from .quantized_linear import Int4Linear, Int8ExpertLinear, Int8Linear, QuantizedLinear
 
 Swap = Callable[[Linear, int | None], QuantizedLinear]
 
 
 def quantize(model: Decoder, config: EngineConfig, dtype: jnp.dtype, mesh: Mesh, backend: Backend) -> None:
     """Swaps the model's `Linear` modules for what `config.quantize_weights` says, but for those that
-    `config.quantize_exclude` names. An embedding is never swapped, nor an lm_head that is one (tied).
+    `config.quantize_exclude` names. An embedding is never swapped, nor an lm_head that is one (tied). Experts become
+    int8 with int4 too: their product has no blocks.
 
     Raises RefusedError for a pattern that names nothing, and for inputs that no block divides.
     """
     if config.quantize_weights == "none":
         return
     swap = _swap_for(config, dtype, mesh, backend)
-    linear = {name: module for name, module in model.named_modules() if isinstance(module, Linear)}
+    linear = {name: module for name, module in model.named_modules() if isinstance(module, Linear | ExpertLinear)}
     if model.config.tied_embeddings:
         linear.pop("lm_head", None)
     for pattern in config.quantize_exclude:
@@ -37,7 +38,9 @@ def quantize(model: Decoder, config: EngineConfig, dtype: jnp.dtype, mesh: Mesh,
         linear = {name: module for name, module in linear.items() if name not in excluded}
     for name, module in linear.items():
         parent, _, own = name.rpartition(".")
-        setattr(model.get_submodule(parent), own, swap(module, model.shard_axis.get(own)))
+        axis = model.shard_axis.get(own)
+        swapped = Int8ExpertLinear(module, axis, mesh) if isinstance(module, ExpertLinear) else swap(module, axis)
+        setattr(model.get_submodule(parent), own, swapped)
 
 
 def _swap_for(config: EngineConfig, dtype: jnp.dtype, mesh: Mesh, backend: Backend) -> Swap:

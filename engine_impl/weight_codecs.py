@@ -40,6 +40,13 @@ def encode_int8(weight_OI: jax.Array) -> dict[str, jax.Array]:
     return {"code": code_OI.astype(jnp.int8), "scale": jnp.where(is_other_O1, other_scale_O1, scale_O1)[:, 0]}
 
 
+@jax.jit
+def encode_int8_experts(weight_EIO: jax.Array) -> dict[str, jax.Array]:
+    """Likewise for each expert: code i8 [E, I, O], scale f32 [E, O]."""
+    encoded = jax.vmap(encode_int8)(weight_EIO.swapaxes(1, 2))
+    return {"code": encoded["code"].swapaxes(1, 2), "scale": encoded["scale"]}
+
+
 @functools.partial(jax.jit, static_argnames=("block", "dtype"))
 def encode_int4(weight_OI: jax.Array, block: int, dtype: jnp.dtype) -> Blockwise:
     """`block` inputs share a scale and an offset: weight = code * scale + offset, |error| <= scale / 2.

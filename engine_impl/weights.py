@@ -280,8 +280,7 @@ def _build(model: Decoder, mesh: Mesh, loop: LayerLoop, maker: "_Loader | _Descr
             if name not in stored
         }
         for path, part in quantized.items():
-            specs = part.specs()
-            parts = {name: leaf(_join(path, name), of.shape, specs[name]) for name, of in part.stored.items()}
+            parts = {name: leaf(_join(path, name), of.shape, of.spec(part.axis)) for name, of in part.stored.items()}
             weight = leaf(_join(path, WEIGHT), part.float_shape, part.float_spec)
             made |= {_join(path, name): array for name, array in maker.quantized(weight, parts, part).items()}
         return made
