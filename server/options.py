@@ -54,8 +54,7 @@ class AnswerOptions:
     """Answers to one prompt, each with a slot of its own (answers); more than one need a temperature to differ."""
 
     logprobs: int | None = None
-    """Tell each token's log-probability, and those of as many of the likeliest tokens (tokens, 0 to 20). Default:
-    none."""
+    """Tell each token's log-probability and those of the k likeliest (tokens, 0 to 20). Default: nothing."""
 
     prompt_logprobs: bool = False
     """Tell the log-probability of each token of the prompt."""

@@ -21,10 +21,10 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+from . import probes
 from .delivery import Delivery
 from .errors import DeadlineError, FailedError, QueueFullError, UnavailableError
 from .flight import Flight
@@ -83,7 +83,7 @@ class Orchestrator:
         self._live: set[Request] = set()  # taken from the queue, last event not out yet
         self._flights: list[Flight] = []  # what the next turn delivers
         self._to_free: deque[Sample] = deque()  # over, and the loop does not know it yet
-        self._probes: deque[Future[None]] = deque()
+        self._probes = probes.Probes()
         self._state: Any = None  # the engine's, made in the thread
         self._failed_prefills = self._failed_steps = 0  # since the last that worked
         self._landed_at = 0.0  # when the latest tokens were read (s of time.monotonic())
@@ -139,15 +139,11 @@ class Orchestrator:
         Raises UnavailableError when that takes longer than `timeout_s`, when the step fails, or when there is no
         engine any more.
         """
-        probe: Future[None] = Future()
-        self._probes.append(probe)
+        probe = self._probes.add()
         self._queue.wake()
         if self._closing or self._dead_reason is not None or not self._thread.is_alive():
             raise UnavailableError(self._dead_reason or STOPPING)
-        try:
-            probe.result(timeout_s)
-        except TimeoutError:
-            raise UnavailableError(f"no step of the engine came to an end within {timeout_s:g} s") from None
+        probes.wait(probe, timeout_s)
 
     def refuse_new(self, reason: str) -> None:
         """submit() raises UnavailableError from now on."""
@@ -214,7 +210,7 @@ class Orchestrator:
 
     def _refuse_all(self, reason: str) -> None:
         self.refuse_new(reason)
-        self._answer_probes(UnavailableError(reason))
+        self._probes.answer(UnavailableError(reason))
         for request in [*self._queue.clear(), *list(self._live)]:
             self._delivery.end(request, UnavailableError(reason))
 
@@ -311,17 +307,12 @@ class Orchestrator:
         self._failed_prefills = 0
         if flight.is_step:  # a prefill that works says nothing about steps
             self._failed_steps = 0
-            self._answer_probes(None)
+            self._probes.answer()
         if self._metrics is not None:
             if flight.is_step:
                 self._metrics.step(duration_s, slots=flight.roster.taken)
             elif flight.roster.owner_B[0].index == 0:  # the other samples' first tokens come from the same prefill
                 self._metrics.prefill(duration_s)
-
-    def _answer_probes(self, error: Exception | None) -> None:
-        while self._probes:
-            probe = self._probes.popleft()
-            probe.set_result(None) if error is None else probe.set_exception(error)
 
     def _recover(self, error: Exception) -> None:
         """A step failed, its state was donated and is lost: fail whoever was in it and start afresh."""
@@ -333,7 +324,7 @@ class Orchestrator:
             for sample in request.samples:
                 sample.slot = None
             self._fail(request, error)
-        self._answer_probes(UnavailableError(f"a step of the engine failed: {describe(error)}"))
+        self._probes.answer(UnavailableError(f"a step of the engine failed: {describe(error)}"))
         self._failed_steps += 1
         self._give_up_on_a_series(error)
         self._state = self._engine.init_decode_state()
