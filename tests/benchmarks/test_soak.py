@@ -22,10 +22,10 @@ def test_a_short_soak(capsys):
     assert result["faults"] == []
     assert result["requests"] == PLAN.requests
     kinds = result["ends"]
-    assert kinds["whole"]["OK"] > 100
-    assert kinds["whole"]["RESOURCE_EXHAUSTED"] > 10
-    assert kinds["cancelled"]["CANCELLED"] > 10
-    assert kinds["senseless"]["INVALID_ARGUMENT"] > 10
+    assert kinds["whole"]["OK"] > 20
+    assert kinds["whole"]["RESOURCE_EXHAUSTED"] > 0
+    assert kinds["cancelled"]["CANCELLED"] > 0
+    assert kinds["senseless"]["INVALID_ARGUMENT"] > 0
     assert "no faults" in capsys.readouterr().out
 
 
