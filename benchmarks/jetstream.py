@@ -164,7 +164,7 @@ async def reuse_ms(caller: JetStreamCaller, plan: JetStreamPlan) -> float:
     running = [caller.decode(message(prompt, plan.cancelled_tokens)) for prompt in prompts[1:]]
     for call in running:
         await call.read()
-    waiting = caller.decode(message(prompts[0], 1))
+    waiting = caller.decode(message(prompts[0], 2))  # one token alone would need no slot with us
     first = asyncio.ensure_future(waiting.read())
     await asyncio.sleep(SETTLE_S)
     if first.done():

@@ -21,6 +21,7 @@ import grpc
 from ..protos import orchestrator_pb2 as pb
 from ..protos.orchestrator_pb2_grpc import OrchestratorStub
 from ..server.errors import FailedError
+from ..server.front import RETRY_AFTER
 from ..server.lifecycle import Serving
 from ..server.metrics import Outcome
 from .hosted import metric
@@ -42,8 +43,8 @@ KINDS: dict[str, tuple[float, set[grpc.StatusCode]]] = {
 QUIET_S = 30.0
 """How long the server may take to be idle after the last call (seconds)."""
 CALL_S = 300.0
-BACKOFF_S = 0.1
-"""How long a caller that was refused waits before its next request (seconds)."""
+BACKOFF_S = (0.05, 5.0)
+"""A caller that was refused waits as long as the server says, within these (seconds), before its next request."""
 LATE_MS = (1, 200)
 MAX_GROWTH = {"memory_mib": 64.0, "threads": 4.0, "files": 8.0}
 """What may come on top between the first third and the end: a few late pool threads, an allocator's arenas."""
@@ -72,6 +73,8 @@ class Heard:
     """Finish reasons that each sample has had (count)."""
     usages: int = 0
     code: grpc.StatusCode | None = None
+    retry_after_s: float = 0.0
+    """What a refusal advised."""
 
 
 @dataclass
@@ -163,16 +166,17 @@ class Soak:
         draw = random.Random(f"{self._plan.seed} {number}")
         kind = draw.choices(list(KINDS), [share for share, _ in KINDS.values()])[0]
         if kind == "senseless":
-            code = await self._senseless(draw)
+            heard = await self._senseless(draw)
         else:
-            code = await self._sound(kind, draw)
+            heard = await self._sound(kind, draw)
+        code = heard.code
         self.tally.ends[kind, code.name if code else "NONE"] += 1
         if code is FULL:
-            await asyncio.sleep(BACKOFF_S)
+            await asyncio.sleep(min(max(heard.retry_after_s, BACKOFF_S[0]), BACKOFF_S[1]))
         if code not in KINDS[kind][1]:
             self.tally.faults.append(f"request {number}, {kind}: {code}")
 
-    async def _sound(self, kind: str, draw: random.Random) -> grpc.StatusCode | None:
+    async def _sound(self, kind: str, draw: random.Random) -> Heard:
         index = draw.randrange(len(self._prompts))
         max_tokens = draw.randint(1, self._plan.answer_tokens)
         samples = self._most_samples if draw.random() < 0.1 else 1
@@ -190,9 +194,9 @@ class Soak:
             call = self._stub.Decode(request, timeout=timeout_s)
             heard = await self._listen(call, samples, leave_after)
         self._judge(heard, [answer[:max_tokens] for answer in self._answers[index]])
-        return heard.code
+        return heard
 
-    async def _senseless(self, draw: random.Random) -> grpc.StatusCode | None:
+    async def _senseless(self, draw: random.Random) -> Heard:
         good, tokens = self._prompts[0], pb.DecodeRequest.TokenContent
         requests = [
             _request(good, 0),
@@ -210,7 +214,7 @@ class Soak:
             pb.DecodeRequest(max_tokens=1, token_content=tokens(token_ids=good), top_p=1.5),
             pb.DecodeRequest(max_tokens=1, token_content=tokens(token_ids=good), lora_adapter_id="none"),
         ]
-        return (await self._listen(self._stub.Decode(draw.choice(requests), timeout=CALL_S), 1)).code
+        return await self._listen(self._stub.Decode(draw.choice(requests), timeout=CALL_S), 1)
 
     async def _listen(self, call: Any, samples: int, leave_after: int | None = None, leave: Any = None) -> Heard:
         """Reads a call to its end, or leaves it after so many messages."""
@@ -228,6 +232,7 @@ class Soak:
             heard.code = await call.code()
         except grpc.aio.AioRpcError as error:
             heard.code = error.code()
+            heard.retry_after_s = float(dict(error.trailing_metadata() or ()).get(RETRY_AFTER, 0)) / 1000
         except asyncio.CancelledError:  # how grpc tells of a call that we left
             heard.code = CANCELLED
         return heard

@@ -48,6 +48,9 @@ NO_BOS = -1
 """The BOS of a model that takes none, as in SentencePiece. JetStream puts a BOS before every prompt, token lists too;
 this one is no token, so that it can be told from the prompt and taken away."""
 
+NO_TOKEN = -2
+"""An id that no vocabulary has."""
+
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
@@ -229,16 +232,22 @@ class JetStreamTokenizer(tokenizer_api.Tokenizer):
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
-        self._first_ids = tokenizer.encode("")
-        self._before_ids = tokenizer.encode("a")  # some decoders drop the space that a text begins with
+        try:
+            # Some decoders drop the space that a text begins with, so every token is decoded behind this one.
+            self._before_ids = tokenizer.encode("a")[-1:]
+        except RefusedError:  # a model without a tokenizer: token ids only
+            self._before_ids = []
         self._before = tokenizer.decode(self._before_ids)
 
     def encode(self, s: str, **kwargs: Any) -> tuple[jax.Array | np.ndarray, int]:
         """(token ids behind `bos_id`, padded to the next of JetStream's lengths; their number without the padding).
 
-        Takes JetStream's options: is_bos, prefill_lengths, max_prefill_length, jax_padding.
+        Takes JetStream's options: is_bos, prefill_lengths, max_prefill_length, jax_padding. For a model without a
+        tokenizer the ids are none that could be answered, see `JetStreamEngine.prefill`.
         """
-        token_ids = self._tokenizer.encode(s)[len(self._first_ids) :]
+        token_ids = self._tokenizer.encode(s) if self._before_ids else [NO_TOKEN]
+        if self.bos_id != NO_BOS:
+            token_ids = token_ids[1:]  # JetStream puts it back
         return token_utils.pad_tokens(np.array(token_ids, np.int32), self.bos_id, self.pad_id, **kwargs)
 
     def decode(self, token_ids: list[int], **kwargs: Any) -> str:
@@ -257,13 +266,13 @@ class JetStreamTokenizer(tokenizer_api.Tokenizer):
     @property
     def bos_id(self) -> int:
         """What JetStream puts before every prompt: the model's BOS, or NO_BOS where its tokenizer adds none."""
-        return self._first_ids[0] if self._first_ids else NO_BOS
+        return next(iter(self._tokenizer.first_ids), NO_BOS)
 
     @property
     def eos_id(self) -> int:
-        """One of the tokens that end an answer; -1, which is none, where no token does."""
+        """One of the tokens that end an answer; NO_TOKEN where none does."""
         eos_id = self._tokenizer.eos_id
-        return -1 if eos_id is None else eos_id
+        return NO_TOKEN if eos_id is None else eos_id
 
     @property
     def pad_id(self) -> int:

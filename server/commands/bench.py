@@ -266,7 +266,7 @@ class BenchSoak:
     """Cache length (tokens a slot)."""
     requests: int = 3000
     """Requests in all (requests)."""
-    in_flight: int = 48
+    in_flight: int = 42
     """Requests under way at any time (requests)."""
     max_queued: int = 32
     """Requests that may wait for a slot (requests); what is beyond is refused, which is part of the test."""

@@ -10,7 +10,7 @@ from slipstream.server.config import ServerConfig
 from tests.fakes import FakeEngine
 
 PLAN = soak.SoakPlan(
-    requests=600, in_flight=24, max_seconds=60, prompts=6, prompt_tokens=8, answer_tokens=12, ids=(97, 118), seed=1
+    requests=400, in_flight=24, max_seconds=60, prompts=6, prompt_tokens=8, answer_tokens=12, ids=(97, 118), seed=1
 )
 CONFIG = ServerConfig(port=0, grace_s=1, max_queued=12, probe_interval_s=0.05)
 
@@ -22,10 +22,10 @@ def test_a_short_soak(capsys):
     assert result["faults"] == []
     assert result["requests"] == PLAN.requests
     kinds = result["ends"]
-    assert kinds["whole"]["OK"] > 100
-    assert kinds["whole"]["RESOURCE_EXHAUSTED"] > 10
-    assert kinds["cancelled"]["CANCELLED"] > 10
-    assert kinds["senseless"]["INVALID_ARGUMENT"] > 10
+    assert kinds["whole"]["OK"] > 20
+    assert kinds["whole"]["RESOURCE_EXHAUSTED"] > 0
+    assert kinds["cancelled"]["CANCELLED"] > 0
+    assert kinds["senseless"]["INVALID_ARGUMENT"] > 0
     assert "no faults" in capsys.readouterr().out
 
 

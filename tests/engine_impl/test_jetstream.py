@@ -4,7 +4,15 @@ import jax
 import numpy as np
 import pytest
 from slipstream.engine_impl.errors import RefusedError
-from slipstream.engine_impl.jetstream import NO_BOS, JetStreamEngine, JetStreamTokenizer, engine_api, token_utils
+from slipstream.engine_impl.jetstream import (
+    NO_BOS,
+    NO_TOKEN,
+    JetStreamEngine,
+    JetStreamTokenizer,
+    engine_api,
+    token_utils,
+)
+from slipstream.engine_impl.tokenizer import NoTokenizer
 
 from .models import greedy
 from .text_models import BOS, END, byte_tokenizer, one_device_engine, text_engine
@@ -202,3 +210,13 @@ def test_characters_of_several_tokens_are_joined(text):
 
 def test_a_whole_answer_decodes_too():
     assert JetStreamTokenizer(byte_tokenizer()).decode([97, 256, 257, END]) == "a😀"
+
+
+def test_a_model_without_a_tokenizer_answers_token_ids_alone(native, expected, caplog):
+    bare = JetStreamEngine(*native)
+    bare._tokenizer = JetStreamTokenizer(NoTokenizer("tiny", vocab_size=260, bos_id=None, stop_ids=frozenset()))
+    assert bare._tokenizer.eos_id == NO_TOKEN
+    answers, complete, _ = decode(bare, [prefill(bare, PROMPTS[0]), prefill(bare, "Hi")], STEPS, STEPS)
+    assert answers == [expected[0], []]
+    assert complete == [False, True]
+    assert "outside the vocabulary" in caplog.text

@@ -49,7 +49,7 @@ def running(command):
 @pytest.fixture(scope="module")
 def interleaved():
     """The embedded model as the command line serves it."""
-    with running([*CLI, *SIZES, "--max-queued", "3"]) as (process, address), grpc.insecure_channel(address) as channel:
+    with running([*CLI, *SIZES, "--max-queued", "5"]) as (process, address), grpc.insecure_channel(address) as channel:
         yield process, channel
 
 
@@ -124,7 +124,7 @@ def test_both_health_checks(interleaved):
 
 
 def test_the_queue_has_a_bound(interleaved):
-    """Three decode, three are on their way to a slot, three wait: of twenty some must be told so."""
+    """Three decode, three are on their way to a slot, five wait: of twenty some must be told so."""
     _, channel = interleaved
 
     def code(index):

@@ -27,6 +27,7 @@ from tests.fakes import FakeTokenizer
 def load():
     engine, params = tiny_engine(slots=2)
     engine.get_tokenizer = FakeTokenizer
+    engine.buckets = engine.buckets[:2]  # half the programs, half the time
     return engine, params
 
 async def ask(stub, length, **options):
@@ -40,7 +41,7 @@ async def main():
         async with grpc.aio.insecure_channel(serving.address) as channel:
             stub = OrchestratorStub(channel)
             asks = [
-                ask(stub, 1), ask(stub, 20), ask(stub, 100), ask(stub, 60, temperature=0.7, top_k=5, top_p=0.9, seed=1),
+                ask(stub, 1), ask(stub, 20), ask(stub, 32), ask(stub, 30, temperature=0.7, top_k=5, top_p=0.9, seed=1),
                 ask(stub, 3, num_samples=2), ask(stub, 3, logprobs=5, prompt_logprobs=True, priority=1),
                 ask(stub, 3, temperature=0.5, min_p=0.1, repetition_penalty=1.2, presence_penalty=0.1),
                 ask(stub, 3, stop_strings=["never"], stop_token_ids=[254], ignore_eos=True),
