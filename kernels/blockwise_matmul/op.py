@@ -71,7 +71,7 @@ def blockwise_matmul(
     sharded = jax.shard_map(
         of_shard,
         mesh=mesh,
-        in_specs=(x_spec, Blockwise(weight_spec, weight_spec, weight_spec), P()),
+        in_specs=(x_spec, weight_spec, P()),  # one spec for all three leaves
         out_specs=out_spec,
         check_vma=False,  # pallas_call's results carry no varying-axes type
     )

@@ -91,7 +91,7 @@ def blockwise_matmul_tpu(
             scratch_shapes=[pltpu.VMEM((I // inputs, rows, inputs * Q // I), x_RI.dtype)],
         ),
         out_shape=jax.ShapeDtypeStruct((R, O), jnp.float32),
-        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", *["arbitrary"] * 3)),
+        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary", "arbitrary", "arbitrary")),
         cost_estimate=pl.CostEstimate(
             flops=2 * R * I * O,
             transcendentals=0,
