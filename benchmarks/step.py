@@ -1,7 +1,7 @@
 """Milliseconds of a decode step, beside what its bytes must cost, and beside a baseline timed in turns with it.
 
-A point is one choice of slots, cache length, live tokens and dtype. All slots are live and hold the same prompt. Every
-block of steps starts anew at `live_tokens - steps / 2`, so that `live_tokens` is the mean over a block.
+A point is one choice of slots, cache length, live tokens, dtype and quantisation. All slots are live and hold the same
+prompt. Every block of steps starts anew at `live_tokens - steps / 2`, so that `live_tokens` is the mean over a block.
 """
 
 import time
@@ -36,6 +36,13 @@ class Point:
     cache_length: int
     live_tokens: int
     dtype: Literal["auto", "float32", "bfloat16"]
+    quantize_weights: Literal["none", "int8", "int4"] = "none"
+    quantize_kv: Literal["none", "int8"] = "none"
+
+    @property
+    def engine_key(self) -> tuple[object, ...]:
+        """Points that have it in common share an engine."""
+        return (self.slots, self.cache_length, self.dtype, self.quantize_weights, self.quantize_kv)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,7 +88,7 @@ def _results(plan: StepPlan, points: list[Point], threads: int) -> Iterator[dict
     progress, bandwidth = Progress(), None
     loaded_for, bench = None, None
     for point in points:
-        if loaded_for != (key := (point.slots, point.cache_length, point.dtype)):
+        if loaded_for != (key := point.engine_key):
             progress.show(f"{plan.model}: loading for {key} ...")
             bench = None  # its memory goes first
             bench, loaded_for = PointBench(plan, point), key
@@ -104,6 +111,8 @@ class PointBench:
             dtype=point.dtype,
             platform=plan.platform,
             tensor_parallel=plan.tensor_parallel,
+            quantize_weights=point.quantize_weights,
+            quantize_kv=point.quantize_kv,
         )
         self._plan = plan
         loaded = load(config)
@@ -213,7 +222,8 @@ def in_turns(
 
 
 def bytes_per_step(engine: Engine, params: Params, live_tokens: int) -> int:
-    """What a step cannot avoid to move: every weight and all live rows read once, the new rows written.
+    """What a step cannot avoid to move: every weight and all live rows read once, the new rows written; of what is
+    quantised, codes and scales.
 
     An embedding table that is not also the output projection is not counted: a step reads one row of it a slot.
     """
@@ -231,7 +241,8 @@ def summary(results: list[dict[str, Any]]) -> str:
     )
     columns = {
         "slots": "slots", "cache_length": "cache", "live_tokens": "live", "dtype": "dtype",
-        "compile_seconds": "compile s", "step_ms_p50": "p50 ms", "step_ms_p99": "p99 ms",
+        "quantize_weights": "weights", "quantize_kv": "kv", "compile_seconds": "compile s", "step_ms_p50": "p50 ms",
+        "step_ms_p99": "p99 ms",
         "tokens_per_second": "tokens/s", "bytes_per_step": "bytes", "mbu": "MBU",
     }  # fmt: skip
     if "versus" in first:

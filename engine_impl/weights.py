@@ -72,7 +72,7 @@ def abstract(model: Decoder, mesh: Mesh, dtype: jnp.dtype, loop: LayerLoop) -> P
 def needed_shapes(model: Decoder, kv_heads: int) -> dict[str, tuple[int, ...]]:
     """The tensors that a checkpoint of this model has to have; `kv_heads` as they are there, not repeated."""
     shapes: dict[str, tuple[int, ...]] = {}
-    for name, shape in _float_shapes(model).items():
+    for name, shape in float_shapes(model).items():
         if name == HEAD and model.config.tied_embeddings:
             continue
         sources = model.sources(name)
@@ -88,7 +88,7 @@ def needed_shapes(model: Decoder, kv_heads: int) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def _float_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
+def float_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
     """The parameters as they were before anything was quantised."""
     quantized = {path: part for path, part in model.named_modules() if isinstance(part, QuantizedLinear)}
     stored = {_join(path, name) for path, part in quantized.items() for name in part.stored}

@@ -17,6 +17,7 @@ from .ask import DEFAULT_TARGET
 JsonFlag = Annotated[bool, tyro.conf.arg(name="json")]
 Dtype = Literal["auto", "float32", "bfloat16"]
 Platform = Literal["auto", "cpu", "tpu", "cuda"]
+ACCURACY_MODES = ("float32", "int8", "int8x8", "int4-32", "int4-64", "int4-128", "kv8", "int8+kv8")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,6 +37,10 @@ class BenchStep:
     """Tokens that each slot holds, on average over a block of steps (tokens; a comma list sweeps)."""
     dtype: str = "auto"
     """auto, float32 or bfloat16 (a comma list sweeps)."""
+    quantize_weights: str = "none"
+    """none, int8 or int4, in blocks of 32 (a comma list sweeps)."""
+    quantize_kv: str = "none"
+    """none or int8 (a comma list sweeps)."""
     versus: Literal["none", "eager", "eager-per-layer", "transformers", "transformers-dynamic"] = "none"
     """Time this baseline in turns (A B A B): the eager cache, stacked or an array a layer; Hugging Face transformers
     with a static or a dynamic cache (CPU)."""
@@ -73,12 +78,17 @@ class BenchStep:
 
     def _points(self, point: Callable[..., Any]) -> list[Any]:
         return [
-            point(slots=slots, cache_length=cache_length, live_tokens=live_tokens, dtype=dtype)
+            point(
+                slots=slots, cache_length=cache_length, live_tokens=live_tokens, dtype=dtype,
+                quantize_weights=quantize_weights, quantize_kv=quantize_kv,
+            )
             for slots in integers("slots", self.slots)
             for cache_length in integers("cache_length", self.cache_length)
             for dtype in words("dtype", self.dtype, ("auto", "float32", "bfloat16"))
+            for quantize_weights in words("quantize_weights", self.quantize_weights, ("none", "int8", "int4"))
+            for quantize_kv in words("quantize_kv", self.quantize_kv, ("none", "int8"))
             for live_tokens in integers("live_tokens", self.live_tokens)
-        ]
+        ]  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -388,6 +398,45 @@ class BenchOverload:
 
 
 @dataclass(frozen=True, kw_only=True)
+class BenchAccuracy:
+    """Measure what quantisation costs (perplexity, divergence, greedy answers) and saves (bytes), beside float32.
+
+    The text comes with CPython. One engine is loaded at a time.
+    """
+
+    model: str = "embedded"
+    """`embedded` or a checkpoint that `serve` takes."""
+    modes: str = "int8,int8x8,int4-32,int4-64,int4-128,kv8,int8+kv8"
+    """What is measured beside float32 (a comma list): int8 and int4-BLOCK are weights, int8x8 rounds activations too,
+    kv8 is the cache."""
+    tokens: int = 4096
+    """Tokens of the text whose perplexity is measured by prefill (tokens); 1024 are decoded in any case."""
+    threads: int | None = None
+    """CPU cores that this process may use (cores). Default: all."""
+    platform: Platform = "auto"
+    """Devices to run on."""
+    as_json: JsonFlag = False
+    """Print one JSON object as the last line of stdout."""
+
+    def __post_init__(self) -> None:
+        words("modes", self.modes, ACCURACY_MODES)  # refused before the slow import
+        for name in ("tokens", "threads"):
+            check_positive(name, getattr(self, name))
+
+    def run(self) -> int:
+        from ...benchmarks.accuracy import AccuracyPlan, run
+
+        plan = AccuracyPlan(
+            model=self.model,
+            modes=tuple(words("modes", self.modes, ACCURACY_MODES)),
+            tokens=self.tokens,
+            platform=self.platform,
+            threads=self.threads,
+        )
+        return finish(run(plan), self.as_json)
+
+
+@dataclass(frozen=True, kw_only=True)
 class BenchLoading:
     """Measure the host memory that loading takes beyond the weights (bytes); needs no model and no accelerator.
 
@@ -481,13 +530,14 @@ class BenchJetStream:
 
 @dataclass(frozen=True, kw_only=True)
 class Bench:
-    """Measure: one decode step, a kernel, a running server, the growth of costs, an overload, a soak, JetStream."""
+    """Measure: a decode step, a kernel, a server, the growth of costs, quantisation, an overload, a soak, JetStream."""
 
     what: (
         Annotated[BenchStep, tyro.conf.subcommand("step")]
         | Annotated[BenchKernel, tyro.conf.subcommand("kernel")]
         | Annotated[BenchServe, tyro.conf.subcommand("serve")]
         | Annotated[BenchGrowth, tyro.conf.subcommand("growth")]
+        | Annotated[BenchAccuracy, tyro.conf.subcommand("accuracy")]
         | Annotated[BenchOverload, tyro.conf.subcommand("overload")]
         | Annotated[BenchSoak, tyro.conf.subcommand("soak")]
         | Annotated[BenchLoading, tyro.conf.subcommand("loading")]
