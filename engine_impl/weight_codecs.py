@@ -4,11 +4,17 @@ O outputs, I inputs, Q blocks of inputs.
 """
 
 import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from ..kernels import Blockwise
+
+SHRINKS = (0.0, 0.06, 0.12)
+"""What is cut off both ends of a block's range, where int4 begins to look for a grid (shares of the range)."""
+REFITS = 2
+"""How often such a grid is fitted anew to the codes that it gave."""
 
 EXACT = 1e-5
 """What a value may be off its grid, over its block's largest, to count as on it: float32 rounding of scale * code."""
@@ -49,11 +55,11 @@ def encode_int8_experts(weight_EIO: jax.Array) -> dict[str, jax.Array]:
 
 @functools.partial(jax.jit, static_argnames=("block", "dtype"))
 def encode_int4(weight_OI: jax.Array, block: int, dtype: jnp.dtype) -> Blockwise:
-    """`block` inputs share a scale and an offset: weight = code * scale + offset, |error| <= scale / 2.
+    """`block` inputs share a scale and an offset: weight = code * scale + offset, codes from -8 to 7.
 
-    A block's least value gets the code -8 and its largest 7, 15 steps above. A block that comes from a file of 4-bit
-    codes may use fewer steps: where other blocks turn out to lie on such a grid, its own number of steps is looked for,
-    so that Q4_0, Q4_1, AWQ and GPTQ weights stay what they are.
+    A block that comes from a file of 4-bit codes lies on a grid of 15 steps or fewer from its least to its largest
+    value: where blocks turn out to lie on such grids, each one's number of steps is looked for, so that Q4_0, Q4_1, AWQ
+    and GPTQ weights stay what they are. Any other block gets the grid of the least error that `_fitted` finds.
 
     Args:
         block: divides I.
@@ -84,9 +90,75 @@ def encode_int4(weight_OI: jax.Array, block: int, dtype: jnp.dtype) -> Blockwise
         return (steps > 1) & found_QO.any() & ~found_QO.all()
 
     start = (jnp.float32(15), jnp.full_like(least_QO, 15), is_on_grid(jnp.float32(15)))
-    _, steps_QO, _ = jax.lax.while_loop(goes_on, look, start)
-    scale_QO = scale_of(steps_QO).astype(dtype)
-    offset_QO = (least_QO + 8 * scale_QO.astype(jnp.float32)).astype(dtype)
-    code_QiO = (weight_QiO - offset_QO[:, None].astype(jnp.float32)) / scale_QO[:, None].astype(jnp.float32)
-    code_IO = jnp.clip(jnp.round(code_QiO), -8, 7).astype(jnp.int8).reshape(I, O)
-    return Blockwise((code_IO[::2] & 15) | (code_IO[1::2] << 4), scale_QO, offset_QO)
+    _, steps_QO, found_QO = jax.lax.while_loop(goes_on, look, start)
+    whole = _Grid.through(least_QO, -8, scale_of(steps_QO), dtype)
+    fitted = jax.lax.cond(
+        found_QO.all(), lambda: whole, lambda: _fitted(weight_QiO, whole, least_QO, largest_QO, dtype)
+    )
+    grid = jax.tree.map(lambda own_QO, other_QO: jnp.where(found_QO, own_QO, other_QO), whole, fitted)
+    code_IO = grid.codes(weight_QiO).astype(jnp.int8).reshape(I, O)
+    return Blockwise((code_IO[::2] & 15) | (code_IO[1::2] << 4), grid.scale_QO, grid.offset_QO)
+
+
+class _Grid(NamedTuple):
+    """The 16 values that each block has to choose from, code * scale + offset."""
+
+    scale_QO: jax.Array
+    offset_QO: jax.Array
+
+    @classmethod
+    def through(cls, value_QO: jax.Array, code_QO: jax.Array | int, scale_QO: jax.Array, dtype: jnp.dtype) -> "_Grid":
+        """That of a scale, as rounded to `dtype`, which gives a value this code."""
+        scale_QO = scale_QO.astype(dtype)
+        return cls(scale_QO, (value_QO - code_QO * scale_QO.astype(jnp.float32)).astype(dtype))
+
+    def codes(self, weight_QiO: jax.Array) -> jax.Array:
+        """The nearest, still floats."""
+        scale_Q1O, offset_Q1O = (leaf[:, None].astype(jnp.float32) for leaf in self)
+        return jnp.clip(jnp.round((weight_QiO - offset_Q1O) / scale_Q1O), -8, 7)
+
+    def values(self, code_QiO: jax.Array) -> jax.Array:
+        """What codes stand for."""
+        return code_QiO * self.scale_QO[:, None].astype(jnp.float32) + self.offset_QO[:, None].astype(jnp.float32)
+
+
+def _fitted(weight_QiO: jax.Array, whole: _Grid, least_QO: jax.Array, largest_QO: jax.Array, dtype: jnp.dtype) -> _Grid:
+    """A grid of small squared error for each block, `whole` at worst, which spans the block.
+
+    It begins with ranges of which a little is cut off at both ends, and fits each grid anew to its codes by weighted
+    linear regression. A value's weight is |value| + the block's root mean square: large values matter more, for little
+    is known of the activations (so does llama.cpp, make_qkx2_quants in ggml-quants.c).
+
+    SmolLM2-135M, perplexity over that of the weights as they come (2,044 tokens): blocks of 64 1.315 with `whole`,
+    1.211 with this, 1.239 with all values weighing the same; blocks of 128, where they divide a matrix, 1.157 and
+    1.125.
+    """
+    rms_Q1O = jnp.sqrt((weight_QiO**2).mean(axis=1, keepdims=True))
+    matter_QiO = jnp.abs(weight_QiO) + jnp.maximum(rms_Q1O, jnp.finfo(jnp.float32).tiny)
+    matter_QO = matter_QiO.sum(axis=1)
+
+    def error(grid: _Grid) -> jax.Array:
+        return (matter_QiO * (grid.values(grid.codes(weight_QiO)) - weight_QiO) ** 2).sum(axis=1)
+
+    def refitted(grid: _Grid) -> _Grid:
+        code_QiO = grid.codes(weight_QiO)
+        code_QO, value_QO = ((matter_QiO * of_QiO).sum(axis=1) / matter_QO for of_QiO in (code_QiO, weight_QiO))
+        apart_QiO = matter_QiO * (code_QiO - code_QO[:, None])
+        variance_QO = (apart_QiO * (code_QiO - code_QO[:, None])).sum(axis=1)
+        covariance_QO = (apart_QiO * (weight_QiO - value_QO[:, None])).sum(axis=1)
+        is_fit_QO = (variance_QO > 0) & (covariance_QO > 0)
+        scale_QO = jnp.where(is_fit_QO, covariance_QO / jnp.where(is_fit_QO, variance_QO, 1), grid.scale_QO)
+        return _Grid.through(value_QO, code_QO, scale_QO, dtype)
+
+    best, least_error_QO = whole, error(whole)
+    for shrink in SHRINKS:
+        cut_QO = shrink * (largest_QO - least_QO)
+        scale_QO = jnp.where(largest_QO > least_QO, (largest_QO - least_QO - 2 * cut_QO) / 15, 1)
+        grid = _Grid.through(least_QO + cut_QO, -8, scale_QO, dtype)
+        for _ in range(REFITS + 1):
+            error_QO = error(grid)
+            is_better_QO = error_QO < least_error_QO  # false where a scale has become 0
+            best = jax.tree.map(lambda new_QO, old_QO, is_=is_better_QO: jnp.where(is_, new_QO, old_QO), grid, best)
+            least_error_QO = jnp.where(is_better_QO, error_QO, least_error_QO)
+            grid = refitted(grid)
+    return best

@@ -62,12 +62,47 @@ def test_int8_codes_of_another_tool_are_kept(extreme):
     assert np.array_equal(encode_int8(jnp.asarray(weight_OI, jnp.float32))["code"], code_OI)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("block", [1, 32, 64])
-def test_int4_is_off_by_half_a_step_at_most(block):
+def test_int4_is_off_by_half_a_step_but_beyond_the_ends_of_a_grid(block, dtype):
     weight_OI = awkward(np.random.default_rng(2), 24, 128)
-    packed = encode_int4(jnp.asarray(weight_OI), block, jnp.dtype("float32"))
-    scale_OI = np.asarray(packed.scale).T.repeat(block, axis=1)
-    assert (np.abs(decoded(packed) - weight_OI) <= scale_OI * 0.5001 + 1e-6 * np.abs(weight_OI)).all()
+    packed = encode_int4(jnp.asarray(weight_OI), block, jnp.dtype(dtype))
+    code_OI, scale_OI = (
+        np.asarray(unpack(packed.packed)).T,
+        np.asarray(packed.scale, np.float64).T.repeat(block, axis=1),
+    )
+    off_OI = decoded(packed) - weight_OI
+    slack_OI = scale_OI * 0.5001 + 1e-6 * np.abs(weight_OI)
+    assert np.isfinite(off_OI).all()
+    assert (off_OI <= slack_OI)[code_OI != -8].all(), "only what lies below the grid's least value comes out higher"
+    assert (-off_OI <= slack_OI)[code_OI != 7].all()
+
+
+def spanning(weight_OI, block) -> np.ndarray:
+    """By hand: each block's least value is its first step, its largest the 15th."""
+    weight_Xi = weight_OI.astype(np.float64).reshape(-1, block)
+    least_X1, largest_X1 = weight_Xi.min(1, keepdims=True), weight_Xi.max(1, keepdims=True)
+    scale_X1 = np.where(largest_X1 > least_X1, (largest_X1 - least_X1) / 15, 1)
+    return (np.round((weight_Xi - least_X1) / scale_X1) * scale_X1 + least_X1).reshape(weight_OI.shape)
+
+
+@pytest.mark.parametrize("block", [32, 64, 128])
+def test_int4_is_nearer_than_a_grid_that_spans_the_block(block):
+    """In no block farther, by the weights of the fit; on normal weights by a twentieth of the squared error or more."""
+    weight_OI = awkward(np.random.default_rng(7), 24, 128)
+
+    def error_X(decoded_OI):
+        square_Xi = ((decoded_OI - weight_OI) ** 2).reshape(-1, block)
+        weight_Xi = np.abs(weight_OI.astype(np.float64)).reshape(-1, block)
+        return ((weight_Xi + np.sqrt((weight_Xi**2).mean(1, keepdims=True))) * square_Xi).sum(1)
+
+    fitted_OI = decoded(encode_int4(jnp.asarray(weight_OI), block, jnp.dtype("float32")))
+    allowed_X = error_X(spanning(weight_OI, block))
+    assert (error_X(fitted_OI) <= allowed_X * 1.001 + 1e-9 * allowed_X.max()).all()
+    normal_OI = np.random.default_rng(8).normal(size=(64, 256)).astype(np.float32)
+    fitted_OI = decoded(encode_int4(jnp.asarray(normal_OI), block, jnp.dtype("float32")))
+    square = ((fitted_OI - normal_OI) ** 2).sum() / ((spanning(normal_OI, block) - normal_OI) ** 2).sum()
+    assert square < 0.95
 
 
 @pytest.mark.parametrize(("low", "high"), [(0, 16), (3, 9), (-8, 8)])
