@@ -10,6 +10,11 @@ import jax.numpy as jnp
 from .chips import Chip
 from .engine import Engine
 from .hlo import Program
+from .quantized_linear import Int8Linear
+from .weights import matrices
+
+USABLE = 0.98
+"""Share of HBM for weights and cache, where only arithmetic is asked; the rest is left to code, temporaries, prefixes."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +39,7 @@ class ProgramReport:
     floor_ms: float
     """hbm_floor_bytes over the chip's bandwidth"""
     compute_floor_ms: float
-    """matrix multiplications with the weights over the chip's bf16 peak"""
+    """multiplications with the weights over the chip's peak: int8's where activations are int8 too, else bf16's"""
     tokens_per_second_ceiling: float | None = None
     """generate only: all slots, at the larger floor"""
 
@@ -64,6 +69,17 @@ class Budget:
         self.read_bytes = self.weights_bytes - embedding  # a step gathers a few rows of the embedding
         self.cache_bytes = engine.layout.bytes // engine.mesh.size
         self.resident = self.weights_bytes + self.cache_bytes
+        self.row_seconds = 0.0
+        """one row through all matrices, at the chip's peak"""
+        for module, elements in matrices(engine._model, engine.mesh):
+            is_int8 = isinstance(module, Int8Linear) and module.rounds_activations
+            self.row_seconds += 2 * elements / (chip.int8_ops if is_int8 else chip.bf16_flops)
+
+    @property
+    def slots_with_room(self) -> int:
+        """Slots whose cache, beside the weights, fills the usable HBM: arithmetic, a plan of them is the proof."""
+        room = int(USABLE * self.chip.hbm_bytes) - self.weights_bytes
+        return max(0, room * self.engine.layout.slots // self.cache_bytes)
 
     def report(self, program: str, compiled: jax.stages.Compiled, seconds: float) -> ProgramReport:
         layout, memory, text = self.engine.layout, compiled.memory_analysis(), compiled.as_text()
@@ -72,8 +88,7 @@ class Budget:
         hlo = Program(text)
         floor_bytes, rows = self._floor(program)
         floor_ms = floor_bytes / self.chip.hbm_bandwidth * 1e3
-        flops = 2 * rows * self.read_bytes // layout.dtype.itemsize
-        compute_ms = flops / self.chip.bf16_flops * 1e3
+        compute_ms = rows * self.row_seconds * 1e3
         return ProgramReport(
             compile_seconds=round(seconds, 2),
             argument_bytes=memory.argument_size_in_bytes,
@@ -132,12 +147,9 @@ class Budget:
         )
 
     def _remedies(self, needed: int) -> list[str]:
-        """What would bring `needed` bytes a chip down, each alone, by arithmetic; a plan of it is the proof.
-
-        A fiftieth of HBM is left to code, temporaries and prefixes.
-        """
+        """What would bring `needed` bytes a chip down, each alone, by arithmetic; a plan of it is the proof."""
         layout, chips = self.engine.layout, self.engine.mesh.size
-        room = self.cache_bytes - (needed - int(0.98 * self.chip.hbm_bytes))  # for the cache
+        room = self.cache_bytes - (needed - int(USABLE * self.chip.hbm_bytes))  # for the cache
         remedies = []
         if (slots := room * layout.slots // self.cache_bytes) >= 1:
             remedies.append(f"--slots {slots}")

@@ -29,6 +29,20 @@ from .topology import tpu_devices
 
 
 @dataclass(frozen=True)
+class Saving:
+    """What quantisation saves, by arithmetic."""
+
+    quantized: str
+    """such as "int8 weights and int8 cache" """
+    bytes_per_chip: int
+    """weights and cache together, against those in `dtype`"""
+    slots: int
+    """slots of this cache length that weights and HBM leave room for"""
+    slots_unquantized: int
+    """likewise, with nothing quantised"""
+
+
+@dataclass(frozen=True)
 class Plan:
     """A model on a topology at a serving shape."""
 
@@ -46,6 +60,8 @@ class Plan:
     fits: bool
     programs: dict[str, ProgramReport]
     misfit: Misfit | None = None
+    saving: Saving | None = None
+    """None where nothing is quantised"""
 
     def as_json(self) -> dict[str, Any]:
         """Plain data."""
@@ -109,7 +125,18 @@ def plan(
         fits=misfit is None,
         programs=programs,
         misfit=misfit,
+        saving=_saving(config, shape, topology, budget),
     )
+
+
+def _saving(config: EngineConfig, shape: ModelConfig, topology: str, budget: Budget) -> Saving | None:
+    kinds = {"weights": config.quantize_weights, "cache": config.quantize_kv}
+    quantized = " and ".join(f"{kind} {what}" for what, kind in kinds.items() if kind != "none")
+    if not quantized:
+        return None
+    plain = replace(config, quantize_weights="none", quantize_activations="none", quantize_kv="none")
+    floats = Budget(abstract_engine(shape, topology, plain), budget.chip)
+    return Saving(quantized, floats.resident - budget.resident, budget.slots_with_room, floats.slots_with_room)
 
 
 def largest_slots(config: EngineConfig, shape: ModelConfig, topology: str, **options: Any) -> Plan:

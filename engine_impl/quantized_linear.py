@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ..kernels import AXIS, Backend, Blockwise, Split, blockwise_matmul
 from . import bridge
-from .int8_matmul import Multiply, shared
+from .int8_matmul import Multiply, multiply_rounded, shared
 from .models.parts import ExpertLinear, grouped_matmul
 from .weight_codecs import encode_int4, encode_int8, encode_int8_experts
 
@@ -89,6 +89,7 @@ class Int8Linear(QuantizedLinear):
         scale = Stored((O,), jnp.dtype("float32"), {0: 0})
         super().__init__(replaced, {"code": code, "scale": scale}, axis, mesh)
         self.multiply = shared(multiply, self.split, mesh)
+        self.rounds_activations = multiply is multiply_rounded
 
     def encode(self, weight: jax.Array) -> Mapping[str, jax.Array]:
         return encode_int8(weight)

@@ -3,7 +3,8 @@
 Tensors go one by one from the file to the devices that hold them: the host never holds more than a few.
 """
 
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -94,6 +95,21 @@ def float_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
     stored = {_join(path, name) for path, part in quantized.items() for name in part.stored}
     shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters() if name not in stored}
     return shapes | {_join(path, WEIGHT): part.float_shape for path, part in quantized.items()}
+
+
+def matrices(model: Decoder, mesh: Mesh) -> Iterator[tuple[nn.Module, int]]:
+    """(module, elements of its weight on one device), of each matrix that rows are multiplied with: the embedding is
+    one only as a tied head."""
+    for name, shape in float_shapes(model).items():
+        if len(shape) < 2 or name == EMBEDDING:
+            continue
+        part = model.get_submodule(name.rpartition(".")[0])
+        if isinstance(part, QuantizedLinear):
+            spec = part.float_spec
+        else:
+            lies_as = EMBEDDING if name == HEAD and model.config.tied_embeddings else name
+            spec = parameter_spec(model, lies_as, shape, mesh)
+        yield part, math.prod(NamedSharding(mesh, spec).shard_shape(shape))
 
 
 def _join(path: str, name: str) -> str:

@@ -62,6 +62,7 @@ def table(plan: "Report") -> str:
         f"{plan.slots} slots x {plan.cache_length} tokens",
         f"HBM a chip: weights {plan.weights_bytes_per_chip / GIB:.2f} + cache {plan.cache_bytes_per_chip / GIB:.2f}, "
         f"at most {plan.resident_bytes_per_chip / GIB:.2f} of {plan.hbm_bytes_per_chip / GIB:.2f} GiB",
+        *saving(plan),
         "",
         f"{'program':<15}{'compile s':>10}{'temp MiB':>10}{'code MiB':>10}{'copies':>8}{'floor ms':>10}{'compute':>9}",
     ]
@@ -78,6 +79,17 @@ def table(plan: "Report") -> str:
         return "\n".join([*lines, "", *misfit(plan)])
     ceiling = plan.programs["generate"].tokens_per_second_ceiling
     return "\n".join([*lines, "", f"It fits. Ceiling of the decode step, all slots full: {ceiling:,.0f} tokens/s"])
+
+
+def saving(plan: "Report") -> list[str]:
+    """What quantisation gains; no line where nothing is quantised."""
+    if plan.saving is None:
+        return []
+    gained, chip = plan.saving, plan.topology.split(":")[0]
+    return [
+        f"{gained.quantized}: {gained.bytes_per_chip / GIB:.2f} GiB a chip less than {plan.dtype}; by arithmetic a "
+        f"{chip} has room for {gained.slots:,} instead of {gained.slots_unquantized:,} slots of this length"
+    ]
 
 
 def misfit(plan: "Report") -> list[str]:
