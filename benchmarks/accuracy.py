@@ -68,6 +68,7 @@ class AccuracyPlan:
     """of MODES; the reference is always measured, first"""
     tokens: int
     """of the text, for the perplexity by prefill; what is decoded is as the exam has it"""
+    tensor_parallel: int | None
     platform: Literal["auto", "cpu", "tpu", "cuda"]
     threads: int | None
 
@@ -114,8 +115,8 @@ def measured(
     """One mode: (what the JSON says of it, what its engine handed in)."""
     mode, before = MODES[name], _live_bytes()
     config = EngineConfig(
-        model=plan.model, platform=plan.platform, dtype="float32", slots=exam.SLOTS, cache_length=exam.WINDOW,
-        **mode.options, **_excluded(mode, checkpoint),
+        model=plan.model, platform=plan.platform, tensor_parallel=plan.tensor_parallel, dtype="float32",
+        slots=exam.SLOTS, cache_length=exam.WINDOW, **mode.options, **_excluded(mode, checkpoint),
     )  # fmt: skip
     engine = build_engine(config, checkpoint)
     params = jax.block_until_ready(engine.load_params(checkpoint))

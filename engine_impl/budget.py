@@ -14,7 +14,7 @@ from .quantized_linear import Int8Linear
 from .weights import matrices
 
 USABLE = 0.98
-"""Share of HBM for weights and cache, where only arithmetic is asked; the rest is left to code, temporaries, prefixes."""
+"""Share of HBM for weights and cache, where only arithmetic is asked: the rest goes to code, temporaries, prefixes."""
 
 
 @dataclass(frozen=True)

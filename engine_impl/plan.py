@@ -36,10 +36,8 @@ class Saving:
     """such as "int8 weights and int8 cache" """
     bytes_per_chip: int
     """weights and cache together, against those in `dtype`"""
-    slots: int
-    """slots of this cache length that weights and HBM leave room for"""
     slots_unquantized: int
-    """likewise, with nothing quantised"""
+    """the plan's slots_with_room, were nothing quantised"""
 
 
 @dataclass(frozen=True)
@@ -59,6 +57,8 @@ class Plan:
     """the most that is in HBM at once: weights, cache, and the hungriest program's temporaries and results"""
     fits: bool
     programs: dict[str, ProgramReport]
+    slots_with_room: int
+    """slots of this cache length that the weights leave HBM for, by arithmetic"""
     misfit: Misfit | None = None
     saving: Saving | None = None
     """None where nothing is quantised"""
@@ -124,6 +124,7 @@ def plan(
         resident_bytes_per_chip=max((budget.needed(p, r) for p, r in programs.items()), default=budget.resident),
         fits=misfit is None,
         programs=programs,
+        slots_with_room=budget.slots_with_room,
         misfit=misfit,
         saving=_saving(config, shape, topology, budget),
     )
@@ -136,7 +137,7 @@ def _saving(config: EngineConfig, shape: ModelConfig, topology: str, budget: Bud
         return None
     plain = replace(config, quantize_weights="none", quantize_activations="none", quantize_kv="none")
     floats = Budget(abstract_engine(shape, topology, plain), budget.chip)
-    return Saving(quantized, floats.resident - budget.resident, budget.slots_with_room, floats.slots_with_room)
+    return Saving(quantized, floats.resident - budget.resident, floats.slots_with_room)
 
 
 def largest_slots(config: EngineConfig, shape: ModelConfig, topology: str, **options: Any) -> Plan:

@@ -413,6 +413,8 @@ class BenchAccuracy:
     """Tokens of the text whose perplexity is measured by prefill (tokens); 1024 are decoded in any case."""
     threads: int | None = None
     """CPU cores that this process may use (cores). Default: all."""
+    tensor_parallel: int | None = None
+    """Devices that share the model (devices). Default: as `serve` chooses."""
     platform: Platform = "auto"
     """Devices to run on."""
     as_json: JsonFlag = False
@@ -430,6 +432,7 @@ class BenchAccuracy:
             model=self.model,
             modes=tuple(words("modes", self.modes, ACCURACY_MODES)),
             tokens=self.tokens,
+            tensor_parallel=self.tensor_parallel,
             platform=self.platform,
             threads=self.threads,
         )

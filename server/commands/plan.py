@@ -88,7 +88,7 @@ def saving(plan: "Report") -> list[str]:
     gained, chip = plan.saving, plan.topology.split(":")[0]
     return [
         f"{gained.quantized}: {gained.bytes_per_chip / GIB:.2f} GiB a chip less than {plan.dtype}; by arithmetic a "
-        f"{chip} has room for {gained.slots:,} instead of {gained.slots_unquantized:,} slots of this length"
+        f"{chip} has room for {plan.slots_with_room:,} instead of {gained.slots_unquantized:,} slots of this length"
     ]
 
 

@@ -4,11 +4,16 @@ import json
 
 import pytest
 from slipstream.benchmarks import step
+from slipstream.engine_impl.config import EngineConfig
+from slipstream.engine_impl.loading import build_engine
 from slipstream.server import cli
 
+from tests.engine_impl.models import TINY, RandomCheckpoint
+
 KEYS = {
-    "model", "slots", "cache_length", "live_tokens", "dtype", "compile_seconds", "step_ms_p50", "step_ms_p99",
-    "tokens_per_second", "bytes_per_step", "copy_bandwidth_bytes_per_second", "mbu", "threads", "versions", "date",
+    "model", "slots", "cache_length", "live_tokens", "dtype", "quantize_weights", "quantize_kv", "compile_seconds",
+    "step_ms_p50", "step_ms_p99", "tokens_per_second", "bytes_per_step", "copy_bandwidth_bytes_per_second", "mbu",
+    "threads", "versions", "date",
 }  # fmt: skip
 VERSUS_KEYS = {"versus", "ratio_p50", "ratio_min", "ratio_max", "pairs", "baseline_step_ms_p50", "equal_tokens"}
 QUICK = ["bench", "step", "--slots", "2", "--cache-length", "128", "--steps", "2", "--pairs", "2", "--json"]
@@ -52,6 +57,27 @@ def test_a_sweep_is_one_object_with_all_results(last_line):
     assert all(set(point) >= KEYS for point in result["sweep"])
 
 
+def test_quantisation_is_swept_with_an_engine_each(monkeypatch, capsys, tiny_loaded):
+    asked = []
+    monkeypatch.setattr(step, "load", lambda config: asked.append(config) or tiny_loaded)
+    words = ["--live-tokens", "40", "--quantize-weights", "none,int8", "--quantize-kv", "int8"]
+    assert cli.run([*QUICK, *words]) == 0
+    points = [("none", "int8"), ("int8", "int8")]
+    assert [(config.quantize_weights, config.quantize_kv) for config in asked] == points
+    sweep = json.loads(capsys.readouterr().out.splitlines()[-1])["sweep"]
+    assert [(point["quantize_weights"], point["quantize_kv"]) for point in sweep] == points
+
+
+def test_bytes_of_codes_and_scales():
+    """By hand, as below: a byte a code, a scale an output; 2 * 16 codes and two scales a row and head."""
+    config = EngineConfig(slots=2, cache_length=128, quantize_weights="int8", quantize_kv="int8", tensor_parallel=1)
+    engine = build_engine(config, RandomCheckpoint(TINY))
+    layer = 32 * (8 + 4 + 4) * 16 + 8 * 16 * 32 + 3 * 32 * 48 + 4 * ((8 + 4 + 4) * 16 + 32 + 2 * 48 + 32)
+    weights = 2 * (layer + 4 * 2 * 32) + 4 * (32 + 101 * 32)
+    rows = 2 * 2 * 4 * (2 * 16 + 2 * 4) * (9 + 1)
+    assert step.bytes_per_step(engine, engine.load_params(RandomCheckpoint(TINY)), 9) == weights + rows
+
+
 def test_bytes_are_weights_but_the_embedding_and_live_rows(tiny_loaded):
     """By hand, for two layers of TINY in f32, two slots with 9 rows to read and one to write."""
     engine, params, _ = tiny_loaded
@@ -67,6 +93,7 @@ def test_bytes_are_weights_but_the_embedding_and_live_rows(tiny_loaded):
         (["--slots", "1,x"], "slots='1,x' must be positive numbers"),
         (["--slots", "0"], "slots='0' must be positive"),
         (["--dtype", "float8"], "dtype='float8' is not known; those that are: auto, float32, bfloat16"),
+        (["--quantize-weights", "int8,int2"], "quantize_weights='int2' is not known; those that are: none, int8, int4"),
         (["--pairs", "0"], "pairs=0 must be at least 1"),
         (["--live-tokens", "1024"], "live_tokens=1024 must be above 8 and at most 1016"),
         (["--live-tokens", "8"], "live_tokens=8 must be above 8"),

@@ -4,12 +4,14 @@ import json
 from dataclasses import replace
 
 import pytest
+from slipstream.engine_impl.budget import Budget
 from slipstream.engine_impl.checkpoints.hf_config import read_hf_config
+from slipstream.engine_impl.chips import CHIPS
 from slipstream.engine_impl.config import EngineConfig
 from slipstream.engine_impl.errors import RefusedError
 from slipstream.engine_impl.models import registry
 from slipstream.engine_impl.models.rope import frequencies
-from slipstream.engine_impl.plan import largest_slots, plan, shape_of
+from slipstream.engine_impl.plan import abstract_engine, largest_slots, plan, shape_of
 from slipstream.engine_impl.presets import PRESETS, preset
 
 from .models import embedded_engine
@@ -17,9 +19,9 @@ from .models import embedded_engine
 SMALL = replace(preset("llama-3.2-1b"), num_layers=2)
 
 
-def planned(slots=96, cache_length=4096, topology="v5e:2x4", **options):
-    config = EngineConfig(model="small", slots=slots, cache_length=cache_length, max_prefill_length=256)
-    return plan(config, SMALL, topology, **options)
+def planned(slots=96, cache_length=4096, topology="v5e:2x4", dump=None, **quantized):
+    config = EngineConfig(model="small", slots=slots, cache_length=cache_length, max_prefill_length=256, **quantized)
+    return plan(config, SMALL, topology, dump=dump)
 
 
 @pytest.fixture(scope="module")
@@ -42,6 +44,43 @@ def test_memory_is_what_arithmetic_says(small_plan):
     assert generate.floor_ms == pytest.approx(generate.hbm_floor_bytes / 819e9 * 1e3)
     assert generate.tokens_per_second_ceiling == pytest.approx(96 / generate.floor_ms * 1e3)
     assert report.resident_bytes_per_chip > generate.argument_bytes
+
+
+LAYERS = 2 * (2048 * 2048 * 2 + 2 * 512 * 2048 + 3 * 2048 * 8192)
+HEAD = 128256 * 2048
+
+
+@pytest.mark.parametrize(
+    ("options", "layers_rate"),
+    [
+        ({}, 197e12),
+        ({"quantize_weights": "int8", "quantize_kv": "int8"}, 197e12),
+        ({"quantize_weights": "int8", "quantize_activations": "int8"}, 393e12),
+        ({"quantize_weights": "int4"}, 197e12),
+    ],
+)
+def test_operations_are_counted_by_elements_not_bytes(options, layers_rate):
+    """Two an element and row; only int8 by int8 has another rate. The head stays as it is."""
+    config = EngineConfig(max_prefill_length=256, **options)
+    budget = Budget(abstract_engine(SMALL, "v5e:2x4", config), CHIPS["v5e"])
+    assert budget.row_seconds == pytest.approx(2 * (LAYERS / 8 / layers_rate + HEAD / 8 / 197e12))
+
+
+def test_what_quantisation_saves_by_hand():
+    """Far too many slots: nothing is compiled. v5e:2x4 in bf16; a scale is 4 bytes, o_proj's and down_proj's are on
+    every chip."""
+    report = planned(slots=10**6, quantize_weights="int8", quantize_kv="int8")
+    assert (report.fits, report.programs) == (False, {})
+    scales = 2 * 4 * ((2048 + 2 * 512 + 2 * 8192) // 8 + 2 * 2048)
+    cache = 2 * 10**6 * 4096 * (2 * 128 - (128 + 8))
+    assert report.saving.quantized == "int8 weights and int8 cache"
+    assert report.saving.bytes_per_chip == LAYERS // 8 - scales + cache
+    plain = planned(slots=10**6)
+    assert plain.saving is None
+    assert report.saving.slots_unquantized == plain.slots_with_room
+    room = int(0.98 * 15.75 * 2**30)
+    assert plain.slots_with_room == (room - plain.weights_bytes_per_chip) // (2 * 4096 * 256)
+    assert report.slots_with_room == (room - report.weights_bytes_per_chip) // (2 * 4096 * 136)
 
 
 @pytest.mark.slow

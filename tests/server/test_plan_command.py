@@ -32,6 +32,15 @@ def test_a_misfit_is_told_in_words(capsys):
     assert "What would make room, each alone: " in out
 
 
+def test_what_quantisation_saves_is_a_line(capsys):
+    assert run(["plan", "--model", "llama-2-70b", "--topology", "v5e:2x2", "--quantize-weights", "int8"]) == 1
+    line = capsys.readouterr().out.splitlines()[2]
+    assert line.startswith("int8 weights: 15.")
+    assert "GiB a chip less than bfloat16; by arithmetic a v5e has room for 0 instead of 0 slots" in line
+    assert run(["plan", "--model", "llama-2-70b", "--topology", "v5e:2x2"]) == 1
+    assert "less than" not in capsys.readouterr().out
+
+
 @pytest.mark.slow
 def test_the_table_is_for_people(capsys):
     assert run(["plan", "--model", "embedded", "--topology", "v5e:2x2", "--tensor-parallel", "1"]) == 0
