@@ -116,7 +116,7 @@ def measured(
     mode, before = MODES[name], _live_bytes()
     config = EngineConfig(
         model=plan.model, platform=plan.platform, tensor_parallel=plan.tensor_parallel, dtype="float32",
-        slots=exam.SLOTS, cache_length=exam.WINDOW, **mode.options, **_excluded(mode, checkpoint),
+        slots=exam.SLOTS, cache_length=exam.WINDOW, quantize_exclude=_excluded(mode, checkpoint), **mode.options,
     )  # fmt: skip
     engine = build_engine(config, checkpoint)
     params = jax.block_until_ready(engine.load_params(checkpoint))
@@ -225,13 +225,13 @@ def _float_shapes(engine: Engine) -> Iterator[tuple[str, tuple[int, ...]]]:
             yield name.rpartition(".")[0], shape
 
 
-def _excluded(mode: Mode, checkpoint: Checkpoint) -> dict[str, tuple[str, ...]]:
+def _excluded(mode: Mode, checkpoint: Checkpoint) -> tuple[str, ...]:
     """The modules that no block divides stay floats, as the engine's refusal advises."""
     block = mode.options.get("quantize_block", 1)
     default = EngineConfig().quantize_exclude
     linear = {n: part for n, part in registry.build(checkpoint.config).named_modules() if isinstance(part, Linear)}
     kinds = sorted({f"*.{n.split('.')[-1]}" for n, part in linear.items() if _is_split(n, part, block, default)})
-    return {"quantize_exclude": (*default, *kinds)}
+    return (*default, *kinds)
 
 
 def _is_split(name: str, part: nn.Linear, block: int, excluded: tuple[str, ...]) -> bool:
