@@ -22,10 +22,10 @@ second leaf beside its codes, the scales `scale_LBK2S`, of each token's k and v.
   (4 heads) or 4386 instead of 817 (8 heads), and with one bf16 head XLA copies the cache twice.
 - Scales have their tokens last: XLA lays f32 [2, S] out in tiles of (2, 128), without a byte of padding, where a
   token's two would be padded to 128 lanes; and a block's scales are rows that multiply scores and weights as they lie.
-  One array of [L, B, 2 K, S] would cost attention the same, within 3 bundles. What int8 does to a slot of 1024 tokens in
-  a layer on v5e, H = 128, tuned blocks: 936 cycles instead of 1227 with 1 head a chip, 2550 / 4375 with 4, 5050 / 8738
-  with 8. With 1 and 4 heads it is the conversion to bf16, not HBM, that a block then waits for. A step's flush grows,
-  as its tiles have 32 rows and the scales are a second kernel: 74, 277 and 553 us instead of 31, 123 and 246.
+  One array of [L, B, 2 K, S] would cost attention the same, within 3 bundles. What int8 does to a slot of 1024 tokens
+  in a layer on v5e, H = 128, tuned blocks: 936 cycles instead of 1227 with 1 head a chip, 2550 / 4375 with 4, 5050 /
+  8738 with 8. With 1 and 4 heads it is the conversion to bf16, not HBM, that a block then waits for. A step's flush
+  grows, as its tiles have 32 rows and the scales are a second kernel: 74, 277 and 553 us instead of 31, 123 and 246.
 
 The bundles are the TPU compiler's static schedule, one a cycle, stalls left out: `benchmarks/kernel_report.py`.
 """
