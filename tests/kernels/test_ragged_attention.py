@@ -306,7 +306,7 @@ def test_sharded_equals_one_device(mesh, mesh_of_8):
     np.testing.assert_allclose(eight, one, rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32, jnp.int8])
 @pytest.mark.parametrize("H", [64, 128, 256])
 @pytest.mark.parametrize("K", [1, 2, 3, 4, 8])
 def test_block_size(K, H, dtype):
