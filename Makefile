@@ -34,6 +34,7 @@ $(VENV)/.runtime: pyproject.toml | $(VENV)/bin/python
 
 $(VENV)/.test: pyproject.toml | $(VENV)/bin/python
 	$(BIN)/python -m pip install --editable '.[test]'
+	$(BIN)/python -m pip install --no-deps google-jetstream==0.2.2
 	@touch $@ $(VENV)/.runtime
 
 clean:

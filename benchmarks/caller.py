@@ -9,6 +9,7 @@ import grpc
 
 from ..protos import orchestrator_pb2 as pb
 from ..protos.orchestrator_pb2_grpc import OrchestratorStub
+from ..server.channel import PLAIN, ChannelConfig, aio_channel, metadata
 from ..server.errors import UnavailableError
 from .workload import Ask
 
@@ -56,12 +57,13 @@ class Record:
 class Caller:
     """`async with Caller(target, timeout_s) as caller:`"""
 
-    def __init__(self, target: str, timeout_s: float) -> None:
-        self._target, self._timeout_s = target, timeout_s
+    def __init__(self, target: str, timeout_s: float, security: ChannelConfig = PLAIN) -> None:
+        self._target, self._timeout_s, self._security = target, timeout_s, security
+        self._metadata = metadata(security)
 
     async def __aenter__(self) -> "Caller":
         """Raises UnavailableError when nobody answers at the target."""
-        self._channel = grpc.aio.insecure_channel(self._target)
+        self._channel = aio_channel(self._target, self._security)
         self._stub = OrchestratorStub(self._channel)
         try:
             await asyncio.wait_for(self._channel.channel_ready(), CONNECT_S)
@@ -78,7 +80,7 @@ class Caller:
         record = Record(due=due)
         content = pb.DecodeRequest.TokenContent(token_ids=ask.prompt_ids)
         request = pb.DecodeRequest(token_content=content, max_tokens=ask.max_tokens)
-        replies: Any = self._stub.Decode(request, timeout=self._timeout_s)
+        replies: Any = self._stub.Decode(request, timeout=self._timeout_s, metadata=self._metadata)
         try:
             async for reply in replies:
                 if tokens := len(reply.stream_content.samples[0].token_ids):

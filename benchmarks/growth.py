@@ -155,9 +155,24 @@ def host_curve(plan: GrowthPlan, progress: Progress) -> Curve:
         progress.show(f"host, {slots} slots ...")
         config = EngineConfig(slots=slots, cache_length=128, platform=plan.platform, tensor_parallel=1)
         engine, params, _ = load_random(config, TINY)
-        engine.get_tokenizer = lambda: SimpleNamespace(stop_ids=frozenset())  # pyright: ignore
+        engine.get_tokenizer = NoText  # pyright: ignore
         medians.append(host_ms(engine, params, slots))
     return {"x": list(plan.slots), "ms": medians}
+
+
+class NoText:
+    """A tokenizer, and its streams, of a model without text."""
+
+    stop_ids = frozenset()
+
+    def stream(self) -> "NoText":
+        return self
+
+    def feed(self, token_id: int) -> str:
+        return ""
+
+    def finish(self) -> str:
+        return ""
 
 
 def host_ms(engine: Engine, params: Any, slots: int) -> float:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ..engine_impl.errors import RefusedError
+from ..server.channel import PLAIN, ChannelConfig
 from ..server.errors import FailedError
 from .caller import Caller, Record
 from .report import Slo, report
@@ -36,6 +37,7 @@ class ServePlan:
     seed: int
     slo_ms: dict[str, float | None]
     timeout_s: float
+    channel: ChannelConfig = PLAIN
 
 
 def run(plan: ServePlan, loads: list[float], plot: Path | None) -> dict[str, Any]:
@@ -64,7 +66,9 @@ def run(plan: ServePlan, loads: list[float], plot: Path | None) -> dict[str, Any
         from .plot import plot_loads
 
         plot_loads(plot, plan.pattern, results)
-    return asdict(plan) | {"loads": results}
+    facts = asdict(plan)
+    facts.pop("channel")  # paths on the caller's machine
+    return facts | {"loads": results}
 
 
 async def run_load(plan: ServePlan, asks: list[Ask], load: float) -> dict[str, Any]:
@@ -77,7 +81,7 @@ async def run_load(plan: ServePlan, asks: list[Ask], load: float) -> dict[str, A
         speed = sum(record.tokens for record in done) / (time.perf_counter() - start)
         progress.bar(len(done), len(asks), f"load {load:g}: {speed:.0f} tokens/s, {rejected} rejected")
 
-    async with Caller(plan.target, plan.timeout_s) as caller:
+    async with Caller(plan.target, plan.timeout_s, plan.channel) as caller:
         start = time.perf_counter()
         if plan.pattern == "closed":
             records = await closed(caller, asks, int(load), on_done)

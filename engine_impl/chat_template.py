@@ -57,7 +57,7 @@ class ChatTemplate:
 class _Generation(Extension):
     """`{% generation %}` marks what the model is trained on; for rendering it is nothing."""
 
-    tags = frozenset({"generation"})
+    tags = {"generation"}  # noqa: RUF012
 
     def parse(self, parser: Parser) -> list[nodes.Node]:
         next(parser.stream)

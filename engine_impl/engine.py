@@ -163,6 +163,11 @@ class Engine:
         """Token ids are below this."""
         return self._model.config.vocab_size
 
+    @property
+    def prefix_sharding(self) -> Any:
+        """Where a prefix of another engine has to be put for `insert`: shardings, a tree like a Prefix."""
+        return self._prefix_sharding
+
     def get_tokenizer(self) -> Tokenizer:
         """The model's tokenizer."""
         return self._tokenizer

@@ -1,6 +1,7 @@
 """From a config to an engine with its weights: choose devices, open the checkpoint, split, load."""
 
 import os
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from . import compilations
 from .checkpoints.embedded import home
 from .checkpoints.open import open_checkpoint
 from .config import EngineConfig
@@ -19,31 +21,32 @@ from .sharding import make_mesh
 from .weights import Checkpoint
 
 
-def load_engine(config: EngineConfig) -> tuple[Engine, Params]:
-    """Build the engine that the config describes and load its weights.
+def load_engine(config: EngineConfig, devices: Sequence[Any] | None = None) -> tuple[Engine, Params]:
+    """Build the engine that the config describes and load its weights, on these devices or on all of the platform's.
 
     Raises RefusedError for a model that is missing or damaged, a platform without devices, or sizes that the model does
     not allow.
     """
-    choose_devices(config.platform)  # refused before a download
-    registry.use_module(config.model_module)
-    checkpoint = open_checkpoint(config.model)
-    engine = build_engine(config, checkpoint)
+    devices = devices or choose_devices(config.platform)  # refused before a download
+    checkpoint = _open(config)
+    engine = build_engine(config, checkpoint, devices)
     return engine, engine.load_params(checkpoint)
 
 
-def build_engine(config: EngineConfig, checkpoint: Checkpoint | None = None) -> Engine:
+def build_engine(
+    config: EngineConfig, checkpoint: Checkpoint | None = None, devices: Sequence[Any] | None = None
+) -> Engine:
     """The engine that the config describes, with its tokenizer and without weights: `engine.load_params` reads them.
 
     Args:
         checkpoint: where shape and tokenizer come from; default: what `config.model` names.
+        devices: default: all of the platform's.
 
     Raises RefusedError as `load_engine` does.
     """
-    devices = choose_devices(config.platform)
-    # Programs compiled once are found again by the next start.
-    jax.config.update("jax_compilation_cache_dir", str(home() / "compiled"))
-    checkpoint = checkpoint or open_checkpoint(config.model)
+    devices = devices or choose_devices(config.platform)
+    compilations.keep_in(home() / "compiled")
+    checkpoint = checkpoint or _open(config)
     shape = checkpoint.config
     if config.cache_length > shape.context_length:
         raise RefusedError(
@@ -54,6 +57,11 @@ def build_engine(config: EngineConfig, checkpoint: Checkpoint | None = None) -> 
     model = registry.build(replace(shape, num_kv_heads=max(shape.num_kv_heads, mesh.size)))
     dtype = choose_dtype(config.dtype, devices[0].platform)
     return Engine(model, mesh, config, dtype, checkpoint.tokenizer(), config.model)
+
+
+def _open(config: EngineConfig) -> Checkpoint:
+    registry.use_module(config.model_module)
+    return open_checkpoint(config.model)
 
 
 def choose_devices(platform: str) -> list[Any]:

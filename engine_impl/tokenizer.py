@@ -1,5 +1,6 @@
 """Text to token ids and back, over Hugging Face `tokenizers`."""
 
+import re
 from collections.abc import Mapping, Sequence
 
 from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers
@@ -13,6 +14,13 @@ _LLAMA3_SPLIT = (
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 """The split pattern published with Llama 3's tokenizer (meta-llama/llama3, tokenizer.py)."""
+
+
+_PRINTABLE = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+_BYTES_OF_CHARACTER = {chr(byte): bytes([byte]) for byte in _PRINTABLE} | {
+    chr(0x100 + index): bytes([byte]) for index, byte in enumerate(sorted(set(range(0x100)) - set(_PRINTABLE)))
+}
+"""How byte-level vocabularies write bytes: as the Latin-1 character where that is printable, else from U+0100 on."""
 
 
 class Tokenizer:
@@ -63,6 +71,13 @@ class Tokenizer:
         """Text of token ids; control tokens are left out, bytes that are no UTF-8 become U+FFFD."""
         return self._backend.decode(list(token_ids), skip_special_tokens=True)
 
+    def token_bytes(self, token_id: int) -> bytes:
+        """What one token of a byte-level or byte-fallback vocabulary stands for: perhaps part of a character."""
+        token = self._backend.id_to_token(token_id) or ""
+        if byte := re.fullmatch("<0x([0-9A-F]{2})>", token):
+            return bytes.fromhex(byte[1])
+        return b"".join(_BYTES_OF_CHARACTER.get(character, character.encode()) for character in token)
+
     def render_chat(self, messages: Sequence[Mapping[str, str]]) -> str:
         """Messages ({"role", "content"}) as the text that the model was trained on, ready for its answer.
 
@@ -99,6 +114,8 @@ class NoTokenizer(Tokenizer):
         raise self._refusal()
 
     def _encode(self, text: str) -> list[int]:
+        if not text:
+            return []
         raise self._refusal()
 
     def _refusal(self) -> RefusedError:

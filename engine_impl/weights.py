@@ -123,8 +123,8 @@ def _check_tied(checkpoint: Checkpoint, shapes: Mapping[str, tuple[int, ...]]) -
     if same:
         head, embedding = checkpoint.tensor(HEAD), checkpoint.tensor(EMBEDDING)
         same = all(
-            np.array_equal(*(part[row : row + COMPARED_ROWS].astype(np.float32) for part in (head, embedding)))
-            for row in range(0, len(head), COMPARED_ROWS)
+            (head[rows].astype(np.float32) == embedding[rows].astype(np.float32)).all()
+            for rows in (slice(row, row + COMPARED_ROWS) for row in range(0, len(head), COMPARED_ROWS))
         )
     if not same:
         raise RefusedError(
@@ -172,9 +172,8 @@ class _Loader:
     def place(self, leaf: _Leaf) -> jax.Array:
         if not leaf.stacked:
             return self._array(leaf.names[0], leaf)
-        empty = jax.jit(lambda: jnp.zeros(leaf.full_shape, self._dtype), out_shardings=leaf.sharding)
         put = jax.jit(_put, donate_argnums=0, out_shardings=leaf.sharding)
-        stack = empty()
+        stack = jnp.zeros(leaf.full_shape, self._dtype, device=leaf.sharding)
         for index, name in enumerate(leaf.names):
             stack = put(stack, self._array(name, leaf), index)
         return stack
@@ -196,7 +195,7 @@ class _Loader:
             heads = self._checkpoint.config.num_kv_heads, self._model.config.num_kv_heads
             sources = [_repeat_heads(source, *heads) for source in sources]
 
-        def share(index: tuple[slice, ...]) -> np.ndarray:
+        def share(index: Any) -> np.ndarray:
             with np.errstate(over="ignore"):  # the check for infinities tells it, with the tensor's name
                 if len(sources) == 1:
                     return np.array(sources[0][index], self._dtype)

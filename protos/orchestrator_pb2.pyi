@@ -12,12 +12,16 @@ class FinishReason(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     FINISH_REASON_UNSPECIFIED: _ClassVar[FinishReason]
     FINISH_REASON_STOP: _ClassVar[FinishReason]
     FINISH_REASON_LENGTH: _ClassVar[FinishReason]
+    FINISH_REASON_CANCELLED: _ClassVar[FinishReason]
+    FINISH_REASON_DEADLINE: _ClassVar[FinishReason]
 FINISH_REASON_UNSPECIFIED: FinishReason
 FINISH_REASON_STOP: FinishReason
 FINISH_REASON_LENGTH: FinishReason
+FINISH_REASON_CANCELLED: FinishReason
+FINISH_REASON_DEADLINE: FinishReason
 
 class DecodeRequest(_message.Message):
-    __slots__ = ("max_tokens", "text_content", "token_content", "messages", "metadata", "num_samples", "lora_adapter_id", "has_bos", "temperature", "top_k", "top_p", "seed")
+    __slots__ = ("max_tokens", "text_content", "token_content", "messages", "metadata", "num_samples", "lora_adapter_id", "has_bos", "temperature", "top_k", "top_p", "seed", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty", "stop_strings", "stop_token_ids", "ignore_eos", "logprobs", "prompt_logprobs", "priority")
     class TextContent(_message.Message):
         __slots__ = ("text",)
         TEXT_FIELD_NUMBER: _ClassVar[int]
@@ -57,6 +61,16 @@ class DecodeRequest(_message.Message):
     TOP_K_FIELD_NUMBER: _ClassVar[int]
     TOP_P_FIELD_NUMBER: _ClassVar[int]
     SEED_FIELD_NUMBER: _ClassVar[int]
+    MIN_P_FIELD_NUMBER: _ClassVar[int]
+    REPETITION_PENALTY_FIELD_NUMBER: _ClassVar[int]
+    PRESENCE_PENALTY_FIELD_NUMBER: _ClassVar[int]
+    FREQUENCY_PENALTY_FIELD_NUMBER: _ClassVar[int]
+    STOP_STRINGS_FIELD_NUMBER: _ClassVar[int]
+    STOP_TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
+    IGNORE_EOS_FIELD_NUMBER: _ClassVar[int]
+    LOGPROBS_FIELD_NUMBER: _ClassVar[int]
+    PROMPT_LOGPROBS_FIELD_NUMBER: _ClassVar[int]
+    PRIORITY_FIELD_NUMBER: _ClassVar[int]
     max_tokens: int
     text_content: DecodeRequest.TextContent
     token_content: DecodeRequest.TokenContent
@@ -69,41 +83,70 @@ class DecodeRequest(_message.Message):
     top_k: int
     top_p: float
     seed: int
-    def __init__(self, max_tokens: _Optional[int] = ..., text_content: _Optional[_Union[DecodeRequest.TextContent, _Mapping]] = ..., token_content: _Optional[_Union[DecodeRequest.TokenContent, _Mapping]] = ..., messages: _Optional[_Union[DecodeRequest.Chat, _Mapping]] = ..., metadata: _Optional[_Union[DecodeRequest.Metadata, _Mapping]] = ..., num_samples: _Optional[int] = ..., lora_adapter_id: _Optional[str] = ..., has_bos: _Optional[bool] = ..., temperature: _Optional[float] = ..., top_k: _Optional[int] = ..., top_p: _Optional[float] = ..., seed: _Optional[int] = ...) -> None: ...
+    min_p: float
+    repetition_penalty: float
+    presence_penalty: float
+    frequency_penalty: float
+    stop_strings: _containers.RepeatedScalarFieldContainer[str]
+    stop_token_ids: _containers.RepeatedScalarFieldContainer[int]
+    ignore_eos: bool
+    logprobs: int
+    prompt_logprobs: bool
+    priority: int
+    def __init__(self, max_tokens: _Optional[int] = ..., text_content: _Optional[_Union[DecodeRequest.TextContent, _Mapping]] = ..., token_content: _Optional[_Union[DecodeRequest.TokenContent, _Mapping]] = ..., messages: _Optional[_Union[DecodeRequest.Chat, _Mapping]] = ..., metadata: _Optional[_Union[DecodeRequest.Metadata, _Mapping]] = ..., num_samples: _Optional[int] = ..., lora_adapter_id: _Optional[str] = ..., has_bos: _Optional[bool] = ..., temperature: _Optional[float] = ..., top_k: _Optional[int] = ..., top_p: _Optional[float] = ..., seed: _Optional[int] = ..., min_p: _Optional[float] = ..., repetition_penalty: _Optional[float] = ..., presence_penalty: _Optional[float] = ..., frequency_penalty: _Optional[float] = ..., stop_strings: _Optional[_Iterable[str]] = ..., stop_token_ids: _Optional[_Iterable[int]] = ..., ignore_eos: _Optional[bool] = ..., logprobs: _Optional[int] = ..., prompt_logprobs: _Optional[bool] = ..., priority: _Optional[int] = ...) -> None: ...
 
 class DecodeResponse(_message.Message):
-    __slots__ = ("initial_content", "stream_content", "usage")
+    __slots__ = ("initial_content", "stream_content", "usage", "prompt_logprobs")
     class InitialContent(_message.Message):
         __slots__ = ()
         def __init__(self) -> None: ...
     class StreamContent(_message.Message):
         __slots__ = ("samples",)
         class Sample(_message.Message):
-            __slots__ = ("text", "token_ids", "finish_reason")
+            __slots__ = ("text", "token_ids", "finish_reason", "logprobs")
             TEXT_FIELD_NUMBER: _ClassVar[int]
             TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
             FINISH_REASON_FIELD_NUMBER: _ClassVar[int]
+            LOGPROBS_FIELD_NUMBER: _ClassVar[int]
             text: str
             token_ids: _containers.RepeatedScalarFieldContainer[int]
             finish_reason: FinishReason
-            def __init__(self, text: _Optional[str] = ..., token_ids: _Optional[_Iterable[int]] = ..., finish_reason: _Optional[_Union[FinishReason, str]] = ...) -> None: ...
+            logprobs: _containers.RepeatedCompositeFieldContainer[DecodeResponse.TokenLogprob]
+            def __init__(self, text: _Optional[str] = ..., token_ids: _Optional[_Iterable[int]] = ..., finish_reason: _Optional[_Union[FinishReason, str]] = ..., logprobs: _Optional[_Iterable[_Union[DecodeResponse.TokenLogprob, _Mapping]]] = ...) -> None: ...
         SAMPLES_FIELD_NUMBER: _ClassVar[int]
         samples: _containers.RepeatedCompositeFieldContainer[DecodeResponse.StreamContent.Sample]
         def __init__(self, samples: _Optional[_Iterable[_Union[DecodeResponse.StreamContent.Sample, _Mapping]]] = ...) -> None: ...
+    class TokenLogprob(_message.Message):
+        __slots__ = ("logprob", "top_token_ids", "top_logprobs")
+        LOGPROB_FIELD_NUMBER: _ClassVar[int]
+        TOP_TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
+        TOP_LOGPROBS_FIELD_NUMBER: _ClassVar[int]
+        logprob: float
+        top_token_ids: _containers.RepeatedScalarFieldContainer[int]
+        top_logprobs: _containers.RepeatedScalarFieldContainer[float]
+        def __init__(self, logprob: _Optional[float] = ..., top_token_ids: _Optional[_Iterable[int]] = ..., top_logprobs: _Optional[_Iterable[float]] = ...) -> None: ...
     class Usage(_message.Message):
-        __slots__ = ("prompt_tokens", "generated_tokens")
+        __slots__ = ("prompt_tokens", "generated_tokens", "queue_ms", "ttft_ms", "total_ms")
         PROMPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
         GENERATED_TOKENS_FIELD_NUMBER: _ClassVar[int]
+        QUEUE_MS_FIELD_NUMBER: _ClassVar[int]
+        TTFT_MS_FIELD_NUMBER: _ClassVar[int]
+        TOTAL_MS_FIELD_NUMBER: _ClassVar[int]
         prompt_tokens: int
         generated_tokens: int
-        def __init__(self, prompt_tokens: _Optional[int] = ..., generated_tokens: _Optional[int] = ...) -> None: ...
+        queue_ms: float
+        ttft_ms: float
+        total_ms: float
+        def __init__(self, prompt_tokens: _Optional[int] = ..., generated_tokens: _Optional[int] = ..., queue_ms: _Optional[float] = ..., ttft_ms: _Optional[float] = ..., total_ms: _Optional[float] = ...) -> None: ...
     INITIAL_CONTENT_FIELD_NUMBER: _ClassVar[int]
     STREAM_CONTENT_FIELD_NUMBER: _ClassVar[int]
     USAGE_FIELD_NUMBER: _ClassVar[int]
+    PROMPT_LOGPROBS_FIELD_NUMBER: _ClassVar[int]
     initial_content: DecodeResponse.InitialContent
     stream_content: DecodeResponse.StreamContent
     usage: DecodeResponse.Usage
-    def __init__(self, initial_content: _Optional[_Union[DecodeResponse.InitialContent, _Mapping]] = ..., stream_content: _Optional[_Union[DecodeResponse.StreamContent, _Mapping]] = ..., usage: _Optional[_Union[DecodeResponse.Usage, _Mapping]] = ...) -> None: ...
+    prompt_logprobs: _containers.RepeatedScalarFieldContainer[float]
+    def __init__(self, initial_content: _Optional[_Union[DecodeResponse.InitialContent, _Mapping]] = ..., stream_content: _Optional[_Union[DecodeResponse.StreamContent, _Mapping]] = ..., usage: _Optional[_Union[DecodeResponse.Usage, _Mapping]] = ..., prompt_logprobs: _Optional[_Iterable[float]] = ...) -> None: ...
 
 class HealthCheckRequest(_message.Message):
     __slots__ = ()

@@ -1,43 +1,33 @@
 """A gRPC client of our own server, for the commands that ask it."""
 
 from collections.abc import Generator, Sequence
-from dataclasses import dataclass
 from types import TracebackType
 
 import grpc
 
 from ..engine_impl.errors import RefusedError
-from ..engine_impl.sampling_params import SamplingParams
 from ..protos import orchestrator_pb2 as pb
 from ..protos.orchestrator_pb2_grpc import OrchestratorStub
+from .channel import PLAIN, ChannelConfig, channel, metadata
 from .errors import UnavailableError
+from .messages import read_reply, write_options
+from .options import AnswerOptions
+from .request import Event
 
-REASONS = {pb.FINISH_REASON_STOP: "stop", pb.FINISH_REASON_LENGTH: "length"}
+Pieces = Generator[Event, None, None]
+"""An answer as it comes; the last event has the usage."""
 
 
 class CallError(UnavailableError):
     """The server did not answer, or broke off."""
 
 
-@dataclass(frozen=True)
-class Piece:
-    """What one message adds to an answer."""
-
-    text: str
-    token_ids: tuple[int, ...]
-    finish_reason: str | None
-    """"stop" or "length" in the last piece."""
-
-
-Pieces = Generator[Piece, None, None]
-
-
 class Client:
     """`with Client(target) as client:`"""
 
-    def __init__(self, target: str) -> None:
-        self._target = target
-        self._channel = grpc.insecure_channel(target)
+    def __init__(self, target: str, security: ChannelConfig = PLAIN) -> None:
+        self._target, self._metadata = target, metadata(security)
+        self._channel = channel(target, security)
         self._stub = OrchestratorStub(self._channel)
 
     def __enter__(self) -> "Client":
@@ -46,26 +36,25 @@ class Client:
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._channel.close()
 
-    def ask_text(self, text: str, max_tokens: int, sampling: SamplingParams) -> Pieces:
+    def ask_text(self, text: str, options: AnswerOptions) -> Pieces:
         """Continues raw text."""
-        request = pb.DecodeRequest(text_content=pb.DecodeRequest.TextContent(text=text))
-        return self._decode(request, max_tokens, sampling)
+        return self._decode(pb.DecodeRequest(text_content=pb.DecodeRequest.TextContent(text=text)), options)
 
-    def ask_chat(self, messages: Sequence[dict[str, str]], max_tokens: int, sampling: SamplingParams) -> Pieces:
+    def ask_chat(self, messages: Sequence[dict[str, str]], options: AnswerOptions) -> Pieces:
         """Answers a conversation of {"role", "content"}."""
         turns = [pb.DecodeRequest.Message(**message) for message in messages]
-        return self._decode(pb.DecodeRequest(messages=pb.DecodeRequest.Chat(messages=turns)), max_tokens, sampling)
+        return self._decode(pb.DecodeRequest(messages=pb.DecodeRequest.Chat(messages=turns)), options)
 
-    def _decode(self, request: pb.DecodeRequest, max_tokens: int, sampling: SamplingParams) -> Pieces:
+    def _decode(self, request: pb.DecodeRequest, options: AnswerOptions) -> Pieces:
         """Closing the iterator cancels the call. Raises RefusedError for a bad request, CallError for the rest."""
-        request.max_tokens = max_tokens
-        request.temperature, request.top_k, request.top_p = sampling.temperature, sampling.top_k, sampling.top_p
-        request.seed = sampling.seed
-        call = self._stub.Decode(request)
+        try:
+            write_options(request, options)
+        except ValueError as error:  # protobuf's: a number beyond 32 bits
+            raise RefusedError(str(error)) from error
+        call = self._stub.Decode(request, metadata=self._metadata)
         try:
             for reply in call:
-                sample = reply.stream_content.samples[0]
-                yield Piece(sample.text, tuple(sample.token_ids), REASONS.get(sample.finish_reason))
+                yield from read_reply(reply)
         except grpc.RpcError as error:
             raise self._translated(error) from error
         finally:

@@ -1,11 +1,87 @@
-"""How a server is run: one frozen dataclass, checked once. Imports nothing heavy, the command line reads it first."""
+"""How a server is run: frozen dataclasses, checked once. Imports nothing heavy, the command line reads them first.
+
+A flag's name has no unit where its help tells it: `--grace 30` is the field grace_s.
+"""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
 
 from ..engine_impl.errors import RefusedError
 
 MAX_PORT = 65535
+LOOPBACK = ("localhost", "::1")
+
+
+def flag(name: str) -> object:
+    """Another name on the command line."""
+    return tyro.conf.arg(name=name)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SecurityConfig:
+    """Who may ask, and how much one caller may take. By default everybody who reaches the port, in the clear."""
+
+    tls_cert: Path | None = None
+    """The server's certificate chain (a PEM file): every connection is encrypted. Files that change are read again."""
+
+    tls_key: Path | None = None
+    """The certificate's private key (a PEM file)."""
+
+    tls_client_ca: Path | None = None
+    """Mutual TLS: only clients with a certificate of this authority are let in (a PEM file)."""
+
+    auth_token_file: Path | None = None
+    """A file of tokens, one a line; requests must bring one as `authorization: Bearer TOKEN`, or are UNAUTHENTICATED.
+    Health checks need none. The file is read again when it changes."""
+
+    max_streams_per_client: int | None = None
+    """Answers that one client may have under way (requests); beyond it RESOURCE_EXHAUSTED. A client is a token, or
+    without tokens a network address. Default: no limit."""
+
+    max_message_bytes: int = 4 << 20
+    """Largest message that is read (bytes)."""
+
+    def __post_init__(self) -> None:
+        if (self.tls_cert is None) != (self.tls_key is None):
+            raise RefusedError("TLS takes both --tls-cert and --tls-key")
+        if self.tls_client_ca is not None and self.tls_cert is None:
+            raise RefusedError("--tls-client-ca asks clients for certificates over TLS: add --tls-cert and --tls-key")
+        for name in ("max_streams_per_client", "max_message_bytes"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise RefusedError(f"{name}={value} must be at least 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class WatchConfig:
+    """What the server tells of itself."""
+
+    metrics_port: int | None = None
+    """HTTP port of /metrics (Prometheus), /healthz and /readyz, on the same host (TCP); 0 takes a free
+    one. Default: none."""
+
+    log_format: Literal["text", "json"] = "text"
+    """The log on stderr: lines to read, or one JSON object a line. A request's end is one line."""
+
+    log_prompts: bool = False
+    """Log what is asked, too: text that users may think private."""
+
+    profile: Path | None = None
+    """Trace the first requests with JAX's profiler into this folder (for XProf or Perfetto), and again at every
+    SIGUSR1."""
+
+    profile_s: Annotated[float, flag("profile-seconds")] = 10.0
+    """How long a trace lasts (seconds)."""
+
+    def __post_init__(self) -> None:
+        if self.metrics_port is not None:
+            check_port("metrics_port", self.metrics_port)
+        if not (math.isfinite(self.profile_s) and self.profile_s > 0):
+            raise RefusedError(f"profile_seconds={self.profile_s} must be a positive number of seconds")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -13,7 +89,7 @@ class ServerConfig:
     """Where the server listens, how much it lets wait, how it stops."""
 
     host: str = "127.0.0.1"
-    """Address to listen on (name or IP). 0.0.0.0 accepts other machines; there is no authentication."""
+    """Address to listen on (name or IP). 0.0.0.0 accepts other machines: see --tls-cert and --auth-token-file."""
 
     port: int = 9000
     """gRPC port (TCP); 0 takes a free one and prints it."""
@@ -21,23 +97,66 @@ class ServerConfig:
     max_queued: int = 256
     """Requests that may wait for a slot (requests); beyond it they get RESOURCE_EXHAUSTED."""
 
-    grace_s: float = 30.0
+    max_queued_tokens: int | None = None
+    """Prompt tokens of all requests that wait (tokens); beyond it RESOURCE_EXHAUSTED. Default: no limit."""
+
+    grace_s: Annotated[float, flag("grace")] = 30.0
     """Time that running requests get to finish after the first SIGTERM or Ctrl-C (seconds). A second one ends it."""
 
+    orchestrator: Literal["slipstream", "jetstream"] = "slipstream"
+    """Who schedules requests: we, or JetStream's own Driver and gRPC server (google-jetstream 0.2.2) on our engine."""
+
+    disaggregated: bool = False
+    """With JetStream's orchestrator: prefill on the first half of the devices, decode on the second."""
+
+    probe_interval_s: Annotated[float, flag("probe-interval")] = 5.0
+    """How often the device is asked for a real step (seconds). The server is NOT_SERVING while it does not answer. 0:
+    never."""
+
+    probe_timeout_s: Annotated[float, flag("probe-timeout")] = 30.0
+    """How long that may take (seconds); more than a step and a prefill of the longest prompt."""
+
+    security: SecurityConfig = field(default_factory=SecurityConfig)
+    watch: WatchConfig = field(default_factory=WatchConfig)
+
     def __post_init__(self) -> None:
+        if self.disaggregated and self.orchestrator != "jetstream":
+            raise RefusedError("--disaggregated is a mode of JetStream's orchestrator: add --orchestrator jetstream")
         if not self.host:
             raise RefusedError("host='' must be a name or an IP address; 127.0.0.1 is this machine only")
-        if not 0 <= self.port <= MAX_PORT:
-            raise RefusedError(f"port={self.port} must be from 0 (any free one) to {MAX_PORT}")
+        check_port("port", self.port)
+        if self.port and self.port == self.watch.metrics_port:
+            raise RefusedError(f"metrics_port={self.port} is the gRPC port already; choose another --metrics-port")
         if self.max_queued < 1:
             raise RefusedError(f"max_queued={self.max_queued} must be at least 1: every request passes the queue")
+        if self.max_queued_tokens is not None and self.max_queued_tokens < 1:
+            raise RefusedError(
+                f"max_queued_tokens={self.max_queued_tokens} must be at least 1: every prompt has a token"
+            )
         if not (math.isfinite(self.grace_s) and self.grace_s >= 0):
-            raise RefusedError(f"grace_s={self.grace_s} must be 0 (stop at once) or a positive number of seconds")
+            raise RefusedError(f"grace={self.grace_s} must be 0 (stop at once) or a positive number of seconds")
+        if not (math.isfinite(self.probe_interval_s) and self.probe_interval_s >= 0):
+            raise RefusedError(
+                f"probe_interval={self.probe_interval_s} must be 0 (never) or a positive number of seconds"
+            )
+        if not (math.isfinite(self.probe_timeout_s) and self.probe_timeout_s > 0):
+            raise RefusedError(f"probe_timeout={self.probe_timeout_s} must be a positive number of seconds")
 
     @property
     def address(self) -> str:
         """host:port, an IPv6 host in brackets."""
         return join_address(self.host, self.port)
+
+    @property
+    def is_local(self) -> bool:
+        """Whether only this machine can reach it."""
+        return self.host in LOOPBACK or self.host.startswith("127.")
+
+
+def check_port(name: str, port: int) -> None:
+    """Raises RefusedError."""
+    if not 0 <= port <= MAX_PORT:
+        raise RefusedError(f"{name}={port} must be from 0 (any free one) to {MAX_PORT}")
 
 
 def join_address(host: str, port: int) -> str:

@@ -4,9 +4,22 @@
 class QueueFullError(Exception):
     """Too many requests wait already: RESOURCE_EXHAUSTED on the wire."""
 
+    def __init__(self, message: str, *, retry_after_s: float) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
+        """When a place may be free again (s), by how fast requests left the queue lately."""
+
 
 class UnavailableError(Exception):
     """The server is loading, stopping or broken: UNAVAILABLE on the wire."""
+
+
+class DeadlineError(Exception):
+    """The caller's time is up: DEADLINE_EXCEEDED on the wire."""
+
+
+class CancelledError(Exception):
+    """The caller left, so nobody reads this: CANCELLED on the wire."""
 
 
 class FailedError(Exception):

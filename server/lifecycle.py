@@ -19,11 +19,17 @@ import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
+from ..engine_impl.compilations import programs
 from ..engine_impl.errors import RefusedError
+from . import security
 from .config import ServerConfig, join_address
+from .endpoint import Endpoint
 from .errors import UnavailableError
 from .front import JETSTREAM_SERVICE, SERVICE, Front, add_to
+from .metrics import Metrics
 from .orchestrator import Orchestrator
+from .profile import Profile
+from .status import Status, StatusLine
 
 log = logging.getLogger(__name__)
 
@@ -33,6 +39,9 @@ if TYPE_CHECKING:
 Load = Callable[[], tuple["Engine", Any]]
 """Builds the engine and its params; may take minutes."""
 
+KEEPALIVE_S = 20.0
+"""How long a connection may be silent before it is pinged (seconds); half of it later it counts as cut."""
+
 FLUSH_S = 1.0
 """Time that the last replies get to leave (seconds)."""
 
@@ -40,56 +49,105 @@ FLUSH_S = 1.0
 class Serving:
     """`async with Serving(load, config) as serving:` serves inside the block and drains on leaving it."""
 
-    def __init__(self, load: Load, config: ServerConfig) -> None:
-        """`load` returns (engine, params); it is called in a thread of its own."""
+    def __init__(self, load: Load, config: ServerConfig, line: StatusLine | None = None) -> None:
+        """`load` returns (engine, params); it is called in a thread of its own.
+
+        Raises RefusedError for a token file or certificates that cannot be used.
+        """
         self.stop_requested = asyncio.Event()
         """Set by whoever wants the server to stop: a signal, a dead engine."""
         self.force_requested = asyncio.Event()
         """Set to end the drain at once."""
         self.dead_reason: str | None = None
         """Why the engine was given up."""
+        self.is_ready = False
+        """Whether health checks are answered with SERVING."""
         self.orchestrator: Orchestrator | None = None
+        self.metrics = Metrics()
         self.address = config.address
         """host:port; the port is the real one after entering."""
-        self._load, self._config = load, config
+        self.endpoint: Endpoint | None = None
+        """/metrics, if there is one."""
+        self.profile: Profile | None = None
+        """--profile, if it is asked for."""
+        self._load, self._config, self._line = load, config, line
         self._front = Front()
         self._health = health.aio.HealthServicer()  # pyright: ignore[reportAttributeAccessIssue]
-        # Without so_reuseport=0 a second server on the same port starts, and the kernel deals connections to both.
-        self._server = grpc.aio.server(options=[("grpc.so_reuseport", 0)])
+        self._watchers: list[asyncio.Task[None]] = []
+        watch, chain = config.watch, security.interceptors(config.security)
+        if watch.profile is not None:
+            self.profile = Profile(watch.profile, watch.profile_s, methods=("Orchestrator/Decode",))
+            chain.append(self.profile)
+        self._credentials = security.credentials(config.security)
+        self._server = grpc.aio.server(
+            interceptors=chain,
+            options=[
+                # Without it a second server on the same port starts, and the kernel deals connections to both.
+                ("grpc.so_reuseport", 0),
+                ("grpc.max_receive_message_length", config.security.max_message_bytes),
+                # A peer that vanished without a word is noticed, and its slot freed.
+                ("grpc.keepalive_time_ms", round(KEEPALIVE_S * 1000)),
+                ("grpc.http2.ping_timeout_ms", round(KEEPALIVE_S * 500)),
+            ],
+        )
 
     async def __aenter__(self) -> "Serving":
         await self._listen()
         try:
             await self._load_and_warm_up()
         except BaseException:
-            await self._server.stop(None)
+            await self._close_ports(0)
             raise
-        await self._set_health(health_pb2.HealthCheckResponse.SERVING)
+        await self._set_ready(True)
+        self._start_watchers()
         return self
 
     async def __aexit__(self, *exc_info) -> None:
         log.info("stopping: NOT_SERVING, new requests are refused")
+        for watcher in self._watchers:
+            watcher.cancel()
+        await asyncio.gather(*self._watchers, return_exceptions=True)
+        self.is_ready = False
         await self._health.enter_graceful_shutdown()
         self._front.close("the server is stopping")
         await self._drain()
         assert self.orchestrator is not None
         await asyncio.to_thread(self.orchestrator.close)
-        await self._server.stop(FLUSH_S)
+        if self.profile is not None:
+            await self.profile.close()
+        await self._close_ports(FLUSH_S)
         log.info("stopped")
 
     async def _listen(self) -> None:
-        await self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
+        await self._set_ready(False)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         add_to(self._server, self._front)
         names = (SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME)
         reflection.enable_server_reflection(names, self._server)
         check_port_is_free(self._config)
+        if self._config.watch.metrics_port is not None:
+            self.endpoint = Endpoint(
+                self._config.host, self._config.watch.metrics_port, self.metrics.registry, lambda: self.is_ready
+            )
+            log.info("metrics on http://%s/metrics", self.endpoint.address)
         try:
-            port = self._server.add_insecure_port(self._config.address)
+            port = self._add_port()
         except RuntimeError as error:  # taken in the meantime
+            await self._close_ports(0)
             raise RefusedError(f"cannot listen on {self._config.address}: {error}") from error
         self.address = join_address(self._config.host, port)
+        security.warn_if_open(self._config)
         await self._server.start()
+
+    def _add_port(self) -> int:
+        if self._credentials is None:
+            return self._server.add_insecure_port(self._config.address)
+        return self._server.add_secure_port(self._config.address, self._credentials)
+
+    async def _close_ports(self, flush_s: float) -> None:
+        await self._server.stop(flush_s)
+        if self.endpoint is not None:
+            await asyncio.to_thread(self.endpoint.close)
 
     async def _load_and_warm_up(self) -> None:
         start = time.monotonic()
@@ -100,6 +158,8 @@ class Serving:
             engine,
             params,
             max_queued=self._config.max_queued,
+            max_queued_tokens=self._config.max_queued_tokens,
+            metrics=self.metrics,
             on_ready=partial(loop.call_soon_threadsafe, ready.set),
             on_dead=partial(loop.call_soon_threadsafe, self._on_dead),
         )
@@ -107,13 +167,44 @@ class Serving:
         await first_of(ready, self.stop_requested)
         if self.dead_reason is not None:
             raise UnavailableError(self.dead_reason)
+        self.metrics.watch_devices(engine.mesh.devices.flat, lambda: programs().made)
         self._front.open(engine, self.orchestrator)
-        log.info("ready after %.1f s", time.monotonic() - start)
+        made = programs()
+        log.info(
+            "ready after %.1f s: compiled %d programs, %d from the cache",
+            time.monotonic() - start,
+            made.compiled,
+            made.found,
+        )
 
     def _on_dead(self, reason: str) -> None:
         self.dead_reason = reason
         self._front.close(reason)
         self.stop_requested.set()
+
+    def _start_watchers(self) -> None:
+        if self.profile is not None:
+            self.profile.arm()
+        if self._config.probe_interval_s:
+            self._watchers.append(asyncio.create_task(self._probe()))
+        if self._line is not None and self._line.is_shown:
+            self._watchers.append(asyncio.create_task(Status(self.metrics).run(self._line)))
+
+    async def _probe(self) -> None:
+        """Ready as long as the device answers."""
+        assert self.orchestrator is not None
+        while True:
+            await asyncio.sleep(self._config.probe_interval_s)
+            try:
+                await asyncio.to_thread(self.orchestrator.probe, self._config.probe_timeout_s)
+            except UnavailableError as error:
+                if self.is_ready:
+                    log.error("NOT_SERVING: %s", error)
+                    await self._set_ready(False)
+            else:
+                if not self.is_ready:
+                    log.info("SERVING: the engine answers again")
+                    await self._set_ready(True)
 
     async def _drain(self) -> None:
         """Until the calls in flight are answered, the grace is over or somebody forces."""
@@ -123,14 +214,16 @@ class Serving:
         if self._front.calls:
             log.warning("cancelling %d requests that are not finished", self._front.calls)
 
-    async def _set_health(self, status) -> None:
+    async def _set_ready(self, is_ready: bool) -> None:
+        self.is_ready = is_ready
+        status = health_pb2.HealthCheckResponse
         for service in ("", SERVICE, JETSTREAM_SERVICE):
-            await self._health.set(service, status)
+            await self._health.set(service, status.SERVING if is_ready else status.NOT_SERVING)
 
 
-async def serve(load: Load, config: ServerConfig) -> int:
+async def serve(load: Load, config: ServerConfig, line: StatusLine | None = None) -> int:
     """Serves until SIGTERM or SIGINT. Returns the process's exit status: 0, or 1 when the engine was given up."""
-    serving = Serving(load, config)
+    serving = Serving(load, config, line)
     is_ready = False
 
     def on_signal() -> None:
@@ -142,8 +235,11 @@ async def serve(load: Load, config: ServerConfig) -> int:
             serving.force_requested.set()
         serving.stop_requested.set()
 
+    loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
-        asyncio.get_running_loop().add_signal_handler(number, on_signal)
+        loop.add_signal_handler(number, on_signal)
+    if serving.profile is not None:
+        loop.add_signal_handler(signal.SIGUSR1, serving.profile.start)
     async with serving:
         is_ready = True
         print(f"SERVING on {serving.address}", flush=True)

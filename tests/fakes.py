@@ -8,9 +8,11 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+from slipstream.engine_impl.sampling_params import MAX_LOGPROBS
 
 STOP_ID = ord("z") + 1
 BEFORE_LONG = 199
@@ -25,14 +27,17 @@ class FakeTokenizer:
     stop_ids = frozenset({STOP_ID})
 
     def encode(self, text: str) -> list[int]:
-        return list(text.encode("ascii"))
+        return list(text.encode())
 
     def decode(self, token_ids: Sequence[int]) -> str:
         return bytes(BYTE_OF_ID.get(token_id, ord("?")) for token_id in token_ids).decode(errors="replace")
 
+    def encode_chat(self, messages: Sequence[dict[str, str]]) -> list[int]:
+        return self.encode(self.render_chat(messages))
+
     def render_chat(self, messages: Sequence[dict[str, str]]) -> str:
         """Every content, and every role's first letter before it."""
-        return "".join(f"<{message['role'][0]}>{message['content']}" for message in messages)
+        return "".join(f"<{message['role'][:1]}>{message['content']}" for message in messages)
 
     def stream(self) -> "FakeTextStream":
         return FakeTextStream(self)
@@ -57,16 +62,24 @@ class FakeTextStream:
 class FakeArray:
     """A device array: asking for it is quick, reading it waits until the device has come so far."""
 
-    def __init__(self, value: Any, wait: Callable[[], None] = lambda: None) -> None:
-        self._value, self._wait, self._copied = np.asarray(value, np.int32), wait, False
+    def __init__(self, value: np.ndarray, copy: Callable[[], None], wait: Callable[[], None]) -> None:
+        self._value, self._copy, self._wait, self._copied = value, copy, wait, False
 
     def copy_to_host_async(self) -> None:
+        self._copy()
         self._copied = True
 
     def __array__(self, dtype=None, copy=None) -> np.ndarray:
         assert self._copied, "read without copy_to_host_async()"
         self._wait()
         return self._value
+
+
+class FakeDevice:
+    """A device of JAX's that tells nothing of its memory, as CPUs do."""
+
+    def memory_stats(self) -> None:
+        return None
 
 
 @dataclass
@@ -82,7 +95,19 @@ class FakeState:
 
 @dataclass
 class FakeResult:
+    """A token's log-probability is minus an eighth of its id; the likeliest are itself and those that follow it, each
+    one less likely by 1."""
+
     token_B: FakeArray
+    logprob_B: FakeArray
+    top_token_BP: FakeArray
+    top_logprob_BP: FakeArray
+
+
+@dataclass
+class FakePrefix:
+    token: int
+    prompt_logprob_T: FakeArray
 
 
 @dataclass
@@ -98,6 +123,8 @@ class FakeEngine:
     """Called with every prompt; may raise."""
     on_generate: Callable[[int], None] = lambda step: None
     """Called with every step's number from 0; may raise."""
+    on_call: Callable[[str], None] = lambda call: None
+    """Called with everything that is written to `log`, and with "copy" for every array asked for; may raise."""
     late_errors: dict[int, Exception] = field(default_factory=dict)
     """By step: errors that show only when its tokens are read, as on a real device."""
     pace: threading.Semaphore | None = None
@@ -106,6 +133,7 @@ class FakeEngine:
     samplings: list[Any] = field(default_factory=list)
     steps: int = 0
     states_made: int = 0
+    mesh: Any = field(default_factory=lambda: SimpleNamespace(devices=np.array([FakeDevice()])))
 
     def get_tokenizer(self) -> FakeTokenizer:
         return FakeTokenizer()
@@ -124,28 +152,57 @@ class FakeEngine:
         return padded, len(token_ids)
 
     def prefill(
-        self, params: Any, padded_tokens: np.ndarray, true_length: int, *, sampling: Any
-    ) -> tuple[int, "FakeResult"]:
+        self,
+        params: Any,
+        padded_tokens: np.ndarray,
+        true_length: int,
+        *,
+        sampling: Any = None,
+        prompt_logprobs: bool = False,
+    ) -> tuple[FakePrefix, FakeResult]:
         prompt = padded_tokens[:true_length].tolist()
-        self.log.append(f"prefill {FakeTokenizer().decode(prompt)}")
+        self._call(f"prefill {FakeTokenizer().decode(prompt)}")
         self.samplings.append(sampling)
         self.on_prefill(prompt)
-        return prompt[-1] + 1, FakeResult(FakeArray([prompt[-1] + 1]))
+        logprob_T = -padded_tokens.astype(np.float32) / 8 if prompt_logprobs else np.zeros(len(padded_tokens))
+        return FakePrefix(prompt[-1] + 1, self._array(logprob_T)), self._result(np.array([prompt[-1] + 1]))
 
-    def insert(self, prefix: int, state: FakeState, slot: int) -> FakeState:
+    def resample(self, prefix: FakePrefix, sampling: Any) -> tuple[FakePrefix, FakeResult]:
+        """The first token is ten later than that of the prefix."""
+        self._call("resample")
+        self.samplings.append(sampling)
+        return FakePrefix(prefix.token + 10, prefix.prompt_logprob_T), self._result(np.array([prefix.token + 10]))
+
+    def insert(self, prefix: FakePrefix, state: FakeState, slot: int) -> FakeState:
         token_B = state.donate()
         assert token_B[slot] == -1, f"{slot=} is taken"
-        self.log.append(f"insert {slot}")
-        token_B[slot] = prefix
+        self._call(f"insert {slot}")
+        token_B[slot] = prefix.token
         return FakeState(token_B)
 
     def generate(self, params: Any, state: FakeState) -> tuple[FakeState, FakeResult]:
         step, self.steps = self.steps, self.steps + 1
-        self.log.append("generate")
         token_B = state.donate()
+        self._call("generate")
         self.on_generate(step)
         token_B = np.where(token_B >= 0, (token_B + 1) % VOCAB_SIZE, -1)
-        return FakeState(token_B), FakeResult(FakeArray(token_B, lambda: self._wait(step)))
+        return FakeState(token_B), self._result(token_B, lambda: self._wait(step))
+
+    def _result(self, token_B: np.ndarray, wait: Callable[[], None] = lambda: None) -> FakeResult:
+        top = np.arange(MAX_LOGPROBS)
+        return FakeResult(
+            self._array(token_B.astype(np.int32), wait),
+            self._array(-token_B / np.float32(8)),
+            self._array(token_B[:, None] + top),
+            self._array(-token_B[:, None] / np.float32(8) - top),
+        )
+
+    def _array(self, value: np.ndarray, wait: Callable[[], None] = lambda: None) -> FakeArray:
+        return FakeArray(value, lambda: self.on_call("copy"), wait)
+
+    def _call(self, call: str) -> None:
+        self.log.append(call)
+        self.on_call(call)
 
     def _wait(self, step: int) -> None:
         if self.pace is not None:
@@ -157,6 +214,6 @@ class FakeEngine:
     def free(self, state: FakeState, slot: int) -> FakeState:
         token_B = state.donate()
         assert token_B[slot] != -1, f"{slot=} is free already"
-        self.log.append(f"free {slot}")
+        self._call(f"free {slot}")
         token_B[slot] = -1
         return FakeState(token_B)

@@ -96,6 +96,34 @@ def test_the_seed_decides_a_sampled_answer(server):
     assert first != other
 
 
+def test_stop_strings_samples_and_logprobs_on_the_real_model(server, offline):
+    """The answer that `generate` gave, asked for with everything."""
+    result = offline["results"][0]
+    first, middle = result["text"][:8], result["text"][8:14]
+    options = {"stop_strings": [middle], "num_samples": 3, "logprobs": 2, "prompt_logprobs": True}
+    with grpc.insecure_channel(server[1]) as channel:
+        replies = decode(channel, **chat(QUESTIONS[0]), **options)
+        prompt_logprobs = list(replies[0].prompt_logprobs)
+        for index in range(3):  # greedy: one and the same
+            samples = [reply.stream_content.samples[index] for reply in replies]
+            token_ids = [token for sample in samples for token in sample.token_ids]
+            logprobs = [token for sample in samples for token in sample.logprobs]
+            assert "".join(sample.text for sample in samples) == first
+            assert token_ids == result["token_ids"][: len(token_ids)]
+            assert len(token_ids) < len(result["token_ids"])
+            assert [token.top_token_ids[0] for token in logprobs] == token_ids, "greedy takes the likeliest"
+            assert all(token.top_logprobs[0] == token.logprob <= 0 for token in logprobs)
+        assert len(prompt_logprobs) == len(result["prompt_token_ids"])
+        assert prompt_logprobs[0] == 0
+        assert all(logprob < 1e-4 for logprob in prompt_logprobs)  # the template's tokens are all but certain
+        assert sum(prompt_logprobs) < -5
+        drawn = decode(channel, **chat("Tell me a story."), num_samples=3, temperature=1.0, seed=5)
+        stories = {"".join(reply.stream_content.samples[i].text for reply in drawn) for i in range(3)}
+        assert len(stories) == 3
+        alone = decode(channel, **chat("Tell me a story."), temperature=1.0, seed=5)
+        assert answer(alone)[0] in stories, "the first sample is what a single one would be"
+
+
 @pytest.mark.parametrize(
     ("fields", "message"),
     [

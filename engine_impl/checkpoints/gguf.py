@@ -77,7 +77,7 @@ class GGUFCheckpoint:
         special = {name: tokens[i] for name, i in ids.items() if i is not None}
         bos_id, eos_id = ids["bos_token"], self._field("tokenizer.ggml.eos_token_id")
         unsaid = model == "llama" or self._field("tokenizer.ggml.pre") == "llama-bpe"  # as llama.cpp
-        adds_bos = self._field("tokenizer.ggml.add_bos_token", unsaid) and bos_id is not None
+        adds_bos = self._field("tokenizer.ggml.add_bos_token", unsaid)
         template = self._field("tokenizer.chat_template", None)
         return Tokenizer(
             backend,
@@ -85,7 +85,7 @@ class GGUFCheckpoint:
             bos_id=bos_id,
             eos_id=eos_id,
             stop_ids=frozenset({eos_id, self._field("tokenizer.ggml.eot_token_id", eos_id)}),
-            first_ids=[bos_id] if adds_bos else [],
+            first_ids=[bos_id] if adds_bos and bos_id is not None else [],
             text_prefix=prefix,
             chat_template=ChatTemplate(template, special) if template else None,
         )

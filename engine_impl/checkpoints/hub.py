@@ -56,16 +56,21 @@ def fetch(model: str) -> Path:
     and when the network fails.
     """
     folder = _download(model, FILES)
+    if not (folder / "config.json").is_file():
+        raise RefusedError(
+            f"{model} came without a config.json: it is no model in transformers' form, or not whole; run `slipstream "
+            f"fetch {model}` where there is a network"
+        )
     weight_files(folder, model)
     return folder
 
 
 def cached_models() -> list[CachedModel]:
     """What the cache holds of this kind, by name."""
-    from huggingface_hub import CacheNotFound, scan_cache_dir
+    from huggingface_hub import CacheNotFound, constants, scan_cache_dir
 
     try:
-        repositories = scan_cache_dir().repos
+        repositories = scan_cache_dir(constants.HF_HUB_CACHE).repos
     except CacheNotFound:
         return []
     return sorted(
@@ -101,7 +106,6 @@ def _cached(model: str, files: list[str]) -> Path | None:
 
 
 def _download(model: str, files: list[str]) -> Path:
-    import httpx
     from huggingface_hub import errors, snapshot_download
 
     name, revision = _parts(model)
@@ -124,14 +128,14 @@ def _download(model: str, files: list[str]) -> Path:
             f"model {name!r} is neither a folder here nor whole in the cache, and the hub is out of reach "
             f"({_why(error)}); run `slipstream fetch {model}` where there is a network, with the same HF_HOME"
         ) from error
-    except (errors.HfHubHTTPError, httpx.HTTPError, OSError) as error:
+    except Exception as error:  # the HTTP and transfer libraries beneath have errors of their own
         raise RefusedError(
             f"{name} could not be fetched whole ({_why(error)}); run it again: what has come is kept"
         ) from error
 
 
 def _why(error: Exception) -> str:
-    return str(error).strip().splitlines()[0]
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def _parts(model: str) -> tuple[str, str | None]:

@@ -91,6 +91,8 @@ def weight_files(folder: Path, name: str) -> list[Path]:
         raise RefusedError(_why_no_weights(folder, name))
     try:
         files = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        if not files or any(Path(file).name != file for file in files):
+            raise ValueError("it has to name files beside it")
     except (ValueError, KeyError, AttributeError, TypeError) as error:
         raise RefusedError(f"{str(index)!r} is no index of safetensors files ({error!r}); fetch it anew") from error
     missing = [file for file in files if not (folder / file).is_file()]

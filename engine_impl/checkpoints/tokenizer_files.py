@@ -24,7 +24,7 @@ def read_tokenizer(folder: Path, where: str, vocab_size: int) -> Tokenizer:
 
     Args:
         where: what messages call the model.
-        vocab_size: the model's; for a folder without a tokenizer.
+        vocab_size: the model's; ids beyond it are never taken, even if the tokenizer has some.
 
     Raises RefusedError for files that are damaged or contradict each other.
     """
@@ -44,14 +44,14 @@ def read_tokenizer(folder: Path, where: str, vocab_size: int) -> Tokenizer:
         bos = min(_ids(config.get("bos_token_id")), default=None)
         return NoTokenizer(where, vocab_size=vocab_size, bos_id=bos, stop_ids=frozenset(ends))
     _add_tokens(backend, folder, of_tokenizer)
-    special = {name: backend.id_to_token(i) for name, i in own_ids.items()} | _special_tokens(of_tokenizer)
+    special = {name: backend.id_to_token(i) or "" for name, i in own_ids.items()} | _special_tokens(of_tokenizer)
     bos_id, eos_id = (backend.token_to_id(special.get(name, "")) for name in ("bos_token", "eos_token"))
     if first_ids is None:
         first_ids = [bos_id] if bos_id is not None and of_tokenizer.get("add_bos_token", True) else []
     template = _chat_template(folder, of_tokenizer)
     return Tokenizer(
         backend,
-        vocab_size=backend.get_vocab_size(with_added_tokens=True),
+        vocab_size=min(vocab_size, max(backend.get_vocab(with_added_tokens=True).values()) + 1),
         bos_id=bos_id,
         eos_id=min(ends, default=None) if eos_id is None else eos_id,
         stop_ids=frozenset(ends | _ids(eos_id)),

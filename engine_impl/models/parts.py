@@ -19,7 +19,7 @@ class Embedding(nn.Embedding):
 
 
 class ExpertLinear(nn.Module):
-    """A `Linear` without bias for each of E experts, weight [E, in, out]: the order in which TPUs multiply by groups."""
+    """A `Linear` without bias for each of E experts, weight [E, in, out], as TPUs multiply by groups."""
 
     def __init__(self, experts: int, in_features: int, out_features: int) -> None:
         super().__init__()

@@ -1,15 +1,19 @@
 """slipstream ask"""
 
-from collections.abc import Iterable
+import json
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
+from ..channel import PLAIN, ChannelConfig
 from ..options import AnswerOptions
+from .show import print_growing
 
 if TYPE_CHECKING:
-    from ..client import Piece
+    from ..answer import Answer
+    from ..client import Client
 
 DEFAULT_TARGET = "localhost:9000"
 
@@ -25,26 +29,30 @@ class Ask:
     """The server's address (host:port)."""
     raw: bool = False
     """Send the text as it is, without the model's chat template."""
+    as_json: Annotated[bool, tyro.conf.arg(name="json")] = False
+    """Print one JSON object instead, when the answer is whole: token ids, text, finish reason, times (ms)."""
+    channel: ChannelConfig = PLAIN
 
     def run(self) -> int:
         from ..client import Client
 
-        ask = self.answer.max_tokens, self.answer.sampling()
-        with Client(self.target) as client:
-            if self.raw:
-                print_stream(client.ask_text(self.question, *ask))
+        with Client(self.target, self.channel) as client:
+            growing = self._growing(client)
+            if self.as_json:
+                *_, (answer,) = growing
+                print(json.dumps(answer.as_json()), flush=True)
             else:
-                print_stream(client.ask_chat([{"role": "user", "content": self.question}], *ask))
+                print_growing(growing, [self.question])
         return 0
 
+    def _growing(self, client: "Client") -> "Iterator[list[Answer]]":
+        from ..answer import Answer
 
-def print_stream(pieces: "Iterable[Piece]") -> None:
-    """Prints an answer as it comes, and ends the line whatever happens."""
-    started = False
-    try:
+        answer = Answer.of(self.answer.num_samples)
+        if self.raw:
+            pieces = client.ask_text(self.question, self.answer)
+        else:
+            pieces = client.ask_chat([{"role": "user", "content": self.question}], self.answer)
         for piece in pieces:
-            started = started or bool(piece.text)
-            print(piece.text, end="", flush=True)
-    finally:
-        if started:
-            print(flush=True)
+            answer.grow(piece)
+            yield [answer]

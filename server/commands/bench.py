@@ -8,7 +8,10 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
+from ...engine_impl.config import EngineConfig
 from ...engine_impl.errors import RefusedError
+from ..channel import PLAIN, ChannelConfig
+from ..config import ServerConfig
 from .ask import DEFAULT_TARGET
 
 JsonFlag = Annotated[bool, tyro.conf.arg(name="json")]
@@ -163,6 +166,7 @@ class BenchServe:
     """How long one request may take (seconds)."""
     plot: Path | None = None
     """Draw latency against load there (.svg or .png)."""
+    channel: ChannelConfig = PLAIN
     as_json: JsonFlag = False
     """Print one JSON object as the last line of stdout."""
 
@@ -193,6 +197,7 @@ class BenchServe:
             seed=self.seed,
             slo_ms={"ttft": self.slo_ttft_ms, "tpot": self.slo_tpot_ms, "e2e": self.slo_e2e_ms},
             timeout_s=self.timeout_s,
+            channel=self.channel,
         )
         return finish(run(plan, numbers("load", self.load), self.plot), self.as_json)
 
@@ -248,14 +253,245 @@ class BenchGrowth:
 
 
 @dataclass(frozen=True, kw_only=True)
+class BenchSoak:
+    """Thousands of mixed requests against a server in this process: answers, cancels, deadlines, cut connections,
+    nonsense. Ends with status 1 if a slot, an answer or memory is lost.
+    """
+
+    model: str = "embedded"
+    """`embedded` or the path of a model."""
+    slots: int = 8
+    """Slots (requests)."""
+    cache_length: int = 256
+    """Cache length (tokens a slot)."""
+    requests: int = 3000
+    """Requests in all (requests)."""
+    in_flight: int = 42
+    """Requests under way at any time (requests)."""
+    max_queued: int = 32
+    """Requests that may wait for a slot (requests); what is beyond is refused, which is part of the test."""
+    max_seconds: float = 600.0
+    """No request is sent after this (seconds)."""
+    prompts: int = 12
+    """Different prompts (prompts)."""
+    prompt_tokens: int = 48
+    """Longest prompt (tokens)."""
+    answer_tokens: int = 24
+    """Longest answer (tokens)."""
+    token_ids: str = "300:1000"
+    """Prompts are drawn from these ids (LOW:HIGH, HIGH left out)."""
+    seed: int = 0
+    """Same seed, same requests (a number)."""
+    platform: Platform = "auto"
+    """Devices to run on."""
+    as_json: JsonFlag = False
+    """Print one JSON object as the last line of stdout."""
+
+    def __post_init__(self) -> None:
+        for name in ("requests", "in_flight", "max_seconds", "prompts", "prompt_tokens", "answer_tokens"):
+            check_positive(name, getattr(self, name))
+        self._configs()
+
+    def _configs(self) -> tuple[EngineConfig, ServerConfig]:
+        engine = EngineConfig(
+            model=self.model, slots=self.slots, cache_length=self.cache_length, platform=self.platform
+        )
+        return engine, ServerConfig(port=0, grace_s=1.0, max_queued=self.max_queued)
+
+    def run(self) -> int:
+        from ...benchmarks.hosted import hosted
+        from ...benchmarks.soak import SoakPlan, run
+        from ...benchmarks.workload import id_range
+        from ...engine_impl.loading import load_engine
+
+        engine, server = self._configs()
+        plan = SoakPlan(
+            requests=self.requests,
+            in_flight=self.in_flight,
+            max_seconds=self.max_seconds,
+            prompts=self.prompts,
+            prompt_tokens=self.prompt_tokens,
+            answer_tokens=self.answer_tokens,
+            ids=id_range(self.token_ids),
+            seed=self.seed,
+        )
+        with hosted(*load_engine(engine), server) as serving:
+            result = run(serving, plan)
+        finish(result, self.as_json)
+        return 1 if result["faults"] else 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchOverload:
+    """What the server costs beside its bare engine, what ten times too many requests do to it, and how soon a
+    cancelled slot is used again. The server runs in this process.
+    """
+
+    model: str = "embedded"
+    """`embedded` or the path of a model."""
+    slots: int = 8
+    """Slots (requests)."""
+    cache_length: int = 512
+    """Cache length (tokens a slot)."""
+    prompt_tokens: int = 64
+    """Prompts (tokens)."""
+    answer_tokens: int = 32
+    """Longest answers under load (tokens)."""
+    requests: int = 160
+    """Requests at the usual load, and again at the overload (requests)."""
+    factor: float = 10.0
+    """Overload: so many times the rate that can be answered (a factor)."""
+    max_queued: int = 8
+    """Requests that may wait for a slot (requests)."""
+    steps: int = 96
+    """Decode steps of one block of the comparison with the bare engine (steps)."""
+    pairs: int = 3
+    """Blocks of each of the two (blocks)."""
+    token_ids: str = "300:1000"
+    """Prompts are drawn from these ids (LOW:HIGH, HIGH left out)."""
+    seed: int = 0
+    """Same seed, same requests at the same times (a number)."""
+    platform: Platform = "auto"
+    """Devices to run on."""
+    as_json: JsonFlag = False
+    """Print one JSON object as the last line of stdout."""
+
+    def __post_init__(self) -> None:
+        for name in ("prompt_tokens", "answer_tokens", "requests", "factor", "max_queued", "steps", "pairs"):
+            check_positive(name, getattr(self, name))
+        longest = self.prompt_tokens + self.steps + 2 * self.slots
+        if longest > self._config().cache_length:
+            raise RefusedError(
+                f"cache_length={self.cache_length} must hold prompt_tokens + steps + 2 * slots = {longest} tokens"
+            )
+
+    def _config(self) -> EngineConfig:
+        return EngineConfig(model=self.model, slots=self.slots, cache_length=self.cache_length, platform=self.platform)
+
+    def run(self) -> int:
+        from ...benchmarks.overload import OverloadPlan, run
+        from ...benchmarks.workload import id_range
+        from ...engine_impl.loading import load_engine
+
+        plan = OverloadPlan(
+            prompt_tokens=self.prompt_tokens,
+            answer_tokens=self.answer_tokens,
+            requests=self.requests,
+            factor=self.factor,
+            max_queued=self.max_queued,
+            steps=self.steps,
+            pairs=self.pairs,
+            ids=id_range(self.token_ids),
+            seed=self.seed,
+        )
+        return finish(run(*load_engine(self._config()), plan), self.as_json)
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchLoading:
+    """Measure the host memory that loading takes beyond the weights (bytes); needs no model and no accelerator.
+
+    A checkpoint with random weights is written and loaded, its weights stay in this process's memory.
+    """
+
+    shape: str = "llama-3.2-1b"
+    """A preset of the Llama family (see `slipstream models`)."""
+    stored: Literal["bfloat16", "float16", "float32"] = "bfloat16"
+    """Type in the files."""
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    """Type in memory."""
+    loop: Literal["scan", "unrolled"] = "scan"
+    """`scan` stacks the layers, as on TPUs; `unrolled` keeps an array for each, as on CPUs."""
+    tensor_parallel: int = 1
+    """Devices that share the weights (devices); the CPU is one, unless XLA_FLAGS makes more of it."""
+    folder: Path | None = None
+    """Where the checkpoint is written, and removed again (path). Default: where temporary files go."""
+    as_json: JsonFlag = False
+    """Print one JSON object as the last line of stdout."""
+
+    def run(self) -> int:
+        from ...benchmarks.loading import LoadingPlan, run
+
+        fields = {name: value for name, value in vars(self).items() if name != "as_json"}
+        return finish(run(LoadingPlan(**fields)), self.as_json)
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchJetStream:
+    """JetStream's orchestrator beside ours: two servers on the same engine, the same load in turns (A B A B)."""
+
+    model: str = "embedded"
+    """`embedded` or a model that `serve` takes."""
+    slots: int = 8
+    """Slots (requests)."""
+    cache_length: int = 256
+    """Cache length (tokens a slot)."""
+    in_flight: int = 8
+    """Requests in flight, always (requests)."""
+    requests: int = 32
+    """Requests of one block (requests)."""
+    prompt_tokens: int = 64
+    """Length of every prompt (tokens)."""
+    output_tokens: int = 32
+    """Longest answer (tokens)."""
+    pairs: int = 3
+    """Blocks of each of the two (blocks)."""
+    cancels: int = 3
+    """Cancelled answers of each of the two (requests)."""
+    cancelled_tokens: int = 128
+    """Length of the answers of which one is cancelled (tokens)."""
+    seed: int = 0
+    """Same seed, same prompts (a number)."""
+    timeout_s: float = 120.0
+    """How long one request may take (seconds)."""
+    platform: Platform = "auto"
+    """Devices to run on."""
+    as_json: JsonFlag = False
+    """Print one JSON object as the last line of stdout."""
+
+    def __post_init__(self) -> None:
+        for name in ("in_flight", "requests", "prompt_tokens", "output_tokens", "pairs", "cancels", "cancelled_tokens"):
+            check_positive(name, getattr(self, name))
+        longest = self.prompt_tokens + max(self.output_tokens, self.cancelled_tokens)
+        if longest > self._engine().cache_length:
+            raise RefusedError(
+                f"prompt and answer of {longest} tokens exceed cache_length={self.cache_length}; raise --cache-length"
+            )
+
+    def run(self) -> int:
+        from ...benchmarks.jetstream import JetStreamPlan, run
+
+        plan = JetStreamPlan(
+            engine=self._engine(),
+            in_flight=self.in_flight,
+            requests=self.requests,
+            prompt_tokens=self.prompt_tokens,
+            output_tokens=self.output_tokens,
+            pairs=self.pairs,
+            cancels=self.cancels,
+            cancelled_tokens=self.cancelled_tokens,
+            seed=self.seed,
+            timeout_s=self.timeout_s,
+        )
+        return finish(run(plan), self.as_json)
+
+    def _engine(self) -> EngineConfig:
+        return EngineConfig(model=self.model, slots=self.slots, cache_length=self.cache_length, platform=self.platform)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Bench:
-    """Measure: one decode step, a kernel, a running server, the growth of costs."""
+    """Measure: one decode step, a kernel, a running server, the growth of costs, an overload, a soak, JetStream."""
 
     what: (
         Annotated[BenchStep, tyro.conf.subcommand("step")]
         | Annotated[BenchKernel, tyro.conf.subcommand("kernel")]
         | Annotated[BenchServe, tyro.conf.subcommand("serve")]
         | Annotated[BenchGrowth, tyro.conf.subcommand("growth")]
+        | Annotated[BenchOverload, tyro.conf.subcommand("overload")]
+        | Annotated[BenchSoak, tyro.conf.subcommand("soak")]
+        | Annotated[BenchLoading, tyro.conf.subcommand("loading")]
+        | Annotated[BenchJetStream, tyro.conf.subcommand("jetstream")]
     )
 
     def run(self) -> int:

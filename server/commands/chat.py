@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from ...engine_impl.errors import RefusedError
+from ..channel import PLAIN, ChannelConfig
 from ..errors import UnavailableError
 from ..options import AnswerOptions
 from .ask import DEFAULT_TARGET
@@ -24,12 +25,16 @@ class Chat:
     """The server's address (host:port)."""
     system: str | None = None
     """Instructions to the model that precede the conversation (text)."""
+    channel: ChannelConfig = PLAIN
+
+    def __post_init__(self) -> None:
+        self.answer.check_one_sample("a chat")
 
     def run(self) -> int:
         from ..client import Client
 
         print(HINT)
-        with Client(self.target) as client:
+        with Client(self.target, self.channel) as client:
             messages = self._opening()
             while (line := read_line()) is not None:
                 if line == "/new":
@@ -43,11 +48,13 @@ class Chat:
 
     def _turn(self, client: "Client", messages: list[dict[str, str]], line: str) -> None:
         """Adds the question and what was answered to `messages`; nothing when the server refuses."""
+        from ..answer import Answer, logprob_lines
+
         question = {"role": "user", "content": line}
-        answer = ""
+        answer = Answer.of(1)
         try:
-            for piece in client.ask_chat([*messages, question], self.answer.max_tokens, self.answer.sampling()):
-                answer += piece.text
+            for piece in client.ask_chat([*messages, question], self.answer):
+                answer.grow(piece)
                 print(piece.text, end="", flush=True)
         except KeyboardInterrupt:
             print(" [stopped]", end="")
@@ -58,7 +65,9 @@ class Chat:
             print(f"slipstream: {error}", file=sys.stderr)
             return
         print()
-        messages += [question, {"role": "assistant", "content": answer}]
+        for line in logprob_lines(answer):
+            print(line)
+        messages += [question, {"role": "assistant", "content": answer.samples[0].text}]
 
 
 def read_line() -> str | None:

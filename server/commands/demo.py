@@ -28,6 +28,9 @@ class Demo:
     question: str = QUESTION
     """What to ask (text)."""
 
+    def __post_init__(self) -> None:
+        self.answer.check_one_sample("the demo")
+
     def run(self) -> int:
         print("Starting `slipstream serve` on a free port; it loads the model and compiles it ...", flush=True)
         start = time.perf_counter()
@@ -46,7 +49,7 @@ class Demo:
         with Client(target) as client:
             start = time.perf_counter()
             question = [{"role": "user", "content": self.question}]
-            for piece in client.ask_chat(question, self.answer.max_tokens, self.answer.sampling()):
+            for piece in client.ask_chat(question, self.answer):
                 if piece.token_ids:
                     arrivals.append(time.perf_counter())
                     tokens += len(piece.token_ids)
@@ -66,9 +69,9 @@ def speed(start: float, arrivals: list[float], tokens: int) -> str:
 
 
 @contextmanager
-def server(engine: EngineConfig) -> Iterator[tuple[subprocess.Popen, str]]:
-    """A serving process and its address. Its log goes to our stderr. It does not outlive the block."""
-    command = [*CLI, "serve", "--port", "0", *flags(engine)]
+def server(engine: EngineConfig, *words: str) -> Iterator[tuple[subprocess.Popen, str]]:
+    """A serving process, with more flags, and its address. Its log goes to our stderr; it does not outlive us."""
+    command = [*CLI, "serve", "--port", "0", *flags(engine), *words]
     # A session of its own: Ctrl-C is ours to handle.
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True)
     try:

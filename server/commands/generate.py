@@ -1,6 +1,5 @@
 """slipstream generate: offline, through the same orchestrator as the server."""
 
-import dataclasses
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -12,10 +11,11 @@ import tyro
 from ...engine_impl.config import EngineConfig
 from ...engine_impl.errors import RefusedError
 from ..options import AnswerOptions, check_utf8
+from .show import print_growing
 
 if TYPE_CHECKING:
     from ...engine_impl.tokenizer import Tokenizer
-    from ..offline import Answer
+    from ..answer import Answer
 
 Prompt = str | list[int]
 
@@ -33,7 +33,7 @@ class Generate:
     raw: bool = False
     """Take the text as it is, without the model's chat template. Token ids always are."""
     as_json: Annotated[bool, tyro.conf.arg(name="json")] = False
-    """Print one JSON object as the last line of stdout: token ids, texts, times (ms)."""
+    """Print one JSON object as the last line of stdout: token ids, texts, finish reasons, times (ms)."""
 
     def run(self) -> int:
         prompts = self._prompts()  # refused before the slow load
@@ -45,9 +45,9 @@ class Generate:
         all_ids = [encode(engine.get_tokenizer(), prompt, raw=self.raw) for prompt in prompts]
         growing = answer(engine, params, all_ids, self.answer)
         if self.as_json:
-            print_json(engine.model_name, growing)
+            print_json(engine.model_name, all_ids, growing)
         else:
-            print_text(prompts, growing)
+            print_growing(growing, [str(prompt) for prompt in prompts])
         return 0
 
     def _prompts(self) -> list[Prompt]:
@@ -87,28 +87,11 @@ def encode(tokenizer: "Tokenizer", prompt: Prompt, *, raw: bool) -> list[int]:
     """Token ids of a prompt; a text becomes the user's turn of a chat unless raw."""
     if isinstance(prompt, list):
         return prompt
-    return tokenizer.encode(prompt if raw else tokenizer.render_chat([{"role": "user", "content": prompt}]))
+    return tokenizer.encode(prompt) if raw else tokenizer.encode_chat([{"role": "user", "content": prompt}])
 
 
-def print_json(model: str, growing: "Iterator[list[Answer]]") -> None:
+def print_json(model: str, prompts: list[list[int]], growing: "Iterator[list[Answer]]") -> None:
     """One line, when all are whole."""
     *_, answers = growing
-    print(json.dumps({"model": model, "results": [dataclasses.asdict(answer) for answer in answers]}), flush=True)
-
-
-def print_text(prompts: list[Prompt], growing: "Iterator[list[Answer]]") -> None:
-    """In the order of the prompts, as it comes: one answer streams, those after it wait for their turn."""
-    current, shown = 0, None
-    for answers in growing:
-        while current < len(answers):
-            answer = answers[current]
-            if shown is None:
-                shown = ""
-                if len(prompts) > 1:
-                    print(f"--- {prompts[current]}")
-            print(answer.text[len(shown) :], end="", flush=True)
-            shown = answer.text
-            if answer.finish_reason is None:
-                break
-            print(flush=True)
-            current, shown = current + 1, None
+    results = [{"prompt_token_ids": ids} | answer.as_json() for ids, answer in zip(prompts, answers, strict=True)]
+    print(json.dumps({"model": model, "results": results}), flush=True)

@@ -1,8 +1,6 @@
 """slipstream serve"""
 
 import asyncio
-import logging
-import sys
 from dataclasses import dataclass
 
 from ...engine_impl.config import EngineConfig
@@ -17,11 +15,19 @@ class Serve:
     server: ServerConfig
 
     def run(self) -> int:
+        from .. import logs
+        from ..status import StatusLine
+
+        watch = self.server.watch
+        line = StatusLine() if watch.log_format == "text" else None
+        logs.configure(watch.log_format, prompts=watch.log_prompts, line=line)
+        if self.server.orchestrator == "jetstream":
+            from ..jetstream_host import host
+
+            return asyncio.run(host(self.engine, self.server))
         from ..lifecycle import serve
 
-        logging.basicConfig(stream=sys.stderr, format="%(asctime)s %(levelname).1s %(message)s")
-        logging.getLogger("slipstream").setLevel(logging.INFO)
-        return asyncio.run(serve(self._load, self.server))
+        return asyncio.run(serve(self._load, self.server, line))
 
     def _load(self):
         from ...engine_impl.loading import load_engine

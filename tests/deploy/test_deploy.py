@@ -15,8 +15,13 @@ MANIFESTS = sorted((ROOT / "deploy" / "kubernetes").glob("*.yaml"))
 
 
 @pytest.fixture(params=MANIFESTS, ids=lambda path: path.stem)
-def pod(request):
-    return yaml.safe_load(request.param.read_text())["spec"]["template"]["spec"]
+def pod_template(request):
+    return yaml.safe_load(request.param.read_text())["spec"]["template"]
+
+
+@pytest.fixture
+def pod(pod_template):
+    return pod_template["spec"]
 
 
 @pytest.fixture
@@ -37,12 +42,18 @@ def test_probes_and_ports_are_the_servers(container, command):
     assert {*ports, container["ports"][0]["containerPort"]} == {command.server.port}
 
 
+def test_prometheus_finds_the_metrics(container, command, pod_template):
+    assert {"name": "metrics", "containerPort": command.server.watch.metrics_port} in container["ports"]
+    assert pod_template["metadata"]["annotations"]["prometheus.io/port"] == str(command.server.watch.metrics_port)
+
+
 def test_probes_can_reach_the_server(command):
     assert command.server.host == "0.0.0.0"
 
 
 def test_the_server_may_finish_before_it_is_killed(pod, command):
-    assert pod["terminationGracePeriodSeconds"] > command.server.grace_s + 10
+    pre_stop_s = int(pod["containers"][0]["lifecycle"]["preStop"]["exec"]["command"][1])
+    assert pod["terminationGracePeriodSeconds"] > pre_stop_s + command.server.grace_s + 10
 
 
 def test_the_chips_are_those_of_the_topology(pod, container, command):

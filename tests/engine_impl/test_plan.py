@@ -7,7 +7,8 @@ import pytest
 from slipstream.engine_impl.checkpoints.hf_config import read_hf_config
 from slipstream.engine_impl.config import EngineConfig
 from slipstream.engine_impl.errors import RefusedError
-from slipstream.engine_impl.models.llama import Rope
+from slipstream.engine_impl.models import registry
+from slipstream.engine_impl.models.rope import frequencies
 from slipstream.engine_impl.plan import largest_slots, plan, shape_of
 from slipstream.engine_impl.presets import PRESETS, preset
 
@@ -120,19 +121,23 @@ def test_shapes_come_from_presets_configs_and_the_embedded_model(tmp_path):
         shape_of(str(tmp_path))
 
 
-@pytest.mark.parametrize("name", [name for name in PRESETS if name.startswith("llama")])
+PUBLISHED = {
+    "llama-2-7b": 6_738_415_616, "llama-2-13b": 13_015_864_320, "llama-2-70b": 68_976_648_192,
+    "llama-3.1-8b": 8_030_261_248, "llama-3.1-70b": 70_553_706_496, "llama-3.2-1b": 1_235_814_400,
+    "llama-3.2-3b": 3_212_749_824, "smollm2-135m": 134_515_008, "mistral-7b-v0.1": 7_241_732_096,
+    "mistral-7b": 7_248_023_552, "qwen2.5-0.5b": 494_032_768, "qwen2.5-7b": 7_615_616_512,
+    "qwen2.5-32b": 32_763_876_352, "qwen3-0.6b": 596_049_920, "qwen3-8b": 8_190_735_360, "qwen3-32b": 32_762_123_264,
+    "gemma-7b": 8_537_680_896, "gemma-2-2b": 2_614_341_888, "gemma-2-9b": 9_241_705_984, "gemma-3-1b": 999_885_952,
+    "gemma-3-12b": 11_766_034_176, "mixtral-8x7b": 46_702_792_704, "phi-3-mini": 3_821_079_552,
+}  # fmt: skip
+"""As their authors count; of Gemma 3 12B the text model."""
+
+
+@pytest.mark.parametrize("name", PRESETS)
 def test_presets_have_the_published_number_of_parameters(name):
-    """The sizes in the names, as their authors count them."""
-    published = {
-        "llama-2-7b": 6_738_415_616, "llama-2-13b": 13_015_864_320, "llama-2-70b": 68_976_648_192,
-        "llama-3.1-8b": 8_030_261_248, "llama-3.1-70b": 70_553_706_496, "llama-3.2-1b": 1_235_814_400,
-        "llama-3.2-3b": 3_212_749_824,
-    }  # fmt: skip
-    c = PRESETS[name]
-    attention = 2 * c.model_dim * c.head_dim * (c.num_heads + c.num_kv_heads)
-    layer = attention + 3 * c.model_dim * c.ffn_dim + 2 * c.model_dim
-    vocabulary = (1 if c.tied_embeddings else 2) * c.vocab_size * c.model_dim
-    assert c.num_layers * layer + vocabulary + c.model_dim == published[name]
+    tied = PRESETS[name].tied_embeddings
+    parameters = registry.build(PRESETS[name]).named_parameters()
+    assert sum(p.numel() for which, p in parameters if not (tied and which == "lm_head.weight")) == PUBLISHED[name]
 
 
 def hf_config(tmp_path, **fields):
@@ -164,10 +169,13 @@ def test_hf_configs_of_both_forms_are_read(tmp_path, old_form):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"model_type": "mamba"}, "family 'mamba'; the families there are: llama"),
+        ({"model_type": "mamba"}, "family 'mamba'; the families there are: gemma, gemma2, .*, llama, "),
         ({"rope_parameters": None}, "neither rope_parameters nor rope_theta"),
-        ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1.0}}, "'yarn'; those there are: default, llama3"),
-        ({"attention_bias": True}, "has biases"),
+        (
+            {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1.0}},
+            "'yarn'; those there are: default, linear, llama3",
+        ),
+        ({"attention_bias": True}, "attention_bias=True"),
     ],
 )
 def test_a_config_that_asks_for_more_is_refused(tmp_path, change, message):
@@ -196,4 +204,4 @@ def test_llama3_rope_scaling_equals_transformers(tmp_path):
     expected, factor = ROPE_INIT_FUNCTIONS["llama3"](config, device="cpu")
     shape = read_hf_config(tmp_path)
     assert factor == 1.0
-    assert Rope(128, 500000.0, shape.rope_factors).frequencies == pytest.approx(expected.tolist(), rel=1e-6)
+    assert frequencies(128, 500000.0, shape.rope_factors) == pytest.approx(expected.tolist(), rel=1e-6)

@@ -62,6 +62,21 @@ def test_field_numbers_below_100_are_jetstreams(message, fields):
     assert {name: number for name, number in numbers.items() if number < 100} == fields
 
 
+def test_our_own_numbers_stay():
+    """Clients are built against them."""
+    ours = {
+        pb.DecodeRequest: {
+            "messages": 100, "temperature": 101, "top_k": 102, "top_p": 103, "seed": 104, "min_p": 105,
+            "repetition_penalty": 106, "presence_penalty": 107, "frequency_penalty": 108, "stop_strings": 109,
+            "stop_token_ids": 110, "ignore_eos": 111, "logprobs": 112, "prompt_logprobs": 113, "priority": 114,
+        },
+        pb.DecodeResponse: {"usage": 100, "prompt_logprobs": 101},
+        pb.DecodeResponse.StreamContent.Sample: {"finish_reason": 100, "logprobs": 101},
+    }  # fmt: skip
+    for message, fields in ours.items():
+        assert {f.name: f.number for f in message.DESCRIPTOR.fields if f.number >= 100} == fields
+
+
 def test_old_clients_fields_are_ignored():
     """session_cache=1 (string) and priority=3 (int32), as older clients send them."""
     raw = b"\x0a\x03abc" + b"\x18\x05" + b"\x20\x07"

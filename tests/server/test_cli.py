@@ -19,7 +19,7 @@ NEVER = "localhost:1"
 
 
 def test_flags_are_the_fields_of_both_configs():
-    command = cli.parse(["serve", "--slots", "3", "--cache-length", "256", "--port", "0", "--grace-s", "1.5"])
+    command = cli.parse(["serve", "--slots", "3", "--cache-length", "256", "--port", "0", "--grace", "1.5"])
     assert command == Serve(EngineConfig(slots=3, cache_length=256), ServerConfig(port=0, grace_s=1.5))
 
 
@@ -51,13 +51,21 @@ def test_help_loads_nothing_heavy():
         (["serve", "--cache-length", "100"], "cache_length=100 must be a multiple of 128"),
         (["serve", "--port", "-1"], "port=-1 must be from 0"),
         (["serve", "--max-queued", "0"], "max_queued=0 must be at least 1"),
-        (["serve", "--grace-s", "nan"], "grace_s=nan"),
+        (["serve", "--grace", "nan"], "grace=nan"),
         (["ask", "hi", "--temperature", "-1"], "temperature=-1.0"),
         (["ask", "hi", "--max-tokens", "0"], "max_tokens=0 must be at least 1"),
         (["generate"], "no prompt; give at least one --prompt"),
         (["generate", "--prompt", ""], "prompt 1 is empty"),
         (["ask", "\udcff"], "argument 2: the text is not valid UTF-8"),
         (["generate", "--prompt", "a", "--seed", "-1"], "seed=-1"),
+        (["generate", "--prompt", "a", "--num-samples", "0"], "num_samples=0 must be at least 1"),
+        (["generate", "--prompt", "a", "--stop", ""], "a stop string of 0 characters"),
+        (["generate", "--prompt", "a", "--min-p", "2"], "min_p=2.0"),
+        (["ask", "hi", "--priority", "11"], "priority=11 must be from -10"),
+        (["ask", "hi", "--logprobs", "21"], "logprobs=21"),
+        (["ask", "hi", "--stop-token-id", str(2**40), "--target", NEVER], "out of range"),
+        (["chat", "--num-samples", "2"], "num_samples=2 must be 1: a chat shows one answer"),
+        (["demo", "--num-samples", "2"], "num_samples=2 must be 1"),
         (["generate", "--prompt-file", "/nowhere/prompts"], "cannot read the prompt file /nowhere/prompts"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
@@ -129,6 +137,60 @@ def test_generate_tells_that_the_engine_failed(fake_engine, capsys):
     assert "failed in the engine: RuntimeError: boom" in capsys.readouterr().err
 
 
+OPTIONS = ["--stop", "zz", "--stop", "fg", "--logprobs", "1", "--prompt-logprobs", "--max-tokens", "9"]
+
+
+def test_generate_json_with_everything_asked_for(fake_engine, capsys):
+    """The fake's log-probabilities are minus an eighth of the id; see there."""
+    assert cli.run(["generate", "--raw", "--prompt", "@a", *OPTIONS, "--json"]) == 0
+    (answer,) = results(capsys)["results"]
+    assert [answer[key] for key in ("text", "finish_reason", "token_ids")] == ["bcde", "stop", list(b"bcdefg")]
+    assert answer["prompt_logprobs"] == [None, -97 / 8]
+    assert answer["logprobs"][0] == {"logprob": -98 / 8, "top": [{"token_id": 98, "logprob": -98 / 8}]}
+    assert len(answer["logprobs"]) == len(answer["token_ids"])
+
+
+def test_generate_json_with_several_samples(fake_engine, capsys):
+    assert cli.run(["generate", "--raw", "--prompt", "A", "--num-samples", "2", "--max-tokens", "3", "--json"]) == 0
+    (answer,) = results(capsys)["results"]
+    assert list(answer) == ["prompt_token_ids", "samples", "ttft_ms", "total_ms"]
+    assert [(s["text"], s["finish_reason"]) for s in answer["samples"]] == [("BCD", "length"), ("LMN", "length")]
+
+
+def test_generate_prints_samples_and_logprobs(fake_engine, capsys):
+    words = ["generate", "--raw", "--prompt", "@A", "--max-tokens", "2", "--num-samples", "2", "--logprobs", "0"]
+    assert cli.run([*words, "--prompt-logprobs"]) == 0
+    assert capsys.readouterr().out.splitlines() == [
+        "--- @A [0]", "BC", "--- @A [1]", "LM", "prompt: - -8.125",
+        "sample 0, token 66: -8.250", "sample 0, token 67: -8.375",
+        "sample 1, token 76: -9.500", "sample 1, token 77: -9.625",
+    ]  # fmt: skip
+
+
+def test_ask_takes_the_same_options(target, fake_engine, capsys):
+    assert cli.run(["ask", "@a", "--raw", "--target", target, *OPTIONS, "--json"]) == 0
+    answer = results(capsys)
+    assert [answer[key] for key in ("text", "finish_reason")] == ["bcde", "stop"]
+    assert answer["prompt_logprobs"] == [None, -97 / 8]
+    assert answer["logprobs"][0] == {"logprob": -98 / 8, "top": [{"token_id": 98, "logprob": -98 / 8}]}
+    assert 0 < answer["ttft_ms"] <= answer["total_ms"]
+    words = ["ask", "A", "--raw", "--target", target, "--num-samples", "2", "--max-tokens", "2", "--logprobs", "1"]
+    assert cli.run([*words, "--temperature", "1"]) == 0
+    assert capsys.readouterr().out.splitlines()[:5] == [
+        "--- A [0]", "BC", "--- A [1]", "LM", "sample 0, token 66: -8.250  likeliest:  66 -8.250",
+    ]  # fmt: skip
+
+
+def test_sampling_flags_reach_the_engine(target, fake_engine):
+    words = ["--temperature", "0.5", "--min-p", "0.25", "--repetition-penalty", "1.5", "--presence-penalty", "0.5"]
+    words += ["--frequency-penalty", "-0.5", "--top-k", "3", "--top-p", "0.75", "--seed", "9"]
+    assert cli.run(["ask", "a", "--target", target, *words]) == 0
+    assert cli.run(["generate", "--prompt", "a", *words]) == 0
+    asked, generated = fake_engine.samplings
+    assert asked == generated
+    assert (asked.min_p, asked.repetition_penalty, asked.frequency_penalty, asked.seed) == (0.25, 1.5, -0.5, 9)
+
+
 def test_ask(target, fake_engine, capsys):
     assert cli.run(["ask", "a", "--target", target, "--max-tokens", "3"]) == 0
     assert cli.run(["ask", "A", "--target", target, "--max-tokens", "3", "--raw"]) == 0
@@ -165,6 +227,13 @@ def test_chat_remembers(target, fake_engine, monkeypatch, capsys):
     assert cli.run(["chat", "--target", target, "--max-tokens", "1", "--system", "s"]) == 0
     prompts = [call.removeprefix("prefill ") for call in fake_engine.log if "prefill" in call]
     assert prompts == ["<s>s<u>a", "<s>s<u>a<a>b<u>A", "<s>s<u>B"]
+
+
+def test_chat_shows_logprobs_and_stops_at_stop_strings(target, fake_engine, monkeypatch, capsys):
+    Keyboard(monkeypatch, "a", "A")
+    assert cli.run(["chat", "--target", target, "--max-tokens", "4", "--stop", "d", "--logprobs", "0"]) == 0
+    assert "bc\ntoken 98: -12.250\ntoken 99: -12.375\ntoken 100: -12.500\n" in capsys.readouterr().out
+    assert [call for call in fake_engine.log if "prefill" in call][1] == "prefill <u>a<a>bc<u>A"
 
 
 def test_chat_leaves_at_exit_and_survives_a_refusal(target, fake_engine, monkeypatch, capsys):

@@ -13,9 +13,11 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from slipstream.engine_impl.errors import RefusedError
 from slipstream.protos import orchestrator_pb2 as pb
 from slipstream.protos.orchestrator_pb2_grpc import OrchestratorStub
+from slipstream.server import lifecycle
 from slipstream.server.config import ServerConfig
 from slipstream.server.errors import UnavailableError
 from slipstream.server.lifecycle import Serving
+from slipstream.server.orchestrator import Orchestrator
 
 from tests.fakes import FakeEngine
 
@@ -108,7 +110,7 @@ def test_the_grace_has_an_end(force, caplog):
             assert await code_of(running) is grpc.StatusCode.UNAVAILABLE
 
     asyncio.run(asyncio.wait_for(scenario(), WAIT_S))
-    assert "cancelling 1 requests" in caplog.text
+    assert "cancelling 1 requests that are not finished" in caplog.text
 
 
 def test_a_port_in_use_is_refused_before_the_load():
@@ -167,6 +169,128 @@ def test_a_dead_engine_asks_for_the_stop():
             assert "no device" in serving.dead_reason
 
     asyncio.run(scenario())
+
+
+async def forward(reader, writer, is_cut):
+    """Bytes, until the line is cut: then they go nowhere, and nobody is told."""
+    while data := await reader.read(65536):
+        if not is_cut.is_set():
+            writer.write(data)
+    writer.close()
+
+
+def test_a_peer_that_vanishes_without_a_word_gives_its_slot_back(monkeypatch):
+    monkeypatch.setattr(lifecycle, "KEEPALIVE_S", 0.4)
+
+    async def scenario():
+        is_cut, engine = asyncio.Event(), FakeEngine(step_s=0.02, cache_length=10_000)
+        config = ServerConfig(port=0, grace_s=0, probe_interval_s=0)
+        async with Serving(lambda: (engine, None), config) as serving:
+
+            async def through(reader, writer):
+                to_server = await asyncio.open_connection(*serving.address.split(":"))
+                await asyncio.gather(forward(reader, to_server[1], is_cut), forward(to_server[0], writer, is_cut))
+
+            proxy = await asyncio.start_server(through, "127.0.0.1", 0)
+            port = proxy.sockets[0].getsockname()[1]
+            async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
+                endless = pb.DecodeRequest.TextContent(text="a")
+                request = pb.DecodeRequest(text_content=endless, max_tokens=5000, ignore_eos=True)
+                call = OrchestratorStub(channel).Decode(request)
+                await call.read()
+                is_cut.set()
+                while serving.orchestrator.slots_in_use:
+                    await asyncio.sleep(0.02)
+            proxy.close()
+
+    asyncio.run(asyncio.wait_for(scenario(), WAIT_S))
+
+
+def test_ready_as_long_as_the_engine_gives_a_step(monkeypatch, caplog):
+    """A probe that fails means NOT_SERVING, but answers go on; the next that works means SERVING again."""
+    works, asked = threading.Event(), []
+
+    def probe(orchestrator, timeout_s):
+        asked.append(timeout_s)
+        if not works.is_set():
+            raise UnavailableError("no step came")
+
+    monkeypatch.setattr(Orchestrator, "probe", probe)
+    config = ServerConfig(port=0, probe_interval_s=0.01, probe_timeout_s=3)
+
+    async def scenario():
+        async with (
+            Serving(lambda: (FakeEngine(), None), config) as serving,
+            grpc.aio.insecure_channel(serving.address) as channel,
+        ):
+            while await health(channel) == SERVING:
+                await asyncio.sleep(0.005)
+            assert not serving.is_ready
+            assert await whole(ask(channel)) == "bcd"
+            works.set()
+            while await health(channel) == NOT_SERVING:
+                await asyncio.sleep(0.005)
+            assert serving.is_ready
+
+    with caplog.at_level("INFO"):
+        asyncio.run(asyncio.wait_for(scenario(), WAIT_S))
+    assert set(asked) == {3}
+    assert caplog.text.count("NOT_SERVING: no step came") == 1
+    assert caplog.text.count("SERVING: the engine answers again") == 1
+
+
+def test_a_stopping_server_is_not_made_ready_again_by_a_probe(monkeypatch):
+    """A probe under way when the stop comes must not hold it up either."""
+    is_asked, may_answer = threading.Event(), threading.Event()
+
+    def probe(orchestrator, timeout_s):
+        is_asked.set()
+        may_answer.wait(WAIT_S)
+
+    monkeypatch.setattr(Orchestrator, "probe", probe)
+
+    async def scenario():
+        engine = FakeEngine(step_s=0.005)
+        serving = Serving(lambda: (engine, None), ServerConfig(port=0, probe_interval_s=0.001))
+        await serving.__aenter__()
+        async with grpc.aio.insecure_channel(serving.address) as channel:
+            running = ask(channel, "\x01", max_tokens=60)
+            await running.read()
+            assert await asyncio.to_thread(is_asked.wait, WAIT_S)
+            leaving = asyncio.create_task(serving.__aexit__())
+            while await health(channel) == SERVING:
+                await asyncio.sleep(0.002)
+            may_answer.set()
+            await asyncio.sleep(0.05)
+            assert await health(channel) == NOT_SERVING
+            await whole(running)
+            await leaving
+
+    asyncio.run(asyncio.wait_for(scenario(), WAIT_S))
+
+
+def test_a_real_probe_of_an_idle_and_of_a_hung_engine(caplog):
+    """An idle server probes with a step of its own; a device that hangs is seen within the time-out."""
+
+    async def scenario():
+        engine = FakeEngine()
+        config = ServerConfig(port=0, grace_s=0, probe_interval_s=0.01, probe_timeout_s=0.1)
+        async with (
+            Serving(lambda: (engine, None), config) as serving,
+            grpc.aio.insecure_channel(serving.address) as channel,
+        ):
+            while engine.steps < 3:
+                await asyncio.sleep(0.005)
+            assert await health(channel) == SERVING
+            engine.pace = threading.Semaphore(0)
+            while await health(channel) == SERVING:
+                await asyncio.sleep(0.005)
+            engine.pace.release(9999)
+            while await health(channel) == NOT_SERVING:
+                await asyncio.sleep(0.005)
+
+    asyncio.run(asyncio.wait_for(scenario(), WAIT_S))
+    assert "within 0.1 s" in caplog.text
 
 
 SERVER = """

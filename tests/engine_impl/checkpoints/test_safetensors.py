@@ -1,6 +1,8 @@
 """Hugging Face folders: weights as they are in the files, and one clear error for each way to be damaged."""
 
 import json
+import tracemalloc
+import weakref
 
 import jax.numpy as jnp
 import ml_dtypes
@@ -72,6 +74,7 @@ def test_types_are_cast(tmp_path, stored, wanted):
     np.testing.assert_array_equal(np.asarray(value), expected)
 
 
+@pytest.mark.slow
 def test_the_model_answers_as_transformers_does(tmp_path):
     torch = pytest.importorskip("torch")
     from transformers import AutoModelForCausalLM
@@ -88,7 +91,6 @@ def test_the_model_answers_as_transformers_does(tmp_path):
 
 def test_only_a_share_is_in_memory_at_a_time(tmp_path, monkeypatch):
     """Every memory map is gone before the second one after it is opened."""
-    import weakref
 
     checkpoint = SafetensorsCheckpoint(write_folder(tmp_path / "m"))
     read, alive = checkpoint.tensor, []
@@ -103,6 +105,23 @@ def test_only_a_share_is_in_memory_at_a_time(tmp_path, monkeypatch):
 
     monkeypatch.setattr(checkpoint, "tensor", tensor)
     build_engine(EngineConfig(cache_length=128, tensor_parallel=1), checkpoint).load_params(checkpoint)
+
+
+def test_stacking_layers_takes_no_stack_on_the_host(tmp_path):
+    """Eight layers of 2 MiB a matrix: numpy never holds 16 MiB at once (tracemalloc sees its arrays, not JAX's)."""
+    config = CONFIG | {"num_hidden_layers": 8, "hidden_size": 512, "intermediate_size": 1024}
+    checkpoint = SafetensorsCheckpoint(write_folder(tmp_path / "m", config=config))
+    engine = build_engine(EngineConfig(cache_length=128, tensor_parallel=2), checkpoint)
+    engine.layer_loop = "scan"
+    tracemalloc.start()
+    try:
+        params = engine.load_params(checkpoint)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    stack = params["layers"]["mlp.up_proj.weight"]
+    assert stack.nbytes == 16 * 2**20
+    assert peak < 10 * 2**20
 
 
 def change(tensors, name, edit):
@@ -214,9 +233,12 @@ def test_a_missing_file_is_told(tmp_path):
         load(folder)
 
 
-def test_a_broken_index_is_told(tmp_path):
+@pytest.mark.parametrize(
+    "index", ["[]", "{", '{"weight_map": {}}', '{"weight_map": {"a": "../m.safetensors"}}', '{"weight_map": {"a": 5}}']
+)
+def test_a_broken_index_is_told(tmp_path, index):
     folder = write_folder(tmp_path / "m", files=2)
-    (folder / "model.safetensors.index.json").write_text("[]")
+    (folder / "model.safetensors.index.json").write_text(index)
     with pytest.raises(RefusedError, match="is no index of safetensors files"):
         load(folder)
 
@@ -263,6 +285,7 @@ def test_a_folder_without_tokenizer_takes_ids_and_refuses_texts(tmp_path):
         tokenizer.encode("hello")
     with pytest.raises(RefusedError, match="has no tokenizer"):
         tokenizer.render_chat([{"role": "user", "content": "hello"}])
+    assert tokenizer.encode("") == []
     stream = tokenizer.stream()
     assert (stream.feed(5), stream.finish(), tokenizer.decode([5, 6])) == ("", "", "")
     _, first = engine.prefill(params, *engine.pad([1, 2, 3]))

@@ -224,6 +224,14 @@ def test_damaged_files_are_told(tmp_path, files):
         read_tokenizer(write(tmp_path, **files), "m", 999)
 
 
+def test_ids_beyond_the_model_are_not_in_its_vocabulary(tmp_path, byte_level):
+    (tmp_path / "tokenizer.json").write_bytes(byte_level.read_bytes())
+    write(tmp_path, tokenizer_config=GENERIC)
+    size = Backend.from_file(str(byte_level)).get_vocab_size()
+    assert read_tokenizer(tmp_path, "m", size - 1).vocab_size == size - 1
+    assert read_tokenizer(tmp_path, "m", size + 64).vocab_size == size
+
+
 def test_no_tokenizer_at_all(tmp_path):
     write(tmp_path, config={"bos_token_id": 1, "eos_token_id": [4, 2]})
     tokenizer = read_tokenizer(tmp_path, "m", 999)

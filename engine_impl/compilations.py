@@ -1,0 +1,59 @@
+"""How many programs JAX has made, and the folder in which it keeps them for the next start."""
+
+import threading
+from dataclasses import dataclass
+from pathlib import Path
+
+COMPILED, FOUND = "/jax/core/compile/backend_compile_duration", "/jax/compilation_cache/cache_hits"
+"""What JAX reports (jax.monitoring): a program was made, by compiling it or from the folder; it was in the folder."""
+
+
+@dataclass(frozen=True)
+class Programs:
+    """Programs made since keep_in(), by JAX's own report."""
+
+    compiled: int = 0
+    found: int = 0
+    """Read from the folder instead."""
+
+    @property
+    def made(self) -> int:
+        return self.compiled + self.found
+
+
+_made = _found = 0
+_lock = threading.Lock()
+_is_counting = False
+
+
+def keep_in(folder: Path) -> None:
+    """Programs are kept in `folder` from now on, the small ones too, and counted. Call it before the first one."""
+    import jax  # late: those who only ask for programs() are spared it
+
+    global _is_counting
+    jax.config.update("jax_compilation_cache_dir", str(folder))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    if not _is_counting:
+        _is_counting = True
+        jax.monitoring.register_event_duration_secs_listener(_on_duration)
+        jax.monitoring.register_event_listener(_on_event)
+
+
+def programs() -> Programs:
+    """So far."""
+    with _lock:
+        return Programs(_made - _found, _found)
+
+
+def _on_duration(event: str, duration_secs: float, **about: str | int) -> None:
+    global _made
+    if event == COMPILED:
+        with _lock:
+            _made += 1
+
+
+def _on_event(event: str, **about: str | int) -> None:
+    global _found
+    if event == FOUND:
+        with _lock:
+            _found += 1

@@ -1,0 +1,25 @@
+"""From the delivery thread to the event loop: one wake-up for all that comes together, not one a token."""
+
+import asyncio
+from collections import deque
+
+from .request import Event
+
+
+class Mailbox:
+    """Belongs to one event loop; one thread posts."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._loop = loop
+        self._posts: deque[tuple[asyncio.Queue[Event], Event]] = deque()
+
+    def post(self, events: asyncio.Queue[Event], event: Event) -> None:
+        """Puts `event` into `events` on the loop. Raises RuntimeError when the loop is closed."""
+        self._posts.append((events, event))
+        if len(self._posts) == 1:  # else a wake-up is on its way, and takes this along
+            self._loop.call_soon_threadsafe(self._hand_out)
+
+    def _hand_out(self) -> None:
+        while self._posts:
+            events, event = self._posts.popleft()
+            events.put_nowait(event)
