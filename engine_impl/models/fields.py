@@ -5,7 +5,6 @@ from typing import Any
 
 from ..errors import RefusedError
 
-
 ROPE_TO_ADD = {"llama": 'add the one it was trained with, which for Llama 2 is "rope_theta": 10000.0'}
 """What to do about a config that names no rope: Llama 2's were published so."""
 

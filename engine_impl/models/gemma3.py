@@ -39,8 +39,8 @@ LEFT_OUT: dict[str, Any] = {
     "rope_theta": 1000000.0,
     "rope_local_base_freq": 10000.0,
 }
-"""What the `text_config` of google/gemma-3-4b, -12b or -27b leaves out, because it is the default of the class that they
-were published for: Gemma3TextConfig in transformers' models/gemma3/configuration_gemma3.py."""
+"""What the `text_config` of google/gemma-3-4b, -12b or -27b leaves out: the defaults of the class that they were
+published for, Gemma3TextConfig in transformers' models/gemma3/configuration_gemma3.py."""
 
 
 class Gemma3(Gemma2):

@@ -64,7 +64,7 @@ def test_a_loops_body_counts_as_often_as_it_runs(program):
 
 
 def test_copies_of_the_cache_are_found_wherever_it_goes(program):
-    """Through tuples, loop and kernel. Not the weights' copy, the prefetches into VMEM and CMEM, or the update in place."""
+    """Through tuples, loop and kernel. Not the weights' copy, prefetches into VMEM and CMEM, or the update in place."""
     assert program.copies_of(CACHE, 8 * 128 * 4) == ["layer", "saved"]
 
 
