@@ -104,6 +104,7 @@ def check_names(model: Decoder, checkpoint: Checkpoint) -> None:
     """Raises one RefusedError with all that does not agree; reads no weights, except those of a doubled lm_head."""
     there, needed = checkpoint.shapes(), needed_shapes(model, checkpoint.config.num_kv_heads)
     extra = {name for name in there if name not in needed and not name.endswith(BENIGN)}
+    extra = {name for name in extra if not name.startswith(model.ignored)}
     if model.config.tied_embeddings and HEAD in extra:
         _check_tied(checkpoint, there)
         extra.remove(HEAD)

@@ -16,6 +16,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from ..errors import RefusedError
+from ..models import registry
 from ..tokenizer import Tokenizer
 from .hf_config import read_hf_config
 from .tokenizer_files import read_tokenizer
@@ -30,7 +31,6 @@ _DTYPES = {
     "F16": np.dtype(np.float16),
     "BF16": jnp.dtype("bfloat16"),
 }
-_PREFIX = "model."  # of all that is not the lm_head, and not in the names of our parameters
 
 
 @dataclass(frozen=True)
@@ -55,10 +55,11 @@ class SafetensorsCheckpoint:
         """
         self.folder, self.name = folder, name or str(folder)
         self.config = read_hf_config(folder)
+        family = registry.family_of(self.config)
         self._tensors: dict[str, _Stored] = {}
         for file in weight_files(folder, self.name):
             for stored_name, tensor in _header(file).items():
-                parameter = stored_name.removeprefix(_PREFIX)
+                parameter = family.without_prefix(stored_name)
                 if parameter in self._tensors:
                     raise RefusedError(f"{self.name} holds {stored_name} twice, again in {file.name}; fetch it anew")
                 self._tensors[parameter] = tensor

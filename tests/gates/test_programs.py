@@ -80,7 +80,9 @@ def copies_of_counts(hlo: Program, engine: Engine) -> list[str]:
         instruction.name
         for instruction in instructions
         if instruction.opcode in ("copy", "copy-start")
-        and any((array.dtype, array.shape, array.in_vmem) == ("u16", shape, False) for array in instruction.result[:1])
+        and any(
+            (array.dtype, array.shape, array.is_on_chip) == ("u16", shape, False) for array in instruction.result[:1]
+        )
     ]
 
 

@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import grpc
@@ -152,6 +153,30 @@ def test_a_warm_up_that_fails_is_told():
     async def scenario():
         with pytest.raises(UnavailableError, match="ZeroDivisionError"):
             await Serving(lambda: (engine, None), ServerConfig(port=0)).__aenter__()
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.parametrize("failing", ["warm-up", "metrics", "a cancelled start"])
+def test_a_start_that_fails_leaves_no_thread(failing, monkeypatch):
+    """Whatever has been started by then: the engine's loop would hold the device, and the process its memory."""
+    engine, is_warming_up, before = FakeEngine(), threading.Event(), set(threading.enumerate())
+    if failing == "warm-up":
+        engine.warm_up = lambda params, state: 1 / 0
+    elif failing == "metrics":
+        monkeypatch.setattr(lifecycle.Metrics, "watch_devices", lambda *args: 1 / 0)
+    else:
+        engine.warm_up = lambda params, state: is_warming_up.set() or time.sleep(0.05) or state
+
+    async def scenario():
+        start = asyncio.create_task(Serving(lambda: (engine, None), ServerConfig(port=0)).__aenter__())
+        if failing == "a cancelled start":
+            await asyncio.to_thread(is_warming_up.wait, WAIT_S)
+            start.cancel()
+        with pytest.raises((UnavailableError, ZeroDivisionError, asyncio.CancelledError)):
+            await start
+        left = {thread.name for thread in set(threading.enumerate()) - before}
+        assert not left & {"orchestrator", "delivery"}
 
     asyncio.run(scenario())
 
