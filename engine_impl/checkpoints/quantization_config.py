@@ -50,6 +50,7 @@ class _Said(Fields):
 def _awq(said: _Said) -> Format:
     said.only("bits", 4)
     said.only("version", "gemm", "GEMM")
+    said.only("format", "gemm")
     said.only("zero_point", True)
     floats = tuple(f".*{re.escape(part)}.*" for part in said.get("modules_to_not_convert", []))
     return Format(
@@ -65,13 +66,14 @@ def _awq(said: _Said) -> Format:
 
 def _gptq(said: _Said) -> Format:
     said.only("bits", 4)
-    said.only("checkpoint_format", "gptq", "gptq_v2")
+    version = "checkpoint_format" if said.get("checkpoint_format") else "format"  # older and newer tools
+    said.only(version, "gptq", "gptq_v2")
     said.only("is_marlin_format", False)
     rules = said.get("dynamic", {})
     if any(not rule.startswith("-:") for rule in rules):
         raise said.refused("quantises some modules otherwise than the rest (dynamic)")
     group = said.group(said["group_size"])
-    is_v2 = said.get("checkpoint_format") == "gptq_v2"
+    is_v2 = said.get(version) == "gptq_v2"
     return Format(
         where=said.where,
         quantization=Quantization(

@@ -62,6 +62,18 @@ def test_int8_codes_of_another_tool_are_kept(extreme):
     assert np.array_equal(encode_int8(jnp.asarray(weight_OI, jnp.float32))["code"], code_OI)
 
 
+def test_int8_rows_of_another_tool_need_not_reach_127():
+    """Row 0 does; the others are then looked at more closely. Nor does a row of zeros disturb."""
+    rng = np.random.default_rng(1)
+    largest = np.array([127, -128, 126, -100, 65, 33, 1, 0])[:, None]
+    code_OI = rng.integers(-abs(largest) + 1, np.maximum(abs(largest), 1 - abs(largest) + 1), (8, 64))
+    code_OI[:, 5], code_OI[-1] = largest[:, 0], 0
+    scale_O1 = rng.uniform(1e-4, 1e-2, (8, 1)).astype(np.float16).astype(np.float64)
+    encoded = encode_int8(jnp.asarray(code_OI * scale_O1, jnp.float32))
+    assert np.array_equal(encoded["code"][:5], code_OI[:5])
+    np.testing.assert_allclose(encoded["code"] * encoded["scale"][:, None], code_OI * scale_O1, rtol=1e-6)
+
+
 @pytest.mark.parametrize("block", [1, 32, 64])
 def test_int4_is_off_by_half_a_step_at_most(block):
     weight_OI = awkward(np.random.default_rng(2), 24, 128)

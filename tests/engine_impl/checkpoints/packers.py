@@ -2,7 +2,7 @@
 
 import numpy as np
 
-AWQ_ORDER = [0, 2, 4, 6, 1, 3, 5, 7]
+AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 """Which of eight columns lies in a word's lowest bits, the next ones, ..."""
 
 
@@ -15,7 +15,7 @@ def word(codes) -> np.int32:
     return np.uint32(value).astype(np.int32)
 
 
-def along_rows(code, order=range(8)) -> np.ndarray:
+def along_rows(code, order=tuple(range(8))) -> np.ndarray:
     """[R, C] -> [R, C/8]: neighbours in a row share a word."""
     starts = range(0, code.shape[1], 8)
     return np.array([[word(row[start + i] for i in order) for start in starts] for row in code])

@@ -48,6 +48,7 @@ FORMATS = {
     "gptq": (GPTQ | {"checkpoint_format": "gptq"}, packers.gptq),
     "gptq, old": (GPTQ, packers.gptq),
     "gptq_v2": (GPTQ | {"checkpoint_format": "gptq_v2"}, packers.gptq_v2),
+    "gptq_v2, new": (GPTQ | {"format": "gptq_v2"}, packers.gptq_v2),
     "packed": (compressed("pack-quantized", PACKED_WEIGHTS), packers.packed),
     "packed, symmetric": (
         compressed("pack-quantized", PACKED_WEIGHTS | {"symmetric": True}), packers.packed_symmetric,
@@ -77,9 +78,11 @@ class Quantized:
             for group in range(Q):  # a group spans all codes, so that there is but one grid for it
                 inputs = np.flatnonzero(group_I == group)
                 code_OI[:, inputs[0]], code_OI[:, inputs[1]] = (-128, 127) if kind == "int8" else (0, 15)
-            zero_OQ = np.zeros((O, 1), int) if kind == "int8" else rng.integers(1, 16, (O, Q))
-            zero_OQ = np.full((O, Q), 8) if kind == "packed, symmetric" else zero_OQ
-            scale_OQ = rng.uniform(0.5, 1.5, (O, Q)) / np.abs(code_OI - zero_OQ[:, group_I]).max() / I**0.5 * 4
+            zero_OQ = np.full((O, Q), 0 if kind == "int8" else 8)
+            if kind not in ("int8", "packed, symmetric"):
+                zero_OQ = rng.integers(5, 11, (O, Q))
+                zero_OQ[:2, 0] = (1, 16) if kind in ("gptq", "gptq, old") else (0, 15)  # what can be stored
+            scale_OQ = rng.uniform(0.5, 1.5, (O, Q)) / np.abs(code_OI - zero_OQ[:, group_I]).max() / I**0.5 * 12
             scale_OQ = scale_OQ.astype(np.float16)
             exact_OI = (code_OI - zero_OQ[:, group_I]) * scale_OQ.astype(np.float64)[:, group_I]
             self.codes[name.removeprefix("model.")], self.floats[name] = code_OI, exact_OI.astype(np.float32)
