@@ -55,7 +55,6 @@ FORMATS = {
     ),
     "int8": (compressed("int-quantized", INT8_WEIGHTS, DYNAMIC), packers.int8),
 }  # fmt: skip
-INT4 = [kind for kind in FORMATS if kind != "int8"]
 
 
 class Quantized:
@@ -119,11 +118,14 @@ def test_values_are_exact(tmp_path, kind):
         assert tensor.dtype == (np.float32 if name.removeprefix("model.") in model.codes else np.float16)
 
 
-@pytest.mark.parametrize(("kind", "devices"), [*((kind, 1) for kind in FORMATS), ("awq", 2)])
-def test_codes_are_kept(tmp_path, kind, devices):
-    """Nobody said how to store the weights: they stay as they are."""
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [*((kind, {}) for kind in FORMATS), ("awq", {"tensor_parallel": 2}), ("awq", {"dtype": "bfloat16"})],
+)
+def test_codes_are_kept(tmp_path, kind, options):
+    """Nobody said how to store the weights: they stay as they are, whatever the type of the scales."""
     model = Quantized(kind)
-    _, params = load(model.folder(tmp_path / "m"), tensor_parallel=devices)
+    _, params = load(model.folder(tmp_path / "m"), **options)
     for name, code_OI in model.codes.items():
         module = name.removesuffix(".weight")
         if kind == "int8":
@@ -131,7 +133,7 @@ def test_codes_are_kept(tmp_path, kind, devices):
         else:
             code_IO = np.asarray(unpack(leaf(params, f"{module}.packed")))
             np.testing.assert_array_equal(code_IO.T, code_OI - 8, err_msg=name)
-    assert params["lm_head"]["weight"].dtype == np.float32
+    assert params["lm_head"]["weight"].dtype == options.get("dtype", "float32")
 
 
 @pytest.mark.parametrize("kind", ["awq", "int8"])
