@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from ..cache_manager import Plain
 from .budget import Budget, Misfit, ProgramReport
 from .checkpoints import hub
 from .checkpoints.gguf import GGUFCheckpoint
@@ -43,7 +44,10 @@ class Plan:
     dtype: str
     hbm_bytes_per_chip: int
     weights_bytes_per_chip: int
+    quantize_kv: str
     cache_bytes_per_chip: int
+    plain_cache_bytes_per_chip: int
+    """what the cache would take with `quantize_kv` none"""
     resident_bytes_per_chip: int
     """the most that is in HBM at once: weights, cache, and the hungriest program's temporaries and results"""
     fits: bool
@@ -109,7 +113,9 @@ def plan(
         dtype=engine.layout.dtype.name,
         hbm_bytes_per_chip=chip.hbm_bytes,
         weights_bytes_per_chip=budget.weights_bytes,
+        quantize_kv=config.quantize_kv,
         cache_bytes_per_chip=budget.cache_bytes,
+        plain_cache_bytes_per_chip=replace(engine.layout, codec=Plain()).bytes // engine.mesh.size,
         resident_bytes_per_chip=max((budget.needed(p, r) for p, r in programs.items()), default=budget.resident),
         fits=misfit is None,
         programs=programs,

@@ -63,6 +63,7 @@ def table(plan: "Report") -> str:
         f"{plan.slots} slots x {plan.cache_length} tokens",
         f"HBM a chip: weights {plan.weights_bytes_per_chip / GIB:.2f} + cache {plan.cache_bytes_per_chip / GIB:.2f}, "
         f"at most {plan.resident_bytes_per_chip / GIB:.2f} of {plan.hbm_bytes_per_chip / GIB:.2f} GiB",
+        *saved(plan),
         "",
         f"{'program':<15}{'compile s':>10}{'temp MiB':>10}{'code MiB':>10}{'copies':>8}{'floor ms':>10}{'compute':>9}",
     ]
@@ -79,6 +80,17 @@ def table(plan: "Report") -> str:
         return "\n".join([*lines, "", *misfit(plan)])
     ceiling = plan.programs["generate"].tokens_per_second_ceiling
     return "\n".join([*lines, "", f"It fits. Ceiling of the decode step, all slots full: {ceiling:,.0f} tokens/s"])
+
+
+def saved(plan: "Report") -> list[str]:
+    """What a quantised cache saves."""
+    if plan.quantize_kv == "none":
+        return []
+    plain, share = plan.plain_cache_bytes_per_chip, plan.cache_bytes_per_chip / plan.plain_cache_bytes_per_chip
+    return [
+        f"KV cache in {plan.quantize_kv}: {share:.0%} of the {plain / GIB:.2f} GiB that it would take in {plan.dtype}, "
+        f"which in these bytes has room for {int(plan.slots * share)} slots"
+    ]
 
 
 def misfit(plan: "Report") -> list[str]:

@@ -32,6 +32,15 @@ def test_a_misfit_is_told_in_words(capsys):
     assert "What would make room, each alone: " in out
 
 
+def test_a_quantised_cache_says_what_it_saves(capsys):
+    assert (
+        run(["plan", "--model", "llama-2-70b", "--topology", "v5e:2x2", "--slots", "100", "--quantize-kv", "int8"]) == 1
+    )
+    out = capsys.readouterr().out  # 80 layers, 2 kv heads a chip, 100 x 1024 tokens of 512 bytes, or of 264
+    assert "KV cache in int8: 52% of the 7.81 GiB that it would take in bfloat16, which in these bytes" in out
+    assert "has room for 51 slots" in out
+
+
 @pytest.mark.slow
 def test_the_table_is_for_people(capsys):
     assert run(["plan", "--model", "embedded", "--topology", "v5e:2x2", "--tensor-parallel", "1"]) == 0
