@@ -35,7 +35,7 @@ def resolved(config: EngineConfig, stored: Quantization | None, model: Decoder, 
     if stored is None or wanted != stored.weights:
         return config
     if wanted == "int4":
-        config = replace(config, quantize_block=config.quantize_block or _block(stored, model, mesh))
+        config = replace(config, quantize_block=_block(config.quantize_block, stored, model, mesh))
     if not as_stored:
         return config
     return replace(config, quantize_exclude=(*config.quantize_exclude, *_left(stored, model)))
@@ -57,9 +57,9 @@ def _left(stored: Quantization, model: Decoder) -> list[str]:
     return [pattern for pattern, kinds in quantized.items() if kinds == {False}]
 
 
-def _block(stored: Quantization, model: Decoder, mesh: Mesh) -> int:
-    """The largest block within a group that divides all inputs, and leaves the chips whole blocks to share. Smaller
-    than the group it is as exact, and costs more scales."""
+def _block(wanted: int | None, stored: Quantization, model: Decoder, mesh: Mesh) -> int:
+    """The one wanted, else the largest block within a group that divides all inputs, and leaves the chips whole blocks
+    to share. Smaller than the group it is as exact, and costs more scales."""
     remedy = "give --quantize-weights none, which takes them as floats, or int8, which comes close"
     if stored.act_order:
         raise RefusedError(
@@ -70,6 +70,8 @@ def _block(stored: Quantization, model: Decoder, mesh: Mesh) -> int:
         raise RefusedError(
             f"int4 weights need blocks of 32 inputs, and these are in groups of {stored.group}; {remedy}"
         )
+    if wanted is not None:
+        return wanted
     linear = [(name, module) for name, module in _linear(model).items() if isinstance(module, Linear)]
     inputs = [(module.in_features, model.shard_axis.get(name.rpartition(".")[2]) == 1) for name, module in linear]
     whole = [block for block in within if all(count % block == 0 for count, _ in inputs)]

@@ -168,9 +168,9 @@ def test_groups_out_of_order_are_exact_as_floats_and_never_become_int4(tmp_path)
     checkpoint = SafetensorsCheckpoint(folder)
     for name in model.codes:
         np.testing.assert_array_equal(checkpoint.tensor(name), model.floats[f"model.{name}"])
-    for wanted in ("auto", "int4"):
+    for options in ({}, {"quantize_weights": "int4"}, {"quantize_block": 32}):
         with pytest.raises(RefusedError, match=r"desc_act; give --quantize-weights none, .* or int8"):
-            load(folder, quantize_weights=wanted)
+            load(folder, **options)
     _, params = load(folder, quantize_weights="int8")
     assert leaf(params, "layers.0.mlp.up_proj.code").dtype == np.int8
 
