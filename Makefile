@@ -1,6 +1,7 @@
 VENV := .venv
 BIN := $(VENV)/bin
 PYTHON ?= python3
+PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile  # two processes; each may take 5 GB
 
 .PHONY: demo test test-fast gates setup check protos clean
 
@@ -8,13 +9,13 @@ demo: $(VENV)/.runtime           ## serve the embedded model, ask it a question,
 	@$(BIN)/slipstream demo
 
 test: $(VENV)/.test              ## the whole suite
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 test-fast: $(VENV)/.test         ## what does not take long
-	$(BIN)/python -m pytest -m "not slow and not gates"
+	$(PYTEST) -m "not slow and not gates"
 
 gates: $(VENV)/.test             ## every program x heads x head dim x chip, by the TPU compiler
-	$(BIN)/python -m pytest tests/gates -m "gates or not gates"
+	$(PYTEST) tests/gates -m "gates or not gates"
 
 setup: $(VENV)/.test             ## the environment for development
 

@@ -116,7 +116,8 @@ def measured(
     mode, before = MODES[name], _live_bytes()
     config = EngineConfig(
         model=plan.model, platform=plan.platform, tensor_parallel=plan.tensor_parallel, dtype="float32",
-        slots=exam.SLOTS, cache_length=exam.WINDOW, quantize_exclude=_excluded(mode, checkpoint), **mode.options,
+        slots=exam.SLOTS, cache_length=exam.WINDOW, quantize_exclude=_excluded(mode, checkpoint),
+        **{"quantize_weights": "none", **mode.options},
     )  # fmt: skip
     engine = build_engine(config, checkpoint)
     params = jax.block_until_ready(engine.load_params(checkpoint))

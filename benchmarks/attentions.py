@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from ..cache_manager import KV
 from ..engine_impl.attention import attend_cache
 from ..kernels import Backend
 
@@ -73,7 +74,7 @@ def ours(backend: Backend, mesh: jax.sharding.Mesh, name: str) -> Attention:
     def attend(q_BNH: jax.Array, layer: int, arrays: Any) -> jax.Array:
         new_BKC, cache_LBKSC, length_B = arrays
         k_BKH, v_BKH = jnp.split(new_BKC, 2, axis=-1)
-        attend = attend_cache(cache_LBKSC, length_B, mesh=mesh, backend=backend)
+        attend = attend_cache(KV(cache_LBKSC), length_B, mesh=mesh, backend=backend)
         return attend.call(jnp.int32(layer), 0, q_BNH, k_BKH, v_BKH)
 
     return Attention(name, lambda case: (case.new_BKC, case.cache_LBKSC, case.length_B), attend)

@@ -35,11 +35,11 @@ from pathlib import Path
 from typing import Any
 
 from ..engine_impl.chips import CHIPS
-from ..kernels.cache_flush.pallas_tpu import tile_rows
+from ..kernels.cache_flush.pallas_tpu import LANES, tile_rows
 from .llo import parse, programs
 from .table import table
 
-KV_HEADS, HEAD_DIMS, DTYPES = (1, 4, 8), (64, 128), ("bfloat16", "float32")
+KV_HEADS, HEAD_DIMS, DTYPES = (1, 4, 8), (64, 128), ("bfloat16", "float32", "int8")  # of the cache's rows
 BLOCK_BYTES = (64 * 1024, 2 * 1024 * 1024)  # smaller is hopeless, of larger ones two do not fit into v5e's VMEM
 BLOCK_ROWS = (128, 256, 512, 1024, 2048)
 QUERY_GROUP = 4  # query heads a kv head; up to 8 share a tile of 8 rows
@@ -81,13 +81,16 @@ class Setting:
     """One kernel to compile."""
 
     kernel: str
-    """ "attention" or "flush" """
+    """ "attention", "flush" or "scales", the flush of an int8 cache's scales"""
     kv_heads: int
     """of one chip"""
     head_dim: int
     dtype: str
     block: int = 0
     """rows a step; attention only"""
+    window: bool = False
+    """whether there is one; attention only, as is the cap"""
+    soft_cap: float | None = None
 
 
 @dataclass(frozen=True)
@@ -145,6 +148,7 @@ def settings(all_kv_heads: Iterable[int] = KV_HEADS) -> list[Setting]:
                     if BLOCK_BYTES[0] <= block * row_bytes <= BLOCK_BYTES[1]
                 ]
                 found.append(Setting("flush", kv_heads, head_dim, dtype))
+        found.append(Setting("scales", kv_heads, 0, "float32"))
     return found
 
 
@@ -173,14 +177,14 @@ def measure(chip: str, wanted: list[Setting]) -> list[Row]:
 
 
 def _row_bytes(kv_heads: int, head_dim: int, dtype: str) -> int:
-    return kv_heads * 2 * head_dim * {"bfloat16": 2, "float32": 4}[dtype]
+    return kv_heads * {"bfloat16": 4 * head_dim, "float32": 8 * head_dim, "int8": 2 * head_dim + 8}[dtype]
 
 
 def _child(chip: str, dump: Path) -> None:
     """Settings on stdin, a row each on stdout; libtpu dumps into `dump`."""
     for setting in [Setting(**fields) for fields in json.load(sys.stdin)]:
         _compile(CORES[chip].topology, setting)
-        kernel = {"attention": "ragged_attention", "flush": "cache_flush"}[setting.kernel]
+        kernel = "ragged_attention" if setting.kernel == "attention" else "cache_flush"
         (text,) = (text for name, text in programs(dump).items() if name.startswith(kernel))
         for path in dump.iterdir():
             path.unlink()
@@ -199,21 +203,29 @@ def _compile(topology: str, setting: Setting) -> None:
 
     mesh = Mesh(np.array(tpu_devices(topology)[:1]), ("tensor",))
     everywhere = PartitionSpec()
-    K, H, B, dtype = setting.kv_heads, setting.head_dim, 96, jnp.dtype(setting.dtype)
+    K, H, B, rows = setting.kv_heads, setting.head_dim, 96, jnp.dtype(setting.dtype)
+    model = jnp.bfloat16 if setting.dtype == "int8" else rows
 
-    def array(*shape: int, dtype: Any = dtype) -> jax.ShapeDtypeStruct:
+    def array(*shape: int, dtype: Any = rows) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, everywhere))
 
-    def attend(q_BNH, new_BKC, cache_LBKSC, layer, length_B):
-        steps = live_steps(length_B, None, cache_LBKSC.shape[3], setting.block)
-        return ragged_attention_tpu(q_BNH, new_BKC, cache_LBKSC, None, layer, length_B, None, steps)
+    def attend(q_BNH, new_BKC, cache_LBKSC, scale_LBK2S, layer, length_B, window):
+        steps = live_steps(length_B, window, cache_LBKSC.shape[3], setting.block)
+        args = (q_BNH, new_BKC, cache_LBKSC, scale_LBK2S, layer, length_B, window, steps)
+        return ragged_attention_tpu(*args, soft_cap=setting.soft_cap)
 
     layer, length_B = array(dtype=jnp.int32), array(B, dtype=jnp.int32)
     kernel: Callable[..., jax.Array]
     if setting.kernel == "attention":
         kernel, donated = attend, ()
-        cache_LBKSC = array(2, B, K, 2 * BLOCK_ROWS[-1], 2 * H)
-        args = array(B, K * QUERY_GROUP, H), array(B, K, 2 * H), cache_LBKSC, layer, length_B
+        S = 2 * BLOCK_ROWS[-1]
+        q_BNH, new_BKC = array(B, K * QUERY_GROUP, H, dtype=model), array(B, K, 2 * H, dtype=model)
+        scale_LBK2S = array(2, B, K, 2, S, dtype=jnp.float32) if setting.dtype == "int8" else None
+        window = layer if setting.window else None
+        args = q_BNH, new_BKC, array(2, B, K, S, 2 * H), scale_LBK2S, layer, length_B, window
+    elif setting.kernel == "scales":
+        kernel, donated = partial(cache_flush_tpu, token_axis=4), (0,)
+        args = array(FLUSH_LAYERS, B, K, 2, 256), array(FLUSH_LAYERS, B, K, 2), length_B
     else:
         kernel, donated = partial(cache_flush_tpu, token_axis=3), (0,)
         args = array(FLUSH_LAYERS, B, K, 256, 2 * H), array(FLUSH_LAYERS, B, K, 2 * H), length_B
@@ -226,8 +238,12 @@ def read(chip: str, setting: Setting, text: str) -> Row:
     core = CORES[chip]
     program = parse(text, core.delay_slots)
     row_bytes = _row_bytes(setting.kv_heads, setting.head_dim, setting.dtype)
-    if setting.kernel == "flush":
-        dma = core.dma_cycles(chip, 2 * FLUSH_LAYERS * tile_rows(setting.dtype) * row_bytes)
+    if setting.kernel != "attention":
+        tile_bytes = setting.kv_heads * 2 * LANES * 4
+        if setting.kernel == "flush":  # rows alone: their scales have a flush of their own
+            row_values = setting.kv_heads * 2 * setting.head_dim
+            tile_bytes = tile_rows(setting.dtype) * row_values * {"bfloat16": 2, "float32": 4, "int8": 1}[setting.dtype]
+        dma = core.dma_cycles(chip, 2 * FLUSH_LAYERS * tile_bytes)
         return FlushRow(chip, setting, program.issued(program.regions), dma)
     products = program.of("vmat")
     if len(products) != 2:
@@ -301,7 +317,7 @@ def as_json(rows: list[Row]) -> dict[str, Any]:
         fields |= fields.pop("setting")
         if isinstance(row, AttentionRow):
             return fields | {"is_dma_bound": row.is_dma_bound, "cycles": row.cycles}
-        return {name: value for name, value in fields.items() if name != "block"}
+        return {name: value for name, value in fields.items() if name not in ("block", "window", "soft_cap")}
 
     return {
         "clock_hz": {chip: core.clock for chip, core in CORES.items()},

@@ -33,6 +33,7 @@ class RandomCheckpoint:
 
     def __init__(self, config: ModelConfig, name: str) -> None:
         self.config, self.name = config, name
+        self.quantization = None
         self._values = np.random.default_rng(0).standard_normal(RANDOM_VALUES, np.float32)
         self._shapes = needed_shapes(registry.build(config), config.num_kv_heads)
 

@@ -36,7 +36,7 @@ class Point:
     cache_length: int
     live_tokens: int
     dtype: Literal["auto", "float32", "bfloat16"]
-    quantize_weights: Literal["none", "int8", "int4"] = "none"
+    quantize_weights: Literal["auto", "none", "int8", "int4"] = "auto"
     quantize_kv: Literal["none", "int8"] = "none"
 
     @property

@@ -44,7 +44,9 @@ class Int8:
         scale = max |x| / 127,  code = round(x / scale),  |x - code * scale| <= scale / 2
 
     up to f32 rounding; zero vectors come back exactly. A token takes 2 H + 8 bytes a head: of bf16's 4 H 52 % at
-    H = 128, 53 % at H = 64.
+    H = 128, 53 % at H = 64. SmolLM2-135M over 399 tokens of English, each step against an f32 cache: next-token
+    distributions differ by a KL divergence of 0.0006 nats on average and 0.0085 at most, 98 % have the same likeliest
+    token, perplexity 86.65 becomes 86.62.
     """
 
     def abstract(self, shape: tuple[int, ...], dtype: jnp.dtype) -> KV:

@@ -39,8 +39,9 @@ class ChatTemplate:
                 documents=None,
                 add_generation_prompt=True,
             )
-        except (jinja2.TemplateError, TypeError, ValueError) as error:
-            raise RefusedError(f"the model's chat template refuses these messages: {error}") from error
+        except Exception as error:  # a template is a program: it fails in any way that one can
+            reason = str(error) or type(error).__name__
+            raise RefusedError(f"the model's chat template refuses these messages: {reason}") from error
 
     @cached_property
     def _template(self) -> jinja2.Template:

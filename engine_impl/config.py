@@ -40,22 +40,24 @@ class EngineConfig:
     platform: Literal["auto", "cpu", "tpu", "cuda"] = "auto"
     """Devices to run on. `auto` takes JAX_PLATFORMS if set, else a TPU or GPU where there is one, else the CPU."""
 
-    quantize_weights: Literal["none", "int8", "int4"] = "none"
-    """Store weights as int8 (a scale for each output) or int4 (a scale and an offset for each block of inputs)."""
+    quantize_weights: Literal["auto", "none", "int8", "int4"] = "auto"
+    """Store weights as int8 (a scale for each output) or int4 (a scale and an offset for each block of inputs). `auto`:
+    as the checkpoint does if it is AWQ, GPTQ or compressed-tensors, else `none`."""
 
-    quantize_block: int = 32
-    """Inputs that share a scale with int4 (32, 64 or 128). 32 keeps the weights of Q4_0 and Q4_1 files as they are."""
+    quantize_block: int | None = None
+    """Inputs that share a scale with int4 (32, 64 or 128). Default: what the checkpoint's groups allow, else 32, which
+    keeps the weights of Q4_0 and Q4_1 files as they are."""
 
     quantize_activations: Literal["none", "int8"] = "none"
     """With int8 weights: round activations to int8 too, which doubles the rate of multiplication on a TPU."""
 
     quantize_exclude: tuple[str, ...] = ("lm_head",)
-    """Modules that keep their weights as they are, by patterns such as `layers.0.*` or `*.down_proj`."""
+    """Modules that keep their weights as they are, by patterns such as `*.down_proj`; in all layers alike."""
 
     def __post_init__(self) -> None:
-        if self.quantize_block not in (32, 64, 128):
+        if self.quantize_block not in (None, 32, 64, 128):
             raise RefusedError(f"quantize_block={self.quantize_block} must be 32, 64 or 128")
-        if self.quantize_activations != "none" and self.quantize_weights != "int8":
+        if self.quantize_activations != "none" and self.quantize_weights not in ("auto", "int8"):
             raise RefusedError(
                 f"quantize_activations={self.quantize_activations!r} needs int8 weights; add --quantize-weights int8"
             )

@@ -45,8 +45,9 @@ class Array:
         return math.prod(self.shape) * (int(bits[0]) if bits else 8) // 8
 
     @property
-    def in_vmem(self) -> bool:
-        return "S(1)" in self.layout
+    def is_on_chip(self) -> bool:
+        """In VMEM (memory space 1), or in CMEM (3), the 128 MiB between VMEM and HBM that a v4 has."""
+        return "S(1)" in self.layout or "S(3)" in self.layout
 
 
 @dataclass(frozen=True)
@@ -118,7 +119,7 @@ class Program:
         """Instructions that copy, transpose, slice or relayout the parameter of this shape, or what came of it.
 
         Counted are results in HBM of at least `threshold_bytes`. An update in place is no copy; nor is a result in
-        VMEM, which is the compiler's prefetch.
+        VMEM or CMEM, which is the compiler's prefetch.
         """
         tainted = self._taint(shape, threshold_bytes)
         fused = {
@@ -130,7 +131,7 @@ class Program:
                 continue
             for instruction in instructions.values():
                 comes_from_it = any((computation, operand, 0) in tainted for operand in instruction.operands)
-                large = any(array.bytes >= threshold_bytes and not array.in_vmem for array in _made(instruction))
+                large = any(array.bytes >= threshold_bytes and not array.is_on_chip for array in _made(instruction))
                 if (
                     instruction.opcode in _COPYING
                     and comes_from_it

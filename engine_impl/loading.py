@@ -17,6 +17,7 @@ from .engine import Engine
 from .errors import RefusedError
 from .forward import Params
 from .models import registry
+from .quantize import resolved
 from .sharding import make_mesh
 from .weights import Checkpoint
 
@@ -56,6 +57,7 @@ def build_engine(
     mesh = make_mesh(devices, shape.num_heads, shape.num_kv_heads, config.tensor_parallel)
     model = registry.build(replace(shape, num_kv_heads=max(shape.num_kv_heads, mesh.size)))
     dtype = choose_dtype(config.dtype, devices[0].platform)
+    config = resolved(config, checkpoint.quantization, model, mesh)
     return Engine(model, mesh, config, dtype, checkpoint.tokenizer(), config.model)
 
 

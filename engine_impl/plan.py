@@ -17,15 +17,19 @@ import jax.numpy as jnp
 from .budget import Budget, Misfit, ProgramReport
 from .checkpoints import hub
 from .checkpoints.gguf import GGUFCheckpoint
-from .checkpoints.hf_config import read_hf_config
+from .checkpoints.hf_config import read_fields, read_hf_config
+from .checkpoints.quantization_config import read_format
 from .chips import chip_of
 from .config import EngineConfig
 from .engine import Engine
 from .models import registry
 from .models.decoder import ModelConfig
 from .presets import preset
+from .quantize import resolved
+from .quantized_linear import Int4Linear, Int8ExpertLinear, Int8Linear
 from .sharding import make_mesh
 from .topology import tpu_devices
+from .weights import Quantization
 
 
 @dataclass(frozen=True)
@@ -52,6 +56,7 @@ class Plan:
     dtype: str
     hbm_bytes_per_chip: int
     weights_bytes_per_chip: int
+    quantize_kv: str
     cache_bytes_per_chip: int
     resident_bytes_per_chip: int
     """the most that is in HBM at once: weights, cache, and the hungriest program's temporaries and results"""
@@ -73,18 +78,20 @@ def plan(
     shape: ModelConfig,
     topology: str,
     *,
+    stored: Quantization | None = None,
     all_buckets: bool = False,
     dump: Path | None = None,
     report: Callable[[str], None] = lambda line: None,
 ) -> Plan:
     """Compile generate, insert and prefill (the largest bucket, or all) for a topology.
 
-    `dump` gets each program's optimised HLO as <program>.hlo.txt; `report` is told what is being compiled.
+    `stored` is how the checkpoint keeps its weights (see `quantization_of`); `dump` gets each program's optimised HLO
+    as <program>.hlo.txt; `report` is told what is being compiled.
 
     Raises RefusedError for a topology that does not exist, sizes that the model does not allow, or without libtpu.
     """
     chip = chip_of(topology)
-    engine = abstract_engine(shape, topology, config)
+    engine = abstract_engine(shape, topology, config, stored)
     budget = Budget(engine, chip)
     programs: dict[str, ProgramReport] = {}
     misfit = budget.resident_misfit()
@@ -120,6 +127,7 @@ def plan(
         dtype=engine.layout.dtype.name,
         hbm_bytes_per_chip=chip.hbm_bytes,
         weights_bytes_per_chip=budget.weights_bytes,
+        quantize_kv=config.quantize_kv,
         cache_bytes_per_chip=budget.cache_bytes,
         resident_bytes_per_chip=max((budget.needed(p, r) for p, r in programs.items()), default=budget.resident),
         fits=misfit is None,
@@ -131,7 +139,9 @@ def plan(
 
 
 def _saving(config: EngineConfig, shape: ModelConfig, topology: str, budget: Budget) -> Saving | None:
-    kinds = {"weights": config.quantize_weights, "cache": config.quantize_kv}
+    modules = {type(module) for module in budget.engine._model.modules()}
+    weights = "int4" if Int4Linear in modules else "int8" if modules & {Int8Linear, Int8ExpertLinear} else "none"
+    kinds = {"weights": weights, "cache": config.quantize_kv}
     quantized = " and ".join(f"{kind} {what}" for what, kind in kinds.items() if kind != "none")
     if not quantized:
         return None
@@ -172,16 +182,35 @@ def shape_of(model: str) -> ModelConfig:
         return preset("smollm2-135m")
     if path.suffix == ".gguf":
         return GGUFCheckpoint(path).config
+    config = _config_file(model)
+    return preset(model) if config is None else read_hf_config(config)
+
+
+def quantization_of(model: str) -> Quantization | None:
+    """How the checkpoint of such a model keeps its weights, by its config.json; None: as floats, or as GGUF.
+
+    Raises RefusedError for a quantisation that cannot be read.
+    """
+    config = None if model == "embedded" or model.endswith(".gguf") else _config_file(model)
+    stored = None if config is None else read_format(read_fields(config), str(config))
+    return None if stored is None else stored.quantization
+
+
+def _config_file(model: str) -> Path | None:
+    path = Path(model)
     if path.exists():
-        return read_hf_config(path)
-    return read_hf_config(hub.config_file(model)) if hub.is_id(model) else preset(model)
+        return path
+    return hub.config_file(model) if hub.is_id(model) else None
 
 
-def abstract_engine(shape: ModelConfig, topology: str, config: EngineConfig) -> Engine:
+def abstract_engine(
+    shape: ModelConfig, topology: str, config: EngineConfig, stored: Quantization | None = None
+) -> Engine:
     """The product's own engine on chips that are not there."""
     devices = tpu_devices(topology)
     mesh = make_mesh(devices, shape.num_heads, shape.num_kv_heads, config.tensor_parallel)
     model = registry.build(replace(shape, num_kv_heads=max(shape.num_kv_heads, mesh.size)))
     dtype = jnp.dtype("bfloat16" if config.dtype == "auto" else config.dtype)
+    config = resolved(config, stored, model, mesh)
     tokenizer: Any = None  # text is none of a program's business
     return Engine(model, mesh, config, dtype, tokenizer, config.model)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from .errors import RefusedError
 
 MAX_SEED = 2**32 - 1
+MAX_TOP_K = 2**31 - 1
 
 MAX_LOGPROBS = 20
 """P: most alternatives whose log-probability a request may ask for, a token."""
@@ -53,8 +54,8 @@ class SamplingParams:
     def __post_init__(self) -> None:
         if not (math.isfinite(self.temperature) and self.temperature >= 0):
             raise RefusedError(f"temperature={self.temperature} must be 0 (greedy) or a positive number")
-        if self.top_k < 0:
-            raise RefusedError(f"top_k={self.top_k} must be 0 (keep all tokens) or positive")
+        if not 0 <= self.top_k <= MAX_TOP_K:
+            raise RefusedError(f"top_k={self.top_k} must be from 0 (keep all tokens) to {MAX_TOP_K}")
         if not 0 < self.top_p <= 1:
             raise RefusedError(f"top_p={self.top_p} must be above 0 and at most 1 (1 keeps all tokens)")
         if not 0 <= self.min_p <= 1:

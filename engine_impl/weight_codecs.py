@@ -19,31 +19,45 @@ REFITS = 2
 EXACT = 1e-5
 """What a value may be off its grid, over its block's largest, to count as on it: float32 rounding of scale * code."""
 
+FEWEST = 64
+"""Steps from zero to an int8 row's largest: fewer have a multiple between this and 127."""
+
 
 @jax.jit
 def encode_int8(weight_OI: jax.Array) -> dict[str, jax.Array]:
     """One scale an output, symmetric: weight = code * scale, |error| <= scale / 2.
 
-    The scale is the row's largest magnitude over 127, or over 128 where that fits better: so a row that some other
-    tool has quantised, and that comes here as floats, keeps its codes.
+    The scale is the row's largest magnitude over 127. A row that some other tool has quantised, and that comes here as
+    floats, keeps its codes: where rows turn out to be whole multiples of a scale, over 127 or over 128, the others' own
+    scale is looked for (a tool that corrects errors as it goes, as GPTQ does, need not reach 127 in every row).
 
     Returns:
         code i8 [O, I], scale f32 [O].
     """
     weight_OI = weight_OI.astype(jnp.float32)
     largest_O1 = jnp.abs(weight_OI).max(axis=1, keepdims=True)
+    is_zero_O1 = largest_O1 == 0
 
-    def candidate(steps: int) -> tuple[jax.Array, jax.Array, jax.Array]:
-        scale_O1 = jnp.where(largest_O1 > 0, largest_O1 / steps, 1)
-        code_OI = jnp.clip(jnp.round(weight_OI / scale_O1), -128, 127)
-        return code_OI, scale_O1, jnp.abs(code_OI * scale_O1 - weight_OI).max(axis=1, keepdims=True)
+    def encoded(steps_O1: jax.Array | int) -> tuple[jax.Array, jax.Array]:
+        scale_O1 = jnp.where(is_zero_O1, 1, largest_O1 / steps_O1)
+        return jnp.clip(jnp.round(weight_OI / scale_O1), -128, 127), scale_O1
 
-    code_OI, scale_O1, error_O1 = candidate(127)
-    other_OI, other_scale_O1, other_error_O1 = candidate(128)
-    is_other_O1 = other_error_O1 < EXACT * largest_O1
-    is_other_O1 &= error_O1 > other_error_O1
-    code_OI = jnp.where(is_other_O1, other_OI, code_OI)
-    return {"code": code_OI.astype(jnp.int8), "scale": jnp.where(is_other_O1, other_scale_O1, scale_O1)[:, 0]}
+    def look(steps: jax.Array | int, steps_O1: jax.Array, found_O1: jax.Array) -> tuple[jax.Array, jax.Array]:
+        code_OI, scale_O1 = encoded(steps)
+        off_O1 = jnp.abs(code_OI * scale_O1 - weight_OI).max(axis=1, keepdims=True)
+        here_O1 = ~found_O1 & (off_O1 <= EXACT * largest_O1)
+        return jnp.where(here_O1, steps, steps_O1), found_O1 | here_O1
+
+    def goes_on(carry):
+        steps, _, found_O1 = carry
+        return (steps >= FEWEST) & (found_O1 & ~is_zero_O1).any() & ~found_O1.all()
+
+    found = look(127, jnp.full_like(largest_O1, 127), is_zero_O1)
+    found = look(128, *found)
+    start = (jnp.float32(126), *found)
+    _, steps_O1, _ = jax.lax.while_loop(goes_on, lambda carry: (carry[0] - 1, *look(*carry)), start)
+    code_OI, scale_O1 = encoded(steps_O1)
+    return {"code": code_OI.astype(jnp.int8), "scale": scale_O1[:, 0]}
 
 
 @jax.jit

@@ -4,9 +4,10 @@ Tensors go one by one from the file to the devices that hold them: the host neve
 """
 
 import math
+import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -30,6 +31,24 @@ COMPARED_ROWS = 1024
 NAMES_TOLD = 8
 
 
+@dataclass(frozen=True)
+class Quantization:
+    """How a checkpoint keeps its matrices when some other tool has quantised them."""
+
+    weights: Literal["int8", "int4"]
+    """int8: a scale for each output; int4: for each group of inputs"""
+    group: int | None = None
+    """int4: inputs that share a scale, counted in order; None: all of an output's"""
+    act_order: bool = False
+    """int4: groups are not in order, but chosen input by input"""
+    floats: tuple[str, ...] = ()
+    """modules that were left as they are: regular expressions of their names in the checkpoint"""
+
+    def leaves(self, module: str) -> bool:
+        """Whether it was left as it is."""
+        return any(re.fullmatch(pattern, name) for pattern in self.floats for name in (module, f"model.{module}"))
+
+
 class Checkpoint(Protocol):
     """What a file format offers. Tensors are called as the model's parameters are (see `Decoder.sources`)."""
 
@@ -40,6 +59,11 @@ class Checkpoint(Protocol):
 
     @property
     def config(self) -> ModelConfig: ...
+
+    @property
+    def quantization(self) -> Quantization | None:
+        """What `tensor` decodes; None where matrices are floats, or count as such."""
+        ...
 
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
         """Every tensor there is; one that no parameter takes is an error when the weights are loaded."""
@@ -120,9 +144,12 @@ def check_names(model: Decoder, checkpoint: Checkpoint) -> None:
     """Raises one RefusedError with all that does not agree; reads no weights, except those of a doubled lm_head."""
     there, needed = checkpoint.shapes(), needed_shapes(model, checkpoint.config.num_kv_heads)
     extra = {name for name in there if name not in needed and not name.endswith(BENIGN)}
+    extra = {name for name in extra if not name.startswith(model.ignored)}
     if model.config.tied_embeddings and HEAD in extra:
         _check_tied(checkpoint, there)
         extra.remove(HEAD)
+    if checkpoint.quantization is not None:  # some tools give every module a bias
+        extra = {name for name in extra if not name.endswith(".bias") or checkpoint.tensor(name).any()}
     misshapen = [
         f"{name} is {there[name]}, the model needs {shape}"
         for name, shape in needed.items()

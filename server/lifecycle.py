@@ -95,24 +95,23 @@ class Serving:
         await self._listen()
         try:
             await self._load_and_warm_up()
+            await self._set_ready(True)
+            self._start_watchers()
         except BaseException:
+            await self._stop_watchers()
+            await self._close_orchestrator()
             await self._close_ports(0)
             raise
-        await self._set_ready(True)
-        self._start_watchers()
         return self
 
     async def __aexit__(self, *exc_info) -> None:
         log.info("stopping: NOT_SERVING, new requests are refused")
-        for watcher in self._watchers:
-            watcher.cancel()
-        await asyncio.gather(*self._watchers, return_exceptions=True)
+        await self._stop_watchers()
         self.is_ready = False
         await self._health.enter_graceful_shutdown()
         self._front.close("the server is stopping")
         await self._drain()
-        assert self.orchestrator is not None
-        await asyncio.to_thread(self.orchestrator.close)
+        await self._close_orchestrator()
         if self.profile is not None:
             await self.profile.close()
         await self._close_ports(FLUSH_S)
@@ -143,6 +142,11 @@ class Serving:
         if self._credentials is None:
             return self._server.add_insecure_port(self._config.address)
         return self._server.add_secure_port(self._config.address, self._credentials)
+
+    async def _close_orchestrator(self) -> None:
+        """If it has come so far."""
+        if self.orchestrator is not None:
+            await asyncio.to_thread(self.orchestrator.close)
 
     async def _close_ports(self, flush_s: float) -> None:
         await self._server.stop(flush_s)
@@ -189,6 +193,11 @@ class Serving:
             self._watchers.append(asyncio.create_task(self._probe()))
         if self._line is not None and self._line.is_shown:
             self._watchers.append(asyncio.create_task(Status(self.metrics).run(self._line)))
+
+    async def _stop_watchers(self) -> None:
+        for watcher in self._watchers:
+            watcher.cancel()
+        await asyncio.gather(*self._watchers, return_exceptions=True)
 
     async def _probe(self) -> None:
         """Ready as long as the device answers."""

@@ -49,6 +49,7 @@ class GGUFCheckpoint:
             raise RefusedError(f"model file {str(path)!r} is of the family {family!r}; the families there are: llama")
         self.name = self._field("general.name", path.stem)
         self.config = self._llama_config()
+        self.quantization = None  # its weights count as floats: exact, and on a CPU faster than codes
 
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
         """The shape of every tensor there is, by its parameter's name; one that we do not know keeps the file's."""

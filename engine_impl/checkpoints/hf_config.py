@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 from ..errors import RefusedError
 from ..models import registry
@@ -16,7 +17,17 @@ def read_hf_config(path: Path) -> ModelConfig:
 
     Raises RefusedError when there is none, or when it asks for what is not there: another family, another rope, ...
     """
-    path = path / "config.json" if path.is_dir() else path
+    return registry.read_config(read_fields(path), str(config_path(path)))
+
+
+def config_path(path: Path) -> Path:
+    """The config.json that a path, or a folder, means."""
+    return path / "config.json" if path.is_dir() else path
+
+
+def read_fields(path: Path) -> dict[str, Any]:
+    """What the file says. Raises RefusedError when it cannot be read."""
+    path = config_path(path)
     try:
         fields = json.loads(path.read_text())
     except OSError as error:
@@ -27,4 +38,4 @@ def read_hf_config(path: Path) -> ModelConfig:
         raise RefusedError(f"{str(path)!r} is not JSON ({error}); fetch it anew") from error
     if not isinstance(fields, dict):
         raise RefusedError(f"{str(path)!r} is no JSON object; fetch it anew")
-    return registry.read_config(fields, str(path))
+    return fields

@@ -6,8 +6,9 @@ asked for, and unmapped when it is dropped: a file's pages never add up.
 
 import json
 import math
+import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,11 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from ..errors import RefusedError
+from ..models import registry
 from ..tokenizer import Tokenizer
-from .hf_config import read_hf_config
+from ..weights import WEIGHT, Quantization
+from .hf_config import config_path, read_fields, read_hf_config
+from .quantization_config import read_format
 from .tokenizer_files import read_tokenizer
 
 INDEX = "model.safetensors.index.json"
@@ -30,7 +34,7 @@ _DTYPES = {
     "F16": np.dtype(np.float16),
     "BF16": jnp.dtype("bfloat16"),
 }
-_PREFIX = "model."  # of all that is not the lm_head, and not in the names of our parameters
+_CODES = {"I8": np.dtype(np.int8), "I32": np.dtype(np.int32), "I64": np.dtype(np.int64)}
 
 
 @dataclass(frozen=True)
@@ -45,30 +49,57 @@ class _Stored:
 
 
 class SafetensorsCheckpoint:
-    """One open folder. Only headers are read until a tensor is asked for."""
+    """One open folder. Only headers are read until a tensor is asked for. Quantised matrices are decoded when they are:
+    each is one tensor to whoever asks."""
 
     def __init__(self, folder: Path, name: str | None = None) -> None:
         """`name` is what messages call it; default: the folder's path.
 
-        Raises RefusedError when files are missing, damaged, pickled or quantised, or when config.json asks for a model
-        that is not there.
+        Raises RefusedError when files are missing, damaged, pickled, or quantised in a way that cannot be read, or when
+        config.json asks for a model that is not there.
         """
         self.folder, self.name = folder, name or str(folder)
         self.config = read_hf_config(folder)
+        self._format = read_format(read_fields(folder), str(config_path(folder)))
+        family = registry.family_of(self.config)
         self._tensors: dict[str, _Stored] = {}
         for file in weight_files(folder, self.name):
             for stored_name, tensor in _header(file).items():
-                parameter = stored_name.removeprefix(_PREFIX)
+                parameter = family.without_prefix(stored_name)
                 if parameter in self._tensors:
                     raise RefusedError(f"{self.name} holds {stored_name} twice, again in {file.name}; fetch it anew")
                 self._tensors[parameter] = tensor
+        shapes = {name: tensor.shape for name, tensor in self._tensors.items()}
+        self._matrices = {} if self._format is None else self._format.matrices(shapes)
+        parts = {part for matrix in self._matrices.values() for part in matrix.parts.values()}
+        self._plain = {name: tensor for name, tensor in self._tensors.items() if name not in parts}
+        kinds = {dtype: kind for kind, dtype in _CODES.items()}
+        codes = {name: kinds[tensor.dtype] for name, tensor in self._plain.items() if tensor.dtype in kinds}
+        if codes:
+            raise _not_floats(self.name, codes)
+
+    @property
+    def quantization(self) -> Quantization | None:
+        """As config.json says, but what was left as it is by the files."""
+        if self._format is None:
+            return None
+        plain = (name.removesuffix(f".{WEIGHT}") for name in self._plain if name.endswith(f".{WEIGHT}"))
+        return replace(self._format.quantization, floats=tuple(map(re.escape, plain)))
 
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
         """The shape of every tensor there is, by its parameter's name."""
-        return {name: tensor.shape for name, tensor in self._tensors.items()}
+        plain = {name: tensor.shape for name, tensor in self._plain.items()}
+        return plain | {name: matrix.shape for name, matrix in self._matrices.items()}
 
     def tensor(self, name: str) -> np.ndarray:
-        """One tensor by its parameter's name, a read-only memory map of the file, in the file's type."""
+        """One tensor by its parameter's name: a read-only memory map of the file, in the file's type; of a quantised
+        matrix, float32."""
+        if self._format is None or name not in self._matrices:
+            return self._stored(name)
+        matrix = self._matrices[name]
+        return self._format.floats(matrix, {part: self._stored(stored) for part, stored in matrix.parts.items()})
+
+    def _stored(self, name: str) -> np.ndarray:
         at = self._tensors[name]
         if not math.prod(at.shape):
             return np.zeros(at.shape, at.dtype)
@@ -123,15 +154,21 @@ def _header(file: Path) -> dict[str, _Stored]:
     except (SafetensorError, OSError, ValueError) as error:
         raise RefusedError(f"{str(file)!r} is no whole safetensors file ({error}); fetch it anew") from error
     fields.pop("__metadata__", None)
-    foreign = {name: of["dtype"] for name, of in fields.items() if of["dtype"] not in _DTYPES}
+    dtypes = _DTYPES | _CODES
+    foreign = {name: of["dtype"] for name, of in fields.items() if of["dtype"] not in dtypes}
     if foreign:
-        name, dtype = next(iter(foreign.items()))
-        raise RefusedError(
-            f"{str(file)!r} holds {len(foreign)} tensors that are not in {', '.join(_DTYPES)}, such as {name} in "
-            f"{dtype}; take a copy of the model that is not quantised"
-        )
+        raise _not_floats(str(file), foreign)
     start = 8 + length
     return {
-        name: _Stored(file, start + of["data_offsets"][0], tuple(of["shape"]), _DTYPES[of["dtype"]])
+        name: _Stored(file, start + of["data_offsets"][0], tuple(of["shape"]), dtypes[of["dtype"]])
         for name, of in fields.items()
     }
+
+
+def _not_floats(holder: str, dtypes: Mapping[str, str]) -> RefusedError:
+    name, dtype = next(iter(dtypes.items()))
+    return RefusedError(
+        f"{holder!r} holds {len(dtypes)} tensors that are not in {', '.join(_DTYPES)}, such as {name} in {dtype}; its "
+        "config.json has no quantization_config that says how to read them; take a copy of the model that is not "
+        "quantised, or one in AWQ, GPTQ or compressed-tensors that has one"
+    )

@@ -29,6 +29,7 @@ def read_tokenizer(folder: Path, where: str, vocab_size: int) -> Tokenizer:
     Raises RefusedError for files that are damaged or contradict each other.
     """
     config = _read(folder / "config.json")
+    config = (config.get("text_config") or {}) | config  # of a model that takes more than text
     generation = _read(folder / "generation_config.json")
     of_tokenizer = _read(folder / "special_tokens_map.json") | _read(folder / "tokenizer_config.json")
     ends = _ids(generation.get("eos_token_id")) | _ids(config.get("eos_token_id"))

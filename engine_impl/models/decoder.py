@@ -59,14 +59,19 @@ class ModelConfig:
 class Decoder(nn.Module):
     """The parts of a decoder-only model, in the order that a step walks them.
 
-    Parameters are named as in Hugging Face checkpoints, without the leading `model.`; where a name has to differ,
-    `sources` tells which tensors it stands for.
+    Parameters are named as in Hugging Face checkpoints, without the leading `model.` (see `prefixes`); where a name has
+    to differ, `sources` tells which tensors it stands for.
     """
 
     config_type: ClassVar[type[ModelConfig]]
     """The family's own, by which `registry.build` finds it."""
     shard_axis: ClassVar[dict[str, int]]
     """Module name -> the axis of its weight [out, in] that the chips share; all else is replicated."""
+    prefixes: ClassVar[tuple[str, ...]] = ("model.",)
+    """What may stand before the parameters' names in a Hugging Face checkpoint; the first that fits is taken off."""
+    ignored: ClassVar[tuple[str, ...]] = ()
+    """How the names of tensors begin, prefixes taken off, that a checkpoint may hold beside this model. Any other that
+    no parameter takes is refused."""
 
     config: ModelConfig
     embed_tokens: nn.Module
@@ -95,6 +100,11 @@ class Decoder(nn.Module):
     def read_config(cls, fields: Fields) -> ModelConfig:
         """The config that a `config.json` describes. Raises RefusedError for what the family cannot do."""
         raise NotImplementedError
+
+    @classmethod
+    def without_prefix(cls, name: str) -> str:
+        """A tensor's name in a Hugging Face checkpoint as ours."""
+        return name.removeprefix(next((prefix for prefix in cls.prefixes if name.startswith(prefix)), ""))
 
     def sources(self, name: str) -> tuple[str, ...]:
         """The checkpoint's tensors that make up a parameter; several are stacked on a new leading axis; see also

@@ -1,9 +1,12 @@
 """The fields of a Hugging Face `config.json`, read with a message for whatever is not as it should be."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..errors import RefusedError
+
+ROPE_TO_ADD = {"llama": 'add the one it was trained with, which for Llama 2 is "rope_theta": 10000.0'}
+"""What to do about a config that names no rope: Llama 2's were published so."""
 
 
 class Fields:
@@ -24,6 +27,19 @@ class Fields:
         """The field's value; the default when it is missing or null."""
         value = self._fields.get(name)
         return default if value is None else value
+
+    def part(self, name: str, left_out: Mapping[str, Any], beside: Sequence[str] = ()) -> "Fields":
+        """The fields of an object within, and of those that stand beside it the ones named: they go first.
+
+        `left_out` are the values that the authors' own class gives to fields that they left out of what they published.
+        Raises RefusedError when there is no such object.
+        """
+        fields = self[name]
+        if not isinstance(fields, dict):
+            raise self.refused(f"has a {name} that is no JSON object; fetch it anew")
+        given = {field: value for field, value in fields.items() if value is not None}
+        first = {field: self.get(field) for field in beside if self.get(field) is not None}
+        return Fields({**left_out, **given, **first}, f"{self._where}: {name}")
 
     def only(self, name: str, *allowed: Any) -> None:
         """Raises RefusedError when the field is there, is not null and is none of these."""
@@ -50,7 +66,8 @@ class Fields:
         else:
             rope = {"rope_theta": self.get("rope_theta"), **self.get("rope_scaling", {})}
         if rope.get("rope_theta") is None:
-            raise self.refused("has neither rope_parameters nor rope_theta; add the one it was trained with")
+            remedy = ROPE_TO_ADD.get(self.get("model_type"), "add the one it was trained with")
+            raise self.refused(f"has neither rope_parameters nor rope_theta; {remedy}")
         rope["rope_type"] = rope.get("rope_type") or rope.get("type") or "default"
         if rope["rope_type"] not in kinds:
             raise self.refused(f"scales its rope by {rope['rope_type']!r}; those there are: {', '.join(kinds)}")

@@ -22,21 +22,28 @@ class MixtralConfig(TransformerConfig):
 
 
 MANY_ROWS = 2048
-"""From here on rows are sorted by expert, below they all go through all experts."""
+"""From here on rows are sorted by expert, below they all go through all experts. The table in `MixtureOfExperts` says
+that it pays from some 1500 on; prompts come in powers of two."""
 
 
 class MixtureOfExperts(nn.Module):
     """Each token goes to its likeliest experts, and their answers are added up by likelihood.
 
     How depends on the number of rows, which a program knows when it is compiled. Mixtral 8x7B on v5e:2x4, a layer's
-    experts in millions of cycles by the TPU compiler's estimate (reading their weights takes 0.65):
+    experts under a scan, in millions of cycles (libtpu 0.0.42):
 
-        rows                       64    2048
-        all through all          0.92    6.09
-        sorted by expert         3.6     3.63
+        rows                       64     256     512    1024    2048
+        all through all          0.95    1.07    1.60    3.09    6.48
+        sorted by expert         3.19    3.29    3.44    4.09    5.39
+          copy, sort, add        2.54    2.64    2.79    3.10    3.71
+          the products           0.65    0.65    0.65    0.99    1.68
+
+    The compiler estimates all but the grouped products, which are a kernel: those are counted at the chip's full rate,
+    a group's rows filled up to tiles of 128, and never below the 0.65 that reading the weights takes.
 
     A decode step reads all weights anyway (of eight experts, two a token, eight rows choose 7.2), and reading is what
-    takes its time; sorting costs a copy of them. Only a step of one or two rows leaves most of them alone.
+    takes its time; the kernel needs a copy of them out of the scan's stack. Only a step of one or two rows leaves most
+    of them alone.
     """
 
     def __init__(self, config: MixtralConfig) -> None:

@@ -23,6 +23,7 @@ from .qwen3 import Qwen3
 FAMILIES: dict[str, type[Decoder]] = {
     "gemma": Gemma,
     "gemma2": Gemma2,
+    "gemma3": Gemma3,
     "gemma3_text": Gemma3,
     "llama": Llama,
     "mistral": Mistral,
@@ -80,8 +81,13 @@ def read_config(fields: dict[str, Any], where: str) -> ModelConfig:
 
 def build(config: ModelConfig) -> Decoder:
     """The family's module for a config, on the meta device: its values come from a checkpoint."""
+    with torch.device("meta"):
+        return family_of(config)(config)
+
+
+def family_of(config: ModelConfig) -> type[Decoder]:
+    """The family whose config it is. Raises ValueError when there is none."""
     for family in FAMILIES.values():
         if family.config_type is type(config):
-            with torch.device("meta"):
-                return family(config)
+            return family
     raise ValueError(f"no family has {type(config).__name__} as its config_type; register it")

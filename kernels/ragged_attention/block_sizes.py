@@ -20,6 +20,12 @@ TUNED: dict[tuple[int, int, str], int] = {
     (4, 128, "float32"): 256,
     (8, 64, "float32"): 256,
     (8, 128, "float32"): 256,
+    (1, 64, "int8"): 1024,
+    (1, 128, "int8"): 1024,
+    (4, 64, "int8"): 512,
+    (4, 128, "int8"): 512,
+    (8, 64, "int8"): 512,
+    (8, 128, "int8"): 512,
 }
 
 # What most of the above come to. HBM takes 960 cycles of v5e for it, 560 of v6e; a step issues 500 bundles.

@@ -37,8 +37,8 @@ class BenchStep:
     """Tokens that each slot holds, on average over a block of steps (tokens; a comma list sweeps)."""
     dtype: str = "auto"
     """auto, float32 or bfloat16 (a comma list sweeps)."""
-    quantize_weights: str = "none"
-    """none, int8 or int4, in blocks of 32 (a comma list sweeps)."""
+    quantize_weights: str = "auto"
+    """auto (as the checkpoint is), none, int8 or int4 (a comma list sweeps)."""
     quantize_kv: str = "none"
     """none or int8 (a comma list sweeps)."""
     versus: Literal["none", "eager", "eager-per-layer", "transformers", "transformers-dynamic"] = "none"
@@ -85,7 +85,7 @@ class BenchStep:
             for slots in integers("slots", self.slots)
             for cache_length in integers("cache_length", self.cache_length)
             for dtype in words("dtype", self.dtype, ("auto", "float32", "bfloat16"))
-            for quantize_weights in words("quantize_weights", self.quantize_weights, ("none", "int8", "int4"))
+            for quantize_weights in words("quantize_weights", self.quantize_weights, ("auto", "none", "int8", "int4"))
             for quantize_kv in words("quantize_kv", self.quantize_kv, ("none", "int8"))
             for live_tokens in integers("live_tokens", self.live_tokens)
         ]  # fmt: skip

@@ -39,7 +39,7 @@ class Plan:
 
     def run(self) -> int:
         from ...engine_impl.models.registry import use_module
-        from ...engine_impl.plan import largest_slots, plan, shape_of
+        from ...engine_impl.plan import largest_slots, plan, quantization_of, shape_of
 
         use_module(self.engine.model_module)
         compute = largest_slots if self.max_slots else plan
@@ -47,6 +47,7 @@ class Plan:
             self.engine,
             shape_of(self.engine.model),
             self.topology,
+            stored=quantization_of(self.engine.model),
             all_buckets=self.all_buckets,
             dump=self.dump,
             report=lambda line: print(line, file=sys.stderr, flush=True),

@@ -93,7 +93,10 @@ def test_bytes_are_weights_but_the_embedding_and_live_rows(tiny_loaded):
         (["--slots", "1,x"], "slots='1,x' must be positive numbers"),
         (["--slots", "0"], "slots='0' must be positive"),
         (["--dtype", "float8"], "dtype='float8' is not known; those that are: auto, float32, bfloat16"),
-        (["--quantize-weights", "int8,int2"], "quantize_weights='int2' is not known; those that are: none, int8, int4"),
+        (
+            ["--quantize-weights", "int8,int2"],
+            "quantize_weights='int2' is not known; those that are: auto, none, int8, int4",
+        ),
         (["--pairs", "0"], "pairs=0 must be at least 1"),
         (["--live-tokens", "1024"], "live_tokens=1024 must be above 8 and at most 1016"),
         (["--live-tokens", "8"], "live_tokens=8 must be above 8"),

@@ -15,7 +15,7 @@ from slipstream.engine_impl.loading import load_engine
 from slipstream.engine_impl.models import registry
 from slipstream.engine_impl.models.llama import Llama, LlamaConfig
 from slipstream.engine_impl.sharding import make_mesh
-from slipstream.engine_impl.weights import needed_shapes
+from slipstream.engine_impl.weights import Quantization, needed_shapes
 
 TINY = LlamaConfig(
     num_layers=2, num_heads=8, num_kv_heads=4, head_dim=16, model_dim=32, ffn_dim=48, vocab_size=101,
@@ -29,6 +29,7 @@ class RandomCheckpoint:
 
     config: LlamaConfig
     name: str = "random"
+    quantization: Quantization | None = None
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         return needed_shapes(registry.build(self.config), self.config.num_kv_heads)

@@ -87,7 +87,13 @@ def written_by_transformers(family: str, root: Path) -> tuple[Path, Any]:
     name, fields = FAMILIES[family]
     config = getattr(transformers, f"{name}Config")(**(SIZES | fields), attn_implementation="eager")
     model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
-    generator = torch.Generator().manual_seed(len(family))
+    draw_weights(model, seed=len(family))
+    model.save_pretrained(root / family)
+    return root / family, model
+
+
+def draw_weights(model, seed):
+    generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             drawn = torch.randn(parameter.shape, generator=generator)
@@ -97,8 +103,6 @@ def written_by_transformers(family: str, root: Path) -> tuple[Path, Any]:
                 parameter.copy_(drawn)
             else:
                 parameter.copy_(drawn * (0.3 if "embed" in name else 2) / parameter.shape[-1] ** 0.5)
-    model.save_pretrained(root / family)
-    return root / family, model
 
 
 def load(folder, devices):

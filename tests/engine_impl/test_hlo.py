@@ -25,6 +25,7 @@ TEXT = """HloModule step
 }}
   %layer = f32[1,8,128]{2,1,0} slice(%cache), slice={[0:1], [0:8], [0:128]}
   %prefetch = f32[1,8,128]{2,1,0:T(8,128)S(1)} slice(%cache), slice={[0:1], [0:8], [0:128]}
+  %prefetch_of_v4 = f32[1,8,128]{2,1,0:T(8,128)S(3)} slice(%cache), slice={[0:1], [0:8], [0:128]}
   %sum = f32[8,128]{1,0} all-reduce(%attend.3), to_apply=%add, backend_config={"estimated_cycles":"100"}
   ROOT %next = (s32[], f32[4,8,128]{2,1,0}, f32[64,64]{1,0}) tuple(%i, %cache, %copied_weights)
 }
@@ -63,7 +64,7 @@ def test_a_loops_body_counts_as_often_as_it_runs(program):
 
 
 def test_copies_of_the_cache_are_found_wherever_it_goes(program):
-    """Through tuples, loop and kernel. Not the weights' copy, the prefetch into VMEM, or the update in place."""
+    """Through tuples, loop and kernel. Not the weights' copy, prefetches into VMEM and CMEM, or the update in place."""
     assert program.copies_of(CACHE, 8 * 128 * 4) == ["layer", "saved"]
 
 

@@ -160,7 +160,7 @@ def test_of_a_prompt_that_is_too_long_the_end_is_kept(engine, length):
     kept, whole = prefill(engine, prompt), prefill(engine, tail, is_bos=False)
     assert kept.length == len(tail)
     assert kept.token == whole.token
-    np.testing.assert_array_equal(kept.kv_LKTC, whole.kv_LKTC)
+    np.testing.assert_array_equal(kept.kv.rows, whole.kv.rows)
 
 
 @pytest.mark.parametrize("prompt", [[], "", [72, 260], [72, -5]])
@@ -184,7 +184,7 @@ def test_a_prefix_moves_to_another_mesh(engine, expected):
     ahead = JetStreamEngine(*text_engine(jax.devices()[1:3], byte_tokenizer()))
     made = [prefill(ahead, prompt) for prompt in PROMPTS]
     prefixes = [jax.device_put(prefix, engine.get_prefix_destination_sharding()) for prefix in made]
-    assert prefixes[0].kv_LKTC.devices() == set(jax.devices()[:1])
+    assert prefixes[0].kv.rows.devices() == set(jax.devices()[:1])
     answers, _, _ = decode(engine, prefixes, STEPS, STEPS)
     assert answers == expected
 

@@ -126,6 +126,7 @@ def test_an_infinite_logit_and_negative_zero_do_not_confuse_the_order():
         ({"top_p": 1.01}, "top_p=1.01"),
         ({"top_p": float("nan")}, "top_p=nan"),
         ({"top_k": -1}, "top_k=-1"),
+        ({"top_k": 2**31}, "top_k=2147483648 must be from 0 .* to 2147483647"),
         ({"min_p": -0.01}, "min_p=-0.01 must be from 0"),
         ({"min_p": 1.01}, "min_p=1.01"),
         ({"min_p": float("nan")}, "min_p=nan"),

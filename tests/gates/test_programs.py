@@ -27,7 +27,7 @@ TOPOLOGIES = ("v5e:2x4", "v6e:2x4", "v5p:2x2x2")
 
 PRODUCT = [*itertools.product(PROGRAMS, (1, 4, 8), (64, 128), (*TOPOLOGIES, "v4:2x2x1"), ("none", "int8"))]
 
-PAIRWISE = [  # every pair of program, kv heads a chip, head dim and topology; on v4 and in int8 each program once or so
+PAIRWISE = [  # every pair of program, kv heads a chip, head dim and topology; on v4 each program once, in int8 two
     *[
         (program, kv_heads, head_dim, TOPOLOGIES[(i + j + k) % 3], "none")
         for i, program in enumerate(PROGRAMS)
@@ -38,9 +38,7 @@ PAIRWISE = [  # every pair of program, kv heads a chip, head dim and topology; o
     ("insert", 1, 64, "v4:2x2x1", "none"),
     ("prefill", 8, 64, "v4:2x2x1", "none"),
     ("generate", 1, 128, "v5e:2x4", "int8"),
-    ("generate", 4, 64, "v6e:2x4", "int8"),
     ("insert", 4, 128, "v5e:2x4", "int8"),
-    ("prefill", 1, 64, "v5p:2x2x2", "int8"),
 ]
 CASES = [
     pytest.param(*case, id="-".join(map(str, case)), marks=pytest.mark.slow if case in PAIRWISE else pytest.mark.gates)
@@ -82,7 +80,9 @@ def copies_of_counts(hlo: Program, engine: Engine) -> list[str]:
         instruction.name
         for instruction in instructions
         if instruction.opcode in ("copy", "copy-start")
-        and any((array.dtype, array.shape, array.in_vmem) == ("u16", shape, False) for array in instruction.result[:1])
+        and any(
+            (array.dtype, array.shape, array.is_on_chip) == ("u16", shape, False) for array in instruction.result[:1]
+        )
     ]
 
 
@@ -110,7 +110,10 @@ def test_a_program_on_real_chips(program, kv_heads, head_dim, topology, quantize
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("kv_heads", "head_dim", "quantize_kv"), [(1, 64, "none"), (4, 128, "none"), (1, 128, "int8")])
+@pytest.mark.parametrize(
+    ("kv_heads", "head_dim", "quantize_kv"),
+    [(1, 64, "none"), (4, 128, "none"), pytest.param(1, 128, "int8", marks=pytest.mark.gates)],
+)
 def test_what_one_program_leaves_the_next_takes_as_it_lies(kv_heads, head_dim, quantize_kv):
     """Prefill's prefix and the state have one layout in all programs: no relayout between them."""
 

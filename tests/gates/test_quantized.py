@@ -4,12 +4,13 @@ import itertools
 import math
 
 import pytest
+from slipstream.engine_impl.budget import cache_copies
 from slipstream.engine_impl.config import EngineConfig
 from slipstream.engine_impl.hlo import Program
 from slipstream.engine_impl.models.llama import LlamaConfig
 from slipstream.engine_impl.plan import abstract_engine
 
-from .test_programs import BUCKET, CACHE_LENGTH, LAYERS, SLOTS, cache_shard, compiled
+from .test_programs import BUCKET, CACHE_LENGTH, LAYERS, SLOTS, compiled
 
 MODES = {
     "int8": {"quantize_weights": "int8"},
@@ -35,8 +36,7 @@ def test_codes_stay_codes(topology, mode, program):
     engine = abstract_engine(SHAPE, topology, config)
     executable = compiled(engine, program)
     hlo, memory = Program(executable.as_text()), executable.memory_analysis()
-    shape, cache_bytes = cache_shard(engine)
-    chips = engine.mesh.size
+    cache_bytes, chips = engine.layout.bytes // engine.mesh.size, engine.mesh.size
 
     for outputs, inputs in ((5120 // chips, 2048), (2048, 5120 // chips), (4096 // chips, 2048), (2048, 4096 // chips)):
         assert hlo.floats_of((outputs, inputs)) == []
@@ -47,7 +47,7 @@ def test_codes_stay_codes(topology, mode, program):
                 of_chip = leaf.sharding.shard_shape(leaf.shape)
                 assert hlo.copies_of(of_chip, math.prod(of_chip[1:])) == []
     if program == "generate":
-        assert hlo.copies_of(shape, cache_bytes // LAYERS // 2) == []
+        assert cache_copies(hlo, engine) == []
         assert hlo.collectives()["all-reduce"] == 2 * LAYERS + 1
         logits_bytes = 4 * SLOTS * SHAPE.vocab_size // chips
         assert memory.temp_size_in_bytes < 0.01 * cache_bytes + 8 * logits_bytes

@@ -133,16 +133,22 @@ def test_other_chips(topology):
 
 
 @pytest.mark.parametrize(
-    ("topology", "chips"),
+    ("topology", "chips", "K", "G", "H"),
     [
-        ("v5e:2x4", 1),
+        ("v5e:2x4", 1, 1, 4, 128),
+        ("v5e:2x4", 1, 4, 3, 64),
         *(
             pytest.param(*case, marks=pytest.mark.slow)
-            for case in [("v5e:2x4", 8), ("v5p:2x2x1", 1), ("v6e:2x2", 1), ("v4:2x2x1", 1)]
+            for case in [
+                ("v5e:2x4", 1, 1, 8, 64),
+                ("v5e:2x4", 8, 4, 2, 128),
+                ("v5p:2x2x1", 1, 4, 3, 64),
+                ("v6e:2x2", 1, 4, 2, 128),
+                ("v4:2x2x1", 1, 1, 4, 128),
+            ]
         ),
     ],
 )
-@pytest.mark.parametrize(("K", "G", "H"), [(1, 4, 128), (4, 2, 128), (1, 8, 64), (4, 3, 64)])
 def test_int8(topology, chips, K, G, H):
     """Codes and scales: neither is copied, and the scales take the 8 bytes a token that they should."""
     mesh, S = tpu_mesh(topology, chips=chips), 65536 // K  # the scales, too, must be too large for VMEM

@@ -181,9 +181,12 @@ def test_a_template_without_bos_gets_none(tmp_path, byte_level):
         ({"one": "x", "two": "y"}, r"of its templates \(one, two\) none is the default; send raw text"),
         ("{% if %}", "refuses these messages: Expected an expression"),
         ("{{ messages[0].content + 1 }}", "refuses these messages: can only concatenate str"),
+        ("{{ 1 / 0 }}", "refuses these messages: division by zero"),
+        ("{{ range(999999) }}", "refuses these messages: Range too big"),
+        ("{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}", "refuses these messages: maximum recursion depth"),
         (None, "no chat template; send raw text"),
     ],
-    ids=["no default", "broken", "a type error", "none"],
+    ids=["no default", "broken", "a type error", "a division", "the sandbox", "a recursion", "none"],
 )
 def test_a_model_without_a_usable_template_still_takes_raw_text(tmp_path, byte_level, template, message):
     (tmp_path / "tokenizer.json").write_bytes(byte_level.read_bytes())
@@ -195,7 +198,12 @@ def test_a_model_without_a_usable_template_still_takes_raw_text(tmp_path, byte_l
 
 @pytest.mark.parametrize(
     ("generation", "config", "stops"),
-    [({"eos_token_id": 3}, {}, {1, 3}), ({"eos_token_id": [3, 2]}, {"eos_token_id": 5}, {1, 2, 3, 5}), ({}, {}, {1})],
+    [
+        ({"eos_token_id": 3}, {}, {1, 3}),
+        ({"eos_token_id": [3, 2]}, {"eos_token_id": 5}, {1, 2, 3, 5}),
+        ({}, {"text_config": {"eos_token_id": [1, 4]}}, {1, 4}),
+        ({}, {}, {1}),
+    ],
 )
 def test_every_place_that_names_an_end_is_heard(tmp_path, byte_level, generation, config, stops):
     (tmp_path / "tokenizer.json").write_bytes(byte_level.read_bytes())
