@@ -60,7 +60,7 @@ def test_both_sides_get_the_same_load_and_lose_one_request_each(sides, capsys):
         (reuse_ms,) = result[side]["cancelled_slot_reuse_ms"]["all"]
         assert 0 < reuse_ms < 400  # 40 tokens would take 800
     prefills = [[line for line in engine.log if line.startswith("prefill")] for engine in sides.values()]
-    assert prefills[0] == prefills[1]
+    assert sorted(prefills[0]) == sorted(prefills[1])  # which of two callers is first is chance
     assert len(prefills[0]) == 3 + 2 * 3 + 3
 
 
