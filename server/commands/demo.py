@@ -95,5 +95,5 @@ def flags(engine: EngineConfig) -> list[str]:
     for option in dataclasses.fields(engine):
         value = getattr(engine, option.name)
         if value != option.default:
-            words += [f"--{option.name.replace('_', '-')}", str(value)]
+            words += [f"--{option.name.replace('_', '-')}", *map(str, value if isinstance(value, tuple) else [value])]
     return words

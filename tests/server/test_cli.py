@@ -294,7 +294,7 @@ def test_demo_without_a_server(monkeypatch, capfd):
 
 
 def test_demo_passes_the_engines_flags_on():
-    engine = EngineConfig(slots=3, model="a b.gguf", tensor_parallel=2)
+    engine = EngineConfig(slots=3, model="a b.gguf", tensor_parallel=2, quantize_exclude=("*.o_proj", "lm_head"))
     assert cli.parse(["serve", *demo.flags(engine)]).engine == engine
 
 
