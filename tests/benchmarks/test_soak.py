@@ -31,10 +31,10 @@ def test_a_short_soak(capsys):
 
 def test_wrong_tokens_are_found():
     class Confused(FakeEngine):
-        """After a while every slot counts by two."""
+        """After a while, behind the first answers, every slot counts by two."""
 
         def generate(self, params, state):
-            if self.steps > 150:
+            if self.steps > 80:
                 state.token_B[state.token_B >= 0] += 1
             return super().generate(params, state)
 
