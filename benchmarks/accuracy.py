@@ -195,7 +195,7 @@ def theory_bytes(engine: Engine) -> int:
     n / 2 + 2 s n / b, where s is the size of a float; all else s n."""
     size, bytes_there = engine.layout.dtype.itemsize, 0
     for path, shape in _float_shapes(engine):
-        part, count = engine._model.get_submodule(path), math.prod(shape)
+        part, count = engine.model.get_submodule(path), math.prod(shape)
         if isinstance(part, Int4Linear):
             bytes_there += count // 2 + 2 * size * count // part.block
         elif isinstance(part, QuantizedLinear):
@@ -215,14 +215,14 @@ def cache_theory_bytes(engine: Engine, quantize_kv: str) -> int:
 
 def quantized_share(engine: Engine) -> float:
     """Share of the parameters that are codes."""
-    counts = [(engine._model.get_submodule(path), math.prod(shape)) for path, shape in _float_shapes(engine)]
+    counts = [(engine.model.get_submodule(path), math.prod(shape)) for path, shape in _float_shapes(engine)]
     return sum(count for part, count in counts if isinstance(part, QuantizedLinear)) / sum(n for _, n in counts)
 
 
 def _float_shapes(engine: Engine) -> Iterator[tuple[str, tuple[int, ...]]]:
     """(path of the module, shape) of each parameter; a tied head is none."""
-    for name, shape in float_shapes(engine._model).items():
-        if name != HEAD or not engine._model.config.tied_embeddings:
+    for name, shape in float_shapes(engine.model).items():
+        if name != HEAD or not engine.model.config.tied_embeddings:
             yield name.rpartition(".")[0], shape
 
 

@@ -47,7 +47,7 @@ class EagerEngine(Engine):
         Raises RefusedError for a model whose layers see differently far or cap their scores, or with padded heads, and
         for a quantised cache.
         """
-        shape = engine._model.config
+        shape = engine.model.config
         plain = (*shape.windows, shape.attn_soft_cap, engine.layout.head_dim) == (None, None, shape.head_dim)
         if not plain or any(shape.rope_of_layer):
             raise RefusedError(f"the eager baseline has no windows or soft caps as {engine.model_name} needs them")
@@ -59,7 +59,7 @@ class EagerEngine(Engine):
             max_prefill_length=engine.max_prefill_length,
         )
         super().__init__(
-            engine._model, engine.mesh, config, engine.layout.dtype, engine.get_tokenizer(), engine.model_name
+            engine.model, engine.mesh, config, engine.layout.dtype, engine.get_tokenizer(), engine.model_name
         )
         self.form = form
         self.scatter: Scatter = scatter
@@ -81,7 +81,7 @@ class EagerEngine(Engine):
     def _generate_program(self, params: Params, state: DecodeState) -> tuple[DecodeState, StepResult]:
         length_B = state.length_B
         live_B = (length_B > 0) & (length_B < self.cache_length)
-        layers = EagerLayers(self._model, length_B, live_B, self.mesh, self._backend, self.scatter)
+        layers = EagerLayers(self.model, length_B, live_B, self.mesh, self._backend, self.scatter)
         logits_BV, cache = layers.decode(params, state.token_B, state.cache.rows)
         advanced, result = next_tokens(logits_BV, state, live_B, self.mesh)
         return replace(advanced, cache=KV(cache)), result
@@ -133,7 +133,7 @@ class EagerLayers:
         else:
             for index, weights in enumerate(layers):
                 x_BD, cache = layer(x_BD, cache, rope, weights, jnp.int32(index))
-        return forward._logits(self._model, params, x_BD), cache
+        return forward.logits(self._model, params, x_BD), cache
 
     def _layer(self, steps, x_BD, cache_LBKSC, rope, weights, index) -> tuple[jax.Array, jax.Array]:
         """One layer: its new rows go into the cache first, and attention reads the cache that holds them."""

@@ -71,7 +71,7 @@ class Budget:
         self.resident = self.weights_bytes + self.cache_bytes
         self.row_seconds = 0.0
         """one row through all matrices, at the chip's peak"""
-        for module, elements in matrices(engine._model, engine.mesh):
+        for module, elements in matrices(engine.model, engine.mesh):
             is_int8 = isinstance(module, Int8Linear) and module.rounds_activations
             self.row_seconds += 2 * elements / (chip.int8_ops if is_int8 else chip.bf16_flops)
 

@@ -120,7 +120,9 @@ class Engine:
             codec=cache_manager.codec_for(config.quantize_kv),
         )
         quantize(model, config, dtype, mesh, self._backend)
-        self._model, self._tokenizer = model, tokenizer
+        self.model = model
+        """The modules, with their linear ones as quantisation left them; they hold no weights."""
+        self._tokenizer = tokenizer
         self._attention: dict[str, Any] = {
             "window_of_layer": model.config.window_of_layer,
             "soft_cap": model.config.attn_soft_cap,
@@ -164,7 +166,7 @@ class Engine:
     @property
     def vocab_size(self) -> int:
         """Token ids are below this."""
-        return self._model.config.vocab_size
+        return self.model.config.vocab_size
 
     @property
     def prefix_sharding(self) -> Any:
@@ -177,7 +179,7 @@ class Engine:
 
     def load_params(self, checkpoint: weights.Checkpoint) -> Params:
         """Read the weights onto the mesh. Raises RefusedError when the checkpoint does not fit the model."""
-        return weights.load(self._model, checkpoint, self.mesh, self.layout.dtype, self.layer_loop)
+        return weights.load(self.model, checkpoint, self.mesh, self.layout.dtype, self.layer_loop)
 
     def init_decode_state(self) -> DecodeState:
         """All slots empty."""
@@ -286,7 +288,7 @@ class Engine:
 
     def abstract_params(self) -> Params:
         """Shapes, types and shardings of the parameters."""
-        return weights.abstract(self._model, self.mesh, self.layout.dtype, self.layer_loop)
+        return weights.abstract(self.model, self.mesh, self.layout.dtype, self.layer_loop)
 
     def _abstract_state(self) -> DecodeState:
         return _placed(jax.eval_shape(self._empty_state), self._state_sharding)
@@ -311,7 +313,7 @@ class Engine:
         attend = attend_prompt(
             token_T.shape[0], head_dim=self.layout.head_dim, codec=self.layout.codec, **self._attention
         )
-        logits_V, kv, logprob_T = forward.prefill(self._model, params, token_T, true_length, attend, wants_logprobs)
+        logits_V, kv, logprob_T = forward.prefill(self.model, params, token_T, true_length, attend, wants_logprobs)
         count_V = counts_of_prompt(token_T, true_length, self.vocab_size)
         token, sampling, result = self._resample_program(logits_V, count_V, true_length, sampling)
         return Prefix(kv, true_length, token, sampling, logits_V, count_V, logprob_T), result
@@ -345,7 +347,7 @@ class Engine:
     def _decode(self, params: Params, state: DecodeState) -> tuple[jax.Array, jax.Array]:
         """(logits_BV, new_LBKC)"""
         attend = attend_cache(state.cache, state.length_B, **self._attention)
-        return forward.decode(self._model, params, state.token_B, state.length_B, attend)
+        return forward.decode(self.model, params, state.token_B, state.length_B, attend)
 
     def _flushed(self, state: DecodeState, advanced: DecodeState, new_LBKC: jax.Array) -> DecodeState:
         """The state after a step, with the step's own rows in the cache."""

@@ -54,7 +54,7 @@ def decode(
 ) -> tuple[jax.Array, jax.Array]:
     """One token a slot, at position `length`: (logits_BV, new_LBKC)."""
     x_BD, new_LBKC = _layers(model, params, token_B, length_B, attend)
-    return _logits(model, params, x_BD), new_LBKC
+    return logits(model, params, x_BD), new_LBKC
 
 
 def prefill(
@@ -71,10 +71,10 @@ def prefill(
     last_1D = jax.lax.dynamic_slice_in_dim(x_TD, true_length - 1, 1)
     logprob_T = jax.lax.cond(
         wants_logprobs,
-        lambda: prompt_logprobs(x_TD, token_T, true_length, lambda x_RD: _logits(model, params, x_RD)),
+        lambda: prompt_logprobs(x_TD, token_T, true_length, lambda x_RD: logits(model, params, x_RD)),
         lambda: jnp.zeros(token_T.shape, jnp.float32),
     )
-    return _logits(model, params, last_1D)[0], kv, logprob_T
+    return logits(model, params, last_1D)[0], kv, logprob_T
 
 
 def _layers(model: Decoder, params: Params, token_R, position_R, attend: Attend) -> tuple[jax.Array, Any]:
@@ -118,7 +118,7 @@ def _layers(model: Decoder, params: Params, token_R, position_R, attend: Attend)
     return x_RD, jax.tree.map(lambda *of_layers: jnp.stack(of_layers), *per_layer)
 
 
-def _logits(model: Decoder, params: Params, x_RD: jax.Array) -> jax.Array:
+def logits(model: Decoder, params: Params, x_RD: jax.Array) -> jax.Array:
     head = {**params["lm_head"], **_numbered(model.lm_head, jnp.int32(0))}
     logits_RV = bridge.run(model.lm_head, head, bridge.run(model.norm, params["norm"], x_RD))
     return bridge.run(model.after_logits, {}, logits_RV)

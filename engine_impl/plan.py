@@ -139,7 +139,7 @@ def plan(
 
 
 def _saving(config: EngineConfig, shape: ModelConfig, topology: str, budget: Budget) -> Saving | None:
-    modules = {type(module) for module in budget.engine._model.modules()}
+    modules = {type(module) for module in budget.engine.model.modules()}
     weights = "int4" if Int4Linear in modules else "int8" if modules & {Int8Linear, Int8ExpertLinear} else "none"
     kinds = {"weights": weights, "cache": config.quantize_kv}
     quantized = " and ".join(f"{kind} {what}" for what, kind in kinds.items() if kind != "none")

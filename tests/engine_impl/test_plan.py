@@ -153,7 +153,7 @@ def test_without_libtpu_the_install_command_is_told(monkeypatch):
 def test_shapes_come_from_presets_configs_and_the_embedded_model(tmp_path):
     assert shape_of("llama-2-7b").num_kv_heads == 32
     embedded, _ = embedded_engine()
-    assert shape_of("embedded") == replace(embedded._model.config, rms_norm_eps=1e-5)
+    assert shape_of("embedded") == replace(embedded.model.config, rms_norm_eps=1e-5)
     with pytest.raises(RefusedError, match="preset 'llama-7' is not there; those there are: llama-2-7b,"):
         shape_of("llama-7")
     with pytest.raises(RefusedError, match=r"give a config\.json or its folder"):

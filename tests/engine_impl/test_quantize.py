@@ -224,7 +224,7 @@ def test_what_is_excluded_stays():
     engine, params = engine_with(
         RandomCheckpoint(SHAPE), quantize_weights="int8", quantize_exclude=("layers.*.mlp.*", "*.o_proj")
     )
-    linear = {name: type(module) for name, module in engine._model.named_modules() if name.endswith(("_proj", "head"))}
+    linear = {name: type(module) for name, module in engine.model.named_modules() if name.endswith(("_proj", "head"))}
     quantized = {name.removeprefix("layers.1.") for name, kind in linear.items() if kind is Int8Linear}
     quantized = {name for name in quantized if not name.startswith("layers.0.")}
     assert quantized == {"lm_head", "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"}

@@ -46,7 +46,7 @@ def check(engine: Engine, program: str) -> None:
         assert hlo.pallas_calls() == {"ragged_attention": layout.layers, "cache_flush": 1}
         assert memory.alias_size_in_bytes >= cache_bytes
     else:
-        kinds = {min(window or BUCKET, BUCKET) for window in engine._model.config.window_of_layer}
+        kinds = {min(window or BUCKET, BUCKET) for window in engine.model.config.window_of_layer}
         assert executable.as_text().count('custom_call_target="tpu_custom_call"') == len(kinds)
 
 
