@@ -197,11 +197,11 @@ def _compile(topology: str, setting: Setting) -> None:
     import numpy as np
     from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-    from ..engine_impl.topology import tpu_devices
+    from ..engine_impl.topology import devices_of
     from ..kernels.cache_flush.pallas_tpu import cache_flush_tpu
     from ..kernels.ragged_attention.pallas_tpu import live_steps, ragged_attention_tpu
 
-    mesh = Mesh(np.array(tpu_devices(topology)[:1]), ("tensor",))
+    mesh = Mesh(np.array(devices_of(topology)[:1]), ("tensor",))
     everywhere = PartitionSpec()
     K, H, B, rows = setting.kv_heads, setting.head_dim, 96, jnp.dtype(setting.dtype)
     model = jnp.bfloat16 if setting.dtype == "int8" else rows

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from ..cache_manager import KV, Codec, prompt_rows, rows
-from ..kernels import Backend, attention_steps, prefill_attention, ragged_attention
+from ..kernels import Backend, attention_steps, is_xla, prefill_attention, ragged_attention
 
 
 class Attend(NamedTuple):
@@ -27,7 +27,7 @@ class Attend(NamedTuple):
 
 def stored_head_dim(head_dim: int, backend: Backend) -> int:
     """H of the cache: on TPUs its rows, k and v side by side, are whole tiles of 128 lanes, heads padded with zeros."""
-    return head_dim if backend == "xla" else -(-head_dim // 64) * 64
+    return head_dim if is_xla(backend) else -(-head_dim // 64) * 64
 
 
 def attend_cache(

@@ -1,6 +1,6 @@
-"""TPU chips: what a JAX device of each generation has, and the topologies that the compiler knows.
+"""Chips: what a JAX device of each kind has, and the topologies that its compiler knows.
 
-A JAX device is a chip, but for v4 and v7x, where it is one of a chip's two halves; all numbers are a device's.
+A JAX device is a chip, but for TPU v4 and v7x, where it is one of a chip's two halves; all numbers are a device's.
 """
 
 from dataclasses import dataclass
@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from .errors import RefusedError
 
 GIB = 2**30
+GPU_MEMORY_SHARE = 0.92
+"""Of a GPU's memory, for JAX to take at its start; the rest is for CUDA, its libraries and captured graphs."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -15,14 +17,16 @@ class Chip:
     """One JAX device."""
 
     hbm_bytes: int
-    """What the compiler lets a program use: the limit in libtpu 0.0.42's out-of-memory message (bytes)"""
+    """What a program may use (bytes). TPUs: the limit in libtpu 0.0.42's out-of-memory message. GPUs: JAX's share."""
     hbm_bandwidth: float
-    """bytes a second; https://cloud.google.com/tpu/docs/system-architecture-tpu-vm, the page of each generation"""
+    """bytes a second. TPUs: https://cloud.google.com/tpu/docs/system-architecture-tpu-vm, the page of each generation.
+    GPUs: NVIDIA's data sheet, rates without sparsity."""
     bf16_flops: float
     """operations a second; same source"""
     int8_ops: float
     """int8 x int8 operations a second; same source, and bf16_flops where it names no other rate"""
     topologies: tuple[str, ...]
+    """GPUs: how many in one machine"""
 
 
 CHIPS = {
@@ -47,16 +51,23 @@ CHIPS = {
         topologies=("2x2x1", "2x2x2", "2x2x4", "4x4x4"),
     ),
 }  # fmt: skip
+GPUS = {
+    "h100": Chip(
+        hbm_bytes=int(84_929_347_584 * GPU_MEMORY_SHARE), hbm_bandwidth=3350e9, bf16_flops=989e12, int8_ops=1979e12,
+        topologies=("1", "2", "4", "8"),
+    ),
+}  # fmt: skip
 
 
 def chip_of(topology: str) -> Chip:
-    """The chip of a topology such as "v5e:2x4".
+    """The chip of a topology such as "v5e:2x4" or "h100:1".
 
     Raises RefusedError for one that does not exist, listing those that do.
     """
-    generation, _, shape = topology.partition(":")
-    chip = CHIPS.get(generation)
+    kind, _, shape = topology.partition(":")
+    chips = CHIPS | GPUS
+    chip = chips.get(kind)
     if chip is None or shape not in chip.topologies:
-        known = "; ".join(f"{name}:{{{','.join(chip.topologies)}}}" for name, chip in CHIPS.items())
+        known = "; ".join(f"{name}:{{{','.join(chip.topologies)}}}" for name, chip in chips.items())
         raise RefusedError(f"topology={topology!r} does not exist; those that do: {known}")
     return chip

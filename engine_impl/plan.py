@@ -28,7 +28,7 @@ from .presets import preset
 from .quantize import resolved
 from .quantized_linear import Int4Linear, Int8ExpertLinear, Int8Linear
 from .sharding import make_mesh
-from .topology import tpu_devices
+from .topology import devices_of
 from .weights import Quantization
 
 
@@ -207,7 +207,7 @@ def abstract_engine(
     shape: ModelConfig, topology: str, config: EngineConfig, stored: Quantization | None = None
 ) -> Engine:
     """The product's own engine on chips that are not there."""
-    devices = tpu_devices(topology)
+    devices = devices_of(topology)
     mesh = make_mesh(devices, shape.num_heads, shape.num_kv_heads, config.tensor_parallel)
     model = registry.build(replace(shape, num_kv_heads=max(shape.num_kv_heads, mesh.size)))
     dtype = jnp.dtype("bfloat16" if config.dtype == "auto" else config.dtype)

@@ -5,7 +5,7 @@ over the mesh axis "tensor" and picks the backend; `reference.py` is the definit
 there is no TPU; `pallas_tpu.py` is the TPU kernel. The axes' letters are explained in `cache_manager/layout.py`.
 """
 
-from .backend import AXIS, Backend, backend_for
+from .backend import AXIS, Backend, backend_for, is_xla
 from .blockwise_matmul import Blockwise, Split, blockwise_matmul
 from .cache_flush import cache_flush
 from .prefill_attention import prefill_attention
@@ -20,6 +20,7 @@ __all__ = [
     "backend_for",
     "blockwise_matmul",
     "cache_flush",
+    "is_xla",
     "prefill_attention",
     "ragged_attention",
 ]

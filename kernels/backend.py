@@ -6,16 +6,23 @@ import jax
 import jax.numpy as jnp
 from jax.experimental.pallas import tpu as pltpu
 
-Backend = Literal["pallas", "pallas_interpret", "xla"]
-"""`pallas`: Mosaic, TPU only. `xla`: the reference. `pallas_interpret`: the TPU kernel, simulated, for tests on a
-device or two: on more virtual devices than CPU cores the simulator may wait for itself forever."""
+Backend = Literal["pallas", "pallas_interpret", "xla", "xla_gpu"]
+"""`pallas`: Mosaic, TPU only. `xla`: the reference, and what CPUs run. `xla_gpu`: the same, but for decode attention,
+which has a form of its own there. `pallas_interpret`: the TPU kernel, simulated, for tests on a device or two: on more
+virtual devices than CPU cores the simulator may wait for itself forever."""
 
 AXIS = "tensor"  # the mesh axis that heads are sharded on
 
 
 def backend_for(platform: str) -> Backend:
     """The implementation to use on a JAX platform ("tpu", "cpu", "gpu", ...)."""
-    return "pallas" if platform == "tpu" else "xla"
+    backends: dict[str, Backend] = {"tpu": "pallas", "gpu": "xla_gpu"}
+    return backends.get(platform, "xla")
+
+
+def is_xla(backend: Backend) -> bool:
+    """Whether ops are plain XLA, without kernels of ours and what their tiles ask of shapes."""
+    return backend in ("xla", "xla_gpu")
 
 
 def interpret_params(backend: Backend) -> pltpu.InterpretParams | bool:

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
-from ..backend import AXIS, Backend, check_backend, interpret_params
+from ..backend import AXIS, Backend, check_backend, interpret_params, is_xla
 from .pallas_tpu import blockwise_matmul_tpu
 from .reference import Blockwise, blockwise_matmul_reference
 
@@ -53,7 +53,7 @@ def blockwise_matmul(
     if split is not None and (Q if split == "inputs" else O) % shards:
         raise ValueError(f"{split=} needs {Q=} (inputs) or {O=} (outputs) to be divisible by {shards=}; use split=None")
 
-    if backend == "xla":
+    if is_xla(backend):
         matmul = blockwise_matmul_reference
     else:
         matmul = functools.partial(blockwise_matmul_tpu, interpret=interpret_params(backend))

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
-from ..backend import AXIS, Backend, check_backend, check_shape, heads_per_shard, interpret_params
+from ..backend import AXIS, Backend, check_backend, check_shape, heads_per_shard, interpret_params, is_xla
 from .pallas_tpu import cache_flush_tpu
 from .reference import cache_flush_reference
 
@@ -50,7 +50,7 @@ def cache_flush(
     if S % 128:
         raise ValueError(f"cache length {S=} must be a multiple of 128; nearest above: {-(-S // 128) * 128}")
 
-    if backend == "xla":
+    if is_xla(backend):
         flush = cache_flush_reference
     else:
         flush = functools.partial(cache_flush_tpu, interpret=interpret_params(backend))

@@ -6,7 +6,7 @@ import jax
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
-from ..backend import AXIS, Backend, check_backend, check_dtypes, check_shape, heads_per_shard, interpret_params
+from ..backend import AXIS, Backend, check_backend, check_dtypes, check_shape, heads_per_shard, interpret_params, is_xla
 from ..scores import check_soft_cap, check_window
 from .pallas_tpu import prefill_attention_tpu
 from .reference import prefill_attention_reference
@@ -51,7 +51,7 @@ def prefill_attention(
     check_shape("k_TKH", k_TKH, (T, K, H), "TKH")
     check_shape("v_TKH", v_TKH, (T, K, H), "TKH")
 
-    if backend == "xla":
+    if is_xla(backend):
         attention = prefill_attention_reference
     else:
         attention = functools.partial(prefill_attention_tpu, interpret=interpret_params(backend))

@@ -7,11 +7,12 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
-from ..backend import AXIS, Backend, check_backend, check_dtypes, check_shape, heads_per_shard, interpret_params
+from ..backend import AXIS, Backend, check_backend, check_dtypes, check_shape, heads_per_shard, interpret_params, is_xla
 from ..scores import check_soft_cap, check_window
 from .block_sizes import block_size
 from .pallas_tpu import Steps, live_steps, ragged_attention_tpu
 from .reference import ragged_attention_reference
+from .xla_gpu import ragged_attention_gpu
 
 
 def ragged_attention(
@@ -75,7 +76,7 @@ def ragged_attention(
     check_shape("length_B", length_B, (B,), "B")
     if C != 2 * H:
         raise ValueError(f"the cache's rows have {C=} lanes, but k and v side by side need 2 * {H=}")
-    if backend != "xla" and C % 128:
+    if not is_xla(backend) and C % 128:
         padded = -(-C // 128) * 64
         raise ValueError(
             f"{H=} makes rows of {C=} lanes, not whole tiles of 128, and the TPU compiler would copy the cache at "
@@ -88,8 +89,8 @@ def ragged_attention(
 
     heads, length_B = P(None, AXIS), length_B.astype(jnp.int32)
     window = None if window is None else jnp.asarray(window, jnp.int32)
-    if backend == "xla":
-        attention, operands = ragged_attention_reference, ()
+    if is_xla(backend):
+        attention, operands = ragged_attention_gpu if backend == "xla_gpu" else ragged_attention_reference, ()
     else:
         attention = functools.partial(ragged_attention_tpu, interpret=interpret_params(backend))
         operands = (steps or _list_steps(cache_LBKSC, length_B, window, mesh, backend),)
@@ -120,7 +121,7 @@ def attention_steps(
     """
     check_window(window)
     window = None if window is None else jnp.asarray(window, jnp.int32)
-    return None if backend == "xla" else _list_steps(cache_LBKSC, length_B, window, mesh, backend)
+    return None if is_xla(backend) else _list_steps(cache_LBKSC, length_B, window, mesh, backend)
 
 
 def _list_steps(

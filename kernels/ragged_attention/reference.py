@@ -1,4 +1,4 @@
-"""Decode attention in plain XLA: the definition, and what runs on CPU and GPU."""
+"""Decode attention in plain XLA: the definition, and what runs on CPUs."""
 
 import jax
 import jax.numpy as jnp

@@ -188,10 +188,10 @@ def test_the_gate_sees_a_copy_where_there_is_one():
 @pytest.mark.parametrize("generation", CHIPS)
 def test_the_chips_table_says_what_the_compiler_says(generation):
     """HBM limits come from its out-of-memory message, to its two digits."""
-    from slipstream.engine_impl.topology import tpu_devices
+    from slipstream.engine_impl.topology import devices_of
 
     chip = CHIPS[generation]
-    mesh = jax.sharding.Mesh(tpu_devices(f"{generation}:{chip.topologies[0]}")[:1], ("x",))
+    mesh = jax.sharding.Mesh(devices_of(f"{generation}:{chip.topologies[0]}")[:1], ("x",))
     spec = jax.NamedSharding(mesh, jax.P())
     huge = jax.ShapeDtypeStruct((2**20, 2**20), "float32", sharding=spec)
     limit = f"available HBM ({chip.hbm_bytes / 2**30:.2f}G)"

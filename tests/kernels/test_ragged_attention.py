@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from slipstream.kernels import attention_steps, ragged_attention
 from slipstream.kernels.backend import interpret_params
+from slipstream.kernels.ragged_attention import xla_gpu
 from slipstream.kernels.ragged_attention.block_sizes import TARGET_BYTES, TUNED, block_size
 from slipstream.kernels.ragged_attention.pallas_tpu import live_steps, ragged_attention_tpu
 
@@ -11,6 +12,12 @@ from . import oracle
 
 L, LAYER = 3, 1
 ATTEND = jax.jit(ragged_attention, static_argnames=("soft_cap", "mesh", "backend"))
+
+
+@pytest.fixture(autouse=True)
+def blocks_of_128(monkeypatch):
+    """So that small caches have borders of blocks on GPUs too."""
+    monkeypatch.setattr(xla_gpu, "BLOCK_BYTES", 1)
 
 
 def inputs(lengths, S, K, G, H, dtype, seed=0, window=None):
@@ -26,7 +33,7 @@ def inputs(lengths, S, K, G, H, dtype, seed=0, window=None):
     return q_BNH, new_BKC, jnp.asarray(cache_LBKSC, dtype), jnp.asarray(lengths, jnp.int32)
 
 
-@pytest.mark.parametrize("backend", ["xla", "pallas_interpret"])
+@pytest.mark.parametrize("backend", ["xla", "xla_gpu", "pallas_interpret"])
 @pytest.mark.parametrize(
     ("K", "G", "H", "dtype"),
     [
@@ -55,7 +62,7 @@ def test_every_length_around_a_block(mesh, backend, K, G, H, dtype):
         assert np.array_equal(out_BNH[dead], v_BNH[dead]), "an empty slot's answer is v_new, exactly"
 
 
-@pytest.mark.parametrize("backend", ["xla", pytest.param("pallas_interpret", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("backend", ["xla", "xla_gpu", pytest.param("pallas_interpret", marks=pytest.mark.slow)])
 def test_large_blocks(mesh, backend):
     """The blocks that real cache lengths get, of more than one lane tile of rows."""
     K, G, H, S = 1, 3, 128, 1024
@@ -66,7 +73,7 @@ def test_large_blocks(mesh, backend):
     oracle.assert_close(out_BNH, oracle.ragged_attention(*args[:3], LAYER, args[3]))
 
 
-@pytest.mark.parametrize("backend", ["xla", "pallas_interpret"])
+@pytest.mark.parametrize("backend", ["xla", "xla_gpu", "pallas_interpret"])
 def test_by_hand(mesh, backend):
     """Scores 0 for the cached row and log 3 for the new one: weights 1/4 and 3/4."""
     H, S = 64, 128
@@ -77,17 +84,18 @@ def test_by_hand(mesh, backend):
     np.testing.assert_allclose(out_BNH, np.full((1, 1, H), 5.0), rtol=1e-6)
 
 
-@pytest.mark.parametrize("backend", ["xla", "pallas_interpret"])
+@pytest.mark.parametrize("backend", ["xla", "xla_gpu", "pallas_interpret"])
 def test_all_slots_dead(mesh, backend):
     q_BNH, new_BKC, cache_LBKSC, length_B = inputs([0, 0, 0], 128, 1, 3, 64, jnp.float32)
     out_BNH = ATTEND(q_BNH, new_BKC, cache_LBKSC, LAYER, length_B, mesh=mesh, backend=backend)
     assert np.array_equal(out_BNH, jnp.repeat(new_BKC[..., 64:], 3, axis=1))
 
 
-def test_large_scores_do_not_overflow(mesh):
+@pytest.mark.parametrize("backend", ["xla", "xla_gpu"])
+def test_large_scores_do_not_overflow(mesh, backend):
     """exp of a score that is not taken relative to the largest so far is inf."""
     q_BNH, new_BKC, cache_LBKSC, length_B = inputs([100, 300], 384, 1, 2, 64, jnp.float32)
-    out_BNH = ATTEND(q_BNH * 300, new_BKC, cache_LBKSC, LAYER, length_B, mesh=mesh, backend="xla")
+    out_BNH = ATTEND(q_BNH * 300, new_BKC, cache_LBKSC, LAYER, length_B, mesh=mesh, backend=backend)
     expected_BNH = oracle.ragged_attention(q_BNH * 300, new_BKC, cache_LBKSC, LAYER, length_B)
     np.testing.assert_allclose(out_BNH, expected_BNH, rtol=1e-3, atol=1e-3)
 
@@ -99,6 +107,7 @@ WINDOWS = [1, 2, 127, 128, 129, 300, 385, 2**31 - 1]
     ("backend", "K", "G", "H", "dtype", "windows"),
     [
         ("xla", 2, 2, 64, jnp.float32, WINDOWS),
+        ("xla_gpu", 2, 2, 64, jnp.float32, WINDOWS),
         ("pallas_interpret", 1, 4, 64, jnp.bfloat16, [1, 128]),
         pytest.param("pallas_interpret", 2, 2, 128, jnp.float32, WINDOWS, marks=pytest.mark.slow),
         pytest.param("pallas_interpret", 3, 1, 64, jnp.float32, WINDOWS[1:5], marks=pytest.mark.slow),
@@ -122,7 +131,7 @@ def test_every_length_and_window_around_a_block(mesh, backend, K, G, H, dtype, w
             assert np.array_equal(out_BNH[alone], v_BNH[alone]), "a token that sees only itself gives v_new, exactly"
 
 
-@pytest.mark.parametrize("backend", ["xla", pytest.param("pallas_interpret", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("backend", ["xla", "xla_gpu", pytest.param("pallas_interpret", marks=pytest.mark.slow)])
 def test_layers_of_one_scan_have_windows_of_their_own(mesh, backend):
     """Steps are listed once a window and picked by layer; each layer's slack is NaN."""
     S, windows, lengths = 256, [1, 100, 257], [0, 3, 200, 256]
@@ -157,6 +166,7 @@ def test_layers_of_one_scan_have_windows_of_their_own(mesh, backend):
     [
         ("xla", None),
         ("xla", 70),
+        ("xla_gpu", 70),
         ("pallas_interpret", 70),
         pytest.param("pallas_interpret", None, marks=pytest.mark.slow),
     ],
@@ -172,7 +182,7 @@ def test_soft_cap(mesh, backend, window):
     assert np.abs(expected_BNH - uncapped_BNH)[2:].max() > 0.1
 
 
-@pytest.mark.parametrize("backend", ["xla", "pallas_interpret"])
+@pytest.mark.parametrize("backend", ["xla", "xla_gpu", "pallas_interpret"])
 def test_soft_cap_by_hand(mesh, backend):
     """Scores 0 and 1000, capped at log 3: weights 1/4 and 3/4."""
     H, S = 64, 128
@@ -199,6 +209,8 @@ def quantised(rows_LBKSC):
     [
         ("xla", 3, 3, 64, jnp.float32, None, None),
         ("xla", 1, 8, 128, jnp.bfloat16, 130, 3.0),
+        ("xla_gpu", 3, 3, 64, jnp.float32, None, None),
+        ("xla_gpu", 1, 8, 128, jnp.bfloat16, 130, 3.0),
         ("pallas_interpret", 1, 8, 128, jnp.bfloat16, None, None),
         pytest.param("pallas_interpret", 3, 3, 64, jnp.float32, None, None, marks=pytest.mark.slow),
         pytest.param("pallas_interpret", 4, 2, 128, jnp.float32, 130, None, marks=pytest.mark.slow),
@@ -226,7 +238,7 @@ def test_int8_rows_mean_code_times_scale(mesh, backend, K, G, H, dtype, window, 
         assert np.array_equal(out_BNH[dead], v_BNH[dead]), "an empty slot's answer is v_new, exactly"
 
 
-@pytest.mark.parametrize("backend", ["xla", "pallas_interpret"])
+@pytest.mark.parametrize("backend", ["xla", "xla_gpu", "pallas_interpret"])
 def test_int8_by_hand(mesh, backend):
     """k = 4 x 0.25 gives the score log 3, as the new token has it; v = 8 x 0.5 and 8: the mean of 4 and 8."""
     H, S = 64, 128
@@ -304,6 +316,16 @@ def test_sharded_equals_one_device(mesh, mesh_of_8):
     one = ATTEND(*args, mesh=mesh, backend="xla")
     eight = ATTEND(*args, mesh=mesh_of_8, backend="xla")
     np.testing.assert_allclose(eight, one, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("slots", "cache_length", "rows"),
+    [(8, 4096, 4096), (8, 16384, 4096), (32, 4096, 1024), (128, 4096, 256), (1024, 4096, 128), (32, 4224, 384)],
+)
+def test_rows_of_a_gpu_block(monkeypatch, slots, cache_length, rows):
+    """8 kv heads of 128 lanes in bf16, 4 KiB a row of a slot: a power of two but where the cache length is none."""
+    monkeypatch.undo()
+    assert xla_gpu.rows_a_block(slots * 8 * 256 * 2, cache_length) == rows
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32, jnp.int8])
