@@ -25,7 +25,7 @@ MAY_IMPORT = {
     ),
     "benchmarks": (
         {"protos", "kernels", "cache_manager", "engine_impl", "server"},
-        {"jax", "numpy", "torch", "grpc", "transformers", "matplotlib", "safetensors"},
+        {"jax", "numpy", "torch", "grpc", "aiohttp", "transformers", "matplotlib", "safetensors"},
     ),
 }
 ONLY_IN = {

@@ -9,13 +9,18 @@ from ...channel import PLAIN, ChannelConfig
 from ..ask import DEFAULT_TARGET
 from .flags import JsonFlag, check_positive, finish, numbers
 
+SCHEMES = ("http://", "https://")
+
 
 @dataclass(frozen=True, kw_only=True)
 class BenchServe:
-    """Load a running server over gRPC and report latencies (ms), tokens/s, goodput and refusals."""
+    """Load a running server over gRPC or OpenAI's HTTP; report latencies (ms), tokens/s, goodput and refusals."""
 
     target: str = DEFAULT_TARGET
-    """The server's address (host:port)."""
+    """The server's address: host:port for gRPC, http://host:port or https://host:port for any server that speaks
+    OpenAI's completions (`serve --http-port`, vLLM, SGLang)."""
+    model: str | None = None
+    """The model's name in HTTP requests. Default: the first that the server lists."""
     pattern: Literal["closed", "poisson", "bursts"] = "closed"
     """closed: so many requests in flight, always. poisson, bursts: requests come at a rate, answered or not."""
     load: str = "1,4,8"
@@ -32,6 +37,9 @@ class BenchServe:
     """Longest answers (tokens): likewise. A file gives both; name it in both places."""
     token_ids: str = "300:1000"
     """Prompts are drawn from these ids (LOW:HIGH, HIGH left out). The server counts a stop token as an end."""
+    ignore_eos: bool = False
+    """Answers go on past stop tokens to their whole length, so that two servers do the same work. Off by default: real
+    answers end, and a server that does not know vLLM's field ignore_eos may refuse it."""
     max_length: int | None = None
     """Prompt and answer together are cut to this (tokens); the server's --cache-length. Default: not cut."""
     seed: int = 0
@@ -60,6 +68,10 @@ class BenchServe:
             check_positive(name, getattr(self, name))
         if self.warm_up < 0:
             raise RefusedError(f"warm_up={self.warm_up} must be 0 or more")
+        if self.model is not None and "://" not in self.target:
+            raise RefusedError(f"model={self.model!r} is for http:// targets; over gRPC a server has one model")
+        if "://" in self.target and not self.target.startswith(SCHEMES):
+            raise RefusedError(f"target={self.target!r} must be host:port (gRPC), http://... or https://...")
 
     def run(self) -> int:
         from ....benchmarks.serve import ServePlan, run
@@ -77,6 +89,8 @@ class BenchServe:
             seed=self.seed,
             slo_ms={"ttft": self.slo_ttft_ms, "tpot": self.slo_tpot_ms, "e2e": self.slo_e2e_ms},
             timeout_s=self.timeout_s,
+            ignore_eos=self.ignore_eos,
+            model=self.model,
             channel=self.channel,
         )
         return finish(run(plan, numbers("load", self.load), self.plot), self.as_json)
