@@ -11,6 +11,7 @@ from .jetstream import BenchJetStream
 from .kernel import BenchKernel
 from .loading import BenchLoading
 from .overload import BenchOverload
+from .prefill import BenchPrefill
 from .serve import BenchServe
 from .soak import BenchSoak
 from .step import BenchStep
@@ -18,10 +19,11 @@ from .step import BenchStep
 
 @dataclass(frozen=True, kw_only=True)
 class Bench:
-    """Measure: a decode step, a kernel, a server, the growth of costs, quantisation, an overload, a soak, JetStream."""
+    """Measure: steps, prefills, kernels, starts, servers, growing costs, quantisation, overload, soak, JetStream."""
 
     what: (
         Annotated[BenchStep, tyro.conf.subcommand("step")]
+        | Annotated[BenchPrefill, tyro.conf.subcommand("prefill")]
         | Annotated[BenchKernel, tyro.conf.subcommand("kernel")]
         | Annotated[BenchServe, tyro.conf.subcommand("serve")]
         | Annotated[BenchGrowth, tyro.conf.subcommand("growth")]
