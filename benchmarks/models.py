@@ -62,6 +62,11 @@ def load(config: EngineConfig) -> Loaded:
     return Loaded(engine, engine.load_params(checkpoint), checkpoint)
 
 
+def resized(config: EngineConfig, loaded: Loaded) -> Loaded:
+    """Another engine for the same weights: the config differs from theirs in slots, cache length or cache type."""
+    return Loaded(build_engine(config, loaded.checkpoint), loaded.params, loaded.checkpoint)
+
+
 def load_random(config: EngineConfig, shape: ModelConfig) -> Loaded:
     """An engine of this shape, without a tokenizer."""
     checkpoint = RandomCheckpoint(shape, config.model)

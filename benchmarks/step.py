@@ -2,8 +2,10 @@
 
 A point is one choice of slots, cache length, live tokens, dtype and quantisation. All slots are live and hold the same
 prompt. Every block of steps starts anew at `live_tokens - steps / 2`, so that `live_tokens` is the mean over a block.
+A sweep tells each point when it is measured, and goes on after one that does not fit on the device.
 """
 
+import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
@@ -18,7 +20,7 @@ from ..engine_impl.errors import RefusedError
 from ..engine_impl.forward import Params
 from . import machine
 from .eager import EagerEngine
-from .models import Loaded, load
+from .models import Loaded, load, resized
 from .stats import Ratio, percentile
 from .steppers import PROMPT_LENGTH, Block, EngineStepper, Stepper
 from .table import Progress, table
@@ -40,9 +42,14 @@ class Point:
     quantize_kv: Literal["none", "int8"] = "none"
 
     @property
+    def weights_key(self) -> tuple[object, ...]:
+        """Points that have it in common share their weights."""
+        return (self.dtype, self.quantize_weights)
+
+    @property
     def engine_key(self) -> tuple[object, ...]:
         """Points that have it in common share an engine."""
-        return (self.slots, self.cache_length, self.dtype, self.quantize_weights, self.quantize_kv)
+        return (*self.weights_key, self.slots, self.cache_length, self.quantize_kv)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,6 +65,8 @@ class StepPlan:
     pairs: int
     """blocks"""
     threads: int | None
+    attention: bool = False
+    """time attention alone too"""
 
 
 def run(plan: StepPlan, points: list[Point]) -> dict[str, Any]:
@@ -69,6 +78,8 @@ def run(plan: StepPlan, points: list[Point]) -> dict[str, Any]:
         check(plan, point)
     load_average, threads = machine.warn_if_busy(), machine.use_threads(plan.threads)
     results = [result | {"load_average": load_average} for result in _results(plan, points, threads)]
+    if all("refused" in result for result in results):
+        raise RefusedError(results[0]["refused"])
     print(summary(results))
     return results[0] if len(results) == 1 else {"sweep": results}
 
@@ -84,26 +95,36 @@ def check(plan: StepPlan, point: Point) -> None:
 
 
 def _results(plan: StepPlan, points: list[Point], threads: int) -> Iterator[dict[str, Any]]:
-    """Points that differ in live tokens alone share an engine."""
+    """Points that differ in live tokens alone share an engine; those that differ in slots or cache, the weights."""
     progress, bandwidth = Progress(), None
-    loaded_for, bench = None, None
+    bench, weights = None, None
     for point in points:
-        if loaded_for != (key := point.engine_key):
-            progress.show(f"{plan.model}: loading for {key} ...")
-            bench = None  # its memory goes first
-            bench, loaded_for = PointBench(plan, point), key
-        assert bench is not None
-        bandwidth = bandwidth or machine.copy_bandwidth(jax.devices()[0])
-        progress.show(f"{plan.model}: measuring {point} ...")
-        result = bench.measure(point, bandwidth) | machine.describe(threads)
+        try:
+            if bench is None or bench.key != point.engine_key:
+                progress.show(f"{plan.model}: preparing {point} ...")
+                bench = None  # its memory goes first
+                weights = weights if weights is not None and weights[0] == point.weights_key else None
+                bench = PointBench(plan, point, None if weights is None else weights[1])
+                weights = (point.weights_key, bench.loaded)
+            bandwidth = bandwidth or machine.copy_bandwidth(jax.devices()[0])
+            progress.show(f"{plan.model}: measuring {point} ...")
+            result = bench.measure(point, bandwidth)
+        except jax.errors.JaxRuntimeError as error:
+            if "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+            bench = None
+            result = {"model": plan.model, **asdict(point), "refused": f"does not fit: {str(error).splitlines()[0]}"}
         progress.clear()
-        yield result
+        if len(points) > 1:
+            print(told(result), file=sys.stderr, flush=True)
+        yield result | machine.describe(threads)
 
 
 class PointBench:
     """A loaded model with its baseline, for points that differ in live tokens alone."""
 
-    def __init__(self, plan: StepPlan, point: Point) -> None:
+    def __init__(self, plan: StepPlan, point: Point, weights: Loaded | None = None) -> None:
+        """`weights`: of a point with the same `weights_key`; None loads them."""
         config = EngineConfig(
             model=plan.model,
             slots=point.slots,
@@ -114,8 +135,8 @@ class PointBench:
             quantize_weights=point.quantize_weights,
             quantize_kv=point.quantize_kv,
         )
-        self._plan = plan
-        loaded = load(config)
+        self._plan, self.key = plan, point.engine_key
+        self.loaded = loaded = load(config) if weights is None else resized(config, weights)
         jax.config.update("jax_enable_compilation_cache", False)  # or compile_seconds would be the disk's
         self.engine, self.params = loaded.engine, loaded.params
         self._prompt = prompt_for(loaded.engine)
@@ -150,6 +171,8 @@ class PointBench:
             "chips": len(list(self.engine.mesh.devices.flat)),
             "layer_loop": self.engine.layer_loop,
         }
+        if self._plan.attention:
+            result |= self._attention_share(point, p50, (datasheet or bandwidth) * chips)
         if self._baseline is None:
             return result
         baseline_ms = [ms for block in blocks[1] for ms in block.step_ms]
@@ -164,6 +187,20 @@ class PointBench:
                 "equal_tokens": self._equal_tokens,
             }
         )
+
+    def _attention_share(self, point: Point, step_ms: float, bandwidth: float) -> dict[str, Any]:
+        """Attention alone, and the step if it took no longer than its rows at this bandwidth."""
+        self._ours.set_length(point.live_tokens)
+        attention_ms = float(np.median(self._ours.attention_ms(self._plan.steps)))
+        live_bytes = self.engine.layout.bytes * point.live_tokens / self.engine.cache_length
+        floor_ms = live_bytes / bandwidth * 1000
+        best_ms = max(step_ms - attention_ms, 0.0) + floor_ms
+        return {
+            "attention_ms_p50": round(attention_ms, 4),
+            "attention_floor_ms": round(floor_ms, 4),
+            "step_ms_at_attention_floor": round(best_ms, 4),
+            "attention_gain": round(step_ms / best_ms, 4),
+        }
 
 
 def baseline_for(versus: Versus, loaded: Loaded) -> Stepper:
@@ -232,9 +269,17 @@ def bytes_per_step(engine: Engine, params: Params, live_tokens: int) -> int:
     return round(weights + engine.layout.bytes * (live_tokens + 1) / engine.cache_length)
 
 
+def told(result: dict[str, Any]) -> str:
+    """A point of a sweep, as soon as it is known."""
+    point = f"{result['slots']} slots x {result['cache_length']}, {result['live_tokens']} live, {result['dtype']}"
+    if "refused" in result:
+        return f"{point}: {result['refused']}"
+    return f"{point}: p50 {result['step_ms_p50']:.3f} ms, MBU {result['mbu']:.2f}"
+
+
 def summary(results: list[dict[str, Any]]) -> str:
-    """The results as a table, with what they share above it."""
-    first = results[0]
+    """The results as a table, with what they share above it; a point that did not fit has dashes."""
+    first = next(result for result in results if "refused" not in result)
     head = (
         f"{first['model']} on {first['devices']} x {first['device']} ({first['cpu']}), threads={first['threads']}, "
         f"copy bandwidth {first['copy_bandwidth_bytes_per_second'] / 1e9:.1f} GB/s"
@@ -245,12 +290,14 @@ def summary(results: list[dict[str, Any]]) -> str:
         "step_ms_p99": "p99 ms",
         "tokens_per_second": "tokens/s", "bytes_per_step": "bytes", "mbu": "MBU",
     }  # fmt: skip
+    if "attention_gain" in first:
+        columns |= {"attention_ms_p50": "attention ms", "attention_floor_ms": "floor", "attention_gain": "gain"}
     if "versus" in first:
         columns |= {
             "baseline_step_ms_p50": f"{first['versus']} ms", "ratio_p50": "ratio", "ratio_min": "min",
             "ratio_max": "max", "equal_tokens": "equal tokens",
         }  # fmt: skip
-    return f"{head}\n{table(list(columns.values()), [[r[key] for key in columns] for r in results])}"
+    return f"{head}\n{table(list(columns.values()), [[r.get(key) for key in columns] for r in results])}"
 
 
 def _rounded(value: float | None) -> float | None:

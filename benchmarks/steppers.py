@@ -5,10 +5,12 @@ from dataclasses import replace
 from typing import Any, NamedTuple, Protocol
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
-from ..engine_impl.engine import Engine
+from ..engine_impl.engine import DecodeState, Engine
 from ..engine_impl.forward import Params
+from .kernel import timed
 
 PROMPT_LENGTH = 128
 
@@ -46,6 +48,7 @@ class EngineStepper:
         self.name = name
         self._engine, self._params = engine, params
         self._state: Any = None
+        self._attention: Any = None
 
     def fill(self, prompt: list[int]) -> None:
         state = self._engine.init_decode_state()
@@ -59,6 +62,22 @@ class EngineStepper:
         lengths = np.full(self._engine.max_concurrent_decodes, length, np.int32)
         self._state = replace(self._state, length_B=jax.device_put(lengths, self._state.length_B.sharding))
         jax.block_until_ready(self._state)
+
+    def attention_ms(self, repeats: int) -> list[float]:
+        """Decode attention alone, all layers one after another, over the slots as they are (ms a step)."""
+        shape, dtype = self._engine.model.config, self._engine.layout.dtype
+        slots, head_dim = self._engine.max_concurrent_decodes, shape.head_dim
+        q_BNH, k_BKH = (jnp.ones((slots, heads, head_dim), dtype) for heads in (shape.num_heads, shape.num_kv_heads))
+        if self._attention is None:
+            self._attention = jax.jit(self._attend)
+        us = timed(lambda: self._attention(self._state, q_BNH, k_BKH), repeats)
+        return [each / 1000 for each in us]
+
+    def _attend(self, state: DecodeState, q_BNH: jax.Array, k_BKH: jax.Array) -> jax.Array:
+        attend = self._engine.attend(state)
+        for layer, kind in enumerate(attend.kind_of_layer):
+            q_BNH = attend.call(jnp.int32(layer), kind, q_BNH, k_BKH, k_BKH)  # the next layer waits for this one
+        return q_BNH
 
     def block(self, steps: int) -> Block:
         """As the server runs it: a step is started before the tokens of the one before are read."""

@@ -27,7 +27,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from .. import cache_manager, kernels
 from . import forward, sharding, weights
-from .attention import attend_cache, attend_prompt, stored_head_dim
+from .attention import Attend, attend_cache, attend_prompt, stored_head_dim
 from .config import EngineConfig
 from .errors import RefusedError
 from .forward import LayerLoop, Params
@@ -286,6 +286,10 @@ class Engine:
         given_B = jax.ShapeDtypeStruct((self.layout.slots,), jnp.int32, sharding=self._scalar(jnp.int32).sharding)
         return self._score_step.lower(self.abstract_params(), self._abstract_state(), given_B)
 
+    def attend(self, decode_state: DecodeState) -> Attend:
+        """How the layers of a decode step attend to this state: for whoever times that alone."""
+        return attend_cache(decode_state.cache, decode_state.length_B, **self._attention)
+
     def abstract_params(self) -> Params:
         """Shapes, types and shardings of the parameters."""
         return weights.abstract(self.model, self.mesh, self.layout.dtype, self.layer_loop)
@@ -346,8 +350,7 @@ class Engine:
 
     def _decode(self, params: Params, state: DecodeState) -> tuple[jax.Array, jax.Array]:
         """(logits_BV, new_LBKC)"""
-        attend = attend_cache(state.cache, state.length_B, **self._attention)
-        return forward.decode(self.model, params, state.token_B, state.length_B, attend)
+        return forward.decode(self.model, params, state.token_B, state.length_B, self.attend(state))
 
     def _flushed(self, state: DecodeState, advanced: DecodeState, new_LBKC: jax.Array) -> DecodeState:
         """The state after a step, with the step's own rows in the cache."""

@@ -1,4 +1,4 @@
-"""Reads the optimised HLO text of a compiled TPU program: what it copies, calls and communicates.
+"""Reads the optimised HLO text of a compiled TPU or GPU program: what it copies, calls, launches and communicates.
 
 The text is what `jax.stages.Compiled.as_text()` gives. Executions are those of every step: a loop's body counts as
 often as the loop runs, the branches of a conditional do not count (ours are for slots that sample).
@@ -28,6 +28,7 @@ _COPYING = {
     "pad", "convert", "select", "reverse", "broadcast", "fusion", "async-start",
 }  # fmt: skip
 _UPDATING = {"dynamic-update-slice", "scatter"}
+_LAUNCHED = {"fusion", "custom-call", "copy", "transpose", "sort"}
 
 
 @dataclass(frozen=True)
@@ -104,6 +105,27 @@ class Program:
         estimate = re.compile(r'"estimated_cycles":"(\d+)"')
         found = ((estimate.search(instruction.text), times) for instruction, times in self._executed())
         return sum(int(match[1]) * times for match, times in found if match and int(match[1]) < 2**40)
+
+    def launches(self) -> tuple[int, int]:
+        """(Kernels that a GPU program starts outside loops of an unknown number of turns, those in one turn of each).
+
+        Before each turn of such a loop, and once more to leave it, the host waits for the loop's condition.
+        """
+        looped: dict[str, int] = {}
+        for instruction, times in self._executed():
+            if instruction.opcode == "while" and "known_trip_count" not in instruction.text:
+                inside: defaultdict[str, int] = defaultdict(int)
+                for callee in instruction.callees:
+                    self._count(callee, times, inside)
+                looped |= {name: looped.get(name, 0) + count for name, count in inside.items()}
+        total = sum(times for instruction, times in self._executed() if instruction.opcode in _LAUNCHED)
+        turns = sum(
+            times
+            for name, times in looped.items()
+            for instruction in self.computations[name].values()
+            if instruction.opcode in _LAUNCHED
+        )
+        return total - turns, turns
 
     def floats_of(self, shape: tuple[int, ...]) -> list[str]:
         """Instructions whose result is an array of floats with these dimensions, in any order, in HBM or VMEM."""

@@ -54,20 +54,19 @@ def ragged_attention_gpu(
             corner = (layer * B, jnp.int32(0), start, jnp.int32(lane))
             return jax.lax.dynamic_slice(layers_KSC, corner, (B, K, block, H)).astype(jnp.float32)
 
-        def scale_BKS1(which):
-            scales_K2S = scale_LBK2S.reshape(L * B, K, 2, S)
-            corner = (layer * B, jnp.int32(0), jnp.int32(0), start)
-            scale_BK2S = jax.lax.dynamic_slice(scales_K2S, corner, (B, K, 2, block))
-            return jnp.where(live_BS[:, None], scale_BK2S[:, :, which], 0)[..., None]
-
         score_BKSG = (half(0)[:, :, :, None] * q_BKGH[:, :, None]).sum(-1)
-        score_BKSG = score_BKSG if scale_LBK2S is None else score_BKSG * scale_BKS1(0)
+        scale_BK2S = None
+        if scale_LBK2S is not None:
+            corner = (layer * B, jnp.int32(0), jnp.int32(0), start)
+            scale_BK2S = jax.lax.dynamic_slice(scale_LBK2S.reshape(L * B, K, 2, S), corner, (B, K, 2, block))
+            scale_BK2S = jnp.where(live_BS[:, None, None], scale_BK2S, 0)
+            score_BKSG = score_BKSG * scale_BK2S[:, :, 0, :, None]
         score_BKSG = jnp.where(live_BS[:, None, :, None], cap_scores(score_BKSG, soft_cap), -jnp.inf)
         m_next_BKG = jnp.maximum(m_BKG, score_BKSG.max(axis=2))
         p_BKSG = jnp.exp(score_BKSG - m_next_BKG[:, :, None])
         decay_BKG = jnp.exp(m_BKG - m_next_BKG)
         l_BKG = l_BKG * decay_BKG + p_BKSG.sum(axis=2)
-        weight_BKSG = p_BKSG if scale_LBK2S is None else p_BKSG * scale_BKS1(1)
+        weight_BKSG = p_BKSG if scale_BK2S is None else p_BKSG * scale_BK2S[:, :, 1, :, None]
         # Dead rows may hold NaN, and 0 * NaN is NaN: masking the scores alone is not enough.
         v_BKSH = jnp.where(live_BS[:, None, :, None], half(H), 0)
         seen_BKGH = jnp.stack([(v_BKSH * weight_BKSG[..., g, None]).sum(2) for g in range(G)], axis=2)

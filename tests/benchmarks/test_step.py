@@ -1,9 +1,11 @@
 """`slipstream bench step` on a tiny model: what it prints, what it counts, what it refuses."""
 
 import json
+from unittest.mock import ANY
 
+import jax
 import pytest
-from slipstream.benchmarks import step
+from slipstream.benchmarks import models, step
 from slipstream.engine_impl.config import EngineConfig
 from slipstream.engine_impl.loading import build_engine
 from slipstream.server import cli
@@ -66,6 +68,50 @@ def test_quantisation_is_swept_with_an_engine_each(monkeypatch, capsys, tiny_loa
     assert [(config.quantize_weights, config.quantize_kv) for config in asked] == points
     sweep = json.loads(capsys.readouterr().out.splitlines()[-1])["sweep"]
     assert [(point["quantize_weights"], point["quantize_kv"]) for point in sweep] == points
+
+
+def test_points_that_differ_in_slots_share_the_weights(monkeypatch, capsys):
+    """Eight billion weights are not loaded anew for each number of slots."""
+    loads = []
+    monkeypatch.setattr(step, "load", lambda config: loads.append(config) or models.load_random(config, TINY))
+    assert cli.run([*QUICK, "--slots", "1,3", "--live-tokens", "40"]) == 0
+    out, err = capsys.readouterr()
+    assert [point["slots"] for point in json.loads(out.splitlines()[-1])["sweep"]] == [1, 3]
+    assert [config.slots for config in loads] == [1]
+    assert [line.split(":")[0] for line in err.splitlines() if " live, " in line] == [
+        f"{slots} slots x 128, 40 live, float32" for slots in (1, 3)
+    ]
+
+
+def test_a_sweep_goes_on_after_a_point_that_does_not_fit(monkeypatch, capsys, tiny_loaded):
+    def load(config, *_):
+        if config.cache_length > 128:
+            raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 64 GiB.")
+        return tiny_loaded
+
+    monkeypatch.setattr(step, "load", load)
+    monkeypatch.setattr(step, "resized", load)
+    assert cli.run([*QUICK, "--cache-length", "256,128,384", "--live-tokens", "40"]) == 0
+    out, err = capsys.readouterr()
+    assert [point.get("refused") for point in json.loads(out.splitlines()[-1])["sweep"]] == [
+        "does not fit: RESOURCE_EXHAUSTED: Out of memory while trying to allocate 64 GiB.",
+        None,
+        ANY,
+    ]
+    assert "2 slots x 256, 40 live, auto: does not fit" in err
+    assert cli.run([*QUICK, "--cache-length", "256", "--live-tokens", "40"]) == cli.BAD_INPUT
+    assert "does not fit: RESOURCE_EXHAUSTED" in capsys.readouterr().err
+
+
+def test_what_attention_alone_takes_and_what_its_floor_would_gain(last_line):
+    result = last_line("--live-tokens", "40", "--attention")
+    live_bytes = 2 * 40 * 2 * 4 * 2 * 16 * 4  # slots, rows, layers, kv heads, k and v, head dim, float32
+    floor_ms = live_bytes / result["copy_bandwidth_bytes_per_second"] * 1000
+    assert result["attention_floor_ms"] == pytest.approx(floor_ms, abs=1e-4)
+    rest_ms = max(result["step_ms_p50"] - result["attention_ms_p50"], 0)
+    assert result["step_ms_at_attention_floor"] == pytest.approx(rest_ms + floor_ms, abs=1e-3)
+    assert result["attention_gain"] == pytest.approx(result["step_ms_p50"] / (rest_ms + floor_ms), rel=1e-2)
+    assert result["attention_ms_p50"] > 0
 
 
 def test_bytes_of_codes_and_scales():

@@ -31,6 +31,8 @@ class BenchStep:
     versus: Literal["none", "eager", "eager-per-layer", "transformers", "transformers-dynamic"] = "none"
     """Time this baseline in turns (A B A B): the eager cache, stacked or an array a layer; Hugging Face transformers
     with a static or a dynamic cache (CPU)."""
+    attention: bool = False
+    """Time decode attention alone too, and tell what the step would take if that took no longer than its bytes."""
     steps: int = 16
     """Steps of one block (steps)."""
     pairs: int = 5
@@ -60,6 +62,7 @@ class BenchStep:
             steps=self.steps,
             pairs=self.pairs,
             threads=self.threads,
+            attention=self.attention,
         )
         return finish(run(plan, self._points(Point)), self.as_json)
 
