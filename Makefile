@@ -3,7 +3,7 @@ BIN := $(VENV)/bin
 PYTHON ?= python3
 PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile  # two processes; each may take 5 GB
 
-.PHONY: demo test test-fast gates setup check protos clean
+.PHONY: demo test test-fast gates gpu-gates setup check protos clean
 
 demo: $(VENV)/.runtime           ## serve the embedded model, ask it a question, stop
 	@$(BIN)/slipstream demo
@@ -12,10 +12,14 @@ test: $(VENV)/.test              ## the whole suite
 	$(PYTEST)
 
 test-fast: $(VENV)/.test         ## what does not take long
-	$(PYTEST) -m "not slow and not gates"
+	$(PYTEST) -m "not slow and not gates and not gpu_gates"
 
 gates: $(VENV)/.test             ## every program x heads x head dim x chip, by the TPU compiler
-	$(PYTEST) tests/gates -m "gates or not gates"
+	$(PYTEST) tests/gates -m "not gpu_gates"
+
+gpu-gates: $(VENV)/.test         ## the same for an H100; installs XLA's GPU compiler (175 MB), no GPU needed
+	$(BIN)/python -m pip install jax-cuda12-pjrt==$$($(BIN)/python -c "import jaxlib; print(jaxlib.__version__)")
+	$(PYTEST) tests/gates/test_gpu.py -m gpu_gates
 
 setup: $(VENV)/.test             ## the environment for development
 

@@ -46,7 +46,7 @@ def serving_rows() -> Iterator[str]:
     yield "| model | GPUs | slots | cache | fits | GiB a GPU | temp MiB | cache-sized copies | floor ms | tokens/s |"
     yield "|---|---|---|---|---|---|---|---|---|---|"
     for model, gpus, slots, cache_length in SERVING:
-        config = EngineConfig(model=model, slots=slots, cache_length=cache_length, max_prefill_length=1024)
+        config = EngineConfig(model=model, slots=slots, cache_length=cache_length, max_prefill_length=256)
         report = plan(config, shape_of(model), f"h100:{gpus}")
         there = f"{report.hbm_bytes_per_chip / GIB:.1f}"
         if report.misfit is not None:

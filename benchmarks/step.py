@@ -18,6 +18,7 @@ from ..engine_impl.config import EngineConfig
 from ..engine_impl.engine import Engine
 from ..engine_impl.errors import RefusedError
 from ..engine_impl.forward import Params
+from ..engine_impl.loading import choose_devices
 from . import machine
 from .eager import EagerEngine
 from .models import Loaded, load, resized
@@ -96,8 +97,8 @@ def check(plan: StepPlan, point: Point) -> None:
 
 def _results(plan: StepPlan, points: list[Point], threads: int) -> Iterator[dict[str, Any]]:
     """Points that differ in live tokens alone share an engine; those that differ in slots or cache, the weights."""
-    progress, bandwidth = Progress(), None
-    bench, weights = None, None
+    progress, bench, weights = Progress(), None, None
+    bandwidth = machine.copy_bandwidth(choose_devices(plan.platform)[0])  # while there is room for it
     for point in points:
         try:
             if bench is None or bench.key != point.engine_key:
@@ -106,7 +107,6 @@ def _results(plan: StepPlan, points: list[Point], threads: int) -> Iterator[dict
                 weights = weights if weights is not None and weights[0] == point.weights_key else None
                 bench = PointBench(plan, point, None if weights is None else weights[1])
                 weights = (point.weights_key, bench.loaded)
-            bandwidth = bandwidth or machine.copy_bandwidth(jax.devices()[0])
             progress.show(f"{plan.model}: measuring {point} ...")
             result = bench.measure(point, bandwidth)
         except jax.errors.JaxRuntimeError as error:

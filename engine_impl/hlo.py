@@ -113,7 +113,7 @@ class Program:
         """
         looped: dict[str, int] = {}
         for instruction, times in self._executed():
-            if instruction.opcode == "while" and "known_trip_count" not in instruction.text:
+            if instruction.opcode == "while" and self._known_trips(instruction) is None:
                 inside: defaultdict[str, int] = defaultdict(int)
                 for callee in instruction.callees:
                     self._count(callee, times, inside)
@@ -251,7 +251,12 @@ class Program:
                     self._count(callee, inner, times)
 
     def _trips(self, loop: Instruction) -> int:
-        """How often a while loop runs: what XLA found out, else the largest bound in its condition."""
+        """How often a while loop runs; once, where nobody knows."""
+        known = self._known_trips(loop)
+        return 1 if known is None else known
+
+    def _known_trips(self, loop: Instruction) -> int | None:
+        """What XLA found out, else the largest bound in its condition, if there is one."""
         known = re.search(r"known_trip_count[^0-9]*(\d+)", loop.text)
         if known:
             return int(known[1])
@@ -262,7 +267,7 @@ class Program:
             for instruction in self.computations[condition[1]].values()
             if (match := re.search(r" constant\((\d+)\)", instruction.text))
         ]
-        return max(bounds, default=1)
+        return max(bounds, default=None)
 
 
 def _made(instruction: Instruction) -> tuple[Array, ...]:

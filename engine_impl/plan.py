@@ -1,8 +1,8 @@
-"""Asks the TPU compiler, without a TPU: does a model fit, what do its programs do, how fast can they be?
+"""Asks the compiler, without a TPU or GPU: does a model fit, what do its programs do, how fast can they be?
 
-The engine's own programs are compiled by libtpu for a topology, with abstract arguments: no weights, no chips. What
-comes back is a fact of the compiler (memory, copies, calls, collectives), or a floor: bytes that must be read, over the
-chip's bandwidth.
+The engine's own programs are compiled for a topology by libtpu, or by XLA's GPU compiler, with abstract arguments: no
+weights, no chips. What comes back is a fact of the compiler (memory, copies, calls, collectives), or a floor: bytes
+that must be read, over the chip's bandwidth.
 """
 
 import time

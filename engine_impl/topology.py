@@ -1,5 +1,6 @@
 """Chips that are not here: the devices of a TPU slice or of GPUs, for compiling only."""
 
+import logging
 import os
 from typing import Any
 
@@ -76,6 +77,8 @@ def _tpu_devices(topology: str) -> list[Any]:
 
 def _gpu_devices(kind: str, count: int) -> list[Any]:
     """The compiler is XLA's CUDA plugin, which needs neither a driver nor NVIDIA's libraries to compile."""
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # errors only: that there is no driver is no news here
+    logging.getLogger("jax_plugins.xla_cuda12").setLevel(logging.ERROR)
     try:
         described = topologies.get_topology_desc(
             platform="cuda", topology=f"1x1x{count}", target_config=TARGETS[kind]

@@ -1,4 +1,4 @@
-"""slipstream plan: what the TPU compiler says of a model on chips that are not here."""
+"""slipstream plan: what the compiler says of a model on chips that are not here."""
 
 import json
 import sys
@@ -19,7 +19,7 @@ GIB, MIB = 2**30, 2**20
 
 @dataclass(frozen=True)
 class Plan:
-    """Ask the TPU compiler, without a TPU: does a model fit, what is the floor of a step, what do its programs do?
+    """Ask the compiler, without a TPU or GPU: does a model fit, what is the floor of a step, what do its programs do?
 
     --model takes a preset (llama-2-7b, llama-3.1-8b, ...), a Hugging Face config.json or its folder, a hub id,
     `embedded`, or a GGUF file; no weights are read.
@@ -27,7 +27,8 @@ class Plan:
 
     engine: EngineConfig
     topology: str = "v5e:2x4"
-    """TPU generation and slice (chips), such as v5e:2x4, v6e:2x2, v5p:2x2x2; --tensor-parallel uses a part of it."""
+    """TPU generation and slice (chips), such as v5e:2x4, v6e:2x2, v5p:2x2x2, or GPUs of one machine, such as h100:1;
+    --tensor-parallel uses a part of it."""
     max_slots: bool = False
     """Find the largest number of slots that fits, instead of planning for --slots."""
     all_buckets: bool = False

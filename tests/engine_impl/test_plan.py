@@ -2,11 +2,13 @@
 
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
+from slipstream.engine_impl import topology
 from slipstream.engine_impl.budget import Budget
 from slipstream.engine_impl.checkpoints.hf_config import read_hf_config
-from slipstream.engine_impl.chips import CHIPS
+from slipstream.engine_impl.chips import CHIPS, GPU_MEMORY_SHARE, GPUS
 from slipstream.engine_impl.config import EngineConfig
 from slipstream.engine_impl.errors import RefusedError
 from slipstream.engine_impl.models import registry
@@ -148,6 +150,25 @@ def test_without_libtpu_the_install_command_is_told(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "libtpu", None)
     with pytest.raises(RefusedError, match=r"pip install 'jax\[tpu\]'"):
         planned()
+
+
+def test_without_the_gpu_compiler_the_install_command_is_told(monkeypatch):
+    def no_plugin(*_, **__):
+        raise NotImplementedError("topology not implemented for cuda")
+
+    monkeypatch.setattr(topology.topologies, "get_topology_desc", no_plugin)
+    with pytest.raises(RefusedError, match="pip install jax-cuda12-pjrt=="):
+        planned(topology="h100:1")
+
+
+def test_a_gpu_topology_is_so_many_devices_of_its_target(monkeypatch):
+    """XLA's shape of a GPU topology is slices x hosts x devices."""
+    asked = {}
+    described = SimpleNamespace(devices=("a", "b"))
+    monkeypatch.setattr(topology.topologies, "get_topology_desc", lambda **words: asked.update(words) or described)
+    assert topology.devices_of("h100:2") == ["a", "b"]
+    assert (asked["platform"], asked["topology"]) == ("cuda", "1x1x2")
+    assert f"device_memory_size: {round(GPUS['h100'].hbm_bytes / GPU_MEMORY_SHARE)}" in asked["target_config"]
 
 
 def test_shapes_come_from_presets_configs_and_the_embedded_model(tmp_path):
