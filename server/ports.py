@@ -7,13 +7,15 @@ from ssl import SSLContext
 
 from aiohttp import web
 from aiohttp.http_exceptions import HttpProcessingError
+from aiohttp.web_protocol import RequestPayloadError
 
 from ..engine_impl.errors import RefusedError
 from .config import ServerConfig, join_address
 
 log = logging.getLogger(__name__)
 # What is no HTTP is answered with 400; strangers must not fill the log with it.
-log.addFilter(lambda record: not (record.exc_info and isinstance(record.exc_info[1], HttpProcessingError)))
+NO_HTTP = HttpProcessingError, RequestPayloadError
+log.addFilter(lambda record: not (record.exc_info and isinstance(record.exc_info[1], NO_HTTP)))
 
 BACKLOG = 1024
 """Connections that may wait to be accepted; the kernel may take fewer."""

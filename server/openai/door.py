@@ -241,6 +241,7 @@ def error_response(error: HttpError) -> web.Response:
 
 
 async def send_name(request: web.Request, response: web.StreamResponse) -> None:
-    """In every answer."""
+    """The request's, in every answer, and ours instead of aiohttp's version."""
+    response.headers["server"] = "slipstream"
     if NAME in request:
         response.headers[REQUEST_ID] = request[NAME]

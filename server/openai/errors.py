@@ -1,6 +1,7 @@
 """What goes wrong, as OpenAI's clients read it: a status and {"error": {message, type, param, code}}."""
 
 import math
+import re
 from typing import Any
 
 from pydantic import ValidationError
@@ -11,6 +12,9 @@ from ..errors import CancelledError, FailedError, QueueFullError, UnavailableErr
 
 INVALID, SERVER = "invalid_request_error", "server_error"
 """OpenAI's types of errors: the caller's, and ours."""
+
+OTHER_NAMES = {"num_samples": "n"}
+"""What we call differently."""
 
 
 class HttpError(Exception):
@@ -54,7 +58,7 @@ def http_error(error: Exception) -> HttpError:
         case BadFieldError():
             return HttpError(400, message, param=error.field)
         case RefusedError():
-            return HttpError(400, message)
+            return HttpError(400, message, param=named(message))
         case UnknownModelError():
             return HttpError(404, message, param="model", code="model_not_found")
         case QueueFullError():
@@ -67,6 +71,12 @@ def http_error(error: Exception) -> HttpError:
             return HttpError(503, message, kind=SERVER, code="unavailable")
         case _:
             return HttpError(500, message, kind=SERVER, code="engine_failed")
+
+
+def named(message: str) -> str | None:
+    """The field that a refusal begins with: "temperature=-1 must be ..."."""
+    match = re.match(r"([a-z_]+)=", message)
+    return OTHER_NAMES.get(match[1], match[1]) if match else None
 
 
 def bad_body(error: ValidationError) -> BadFieldError:
