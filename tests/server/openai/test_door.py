@@ -19,6 +19,7 @@ from slipstream.engine_impl import tracing
 from slipstream.engine_impl.errors import RefusedError
 from slipstream.protos import orchestrator_pb2 as pb
 from slipstream.protos.orchestrator_pb2_grpc import OrchestratorStub
+from slipstream.server import ports
 from slipstream.server.config import SecurityConfig, ServerConfig, WatchConfig
 from slipstream.server.lifecycle import Serving
 from slipstream.server.security import plain_ip
@@ -128,8 +129,9 @@ def test_the_grace_has_an_end(caplog):
     assert "cancelling 2 requests that are not finished" in caplog.text
 
 
-def test_a_client_that_does_not_read_holds_nobody_up():
+def test_a_client_that_does_not_read_holds_nobody_up_and_is_cut_in_the_end(monkeypatch):
     """Its answer is made and waits; the slot is free. The model's name is in every chunk, and fills the buffers."""
+    monkeypatch.setattr(ports, "UNACKNOWLEDGED_MS", 1000)
 
     async def scenario():
         engine = FakeEngine(max_concurrent_decodes=1, cache_length=10_000, step_s=0.002, model_name="m" * 40_000)
@@ -147,7 +149,7 @@ def test_a_client_that_does_not_read_holds_nobody_up():
                 ].text == "bcd"
                 assert server.orchestrator.slots_in_use == 0
                 assert server._desk.calls == 1, "still being written"
-            await until(lambda: server._desk.calls == 0)
+                await until(lambda: server._desk.calls == 0)
 
     asyncio.run(asyncio.wait_for(scenario(), 30))
 
