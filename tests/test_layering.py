@@ -21,7 +21,8 @@ MAY_IMPORT = {
     ),
     "server": (
         {"protos", "engine_impl", "benchmarks"},  # benchmarks: see the test below
-        {"grpc", "grpc_health", "grpc_reflection", "google", "tyro", "numpy", "jetstream", "prometheus_client"},
+        {"grpc", "grpc_health", "grpc_reflection", "google", "tyro", "numpy", "jetstream", "prometheus_client"}
+        | {"aiohttp", "pydantic"},
     ),
     "benchmarks": (
         {"protos", "kernels", "cache_manager", "engine_impl", "server"},
