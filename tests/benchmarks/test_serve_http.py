@@ -7,11 +7,14 @@ import time
 
 import pytest
 import trustme
+from slipstream.benchmarks.hosted import hosted
 from slipstream.benchmarks.http_caller import HttpCaller
 from slipstream.benchmarks.workload import Ask
 from slipstream.server import cli
+from slipstream.server.config import ServerConfig
 
 from tests.benchmarks.openai_fake import OpenAiFake
+from tests.fakes import FakeEngine
 
 QUICK = ["bench", "serve", "--requests", "4", "--warm-up", "1", "--token-ids", "97:98", "--load", "2", "--json"]
 LENGTHS = ["--prompt-lengths", "fixed:3", "--output-lengths", "fixed:5"]
@@ -136,3 +139,25 @@ def test_refusals(words, message, capsys):
 
 def test_nobody_there(bench):
     assert "nobody answers at http://127.0.0.1:1" in bench("http://127.0.0.1:1", status=cli.FAILED)
+
+
+@pytest.mark.parametrize("ignore_eos", [[], ["--ignore-eos"]], ids=["to the stop token", "whole"])
+def test_our_server_answers_the_same_load_alike_over_grpc_and_http(ignore_eos, bench):
+    """Prompts of 1 to 9 random letters: each answer ends after "z", or is 30 tokens long."""
+    words = ["--token-ids", "97:120", "--prompt-lengths", "uniform:1:9", "--output-lengths", "fixed:30", *ignore_eos]
+    with hosted(FakeEngine(), None, ServerConfig(port=0, http_port=0, grace_s=1.0)) as serving:
+        over_grpc = bench(serving.address, *words)
+        over_http = bench(f"http://{serving.http_address}", *words)
+    counts = [(row["completed"], row["failed"], row["output_tokens"]) for row in (over_grpc, over_http)]
+    assert counts[0] == counts[1]
+    assert (counts[0][2] == 4 * 30) == bool(ignore_eos)
+
+
+def test_our_full_queue_rejects_over_http(bench):
+    """One slot, one place to wait, eight at once."""
+    engine = FakeEngine(max_concurrent_decodes=1, step_s=0.02)
+    with hosted(engine, None, ServerConfig(port=0, http_port=0, grace_s=1.0, max_queued=1)) as serving:
+        words = ["--warm-up", "0", "--requests", "8", "--load", "8"]
+        row = bench(f"http://{serving.http_address}", *words)
+    assert row["rejected"] >= 1
+    assert row["completed"] + row["rejected"] == 8
