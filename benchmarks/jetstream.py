@@ -62,8 +62,8 @@ class Side:
 
     def result(self) -> dict[str, Any]:
         """Tokens/s of the median block; latencies of all blocks' requests."""
-        speeds = [report(block, Slo())["tokens_per_second"] for block in self.blocks]
-        whole = report([record for block in self.blocks for record in block], Slo())
+        speeds = [report([block], Slo())["tokens_per_second"] for block in self.blocks]
+        whole = report(self.blocks, Slo())
         kept = ("requests", "completed", "failed", "first_failure", "ttft_ms", "tpot_ms", "e2e_ms")
         return {
             "tokens_per_second": percentile(speeds, 50),
