@@ -46,7 +46,5 @@ class TransformersPrefiller:
         from transformers import DynamicCache
 
         cache = DynamicCache(config=self._model.config)
-        logits = self._model(
-            torch.tensor([prompt]), past_key_values=cache, use_cache=True, logits_to_keep=1
-        ).logits  # fmt: skip
-        return int(logits[0, -1].argmax())
+        answer = self._model(torch.tensor([prompt]), past_key_values=cache, use_cache=True, logits_to_keep=1)
+        return int(answer.logits[0, -1].argmax())

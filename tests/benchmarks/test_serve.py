@@ -3,6 +3,8 @@
 import json
 
 import pytest
+from slipstream.benchmarks.grpc_caller import GrpcCaller
+from slipstream.benchmarks.workload import Ask
 from slipstream.server import cli
 
 from tests.fakes import FakeEngine
@@ -54,6 +56,19 @@ def test_a_stop_token_ends_an_answer_early(bench):
     """From "a" there are 25 letters to "z", however many are asked for."""
     (row,) = bench("--prompt-lengths", "fixed:3", "--output-lengths", "fixed:100", "--load", "2")["loads"]
     assert row["output_tokens"] == 4 * 25
+
+
+def test_stop_tokens_can_be_ignored(bench):
+    (row,) = bench("--prompt-lengths", "fixed:3", "--output-lengths", "fixed:100", "--load", "2", "--ignore-eos")[
+        "loads"
+    ]
+    assert row["output_tokens"] == 4 * 100
+
+
+def test_prompts_are_sent_as_they_are():
+    """Without a BOS before them, which would be another length."""
+    message = GrpcCaller("localhost:1", 1.0).message(Ask([5, 6], 7))
+    assert (list(message.token_content.token_ids), message.max_tokens, message.has_bos) == ([5, 6], 7, True)
 
 
 def test_latencies_are_drawn_against_load(bench, tmp_path):
