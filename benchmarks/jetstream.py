@@ -21,9 +21,9 @@ from ..server.errors import FailedError
 from ..server.front import JETSTREAM_SERVICE
 from .caller import Record
 from .grpc_caller import GrpcCaller
+from .loops import closed
 from .machine import warn_if_busy
 from .report import Slo, report
-from .serve import closed
 from .stats import percentile
 from .table import Progress, table
 from .workload import Ask, make_requests

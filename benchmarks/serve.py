@@ -1,8 +1,6 @@
 """A running server under load: latencies, throughput, goodput, refusals.
 
-Closed loop: a fixed number of requests is in flight; as one ends the next is sent. Open loop: requests come at a rate,
-whether the ones before are answered or not, and their latency counts from when they were due. The first `warm_up`
-requests of each load run like the rest and are left out of every number.
+The first `warm_up` requests of each load run like the rest and are left out of every number.
 
 Two servers take turns (A B A B): each load is run at one while the other is idle, then at the other, several times.
 """
@@ -10,9 +8,9 @@ Two servers take turns (A B A B): each load is run at one while the other is idl
 import asyncio
 import sys
 import time
-from collections.abc import Callable
 from contextlib import AsyncExitStack
 from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -22,10 +20,15 @@ from ..server.errors import FailedError
 from .caller import Caller, Record
 from .grpc_caller import GrpcCaller
 from .http_caller import HttpCaller
+from .loops import closed, opened
+from .machine import cpu_name, version, warn_if_busy
 from .report import Slo, report
 from .stats import Ratio
 from .table import Progress, table
 from .workload import OUTPUT, PROMPT, Ask, arrivals, id_range, lengths, make_requests
+
+CLIENT_BUSY = 0.9
+"""Beyond this share of a core the client may be what is measured."""
 
 
 class Side(NamedTuple):
@@ -33,6 +36,15 @@ class Side(NamedTuple):
 
     target: str
     model: str | None
+
+
+class Block(NamedTuple):
+    """One load at one server."""
+
+    records: list[Record]
+    """without the warm-up"""
+    client_cpu_share: float
+    """of one core, warm-up included"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,6 +98,12 @@ def run(plan: ServePlan, loads: list[float], plot: Path | None) -> dict[str, Any
     )
     if plan.max_length is not None and plan.max_length < 2:
         raise RefusedError(f"max_length={plan.max_length} must be at least 2: one token of prompt, one of answer")
+    client = {
+        "cpu": cpu_name(),
+        "load_average": warn_if_busy(),
+        "slipstream-llm": version("slipstream-llm"),
+        "date": datetime.now(UTC).strftime("%Y-%m-%d"),
+    }
     results = [asyncio.run(run_load(plan, asks, load)) for load in loads]
     print(summary(plan, results))
     if plot is not None:
@@ -94,7 +112,7 @@ def run(plan: ServePlan, loads: list[float], plot: Path | None) -> dict[str, Any
         plot_loads(plot, plan.pattern, results)
     facts = asdict(plan)
     facts.pop("channel")  # paths on the caller's machine
-    return facts | {"loads": results}
+    return facts | {"client": client, "loads": results}
 
 
 def caller_of(plan: ServePlan, side: Side) -> Caller:
@@ -107,14 +125,19 @@ def caller_of(plan: ServePlan, side: Side) -> Caller:
 
 async def run_load(plan: ServePlan, asks: list[Ask], load: float) -> dict[str, Any]:
     """The first side's numbers, and with a second one its numbers and the ratios, pair by pair."""
-    blocks: list[list[list[Record]]] = [[] for _ in plan.sides]
+    blocks: list[list[Block]] = [[] for _ in plan.sides]
     async with AsyncExitStack() as stack:
         callers = [await stack.enter_async_context(caller_of(plan, side)) for side in plan.sides]
         for _ in range(plan.pairs):
             for side, caller, its_blocks in zip(plan.sides, callers, blocks, strict=True):
                 its_blocks.append(await run_block(plan, side, caller, asks, load))
     slo = Slo(**{f"{name}_ms": limit for name, limit in plan.slo_ms.items()})
-    rows = [report(its_blocks, slo) for its_blocks in blocks]
+    rows = [numbers_of(its_blocks, slo) for its_blocks in blocks]
+    if (share := max(row["client_cpu_share"] for row in rows)) > CLIENT_BUSY:
+        print(
+            f"warning: load {load:g}: the client used {share:.2f} of its one core; it may be what is measured",
+            file=sys.stderr,
+        )
     if len(rows) == 1:
         return {"load": load} | rows[0]
     if rows[0]["output_tokens"] != rows[1]["output_tokens"]:
@@ -123,8 +146,14 @@ async def run_load(plan: ServePlan, asks: list[Ask], load: float) -> dict[str, A
     return {"load": load} | rows[0] | {"versus": rows[1]} | ratios(*blocks)
 
 
-async def run_block(plan: ServePlan, side: Side, caller: Caller, asks: list[Ask], load: float) -> list[Record]:
-    """One load at one server; without the warm-up. Raises FailedError when nothing can be said of it."""
+def numbers_of(blocks: list[Block], slo: Slo) -> dict[str, Any]:
+    """One server's numbers, of all its blocks."""
+    numbers = report([block.records for block in blocks], slo)
+    return numbers | {"client_cpu_share": round(max(block.client_cpu_share for block in blocks), 4)}
+
+
+async def run_block(plan: ServePlan, side: Side, caller: Caller, asks: list[Ask], load: float) -> Block:
+    """Raises FailedError when nothing can be said of it."""
     progress, done = Progress(), []
 
     def on_done(record: Record) -> None:
@@ -134,28 +163,29 @@ async def run_block(plan: ServePlan, side: Side, caller: Caller, asks: list[Ask]
         text = f"{side.target}, load {load:g}: {speed:.0f} tokens/s, {rejected} rejected"
         progress.bar(len(done), len(asks), text)
 
-    start = time.perf_counter()
+    start, cpu = time.perf_counter(), time.process_time()
     if plan.pattern == "closed":
         records = await closed(caller, asks, int(load), on_done)
     else:
         burst_size = plan.burst_size if plan.pattern == "bursts" else 1
         due = arrivals(len(asks), load, burst_size=burst_size, seed=plan.seed)
         records = await opened(caller, asks, due, on_done)
+    share = (time.process_time() - cpu) / (time.perf_counter() - start)
     progress.clear()
     counted = records[plan.warm_up :]
     if all(record.status == "failed" for record in counted):
         raise FailedError(
             f"{side.target}: none of {len(counted)} requests was answered; the first: {counted[0].detail}"
         )
-    return counted
+    return Block(counted, share)
 
 
-def ratios(ours: list[list[Record]], theirs: list[list[Record]]) -> dict[str, Any]:
+def ratios(ours: list[Block], theirs: list[Block]) -> dict[str, Any]:
     """Pair by pair; above 1 the first side is better: more tokens/s, a shorter TTFT p50.
 
     Raises FailedError for a block without a token.
     """
-    rows = [[report([block], Slo()) for block in side] for side in (ours, theirs)]
+    rows = [[report([block.records], Slo()) for block in side] for side in (ours, theirs)]
     if not all(row["output_tokens"] and row["ttft_ms"]["p50"] for side in rows for row in side):
         raise FailedError("there is no ratio: one of the servers answered a block without a token")
     speed_a, speed_b = ([row["output_tokens"] / row["seconds"] for row in side] for side in rows)
@@ -163,33 +193,6 @@ def ratios(ours: list[list[Record]], theirs: list[list[Record]]) -> dict[str, An
     speed = Ratio(tuple(a / b for a, b in zip(speed_a, speed_b, strict=True)))
     ttft = Ratio(tuple(b / a for a, b in zip(ttft_a, ttft_b, strict=True)))
     return {"tokens_per_second_ratio": speed.json(), "ttft_p50_ratio": ttft.json()}
-
-
-async def closed(caller: Caller, asks: list[Ask], in_flight: int, on_done: Callable[[Record], None]) -> list[Record]:
-    """Records in the order of `asks`."""
-    records: dict[int, Record] = {}
-    waiting = iter(enumerate(asks))
-
-    async def work() -> None:
-        for index, ask in waiting:
-            records[index] = await caller.call(ask, time.perf_counter())
-            on_done(records[index])
-
-    await asyncio.gather(*(work() for _ in range(in_flight)))
-    return [records[index] for index in range(len(asks))]
-
-
-async def opened(caller: Caller, asks: list[Ask], due: list[float], on_done: Callable[[Record], None]) -> list[Record]:
-    """Request i is sent `due[i]` seconds from now. Records in the order of `asks`."""
-    start = time.perf_counter()
-
-    async def send(ask: Ask, due: float) -> Record:
-        await asyncio.sleep(due - time.perf_counter())
-        record = await caller.call(ask, due)
-        on_done(record)
-        return record
-
-    return await asyncio.gather(*(send(ask, start + at) for ask, at in zip(asks, due, strict=True)))
 
 
 def summary(plan: ServePlan, results: list[dict[str, Any]]) -> str:

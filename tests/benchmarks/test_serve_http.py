@@ -10,7 +10,7 @@ import trustme
 from slipstream.benchmarks.caller import Record
 from slipstream.benchmarks.hosted import hosted
 from slipstream.benchmarks.http_caller import HttpCaller
-from slipstream.benchmarks.serve import ratios
+from slipstream.benchmarks.serve import Block, ratios
 from slipstream.benchmarks.workload import Ask
 from slipstream.server import cli
 from slipstream.server.config import ServerConfig
@@ -157,13 +157,14 @@ def test_ratios_by_hand():
     """Twice the tokens/s, then the same; a TTFT three times as short, then half as short."""
 
     def block(seconds, ttft):
-        return [Record(due=0.0, token_times=[ttft, seconds], tokens=10, end=seconds, status="completed")]
+        times = [ttft, seconds]
+        return Block([Record(due=0.0, token_times=times, tokens=10, end=seconds, status="completed")], 0.1)
 
     found = ratios([block(5.0, 1.0), block(5.0, 2.0)], [block(10.0, 3.0), block(5.0, 1.0)])
     assert found["tokens_per_second_ratio"]["pairs"] == [2.0, 1.0]
     assert found["ttft_p50_ratio"]["pairs"] == [3.0, 0.5]
     with pytest.raises(FailedError, match="without a token"):
-        ratios([block(5.0, 1.0)], [[Record(due=0.0, end=1.0, status="rejected")]])
+        ratios([block(5.0, 1.0)], [Block([Record(due=0.0, end=1.0, status="rejected")], 0.1)])
 
 
 @pytest.mark.parametrize(
