@@ -278,12 +278,13 @@ main()
 
 
 def test_demo(monkeypatch, capsys):
-    """The real subprocess and signal, with the fake engine inside."""
+    """The real subprocess and signal, with the fake engine inside. The server's log never falls into the answer."""
     monkeypatch.setattr(demo, "CLI", [sys.executable, "-c", FAKE_CLI])
+    monkeypatch.setattr(sys, "stderr", sys.stdout)  # as on a terminal
     assert cli.run(["demo", "--question", "a", "--max-tokens", "5"]) == 0
     out = capsys.readouterr().out
-    assert "\nbcdef\n" in out
-    assert "5 tokens · TTFT" in out
+    assert "\nbcdef\n\n5 tokens · TTFT" in out
+    assert out.index("outcome=ok") > out.index("5 tokens"), "the request's line of the log"
     assert "stopped with status 0" in out
 
 
