@@ -8,7 +8,8 @@ from slipstream.protos import orchestrator_pb2 as pb
 from slipstream.protos.orchestrator_pb2_grpc import OrchestratorStub
 
 from tests.fakes import BEFORE_LONG, LONG_TEXT, FakeEngine
-from tests.server.openai.serving import WAIT_S, serving, until
+from tests.server.calls import WAIT_S, until
+from tests.server.openai.serving import serving
 
 
 async def complete(client, prompt="a", **more):

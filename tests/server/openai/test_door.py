@@ -25,17 +25,11 @@ from slipstream.server.lifecycle import Serving
 from slipstream.server.security import plain_ip
 
 from tests.fakes import FakeEngine
-from tests.server.openai.serving import WAIT_S, client_of, serving, until, url
+from tests.server.calls import WAIT_S, outcomes, until
+from tests.server.openai.serving import client_of, serving, url
 
 A = {"model": "fake", "prompt": "a", "max_tokens": 3}
 LONG = {"model": "fake", "prompt": "\x01", "max_tokens": 120}
-
-
-def outcomes(server):
-    """How often each."""
-    value = server.metrics.registry.get_sample_value
-    names = ("ok", "cancelled", "deadline", "rejected", "failed")
-    return {name: count for name in names if (count := value("slipstream_requests_total", {"outcome": name}))}
 
 
 @pytest.mark.parametrize("is_stream", [False, True])

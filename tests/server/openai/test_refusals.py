@@ -12,7 +12,8 @@ from slipstream.server.config import SecurityConfig, ServerConfig
 from slipstream.server.lifecycle import Serving
 
 from tests.fakes import FakeEngine
-from tests.server.openai.serving import WAIT_S, client_of, serving, until, url
+from tests.server.calls import WAIT_S, until
+from tests.server.openai.serving import client_of, serving, url
 
 A = {"prompt": "a", "max_tokens": 3}
 HI = {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 3}
