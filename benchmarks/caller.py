@@ -1,20 +1,13 @@
-"""One request over gRPC, with the times at which its tokens came."""
+"""One request to a server, with the times at which its tokens came."""
 
-import asyncio
-import time
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal, Protocol, Self
 
-import grpc
-
-from ..protos import orchestrator_pb2 as pb
-from ..protos.orchestrator_pb2_grpc import OrchestratorStub
-from ..server.channel import PLAIN, ChannelConfig, aio_channel, metadata
-from ..server.errors import UnavailableError
 from .workload import Ask
 
 Status = Literal["completed", "rejected", "failed"]
 CONNECT_S = 5.0
+"""How long a server may take to answer the first knock (seconds)."""
 
 
 @dataclass(kw_only=True)
@@ -54,44 +47,15 @@ class Record:
         return (self.end - self.due) * 1000
 
 
-class Caller:
-    """`async with Caller(target, timeout_s) as caller:`"""
+class Caller(Protocol):
+    """A way to a server: `async with caller:`, then any number of calls at a time."""
 
-    def __init__(self, target: str, timeout_s: float, security: ChannelConfig = PLAIN) -> None:
-        self._target, self._timeout_s, self._security = target, timeout_s, security
-        self._metadata = metadata(security)
-
-    async def __aenter__(self) -> "Caller":
+    async def __aenter__(self) -> Self:
         """Raises UnavailableError when nobody answers at the target."""
-        self._channel = aio_channel(self._target, self._security)
-        self._stub = OrchestratorStub(self._channel)
-        try:
-            await asyncio.wait_for(self._channel.channel_ready(), CONNECT_S)
-        except TimeoutError as error:
-            await self._channel.close()
-            raise UnavailableError(f"nobody answers at {self._target}; `slipstream serve` starts a server") from error
-        return self
+        ...
 
-    async def __aexit__(self, *exc_info: object) -> None:
-        await self._channel.close()
+    async def __aexit__(self, *exc_info: object) -> None: ...
 
     async def call(self, ask: Ask, due: float) -> Record:
-        """Sends it now and reads its answer to the end. A refusal is a result, not an error."""
-        record = Record(due=due)
-        content = pb.DecodeRequest.TokenContent(token_ids=ask.prompt_ids)
-        request = pb.DecodeRequest(token_content=content, max_tokens=ask.max_tokens)
-        replies: Any = self._stub.Decode(request, timeout=self._timeout_s, metadata=self._metadata)
-        try:
-            async for reply in replies:
-                if tokens := len(reply.stream_content.samples[0].token_ids):
-                    record.token_times.append(time.perf_counter())
-                    record.tokens += tokens
-            record.status = "completed"
-        except grpc.aio.AioRpcError as error:
-            is_full = error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
-            record.status, record.detail = (
-                "rejected" if is_full else "failed",
-                f"{error.code().name}: {error.details()}",
-            )
-        record.end = time.perf_counter()
-        return record
+        """Sends it now and reads its answer to the end. A refusal is a result, not an error. `due`: Record's."""
+        ...

@@ -10,8 +10,7 @@ import contextlib
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
-from types import SimpleNamespace
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 
@@ -20,7 +19,8 @@ from ..protos import orchestrator_pb2 as pb
 from ..server.commands.demo import server
 from ..server.errors import FailedError
 from ..server.front import JETSTREAM_SERVICE
-from .caller import Caller, Record
+from .caller import Record
+from .grpc_caller import GrpcCaller
 from .machine import warn_if_busy
 from .report import Slo, report
 from .serve import closed
@@ -73,16 +73,18 @@ class Side:
         }
 
 
-class JetStreamCaller(Caller):
-    """Calls JetStream's method path, which both servers have."""
+class JetStreamCaller(GrpcCaller):
+    """Calls JetStream's method path, which both servers have, with what its clients send."""
 
-    async def __aenter__(self) -> "JetStreamCaller":
+    async def __aenter__(self) -> Self:
         await super().__aenter__()
-        self.decode = self._channel.unary_stream(
+        self.decode = self._decode = self._channel.unary_stream(
             f"/{JETSTREAM_SERVICE}/Decode", pb.DecodeRequest.SerializeToString, pb.DecodeResponse.FromString
         )
-        self._stub: Any = SimpleNamespace(Decode=self.decode)
         return self
+
+    def message(self, ask: Ask) -> pb.DecodeRequest:
+        return message(ask.prompt_ids, ask.max_tokens)
 
 
 def run(plan: JetStreamPlan) -> dict[str, Any]:

@@ -19,7 +19,8 @@ from ..protos.orchestrator_pb2_grpc import OrchestratorStub
 from ..server.config import ServerConfig
 from ..server.errors import FailedError
 from ..server.lifecycle import Serving
-from .caller import Caller, Record
+from .caller import Record
+from .grpc_caller import GrpcCaller
 from .hosted import hosted, metric
 from .serve import closed, opened
 from .stats import percentile
@@ -105,7 +106,7 @@ async def _served_speed(serving: Serving, ask: Ask, slots: int, steps: int) -> f
 async def measure_overload(serving: Serving, plan: OverloadPlan, slots: int) -> dict[str, Any]:
     """First as many at once as there are slots, which gives the rate; then `factor` times that rate."""
     asks = _asks(plan, plan.requests)
-    async with Caller(serving.address, CALL_S) as caller:
+    async with GrpcCaller(serving.address, CALL_S) as caller:
         usual = await closed(caller, asks, slots, lambda record: None)
         rate = len(usual) / _seconds(usual)
         due = arrivals(len(asks), plan.factor * rate, burst_size=1, seed=plan.seed)

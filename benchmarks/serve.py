@@ -16,6 +16,8 @@ from ..engine_impl.errors import RefusedError
 from ..server.channel import PLAIN, ChannelConfig
 from ..server.errors import FailedError
 from .caller import Caller, Record
+from .grpc_caller import GrpcCaller
+from .http_caller import HttpCaller
 from .report import Slo, report
 from .table import Progress, table
 from .workload import OUTPUT, PROMPT, Ask, arrivals, id_range, lengths, make_requests
@@ -37,6 +39,8 @@ class ServePlan:
     seed: int
     slo_ms: dict[str, float | None]
     timeout_s: float
+    ignore_eos: bool = False
+    model: str | None = None
     channel: ChannelConfig = PLAIN
 
 
@@ -71,6 +75,14 @@ def run(plan: ServePlan, loads: list[float], plot: Path | None) -> dict[str, Any
     return facts | {"loads": results}
 
 
+def caller_of(plan: ServePlan) -> Caller:
+    """By the target's scheme: HTTP where it has one, else gRPC. Raises RefusedError for files that cannot be used."""
+    common = {"timeout_s": plan.timeout_s, "security": plan.channel, "ignore_eos": plan.ignore_eos}
+    if "://" in plan.target:
+        return HttpCaller(plan.target, **common, model=plan.model)
+    return GrpcCaller(plan.target, **common)
+
+
 async def run_load(plan: ServePlan, asks: list[Ask], load: float) -> dict[str, Any]:
     """One row of the table."""
     progress, done = Progress(), []
@@ -81,7 +93,7 @@ async def run_load(plan: ServePlan, asks: list[Ask], load: float) -> dict[str, A
         speed = sum(record.tokens for record in done) / (time.perf_counter() - start)
         progress.bar(len(done), len(asks), f"load {load:g}: {speed:.0f} tokens/s, {rejected} rejected")
 
-    async with Caller(plan.target, plan.timeout_s, plan.channel) as caller:
+    async with caller_of(plan) as caller:
         start = time.perf_counter()
         if plan.pattern == "closed":
             records = await closed(caller, asks, int(load), on_done)

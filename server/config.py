@@ -94,6 +94,10 @@ class ServerConfig:
     port: int = 9000
     """gRPC port (TCP); 0 takes a free one and prints it."""
 
+    http_port: int | None = None
+    """Port of OpenAI's HTTP endpoints, /v1/chat/completions and others (TCP); 0 takes a free one and logs it. Default:
+    none."""
+
     max_queued: int = 256
     """Requests that may wait for a slot (requests); beyond it they get RESOURCE_EXHAUSTED."""
 
@@ -125,8 +129,13 @@ class ServerConfig:
         if not self.host:
             raise RefusedError("host='' must be a name or an IP address; 127.0.0.1 is this machine only")
         check_port("port", self.port)
+        if self.http_port is not None:
+            check_port("http_port", self.http_port)
         if self.port and self.port == self.watch.metrics_port:
             raise RefusedError(f"metrics_port={self.port} is the gRPC port already; choose another --metrics-port")
+        if self.http_port and self.http_port in (self.port, self.watch.metrics_port):
+            other = "gRPC" if self.http_port == self.port else "metrics"
+            raise RefusedError(f"http_port={self.http_port} is the {other} port already; choose another --http-port")
         if self.max_queued < 1:
             raise RefusedError(f"max_queued={self.max_queued} must be at least 1: every request passes the queue")
         if self.max_queued_tokens is not None and self.max_queued_tokens < 1:

@@ -29,11 +29,12 @@ from ..engine_impl.config import EngineConfig
 from ..engine_impl.errors import RefusedError
 from ..engine_impl.jetstream import create_engine
 from ..engine_impl.loading import choose_devices
-from . import security
+from . import security, tls
 from .config import ServerConfig
 from .endpoint import Endpoint
 from .front import JETSTREAM_SERVICE
-from .lifecycle import check_port_is_free, first_of, in_thread
+from .lifecycle import first_of, in_thread
+from .ports import check_port_is_free
 
 with jetstream_compat.importing():
     from jetstream.core import config_lib, orchestrator, server_lib
@@ -80,7 +81,7 @@ class JetStreamHost:
         check_supported(server)
         check_port_is_free(server)
         security.warn_if_open(server)
-        self._credentials = security.credentials(server.security) or grpc.insecure_server_credentials()
+        self._credentials = tls.credentials(server.security) or grpc.insecure_server_credentials()
         # JetStreamServer does not tell which port it got; so a free one is chosen before.
         self._config = replace(server, port=server.port or free_port(server.host))
         self._engine, self._on_dead = engine, on_dead
@@ -172,6 +173,7 @@ def check_supported(config: ServerConfig) -> None:
     """Raises RefusedError for a flag that JetStream's server has no place for: above all none that protects."""
     plain = ServerConfig()
     asked = {
+        "--http-port": config.http_port is not None,
         "--max-queued-tokens": config.max_queued_tokens != plain.max_queued_tokens,
         "--auth-token-file": config.security.auth_token_file is not None,
         "--max-streams-per-client": config.security.max_streams_per_client is not None,

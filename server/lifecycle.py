@@ -4,11 +4,9 @@ The port comes first, so that a port in use is known before minutes of loading, 
 """
 
 import asyncio
-import errno
 import logging
 import os
 import signal
-import socket
 import threading
 import time
 from collections.abc import Callable
@@ -21,14 +19,19 @@ from grpc_reflection.v1alpha import reflection
 
 from ..engine_impl.compilations import programs
 from ..engine_impl.errors import RefusedError
-from . import security
+from . import tls
 from .config import ServerConfig, join_address
+from .desk import Desk
 from .endpoint import Endpoint
 from .errors import UnavailableError
 from .front import JETSTREAM_SERVICE, SERVICE, Front, add_to
+from .interceptors import interceptors
 from .metrics import Metrics
+from .openai.door import Door
 from .orchestrator import Orchestrator
+from .ports import FLUSH_S, check_port_is_free
 from .profile import Profile
+from .security import Guard, warn_if_open
 from .status import Status, StatusLine
 
 log = logging.getLogger(__name__)
@@ -41,9 +44,6 @@ Load = Callable[[], tuple["Engine", Any]]
 
 KEEPALIVE_S = 20.0
 """How long a connection may be silent before it is pinged (seconds); half of it later it counts as cut."""
-
-FLUSH_S = 1.0
-"""Time that the last replies get to leave (seconds)."""
 
 
 class Serving:
@@ -71,16 +71,16 @@ class Serving:
         self.profile: Profile | None = None
         """--profile, if it is asked for."""
         self._load, self._config, self._line = load, config, line
-        self._front = Front()
+        if config.watch.profile is not None:
+            self.profile = Profile(config.watch.profile, config.watch.profile_s)
+        self._desk = Desk() if self.profile is None else Desk(self.profile.on_call)
+        self._front, guard = Front(self._desk), Guard(config.security)
+        self._http = None if config.http_port is None else Door(self._desk, guard, config, lambda: self.is_ready)
         self._health = health.aio.HealthServicer()  # pyright: ignore[reportAttributeAccessIssue]
         self._watchers: list[asyncio.Task[None]] = []
-        watch, chain = config.watch, security.interceptors(config.security)
-        if watch.profile is not None:
-            self.profile = Profile(watch.profile, watch.profile_s, methods=("Orchestrator/Decode",))
-            chain.append(self.profile)
-        self._credentials = security.credentials(config.security)
+        self._credentials = tls.credentials(config.security)
         self._server = grpc.aio.server(
-            interceptors=chain,
+            interceptors=interceptors(guard),
             options=[
                 # Without it a second server on the same port starts, and the kernel deals connections to both.
                 ("grpc.so_reuseport", 0),
@@ -90,6 +90,11 @@ class Serving:
                 ("grpc.http2.ping_timeout_ms", round(KEEPALIVE_S * 500)),
             ],
         )
+
+    @property
+    def http_address(self) -> str | None:
+        """host:port of OpenAI's endpoints, after entering; None when they are not served."""
+        return None if self._http is None else self._http.address
 
     async def __aenter__(self) -> "Serving":
         await self._listen()
@@ -109,7 +114,7 @@ class Serving:
         await self._stop_watchers()
         self.is_ready = False
         await self._health.enter_graceful_shutdown()
-        self._front.close("the server is stopping")
+        self._desk.close("the server is stopping")
         await self._drain()
         await self._close_orchestrator()
         if self.profile is not None:
@@ -124,18 +129,27 @@ class Serving:
         names = (SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME)
         reflection.enable_server_reflection(names, self._server)
         check_port_is_free(self._config)
+        try:
+            await self._open_ports()
+        except BaseException:
+            await self._close_ports(0)
+            raise
+        warn_if_open(self._config)
+
+    async def _open_ports(self) -> None:
         if self._config.watch.metrics_port is not None:
             self.endpoint = Endpoint(
                 self._config.host, self._config.watch.metrics_port, self.metrics.registry, lambda: self.is_ready
             )
             log.info("metrics on http://%s/metrics", self.endpoint.address)
+        if self._http is not None:
+            await self._http.open()
+            log.info("OpenAI's endpoints on %s/v1", self._http.url)
         try:
             port = self._add_port()
         except RuntimeError as error:  # taken in the meantime
-            await self._close_ports(0)
             raise RefusedError(f"cannot listen on {self._config.address}: {error}") from error
         self.address = join_address(self._config.host, port)
-        security.warn_if_open(self._config)
         await self._server.start()
 
     def _add_port(self) -> int:
@@ -149,7 +163,10 @@ class Serving:
             await asyncio.to_thread(self.orchestrator.close)
 
     async def _close_ports(self, flush_s: float) -> None:
-        await self._server.stop(flush_s)
+        closing = [self._server.stop(flush_s)]
+        if self._http is not None:
+            closing.append(self._http.close())
+        await asyncio.gather(*closing)
         if self.endpoint is not None:
             await asyncio.to_thread(self.endpoint.close)
 
@@ -172,7 +189,7 @@ class Serving:
         if self.dead_reason is not None:
             raise UnavailableError(self.dead_reason)
         self.metrics.watch_devices(engine.mesh.devices.flat, lambda: programs().made)
-        self._front.open(engine, self.orchestrator)
+        self._desk.open(engine, self.orchestrator)
         made = programs()
         log.info(
             "ready after %.1f s: compiled %d programs, %d from the cache",
@@ -183,7 +200,7 @@ class Serving:
 
     def _on_dead(self, reason: str) -> None:
         self.dead_reason = reason
-        self._front.close(reason)
+        self._desk.close(reason)
         self.stop_requested.set()
 
     def _start_watchers(self) -> None:
@@ -218,10 +235,10 @@ class Serving:
     async def _drain(self) -> None:
         """Until the calls in flight are answered, the grace is over or somebody forces."""
         deadline = time.monotonic() + self._config.grace_s
-        while self._front.calls and time.monotonic() < deadline and not self.force_requested.is_set():
+        while self._desk.calls and time.monotonic() < deadline and not self.force_requested.is_set():
             await asyncio.sleep(0.01)
-        if self._front.calls:
-            log.warning("cancelling %d requests that are not finished", self._front.calls)
+        if self._desk.calls:
+            log.warning("cancelling %d requests that are not finished", self._desk.calls)
 
     async def _set_ready(self, is_ready: bool) -> None:
         self.is_ready = is_ready
@@ -286,18 +303,3 @@ async def in_thread(function: Callable[[], Any]) -> Any:
 
     threading.Thread(target=work, name="load", daemon=True).start()
     return await future
-
-
-def check_port_is_free(config: ServerConfig) -> None:
-    """Raises RefusedError; gRPC's own refusal names no cause and logs in its core."""
-    try:
-        family, kind, proto, _, address = socket.getaddrinfo(config.host, config.port, type=socket.SOCK_STREAM)[0]
-        with socket.socket(family, kind, proto) as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            probe.bind(address)
-    except OSError as error:
-        if error.errno == errno.EADDRINUSE:
-            raise RefusedError(
-                f"port {config.port} on {config.host} is in use; stop what listens there, or choose another --port"
-            ) from error
-        raise RefusedError(f"cannot listen on {config.address}: {error.strerror or error}") from error

@@ -106,17 +106,18 @@ class Orchestrator:
         self._deadlines.start()
         self._thread.start()
 
-    def submit(self, request: Request) -> None:
-        """Every request accepted gets exactly one last event.
+    def submit(self, *requests: Request) -> None:
+        """All of them or none. Every request accepted gets exactly one last event.
 
-        Raises QueueFullError, UnavailableError, DeadlineError when its deadline has passed already, RefusedError for
-        more samples than slots.
+        Raises QueueFullError, UnavailableError, DeadlineError when a deadline has passed already, RefusedError for
+        more samples than slots and for more requests than can wait.
         """
-        check_slots(request.num_samples, self._engine.max_concurrent_decodes)
-        if is_overdue(request, time.monotonic()):
-            raise DeadlineError(f"the deadline of request {request.id} passed before it could be queued")
+        for request in requests:
+            check_slots(request.num_samples, self._engine.max_concurrent_decodes)
+            if is_overdue(request, time.monotonic()):
+                raise DeadlineError(f"the deadline of request {request.id} passed before it could be queued")
         with self._refusals_counted():
-            self._queue.put(request)
+            self._queue.put(*requests)
 
     def check_room(self) -> None:
         """Refuses early, before a prompt is made into tokens: raises QueueFullError or UnavailableError."""

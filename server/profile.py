@@ -3,35 +3,26 @@
 import asyncio
 import contextlib
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
-
-import grpc
 
 log = logging.getLogger(__name__)
 
 
-class Profile(grpc.aio.ServerInterceptor):
+class Profile:
     """All in the event loop's thread; the profiler itself works in another."""
 
-    def __init__(self, folder: Path, seconds: float, methods: tuple[str, ...]) -> None:
-        """`methods`: path endings of the calls that count as requests."""
-        self._folder, self._seconds, self._methods = folder, seconds, methods
+    def __init__(self, folder: Path, seconds: float) -> None:
+        self._folder, self._seconds = folder, seconds
         self._is_armed = False
         self._window: asyncio.Task[None] | None = None
         self.is_tracing = False
 
-    async def intercept_service(
-        self,
-        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Any]],
-        handler_call_details: grpc.HandlerCallDetails,
-    ) -> Any:
-        """Starts the first trace; changes nothing."""
-        if self._is_armed and handler_call_details.method.endswith(self._methods):
+    def on_call(self) -> None:
+        """Starts the first trace."""
+        if self._is_armed:
             self._is_armed = False
             self.start()
-        return await continuation(handler_call_details)
 
     def arm(self) -> None:
         """The next request is the first one: those before were refused."""

@@ -6,6 +6,7 @@ from bisect import insort_right
 from collections import deque
 from collections.abc import Callable
 
+from ..engine_impl.errors import RefusedError
 from .errors import QueueFullError
 from .request import Request
 
@@ -28,7 +29,7 @@ class RequestQueue:
     earlier than it did. Priorities are bounded, so nobody starves: what comes 2 * MAX_PRIORITY * AGEING_S seconds
     later cannot go first, whatever its priority.
 
-    A prompt that alone exceeds `max_queued_tokens` is let into an empty queue: it could never be served otherwise.
+    What alone exceeds `max_queued_tokens` is let into an empty queue: it could never be served otherwise.
     """
 
     def __init__(self, max_queued: int, max_queued_tokens: int | None = None) -> None:
@@ -43,19 +44,23 @@ class RequestQueue:
     def __len__(self) -> int:
         return len(self._waiting)
 
-    def put(self, request: Request) -> None:
-        """Raises QueueFullError, or whatever the queue was closed with."""
+    def put(self, *requests: Request) -> None:
+        """All of them or none. Raises QueueFullError, RefusedError for more than can ever wait together, or whatever
+        the queue was closed with."""
+        tokens = sum(len(request.prompt_ids) for request in requests)
         with self._changed:
-            self._check_room(len(request.prompt_ids))
-            request.queued_at = time.monotonic()
-            insort_right(self._waiting, request, key=rank)
-            self.tokens += len(request.prompt_ids)
+            self._check_room(len(requests), tokens)
+            now = time.monotonic()
+            for request in requests:
+                request.queued_at = now
+                insort_right(self._waiting, request, key=rank)
+            self.tokens += tokens
             self._changed.notify_all()
 
     def check_room(self) -> None:
         """Raises what put() would raise for the shortest prompt."""
         with self._changed:
-            self._check_room(1)
+            self._check_room(1, 1)
 
     def take(self, free_slots: int) -> Request | None:
         """Whose turn it is; None when there is nobody or when its slots are not all free.
@@ -122,19 +127,25 @@ class RequestQueue:
         self._waiting.remove(request)
         self.tokens -= len(request.prompt_ids)
 
-    def _check_room(self, length: int) -> None:
+    def _check_room(self, count: int, tokens: int) -> None:
         if self._closed is not None:
             raise self._closed
-        if len(self._waiting) >= self.max_queued:
+        if count > self.max_queued:
+            raise RefusedError(
+                f"{count} prompts at once exceed max_queued={self.max_queued}; "
+                "send fewer in one request or serve with a larger --max-queued"
+            )
+        if len(self._waiting) + count > self.max_queued:
+            more = f", {count} more exceed" if count > 1 else " and"
             raise QueueFullError(
-                f"{len(self._waiting)} requests wait already and max_queued={self.max_queued}; "
+                f"{len(self._waiting)} requests wait already{more} max_queued={self.max_queued}; "
                 "try again later or serve with a larger --max-queued",
                 retry_after_s=self._retry_after_s(),
             )
         limit = self.max_queued_tokens
-        if limit is not None and self._waiting and self.tokens + length > limit:
+        if limit is not None and self._waiting and self.tokens + tokens > limit:
             raise QueueFullError(
-                f"prompts of {self.tokens} tokens wait already, {length} more exceed max_queued_tokens={limit}; "
+                f"prompts of {self.tokens} tokens wait already, {tokens} more exceed max_queued_tokens={limit}; "
                 "try again later or serve with a larger --max-queued-tokens",
                 retry_after_s=self._retry_after_s(),
             )

@@ -20,6 +20,8 @@ MAX_STOP_LENGTH = 256
 """Longest stop string (characters)."""
 MAX_STOP_TOKEN_IDS = 16
 """Stop token ids of one request, the model's own not counted."""
+MAX_TOKEN_ID = 2**31 - 1
+"""No token id is beyond it: arrays of them are i32."""
 MAX_PRIORITY = 10
 """Priorities go from minus this to this: bounded, so that waiting beats any of them in the end."""
 
@@ -248,8 +250,8 @@ def check_stops(stop_strings: Sequence[str], stop_token_ids: Sequence[int]) -> N
     if len(stop_token_ids) > MAX_STOP_TOKEN_IDS:
         raise RefusedError(f"{len(stop_token_ids)} stop token ids are too many; send at most {MAX_STOP_TOKEN_IDS}")
     for token_id in stop_token_ids:
-        if token_id < 0:
-            raise RefusedError(f"stop token id {token_id} must not be negative")
+        if not 0 <= token_id <= MAX_TOKEN_ID:
+            raise RefusedError(f"stop token id {token_id} must be from 0 to {MAX_TOKEN_ID}")
 
 
 def drawn_seed(temperature: float, seed: int | None) -> int:

@@ -1,25 +1,23 @@
-"""Who may ask: TLS, bearer tokens, and how many answers one client may have under way. Health checks stay open."""
+"""Who may ask, by whichever door: bearer tokens, and how many answers one client may have under way."""
 
 import hmac
+import ipaddress
 import logging
 from collections import Counter
-from collections.abc import Awaitable, Callable
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
-
-import grpc
 
 from ..engine_impl.errors import RefusedError
 from .config import SecurityConfig, ServerConfig
+from .errors import QueueFullError
+from .queue import FIRST_RETRY_S
 
 log = logging.getLogger(__name__)
 
-OPEN_METHODS = ("/grpc.health.v1.Health/", "/jetstream_proto.Orchestrator/HealthCheck")
-"""Path prefixes that need no token: whoever watches the server has none, and learns nothing but that it lives."""
-
 AUTHORIZATION, BEARER = "authorization", "bearer"
-
-Continuation = Callable[[grpc.HandlerCallDetails], Awaitable[Any]]
+UNKNOWN = "send `authorization: Bearer TOKEN` with a known token"
+"""Told to a client that brings none."""
 
 
 class WatchedFiles:
@@ -59,7 +57,7 @@ class Tokens:
         """Which of the tokens it is; None of none. Takes as long for a wrong one as for a right one."""
         if self._file.have_changed():
             self._read_again()
-        sent = token.encode()
+        sent = token.encode(errors="replace")
         matches = [hmac.compare_digest(sent, known) for known in self._tokens]
         return matches.index(True) if any(matches) else None
 
@@ -91,141 +89,72 @@ def read_bytes(name: str, path: Path) -> bytes:
         raise RefusedError(f"{name}={path} cannot be read: {error.strerror}") from error
 
 
-class TokenCheck(grpc.aio.ServerInterceptor):
-    """Answers UNAUTHENTICATED to requests without a known token."""
+class Streams:
+    """How many answers each client has under way. All in one event loop's thread."""
 
-    def __init__(self, tokens: Tokens) -> None:
-        self._tokens = tokens
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self._under_way: Counter[str] = Counter()
 
-    async def intercept_service(self, continuation: Continuation, handler_call_details: grpc.HandlerCallDetails) -> Any:
-        handler = await continuation(handler_call_details)
-        if handler is None or handler_call_details.method.startswith(OPEN_METHODS):
-            return handler
-        if token_number(self._tokens, handler_call_details.invocation_metadata) is not None:
-            return handler
-        return refusing(
-            handler, grpc.StatusCode.UNAUTHENTICATED, "send `authorization: Bearer TOKEN` with a known token"
-        )
+    @contextmanager
+    def hold(self, client: str, count: int = 1) -> Iterator[None]:
+        """Raises QueueFullError beyond the limit, RefusedError for more than it at once."""
+        if count > self._limit:
+            raise RefusedError(
+                f"{count} prompts at once exceed max_streams_per_client={self._limit}; send fewer in one request"
+            )
+        if self._under_way[client] + count > self._limit:
+            raise QueueFullError(
+                f"{self._under_way[client]} answers are under way for this client and "
+                f"max_streams_per_client={self._limit}; wait for one to end",
+                retry_after_s=FIRST_RETRY_S,
+            )
+        self._under_way[client] += count
+        try:
+            yield
+        finally:
+            self._under_way[client] -= count
+            if not self._under_way[client]:
+                del self._under_way[client]
 
 
-def token_number(tokens: Tokens, metadata: Any) -> int | None:
-    """Which token the call brought; None of none that is known."""
-    for key, value in metadata or ():
-        if key == AUTHORIZATION and isinstance(value, str):
-            scheme, _, token = value.partition(" ")
-            if scheme.lower() == BEARER:
-                return tokens.number_of(token.strip())
+class Guard:
+    """Whom a server lets in, by whichever door, and how much it lets one client have under way."""
+
+    def __init__(self, config: SecurityConfig) -> None:
+        """Raises RefusedError for a token file that cannot be used."""
+        self.tokens = None if config.auth_token_file is None else Tokens(config.auth_token_file)
+        self.streams = None if config.max_streams_per_client is None else Streams(config.max_streams_per_client)
+
+    def is_known(self, authorizations: Iterable[str]) -> bool:
+        """Whether they may ask. `authorizations`: what came as `authorization`, in metadata or headers."""
+        return self.tokens is None or token_number(self.tokens, authorizations) is not None
+
+    def hold(self, authorizations: Iterable[str], address: str, count: int = 1) -> AbstractContextManager[None]:
+        """The client has `count` answers more under way. `address`: its IP. Raises as Streams.hold() does."""
+        if self.streams is None:
+            return nullcontext()
+        if self.tokens is not None:
+            return self.streams.hold(f"token {token_number(self.tokens, authorizations)}", count)
+        return self.streams.hold(plain_ip(address), count)
+
+
+def token_number(tokens: Tokens, authorizations: Iterable[str]) -> int | None:
+    """Which token was brought; None of none that is known."""
+    for value in authorizations:
+        scheme, _, token = value.partition(" ")
+        if scheme.lower() == BEARER:
+            return tokens.number_of(token.strip())
     return None
 
 
-def refusing(handler: Any, code: grpc.StatusCode, details: str) -> Any:
-    """A handler of the same kind that only refuses."""
-
-    async def refuse(request: Any, context: grpc.aio.ServicerContext) -> None:
-        await context.abort(code, details)
-
-    make = {
-        (False, False): grpc.unary_unary_rpc_method_handler,
-        (False, True): grpc.unary_stream_rpc_method_handler,
-        (True, False): grpc.stream_unary_rpc_method_handler,
-        (True, True): grpc.stream_stream_rpc_method_handler,
-    }[handler.request_streaming, handler.response_streaming]
-    return make(refuse, handler.request_deserializer, handler.response_serializer)
-
-
-class StreamLimit(grpc.aio.ServerInterceptor):
-    """Answers RESOURCE_EXHAUSTED to a client that has `limit` answers under way. All in the event loop's thread."""
-
-    def __init__(self, limit: int, tokens: Tokens | None) -> None:
-        """`tokens` tell clients apart where there are any, else addresses do."""
-        self._limit, self._tokens = limit, tokens
-        self._streams: Counter[str] = Counter()
-
-    async def intercept_service(self, continuation: Continuation, handler_call_details: grpc.HandlerCallDetails) -> Any:
-        handler = await continuation(handler_call_details)
-        if handler is None or not handler.unary_stream or handler_call_details.method.startswith(OPEN_METHODS):
-            return handler
-
-        async def limited(request: Any, context: grpc.aio.ServicerContext) -> None:
-            client = self._client(context)
-            if self._streams[client] >= self._limit:
-                await context.abort(
-                    grpc.StatusCode.RESOURCE_EXHAUSTED,
-                    f"{self._streams[client]} answers are under way for this client and "
-                    f"max_streams_per_client={self._limit}; wait for one to end",
-                )
-            self._streams[client] += 1
-            try:
-                await handler.unary_stream(request, context)
-            finally:
-                self._streams[client] -= 1
-                if not self._streams[client]:
-                    del self._streams[client]
-
-        return grpc.unary_stream_rpc_method_handler(limited, handler.request_deserializer, handler.response_serializer)
-
-    def _client(self, context: grpc.aio.ServicerContext) -> str:
-        if self._tokens is not None:
-            return f"token {token_number(self._tokens, context.invocation_metadata())}"
-        return context.peer().rpartition(":")[0]  # without the port: "ipv4:192.0.2.1"
-
-
-def interceptors(config: SecurityConfig) -> list[grpc.aio.ServerInterceptor]:
-    """In the order in which they are asked. Raises RefusedError for a token file that cannot be used."""
-    tokens = Tokens(config.auth_token_file) if config.auth_token_file is not None else None
-    chain: list[grpc.aio.ServerInterceptor] = []
-    if tokens is not None:
-        chain.append(TokenCheck(tokens))
-    if config.max_streams_per_client is not None:
-        chain.append(StreamLimit(config.max_streams_per_client, tokens))
-    return chain
-
-
-def credentials(config: SecurityConfig) -> grpc.ServerCredentials | None:
-    """For the server's port; None without TLS. Raises RefusedError for files that cannot be used."""
-    if config.tls_cert is None:
-        return None
-    files = WatchedFiles(config.tls_cert, config.tls_key, config.tls_client_ca)
-
-    def renewed() -> grpc.ServerCertificateConfiguration | None:
-        """gRPC asks before every handshake; None: no change."""
-        if not files.have_changed():
-            return None
-        try:
-            return certificates(config)
-        except RefusedError as error:
-            log.error("the old certificate stays: %s", error)
-            return None
-
-    return grpc.dynamic_ssl_server_credentials(
-        certificates(config),
-        renewed,  # pyright: ignore[reportArgumentType]  # None is allowed, the stubs do not know
-        require_client_authentication=config.tls_client_ca is not None,
-    )
-
-
-def certificates(config: SecurityConfig) -> grpc.ServerCertificateConfiguration:
-    """Raises RefusedError for files that cannot be read or do not belong together."""
-    assert config.tls_cert is not None
-    assert config.tls_key is not None
-    check_pair(config.tls_cert, config.tls_key)
-    pair = read_bytes("tls_key", config.tls_key), read_bytes("tls_cert", config.tls_cert)
-    roots = None if config.tls_client_ca is None else read_bytes("tls_client_ca", config.tls_client_ca)
-    return grpc.ssl_server_certificate_configuration([pair], roots)
-
-
-def check_pair(cert: Path, key: Path) -> None:
-    """gRPC itself would only log in its core and refuse every handshake. Raises RefusedError."""
-    import ssl
-
-    read_bytes("tls_cert", cert)
-    read_bytes("tls_key", key)
+def plain_ip(address: str) -> str:
+    """One spelling for each; an IPv4 address that came through an IPv6 socket is itself."""
     try:
-        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(cert, key, password="")
-    except (ssl.SSLError, OSError) as error:
-        raise RefusedError(
-            f"tls_cert={cert} and tls_key={key} are no certificate and its key, in PEM without a password: {error}"
-        ) from error
+        ip = ipaddress.ip_address(address)
+    except ValueError:  # no IP: a Unix socket's
+        return address
+    return str(getattr(ip, "ipv4_mapped", None) or ip)
 
 
 def warn_if_open(config: ServerConfig) -> None:

@@ -114,6 +114,6 @@ def test_refusals_name_the_limit(words, message, capsys):
 
 
 def test_the_command_knows_the_modes():
-    from slipstream.server.commands.bench import ACCURACY_MODES
+    from slipstream.server.commands.bench.accuracy import ACCURACY_MODES
 
     assert tuple(accuracy.MODES) == ACCURACY_MODES

@@ -96,6 +96,6 @@ def test_refusals(words, message, capsys):
 
 
 def test_nobody_there(capsys, monkeypatch):
-    monkeypatch.setattr("slipstream.benchmarks.caller.CONNECT_S", 0.1)
+    monkeypatch.setattr("slipstream.benchmarks.grpc_caller.CONNECT_S", 0.1)
     assert cli.run(["bench", "serve", "--target", "localhost:1"]) == cli.FAILED
     assert "nobody answers at localhost:1" in capsys.readouterr().err

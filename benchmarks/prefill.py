@@ -1,0 +1,213 @@
+"""Milliseconds of a prompt until its first token is on the host, beside transformers' in turns.
+
+A point is one choice of prompt length, dtype and quantisation. Every prompt is random tokens, padded to its bucket as
+in the server; what the padding costs is in the time and not in the operations counted.
+"""
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+import jax
+import numpy as np
+
+from ..engine_impl.config import EngineConfig
+from ..engine_impl.errors import RefusedError
+from . import machine
+from .flops import datasheet_flops, matmul_flops, prefill_flops
+from .models import Loaded, load
+from .prefillers import EnginePrefiller, Prefiller, TransformersPrefiller
+from .stats import Ratio
+from .table import Progress, table
+
+PAUSE_S = 0.05
+"""Before each block (seconds): the other's threads may still be spinning."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrefillPoint:
+    """What one row of the table measures."""
+
+    prompt_tokens: int
+    dtype: Literal["auto", "float32", "bfloat16"]
+    quantize_weights: Literal["auto", "none", "int8", "int4"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrefillPlan:
+    """What all points share; see the flags of `slipstream bench prefill`."""
+
+    model: str
+    cache_length: int
+    platform: Literal["auto", "cpu", "tpu", "cuda"]
+    tensor_parallel: int | None
+    versus: Literal["none", "transformers"]
+    repeats: int
+    """prompts of a block"""
+    pairs: int
+    """blocks"""
+    threads: int | None
+
+    def engine_config(self, point: PrefillPoint) -> EngineConfig:
+        """Raises RefusedError for a cache length that cannot be."""
+        return EngineConfig(
+            model=self.model,
+            slots=1,
+            cache_length=self.cache_length,
+            dtype=point.dtype,
+            platform=self.platform,
+            tensor_parallel=self.tensor_parallel,
+            quantize_weights=point.quantize_weights,
+        )
+
+
+def run(plan: PrefillPlan, points: Sequence[PrefillPoint]) -> dict[str, Any]:
+    """Measure every point. One point gives one flat object, several give {"sweep": [one object each]}.
+
+    Raises RefusedError for a point that cannot be measured, before anything is.
+    """
+    for point in points:
+        longest = plan.engine_config(point).largest_bucket
+        if point.prompt_tokens > longest:
+            raise RefusedError(
+                f"prompt_tokens={point.prompt_tokens} must be at most {longest}, the largest bucket within "
+                f"cache_length={plan.cache_length}; raise --cache-length"
+            )
+    load_average, threads = machine.warn_if_busy(), machine.use_threads(plan.threads)
+    results = [result | {"load_average": load_average} for result in _results(plan, points, threads)]
+    print(summary(results))
+    return results[0] if len(results) == 1 else {"sweep": results}
+
+
+def _results(plan: PrefillPlan, points: Sequence[PrefillPoint], threads: int) -> Iterator[dict[str, Any]]:
+    """Points that differ in their length alone share an engine."""
+    progress = Progress()
+    bench: PrefillBench | None = None
+    loaded_for = None
+    for point in points:
+        if loaded_for != (key := (point.dtype, point.quantize_weights)):
+            progress.show(f"{plan.model}: loading for {key} ...")
+            bench = None  # its memory goes first
+            bench, loaded_for = PrefillBench(plan, point), key
+        assert bench is not None
+        progress.show(f"{plan.model}: {point.prompt_tokens} tokens ...")
+        result = bench.measure(point) | machine.describe(threads)
+        progress.clear()
+        yield result
+
+
+class PrefillBench:
+    """A loaded model with its baseline, for prompts of any length."""
+
+    def __init__(self, plan: PrefillPlan, point: PrefillPoint) -> None:
+        self._plan, self._loaded = plan, load(plan.engine_config(point))
+        jax.config.update("jax_enable_compilation_cache", False)  # or compile_seconds would be the disk's
+        self._engine = self._loaded.engine
+        self._prefillers: list[Prefiller] = [EnginePrefiller(self._engine, self._loaded.params)]
+        if plan.versus != "none":
+            self._prefillers.append(baseline(self._loaded))
+        self._device = self._engine.mesh.devices.flat[0]
+        self._matmul_flops = matmul_flops(self._device, self._engine.layout.dtype)
+
+    def measure(self, point: PrefillPoint) -> dict[str, Any]:
+        """All that the table and the JSON say of a point, but for the machine."""
+        prompt = np.random.default_rng(0).integers(0, self._engine.vocab_size, point.prompt_tokens).tolist()
+        first_ms, tokens = zip(*(timed(prefiller, prompt) for prefiller in self._prefillers), strict=True)
+        blocks = in_turns(self._prefillers, prompt, pairs=self._plan.pairs, repeats=self._plan.repeats)
+        ms = [ms for block in blocks[0] for ms in block]
+        p50 = float(np.median(ms))
+        result = (
+            {"model": self._plan.model, **asdict(point), "dtype": self._engine.layout.dtype.name}
+            | {
+                "bucket": len(self._engine.pad(prompt)[0]),
+                "compile_seconds": round(max(0.0, first_ms[0] - p50) / 1000, 3),
+                "prefill_ms_p50": round(p50, 4),
+                "prefill_ms_min": round(min(ms), 4),
+                "prefill_ms_max": round(max(ms), 4),
+                "tokens_per_second": round(point.prompt_tokens * 1000 / p50, 2),
+                "prefills_timed": len(ms),
+                "layer_loop": self._engine.layer_loop,
+            }
+            | self._rates(prefill_flops(self._loaded.checkpoint.config, point.prompt_tokens), p50 / 1000)
+        )
+        if self._plan.versus == "none":
+            return result
+        return (
+            result
+            | Ratio.of(*blocks).json()
+            | {
+                "versus": self._plan.versus,
+                "baseline_prefill_ms_p50": round(float(np.median(blocks[1])), 4),
+                "equal_token": tokens[0] == tokens[1],
+            }
+        )
+
+    def _rates(self, flops: int, seconds: float) -> dict[str, Any]:
+        """Operations a second, and what share they are of a matrix product's and of the maker's number."""
+        devices = len(list(self._engine.mesh.devices.flat))
+        chips = 1 if self._device.platform == "cpu" else devices  # virtual CPU devices share the cores
+        measured = self._matmul_flops * chips
+        datasheet = datasheet_flops(self._device, self._engine.layout.dtype)
+        return {
+            "flops": flops,
+            "flops_per_second": round(flops / seconds),
+            "matmul_flops_per_second": round(measured),
+            "mfu": round(flops / seconds / measured, 4),
+            "datasheet_flops_per_second": datasheet and datasheet * chips,
+            "mfu_datasheet": datasheet and round(flops / seconds / (datasheet * chips), 4),
+            "chips": devices,
+        }
+
+
+def baseline(loaded: Loaded) -> Prefiller:
+    """transformers on the same weights and type. Raises RefusedError where the engine does not run on a CPU."""
+    if loaded.engine.mesh.devices.flat[0].platform != "cpu":
+        raise RefusedError("versus='transformers' is compared on CPUs only; use --platform cpu")
+    from .huggingface import transformers_model
+
+    return TransformersPrefiller(transformers_model(loaded.checkpoint, loaded.engine.layout.dtype.name))
+
+
+def timed(prefiller: Prefiller, prompt: list[int]) -> tuple[float, int]:
+    """(ms, the first token)"""
+    start = time.perf_counter()
+    token = prefiller.first_token(prompt)
+    return (time.perf_counter() - start) * 1000, token
+
+
+def in_turns(
+    prefillers: Sequence[Prefiller], prompt: list[int], *, pairs: int, repeats: int
+) -> list[list[list[float]]]:
+    """A B A B ...: each one's blocks of ms. Before each block a pause and one untimed prompt."""
+    blocks: list[list[list[float]]] = [[] for _ in prefillers]
+    for _ in range(pairs):
+        for prefiller, its_blocks in zip(prefillers, blocks, strict=True):
+            time.sleep(PAUSE_S)
+            prefiller.first_token(prompt)
+            its_blocks.append([timed(prefiller, prompt)[0] for _ in range(repeats)])
+    return blocks
+
+
+def summary(results: Sequence[dict[str, Any]]) -> str:
+    """The results as a table, with what they share above it."""
+    first = results[0]
+    peak = first["datasheet_flops_per_second"]
+    head = (
+        f"{first['model']} on {first['devices']} x {first['device']} ({first['cpu']}), threads={first['threads']}, "
+        f"matrix products {first['matmul_flops_per_second'] / 1e9:.0f} GFLOP/s, "
+        + (f"datasheet {peak / 1e9:.0f} GFLOP/s" if peak else "no datasheet peak for this device and type")
+    )
+    columns = {
+        "prompt_tokens": "tokens", "bucket": "bucket", "dtype": "dtype", "quantize_weights": "weights",
+        "compile_seconds": "compile s", "prefill_ms_p50": "p50 ms", "prefill_ms_min": "min ms",
+        "prefill_ms_max": "max ms", "tokens_per_second": "tokens/s", "flops": "GFLOP", "mfu": "MFU",
+        "mfu_datasheet": "of datasheet",
+    }  # fmt: skip
+    if "versus" in first:
+        columns |= {
+            "baseline_prefill_ms_p50": f"{first['versus']} ms", "ratio_p50": "ratio", "ratio_min": "min",
+            "ratio_max": "max", "equal_token": "equal token",
+        }  # fmt: skip
+    rows = [[(r | {"flops": r["flops"] / 1e9})[key] for key in columns] for r in results]
+    return f"{head}\n{table(list(columns.values()), rows)}"

@@ -1,0 +1,1 @@
+"""OpenAI's HTTP endpoints: the second front, beside gRPC."""

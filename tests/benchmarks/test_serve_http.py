@@ -1,0 +1,163 @@
+"""The load generator over HTTP, at a fake of other people's servers and at our own."""
+
+import asyncio
+import json
+import ssl
+import time
+
+import pytest
+import trustme
+from slipstream.benchmarks.hosted import hosted
+from slipstream.benchmarks.http_caller import HttpCaller
+from slipstream.benchmarks.workload import Ask
+from slipstream.server import cli
+from slipstream.server.config import ServerConfig
+
+from tests.benchmarks.openai_fake import OpenAiFake
+from tests.fakes import FakeEngine
+
+QUICK = ["bench", "serve", "--requests", "4", "--warm-up", "1", "--token-ids", "97:98", "--load", "2", "--json"]
+LENGTHS = ["--prompt-lengths", "fixed:3", "--output-lengths", "fixed:5"]
+
+
+@pytest.fixture
+def bench(capsys):
+    """The one row of a command line, or what it says on stderr when it fails."""
+
+    def run(target, *words, status=0):
+        assert cli.run([*QUICK, *LENGTHS, "--target", target, *words]) == status
+        out, err = capsys.readouterr()
+        return err if status else json.loads(out.splitlines()[-1])["loads"][0]
+
+    return run
+
+
+def test_a_request_is_what_the_servers_expect(bench):
+    fake = OpenAiFake()
+    with fake.serving() as url:
+        bench(url)
+        bench(url, "--ignore-eos", "--model", "other")
+    first, last = fake.bodies[0], fake.bodies[-1]
+    assert first == {
+        "model": "fake",
+        "prompt": [97, 97, 97],
+        "max_tokens": 5,
+        "temperature": 0,
+        "stream": True,
+        "stream_options": {"include_usage": True},
+        "return_token_ids": True,
+    }
+    assert last == first | {"model": "other", "ignore_eos": True}
+
+
+@pytest.mark.parametrize("fake", [OpenAiFake(), OpenAiFake(sends_ids=False), OpenAiFake(sends_usage=False)], ids=str)
+def test_tokens_are_counted_by_ids_or_by_usage(fake, bench):
+    with fake.serving() as url:
+        row = bench(url + "/v1/")  # OpenAI's base URL will do
+    assert (row["completed"], row["rejected"], row["failed"], row["output_tokens"]) == (4, 0, 0, 20)
+    assert 0 < row["ttft_ms"]["p50"] < row["e2e_ms"]["p50"]
+
+
+@pytest.mark.parametrize("fake", [OpenAiFake(), OpenAiFake(sends_ids=False)], ids=str)
+def test_every_chunk_with_tokens_has_its_time(fake):
+    """Five tokens in three chunks."""
+
+    async def call(url):
+        async with HttpCaller(url, 10.0) as caller:
+            return await caller.call(Ask([97], 5), time.perf_counter())
+
+    with fake.serving() as url:
+        record = asyncio.run(call(url))
+    assert (record.status, record.tokens, len(record.token_times)) == ("completed", 5, 3)
+    assert record.due < record.token_times[0] < record.token_times[1] < record.token_times[2] <= record.end
+
+
+def test_answers_end_at_stop_tokens_unless_those_are_ignored(bench):
+    """From "a" there are 25 letters to "z"."""
+    with OpenAiFake().serving() as url:
+        long = ["--output-lengths", "fixed:40"]
+        assert bench(url, *long)["output_tokens"] == 4 * 25
+        assert bench(url, *long, "--ignore-eos")["output_tokens"] == 4 * 40
+
+
+def test_429_is_a_rejection(bench):
+    with OpenAiFake(full_after=3).serving() as url:
+        row = bench(url)
+    assert (row["completed"], row["rejected"], row["failed"]) == (2, 2, 0)
+
+
+@pytest.mark.parametrize(
+    ("fake", "message"),
+    [
+        (OpenAiFake(breaks_after=2), "ClientPayloadError"),
+        (OpenAiFake(error_after=2), "in the stream: the engine failed"),
+        (OpenAiFake(sends_ids=False, sends_usage=False), "neither token ids nor usage"),
+    ],
+    ids=["cut", "error", "uncountable"],
+)
+def test_an_answer_that_breaks_is_a_failure(fake, message, bench):
+    with fake.serving() as url:
+        assert message in bench(url, status=cli.FAILED)
+
+
+def test_other_statuses_are_failures_with_their_message(bench):
+    with OpenAiFake().serving() as url:
+        assert "404: no model absent" in bench(url, "--model", "absent", status=cli.FAILED)
+
+
+def test_a_server_without_models_asks_for_a_name(bench):
+    with OpenAiFake(models=()).serving() as url:
+        assert "names no model" in bench(url, status=cli.FAILED)
+
+
+def test_tls_and_a_token(bench, tmp_path):
+    ca = trustme.CA()
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    ca.issue_cert("localhost").configure_cert(context)
+    ca.cert_pem.write_to_path(tmp_path / "ca.pem")
+    (tmp_path / "token").write_text("secret\n")
+    with OpenAiFake(token="secret").serving(context) as url:
+        trust = ["--tls-ca", str(tmp_path / "ca.pem")]
+        assert bench(url, *trust, "--token-file", str(tmp_path / "token"))["completed"] == 4
+        assert "who are you?" in bench(url, *trust, status=cli.FAILED)
+        assert "nobody answers" in bench(url, status=cli.FAILED)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--target", "localhost:1", "--model", "m"], "model='m' is for http:// targets"),
+        (["--target", "ftp://localhost:1"], "must be host:port (gRPC), http://... or https://..."),
+        (["--target", "http://localhost:1", "--tls"], "--tls flags are for https://"),
+        (["--target", "https://localhost:1", "--tls-ca", "/nowhere/ca.pem"], "cannot be used"),
+    ],
+)
+def test_refusals(words, message, capsys):
+    assert cli.run(["bench", "serve", *words]) == cli.BAD_INPUT
+    assert message in capsys.readouterr().err
+
+
+def test_nobody_there(bench):
+    assert "nobody answers at http://127.0.0.1:1" in bench("http://127.0.0.1:1", status=cli.FAILED)
+
+
+@pytest.mark.parametrize("ignore_eos", [[], ["--ignore-eos"]], ids=["to the stop token", "whole"])
+def test_our_server_answers_the_same_load_alike_over_grpc_and_http(ignore_eos, bench):
+    """Prompts of 1 to 9 random letters: each answer ends after "z", or is 30 tokens long."""
+    words = ["--token-ids", "97:120", "--prompt-lengths", "uniform:1:9", "--output-lengths", "fixed:30", *ignore_eos]
+    with hosted(FakeEngine(), None, ServerConfig(port=0, http_port=0, grace_s=1.0)) as serving:
+        over_grpc = bench(serving.address, *words)
+        over_http = bench(f"http://{serving.http_address}", *words)
+    counts = [(row["completed"], row["failed"], row["output_tokens"]) for row in (over_grpc, over_http)]
+    assert counts[0] == counts[1]
+    assert (counts[0][2] == 4 * 30) == bool(ignore_eos)
+
+
+def test_our_full_queue_rejects_over_http(bench):
+    """One slot, one place to wait, eight at once."""
+    engine = FakeEngine(max_concurrent_decodes=1, step_s=0.02)
+    with hosted(engine, None, ServerConfig(port=0, http_port=0, grace_s=1.0, max_queued=1)) as serving:
+        words = ["--warm-up", "0", "--requests", "8", "--load", "8"]
+        row = bench(f"http://{serving.http_address}", *words)
+    assert row["rejected"] >= 1
+    assert row["completed"] + row["rejected"] == 8
