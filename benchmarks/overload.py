@@ -74,7 +74,7 @@ def measure_cost(engine: Any, params: Any, serving: Serving, plan: OverloadPlan)
     bare = EngineStepper(engine, params)
     slots, bare_speeds, served_speeds = engine.max_concurrent_decodes, [], []
     for _ in range(plan.pairs):
-        bare.fill(ask.prompt_ids)
+        bare.fill([ask.prompt_ids] * slots)
         bare.block(2)
         bare_speeds.append(slots * 1000 / statistics.fmean(bare.block(plan.steps).step_ms))
         served_speeds.append(asyncio.run(_served_speed(serving, ask, slots, plan.steps)))
