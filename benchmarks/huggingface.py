@@ -55,7 +55,8 @@ def transformers_model(checkpoint: Checkpoint, dtype: str) -> Any:
             )
         )
     # Buffers (rope's frequencies) are computed when they are built, so not on the meta device.
-    model.model.rotary_emb = rope = type(model.model.rotary_emb)(model.config)
+    rope: Any = type(model.model.rotary_emb)(model.config)
+    model.model.rotary_emb = rope
     if config.rope_factors is not None:
         rope.inv_freq /= torch.tensor(config.rope_factors)
     for name, _ in list(model.named_parameters()):
