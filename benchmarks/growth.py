@@ -1,15 +1,15 @@
 """How costs grow, and whether they grow as the bytes do.
 
 Four curves: a step's ms against live tokens, one line for each cache length (they should lie on each other: nobody
-reads rows that are not live); against slots; an insert's ms against its bucket; and the host's ms a step against slots,
-with a model so small that what remains is dispatch, read-back and the orchestrator.
+reads rows that are not live); against slots; an insert's ms against its bucket; and the host's ms a step against slots
+(host.py). A curve's points take turns, block by block, so that a machine that slows down bends none of them. Beside
+each point is what its bytes would take at the copy bandwidth measured in the same run.
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, Literal
 
 import jax
@@ -17,22 +17,21 @@ import numpy as np
 
 from ..engine_impl.config import EngineConfig
 from ..engine_impl.engine import Engine
-from ..engine_impl.models.llama import LlamaConfig
-from ..engine_impl.sampling_params import SamplingParams
-from ..server.orchestrator import Orchestrator
-from ..server.request import Event, Request
+from ..engine_impl.errors import RefusedError
+from ..engine_impl.loading import build_engine
 from . import machine
-from .models import load_random
+from .host import HostBench
+from .models import Loaded, load
 from .stats import slope
-from .step import Point, PointBench, StepPlan
+from .steppers import EngineStepper
 from .table import Progress, table
+from .traffic import bytes_per_step
 
-TINY = LlamaConfig(
-    num_layers=1, num_heads=2, num_kv_heads=1, head_dim=16, model_dim=32, ffn_dim=32, vocab_size=128,
-    rope_theta=10000.0, rms_norm_eps=1e-5, tied_embeddings=True, context_length=128,
-)  # fmt: skip
-HOST_STEPS = 64
 INSERTS = 7
+"""Inserts of a block."""
+
+Curve = dict[str, list[float]]
+"""x, and of each point over the blocks' medians: ms (their median), ms_min, ms_max; ms_at_bandwidth"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,188 +48,221 @@ class GrowthPlan:
     threads: int | None
     platform: Literal["auto", "cpu", "tpu", "cuda"]
 
+    def config(self, slots: int, cache_length: int) -> EngineConfig:
+        """Raises RefusedError for sizes that no engine has."""
+        return EngineConfig(model=self.model, slots=slots, cache_length=cache_length, platform=self.platform)
 
-Curve = dict[str, list[float]]
-"""{"x": [...], "ms": [...]}"""
+    def fitting(self, cache_length: int) -> tuple[int, ...]:
+        """The live tokens around which a block of steps fits. Raises RefusedError when there are none."""
+        before, after = self.steps // 2, (self.steps + 1) // 2
+        found = tuple(live for live in self.live_tokens if before < live <= cache_length - after)
+        if not found:
+            raise RefusedError(
+                f"none of live_tokens={self.live_tokens} fits into {cache_length=} with {self.steps} steps around it: "
+                f"they must be above {before} and at most {cache_length - after}"
+            )
+        return found
+
+    @property
+    def slot_curve_live_tokens(self) -> int:
+        """The second that fits into the shortest cache, if there are two."""
+        return self.fitting(min(self.cache_lengths))[:2][-1]
 
 
 def run(plan: GrowthPlan, plot: Path | None) -> dict[str, Any]:
-    """All curves; `live_slopes` compares each live-token line's slope with what its bytes cost at copy bandwidth."""
+    """All curves; `live_slopes` and `insert_slope` compare them with what the bytes cost at copy bandwidth.
+
+    Raises RefusedError for sizes that cannot be measured, before anything is.
+    """
     if plot is not None:
         from .plot import check_plot
 
         check_plot(plot)
-    machine.warn_if_busy()
-    threads, progress = machine.use_threads(plan.threads), Progress()
-    live: dict[str, Curve] = {}
-    slopes, insert, bandwidth = {}, {}, None
     for cache_length in plan.cache_lengths:
-        progress.show(f"live tokens, cache length {cache_length} ...")
-        bench = bench_of(plan, plan.base_slots, cache_length, plan.live_tokens[0])
-        bandwidth = bandwidth or machine.copy_bandwidth(jax.devices()[0])
-        live[str(cache_length)] = live_curve(bench, plan, cache_length, bandwidth)
-        slopes[str(cache_length)] = live_slope(live[str(cache_length)], bench.engine, bandwidth)
-        if cache_length == max(plan.cache_lengths):
-            insert = insert_curve(bench.engine, bench.params)
-        del bench  # its memory, before the next
-    assert bandwidth is not None
-    slots = slot_curve(plan, bandwidth, progress)
-    host = host_curve(plan, progress)
+        plan.fitting(cache_length)
+        plan.config(plan.base_slots, cache_length)
+    load_average = machine.warn_if_busy()
+    threads, progress = machine.use_threads(plan.threads), Progress()
+    progress.show(f"{plan.model}: loading ...")
+    field = Field(plan)
+    progress.show("live tokens ...")
+    live, insert = field.live_curves(), field.insert_curve()
+    progress.show("slots ...")
+    slots = field.slot_curve()
+    progress.show("host ...")
+    host = host_curve(plan)
     progress.clear()
     result = {
-        "live_tokens": live, "live_slopes": slopes, "slots": slots, "insert": insert, "host": host,
-        "copy_bandwidth_bytes_per_second": round(bandwidth),
+        "live_tokens": live, "live_slopes": {name: compared(curve) for name, curve in live.items()}, "slots": slots,
+        "slots_live_tokens": plan.slot_curve_live_tokens, "insert": insert, "insert_slope": compared(insert),
+        "host": host, "copy_bandwidth_bytes_per_second": round(field.bandwidth),
     }  # fmt: skip
     print(summary(result))
     if plot is not None:
         draw_curves(plot, result)
-    return {"plan": asdict(plan)} | result | machine.describe(threads)
+    return {"plan": asdict(plan)} | result | machine.describe(threads) | {"load_average": load_average}
 
 
-def bench_of(plan: GrowthPlan, slots: int, cache_length: int, live_tokens: int) -> PointBench:
-    """A filled engine."""
-    shared = StepPlan(
-        model=plan.model, platform=plan.platform, tensor_parallel=None, versus="none", steps=plan.steps,
-        pairs=plan.blocks, threads=plan.threads,
-    )  # fmt: skip
-    return PointBench(shared, point_of(slots, cache_length, live_tokens))
+class Field:
+    """One set of weights, and engines of several sizes that use it."""
+
+    def __init__(self, plan: GrowthPlan) -> None:
+        self._plan = plan
+        self._loaded: Loaded = load(plan.config(plan.base_slots, max(plan.cache_lengths)))
+        devices = self._loaded.engine.mesh.devices.flat
+        chips = 1 if devices[0].platform == "cpu" else self._loaded.engine.mesh.size  # virtual CPUs share one memory
+        self.bandwidth = machine.copy_bandwidth(devices[0]) * chips
+
+    def live_curves(self) -> dict[str, Curve]:
+        """By cache length: step ms against live tokens a slot."""
+        plan = self._plan
+        engines = {length: self._engine(plan.base_slots, length) for length in plan.cache_lengths}
+        points = [(length, live) for length in plan.cache_lengths for live in plan.fitting(length)]
+        curve = self._steps([(live, engines[length], live) for length, live in points])
+        of_length = {length: [i for i, point in enumerate(points) if point[0] == length] for length in engines}
+        return {
+            str(length): {name: [values[i] for i in indices] for name, values in curve.items()}
+            for length, indices in of_length.items()
+        }
+
+    def slot_curve(self) -> Curve:
+        """Step ms against slots, in the shortest cache."""
+        live, length = self._plan.slot_curve_live_tokens, min(self._plan.cache_lengths)
+        return self._steps([(slots, self._engine(slots, length), live) for slots in self._plan.slots])
+
+    def insert_curve(self) -> Curve:
+        """Insert ms against the prompt's bucket (tokens), into the longest cache: rows are read once, written once."""
+        engine, params, _ = self._loaded
+        state, prefixes = engine.init_decode_state(), {}
+        for bucket in engine.buckets:
+            prefixes[bucket], _ = engine.prefill(params, np.zeros(bucket, np.int32), bucket)
+            state = engine.insert(prefixes[bucket], state, 0)  # compiles
+
+        def block(bucket: int) -> list[float]:
+            nonlocal state
+            ms = []
+            for _ in range(INSERTS):
+                jax.block_until_ready(state)
+                start = time.perf_counter()
+                state = jax.block_until_ready(engine.insert(prefixes[bucket], state, 0))
+                ms.append((time.perf_counter() - start) * 1000)
+            return ms
+
+        row_bytes = engine.layout.bytes / engine.cache_length / engine.max_concurrent_decodes
+        floors = [2 * row_bytes * bucket / self.bandwidth * 1000 for bucket in engine.buckets]
+        return curve_of(engine.buckets, floors, in_turns([lambda b=b: block(b) for b in engine.buckets], self._plan))
+
+    def _engine(self, slots: int, cache_length: int) -> Engine:
+        engine, _, checkpoint = self._loaded
+        if (slots, cache_length) == (engine.max_concurrent_decodes, engine.cache_length):
+            return engine
+        return build_engine(self._plan.config(slots, cache_length), checkpoint)
+
+    def _steps(self, points: Sequence[tuple[int, Engine, int]]) -> Curve:
+        """A curve from points (x, engine, live tokens)."""
+        plan, params = self._plan, self._loaded.params
+        steppers = {id(engine): EngineStepper(engine, params) for _, engine, _ in points}
+        for stepper in steppers.values():
+            stepper.fill([])  # all slots are set to a length: their rows are zeros, which cost the same
+
+        def block(engine: Engine, live: int) -> list[float]:
+            stepper = steppers[id(engine)]
+            for steps in (1, plan.steps):  # the first does not count: it compiles, or finds another engine's caches
+                stepper.set_length(live - plan.steps // 2)
+                ms = stepper.block(steps).step_ms
+            return ms
+
+        floors = [bytes_per_step(engine, params, live) / self.bandwidth * 1000 for _, engine, live in points]
+        blocks = [lambda engine=engine, live=live: block(engine, live) for _, engine, live in points]
+        return curve_of([x for x, _, _ in points], floors, in_turns(blocks, plan))
 
 
-def point_of(slots: int, cache_length: int, live_tokens: int) -> Point:
-    return Point(slots=slots, cache_length=cache_length, live_tokens=live_tokens, dtype="auto")
+def host_curve(plan: GrowthPlan) -> Curve:
+    """The host's ms a step against slots; `bare_ms` is the same tiny engine's without an orchestrator."""
+    benches = [HostBench(slots, plan.platform) for slots in plan.slots]
+    for bench in benches:
+        bench.bare_ms()  # compiles
+        bench.served_ms()
+    served = in_turns([lambda b=b: [b.served_ms()] for b in benches], plan)
+    bare = in_turns([lambda b=b: [b.bare_ms()] for b in benches], plan)
+    curve = curve_of(plan.slots, None, served)
+    return curve | {"bare_ms": curve_of(plan.slots, None, bare)["ms"]}
 
 
-def live_curve(bench: PointBench, plan: GrowthPlan, cache_length: int, bandwidth: float) -> Curve:
-    """Step ms against live tokens a slot, those that the cache holds."""
-    half = (plan.steps + 1) // 2
-    fitting = [live for live in plan.live_tokens if half < live <= cache_length - half]
-    points = [bench.measure(point_of(plan.base_slots, cache_length, live), bandwidth) for live in fitting]
-    return {"x": list(fitting), "ms": [point["step_ms_p50"] for point in points]}
+def in_turns(blocks: Sequence[Callable[[], list[float]]], plan: GrowthPlan) -> list[list[float]]:
+    """Each point's medians of its blocks: all points once, all points again, ..."""
+    medians: list[list[float]] = [[] for _ in blocks]
+    for _ in range(plan.blocks):
+        for block, its_medians in zip(blocks, medians, strict=True):
+            its_medians.append(float(np.median(block())))
+    return medians
 
 
-def live_slope(curve: Curve, engine: Engine, bandwidth: float) -> dict[str, float | None]:
-    """What one more live token a slot costs (ms), and what its bytes would cost at copy bandwidth."""
-    floor = engine.layout.bytes / engine.cache_length / bandwidth * 1000
+def curve_of(x: Sequence[float], floors: Sequence[float] | None, medians: Sequence[Sequence[float]]) -> Curve:
+    """A curve from each point's block medians, with what its bytes cost."""
+    curve = {"x": list(x)} | {
+        name: [round(float(choose(of_point)), 5) for of_point in medians]
+        for name, choose in (("ms", np.median), ("ms_min", min), ("ms_max", max))
+    }
+    return curve if floors is None else curve | {"ms_at_bandwidth": [round(floor, 5) for floor in floors]}
+
+
+def compared(curve: Curve) -> dict[str, float | None]:
+    """What one more token costs (ms), what its bytes would cost, their quotient, and how straight the line is: the
+    largest distance of a point from it, over the ms of that point. None of a single point."""
     if len(curve["x"]) < 2:
-        return {"ms_per_token": None, "ms_at_bandwidth": floor, "share_of_bandwidth": None}
-    measured, _ = slope(curve["x"], curve["ms"])
+        return dict.fromkeys(("ms_per_token", "ms_at_bandwidth", "share_of_bandwidth", "largest_deviation"))
+    measured, at_zero = slope(curve["x"], curve["ms"])
+    floor, _ = slope(curve["x"], curve["ms_at_bandwidth"])
+    off = [abs(at_zero + measured * x - ms) / ms for x, ms in zip(curve["x"], curve["ms"], strict=True)]
     return {
         "ms_per_token": measured,
         "ms_at_bandwidth": floor,
         "share_of_bandwidth": floor / measured if measured > 0 else None,
+        "largest_deviation": max(off),
     }
-
-
-def slot_curve(plan: GrowthPlan, bandwidth: float, progress: Progress) -> Curve:
-    """Step ms against slots, at the second number of live tokens and the shortest cache."""
-    live, cache_length = plan.live_tokens[min(1, len(plan.live_tokens) - 1)], min(plan.cache_lengths)
-    ms = []
-    for slots in plan.slots:
-        progress.show(f"slots, {slots} ...")
-        bench = bench_of(plan, slots, cache_length, live)
-        ms.append(bench.measure(point_of(slots, cache_length, live), bandwidth)["step_ms_p50"])
-        del bench
-    return {"x": list(plan.slots), "ms": ms}
-
-
-def insert_curve(engine: Engine, params: Any) -> Curve:
-    """Insert ms against the prompt's bucket (tokens)."""
-    state, medians = engine.init_decode_state(), []
-    for bucket in engine.buckets:
-        prefix, _ = engine.prefill(params, np.zeros(bucket, np.int32), bucket)
-        ms = []
-        for _ in range(INSERTS + 1):
-            jax.block_until_ready((prefix, state))
-            start = time.perf_counter()
-            state = jax.block_until_ready(engine.insert(prefix, state, 0))
-            ms.append((time.perf_counter() - start) * 1000)
-        medians.append(float(np.median(ms[1:])))  # the first one compiles
-    return {"x": list(engine.buckets), "ms": medians}
-
-
-def host_curve(plan: GrowthPlan, progress: Progress) -> Curve:
-    """ms between an answer's tokens behind the orchestrator, all slots live, against slots."""
-    medians = []
-    for slots in plan.slots:
-        progress.show(f"host, {slots} slots ...")
-        config = EngineConfig(slots=slots, cache_length=128, platform=plan.platform, tensor_parallel=1)
-        engine, params, _ = load_random(config, TINY)
-        engine.get_tokenizer = NoText  # pyright: ignore
-        medians.append(host_ms(engine, params, slots))
-    return {"x": list(plan.slots), "ms": medians}
-
-
-class NoText:
-    """A tokenizer, and its streams, of a model without text."""
-
-    stop_ids = frozenset()
-
-    def stream(self) -> "NoText":
-        return self
-
-    def feed(self, token_id: int) -> str:
-        return ""
-
-    def finish(self) -> str:
-        return ""
-
-
-def host_ms(engine: Engine, params: Any, slots: int) -> float:
-    """The median gap between the tokens of the request that was inserted last: by then all slots are live."""
-    times: dict[int, list[float]] = {slot: [] for slot in range(slots)}
-    orchestrator = Orchestrator(engine, params, max_queued=slots, warm_up=False)
-    ends = SimpleNamespace(left=slots)
-
-    def deliver(slot: int, event: Event) -> None:
-        times[slot].append(time.perf_counter())
-        ends.left -= event.is_last
-
-    orchestrator.start()
-    try:
-        for slot in range(slots):
-            orchestrator.submit(
-                Request(
-                    prompt_ids=[1],
-                    max_tokens=HOST_STEPS,
-                    sampling=SamplingParams(),
-                    deliver=lambda event, slot=slot: deliver(slot, event),
-                )
-            )
-        while ends.left:
-            time.sleep(0.01)
-    finally:
-        orchestrator.close()
-    # While the last request is answered, those before it end one by one, a prefill apart: its first tokens count.
-    return float(np.median(np.diff(times[slots - 1])[: HOST_STEPS // 2]) * 1000)
 
 
 def summary(result: dict[str, Any]) -> str:
     """The curves as tables."""
-    parts = []
+    parts = [f"copy bandwidth {result['copy_bandwidth_bytes_per_second'] / 1e9:.1f} GB/s"]
     for cache_length, curve in result["live_tokens"].items():
-        share = result["live_slopes"][cache_length]["share_of_bandwidth"]
-        note = "" if share is None else f" (one more token a slot: {share:.2f} of copy bandwidth)"
-        rows = list(zip(curve["x"], curve["ms"], strict=True))
-        parts.append(f"cache length {cache_length}{note}\n{table(['live tokens', 'step ms'], rows)}")
-    for name, x, y in (("slots", "slots", "step ms"), ("insert", "bucket", "insert ms"), ("host", "slots", "host ms")):
-        parts.append(table([x, y], list(zip(result[name]["x"], result[name]["ms"], strict=True))))
+        parts.append(_part(f"cache length {cache_length}", "live tokens", curve, result["live_slopes"][cache_length]))
+    parts.append(_part(f"{result['slots_live_tokens']} live tokens a slot", "slots", result["slots"]))
+    parts.append(_part("insert", "bucket", result["insert"], result["insert_slope"]))
+    parts.append(_part("host, a model of no size", "slots", result["host"]))
     return "\n\n".join(parts)
 
 
+def _part(title: str, x: str, curve: Curve, compared: dict[str, float | None] | None = None) -> str:
+    if compared is not None and compared["share_of_bandwidth"] is not None:
+        title += f" (one more token: {compared['share_of_bandwidth']:.2f} of copy bandwidth)"
+    headers = {"x": x, "ms": "ms", "ms_min": "min", "ms_max": "max", "ms_at_bandwidth": "at bandwidth"}
+    headers |= {"bare_ms": "bare engine"}
+    columns = [name for name in headers if name in curve]
+    rows = list(zip(*(curve[name] for name in columns), strict=True))
+    return f"{title}\n{table([headers[name] for name in columns], rows)}"
+
+
 def draw_curves(path: Path, result: dict[str, Any]) -> None:
-    """Four panels."""
+    """Four panels, measured and at copy bandwidth."""
     from .plot import Panel, draw
 
-    def of(curve: Curve) -> tuple[Sequence[float], Sequence[float]]:
-        return curve["x"], curve["ms"]
+    def of(name: str, curve: Curve) -> dict[str, tuple[list[float], list[float]]]:
+        found = {name: (curve["x"], curve["ms"])}
+        for key, title in (("ms_at_bandwidth", "its bytes at copy bandwidth"), ("bare_ms", "bare engine")):
+            found |= {title: (curve["x"], curve[key])} if key in curve else {}
+        return found
 
-    lines = {f"S = {cache_length}": of(curve) for cache_length, curve in result["live_tokens"].items()}
+    live: dict[str, Any] = {}
+    for cache_length, curve in result["live_tokens"].items():
+        live = of(f"S = {cache_length}", curve) | live
     draw(
         path,
         [
-            Panel(title="Step against live tokens", x="live tokens a slot", y="ms", series=lines),
-            Panel(title="Step against slots", x="slots", y="ms", series={"step": of(result["slots"])}),
-            Panel(title="Insert", x="bucket (tokens)", y="ms", series={"insert": of(result["insert"])}),
-            Panel(title="Host", x="slots", y="ms a step", series={"host": of(result["host"])}),
+            Panel(title="Step against live tokens", x="live tokens a slot", y="ms", series=live),
+            Panel(title="Step against slots", x="slots", y="ms", series=of("step", result["slots"])),
+            Panel(title="Insert", x="bucket (tokens)", y="ms", series=of("insert", result["insert"])),
+            Panel(title="Host", x="slots", y="ms a step", series=of("behind the orchestrator", result["host"])),
         ],
     )

@@ -6,6 +6,7 @@ holds.
 """
 
 import time
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
@@ -17,16 +18,25 @@ from .steppers import Block
 
 
 def transformers_model(checkpoint: Checkpoint, dtype: str) -> Any:
-    """A LlamaForCausalLM with the checkpoint's weights, on the CPU."""
+    """A LlamaForCausalLM with the checkpoint's weights, on the CPU.
+
+    Raises RefusedError for other families, for quantised checkpoints, and without transformers.
+    """
+    config = checkpoint.config
+    if type(config) is not LlamaConfig:
+        family = type(config).__name__.removesuffix("Config")
+        raise RefusedError(
+            f"{checkpoint.name} is a {family}, and --versus transformers builds Llamas only; use --versus eager"
+        )
+    if checkpoint.quantization is not None:
+        raise RefusedError(
+            f"{checkpoint.name} is stored as {checkpoint.quantization.weights}, which transformers is not given here; "
+            "take a checkpoint of floats, or --versus eager"
+        )
     try:
         import transformers
     except ImportError as error:
         raise RefusedError("--versus transformers needs it: pip install 'slipstream-llm[bench]'") from error
-    config = checkpoint.config
-    assert isinstance(config, LlamaConfig)
-    rope: dict[str, Any] = {"rope_type": "default", "rope_theta": config.rope_theta}
-    if (scaling := getattr(config, "rope_scaling", None)) is not None:
-        rope |= {"rope_type": "llama3", **vars(scaling)}
     with torch.device("meta"):
         model = transformers.LlamaForCausalLM(
             transformers.LlamaConfig(
@@ -39,13 +49,16 @@ def transformers_model(checkpoint: Checkpoint, dtype: str) -> Any:
                 head_dim=config.head_dim,
                 max_position_embeddings=config.context_length,
                 rms_norm_eps=config.rms_norm_eps,
-                rope_parameters=rope,
+                rope_parameters={"rope_type": "default", "rope_theta": config.rope_theta},
                 tie_word_embeddings=config.tied_embeddings,
                 attn_implementation="sdpa",  # pyright: ignore[reportCallIssue]
             )
         )
     # Buffers (rope's frequencies) are computed when they are built, so not on the meta device.
-    model.model.rotary_emb = type(model.model.rotary_emb)(model.config)
+    rope: Any = type(model.model.rotary_emb)(model.config)
+    model.model.rotary_emb = rope
+    if config.rope_factors is not None:
+        rope.inv_freq /= torch.tensor(config.rope_factors)
     for name, _ in list(model.named_parameters()):
         value = torch.tensor(checkpoint.tensor(name.removeprefix("model."))).to(getattr(torch, dtype))
         owner = model.get_submodule(name.rpartition(".")[0])
@@ -55,18 +68,15 @@ def transformers_model(checkpoint: Checkpoint, dtype: str) -> Any:
 
 
 class TransformersStepper:
-    """`slots` sequences of transformers, all of one length."""
+    """Sequences of transformers, all of one length."""
 
-    def __init__(
-        self, model: Any, *, slots: int, cache_length: int, cache: Literal["static", "dynamic"], name: str
-    ) -> None:
-        self.name = name
-        self._model, self._slots, self._cache_length, self._kind = model, slots, cache_length, cache
+    def __init__(self, model: Any, *, cache_length: int, cache: Literal["static", "dynamic"]) -> None:
+        self._model, self._cache_length, self._kind = model, cache_length, cache
         self._cache: Any = None
-        self._token_B1 = torch.zeros((slots, 1), dtype=torch.long)
+        self._token_B1 = torch.zeros((0, 1), dtype=torch.long)
 
     @torch.inference_mode()
-    def fill(self, prompt: list[int]) -> None:
+    def fill(self, prompts: Sequence[list[int]]) -> None:
         from transformers import DynamicCache, StaticCache
 
         config = self._model.config
@@ -74,7 +84,7 @@ class TransformersStepper:
             self._cache = StaticCache(config=config, max_cache_len=self._cache_length)
         else:
             self._cache = DynamicCache(config=config)
-        self._forward(torch.tensor([prompt] * self._slots))
+        self._forward(torch.tensor(prompts))
 
     @torch.inference_mode()
     def set_length(self, length: int) -> None:
@@ -90,7 +100,7 @@ class TransformersStepper:
         for _ in range(steps):
             start = time.perf_counter()
             self._forward(self._token_B1)
-            tokens.append(int(self._token_B1[0]))
+            tokens.append(self._token_B1[:, 0].tolist())
             ms.append((time.perf_counter() - start) * 1000)
         return Block(ms, tokens)
 

@@ -1,4 +1,4 @@
-"""The model under test: the embedded one, a GGUF file, or a preset's shape with random weights."""
+"""The model under test: the embedded one, a checkpoint that `serve` takes, or a preset's shape with random weights."""
 
 from typing import Any, NamedTuple
 

@@ -9,7 +9,7 @@
 import asyncio
 import statistics
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import grpc
@@ -19,10 +19,11 @@ from ..protos.orchestrator_pb2_grpc import OrchestratorStub
 from ..server.config import ServerConfig
 from ..server.errors import FailedError
 from ..server.lifecycle import Serving
+from . import machine
 from .caller import Record
 from .grpc_caller import GrpcCaller
 from .hosted import hosted, metric
-from .serve import closed, opened
+from .loops import closed, opened
 from .stats import percentile
 from .steppers import EngineStepper
 from .table import Progress, table
@@ -53,7 +54,7 @@ class OverloadPlan:
 
 def run(engine: Any, params: Any, plan: OverloadPlan) -> dict[str, Any]:
     """All three. Raises FailedError when a sound request is not answered."""
-    progress = Progress()
+    load_average, progress = machine.warn_if_busy(), Progress()
     config = ServerConfig(port=0, grace_s=0, max_queued=plan.max_queued, probe_interval_s=0)
     with hosted(engine, params, config) as serving:
         progress.show("cost ...")
@@ -65,7 +66,8 @@ def run(engine: Any, params: Any, plan: OverloadPlan) -> dict[str, Any]:
     progress.clear()
     result = {"slots": engine.max_concurrent_decodes, "cost": cost, "overload": overload, "reuse": reuse}
     print(_summary(result, plan))
-    return result
+    where = machine.describe(machine.use_threads(None)) | {"load_average": load_average}
+    return {"model": engine.model_name, "cache_length": engine.cache_length, "plan": asdict(plan)} | result | where
 
 
 def measure_cost(engine: Any, params: Any, serving: Serving, plan: OverloadPlan) -> dict[str, Any]:
@@ -74,7 +76,7 @@ def measure_cost(engine: Any, params: Any, serving: Serving, plan: OverloadPlan)
     bare = EngineStepper(engine, params)
     slots, bare_speeds, served_speeds = engine.max_concurrent_decodes, [], []
     for _ in range(plan.pairs):
-        bare.fill(ask.prompt_ids)
+        bare.fill([ask.prompt_ids] * slots)
         bare.block(2)
         bare_speeds.append(slots * 1000 / statistics.fmean(bare.block(plan.steps).step_ms))
         served_speeds.append(asyncio.run(_served_speed(serving, ask, slots, plan.steps)))

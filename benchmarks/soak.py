@@ -12,7 +12,7 @@ import os
 import random
 import time
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from ..server.errors import FailedError
 from ..server.front import RETRY_AFTER
 from ..server.lifecycle import Serving
 from ..server.metrics import Outcome
+from . import machine
 from .hosted import metric
 from .table import Progress, table
 
@@ -135,7 +136,7 @@ async def _run(serving: Serving, plan: SoakPlan) -> dict[str, Any]:
         "faults": tally.faults,
     }
     print(_summary(result))
-    return result
+    return {"plan": asdict(plan)} | result | machine.describe(machine.use_threads(None))
 
 
 class Soak:

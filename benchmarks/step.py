@@ -1,7 +1,7 @@
 """Milliseconds of a decode step, beside what its bytes must cost, and beside a baseline timed in turns with it.
 
-A point is one choice of slots, cache length, live tokens, dtype and quantisation. All slots are live and hold the same
-prompt. Every block of steps starts anew at `live_tokens - steps / 2`, so that `live_tokens` is the mean over a block.
+A point is one choice of slots, cache length, live tokens, dtype and quantisation. All slots are live. Every block of
+steps starts anew at `live_tokens - steps / 2`, so that `live_tokens` is the mean over a block.
 A sweep tells each point when it is measured, and goes on after one that does not fit on the device.
 """
 
@@ -17,7 +17,6 @@ import numpy as np
 from ..engine_impl.config import EngineConfig
 from ..engine_impl.engine import Engine
 from ..engine_impl.errors import RefusedError
-from ..engine_impl.forward import Params
 from ..engine_impl.loading import choose_devices
 from . import machine
 from .eager import EagerEngine
@@ -25,10 +24,13 @@ from .models import Loaded, load, resized
 from .stats import Ratio, percentile
 from .steppers import PROMPT_LENGTH, Block, EngineStepper, Stepper
 from .table import Progress, table
+from .traffic import bytes_per_step, stored_as
 
 Versus = Literal["none", "eager", "eager-per-layer", "transformers", "transformers-dynamic"]
 CHECKED_TOKENS = 16
-"""Tokens of the untimed first block that are compared with the baseline's."""
+"""Steps of the untimed first block whose tokens are compared with the baseline's."""
+PROMPTS = 4
+"""Different prompts: slots take them in turns, so that tokens of the wrong slot are told from the right ones."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,8 +87,23 @@ def run(plan: StepPlan, points: list[Point]) -> dict[str, Any]:
     return results[0] if len(results) == 1 else {"sweep": results}
 
 
+def has_unequal_tokens(result: dict[str, Any]) -> bool:
+    """Whether a baseline computed something else than we did: then its ratio compares nothing."""
+    return any(row.get("equal_tokens") is False for row in result.get("sweep", [result]))
+
+
 def check(plan: StepPlan, point: Point) -> None:
-    """Raises RefusedError unless a block fits around the live tokens."""
+    """Raises RefusedError unless a block fits around the live tokens, and the baseline knows the quantisation."""
+    is_quantized = "int8" in point.quantize_kv or point.quantize_weights in ("int8", "int4")
+    if plan.versus.startswith("transformers") and is_quantized:
+        raise RefusedError(
+            f"versus={plan.versus!r} is given float weights and a float cache; leave out --quantize-weights and "
+            "--quantize-kv, or use --versus eager, which takes quantised weights"
+        )
+    if plan.versus.startswith("eager") and point.quantize_kv != "none":
+        raise RefusedError(
+            f"versus={plan.versus!r} stores rows as they are, not as quantize_kv={point.quantize_kv!r}; leave it out"
+        )
     longest = point.cache_length - (plan.steps + 1) // 2
     if not plan.steps // 2 < point.live_tokens <= longest:
         raise RefusedError(
@@ -139,12 +156,12 @@ class PointBench:
         self.loaded = loaded = load(config) if weights is None else resized(config, weights)
         jax.config.update("jax_enable_compilation_cache", False)  # or compile_seconds would be the disk's
         self.engine, self.params = loaded.engine, loaded.params
-        self._prompt = prompt_for(loaded.engine)
-        self._ours, self.compile_seconds, tokens = started(EngineStepper(self.engine, self.params), self._prompt)
+        prompts = prompts_for(loaded.engine)
+        self._ours, self.compile_seconds, tokens = started(EngineStepper(self.engine, self.params), prompts)
         self._baseline, self._equal_tokens = None, None
         if plan.versus != "none":
             baseline = baseline_for(plan.versus, loaded)
-            self._baseline, _, baseline_tokens = started(baseline, self._prompt)
+            self._baseline, _, baseline_tokens = started(baseline, prompts)
             self._equal_tokens = tokens == baseline_tokens
 
     def measure(self, point: Point, bandwidth: float) -> dict[str, Any]:
@@ -157,20 +174,25 @@ class PointBench:
         # Virtual CPU devices share one memory; real ones each have their own.
         chips = 1 if devices[0].platform == "cpu" else len(list(devices))
         datasheet = machine.datasheet_bandwidth(devices[0])
-        result = {"model": self._plan.model, **asdict(point), "dtype": self.engine.layout.dtype.name} | {
-            "compile_seconds": round(self.compile_seconds, 3),
-            "step_ms_p50": round(p50, 4),
-            "step_ms_p99": _rounded(percentile(ms, 99)),
-            "tokens_per_second": round(point.slots * 1000 / float(np.mean(ms)), 2),
-            "bytes_per_step": nbytes,
-            "copy_bandwidth_bytes_per_second": round(bandwidth * chips),
-            "mbu": round(nbytes / (p50 / 1000) / (bandwidth * chips), 4),
-            "datasheet_bandwidth_bytes_per_second": datasheet and datasheet * chips,
-            "mbu_datasheet": datasheet and round(nbytes / (p50 / 1000) / (datasheet * chips), 4),
-            "steps_timed": len(ms),
-            "chips": len(list(self.engine.mesh.devices.flat)),
-            "layer_loop": self.engine.layer_loop,
-        }
+        taken = {"dtype": self.engine.layout.dtype.name, "quantize_weights": stored_as(self.engine)}
+        result = (
+            {"model": self._plan.model, **asdict(point)}
+            | taken
+            | {
+                "compile_seconds": round(self.compile_seconds, 3),
+                "step_ms_p50": round(p50, 4),
+                "step_ms_p99": _rounded(percentile(ms, 99)),
+                "tokens_per_second": round(point.slots * 1000 / float(np.mean(ms)), 2),
+                "bytes_per_step": nbytes,
+                "copy_bandwidth_bytes_per_second": round(bandwidth * chips),
+                "mbu": round(nbytes / (p50 / 1000) / (bandwidth * chips), 4),
+                "datasheet_bandwidth_bytes_per_second": datasheet and datasheet * chips,
+                "mbu_datasheet": datasheet and round(nbytes / (p50 / 1000) / (datasheet * chips), 4),
+                "steps_timed": len(ms),
+                "chips": len(list(self.engine.mesh.devices.flat)),
+                "layer_loop": self.engine.layer_loop,
+            }
+        )
         if self._plan.attention:
             result |= self._attention_share(point, p50, (datasheet or bandwidth) * chips)
         if self._baseline is None:
@@ -210,7 +232,7 @@ def baseline_for(versus: Versus, loaded: Loaded) -> Stepper:
     """
     engine, params, checkpoint = loaded
     if versus == "eager":
-        return EngineStepper(EagerEngine(engine, "stacked"), params, versus)
+        return EngineStepper(EagerEngine(engine, "stacked"), params)
     if versus == "eager-per-layer":
         eager = EagerEngine(engine, "per_layer")
         return EngineStepper(eager, params if eager.layer_loop == engine.layer_loop else eager.load_params(checkpoint))
@@ -220,22 +242,21 @@ def baseline_for(versus: Versus, loaded: Loaded) -> Stepper:
 
     return TransformersStepper(
         transformers_model(checkpoint, engine.layout.dtype.name),
-        slots=engine.max_concurrent_decodes,
         cache_length=engine.cache_length,
         cache="dynamic" if versus == "transformers-dynamic" else "static",
-        name=versus,
     )
 
 
-def prompt_for(engine: Engine) -> list[int]:
-    """Random tokens, the same in every run; few enough that the checked ones fit behind them."""
+def prompts_for(engine: Engine) -> list[list[int]]:
+    """A prompt a slot: random tokens, the same in every run; few enough that the checked ones fit behind them."""
     length = min(PROMPT_LENGTH, engine.max_prefill_length, engine.cache_length // 2)
-    return np.random.default_rng(0).integers(0, engine.vocab_size, length).tolist()
+    prompts = np.random.default_rng(0).integers(0, engine.vocab_size, (PROMPTS, length)).tolist()
+    return [prompts[slot % PROMPTS] for slot in range(engine.max_concurrent_decodes)]
 
 
-def started(stepper: Stepper, prompt: list[int]) -> tuple[Any, float, list[int]]:
-    """Filled and stepped for the first time: (stepper, seconds of the first step less a usual one, its tokens)."""
-    stepper.fill(prompt)
+def started(stepper: Stepper, prompts: list[list[int]]) -> tuple[Any, float, list[list[int]]]:
+    """Filled and stepped for the first time: (stepper, seconds of the first step less a usual one, tokens of all)."""
+    stepper.fill(prompts)
     start = time.perf_counter()
     first = stepper.block(1)
     seconds = time.perf_counter() - start
@@ -258,17 +279,6 @@ def in_turns(
     return blocks
 
 
-def bytes_per_step(engine: Engine, params: Params, live_tokens: int) -> int:
-    """What a step cannot avoid to move: every weight and all live rows read once, the new rows written; of what is
-    quantised, codes and scales.
-
-    An embedding table that is not also the output projection is not counted: a step reads one row of it a slot.
-    """
-    read = {name: part for name, part in params.items() if name != "embed_tokens"}
-    weights = sum(leaf.nbytes for leaf in jax.tree.leaves(read))
-    return round(weights + engine.layout.bytes * (live_tokens + 1) / engine.cache_length)
-
-
 def told(result: dict[str, Any]) -> str:
     """A point of a sweep, as soon as it is known."""
     point = f"{result['slots']} slots x {result['cache_length']}, {result['live_tokens']} live, {result['dtype']}"
@@ -281,7 +291,7 @@ def summary(results: list[dict[str, Any]]) -> str:
     """The results as a table, with what they share above it; a point that did not fit has dashes."""
     first = next(result for result in results if "refused" not in result)
     head = (
-        f"{first['model']} on {first['devices']} x {first['device']} ({first['cpu']}), threads={first['threads']}, "
+        f"{first['model']} on {first['chips']} x {first['device']} ({first['cpu']}), threads={first['threads']}, "
         f"copy bandwidth {first['copy_bandwidth_bytes_per_second'] / 1e9:.1f} GB/s"
     )
     columns = {
@@ -297,7 +307,13 @@ def summary(results: list[dict[str, Any]]) -> str:
             "baseline_step_ms_p50": f"{first['versus']} ms", "ratio_p50": "ratio", "ratio_min": "min",
             "ratio_max": "max", "equal_tokens": "equal tokens",
         }  # fmt: skip
-    return f"{head}\n{table(list(columns.values()), [[r.get(key) for key in columns] for r in results])}"
+    lines = [head, table(list(columns.values()), [[r.get(key) for key in columns] for r in results])]
+    if any(has_unequal_tokens(result) for result in results):
+        lines.append(
+            "UNEQUAL TOKENS: where it says so, the baseline computes something else, and its ratio compares nothing "
+            "(bfloat16 differs by rounding alone: see whether float32 is equal)"
+        )
+    return "\n".join(lines)
 
 
 def _rounded(value: float | None) -> float | None:

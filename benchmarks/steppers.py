@@ -1,6 +1,7 @@
 """What is timed: decode steps with every slot live, ours and the baselines', behind one face."""
 
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple, Protocol
 
@@ -19,17 +20,15 @@ class Block(NamedTuple):
     """Steps timed one after another."""
 
     step_ms: list[float]
-    tokens: list[int]
-    """slot 0's"""
+    tokens: list[list[int]]
+    """each step's, of all slots"""
 
 
 class Stepper(Protocol):
     """A batch that can be set to a length and stepped."""
 
-    name: str
-
-    def fill(self, prompt: list[int]) -> None:
-        """The prompt into every slot."""
+    def fill(self, prompts: Sequence[list[int]]) -> None:
+        """A prompt into each slot, all of one length."""
         ...
 
     def set_length(self, length: int) -> None:
@@ -44,17 +43,17 @@ class Stepper(Protocol):
 class EngineStepper:
     """Our engine, or one with its verbs."""
 
-    def __init__(self, engine: Engine, params: Params, name: str = "slipstream") -> None:
-        self.name = name
+    def __init__(self, engine: Engine, params: Params) -> None:
         self._engine, self._params = engine, params
         self._state: Any = None
         self._attention: Any = None
 
-    def fill(self, prompt: list[int]) -> None:
-        state = self._engine.init_decode_state()
-        prefix, _ = self._engine.prefill(self._params, *self._engine.pad(prompt))
-        for slot in range(self._engine.max_concurrent_decodes):
-            state = self._engine.insert(prefix, state, slot)
+    def fill(self, prompts: Sequence[list[int]]) -> None:
+        state, prefixes = self._engine.init_decode_state(), {}
+        for slot, prompt in enumerate(prompts):
+            if (key := tuple(prompt)) not in prefixes:
+                prefixes[key], _ = self._engine.prefill(self._params, *self._engine.pad(prompt))
+            state = self._engine.insert(prefixes[key], state, slot)
         self._state = jax.block_until_ready(state)
 
     def set_length(self, length: int) -> None:
@@ -93,9 +92,9 @@ class EngineStepper:
         return Block(ms, tokens)
 
 
-def _read(token_B: Any, tokens: list[int], ms: list[float], last: float) -> float:
+def _read(token_B: Any, tokens: list[list[int]], ms: list[float], last: float) -> float:
     """Waits for a step's tokens; its time is what has passed since the step before was there."""
-    tokens.append(int(np.asarray(token_B)[0]))
+    tokens.append(np.asarray(token_B).tolist())
     now = time.perf_counter()
     ms.append((now - last) * 1000)
     return now

@@ -55,7 +55,9 @@ def ragged_attention_reference(
             scale_BK2S = jax.lax.dynamic_slice(scale_LBK2S, start, (1, B, K, 2, BLOCK))[0]
             scale_BK2S = jnp.where(live_BS[:, None, None, :], scale_BK2S, 0)
 
-        score_BKGS = jnp.einsum("BKGC,BKSC->BKGS", q_BKGC, rows_BKSC) * scale_BK2S[:, :, :1]
+        # Rows first, and the barrier keeps it so: XLA:CPU turns the second operand around, and q is the small one.
+        score_BKSG = jax.lax.optimization_barrier(jnp.einsum("BKSC,BKGC->BKSG", rows_BKSC, q_BKGC))
+        score_BKGS = score_BKSG.swapaxes(2, 3) * scale_BK2S[:, :, :1]
         score_BKGS = jnp.where(live_BS[:, None, None, :], cap_scores(score_BKGS, soft_cap), -jnp.inf)
         m_next_BKG = jnp.maximum(m_BKG, score_BKGS.max(axis=-1))
         p_BKGS = jnp.exp(score_BKGS - m_next_BKG[..., None])

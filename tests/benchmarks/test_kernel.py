@@ -21,7 +21,7 @@ def test_all_agree_and_a_cpu_says_what_it_cannot_run(capsys):
     result = json.loads(last)
     assert "XLA programs only, on a CPU" in "\n".join(text)
     assert len(result["attention"]) == 3
-    assert len(result["flush"]) == 2
+    assert len(result["flush"]) == 3
     for row in result["attention"] + result["flush"]:
         assert row["refused"] is None
         assert row["us_p50"] > 0
@@ -45,6 +45,16 @@ def test_caches_of_the_paged_kernels_hold_the_same_rows(name):
     np.testing.assert_array_equal(k, case.new_BKC[1, 1, :16])
     np.testing.assert_array_equal(k, k_BKSH[1, 1, 130])
     np.testing.assert_array_equal(v, v_BKSH[1, 1, 130])
+
+
+@pytest.mark.slow
+def test_a_flush_that_writes_nothing_is_seen(monkeypatch):
+    plan = KernelPlan(**SHAPE, dtype="float32", repeats=1, platform="cpu")
+    bench = KernelBench(plan, make_mesh(jax.devices()[:1], 4, 2, 1), "xla")
+    good = next(bench._flushes())
+    monkeypatch.setattr(bench, "_flushes", lambda: [good, ("lazy", lambda cache, new, position_B: cache)])
+    ours, lazy = bench.flush_rows(5, 1e9)
+    assert (ours["max_error"], lazy["max_error"] > 0.1) == (0, True)
 
 
 def test_refusals(capsys):

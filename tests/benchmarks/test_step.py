@@ -1,16 +1,25 @@
 """`slipstream bench step` on a tiny model: what it prints, what it counts, what it refuses."""
 
 import json
+from dataclasses import replace
 from unittest.mock import ANY
 
 import jax
 import pytest
 from slipstream.benchmarks import models, step
+from slipstream.benchmarks.huggingface import transformers_model
+from slipstream.benchmarks.models import Loaded
+from slipstream.benchmarks.steppers import EngineStepper
+from slipstream.benchmarks.traffic import bytes_per_step, stored_as
 from slipstream.engine_impl.config import EngineConfig
+from slipstream.engine_impl.errors import RefusedError
 from slipstream.engine_impl.loading import build_engine
+from slipstream.engine_impl.models.mixtral import MixtralConfig
+from slipstream.engine_impl.presets import PRESETS
+from slipstream.engine_impl.weights import Quantization
 from slipstream.server import cli
 
-from tests.engine_impl.models import TINY, RandomCheckpoint
+from tests.engine_impl.models import TINY, RandomCheckpoint, tiny_engine
 
 KEYS = {
     "model", "slots", "cache_length", "live_tokens", "dtype", "quantize_weights", "quantize_kv", "compile_seconds",
@@ -38,19 +47,75 @@ def test_one_point_is_one_flat_object(last_line):
     assert set(result) >= KEYS
     assert not VERSUS_KEYS & set(result)
     assert (result["slots"], result["live_tokens"], result["steps_timed"]) == (2, 40, 4)
+    assert (result["quantize_weights"], result["chips"]) == ("none", 1)  # not "auto": what it is
     bandwidth = result["copy_bandwidth_bytes_per_second"]
     assert result["mbu"] == pytest.approx(
         result["bytes_per_step"] / (result["step_ms_p50"] / 1000) / bandwidth, abs=1e-3, rel=1e-3
     )
 
 
-@pytest.mark.parametrize("versus", ["eager", "transformers", "transformers-dynamic"])
+@pytest.mark.parametrize("versus", ["eager", "eager-per-layer", "transformers", "transformers-dynamic"])
 def test_a_baseline_gives_equal_tokens_and_a_ratio_a_pair(last_line, versus):
     result = last_line("--live-tokens", "40", "--versus", versus)
     assert set(result) >= KEYS | VERSUS_KEYS
     assert result["equal_tokens"] is True
     assert len(result["pairs"]) == 2
     assert result["ratio_min"] <= result["ratio_p50"] <= result["ratio_max"]
+
+
+@pytest.mark.parametrize("versus", ["eager", "eager-per-layer", "transformers", "transformers-dynamic"])
+def test_a_baseline_takes_the_length_that_it_is_set_to(versus, tiny_loaded):
+    """Rows that nobody wrote are zeros everywhere, so tokens must stay equal: longer, and then shorter than it was."""
+    steppers = [EngineStepper(tiny_loaded.engine, tiny_loaded.params), step.baseline_for(versus, tiny_loaded)]
+    tokens = []
+    for stepper in steppers:
+        stepper.fill(step.prompts_for(tiny_loaded.engine))
+        tokens.append([])
+        for length in (100, 40):
+            stepper.set_length(length)
+            tokens[-1] += stepper.block(6).tokens
+    assert tokens[0] == tokens[1]
+
+
+@pytest.fixture
+def stretched():
+    """TINY with every frequency divided by three."""
+    config = replace(TINY, rope_factors=(3.0,) * 8)
+    engine, params = tiny_engine(config, slots=2)
+    return Loaded(engine, params, RandomCheckpoint(config))
+
+
+def test_a_long_rope_is_stretched_for_transformers_too(stretched):
+    """A plain rope gives other tokens."""
+    baseline = step.baseline_for("transformers", stretched)
+    prompts = step.prompts_for(stretched.engine)
+    _, _, expected = step.started(EngineStepper(stretched.engine, stretched.params), prompts)
+    assert step.started(baseline, prompts)[2] == expected
+    plain = stretched._replace(checkpoint=RandomCheckpoint(TINY))
+    assert step.started(step.baseline_for("transformers", plain), prompts)[2] != expected
+
+
+def test_unequal_tokens_are_told_and_are_a_failure(monkeypatch, capsys, tiny_loaded):
+    """The baseline mixes up two slots."""
+    monkeypatch.setattr(step, "load", lambda config: tiny_loaded)
+
+    class Mixed(EngineStepper):
+        def fill(self, prompts):
+            super().fill(prompts[::-1])
+
+    monkeypatch.setattr(step, "baseline_for", lambda versus, loaded: Mixed(loaded.engine, loaded.params))
+    assert cli.run([*QUICK, "--live-tokens", "40", "--versus", "eager"]) == 1
+    *text, last = capsys.readouterr().out.splitlines()
+    assert json.loads(last)["equal_tokens"] is False
+    assert "UNEQUAL TOKENS" in "\n".join(text)
+
+
+def test_transformers_refuses_other_families(tiny_loaded):
+    with pytest.raises(RefusedError, match="mistral-7b is a Mistral, and --versus transformers builds Llamas only"):
+        transformers_model(RandomCheckpoint(PRESETS["mistral-7b"], "mistral-7b"), "float32")
+    stored = RandomCheckpoint(TINY, "awq", Quantization("int4", group=64))
+    with pytest.raises(RefusedError, match="awq is stored as int4"):
+        transformers_model(stored, "float32")
 
 
 def test_a_sweep_is_one_object_with_all_results(last_line):
@@ -67,7 +132,7 @@ def test_quantisation_is_swept_with_an_engine_each(monkeypatch, capsys, tiny_loa
     points = [("none", "int8"), ("int8", "int8")]
     assert [(config.quantize_weights, config.quantize_kv) for config in asked] == points
     sweep = json.loads(capsys.readouterr().out.splitlines()[-1])["sweep"]
-    assert [(point["quantize_weights"], point["quantize_kv"]) for point in sweep] == points
+    assert [point["quantize_kv"] for point in sweep] == ["int8", "int8"]
 
 
 def test_points_that_differ_in_slots_share_the_weights(monkeypatch, capsys):
@@ -121,7 +186,21 @@ def test_bytes_of_codes_and_scales():
     layer = 32 * (8 + 4 + 4) * 16 + 8 * 16 * 32 + 3 * 32 * 48 + 4 * ((8 + 4 + 4) * 16 + 32 + 2 * 48 + 32)
     weights = 2 * (layer + 4 * 2 * 32) + 4 * (32 + 101 * 32)
     rows = 2 * 2 * 4 * (2 * 16 + 2 * 4) * (9 + 1)
-    assert step.bytes_per_step(engine, engine.load_params(RandomCheckpoint(TINY)), 9) == weights + rows
+    assert bytes_per_step(engine, engine.load_params(RandomCheckpoint(TINY)), 9) == weights + rows
+    assert stored_as(engine) == "int8"
+
+
+def test_only_experts_that_are_chosen_count():
+    """By hand: of four experts two slots, one expert each, choose 4 * (1 - 0.75^2) = 1.75 on average."""
+    shape = {name: value for name, value in vars(TINY).items() if name != "num_experts"}
+    config = MixtralConfig(**shape, num_experts=4, experts_per_token=1)
+    engine = build_engine(EngineConfig(slots=2, cache_length=128, tensor_parallel=1), RandomCheckpoint(config))
+    attention = 32 * (8 + 4 + 4) * 16 + 8 * 16 * 32
+    layer = attention + 2 * 32 + 4 * 32 + 1.75 * 3 * 32 * 48
+    weights = 2 * layer + 32 + 101 * 32
+    rows = 2 * 2 * 4 * 2 * 16 * (9 + 1)
+    assert bytes_per_step(engine, engine.load_params(RandomCheckpoint(config)), 9) == 4 * (weights + rows)
+    assert stored_as(engine) == "none"
 
 
 def test_bytes_are_weights_but_the_embedding_and_live_rows(tiny_loaded):
@@ -130,7 +209,7 @@ def test_bytes_are_weights_but_the_embedding_and_live_rows(tiny_loaded):
     layer = 32 * (8 + 4 + 4) * 16 + 8 * 16 * 32 + 3 * 32 * 48 + 2 * 32
     weights = 2 * layer + 32 + 101 * 32
     rows = 2 * 2 * 4 * 2 * 16 * (9 + 1)
-    assert step.bytes_per_step(engine, params, 9) == 4 * (weights + rows)
+    assert bytes_per_step(engine, params, 9) == 4 * (weights + rows)
 
 
 @pytest.mark.parametrize(
@@ -147,6 +226,11 @@ def test_bytes_are_weights_but_the_embedding_and_live_rows(tiny_loaded):
         (["--live-tokens", "1024"], "live_tokens=1024 must be above 8 and at most 1016"),
         (["--live-tokens", "8"], "live_tokens=8 must be above 8"),
         (["--model", "llama-9"], "llama-9"),
+        (
+            ["--versus", "transformers", "--quantize-weights", "int8"],
+            "versus='transformers' is given float weights and a float cache; leave out --quantize-weights",
+        ),
+        (["--versus", "eager", "--quantize-kv", "int8"], "stores rows as they are, not as quantize_kv='int8'"),
     ],
 )
 def test_refusals_name_the_limit(words, message, capsys):

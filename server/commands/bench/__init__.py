@@ -14,6 +14,7 @@ from .overload import BenchOverload
 from .prefill import BenchPrefill
 from .serve import BenchServe
 from .soak import BenchSoak
+from .start import BenchStart
 from .step import BenchStep
 
 
@@ -25,6 +26,7 @@ class Bench:
         Annotated[BenchStep, tyro.conf.subcommand("step")]
         | Annotated[BenchPrefill, tyro.conf.subcommand("prefill")]
         | Annotated[BenchKernel, tyro.conf.subcommand("kernel")]
+        | Annotated[BenchStart, tyro.conf.subcommand("start")]
         | Annotated[BenchServe, tyro.conf.subcommand("serve")]
         | Annotated[BenchGrowth, tyro.conf.subcommand("growth")]
         | Annotated[BenchAccuracy, tyro.conf.subcommand("accuracy")]

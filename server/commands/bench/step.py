@@ -11,11 +11,12 @@ from .flags import JsonFlag, Platform, check_positive, finish, integers, words
 class BenchStep:
     """Time decode steps (ms), beside a baseline in turns. Comma lists sweep: every combination is one row.
 
-    With --json the last line of stdout is one object; for a sweep it is {"sweep": [one object a row]}.
+    With --json the last line of stdout is one object; for a sweep it is {"sweep": [one object a row]}. Ends with status
+    1 if a baseline's tokens are others than ours.
     """
 
     model: str = "embedded"
-    """`embedded`, the path of a GGUF file, or a preset with random weights (llama-3.1-8b, llama-2-7b, ...)."""
+    """`embedded`, a checkpoint that `serve` takes, or a preset with random weights (llama-3.1-8b, llama-2-7b, ...)."""
     slots: str = "8"
     """Slots, all of them live (requests; a comma list sweeps)."""
     cache_length: str = "1024"
@@ -52,7 +53,7 @@ class BenchStep:
             check_positive(name, getattr(self, name))
 
     def run(self) -> int:
-        from ....benchmarks.step import Point, StepPlan, run
+        from ....benchmarks.step import Point, StepPlan, has_unequal_tokens, run
 
         plan = StepPlan(
             model=self.model,
@@ -64,7 +65,9 @@ class BenchStep:
             threads=self.threads,
             attention=self.attention,
         )
-        return finish(run(plan, self._points(Point)), self.as_json)
+        result = run(plan, self._points(Point))
+        finish(result, self.as_json)
+        return 1 if has_unequal_tokens(result) else 0
 
     def _points(self, point: Callable[..., Any]) -> list[Any]:
         return [

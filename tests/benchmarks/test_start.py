@@ -1,0 +1,119 @@
+"""`slipstream bench start`: where the time goes, by hand, and real processes with a tiny model."""
+
+import json
+
+import pytest
+from slipstream.benchmarks import start
+from slipstream.benchmarks.stages import COMPILE, TRACE, Notes, covered, seconds
+from slipstream.engine_impl.config import EngineConfig
+from slipstream.server import cli
+
+from tests.engine_impl.checkpoints.folders import write_folder
+
+
+def test_stages_add_up_to_the_whole():
+    """Began at 10, loading from 13 to 18, ended at 30. A trace holds a compilation, which counts as that alone."""
+    notes = Notes(load_began=13.0, load_ended=18.0, tracing=[(17.0, 19.0), (20.0, 26.0)], compiling=[(22.0, 25.0)])
+    found = seconds(notes, 10.0, 30.0)
+    assert found == {"imports": 3.0, "loading": 4.0, "tracing": 5.0, "compiling": 3.0, "rest": 5.0}
+    assert sum(found.values()) == 20.0
+
+
+@pytest.mark.parametrize(
+    ("intervals", "total"),
+    [
+        ([], 0),
+        ([(1, 2), (3, 4)], 2),
+        ([(1, 4), (2, 3)], 3),  # one within another
+        ([(1, 3), (2, 4)], 3),
+        ([(-5, 1), (9, 20)], 2),  # cut at both ends
+        ([(-5, 20)], 10),
+        ([(11, 12)], 0),
+    ],
+)
+def test_time_that_intervals_cover(intervals, total):
+    assert covered(intervals, 0, 10) == total
+
+
+def test_what_jax_reports_is_sorted(monkeypatch):
+    notes = Notes()
+    monkeypatch.setattr("time.monotonic", lambda: 100.0)
+    for event in (*TRACE, COMPILE, "/jax/other"):
+        notes.on_duration(event, 2.0, fun_name="f")
+    assert notes.tracing == [(98.0, 100.0)] * 2
+    assert notes.compiling == [(98.0, 100.0)]
+
+
+def test_the_words_of_a_command():
+    engine = EngineConfig(slots=4)
+    plan = start.StartPlan(command="generate", engine=engine, prompt="hi", runs=1, timeout_s=1)
+    assert plan.words == ["generate", "--slots", "4", "--prompt", "hi", "--max-tokens", "1", "--json"]
+
+
+def test_pairs_of_runs_and_the_goal(monkeypatch, capsys):
+    """Cold and warm share a home within a pair; the stages told are those of the run in the middle."""
+    homes, seconds_of = [], iter([20.0, 11.0, 22.0, 9.0, 30.0, 8.0])
+
+    def measure(plan, folder):
+        homes.append(folder)
+        assert (folder / "models").is_symlink()
+        took = next(seconds_of)
+        return start.Start(took, {"imports": took / 2, "rest": took / 2}, len(homes), 0)
+
+    monkeypatch.setattr(start, "measure", measure)
+    monkeypatch.setattr(start, "open_checkpoint", lambda model: None)
+    assert cli.run(["bench", "start", "--json"]) == 0
+    out = capsys.readouterr().out
+    result = json.loads(out.splitlines()[-1])
+    assert [homes[0], homes[2], homes[4]] == [homes[1], homes[3], homes[5]]
+    assert len(set(homes)) == 3
+    assert result["cold"]["seconds"] == [20.0, 22.0, 30.0]
+    warm = result["warm"]
+    assert (warm["seconds_p50"], warm["seconds_min"], warm["seconds_max"]) == (9.0, 8.0, 11.0)
+    assert (warm["stages"], warm["programs_compiled"]) == ({"imports": 4.5, "rest": 4.5}, 4)
+    assert (result["goal_seconds"], result["goal_met"]) == (10.0, True)
+    assert "goal: a warm start within 10 s: met" in out
+
+
+@pytest.mark.slow
+def test_a_warm_server_compiles_nothing(tmp_path, capsys):
+    folder = write_folder(tmp_path / "m")
+    size = ["--model", str(folder), "--slots", "2", "--cache-length", "128"]
+    assert cli.run(["bench", "start", "--command", "serve", *size, "--runs", "1", "--json"]) == 0
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    cold, warm = result["cold"], result["warm"]
+    assert cold["programs_compiled"] == warm["programs_found"] > 5
+    assert (cold["programs_found"], warm["programs_compiled"]) == (0, 0)
+    for state in (cold, warm):
+        assert sum(state["stages"].values()) == pytest.approx(state["seconds_p50"], abs=0.01)
+        assert all(took >= 0 for took in state["stages"].values())
+    assert result["goal_seconds"] is None
+
+
+@pytest.mark.slow
+def test_a_command_that_fails_is_told_with_its_words(tmp_path, capsys):
+    """This folder has no tokenizer."""
+    folder = write_folder(tmp_path / "m")
+    words = ["--model", str(folder), "--cache-length", "128", "--runs", "1"]
+    assert cli.run(["bench", "start", *words]) == cli.FAILED
+    err = capsys.readouterr().err
+    assert "ended with status 2" in err
+    assert "has no tokenizer" in err
+
+
+def test_a_start_that_takes_too_long_is_ended(capsys):
+    assert cli.run(["bench", "start", "--runs", "1", "--timeout-s", "0.2"]) == cli.FAILED
+    assert "ended with status -9 after 0 s: it said nothing" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--runs", "0"], "runs=0 must be at least 1"),
+        (["--cache-length", "100"], "cache_length=100 must be a multiple of 128"),
+        (["--model", "/nowhere"], "'/nowhere' does not exist"),
+    ],
+)
+def test_refusals(words, message, capsys):
+    assert cli.run(["bench", "start", *words]) == cli.BAD_INPUT
+    assert message in capsys.readouterr().err
