@@ -21,9 +21,9 @@ from ..server.errors import FailedError
 from ..server.front import JETSTREAM_SERVICE
 from .caller import Record
 from .grpc_caller import GrpcCaller
+from .loops import closed
 from .machine import warn_if_busy
 from .report import Slo, report
-from .serve import closed
 from .stats import percentile
 from .table import Progress, table
 from .workload import Ask, make_requests
@@ -62,8 +62,8 @@ class Side:
 
     def result(self) -> dict[str, Any]:
         """Tokens/s of the median block; latencies of all blocks' requests."""
-        speeds = [report(block, Slo())["tokens_per_second"] for block in self.blocks]
-        whole = report([record for block in self.blocks for record in block], Slo())
+        speeds = [report([block], Slo())["tokens_per_second"] for block in self.blocks]
+        whole = report(self.blocks, Slo())
         kept = ("requests", "completed", "failed", "first_failure", "ttft_ms", "tpot_ms", "e2e_ms")
         return {
             "tokens_per_second": percentile(speeds, 50),

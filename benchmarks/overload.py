@@ -23,7 +23,7 @@ from . import machine
 from .caller import Record
 from .grpc_caller import GrpcCaller
 from .hosted import hosted, metric
-from .serve import closed, opened
+from .loops import closed, opened
 from .stats import percentile
 from .steppers import EngineStepper
 from .table import Progress, table

@@ -51,15 +51,22 @@ def draw(path: Path, panels: Sequence[Panel]) -> None:
 
 
 def plot_loads(path: Path, pattern: str, results: Sequence[dict[str, Any]]) -> None:
-    """Latency and throughput against load."""
+    """Latency and throughput against load; of two servers, both."""
     x_name = "requests in flight" if pattern == "closed" else "requests / s"
     loads = [result["load"] for result in results]
+    sides = {"": results}
+    if "versus" in results[0]:
+        sides = {"": results, "versus ": [result["versus"] for result in results]}
     panels = [
         Panel(
             title=title,
             x=x_name,
             y="ms",
-            series={q: (loads, [result[name][q] for result in results]) for q in ("p50", "p90", "p99")},
+            series={
+                f"{side}{q}": (loads, [row[name][q] for row in rows])
+                for side, rows in sides.items()
+                for q in ("p50", "p90", "p99")
+            },
         )
         for title, name in (
             ("Time to first token", "ttft_ms"),
@@ -67,5 +74,5 @@ def plot_loads(path: Path, pattern: str, results: Sequence[dict[str, Any]]) -> N
             ("End to end", "e2e_ms"),
         )
     ]
-    speed = {"tokens / s": (loads, [result["tokens_per_second"] for result in results])}
+    speed = {f"{side}tokens / s": (loads, [row["tokens_per_second"] for row in rows]) for side, rows in sides.items()}
     draw(path, [*panels, Panel(title="Throughput", x=x_name, y="tokens / s", series=speed)])

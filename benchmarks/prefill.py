@@ -4,7 +4,6 @@ A point is one choice of prompt length, dtype and quantisation. Every prompt is 
 in the server; what the padding costs is in the time and not in the operations counted.
 """
 
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
@@ -17,12 +16,10 @@ from ..engine_impl.errors import RefusedError
 from . import machine
 from .flops import datasheet_flops, matmul_flops, prefill_flops
 from .models import Loaded, load
-from .prefillers import EnginePrefiller, Prefiller, TransformersPrefiller
+from .prefillers import EnginePrefiller, Prefiller, TransformersPrefiller, in_turns, timed
 from .stats import Ratio
 from .table import Progress, table
-
-PAUSE_S = 0.05
-"""Before each block (seconds): the other's threads may still be spinning."""
+from .traffic import stored_as
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,21 +60,16 @@ class PrefillPlan:
 
 
 def run(plan: PrefillPlan, points: Sequence[PrefillPoint]) -> dict[str, Any]:
-    """Measure every point. One point gives one flat object, several give {"sweep": [one object each]}.
-
-    Raises RefusedError for a point that cannot be measured, before anything is.
-    """
-    for point in points:
-        longest = plan.engine_config(point).largest_bucket
-        if point.prompt_tokens > longest:
-            raise RefusedError(
-                f"prompt_tokens={point.prompt_tokens} must be at most {longest}, the largest bucket within "
-                f"cache_length={plan.cache_length}; raise --cache-length"
-            )
+    """Measure every point. One point gives one flat object, several give {"sweep": [one object each]}."""
     load_average, threads = machine.warn_if_busy(), machine.use_threads(plan.threads)
     results = [result | {"load_average": load_average} for result in _results(plan, points, threads)]
     print(summary(results))
     return results[0] if len(results) == 1 else {"sweep": results}
+
+
+def has_unequal_tokens(result: dict[str, Any]) -> bool:
+    """Whether the baseline computed something else than we did: then its ratio compares nothing."""
+    return any(row.get("equal_tokens") is False for row in result.get("sweep", [result]))
 
 
 def _results(plan: PrefillPlan, points: Sequence[PrefillPoint], threads: int) -> Iterator[dict[str, Any]]:
@@ -112,15 +104,18 @@ class PrefillBench:
 
     def measure(self, point: PrefillPoint) -> dict[str, Any]:
         """All that the table and the JSON say of a point, but for the machine."""
-        prompt = np.random.default_rng(0).integers(0, self._engine.vocab_size, point.prompt_tokens).tolist()
-        first_ms, tokens = zip(*(timed(prefiller, prompt) for prefiller in self._prefillers), strict=True)
-        blocks = in_turns(self._prefillers, prompt, pairs=self._plan.pairs, repeats=self._plan.repeats)
-        ms = [ms for block in blocks[0] for ms in block]
+        count = self._plan.pairs * self._plan.repeats
+        prompts = np.random.default_rng(0).integers(0, self._engine.vocab_size, (count, point.prompt_tokens)).tolist()
+        first_ms = [timed(prefiller, prompts[:1]).ms[0] for prefiller in self._prefillers]
+        blocks = in_turns(self._prefillers, prompts, pairs=self._plan.pairs)
+        ms = [ms for block in blocks[0] for ms in block.ms]
         p50 = float(np.median(ms))
         result = (
-            {"model": self._plan.model, **asdict(point), "dtype": self._engine.layout.dtype.name}
+            {"model": self._plan.model, **asdict(point)}
             | {
-                "bucket": len(self._engine.pad(prompt)[0]),
+                "dtype": self._engine.layout.dtype.name,
+                "quantize_weights": stored_as(self._engine),
+                "bucket": len(self._engine.pad(prompts[0])[0]),
                 "compile_seconds": round(max(0.0, first_ms[0] - p50) / 1000, 3),
                 "prefill_ms_p50": round(p50, 4),
                 "prefill_ms_min": round(min(ms), 4),
@@ -133,13 +128,14 @@ class PrefillBench:
         )
         if self._plan.versus == "none":
             return result
+        ours, theirs = blocks
         return (
             result
-            | Ratio.of(*blocks).json()
+            | Ratio.of([block.ms for block in ours], [block.ms for block in theirs]).json()
             | {
                 "versus": self._plan.versus,
-                "baseline_prefill_ms_p50": round(float(np.median(blocks[1])), 4),
-                "equal_token": tokens[0] == tokens[1],
+                "baseline_prefill_ms_p50": round(float(np.median([ms for block in theirs for ms in block.ms])), 4),
+                "equal_tokens": [block.tokens for block in ours] == [block.tokens for block in theirs],
             }
         )
 
@@ -169,26 +165,6 @@ def baseline(loaded: Loaded) -> Prefiller:
     return TransformersPrefiller(transformers_model(loaded.checkpoint, loaded.engine.layout.dtype.name))
 
 
-def timed(prefiller: Prefiller, prompt: list[int]) -> tuple[float, int]:
-    """(ms, the first token)"""
-    start = time.perf_counter()
-    token = prefiller.first_token(prompt)
-    return (time.perf_counter() - start) * 1000, token
-
-
-def in_turns(
-    prefillers: Sequence[Prefiller], prompt: list[int], *, pairs: int, repeats: int
-) -> list[list[list[float]]]:
-    """A B A B ...: each one's blocks of ms. Before each block a pause and one untimed prompt."""
-    blocks: list[list[list[float]]] = [[] for _ in prefillers]
-    for _ in range(pairs):
-        for prefiller, its_blocks in zip(prefillers, blocks, strict=True):
-            time.sleep(PAUSE_S)
-            prefiller.first_token(prompt)
-            its_blocks.append([timed(prefiller, prompt)[0] for _ in range(repeats)])
-    return blocks
-
-
 def summary(results: Sequence[dict[str, Any]]) -> str:
     """The results as a table, with what they share above it."""
     first = results[0]
@@ -207,7 +183,13 @@ def summary(results: Sequence[dict[str, Any]]) -> str:
     if "versus" in first:
         columns |= {
             "baseline_prefill_ms_p50": f"{first['versus']} ms", "ratio_p50": "ratio", "ratio_min": "min",
-            "ratio_max": "max", "equal_token": "equal token",
+            "ratio_max": "max", "equal_tokens": "equal tokens",
         }  # fmt: skip
     rows = [[(r | {"flops": r["flops"] / 1e9})[key] for key in columns] for r in results]
-    return f"{head}\n{table(list(columns.values()), rows)}"
+    lines = [head, table(list(columns.values()), rows)]
+    if any(has_unequal_tokens(result) for result in results):
+        lines.append(
+            "UNEQUAL TOKENS: where it says so, the baseline computes something else, and its ratio compares nothing "
+            "(bfloat16 differs by rounding alone: see whether float32 is equal)"
+        )
+    return "\n".join(lines)

@@ -1,6 +1,8 @@
-"""What is timed: a prompt's first token, ours and transformers', behind one face."""
+"""What is timed: a prompt's first token, ours and transformers', behind one face and in turns."""
 
-from typing import Any, Protocol
+import time
+from collections.abc import Sequence
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -8,11 +10,12 @@ import torch
 from ..engine_impl.engine import Engine
 from ..engine_impl.forward import Params
 
+PAUSE_S = 0.05
+"""Before each block (seconds): the other's threads may still be spinning."""
+
 
 class Prefiller(Protocol):
     """A model that reads a prompt."""
-
-    name: str
 
     def first_token(self, prompt: list[int]) -> int:
         """The greedy token behind the prompt, when it is on the host; keys and values are made, and dropped."""
@@ -21,8 +24,6 @@ class Prefiller(Protocol):
 
 class EnginePrefiller:
     """Our engine: the prompt is padded to its bucket."""
-
-    name = "slipstream"
 
     def __init__(self, engine: Engine, params: Params) -> None:
         self._engine, self._params = engine, params
@@ -36,8 +37,6 @@ class TransformersPrefiller:
     """transformers with its growing cache, which attends over the prompt alone, and the vocabulary for the last token
     alone."""
 
-    name = "transformers"
-
     def __init__(self, model: Any) -> None:
         self._model = model
 
@@ -46,7 +45,37 @@ class TransformersPrefiller:
         from transformers import DynamicCache
 
         cache = DynamicCache(config=self._model.config)
-        logits = self._model(
-            torch.tensor([prompt]), past_key_values=cache, use_cache=True, logits_to_keep=1
-        ).logits  # fmt: skip
-        return int(logits[0, -1].argmax())
+        answer = self._model(torch.tensor([prompt]), past_key_values=cache, use_cache=True, logits_to_keep=1)
+        return int(answer.logits[0, -1].argmax())
+
+
+class Block(NamedTuple):
+    """Prompts timed one after another."""
+
+    ms: list[float]
+    tokens: list[int]
+    """each prompt's first"""
+
+
+def timed(prefiller: Prefiller, prompts: Sequence[list[int]]) -> Block:
+    """Each prompt once."""
+    ms, tokens = [], []
+    for prompt in prompts:
+        start = time.perf_counter()
+        tokens.append(prefiller.first_token(prompt))
+        ms.append((time.perf_counter() - start) * 1000)
+    return Block(ms, tokens)
+
+
+def in_turns(prefillers: Sequence[Prefiller], prompts: Sequence[list[int]], *, pairs: int) -> list[list[Block]]:
+    """A B A B ...: each one's blocks, in which the prompts are shared out evenly. Before each block a pause and one
+    untimed prompt."""
+    blocks: list[list[Block]] = [[] for _ in prefillers]
+    repeats = len(prompts) // pairs
+    for pair in range(pairs):
+        its_prompts = prompts[pair * repeats : (pair + 1) * repeats]
+        for prefiller, its_blocks in zip(prefillers, blocks, strict=True):
+            time.sleep(PAUSE_S)
+            prefiller.first_token(its_prompts[0])
+            its_blocks.append(timed(prefiller, its_prompts))
+    return blocks

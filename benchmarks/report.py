@@ -27,11 +27,12 @@ class Slo:
         return all(limit is None or value is None or value <= limit for limit, value in limits)
 
 
-def report(records: Sequence[Record], slo: Slo) -> dict[str, Any]:
-    """Numbers of one load. Latencies are those of completed requests; the time is from the first request's due moment
-    to the last one's end. Goodput is null without an SLO."""
+def report(blocks: Sequence[Sequence[Record]], slo: Slo) -> dict[str, Any]:
+    """Numbers of one load, which was run in one block or in several. Latencies are those of completed requests; the
+    time is each block's, from its first request's due moment to its last one's end. Goodput is null without an SLO."""
+    records = [record for block in blocks for record in block]
     completed = [record for record in records if record.status == "completed"]
-    seconds = max(record.end for record in records) - min(record.due for record in records)
+    seconds = sum(max(record.end for record in block) - min(record.due for record in block) for block in blocks)
     tokens = sum(record.tokens for record in completed)
     good = sum(slo.is_met(record) for record in completed)
     failed = [record for record in records if record.status == "failed"]

@@ -1,16 +1,18 @@
 """A running server under load: latencies, throughput, goodput, refusals.
 
-Closed loop: a fixed number of requests is in flight; as one ends the next is sent. Open loop: requests come at a rate,
-whether the ones before are answered or not, and their latency counts from when they were due. The first `warm_up`
-requests of each load run like the rest and are left out of every number.
+The first `warm_up` requests of each load run like the rest and are left out of every number.
+
+Two servers take turns (A B A B): each load is run at one while the other is idle, then at the other, several times.
 """
 
 import asyncio
+import sys
 import time
-from collections.abc import Callable
+from contextlib import AsyncExitStack
 from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from ..engine_impl.errors import RefusedError
 from ..server.channel import PLAIN, ChannelConfig
@@ -18,9 +20,31 @@ from ..server.errors import FailedError
 from .caller import Caller, Record
 from .grpc_caller import GrpcCaller
 from .http_caller import HttpCaller
+from .loops import closed, opened
+from .machine import cpu_name, version, warn_if_busy
 from .report import Slo, report
+from .stats import Ratio
 from .table import Progress, table
 from .workload import OUTPUT, PROMPT, Ask, arrivals, id_range, lengths, make_requests
+
+CLIENT_BUSY = 0.9
+"""Beyond this share of a core the client may be what is measured."""
+
+
+class Side(NamedTuple):
+    """A server under load."""
+
+    target: str
+    model: str | None
+
+
+class Block(NamedTuple):
+    """One load at one server."""
+
+    records: list[Record]
+    """without the warm-up"""
+    client_cpu_share: float
+    """of one core, warm-up included"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +65,17 @@ class ServePlan:
     timeout_s: float
     ignore_eos: bool = False
     model: str | None = None
+    versus_target: str | None = None
+    versus_model: str | None = None
+    pairs: int = 1
+    """blocks of each load"""
     channel: ChannelConfig = PLAIN
+
+    @property
+    def sides(self) -> list[Side]:
+        """One or two."""
+        sides = [Side(self.target, self.model)]
+        return sides if self.versus_target is None else [*sides, Side(self.versus_target, self.versus_model)]
 
 
 def run(plan: ServePlan, loads: list[float], plot: Path | None) -> dict[str, Any]:
@@ -64,6 +98,12 @@ def run(plan: ServePlan, loads: list[float], plot: Path | None) -> dict[str, Any
     )
     if plan.max_length is not None and plan.max_length < 2:
         raise RefusedError(f"max_length={plan.max_length} must be at least 2: one token of prompt, one of answer")
+    client = {
+        "cpu": cpu_name(),
+        "load_average": warn_if_busy(),
+        "slipstream-llm": version("slipstream-llm"),
+        "date": datetime.now(UTC).strftime("%Y-%m-%d"),
+    }
     results = [asyncio.run(run_load(plan, asks, load)) for load in loads]
     print(summary(plan, results))
     if plot is not None:
@@ -72,86 +112,121 @@ def run(plan: ServePlan, loads: list[float], plot: Path | None) -> dict[str, Any
         plot_loads(plot, plan.pattern, results)
     facts = asdict(plan)
     facts.pop("channel")  # paths on the caller's machine
-    return facts | {"loads": results}
+    return facts | {"client": client, "loads": results}
 
 
-def caller_of(plan: ServePlan) -> Caller:
+def caller_of(plan: ServePlan, side: Side) -> Caller:
     """By the target's scheme: HTTP where it has one, else gRPC. Raises RefusedError for files that cannot be used."""
     common = {"timeout_s": plan.timeout_s, "security": plan.channel, "ignore_eos": plan.ignore_eos}
-    if "://" in plan.target:
-        return HttpCaller(plan.target, **common, model=plan.model)
-    return GrpcCaller(plan.target, **common)
+    if "://" in side.target:
+        return HttpCaller(side.target, **common, model=side.model)
+    return GrpcCaller(side.target, **common)
 
 
 async def run_load(plan: ServePlan, asks: list[Ask], load: float) -> dict[str, Any]:
-    """One row of the table."""
+    """The first side's numbers, and with a second one its numbers and the ratios, pair by pair."""
+    blocks: list[list[Block]] = [[] for _ in plan.sides]
+    async with AsyncExitStack() as stack:
+        callers = [await stack.enter_async_context(caller_of(plan, side)) for side in plan.sides]
+        for _ in range(plan.pairs):
+            for side, caller, its_blocks in zip(plan.sides, callers, blocks, strict=True):
+                its_blocks.append(await run_block(plan, side, caller, asks, load))
+    slo = Slo(**{f"{name}_ms": limit for name, limit in plan.slo_ms.items()})
+    rows = [numbers_of(its_blocks, slo) for its_blocks in blocks]
+    if (share := max(row["client_cpu_share"] for row in rows)) > CLIENT_BUSY:
+        print(
+            f"warning: load {load:g}: the client used {share:.2f} of its one core; it may be what is measured",
+            file=sys.stderr,
+        )
+    if len(rows) == 1:
+        return {"load": load} | rows[0]
+    if rows[0]["output_tokens"] != rows[1]["output_tokens"]:
+        counts = " and ".join(str(row["output_tokens"]) for row in rows)
+        print(f"warning: load {load:g}: the servers gave {counts} tokens, not the same work", file=sys.stderr)
+    return {"load": load} | rows[0] | {"versus": rows[1]} | ratios(*blocks)
+
+
+def numbers_of(blocks: list[Block], slo: Slo) -> dict[str, Any]:
+    """One server's numbers, of all its blocks."""
+    numbers = report([block.records for block in blocks], slo)
+    return numbers | {"client_cpu_share": round(max(block.client_cpu_share for block in blocks), 4)}
+
+
+async def run_block(plan: ServePlan, side: Side, caller: Caller, asks: list[Ask], load: float) -> Block:
+    """Raises FailedError when nothing can be said of it."""
     progress, done = Progress(), []
 
     def on_done(record: Record) -> None:
         done.append(record)
         rejected = sum(record.status == "rejected" for record in done)
         speed = sum(record.tokens for record in done) / (time.perf_counter() - start)
-        progress.bar(len(done), len(asks), f"load {load:g}: {speed:.0f} tokens/s, {rejected} rejected")
+        text = f"{side.target}, load {load:g}: {speed:.0f} tokens/s, {rejected} rejected"
+        progress.bar(len(done), len(asks), text)
 
-    async with caller_of(plan) as caller:
-        start = time.perf_counter()
-        if plan.pattern == "closed":
-            records = await closed(caller, asks, int(load), on_done)
-        else:
-            burst_size = plan.burst_size if plan.pattern == "bursts" else 1
-            due = arrivals(len(asks), load, burst_size=burst_size, seed=plan.seed)
-            records = await opened(caller, asks, due, on_done)
+    start, cpu = time.perf_counter(), time.process_time()
+    if plan.pattern == "closed":
+        records = await closed(caller, asks, int(load), on_done)
+    else:
+        burst_size = plan.burst_size if plan.pattern == "bursts" else 1
+        due = arrivals(len(asks), load, burst_size=burst_size, seed=plan.seed)
+        records = await opened(caller, asks, due, on_done)
+    share = (time.process_time() - cpu) / (time.perf_counter() - start)
     progress.clear()
     counted = records[plan.warm_up :]
-    result = {"load": load} | report(counted, Slo(**{f"{name}_ms": limit for name, limit in plan.slo_ms.items()}))
-    if not result["completed"] and not result["rejected"]:
-        raise FailedError(f"none of {len(counted)} requests was answered; the first: {counted[0].detail}")
-    return result
+    if all(record.status == "failed" for record in counted):
+        raise FailedError(
+            f"{side.target}: none of {len(counted)} requests was answered; the first: {counted[0].detail}"
+        )
+    return Block(counted, share)
 
 
-async def closed(caller: Caller, asks: list[Ask], in_flight: int, on_done: Callable[[Record], None]) -> list[Record]:
-    """Records in the order of `asks`."""
-    records: dict[int, Record] = {}
-    waiting = iter(enumerate(asks))
+def ratios(ours: list[Block], theirs: list[Block]) -> dict[str, Any]:
+    """Pair by pair; above 1 the first side is better: more tokens/s, a shorter TTFT p50.
 
-    async def work() -> None:
-        for index, ask in waiting:
-            records[index] = await caller.call(ask, time.perf_counter())
-            on_done(records[index])
-
-    await asyncio.gather(*(work() for _ in range(in_flight)))
-    return [records[index] for index in range(len(asks))]
-
-
-async def opened(caller: Caller, asks: list[Ask], due: list[float], on_done: Callable[[Record], None]) -> list[Record]:
-    """Request i is sent `due[i]` seconds from now. Records in the order of `asks`."""
-    start = time.perf_counter()
-
-    async def send(ask: Ask, due: float) -> Record:
-        await asyncio.sleep(due - time.perf_counter())
-        record = await caller.call(ask, due)
-        on_done(record)
-        return record
-
-    return await asyncio.gather(*(send(ask, start + at) for ask, at in zip(asks, due, strict=True)))
+    Raises FailedError for a block without a token.
+    """
+    rows = [[report([block.records], Slo()) for block in side] for side in (ours, theirs)]
+    if not all(row["output_tokens"] and row["ttft_ms"]["p50"] for side in rows for row in side):
+        raise FailedError("there is no ratio: one of the servers answered a block without a token")
+    speed_a, speed_b = ([row["output_tokens"] / row["seconds"] for row in side] for side in rows)
+    ttft_a, ttft_b = ([row["ttft_ms"]["p50"] for row in side] for side in rows)
+    speed = Ratio(tuple(a / b for a, b in zip(speed_a, speed_b, strict=True)))
+    ttft = Ratio(tuple(b / a for a, b in zip(ttft_a, ttft_b, strict=True)))
+    return {"tokens_per_second_ratio": speed.json(), "ttft_p50_ratio": ttft.json()}
 
 
 def summary(plan: ServePlan, results: list[dict[str, Any]]) -> str:
-    """The results as a table; latencies are p50 / p90 / p99."""
+    """The results as tables; latencies are p50 / p90 / p99."""
     unit = "in flight" if plan.pattern == "closed" else "requests/s"
     headers = [unit, "done", "rejected", "failed", "tokens/s", "goodput/s", "TTFT ms", "TPOT ms", "ITL ms", "e2e ms"]
-    rows = [
-        [
-            result["load"], result["completed"], result["rejected"], result["failed"],
-            result["tokens_per_second"], result["goodput_requests_per_second"],
-            *(_latencies(result[name]) for name in ("ttft_ms", "tpot_ms", "itl_ms", "e2e_ms")),
-        ]
-        for result in results
-    ]  # fmt: skip
     head = f"{plan.target}: {plan.pattern}, {plan.requests} requests a load, {plan.warm_up} more to warm up"
-    return f"{head}, prompts {plan.prompt_lengths}, answers {plan.output_lengths}; latencies p50 / p90 / p99\n" + table(
-        headers, rows
+    head += f", prompts {plan.prompt_lengths}, answers {plan.output_lengths}; latencies p50 / p90 / p99"
+    text = f"{head}\n{table(headers, [_cells(result['load'], result) for result in results])}"
+    if plan.versus_target is None:
+        return text
+    names = ("tokens_per_second_ratio", "ttft_p50_ratio")
+    rows = [[result["load"], *(_ratio(result[name]) for name in names)] for result in results]
+    return "\n".join(
+        [
+            text,
+            f"{plan.versus_target}: the same in turns, {plan.pairs} blocks each",
+            table(headers, [_cells(result["load"], result["versus"]) for result in results]),
+            f"{plan.target} against it, pair by pair, p50 (min-max); above 1 it is better",
+            table([unit, "tokens/s", "TTFT p50"], rows),
+        ]
     )
+
+
+def _cells(load: float, row: dict[str, Any]) -> list[Any]:
+    return [
+        load, row["completed"], row["rejected"], row["failed"], row["tokens_per_second"],
+        row["goodput_requests_per_second"],
+        *(_latencies(row[name]) for name in ("ttft_ms", "tpot_ms", "itl_ms", "e2e_ms")),
+    ]  # fmt: skip
+
+
+def _ratio(of: dict[str, Any]) -> str:
+    return f"{of['ratio_p50']:.2f} ({of['ratio_min']:.2f}-{of['ratio_max']:.2f})"
 
 
 def _latencies(of: dict[str, float | None]) -> str:

@@ -5,8 +5,9 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -34,9 +35,10 @@ class Demo:
     def run(self) -> int:
         print("Starting `slipstream serve` on a free port; it loads the model and compiles it ...", flush=True)
         start = time.perf_counter()
-        with server(self.engine) as (process, target):
+        with server(self.engine) as (process, target, log):
             print(f"SERVING on {target} after {time.perf_counter() - start:.1f} s\n\n> {self.question}\n", flush=True)
-            self._ask(target)
+            with log.held:
+                self._ask(target)
             process.send_signal(signal.SIGTERM)
             status = process.wait(STOP_S)
         print(f"\nThe server stopped with status {status}.", flush=True)
@@ -68,17 +70,41 @@ def speed(start: float, arrivals: list[float], tokens: int) -> str:
     return line
 
 
+class Log:
+    """A process's stderr, passed on to ours."""
+
+    def __init__(self, lines: Iterable[str]) -> None:
+        self.held = threading.Lock()
+        """Whoever has it writes undisturbed; the lines wait."""
+        self._lines = lines
+        self._thread = threading.Thread(target=self._pass_on, name="log", daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        """Waits for the last line."""
+        self._thread.join(STOP_S)
+
+    def _pass_on(self) -> None:
+        for line in self._lines:
+            with self.held:
+                print(line, end="", file=sys.stderr, flush=True)
+
+
 @contextmanager
-def server(engine: EngineConfig, *words: str) -> Iterator[tuple[subprocess.Popen, str]]:
-    """A serving process, with more flags, and its address. Its log goes to our stderr; it does not outlive us."""
+def server(engine: EngineConfig, *words: str) -> Iterator[tuple[subprocess.Popen, str, Log]]:
+    """A serving process, with more flags, its address and its log. It does not outlive us."""
     command = [*CLI, "serve", "--port", "0", *flags(engine), *words]
     # A session of its own: Ctrl-C is ours to handle.
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True)
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    assert process.stdout is not None
+    assert process.stderr is not None
+    log = Log(process.stderr)
     try:
-        assert process.stdout is not None
         for line in process.stdout:
             if match := re.match(r"SERVING on (\S+)", line):
-                yield process, match[1]
+                yield process, match[1], log
                 return
             print(line, end="", flush=True)
         raise SystemExit(process.wait(STOP_S) or 1)  # the server has told why
@@ -86,7 +112,9 @@ def server(engine: EngineConfig, *words: str) -> Iterator[tuple[subprocess.Popen
         if process.poll() is None:
             process.kill()
             process.wait()
-        process.stdout.close()  # pyright: ignore[reportOptionalMemberAccess]
+        log.close()
+        process.stdout.close()
+        process.stderr.close()
 
 
 def flags(engine: EngineConfig) -> list[str]:

@@ -9,7 +9,7 @@ from ..config import ServerConfig
 
 @dataclass(frozen=True)
 class Serve:
-    """Serve a model over gRPC until SIGTERM or Ctrl-C."""
+    """Serve a model over gRPC, and over OpenAI's HTTP if asked to, until SIGTERM or Ctrl-C."""
 
     engine: EngineConfig
     server: ServerConfig

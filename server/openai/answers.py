@@ -27,6 +27,8 @@ class Answer(ABC):
     """OpenAI's `object`."""
 
     def __init__(self, body: Body, requests: Sequence[Request], request_id: str, model: str, names: TokenNames) -> None:
+        self.has_usage_chunk = body.has_usage_chunk
+        """Whether a stream ends with its usage."""
         self._body, self._requests, self._names = body, requests, names
         self._head: Json = {"id": f"{self.prefix}-{request_id}", "created": int(time.time()), "model": model}
         self._prompt_tokens = self._completion_tokens = 0
@@ -53,7 +55,7 @@ class Answer(ABC):
         if not choices:
             return None
         chunk = {"object": self.chunk_kind, **self._head, "choices": choices}
-        return chunk | {"usage": None} if self._body.has_usage_chunk else chunk
+        return chunk | {"usage": None} if self.has_usage_chunk else chunk
 
     def usage_chunk(self) -> Json:
         """The last one, for who asked for it."""

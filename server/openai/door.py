@@ -6,7 +6,6 @@ before. A stream's status and headers wait for its first tokens, so that what fa
 
 import asyncio
 import json
-import logging
 import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -17,19 +16,18 @@ from aiohttp.web_protocol import RequestPayloadError
 
 from .. import tls
 from ..config import ServerConfig
-from ..desk import REQUEST_ID, Admitted, Desk, check_id, new_id
+from ..desk import REQUEST_ID, Desk, check_id, new_id
 from ..errors import UnavailableError
 from ..ports import Listener, address_of, listening
 from ..security import AUTHORIZATION, UNKNOWN, Guard
 from .answers import Answer, Chat, Completion
 from .bodies import Body, ChatBody, CompletionBody
-from .errors import KNOWN, SERVER, HttpError, UnknownModelError, http_error
+from .errors import HttpError, UnknownModelError, told
+from .stream import stream
 from .token_names import TokenNames
 
 if TYPE_CHECKING:
     from ...engine_impl.engine import Engine
-
-log = logging.getLogger(__name__)
 
 HEALTH = "/health"
 """Needs no token: whoever watches the server has none."""
@@ -40,9 +38,7 @@ BODY_S = 60.0
 SMALL = 1 << 16
 """A body up to here is parsed at once (bytes), in less time than another thread takes to begin."""
 
-SSE = {"content-type": "text/event-stream", "cache-control": "no-cache", "x-accel-buffering": "no"}
-"""The last one is for nginx, which would hold chunks back."""
-DONE = b"data: [DONE]\n\n"
+PATHS = f"{HEALTH}, /v1/models, /v1/completions and /v1/chat/completions"
 
 NAME = web.RequestKey("name", str)
 """What a request is called, by its caller or by us."""
@@ -106,7 +102,7 @@ class Door:
         except web.HTTPException as error:  # aiohttp's own
             return error_response(self._of_aiohttp(request, error))
         except Exception as error:
-            return error_response(told(error, request))
+            return error_response(told(error, request[NAME]))
 
     def _of_aiohttp(self, request: web.Request, error: web.HTTPException) -> HttpError:
         match error:
@@ -159,55 +155,16 @@ class Door:
                 names = self._token_names(admitted.engine)
                 answer = form(body, admitted.requests, request[NAME], admitted.engine.model_name, names)
                 if body.stream:
-                    return await stream(request, answer, admitted, has_usage=body.has_usage_chunk)
+                    return await stream(request, answer, admitted.batches(), request[NAME])
                 async for batch in admitted.batches():
                     answer.add(batch)
-                return web.json_response(answer.whole())
+                # In a thread: with log-probabilities it may be megabytes.
+                text = await asyncio.to_thread(lambda: json.dumps(answer.whole()))
+                return web.Response(text=text, content_type="application/json")
 
     def _token_names(self, engine: "Engine") -> TokenNames:
         self._names = self._names or TokenNames(engine.get_tokenizer())
         return self._names
-
-
-PATHS = f"{HEALTH}, /v1/models, /v1/completions and /v1/chat/completions"
-
-
-async def stream(request: web.Request, answer: Answer, admitted: Admitted, *, has_usage: bool) -> web.StreamResponse:
-    """Server-sent events. An error after the first is one of them, and the last."""
-    response = web.StreamResponse(headers=SSE)
-    try:
-        async for batch in admitted.batches():
-            if (chunk := answer.chunk(batch)) is not None:
-                if not response.prepared:
-                    await response.prepare(request)
-                await response.write(event(chunk))
-    except ConnectionError:  # the client has left
-        return response
-    except Exception as error:
-        if not response.prepared:
-            raise
-        await response.write_eof(event(told(error, request).body))
-        return response
-    tail = event(answer.usage_chunk()) if has_usage else b""
-    await response.write_eof(tail + DONE)
-    return response
-
-
-def told(error: Exception, request: web.Request) -> HttpError:
-    """What the client is told; what it cannot help is logged."""
-    if isinstance(error, HttpError):
-        return error
-    if isinstance(error, KNOWN):
-        return http_error(error)
-    if isinstance(error, ConnectionError):  # it has left
-        return HttpError(400, "the connection was closed")
-    log.error("request %s failed in the HTTP front", request[NAME], exc_info=error)
-    return HttpError(500, "the server failed; its log tells why", kind=SERVER)
-
-
-def event(data: dict[str, Any]) -> bytes:
-    """One event of a stream. ASCII: there are clients that break lines at U+2028."""
-    return b"data: " + json.dumps(data, separators=(",", ":")).encode() + b"\n\n"
 
 
 async def read_body(request: web.Request) -> bytes:

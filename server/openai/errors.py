@@ -1,5 +1,6 @@
 """What goes wrong, as OpenAI's clients read it: a status and {"error": {message, type, param, code}}."""
 
+import logging
 import math
 import re
 from typing import Any
@@ -9,6 +10,8 @@ from pydantic import ValidationError
 from ...engine_impl.errors import RefusedError
 from ..desk import RETRY_AFTER
 from ..errors import CancelledError, FailedError, QueueFullError, UnavailableError
+
+log = logging.getLogger(__name__)
 
 INVALID, SERVER = "invalid_request_error", "server_error"
 """OpenAI's types of errors: the caller's, and ours."""
@@ -49,6 +52,18 @@ class UnknownModelError(Exception):
 
 KNOWN = RefusedError, UnknownModelError, QueueFullError, UnavailableError, CancelledError, FailedError
 """What http_error() translates."""
+
+
+def told(error: Exception, request_id: str) -> HttpError:
+    """What the client is told; what is neither its doing nor known is logged."""
+    if isinstance(error, HttpError):
+        return error
+    if isinstance(error, KNOWN):
+        return http_error(error)
+    if isinstance(error, ConnectionError):
+        return HttpError(400, "the connection was closed")  # nobody reads it
+    log.error("request %s failed in the HTTP front", request_id, exc_info=error)
+    return HttpError(500, "the server failed; its log tells why", kind=SERVER)
 
 
 def http_error(error: Exception) -> HttpError:

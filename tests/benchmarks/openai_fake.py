@@ -7,6 +7,7 @@ import asyncio
 import json
 import ssl
 import threading
+from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -27,6 +28,11 @@ class OpenAiFake:
     """The connection is cut after so many chunks."""
     error_after: int | None = None
     """The stream ends with an error after so many chunks."""
+    stop_id: int = STOP_ID
+    pause_s: float = 0.001
+    """Before each chunk (seconds), so that each is a packet of its own."""
+    on_body: Callable[[dict], None] = lambda body: None
+    """Called with every request's body."""
     token: str | None = None
     models: tuple[str, ...] = ("fake", "other")
     bodies: list[dict] = field(default_factory=list)
@@ -39,6 +45,7 @@ class OpenAiFake:
     async def complete(self, request: web.Request) -> web.StreamResponse:
         body = await request.json()
         self.bodies.append(body)
+        self.on_body(body)
         if self._is_unknown(request):
             return self._refuse(401, "who are you?")
         if body["model"] not in self.models:
@@ -66,7 +73,7 @@ class OpenAiFake:
     def _answer(self, body: dict) -> list[int]:
         last = body["prompt"][-1]
         ids = range(last + 1, last + 1 + body["max_tokens"])
-        return [i for i in ids if i < STOP_ID or body.get("ignore_eos")]
+        return [i for i in ids if i < self.stop_id or body.get("ignore_eos")]
 
     def _is_unknown(self, request: web.Request) -> bool:
         return self.token is not None and request.headers.get("authorization") != f"Bearer {self.token}"
@@ -75,8 +82,8 @@ class OpenAiFake:
         return web.json_response({"error": {"message": message}}, status=status)
 
     async def _send(self, response: web.StreamResponse, event: dict) -> None:
+        await asyncio.sleep(self.pause_s)
         await response.write(f"data: {json.dumps(event)}\n\n".encode())
-        await asyncio.sleep(0.001)  # a chunk a packet
 
     @contextmanager
     def serving(self, tls: ssl.SSLContext | None = None):

@@ -72,10 +72,17 @@ def test_a_report_counts_completed_answers_and_the_good_among_them():
         Record(due=1.5, end=1.5, status="rejected"),
         Record(due=1.5, end=3.0, status="failed", detail="INTERNAL: no"),
     ]
-    found = report(records, Slo(ttft_ms=250))
+    found = report([records], Slo(ttft_ms=250))
     assert (found["requests"], found["completed"], found["rejected"], found["failed"]) == (4, 2, 1, 1)
     assert found["first_failure"] == "INTERNAL: no"
     assert (found["seconds"], found["output_tokens"], found["tokens_per_second"]) == (4.0, 5, 1.25)
     assert (found["requests_per_second"], found["goodput_requests_per_second"]) == (0.5, 0.25)
     assert found["ttft_ms"] == {"p50": 625.0, "p90": 925.0, "p99": 992.5}
-    assert report(records, Slo())["goodput_requests_per_second"] is None
+    assert report([records], Slo())["goodput_requests_per_second"] is None
+
+
+def test_blocks_add_up_but_for_the_time_between_them():
+    blocks = [[answered(0.0, [0.5], 1, 1.0)], [answered(90.0, [90.25], 5, 92.0)]]
+    found = report(blocks, Slo())
+    assert (found["requests"], found["seconds"], found["output_tokens"], found["tokens_per_second"]) == (2, 3.0, 6, 2.0)
+    assert found["ttft_ms"]["p50"] == 375

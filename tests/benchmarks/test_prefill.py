@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import jax.numpy as jnp
 import pytest
-from slipstream.benchmarks import flops, prefill
+from slipstream.benchmarks import flops, prefill, prefillers
 from slipstream.engine_impl.models.mixtral import MixtralConfig
 from slipstream.server import cli
 
@@ -19,7 +19,7 @@ KEYS = {
     "matmul_flops_per_second", "mfu", "datasheet_flops_per_second", "mfu_datasheet", "threads", "versions",
     "load_average",
 }  # fmt: skip
-VERSUS_KEYS = {"versus", "ratio_p50", "ratio_min", "ratio_max", "pairs", "baseline_prefill_ms_p50", "equal_token"}
+VERSUS_KEYS = {"versus", "ratio_p50", "ratio_min", "ratio_max", "pairs", "baseline_prefill_ms_p50", "equal_tokens"}
 LAYER = 32 * (8 + 4 + 4) * 16 + 8 * 16 * 32
 """Weights of TINY's attention, a layer's; what it shares with its Mixtral."""
 
@@ -54,7 +54,7 @@ def test_transformers_finds_the_same_token_behind_every_prompt(last_line):
     assert [(row["prompt_tokens"], row["bucket"]) for row in result["sweep"]] == [(1, 16), (100, 128)]
     for row in result["sweep"]:
         assert set(row) >= KEYS | VERSUS_KEYS
-        assert row["equal_token"] is True
+        assert row["equal_tokens"] is True
         assert len(row["pairs"]) == 2
 
 
@@ -65,15 +65,26 @@ def test_dtypes_and_quantisation_get_an_engine_each(monkeypatch, last_line, tiny
     assert [(config.quantize_weights, config.slots) for config in asked] == [("none", 1), ("int8", 1)]
 
 
-def test_blocks_alternate():
+def test_blocks_alternate_and_each_pair_has_its_own_prompts():
     calls = []
     sides = [
-        SimpleNamespace(first_token=lambda prompt: calls.append("a") or 1),
-        SimpleNamespace(first_token=lambda prompt: calls.append("b") or 1),
+        SimpleNamespace(first_token=lambda prompt, side=side: calls.append(f"{side}{prompt[0]}") or prompt[0])
+        for side in "ab"
     ]
-    blocks = prefill.in_turns(sides, [1], pairs=2, repeats=2)
-    assert "".join(calls) == "aaabbb" * 2  # the first of each three is not timed
-    assert [[len(block) for block in side] for side in blocks] == [[2, 2], [2, 2]]
+    blocks = prefillers.in_turns(sides, [[1], [2], [3], [4]], pairs=2)
+    assert " ".join(calls) == "a1 a1 a2 b1 b1 b2 a3 a3 a4 b3 b3 b4"  # the first of each three is not timed
+    assert [[block.tokens for block in side] for side in blocks] == [[[1, 2], [3, 4]]] * 2
+    assert [[len(block.ms) for block in side] for side in blocks] == [[2, 2], [2, 2]]
+
+
+def test_another_token_ends_it_with_status_1(monkeypatch, capsys, tiny_loaded):
+    monkeypatch.setattr(prefill, "load", lambda config: tiny_loaded)
+    monkeypatch.setattr(flops, "SIDE", {"cpu": 8})
+    monkeypatch.setattr(prefill, "baseline", lambda loaded: SimpleNamespace(first_token=lambda prompt: -1))
+    assert cli.run([*QUICK, "--prompt-tokens", "16", "--versus", "transformers"]) == cli.FAILED
+    out = capsys.readouterr().out
+    assert "UNEQUAL TOKENS" in out
+    assert json.loads(out.splitlines()[-1])["equal_tokens"] is False
 
 
 def test_operations_by_hand():
@@ -117,6 +128,7 @@ def test_peaks_of_the_data_sheets():
         (["--prompt-tokens", "1025"], "prompt_tokens=1025 must be at most 1024, the largest bucket within"),
         (["--cache-length", "100"], "cache_length=100 must be a multiple of 128"),
         (["--dtype", "float8"], "dtype='float8' is not known"),
+        (["--versus", "transformers", "--quantize-weights", "int8"], "versus='transformers' is given float weights"),
         (["--repeats", "0"], "repeats=0 must be at least 1"),
     ],
 )

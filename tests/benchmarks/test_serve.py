@@ -3,6 +3,8 @@
 import json
 
 import pytest
+from slipstream.benchmarks.grpc_caller import GrpcCaller
+from slipstream.benchmarks.workload import Ask
 from slipstream.server import cli
 
 from tests.fakes import FakeEngine
@@ -41,6 +43,7 @@ def bench(target, capsys):
 def test_every_load_is_a_row_and_warm_up_is_not_counted(bench, pattern):
     result = bench(*LENGTHS, *pattern, "--slo-e2e-ms", "60000")
     assert len(result["loads"]) == 2
+    assert result["client"].keys() == {"cpu", "load_average", "slipstream-llm", "date"}
     for row in result["loads"]:
         assert (row["requests"], row["completed"], row["rejected"], row["failed"]) == (4, 4, 0, 0)
         assert row["output_tokens"] == 4 * 5
@@ -48,12 +51,32 @@ def test_every_load_is_a_row_and_warm_up_is_not_counted(bench, pattern):
         for name in ("ttft_ms", "tpot_ms", "itl_ms", "e2e_ms"):
             assert row[name].keys() == {"p50", "p90", "p99"}
         assert 0 < row["ttft_ms"]["p50"] <= row["e2e_ms"]["p50"]
+        assert row["client_cpu_share"] > 0
 
 
 def test_a_stop_token_ends_an_answer_early(bench):
     """From "a" there are 25 letters to "z", however many are asked for."""
     (row,) = bench("--prompt-lengths", "fixed:3", "--output-lengths", "fixed:100", "--load", "2")["loads"]
     assert row["output_tokens"] == 4 * 25
+
+
+def test_stop_tokens_can_be_ignored(bench):
+    (row,) = bench("--prompt-lengths", "fixed:3", "--output-lengths", "fixed:100", "--load", "2", "--ignore-eos")[
+        "loads"
+    ]
+    assert row["output_tokens"] == 4 * 100
+
+
+def test_prompts_are_sent_as_they_are():
+    """Without a BOS before them, which would be another length."""
+    message = GrpcCaller("localhost:1", 1.0).message(Ask([5, 6], 7))
+    assert (list(message.token_content.token_ids), message.max_tokens, message.has_bos) == ([5, 6], 7, True)
+
+
+def test_a_busy_client_is_told(target, capsys, monkeypatch):
+    monkeypatch.setattr("slipstream.benchmarks.serve.CLIENT_BUSY", 0.0)
+    assert cli.run([*QUICK, "--target", target, *LENGTHS, "--load", "1"]) == 0
+    assert "load 1: the client used" in capsys.readouterr().err
 
 
 def test_latencies_are_drawn_against_load(bench, tmp_path):

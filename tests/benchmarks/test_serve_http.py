@@ -7,11 +7,14 @@ import time
 
 import pytest
 import trustme
+from slipstream.benchmarks.caller import Record
 from slipstream.benchmarks.hosted import hosted
 from slipstream.benchmarks.http_caller import HttpCaller
+from slipstream.benchmarks.serve import Block, ratios
 from slipstream.benchmarks.workload import Ask
 from slipstream.server import cli
 from slipstream.server.config import ServerConfig
+from slipstream.server.errors import FailedError
 
 from tests.benchmarks.openai_fake import OpenAiFake
 from tests.fakes import FakeEngine
@@ -123,10 +126,54 @@ def test_tls_and_a_token(bench, tmp_path):
         assert "nobody answers" in bench(url, status=cli.FAILED)
 
 
+def test_two_servers_take_turns(bench, capsys, tmp_path):
+    """Two blocks each: all of a block's requests reach one server before the next block begins at the other."""
+    order, fakes = [], (OpenAiFake(), OpenAiFake(pause_s=0.05))
+    for name, fake in zip("ab", fakes, strict=True):
+        fake.on_body = lambda body, name=name: order.append(name)
+    with fakes[0].serving() as quick, fakes[1].serving() as slow:
+        words = ["--versus-target", slow, "--pairs", "2", "--plot", str(tmp_path / "load.svg")]
+        row = bench(quick, *words)
+    assert "".join(order) == "aaaaabbbbb" * 2  # one to warm up, four that count
+    for side in (row, row["versus"]):
+        assert (side["requests"], side["completed"], side["output_tokens"]) == (8, 8, 40)
+    for name in ("tokens_per_second_ratio", "ttft_p50_ratio"):
+        assert len(row[name]["pairs"]) == 2
+    assert row["tokens_per_second_ratio"]["ratio_min"] > 1  # chunks 50 ms apart against 1 ms
+    assert (tmp_path / "load.svg").stat().st_size > 1000
+
+
+def test_unequal_work_is_told(capsys):
+    """One server stops at "z", the other knows no stop token."""
+    words = [*QUICK, "--prompt-lengths", "fixed:3", "--output-lengths", "fixed:40", "--pairs", "1"]
+    with OpenAiFake().serving() as stops, OpenAiFake(stop_id=1000).serving() as goes_on:
+        assert cli.run([*words, "--target", stops, "--versus-target", goes_on]) == 0
+    out, err = capsys.readouterr()
+    assert "load 2: the servers gave 100 and 160 tokens, not the same work" in err
+    assert "against it, pair by pair" in out
+
+
+def test_ratios_by_hand():
+    """Twice the tokens/s, then the same; a TTFT three times as short, then half as short."""
+
+    def block(seconds, ttft):
+        times = [ttft, seconds]
+        return Block([Record(due=0.0, token_times=times, tokens=10, end=seconds, status="completed")], 0.1)
+
+    found = ratios([block(5.0, 1.0), block(5.0, 2.0)], [block(10.0, 3.0), block(5.0, 1.0)])
+    assert found["tokens_per_second_ratio"]["pairs"] == [2.0, 1.0]
+    assert found["ttft_p50_ratio"]["pairs"] == [3.0, 0.5]
+    with pytest.raises(FailedError, match="without a token"):
+        ratios([block(5.0, 1.0)], [Block([Record(due=0.0, end=1.0, status="rejected")], 0.1)])
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
         (["--target", "localhost:1", "--model", "m"], "model='m' is for http:// targets"),
+        (["--versus-target", "localhost:1", "--versus-model", "m"], "model='m' is for http:// targets"),
+        (["--pairs", "2"], "--pairs and --versus-model are for two servers: add --versus-target"),
+        (["--versus-target", "localhost:1", "--pairs", "0"], "pairs=0 must be at least 1"),
         (["--target", "ftp://localhost:1"], "must be host:port (gRPC), http://... or https://..."),
         (["--target", "http://localhost:1", "--tls"], "--tls flags are for https://"),
         (["--target", "https://localhost:1", "--tls-ca", "/nowhere/ca.pem"], "cannot be used"),

@@ -42,6 +42,11 @@ def test_probes_and_ports_are_the_servers(container, command):
     assert {*ports, container["ports"][0]["containerPort"]} == {command.server.port}
 
 
+def test_the_http_port_is_the_containers_and_the_images(container, command):
+    assert {"name": "http", "containerPort": command.server.http_port} in container["ports"]
+    assert str(command.server.http_port) in re.search(r"^EXPOSE (.*)$", DOCKERFILE, flags=re.M)[1].split()
+
+
 def test_prometheus_finds_the_metrics(container, command, pod_template):
     assert {"name": "metrics", "containerPort": command.server.watch.metrics_port} in container["ports"]
     assert pod_template["metadata"]["annotations"]["prometheus.io/port"] == str(command.server.watch.metrics_port)

@@ -63,7 +63,8 @@ def test_help_loads_nothing_heavy():
         (["generate", "--prompt", "a", "--min-p", "2"], "min_p=2.0"),
         (["ask", "hi", "--priority", "11"], "priority=11 must be from -10"),
         (["ask", "hi", "--logprobs", "21"], "logprobs=21"),
-        (["ask", "hi", "--stop-token-id", str(2**40), "--target", NEVER], "out of range"),
+        (["ask", "hi", "--max-tokens", str(2**40), "--target", NEVER], "out of range"),
+        (["ask", "hi", "--stop-token-id", str(2**40), "--target", NEVER], "must be from 0 to 2147483647"),
         (["chat", "--num-samples", "2"], "num_samples=2 must be 1: a chat shows one answer"),
         (["demo", "--num-samples", "2"], "num_samples=2 must be 1"),
         (["generate", "--prompt-file", "/nowhere/prompts"], "cannot read the prompt file /nowhere/prompts"),
@@ -277,12 +278,13 @@ main()
 
 
 def test_demo(monkeypatch, capsys):
-    """The real subprocess and signal, with the fake engine inside."""
+    """The real subprocess and signal, with the fake engine inside. The server's log never falls into the answer."""
     monkeypatch.setattr(demo, "CLI", [sys.executable, "-c", FAKE_CLI])
+    monkeypatch.setattr(sys, "stderr", sys.stdout)  # as on a terminal
     assert cli.run(["demo", "--question", "a", "--max-tokens", "5"]) == 0
     out = capsys.readouterr().out
-    assert "\nbcdef\n" in out
-    assert "5 tokens · TTFT" in out
+    assert "\nbcdef\n\n5 tokens · TTFT" in out
+    assert out.index("outcome=ok") > out.index("5 tokens"), "the request's line of the log"
     assert "stopped with status 0" in out
 
 

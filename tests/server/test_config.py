@@ -12,6 +12,9 @@ from slipstream.server.config import SecurityConfig, ServerConfig, WatchConfig
     [
         (["--metrics-port", "70000"], "metrics_port=70000 must be from 0"),
         (["--metrics-port", "9000"], "metrics_port=9000 is the gRPC port already"),
+        (["--http-port", "70000"], "http_port=70000 must be from 0"),
+        (["--http-port", "9000"], "http_port=9000 is the gRPC port already; choose another --http-port"),
+        (["--http-port", "9100", "--metrics-port", "9100"], "http_port=9100 is the metrics port already"),
         (["--max-queued-tokens", "0"], "max_queued_tokens=0 must be at least 1"),
         (["--probe-interval", "-1"], "probe_interval=-1.0 must be 0 (never)"),
         (["--probe-timeout", "0"], "probe_timeout=0.0 must be a positive number"),

@@ -184,7 +184,9 @@ def test_a_single_device_has_no_halves():
         jetstream_host.engines_config(EngineConfig(), jax.devices()[:1], disaggregated=True)
 
 
-@pytest.mark.parametrize("flag", ["--auth-token-file", "--max-streams-per-client", "--max-queued-tokens", "--profile"])
+@pytest.mark.parametrize(
+    "flag", ["--auth-token-file", "--max-streams-per-client", "--max-queued-tokens", "--profile", "--http-port"]
+)
 def test_what_jetstreams_server_cannot_do_is_refused(flag, capsys):
     assert cli.run(["serve", "--orchestrator", "jetstream", flag, "7"]) == cli.BAD_INPUT
     assert f"{flag}: not with JetStream's server" in capsys.readouterr().err

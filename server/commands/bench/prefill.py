@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from ....engine_impl.config import EngineConfig
+from ....engine_impl.errors import RefusedError
 from .flags import JsonFlag, Platform, check_positive, finish, integers, words
 
 
@@ -12,11 +13,12 @@ from .flags import JsonFlag, Platform, check_positive, finish, integers, words
 class BenchPrefill:
     """Time a prompt until its first token is on the host (ms), beside transformers in turns. Comma lists sweep.
 
-    With --json the last line of stdout is one object; for a sweep it is {"sweep": [one object a row]}.
+    With --json the last line of stdout is one object; for a sweep it is {"sweep": [one object a row]}. Ends with status
+    1 if the baseline's tokens are others than ours.
     """
 
     model: str = "embedded"
-    """`embedded`, the path of a GGUF file, or a preset with random weights (llama-3.1-8b, llama-2-7b, ...)."""
+    """`embedded`, a checkpoint that `serve` takes, or a preset with random weights (llama-3.1-8b, llama-2-7b, ...)."""
     prompt_tokens: str = "16,64,128,256,512,1000"
     """Prompt lengths (tokens; a comma list sweeps); each is padded to its bucket, the next power of two."""
     cache_length: int = 1024
@@ -41,13 +43,21 @@ class BenchPrefill:
     """Print one JSON object as the last line of stdout."""
 
     def __post_init__(self) -> None:
-        self._points(dict)  # refused before the slow import
-        EngineConfig(cache_length=self.cache_length)
+        # All of it is refused before the slow import.
+        longest = EngineConfig(cache_length=self.cache_length).largest_bucket
+        for point in self._points(dict):
+            if point["prompt_tokens"] > longest:
+                raise RefusedError(
+                    f"prompt_tokens={point['prompt_tokens']} must be at most {longest}, the largest bucket within "
+                    f"cache_length={self.cache_length}; raise --cache-length"
+                )
+            if self.versus != "none" and point["quantize_weights"] in ("int8", "int4"):
+                raise RefusedError(f"versus={self.versus!r} is given float weights; leave out --quantize-weights")
         for name in ("repeats", "pairs", "threads"):
             check_positive(name, getattr(self, name))
 
     def run(self) -> int:
-        from ....benchmarks.prefill import PrefillPlan, PrefillPoint, run
+        from ....benchmarks.prefill import PrefillPlan, PrefillPoint, has_unequal_tokens, run
 
         plan = PrefillPlan(
             model=self.model,
@@ -59,7 +69,9 @@ class BenchPrefill:
             pairs=self.pairs,
             threads=self.threads,
         )
-        return finish(run(plan, self._points(PrefillPoint)), self.as_json)
+        result = run(plan, self._points(PrefillPoint))
+        finish(result, self.as_json)
+        return 1 if has_unequal_tokens(result) else 0
 
     def _points(self, point: Callable[..., Any]) -> list[Any]:
         return [

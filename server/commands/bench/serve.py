@@ -10,6 +10,7 @@ from ..ask import DEFAULT_TARGET
 from .flags import JsonFlag, check_positive, finish, numbers
 
 SCHEMES = ("http://", "https://")
+PAIRS = 3
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,6 +22,13 @@ class BenchServe:
     OpenAI's completions (`serve --http-port`, vLLM, SGLang)."""
     model: str | None = None
     """The model's name in HTTP requests. Default: the first that the server lists."""
+    versus_target: str | None = None
+    """A second server (as --target): each load is run at both in turns (A B A B), with ratios pair by pair. Flags of
+    TLS and token are for both."""
+    versus_model: str | None = None
+    """The second server's --model."""
+    pairs: int | None = None
+    """Blocks of each load at each of the two servers (blocks). Default: 3."""
     pattern: Literal["closed", "poisson", "bursts"] = "closed"
     """closed: so many requests in flight, always. poisson, bursts: requests come at a rate, answered or not."""
     load: str = "1,4,8"
@@ -64,14 +72,15 @@ class BenchServe:
                 raise RefusedError(
                     f"load={load} must be a whole number of requests in flight; or use --pattern poisson"
                 )
-        for name in ("requests", "burst_size"):
+        for name in ("requests", "burst_size", "pairs"):
             check_positive(name, getattr(self, name))
         if self.warm_up < 0:
             raise RefusedError(f"warm_up={self.warm_up} must be 0 or more")
-        if self.model is not None and "://" not in self.target:
-            raise RefusedError(f"model={self.model!r} is for http:// targets; over gRPC a server has one model")
-        if "://" in self.target and not self.target.startswith(SCHEMES):
-            raise RefusedError(f"target={self.target!r} must be host:port (gRPC), http://... or https://...")
+        check_target(self.target, self.model)
+        if self.versus_target is not None:
+            check_target(self.versus_target, self.versus_model)
+        elif self.pairs is not None or self.versus_model is not None:
+            raise RefusedError("--pairs and --versus-model are for two servers: add --versus-target")
 
     def run(self) -> int:
         from ....benchmarks.serve import ServePlan, run
@@ -91,6 +100,17 @@ class BenchServe:
             timeout_s=self.timeout_s,
             ignore_eos=self.ignore_eos,
             model=self.model,
+            versus_target=self.versus_target,
+            versus_model=self.versus_model,
+            pairs=1 if self.versus_target is None else self.pairs or PAIRS,
             channel=self.channel,
         )
         return finish(run(plan, numbers("load", self.load), self.plot), self.as_json)
+
+
+def check_target(target: str, model: str | None) -> None:
+    """Raises RefusedError unless gRPC or HTTP can be spoken there."""
+    if "://" in target and not target.startswith(SCHEMES):
+        raise RefusedError(f"target={target!r} must be host:port (gRPC), http://... or https://...")
+    if model is not None and "://" not in target:
+        raise RefusedError(f"model={model!r} is for http:// targets; over gRPC a server has one model")

@@ -1,6 +1,5 @@
 """A real server with a fake engine, and OpenAI's own client."""
 
-import asyncio
 from contextlib import asynccontextmanager
 
 from openai import AsyncOpenAI
@@ -8,8 +7,7 @@ from slipstream.server.config import ServerConfig
 from slipstream.server.lifecycle import Serving
 
 from tests.fakes import FakeEngine
-
-WAIT_S = 10
+from tests.server.calls import WAIT_S
 
 
 def url(server, path=""):
@@ -27,9 +25,3 @@ async def serving(engine=None, **config):
     config = ServerConfig(**{"port": 0, "http_port": 0, "grace_s": 5.0, "probe_interval_s": 0} | config)
     async with Serving(lambda: (engine, None), config) as server, client_of(server) as client:
         yield server, client
-
-
-async def until(condition):
-    async with asyncio.timeout(WAIT_S):
-        while not condition():
-            await asyncio.sleep(0.005)

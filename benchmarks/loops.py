@@ -1,0 +1,39 @@
+"""Requests sent one way or the other.
+
+Closed loop: a fixed number of requests is in flight; as one ends the next is sent. Open loop: requests come at a rate,
+whether the ones before are answered or not, and their latency counts from when they were due.
+"""
+
+import asyncio
+import time
+from collections.abc import Callable
+
+from .caller import Caller, Record
+from .workload import Ask
+
+
+async def closed(caller: Caller, asks: list[Ask], in_flight: int, on_done: Callable[[Record], None]) -> list[Record]:
+    """Records in the order of `asks`."""
+    records: dict[int, Record] = {}
+    waiting = iter(enumerate(asks))
+
+    async def work() -> None:
+        for index, ask in waiting:
+            records[index] = await caller.call(ask, time.perf_counter())
+            on_done(records[index])
+
+    await asyncio.gather(*(work() for _ in range(in_flight)))
+    return [records[index] for index in range(len(asks))]
+
+
+async def opened(caller: Caller, asks: list[Ask], due: list[float], on_done: Callable[[Record], None]) -> list[Record]:
+    """Request i is sent `due[i]` seconds from now. Records in the order of `asks`."""
+    start = time.perf_counter()
+
+    async def send(ask: Ask, due: float) -> Record:
+        await asyncio.sleep(due - time.perf_counter())
+        record = await caller.call(ask, due)
+        on_done(record)
+        return record
+
+    return await asyncio.gather(*(send(ask, start + at) for ask, at in zip(asks, due, strict=True)))
