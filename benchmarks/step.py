@@ -6,13 +6,11 @@ steps starts anew at `live_tokens - steps / 2`, so that `live_tokens` is the mea
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 import jax
 import numpy as np
-from jax.experimental.compilation_cache import compilation_cache
 
 from ..engine_impl.config import EngineConfig
 from ..engine_impl.engine import Engine
@@ -221,28 +219,12 @@ def prompts_for(engine: Engine) -> list[list[int]]:
 def started(stepper: Stepper, prompts: list[list[int]]) -> tuple[Any, float, list[list[int]]]:
     """Filled and stepped for the first time: (stepper, seconds of the first step less a usual one, tokens of all)."""
     stepper.fill(prompts)
-    with compiling_anew():
+    with machine.compiling_anew():
         start = time.perf_counter()
         first = stepper.block(1)
         seconds = time.perf_counter() - start
     block = stepper.block(CHECKED_TOKENS)
     return stepper, max(0.0, seconds - min(block.step_ms) / 1000), first.tokens + block.tokens
-
-
-@contextmanager
-def compiling_anew() -> Iterator[None]:
-    """No program comes from the folder of compiled ones, or a compile time would be the disk's.
-
-    JAX decides once whether it uses the folder, and heeds its own flag again after a reset only.
-    """
-    before = jax.config.jax_enable_compilation_cache
-    jax.config.update("jax_enable_compilation_cache", False)
-    compilation_cache.reset_cache()
-    try:
-        yield
-    finally:
-        jax.config.update("jax_enable_compilation_cache", before)
-        compilation_cache.reset_cache()
 
 
 def in_turns(
