@@ -116,15 +116,22 @@ class EagerLayers:
         def layer(*args):
             return self._layer(steps, *args)
 
-        layers = params["layers"]
+        layers, one = params["layers"], self._model.layers[0]
         if isinstance(layers, dict):
             index_L = jnp.arange(len(self._model.layers), dtype=jnp.int32)
+            readers = forward.stack_readers(one)
+            whole = {name: stack for name, stack in layers.items() if name.startswith(readers)}
+            sliced = {name: stack for name, stack in layers.items() if name not in whole}
 
             def step(carry, of_layer):
-                return layer(*carry, rope, *of_layer), None
+                weights, index = of_layer
+                weights = {**weights, **whole, **forward.numbered(one, index)}
+                return layer(*carry, rope, weights, index), None
 
-            (x_BD, cache), _ = jax.lax.scan(step, (x_BD, cache), (layers, index_L))
-        elif isinstance(cache, tuple):
+            (x_BD, cache), _ = jax.lax.scan(step, (x_BD, cache), (sliced, index_L))
+            return forward.logits(self._model, params, x_BD), cache
+        layers = [{**weights, **forward.numbered(one, jnp.int32(0))} for weights in layers]
+        if isinstance(cache, tuple):
             per_layer = []
             for weights, cache_1BKSC in zip(layers, cache, strict=True):
                 x_BD, cache_1BKSC = layer(x_BD, cache_1BKSC, rope, weights, jnp.int32(0))

@@ -5,8 +5,9 @@ import os
 import platform
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental.compilation_cache import compilation_cache
 
 COPIED_BYTES = {"cpu": 512 * 2**20}
 """Size of the array that is copied, by platform (bytes): far beyond any cache."""
@@ -63,6 +65,22 @@ def warn_if_busy(load_average: Callable[[], tuple[float, ...]] = os.getloadavg) 
     if load > BUSY:
         print(f"warning: load average {load:.1f}: others use this CPU, do not trust times or ratios", file=sys.stderr)
     return load
+
+
+@contextmanager
+def compiling_anew() -> Iterator[None]:
+    """No program comes from the folder of compiled ones, or a compile time would be the disk's.
+
+    JAX decides once whether it uses the folder, and heeds its own flag again after a reset only.
+    """
+    before = jax.config.jax_enable_compilation_cache
+    jax.config.update("jax_enable_compilation_cache", False)
+    compilation_cache.reset_cache()
+    try:
+        yield
+    finally:
+        jax.config.update("jax_enable_compilation_cache", before)
+        compilation_cache.reset_cache()
 
 
 def copy_bandwidth(device: Any) -> float:

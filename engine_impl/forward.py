@@ -97,13 +97,14 @@ def _layers(model: Decoder, params: Params, token_R, position_R, attend: Attend)
         return x_RD, attend.stored(k_RKH, v_RKH)
 
     if isinstance(params["layers"], dict):
-        whole = {name: stack for name, stack in params["layers"].items() if name.startswith(_readers(model.layers[0]))}
+        readers = stack_readers(model.layers[0])
+        whole = {name: stack for name, stack in params["layers"].items() if name.startswith(readers)}
         sliced = {name: stack for name, stack in params["layers"].items() if name not in whole}
         ropes_stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *ropes) if len(ropes) > 1 else None
 
         def step(x_RD, of_layer):
             weights, index, kind, which = of_layer
-            weights = {**weights, **whole, **_numbered(model.layers[0], index)}
+            weights = {**weights, **whole, **numbered(model.layers[0], index)}
             rope = ropes[0] if ropes_stacked is None else jax.tree.map(lambda leaves: leaves[which], ropes_stacked)
             return layer(x_RD, weights, index, kind, rope)
 
@@ -113,25 +114,25 @@ def _layers(model: Decoder, params: Params, token_R, position_R, attend: Attend)
     layer = jax.jit(layer, static_argnums=3)  # XLA inlines the calls, so a layer's index is a constant again
     per_layer = []
     for index, weights in enumerate(params["layers"]):
-        weights = {**weights, **_numbered(model.layers[0], jnp.int32(0))}
+        weights = {**weights, **numbered(model.layers[0], jnp.int32(0))}
         x_RD, kv = layer(x_RD, weights, jnp.int32(index), kind_of_layer[index], ropes[rope_of_layer[index]])
         per_layer.append(kv)
     return x_RD, jax.tree.map(lambda *of_layers: jnp.stack(of_layers), *per_layer)
 
 
 def logits(model: Decoder, params: Params, x_RD: jax.Array) -> jax.Array:
-    head = {**params["lm_head"], **_numbered(model.lm_head, jnp.int32(0))}
+    head = {**params["lm_head"], **numbered(model.lm_head, jnp.int32(0))}
     logits_RV = bridge.run(model.lm_head, head, bridge.run(model.norm, params["norm"], x_RD))
     return bridge.run(model.after_logits, {}, logits_RV)
 
 
-def _readers(module: nn.Module) -> tuple[str, ...]:
+def stack_readers(module: nn.Module) -> tuple[str, ...]:
     """How the names of weights begin that their module reads from the stack."""
     return tuple(
         f"{path}." if path else "" for path, part in module.named_modules() if getattr(part, "reads_stack", False)
     )
 
 
-def _numbered(module: nn.Module, layer: jax.Array) -> dict[str, jax.Array]:
+def numbered(module: nn.Module, layer: jax.Array) -> dict[str, jax.Array]:
     """The number that these modules take beside their weights."""
-    return {f"{reader}layer": layer for reader in _readers(module)}
+    return {f"{reader}layer": layer for reader in stack_readers(module)}

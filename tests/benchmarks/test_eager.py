@@ -7,8 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from slipstream.benchmarks.eager import EagerEngine
+from slipstream.engine_impl.config import EngineConfig
+from slipstream.engine_impl.loading import build_engine
 
-from tests.engine_impl.models import greedy, tiny_engine
+from tests.engine_impl.models import TINY, RandomCheckpoint, greedy, tiny_engine
 
 PROMPTS = [[5, 6, 7], list(range(1, 13)), [9]]  # of four slots: one stays dead
 STEPS = 8
@@ -44,3 +46,23 @@ def test_greedy_tokens_are_ours_and_a_full_slot_is_not_written(form, loop, shard
     assert result.token_B.tolist() == [-1, -1, -1, -1]
     for old, new in zip(before, jax.tree.leaves(state.cache.rows), strict=True):
         np.testing.assert_array_equal(old, np.asarray(new))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("loop", ["unrolled", "scan"])
+def test_int4_weights_that_are_read_from_the_stack(loop):
+    checkpoint = RandomCheckpoint(replace(TINY, ffn_dim=64))
+    config = EngineConfig(slots=4, cache_length=128, quantize_weights="int4", quantize_block=32, tensor_parallel=1)
+    engine = build_engine(config, checkpoint)
+    params = engine.load_params(checkpoint)
+    expected = greedy(engine, params, PROMPTS, 4)
+    eager = EagerEngine(engine, "stacked")
+    state = eager.init_decode_state()
+    for slot, prompt in enumerate(PROMPTS):
+        prefix, _ = eager.prefill(params, *eager.pad(prompt))
+        state = eager.insert(prefix, state, slot)
+    params, tokens = stacked_layers(params) if loop == "scan" else params, []
+    for _ in range(3):
+        state, result = eager.generate(params, state)
+        tokens.append(result.token_B.tolist()[:3])
+    assert [list(answer) for answer in zip(*tokens, strict=True)] == [answer[1:] for answer in expected]

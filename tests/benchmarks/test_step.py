@@ -6,11 +6,13 @@ from unittest.mock import ANY
 
 import jax
 import pytest
-from slipstream.benchmarks import models, step
+from jax.experimental.compilation_cache import compilation_cache
+from slipstream.benchmarks import machine, models, step
 from slipstream.benchmarks.huggingface import transformers_model
 from slipstream.benchmarks.models import Loaded
 from slipstream.benchmarks.steppers import EngineStepper
 from slipstream.benchmarks.traffic import bytes_per_step, stored_as
+from slipstream.engine_impl.compilations import keep_in, programs
 from slipstream.engine_impl.config import EngineConfig
 from slipstream.engine_impl.errors import RefusedError
 from slipstream.engine_impl.loading import build_engine
@@ -116,6 +118,28 @@ def test_transformers_refuses_other_families(tiny_loaded):
     stored = RandomCheckpoint(TINY, "awq", Quantization("int4", group=64))
     with pytest.raises(RefusedError, match="awq is stored as int4"):
         transformers_model(stored, "float32")
+
+
+def test_a_compile_time_is_never_the_disks(tmp_path):
+    """JAX goes on using its folder after its flag has been cleared, unless it is reset."""
+
+    def found_now():
+        before = programs().found
+        jax.jit(lambda x: x * 3 + 1)(2.0)
+        return programs().found - before
+
+    folder = jax.config.jax_compilation_cache_dir
+    keep_in(tmp_path)
+    compilation_cache.reset_cache()
+    try:
+        found_now()  # now it is there
+        assert found_now() == 1
+        with machine.compiling_anew():
+            assert found_now() == 0
+        assert found_now() == 1
+    finally:
+        jax.config.update("jax_compilation_cache_dir", folder)
+        compilation_cache.reset_cache()
 
 
 def test_a_sweep_is_one_object_with_all_results(last_line):
