@@ -261,7 +261,7 @@ def read(chip: str, setting: Setting, text: str) -> Row:
     row_bytes = _row_bytes(setting.kv_heads, setting.head_dim, setting.dtype)
     if setting.kernel == "scatter":
         program = parse(text, core.delay_slots, loop_of="dma.hbm_to_vmem")
-        rows = program.count("dma.hbm_to_vmem")
+        rows = program.count("dma.vmem_to_hbm")
         dma = core.dma_cycles(chip, 2 * rows * tile_rows(setting.dtype) * row_bytes // setting.kv_heads)
         return ScatterRow(chip, setting, rows, program.issued([]), dma)
     program = parse(text, core.delay_slots)

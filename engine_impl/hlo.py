@@ -27,6 +27,9 @@ _COPYING = {
     "copy", "copy-start", "transpose", "reshape", "slice", "slice-start", "dynamic-slice", "gather", "concatenate",
     "pad", "convert", "select", "reverse", "broadcast", "fusion", "async-start",
 }  # fmt: skip
+_FREE = {
+    "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "while", "conditional", "call",
+}  # fmt: skip
 _UPDATING = {"dynamic-update-slice", "scatter"}
 
 
@@ -88,6 +91,15 @@ class Program:
             if instruction.opcode == "custom-call" and '"tpu_custom_call"' in instruction.text:
                 calls[re.split(r"[_.]\d|\.", instruction.name)[0]] += times
         return dict(calls)
+
+    def operations(self) -> int:
+        """Executions of whatever a chip is started for: fusions, kernels, copies, collectives; an asynchronous one
+        counts once."""
+        return sum(
+            times
+            for instruction, times in self._executed()
+            if instruction.opcode not in _FREE and not instruction.opcode.endswith("-done")
+        )
 
     def collectives(self) -> dict[str, int]:
         """Executions of each collective operation."""
