@@ -102,8 +102,9 @@ class EagerLayers:
     ) -> None:
         """Dead and full slots are not written: their position is outside the cache."""
         self._model, self._length_B, self._live_B = model, length_B, live_B
-        self._mesh, self._scatter = mesh, scatter
+        self._mesh = mesh
         self._backend: Backend = backend
+        self._scatter: Scatter = scatter
 
     def decode(self, params: Params, token_B: jax.Array, cache: Any) -> tuple[jax.Array, Any]:
         """One token a slot: (logits_BV, the cache in the form it came, with the new rows)."""

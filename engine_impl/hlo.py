@@ -29,6 +29,7 @@ _COPYING = {
 }  # fmt: skip
 _FREE = {
     "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "while", "conditional", "call",
+    "async-start",
 }  # fmt: skip
 _UPDATING = {"dynamic-update-slice", "scatter"}
 

@@ -61,6 +61,7 @@ def test_a_loops_body_counts_as_often_as_it_runs(program):
     assert program.pallas_calls() == {"attend": 4, "flush": 1}
     assert program.collectives() == {"all-reduce": 4}
     assert program.estimated_cycles() == 400
+    assert program.operations() == 4 * (6 + 1) + 3  # the condition, too
 
 
 def test_copies_of_the_cache_are_found_wherever_it_goes(program):
