@@ -16,6 +16,7 @@ _ARRAY = re.compile(r"\b([a-z]+\d*\w*)\[([\d,]*)\](?:\{([^}]*)\})?")
 _CALLEES = re.compile(
     r"(?:body|condition|to_apply|calls|called_computation|branch_computations)=\{?%?([\w.\-]+(?:, ?%[\w.\-]+)*)"
 )
+_ALIASED = re.compile(r"\{(\d*)\}: \((\d+), \{\}\)")  # an output and the operand whose place it takes
 _BITS = re.compile(r"\d+")
 
 Taint = set[tuple[str, str, int]]
@@ -200,6 +201,9 @@ class Program:
             return {(computation, name, 0)} if int(match[1]) in of(instruction.operands[0]) else set()
         if opcode in ("while", "conditional", "call"):
             return self._flow_into(computation, instruction, of, tainted)
+        if '"tpu_custom_call"' in instruction.text:  # what a kernel makes of the array is its own, unless in place
+            aliased = [(out or "0", int(operand)) for out, operand in _ALIASED.findall(instruction.text)]
+            return {(computation, name, int(out)) for out, operand in aliased if of(instruction.operands[operand])}
         if not any(of(operand) for operand in instruction.operands):
             return set()
         return {(computation, name, k) for k, array in enumerate(instruction.result) if array.bytes >= threshold_bytes}
