@@ -48,7 +48,7 @@ ENTRY %main (cache: f32[4,8,128], weights: f32[64,64], row: f32[1,8,128]) -> f32
   %saved = f32[4,8,128]{2,1,0} copy(%after)
   %product.1 = f32[4,8,128]{2,1,0} custom-call(%saved, %row), custom_call_target="tpu_custom_call"
   %transposed_product = f32[4,128,8]{2,1,0} transpose(%product.1), dimensions={0,2,1}
-  %flush_2x128.7 = f32[4,8,128] custom-call(%row, %saved), target="tpu_custom_call", output_to_operand_aliasing={{}: (1, {})}
+  %flush_2x128.7 = f32[4,8,128] custom-call(%row, %saved), "tpu_custom_call", output_to_operand_aliasing={{}: (1, {})}
   %flushed_copy = f32[4,8,128]{2,1,0} copy(%flush_2x128.7)
   ROOT %inserted = f32[4,8,128]{2,1,0} fusion(%flush_2x128.7, %row), kind=kLoop, calls=%update
 }
