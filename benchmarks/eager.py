@@ -8,6 +8,7 @@ Two forms of the cache, since neither is faster everywhere: "stacked", one array
 layer loop; "per_layer", an array for each.
 """
 
+import functools
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -101,8 +102,9 @@ class EagerLayers:
     ) -> None:
         """Dead and full slots are not written: their position is outside the cache."""
         self._model, self._length_B, self._live_B = model, length_B, live_B
-        self._mesh, self._scatter = mesh, scatter
+        self._mesh = mesh
         self._backend: Backend = backend
+        self._scatter: Scatter = scatter
 
     def decode(self, params: Params, token_B: jax.Array, cache: Any) -> tuple[jax.Array, Any]:
         """One token a slot: (logits_BV, the cache in the form it came, with the new rows)."""
@@ -163,19 +165,22 @@ class EagerLayers:
     def _insert(self, cache_LBKSC: jax.Array, new_BKC: jax.Array, layer: jax.Array) -> jax.Array:
         """The cache with every live slot's new row in one layer, in place when XLA sees that nobody needs the old."""
 
-        def scatter(cache_LBKSC, new_BKC, layer, position_B):
-            b_B1, k_1K = jnp.ogrid[: new_BKC.shape[0], : new_BKC.shape[1]]
-            if self._scatter == "sliced":
-                cells = cache_LBKSC.at[layer, b_B1[:, 0], :, position_B]
-            else:
-                cells = cache_LBKSC.at[layer, b_B1, k_1K, position_B[:, None]]
-            return cells.set(new_BKC, mode="drop", unique_indices=True)
-
         outside = cache_LBKSC.shape[3]
         position_B = jnp.where(self._live_B, self._length_B, outside)
         heads = P(None, None, AXIS)
+        scatter = functools.partial(scatter_rows, scatter=self._scatter)
         sharded = jax.shard_map(scatter, mesh=self._mesh, in_specs=(heads, P(None, AXIS), P(), P()), out_specs=heads)
         return sharded(cache_LBKSC, new_BKC, layer, position_B)
+
+
+def scatter_rows(cache_LBKSC, new_BKC, layer, position_B, scatter: Scatter = "indexed") -> jax.Array:
+    """One layer's rows at each slot's position, by one XLA scatter; a position outside [0, S) writes nothing."""
+    b_B1, k_1K = jnp.ogrid[: new_BKC.shape[0], : new_BKC.shape[1]]
+    if scatter == "sliced":
+        cells = cache_LBKSC.at[layer, b_B1[:, 0], :, position_B]
+    else:
+        cells = cache_LBKSC.at[layer, b_B1, k_1K, position_B[:, None]]
+    return cells.set(new_BKC, mode="drop", unique_indices=True)
 
 
 def _insert_per_layer(prefix: Prefix, state: DecodeState, slot: jax.Array) -> DecodeState:

@@ -19,6 +19,10 @@ Attention, bundles by kind of step:
 Cycles hold the trade-off: a larger block reads more that the slot does not use, half a block on average; a smaller one
 pays for the pipeline more often. `kernels/ragged_attention/block_sizes.py` takes the block of the fewest on v5e.
 
+Asked for by name (`Setting("scatter", ...)`), not in the command's tables: what XLA makes of a scatter of one layer's
+new rows, the way to write them without a kernel of one's own (`eager.py`). It goes through the rows in rounds of
+several: fetches their tiles, waits, puts the rows in, sends the tiles back. `ScatterRow.round` is one such round.
+
 Not in it: stalls on VMEM and what latency of a DMA is not hidden. So bundles are a lower bound of compute.
 """
 
@@ -81,7 +85,7 @@ class Setting:
     """One kernel to compile."""
 
     kernel: str
-    """ "attention", "flush" or "scales", the flush of an int8 cache's scales"""
+    """ "attention", "flush", "scales", the flush of an int8 cache's scales, or "scatter", XLA's, of one layer"""
     kv_heads: int
     """of one chip"""
     head_dim: int
@@ -132,7 +136,20 @@ class FlushRow:
     """for the tiles, there and back"""
 
 
-Row = AttentionRow | FlushRow
+@dataclass(frozen=True)
+class ScatterRow:
+    """Bundles of XLA's scatter of one layer's rows."""
+
+    chip: str
+    setting: Setting
+    rows: int
+    """of a round; each is a slot's row of one kv head, whose tile is fetched and sent back by a DMA of its own"""
+    round: int
+    dma_cycles: int
+    """for a round's tiles, there and back"""
+
+
+Row = AttentionRow | FlushRow | ScatterRow
 
 
 def settings(all_kv_heads: Iterable[int] = KV_HEADS) -> list[Setting]:
@@ -171,8 +188,9 @@ def measure(chip: str, wanted: list[Setting]) -> list[Row]:
     rows: list[Row] = []
     for line in child.stdout.splitlines():
         fields = json.loads(line)
-        fields["setting"] = Setting(**fields["setting"])
-        rows.append((AttentionRow if fields["setting"].kernel == "attention" else FlushRow)(**fields))
+        fields["setting"] = setting = Setting(**fields["setting"])
+        kind = {"attention": AttentionRow, "scatter": ScatterRow}.get(setting.kernel, FlushRow)
+        rows.append(kind(**fields))
     return rows
 
 
@@ -184,7 +202,7 @@ def _child(chip: str, dump: Path) -> None:
     """Settings on stdin, a row each on stdout; libtpu dumps into `dump`."""
     for setting in [Setting(**fields) for fields in json.load(sys.stdin)]:
         _compile(CORES[chip].topology, setting)
-        kernel = "ragged_attention" if setting.kernel == "attention" else "cache_flush"
+        kernel = {"attention": "ragged_attention", "scatter": "scatter_fusion"}.get(setting.kernel, "cache_flush")
         (text,) = (text for name, text in programs(dump).items() if name.startswith(kernel))
         for path in dump.iterdir():
             path.unlink()
@@ -200,6 +218,7 @@ def _compile(topology: str, setting: Setting) -> None:
     from ..engine_impl.topology import devices_of
     from ..kernels.cache_flush.pallas_tpu import cache_flush_tpu
     from ..kernels.ragged_attention.pallas_tpu import live_steps, ragged_attention_tpu
+    from .eager import scatter_rows
 
     mesh = Mesh(np.array(devices_of(topology)[:1]), ("tensor",))
     everywhere = PartitionSpec()
@@ -226,6 +245,9 @@ def _compile(topology: str, setting: Setting) -> None:
     elif setting.kernel == "scales":
         kernel, donated = partial(cache_flush_tpu, token_axis=4), (0,)
         args = array(FLUSH_LAYERS, B, K, 2, 256), array(FLUSH_LAYERS, B, K, 2), length_B
+    elif setting.kernel == "scatter":
+        kernel, donated = scatter_rows, (0,)
+        args = array(FLUSH_LAYERS, B, K, 1024, 2 * H), array(B, K, 2 * H), layer, length_B
     else:
         kernel, donated = partial(cache_flush_tpu, token_axis=3), (0,)
         args = array(FLUSH_LAYERS, B, K, 256, 2 * H), array(FLUSH_LAYERS, B, K, 2 * H), length_B
@@ -236,8 +258,13 @@ def _compile(topology: str, setting: Setting) -> None:
 def read(chip: str, setting: Setting, text: str) -> Row:
     """A setting's row from its final program."""
     core = CORES[chip]
-    program = parse(text, core.delay_slots)
     row_bytes = _row_bytes(setting.kv_heads, setting.head_dim, setting.dtype)
+    if setting.kernel == "scatter":
+        program = parse(text, core.delay_slots, loop_of="dma.hbm_to_vmem")
+        rows = program.count("dma.vmem_to_hbm")
+        dma = core.dma_cycles(chip, 2 * rows * tile_rows(setting.dtype) * row_bytes // setting.kv_heads)
+        return ScatterRow(chip, setting, rows, program.issued([]), dma)
+    program = parse(text, core.delay_slots)
     if setting.kernel != "attention":
         tile_bytes = setting.kv_heads * 2 * LANES * 4
         if setting.kernel == "flush":  # rows alone: their scales have a flush of their own

@@ -1,8 +1,9 @@
 """Reads a kernel's final program as the TPU compiler dumps it: VLIW bundles, one a cycle, and the branches among them.
 
 The dump is libtpu's, asked for by `--xla_jf_dump_to=DIR --xla_jf_dump_llo_text=true
---xla_jf_dump_llo_pass_label_regex=final`. A Pallas kernel is one loop over its grid. What it does conditionally is a
-region that a forward branch jumps over; the bundles right behind a branch, its delay slots, run either way.
+--xla_jf_dump_llo_pass_label_regex=final`. A Pallas kernel is one loop over its grid, XLA's own programs may nest them.
+What a loop does conditionally is a region that a forward branch jumps over; the bundles right behind a branch, its
+delay slots, run either way.
 
 Bundles count what is issued. Waiting for a DMA or for a semaphore comes on top, and is not in the text.
 """
@@ -28,7 +29,7 @@ class Region:
 
 @dataclass(frozen=True)
 class Program:
-    """One kernel. The loop over the grid is its bundles [start, end)."""
+    """One kernel. The loop, over the grid of a Pallas kernel, is its bundles [start, end)."""
 
     bundles: tuple[str, ...]
     start: int
@@ -41,6 +42,11 @@ class Program:
         issues = re.compile(rf"= {operation}|\b{operation}\w*\.")
         holding = [r for r in self.regions if any(issues.search(text) for text in self.bundles[r.start : r.end])]
         return tuple(r for r in holding if not any(r.start <= inner.start < r.end for inner in holding if inner != r))
+
+    def count(self, operation: str) -> int:
+        """How often one round of the loop issues an operation, given by how its name begins."""
+        issues = re.compile(rf"(?<!for )%\w+ = {operation}")  # a check of its bounds names it too: "for %7 = dma..."
+        return sum(len(issues.findall(text)) for text in self.bundles[self.start : self.end])
 
     def stages(self) -> set[Region]:
         """The outermost regions: the pipeline's stages, jumped over only in the grid's first or last rounds."""
@@ -58,10 +64,13 @@ class Program:
         return count
 
 
-def parse(text: str, delay_slots: int) -> Program:
+def parse(text: str, delay_slots: int, loop_of: str = "") -> Program:
     """The program in the text of a `*-final_bundles.txt`, for a chip with so many delay slots behind a branch.
 
-    Raises ValueError unless it has exactly one loop, which is what a Pallas grid becomes, that ends behind those slots.
+    Of several loops the innermost that issues the operation `loop_of`.
+
+    Raises ValueError unless there is exactly one such loop, which is what a Pallas grid becomes, that ends behind those
+    slots.
     """
     bundles: list[str] = []
     for line in text.splitlines():
@@ -72,6 +81,8 @@ def parse(text: str, delay_slots: int) -> Program:
     branches = [(at, match[2]) for at, bundle in enumerate(bundles) if (match := _BRANCH.search(bundle))]
     targets = {name: _start_of(bundles, name) for _, name in branches}
     back = [(at, targets[name]) for at, name in branches if targets[name] <= at]
+    back = [(at, to) for at, to in back if any(loop_of in text for text in bundles[to:at])]
+    back = [loop for loop in back if not any(loop[1] < to and at < loop[0] for at, to in back)]
     if len(back) != 1:
         raise ValueError(
             f"{len(back)} loops in a program of {len(bundles)} bundles and {len(branches)} branches, not 1"

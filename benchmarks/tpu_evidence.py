@@ -1,7 +1,7 @@
 """The tables of docs/tpu-evidence.md, as the TPU compiler tells them today; no TPU needed.
 
 Run as `python -m slipstream.benchmarks.tpu_evidence`, about fifteen minutes on two cores; or with the names of the
-tables that are wanted: serving, quantized, designs.
+tables that are wanted: serving, quantized, designs, writes.
 """
 
 import itertools
@@ -9,11 +9,14 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
-from ..engine_impl.budget import cache_copies
+from ..engine_impl.budget import Budget, cache_copies
+from ..engine_impl.chips import chip_of
 from ..engine_impl.config import EngineConfig
 from ..engine_impl.hlo import Program
 from ..engine_impl.plan import abstract_engine, plan, shape_of
+from ..kernels.cache_flush.pallas_tpu import VMEM_BYTES, layer_group, tile_rows
 from .eager import EagerEngine
+from .kernel_report import CORES, FLUSH_LAYERS, FlushRow, ScatterRow, Setting, measure
 
 GIB, MIB = 2**30, 2**20
 
@@ -40,7 +43,7 @@ WEIGHTS: dict[str, dict[str, Any]] = {
     "int4, blocks of 32": {"quantize_weights": "int4"},
 }
 CACHES: dict[str, dict[str, Any]] = {"bfloat16": {}, "int8": {"quantize_kv": "int8"}}
-DESIGNS = [("llama-2-7b", 96, 1024), ("llama-3.1-8b", 96, 1024)]
+DESIGNS = [("llama-2-7b", 96, 1024), ("llama-3.1-8b", 128, 2048)]
 
 
 def serving_rows() -> Iterator[str]:
@@ -84,8 +87,8 @@ def quantized_rows() -> Iterator[str]:
 
 def design_rows(topology: str = "v5e:2x4") -> Iterator[str]:
     """The same step, lazy and eager."""
-    yield "| model | design | temp MiB a chip | cache-sized copies | static Mcycles |"
-    yield "|---|---|---|---|---|"
+    yield "| model | design | temp MiB a chip | cache-sized copies | operations a step | static Mcycles |"
+    yield "|---|---|---|---|---|---|"
     for model, slots, cache_length in DESIGNS:
         config = EngineConfig(model=model, slots=slots, cache_length=cache_length)
         lazy = abstract_engine(shape_of(model), topology, config)
@@ -99,11 +102,54 @@ def design_rows(topology: str = "v5e:2x4") -> Iterator[str]:
             memory, hlo = compiled.memory_analysis(), Program(compiled.as_text() or "")
             assert memory is not None
             copies = cache_copies(hlo, engine)
-            cells = [f"{memory.temp_size_in_bytes / MIB:,.1f}", str(len(copies)), f"{hlo.estimated_cycles() / 1e6:.1f}"]
+            cells = [
+                f"{memory.temp_size_in_bytes / MIB:,.1f}", str(len(copies)), f"{hlo.operations():,}",
+                f"{hlo.estimated_cycles() / 1e6:.1f}",
+            ]  # fmt: skip
             yield "| " + " | ".join([f"{model}, {slots} x {cache_length}", design, *cells]) + " |"
 
 
-TABLES = {"serving": serving_rows, "quantized": quantized_rows, "designs": design_rows}
+def write_rows(topology: str = "v5e:2x4") -> Iterator[str]:
+    """What storing a step's new tokens takes on each chip: the flush, XLA's scatters, and by arithmetic a kernel that
+    writes its own layer's rows, one at a time, while it attends."""
+    chip = topology.partition(":")[0]
+    core, bandwidth = CORES[chip], chip_of(topology).hbm_bandwidth
+    yield "| model | where rows are written | DMAs | MiB over HBM | issuing ms | HBM ms | the longer, of the floor |"
+    yield "|---|---|---|---|---|---|---|"
+    for model, slots, cache_length in DESIGNS:
+        config = EngineConfig(model=model, slots=slots, cache_length=cache_length)
+        engine = abstract_engine(shape_of(model), topology, config)
+        budget, layout = Budget(engine, chip_of(topology)), engine.layout
+        floor_ms = (budget.read_bytes + budget.cache_bytes) / bandwidth * 1e3
+        L, K, dtype = layout.layers, layout.kv_heads // engine.mesh.size, layout.dtype
+        lanes, rows = layout.shape[-1], L * slots * K
+        kinds = [Setting(kernel, K, layout.head_dim, dtype.name) for kernel in ("flush", "scatter")]
+        flush, scatter = measure(chip, kinds)
+        assert isinstance(flush, FlushRow)
+        assert isinstance(scatter, ScatterRow)
+        groups = L // layer_group(L, K, lanes, dtype, VMEM_BYTES)
+        rounds = L * -(-slots * K // scatter.rows)
+        row_bytes = lanes * dtype.itemsize
+        ways: dict[str, tuple[int, int, float | None]] = {  # DMAs, bytes, bundles
+            "lazy: one flush a step (ours)": (
+                2 * slots * groups, 2 * rows * tile_rows(dtype) * row_bytes, flush.step * slots * L / FLUSH_LAYERS
+            ),
+            "eager: an XLA scatter in each layer": (
+                2 * rows, 2 * rows * tile_rows(dtype) * row_bytes, scatter.round * rounds
+            ),
+            "eager: by the attention kernel itself": (2 * L * slots, 2 * rows * row_bytes, None),
+        }  # fmt: skip
+        for way, (dmas, moved, bundles) in ways.items():
+            hbm_ms = moved / bandwidth * 1e3
+            issuing_ms = None if bundles is None else bundles / core.clock * 1e3
+            cells = [
+                f"{dmas:,}", f"{moved / MIB:.1f}", "" if issuing_ms is None else f"{issuing_ms:.2f}", f"{hbm_ms:.2f}",
+                "" if issuing_ms is None else f"{max(issuing_ms, hbm_ms) / floor_ms:.1%}",
+            ]  # fmt: skip
+            yield "| " + " | ".join([f"{model}, {slots} x {cache_length}", way, *cells]) + " |"
+
+
+TABLES = {"serving": serving_rows, "quantized": quantized_rows, "designs": design_rows, "writes": write_rows}
 
 
 def main(names: list[str]) -> None:

@@ -16,6 +16,7 @@ _ARRAY = re.compile(r"\b([a-z]+\d*\w*)\[([\d,]*)\](?:\{([^}]*)\})?")
 _CALLEES = re.compile(
     r"(?:body|condition|to_apply|calls|called_computation|branch_computations)=\{?%?([\w.\-]+(?:, ?%[\w.\-]+)*)"
 )
+_ALIASED = re.compile(r"\{(\d*)\}: \((\d+), \{\}\)")  # an output and the operand whose place it takes
 _BITS = re.compile(r"\d+")
 
 Taint = set[tuple[str, str, int]]
@@ -26,6 +27,10 @@ COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "coll
 _COPYING = {
     "copy", "copy-start", "transpose", "reshape", "slice", "slice-start", "dynamic-slice", "gather", "concatenate",
     "pad", "convert", "select", "reverse", "broadcast", "fusion", "async-start",
+}  # fmt: skip
+_FREE = {
+    "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "while", "conditional", "call",
+    "async-start",
 }  # fmt: skip
 _UPDATING = {"dynamic-update-slice", "scatter"}
 _LAUNCHED = {"fusion", "custom-call", "copy", "transpose", "sort"}
@@ -89,6 +94,15 @@ class Program:
             if instruction.opcode == "custom-call" and '"tpu_custom_call"' in instruction.text:
                 calls[re.split(r"[_.]\d|\.", instruction.name)[0]] += times
         return dict(calls)
+
+    def operations(self) -> int:
+        """Executions of whatever a chip is started for: fusions, kernels, copies, collectives; an asynchronous one
+        counts once."""
+        return sum(
+            times
+            for instruction, times in self._executed()
+            if instruction.opcode not in _FREE and not instruction.opcode.endswith("-done")
+        )
 
     def collectives(self) -> dict[str, int]:
         """Executions of each collective operation."""
@@ -228,6 +242,9 @@ class Program:
             return {(computation, name, 0)} if int(match[1]) in of(instruction.operands[0]) else set()
         if opcode in ("while", "conditional", "call"):
             return self._flow_into(computation, instruction, of, tainted)
+        if '"tpu_custom_call"' in instruction.text:  # what a kernel makes of the array is its own, unless in place
+            aliased = [(out or "0", int(operand)) for out, operand in _ALIASED.findall(instruction.text)]
+            return {(computation, name, int(out)) for out, operand in aliased if of(instruction.operands[operand])}
         if not any(of(operand) for operand in instruction.operands):
             return set()
         return {(computation, name, k) for k, array in enumerate(instruction.result) if array.bytes >= threshold_bytes}

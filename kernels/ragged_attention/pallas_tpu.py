@@ -198,6 +198,7 @@ def _split(rows: jax.Array, head_dim: int) -> tuple[jax.Array, jax.Array]:
     return rows[..., :head_dim], rows[..., head_dim:]
 
 
+@functools.partial(jax.jit, static_argnames=("soft_cap", "interpret"))
 def ragged_attention_tpu(
     q_BNH: jax.Array,
     new_BKC: jax.Array,
@@ -235,9 +236,12 @@ def ragged_attention_tpu(
         del layer_ref, length_ref, count_ref, others
         return slot_ref[core * max_steps + i], 0, 0, 0
 
-    cache, cache_specs = (cache_LBKSC,), (pl.BlockSpec((None, None, K, block, C), cache_index),)
+    # A cache that VMEM could hold would else be moved there whole, rows that no slot uses and all.
+    in_hbm = functools.partial(pltpu.with_memory_space_constraint, memory_space=pltpu.HBM)
+    cache, cache_specs = (in_hbm(cache_LBKSC),), (pl.BlockSpec((None, None, K, block, C), cache_index),)
     if scale_LBK2S is not None:
-        cache, cache_specs = (*cache, scale_LBK2S), (*cache_specs, pl.BlockSpec((None, None, K, 2, block), scale_index))
+        cache = (*cache, in_hbm(scale_LBK2S))
+        cache_specs = (*cache_specs, pl.BlockSpec((None, None, K, 2, block), scale_index))
 
     out_BKGH = pl.pallas_call(
         functools.partial(_kernel, head_dim=H, max_steps=max_steps, soft_cap=soft_cap),

@@ -5,6 +5,7 @@ from slipstream.benchmarks.kernel_report import (
     CORES,
     AttentionRow,
     FlushRow,
+    ScatterRow,
     Setting,
     choose,
     excess,
@@ -70,6 +71,39 @@ element_size_in_bytes: 2048 */ }
   0x2a   :  { %2058 = vsyncpa [#allocation11], 1 } /* exit bundle: %ragged */
 """
 
+# XLA's scatter with most bundles left out: a loop over parts of the rows, in it one over rounds (0x1 to 0x10), of two
+# rows each, which ends in one that copies tiles where rows share them (0xb to 0xf, jumped over by the branch at 0x6).
+SCATTER = """
+     0   :  { %s1 = smov 0 } /* Start region 440 */
+   0x1 LB: > { %s3 = sadd.s32 1, %s2 } /* Start region 429 */
+   0x2   : >> { %6732 = shalt.err (!%p1) /* BoundsCheck 2 [deref of %s93] for %97 = dma.hbm_to_vmem */ }
+   0x3   : >> { %97 = dma.hbm_to_vmem [thread:$0]  /*hbm=*/%s4, /*vmem=*/%s5 }
+   0x4   : >> { %98 = dma.hbm_to_vmem [thread:$0]  /*hbm=*/%s6, /*vmem=*/%s7 }
+   0x5   : >> { %7721 = dma.done.wait [#allocation5], 2048 }
+   0x6   : >> { %669 = sbr.rel (%p6029_p9) target = $region23 }
+   0x7   :  {}
+   0x8   :  {}
+   0x9   :  {}
+   0xa   :  {} /* End region 21 */
+   0xb LB: >>> { %757 = sbr.rel (!%p754_p1) target = $region418 } /* Start region 418 */
+   0xc   :  {}
+   0xd   :  {}
+   0xe   :  {}
+   0xf   :  {} /* End region 418 */
+  0x10 PF: >> { %99 = dma.vmem_to_hbm /*vmem=*/%s5, /*hbm=*/%s4 } /* Start/End empty region 23 */
+  0x11   : >> { %100 = dma.vmem_to_hbm (%p1), /*vmem=*/%s7, /*hbm=*/%s6 }
+  0x12   : >> { %60 = sbr.rel (!%p57_p10) target = $region429 }
+  0x13   :  {}
+  0x14   :  {}
+  0x15   :  {}
+  0x16   :  {} /* End region 429 */
+  0x17   :  { %14 = sbr.rel (!%p12_p13) target = $region440 }
+  0x18   :  {}
+  0x19   :  {}
+  0x1a   :  {}
+  0x1b   :  {} /* End region 440 */
+"""
+
 
 def test_bundles_by_hand():
     """The loop is 0x2 to 0x29, 40 bundles. Its start takes 2 of them, a whole block 3 and a boundary block 4."""
@@ -110,6 +144,13 @@ def test_a_row_by_hand():
 def test_flush_enters_every_region():
     row = read("v5e", Setting("flush", 4, 128, "bfloat16"), DUMP)
     assert row == FlushRow("v5e", row.setting, step=40, dma_cycles=1920)  # 32 layers of 4 x 8 rows of 512 bytes, twice
+
+
+def test_a_scatters_round_by_hand():
+    """The innermost loop with the transfers, 0x1 to 0x16, without what it does in rare rounds; a check is no DMA."""
+    row = read("v5e", Setting("scatter", 4, 128, "bfloat16"), SCATTER)
+    # two tiles of 8 rows of 512 bytes, there and back: 16 KiB at 819 GB/s and 1.5 GHz
+    assert row == ScatterRow("v5e", row.setting, rows=2, round=22 - 5, dma_cycles=30)
 
 
 def test_refuses_what_it_does_not_understand():
@@ -155,6 +196,16 @@ def test_int8_saves_time_and_a_window_costs_little():
     )
     assert windowed.whole < plain.whole + 40
     assert int8.cycles < 0.65 * plain.cycles
+
+
+@pytest.mark.slow
+def test_a_scatter_costs_more_than_the_flush():
+    """On v5e, of 32 layers of 16 slots with 4 kv heads: what the evidence for one flush a step rests on."""
+    scatter, flush = measure("v5e", [Setting(kernel, 4, 128, "bfloat16") for kernel in ("scatter", "flush")])
+    assert isinstance(scatter, ScatterRow)
+    assert isinstance(flush, FlushRow)
+    rounds = 32 * 16 * 4 / scatter.rows
+    assert rounds * scatter.round > 5 * 16 * max(flush.step, flush.dma_cycles)
 
 
 @pytest.mark.slow

@@ -46,7 +46,10 @@ ENTRY %main (cache: f32[4,8,128], weights: f32[64,64], row: f32[1,8,128]) -> f32
   %loop = (s32[], f32[4,8,128]{2,1,0}, f32[64,64]{1,0}) while(%start), condition=%condition, body=%body
   %after = f32[4,8,128]{2,1,0} get-tuple-element(%loop), index=1
   %saved = f32[4,8,128]{2,1,0} copy(%after)
-  %flush_2x128.7 = f32[4,8,128]{2,1,0} custom-call(%saved, %row), custom_call_target="tpu_custom_call"
+  %product.1 = f32[4,8,128]{2,1,0} custom-call(%saved, %row), custom_call_target="tpu_custom_call"
+  %transposed_product = f32[4,128,8]{2,1,0} transpose(%product.1), dimensions={0,2,1}
+  %flush_2x128.7 = f32[4,8,128] custom-call(%row, %saved), "tpu_custom_call", output_to_operand_aliasing={{}: (1, {})}
+  %flushed_copy = f32[4,8,128]{2,1,0} copy(%flush_2x128.7)
   ROOT %inserted = f32[4,8,128]{2,1,0} fusion(%flush_2x128.7, %row), kind=kLoop, calls=%update
 }
 """
@@ -58,9 +61,10 @@ def program():
 
 
 def test_a_loops_body_counts_as_often_as_it_runs(program):
-    assert program.pallas_calls() == {"attend": 4, "flush": 1}
+    assert program.pallas_calls() == {"attend": 4, "product": 1, "flush": 1}
     assert program.collectives() == {"all-reduce": 4}
     assert program.estimated_cycles() == 400
+    assert program.operations() == 4 * (6 + 1) + 6  # the condition, too
 
 
 def test_launches_inside_and_outside_of_loops_whose_turns_nobody_knows(program):
@@ -71,12 +75,13 @@ def test_launches_inside_and_outside_of_loops_whose_turns_nobody_knows(program):
 
 
 def test_copies_of_the_cache_are_found_wherever_it_goes(program):
-    """Through tuples, loop and kernel. Not the weights' copy, prefetches into VMEM and CMEM, or the update in place."""
-    assert program.copies_of(CACHE, 8 * 128 * 4) == ["layer", "saved"]
+    """Through tuples, loop and a kernel that works in place. Not the weights' copy, prefetches into VMEM and CMEM, what
+    a kernel makes of it, or the update in place."""
+    assert program.copies_of(CACHE, 8 * 128 * 4) == ["layer", "saved", "flushed_copy"]
 
 
 def test_copies_below_the_threshold_are_nobodys_business(program):
-    assert program.copies_of(CACHE, 8 * 128 * 4 + 1) == ["saved"]
+    assert program.copies_of(CACHE, 8 * 128 * 4 + 1) == ["saved", "flushed_copy"]
 
 
 def test_a_shape_that_is_no_parameter_has_no_copies(program):

@@ -1,7 +1,7 @@
 """Gates: the engine's own programs, compiled by the real TPU compiler, as they will run on real chips.
 
-`make test` runs a pairwise selection, `make gates` the whole product. Two layers show what all layers do, and a cache
-that is too large for VMEM (128 MiB) is treated as a real one is.
+`make test` runs a pairwise selection, `make gates` the whole product. Two layers show what all layers do. The int8
+cache's scales would fit into VMEM (128 MiB) here, which invites XLA to move them there and back.
 """
 
 import functools
@@ -18,10 +18,10 @@ from slipstream.engine_impl.engine import Engine
 from slipstream.engine_impl.hlo import Instruction, Program
 from slipstream.engine_impl.models.llama import LlamaConfig
 from slipstream.engine_impl.plan import abstract_engine
+from slipstream.engine_impl.presets import PRESETS
 from slipstream.engine_impl.sampling_params import MAX_LOGPROBS
 
 SLOTS, CACHE_LENGTH, BUCKET, LAYERS, VOCABULARY = 64, 4096, 256, 2, 32768
-SCALED_CACHE_LENGTH = 196608  # of 1 kv head a chip in int8: the scales alone must be too large for VMEM
 PROGRAMS = ("generate", "insert", "prefill")
 TOPOLOGIES = ("v5e:2x4", "v6e:2x4", "v5p:2x2x2")
 
@@ -56,10 +56,7 @@ def small_engine(
         model_dim=1024, ffn_dim=2048, vocab_size=VOCABULARY, context_length=8192, tied_embeddings=False,
         rope_theta=1e4, rms_norm_eps=1e-5,
     )  # fmt: skip
-    cache_length = CACHE_LENGTH if quantize_kv == "none" else SCALED_CACHE_LENGTH // kv_heads
-    config = EngineConfig(
-        slots=SLOTS, cache_length=cache_length, max_prefill_length=bucket, quantize_kv=quantize_kv
-    )  # fmt: skip
+    config = EngineConfig(slots=SLOTS, cache_length=CACHE_LENGTH, max_prefill_length=bucket, quantize_kv=quantize_kv)
     return abstract_engine(shape, topology, config)
 
 
@@ -86,6 +83,19 @@ def copies_of_counts(hlo: Program, engine: Engine) -> list[str]:
     ]
 
 
+def moved_on_chip(hlo: Program, engine: Engine) -> list[str]:
+    """Whole layers of the cache, or more, in VMEM or CMEM: rows that no slot uses would be read too."""
+    layers = {
+        leaf.sharding.shard_shape(leaf.shape)[1:] for leaf in jax.tree.leaves(engine.layout.abstract(engine.mesh))
+    }
+    return [
+        instruction.name
+        for computation in hlo.computations.values()
+        for instruction in computation.values()
+        if any(array.is_on_chip and array.shape[-4:] in layers for array in instruction.result)
+    ]
+
+
 @pytest.mark.parametrize(("program", "kv_heads", "head_dim", "topology", "quantize_kv"), CASES)
 def test_a_program_on_real_chips(program, kv_heads, head_dim, topology, quantize_kv):
     """It compiles and fits, the donated cache and counts are updated in place, and nothing copies them."""
@@ -95,6 +105,7 @@ def test_a_program_on_real_chips(program, kv_heads, head_dim, topology, quantize
     cache_bytes = engine.layout.bytes // engine.mesh.size
 
     assert cache_copies(hlo, engine) == []
+    assert moved_on_chip(hlo, engine) == []
     assert memory.argument_size_in_bytes + memory.temp_size_in_bytes + cache_bytes < chip_of(topology).hbm_bytes
     if program == "prefill":
         assert hlo.pallas_calls() == {"splash_mha_fwd_no_residuals": LAYERS}
@@ -107,6 +118,19 @@ def test_a_program_on_real_chips(program, kv_heads, head_dim, topology, quantize
         flushes = len(jax.tree.leaves(engine.layout.abstract(engine.mesh)))
         kernels = {"ragged_attention": LAYERS, "cache_flush": flushes} if program == "generate" else {}
         assert hlo.pallas_calls() == kernels
+
+
+@pytest.mark.gates
+@pytest.mark.parametrize(("slots", "cache_length"), [(128, 2048), (32, 1024)])
+def test_an_int8_cache_as_served(slots, cache_length):
+    """Llama 3.1 8B on v5e-8: 64 and 8 MiB of scales a chip, which XLA once copied to VMEM and back in every step."""
+    config = EngineConfig(
+        model="llama-3.1-8b", slots=slots, cache_length=cache_length, max_prefill_length=BUCKET, quantize_kv="int8"
+    )
+    engine = abstract_engine(PRESETS["llama-3.1-8b"], "v5e:2x4", config)
+    hlo = Program(engine.lower_generate().compile().as_text())
+    assert cache_copies(hlo, engine) == []
+    assert moved_on_chip(hlo, engine) == []
 
 
 @pytest.mark.slow
