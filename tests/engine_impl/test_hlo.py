@@ -68,7 +68,7 @@ def test_a_loops_body_counts_as_often_as_it_runs(program):
 
 
 def test_launches_inside_and_outside_of_loops_whose_turns_nobody_knows(program):
-    """Two in each of the loop's four turns, six behind it, calls and copies among them. Then the bound is no constant."""
+    """Two in each of the loop's four turns, six behind it, calls and copies too. Then the bound is no constant."""
     assert program.launches() == (4 * 2 + 6, 0)
     unknown = Program(TEXT.replace("%bound = s32[] constant(4)", "%bound = s32[] get-tuple-element(%carry.1), index=0"))
     assert unknown.launches() == (6, 2)
