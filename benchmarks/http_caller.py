@@ -152,11 +152,7 @@ def _message(text: str) -> str:
 
 def _tls(url: str, security: ChannelConfig) -> ssl.SSLContext | bool:
     """True checks the server's certificate against the usual authorities."""
-    if not url.startswith("https://"):
-        if security.is_encrypted:
-            raise RefusedError(f"target={url} is in the clear; --tls flags are for https://")
-        return True
-    if security.tls_ca is None and security.tls_cert is None:
+    if not url.startswith("https://") or (security.tls_ca is None and security.tls_cert is None):
         return True
     try:
         context = ssl.create_default_context(cafile=security.tls_ca)

@@ -1,7 +1,7 @@
 """The border between torch and JAX: two verbs, and the only file that imports torchax.
 
 `run` takes a torch module over with JAX arrays as its weights and inputs; `call_kernel` is the way back, for the one
-JAX function that a model calls, `attend`.
+JAX function that a model calls, `attend`. What torch's own `linear` becomes is said here, too.
 """
 
 import functools
@@ -58,7 +58,22 @@ def _environment() -> torchax.tensor.Environment:
     with _stand_ins_for_dropped_overloads():
         environment = torchax.default_env()
     environment.override_op_definition(grouped_matmul, functools.partial(call_kernel, jax.lax.ragged_dot))
+    environment.override_op_definition(torch.nn.functional.linear, functools.partial(call_kernel, linear))
     return environment
+
+
+def linear(x_RI: jax.Array, weight_OI: jax.Array, bias_O: jax.Array | None = None) -> jax.Array:
+    """x W^T + b; without a bias kept apart from what comes after, as the bias keeps it.
+
+    Left alone, XLA:TPU moves a split into heads before the product, onto the weight, and a layer's slice of a weight in
+    that form is first copied out of the stack: 36 k estimated cycles for a product of 4 MiB instead of 16 k. What it
+    makes of whole programs (libtpu 0.0.42, v5e:2x4, bf16, millions of static cycles, before and after): a step of 96
+    slots of llama-2-7b 9.98, 7.92; llama-3.1-8b 8.90, 8.37; of 32 slots of phi-3-mini 5.84, 4.63; gemma-2-9b 10.4, 9.8;
+    qwen2.5-7b, which has biases, 11.5, 11.7 if they are kept apart as well. A prefill of 512 tokens of llama-2-7b 18.1,
+    16.0. XLA:CPU makes the same of both.
+    """
+    out_RO = jax.lax.dot_general(x_RI, weight_OI, (((x_RI.ndim - 1,), (1,)), ((), ())))
+    return jax.lax.optimization_barrier(out_RO) if bias_O is None else out_RO + bias_O
 
 
 def run(module: torch.nn.Module, weights: Mapping[str, jax.Array], *args: Any) -> Any:

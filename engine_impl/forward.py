@@ -29,20 +29,20 @@ and, as `layer`, the layer's number; where nothing is stacked, that is 0."""
 def layer_loop_for(platform: str) -> LayerLoop:
     """How the layers are walked on a platform.
 
-    TPU: a scan. What the compiler says of 96 slots (libtpu 0.0.42; `slipstream plan` shows the scan's today), compile
-    seconds, code and temp MiB, static cycles in millions:
+    TPU: a scan. What the compiler says of 96 slots of 2048 tokens (libtpu 0.0.42; `slipstream plan` shows the scan's
+    today), compile seconds, code and temp MiB, static cycles in millions:
 
         generate       llama-3.1-8b, v5e:2x4     llama-3.1-70b, v5p:2x2x2
-        scan             5.0    4.0    7.3   9.1        6.0    5.4    28   33.7
-        unrolled        13.6   56     70     4.0       57.7  152      46   27.0
+        scan             5.0    6.1   14     8.4        6.0    7.9    41   31.1
+        unrolled        13.6   59     77     4.2       57.7  155      67   27.3
         prefill of 2048 tokens
-        scan            13.6    5.8    1.4  53.6       10.5    9.5   146  209
-        unrolled        27.3  142     48    45.0      119    500     164  203
+        scan            13.6    6.8    2.1  53.0       10.5   11     175  210
+        unrolled        27.3  136     56    45.0      119    500     164  203
 
     The unrolled step's cycles leave its weights' transfers out (they are asynchronous; 3.4 M at full bandwidth for the
-    8B), the scan's count them, some 1.6 times too high. So decoding has something to gain, but prefill shares the
-    weights' form, and there unrolling costs 0.14 to 0.5 GB of code for each bucket. Unrolling over stacked weights is
-    the worst of both: 44 s, 7.9 M cycles.
+    8B), the scan's count them, some 1.6 times too high. So decoding has little to gain, and prefill shares the weights'
+    form: there unrolling costs 0.14 to 0.5 GB of code for each bucket. Unrolling over stacked weights is the worst of
+    both: 44 s, 7.9 M cycles.
 
     Elsewhere unrolled, over a separate array a layer: XLA:CPU copies every slice of a stack, at every step.
     """

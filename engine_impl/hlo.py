@@ -115,6 +115,25 @@ class Program:
             if array.dtype in ("bf16", "f16", "f32") and sorted(n for n in array.shape if n > 1) == wanted
         ]
 
+    def loop_slices(self, threshold_bytes: int) -> list[str]:
+        """Instructions in loops that do nothing but take a slice of at least so many bytes out of an array, for another
+        to work on: a product that reads its layer's weights from the stack has no need of one."""
+        return [
+            instruction.name
+            for instruction, times in self._executed()
+            if times > 1 and self._is_slice(instruction) and instruction.result[0].bytes >= threshold_bytes
+        ]
+
+    def _is_slice(self, instruction: Instruction) -> bool:
+        """A dynamic slice, or a fusion of one with bitcasts."""
+        if instruction.opcode == "fusion":
+            body = self.computations[instruction.callees[0]]
+            result = next(i for i in body.values() if i.is_root)
+            while result.opcode == "bitcast":
+                result = body[result.operands[0]]
+            return result.opcode == "dynamic-slice"
+        return instruction.opcode == "dynamic-slice"
+
     def copies_of(self, shape: tuple[int, ...], threshold_bytes: int) -> list[str]:
         """Instructions that copy, transpose, slice or relayout the parameter of this shape, or what came of it.
 

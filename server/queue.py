@@ -29,7 +29,7 @@ class RequestQueue:
     earlier than it did. Priorities are bounded, so nobody starves: what comes 2 * MAX_PRIORITY * AGEING_S seconds
     later cannot go first, whatever its priority.
 
-    What alone exceeds `max_queued_tokens` is let into an empty queue: it could never be served otherwise.
+    A prompt that alone exceeds `max_queued_tokens` is let into an empty queue: it could never be served otherwise.
     """
 
     def __init__(self, max_queued: int, max_queued_tokens: int | None = None) -> None:
@@ -130,10 +130,16 @@ class RequestQueue:
     def _check_room(self, count: int, tokens: int) -> None:
         if self._closed is not None:
             raise self._closed
+        limit = self.max_queued_tokens
         if count > self.max_queued:
             raise RefusedError(
                 f"{count} prompts at once exceed max_queued={self.max_queued}; "
                 "send fewer in one request or serve with a larger --max-queued"
+            )
+        if count > 1 and limit is not None and tokens > limit:
+            raise RefusedError(
+                f"{count} prompts of {tokens} tokens at once exceed max_queued_tokens={limit}; "
+                "send fewer in one request or serve with a larger --max-queued-tokens"
             )
         if len(self._waiting) + count > self.max_queued:
             more = f", {count} more exceed" if count > 1 else " and"
@@ -142,7 +148,6 @@ class RequestQueue:
                 "try again later or serve with a larger --max-queued",
                 retry_after_s=self._retry_after_s(),
             )
-        limit = self.max_queued_tokens
         if limit is not None and self._waiting and self.tokens + tokens > limit:
             raise QueueFullError(
                 f"prompts of {self.tokens} tokens wait already, {tokens} more exceed max_queued_tokens={limit}; "

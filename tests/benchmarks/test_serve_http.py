@@ -53,23 +53,23 @@ def test_a_request_is_what_the_servers_expect(bench):
     assert last == first | {"model": "other", "ignore_eos": True}
 
 
-@pytest.mark.parametrize("fake", [OpenAiFake(), OpenAiFake(sends_ids=False), OpenAiFake(sends_usage=False)], ids=str)
-def test_tokens_are_counted_by_ids_or_by_usage(fake, bench):
-    with fake.serving() as url:
+@pytest.mark.parametrize("told", [{}, {"sends_ids": False}, {"sends_usage": False}], ids=str)
+def test_tokens_are_counted_by_ids_or_by_usage(told, bench):
+    with OpenAiFake(**told).serving() as url:
         row = bench(url + "/v1/")  # OpenAI's base URL will do
     assert (row["completed"], row["rejected"], row["failed"], row["output_tokens"]) == (4, 0, 0, 20)
     assert 0 < row["ttft_ms"]["p50"] < row["e2e_ms"]["p50"]
 
 
-@pytest.mark.parametrize("fake", [OpenAiFake(), OpenAiFake(sends_ids=False)], ids=str)
-def test_every_chunk_with_tokens_has_its_time(fake):
+@pytest.mark.parametrize("sends_ids", [True, False])
+def test_every_chunk_with_tokens_has_its_time(sends_ids):
     """Five tokens in three chunks."""
 
     async def call(url):
         async with HttpCaller(url, 10.0) as caller:
             return await caller.call(Ask([97], 5), time.perf_counter())
 
-    with fake.serving() as url:
+    with OpenAiFake(sends_ids=sends_ids).serving() as url:
         record = asyncio.run(call(url))
     assert (record.status, record.tokens, len(record.token_times)) == ("completed", 5, 3)
     assert record.due < record.token_times[0] < record.token_times[1] < record.token_times[2] <= record.end
@@ -175,7 +175,7 @@ def test_ratios_by_hand():
         (["--pairs", "2"], "--pairs and --versus-model are for two servers: add --versus-target"),
         (["--versus-target", "localhost:1", "--pairs", "0"], "pairs=0 must be at least 1"),
         (["--target", "ftp://localhost:1"], "must be host:port (gRPC), http://... or https://..."),
-        (["--target", "http://localhost:1", "--tls"], "--tls flags are for https://"),
+        (["--target", "http://localhost:1", "--tls"], "is in the clear; --tls flags are for https://"),
         (["--target", "https://localhost:1", "--tls-ca", "/nowhere/ca.pem"], "cannot be used"),
     ],
 )

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+import jax
 import pytest
 from slipstream.engine_impl.budget import cache_copies
 from slipstream.engine_impl.chips import chip_of
@@ -68,3 +69,31 @@ def test_a_prompt_of_layers_that_see_differently_far():
 def test_a_real_shape(name, program):
     config = EngineConfig(model=name, slots=REAL[name], cache_length=4096, max_prefill_length=BUCKET)
     check(abstract_engine(PRESETS[name], TOPOLOGY, config), program)
+
+
+def sliced_weights(name: str, program: str) -> list[str]:
+    """Slices of at least 256 KiB that a layer takes out of a stack before it uses them; of eight layers."""
+    config = EngineConfig(model=name, slots=32, cache_length=4096, max_prefill_length=512)
+    engine = abstract_engine(replace(PRESETS[name], num_layers=8), TOPOLOGY, config)
+    executable = (engine.lower_generate() if program == "generate" else engine.lower_prefill(512)).compile()
+    return Program(executable.as_text()).loop_slices(2**18)
+
+
+@pytest.mark.parametrize(
+    ("name", "program"),
+    [
+        pytest.param("llama-2-7b", "generate", marks=pytest.mark.slow),
+        pytest.param("llama-2-7b", "prefill", marks=pytest.mark.gates),
+        pytest.param("qwen3-8b", "generate", marks=pytest.mark.gates),
+        pytest.param("phi-3-mini", "generate", marks=pytest.mark.gates),
+    ],
+)
+def test_products_read_the_stacked_weights_themselves(name, program):
+    assert sliced_weights(name, program) == []
+
+
+@pytest.mark.slow
+def test_left_alone_the_compiler_would_slice_them_out(monkeypatch):
+    """Why `bridge.linear` keeps a product apart; and that the gate sees it."""
+    monkeypatch.setattr(jax.lax, "optimization_barrier", lambda x: x)
+    assert len(sliced_weights("llama-2-7b", "generate")) == 3  # q, k, v

@@ -7,6 +7,7 @@ import time
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from slipstream.engine_impl.errors import RefusedError
 from slipstream.server import queue
 from slipstream.server.errors import QueueFullError, UnavailableError
 from slipstream.server.queue import AGEING_S, RETRY_S, RequestQueue
@@ -120,6 +121,23 @@ def test_a_prompt_beyond_the_token_limit_is_let_into_an_empty_queue():
     waiting.put(request(length=11))
     with pytest.raises(QueueFullError):
         waiting.put(request(length=1))
+
+
+def test_several_wait_together_or_not_at_all(clock):
+    waiting = RequestQueue(3, max_queued_tokens=10)
+    first, *more = [request(length=3) for _ in range(4)]
+    waiting.put(first)
+    with pytest.raises(QueueFullError, match="1 requests wait already, 3 more exceed max_queued=3"):
+        waiting.put(*more)
+    with pytest.raises(QueueFullError, match="prompts of 3 tokens wait already, 8 more exceed max_queued_tokens=10"):
+        waiting.put(request(length=4), request(length=4))
+    with pytest.raises(RefusedError, match="4 prompts at once exceed max_queued=3"):
+        waiting.put(request(), request(), request(), request())
+    with pytest.raises(RefusedError, match="2 prompts of 12 tokens at once exceed max_queued_tokens=10"):
+        waiting.put(request(length=6), request(length=6))
+    assert (len(waiting), waiting.tokens) == (1, 3)
+    waiting.put(*more[:2])
+    assert drained(waiting) == [first, *more[:2]]
 
 
 def test_the_retry_hint_follows_the_pace(clock):

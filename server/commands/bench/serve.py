@@ -76,9 +76,9 @@ class BenchServe:
             check_positive(name, getattr(self, name))
         if self.warm_up < 0:
             raise RefusedError(f"warm_up={self.warm_up} must be 0 or more")
-        check_target(self.target, self.model)
+        check_target(self.target, self.model, self.channel)
         if self.versus_target is not None:
-            check_target(self.versus_target, self.versus_model)
+            check_target(self.versus_target, self.versus_model, self.channel)
         elif self.pairs is not None or self.versus_model is not None:
             raise RefusedError("--pairs and --versus-model are for two servers: add --versus-target")
 
@@ -108,8 +108,10 @@ class BenchServe:
         return finish(run(plan, numbers("load", self.load), self.plot), self.as_json)
 
 
-def check_target(target: str, model: str | None) -> None:
+def check_target(target: str, model: str | None, channel: ChannelConfig) -> None:
     """Raises RefusedError unless gRPC or HTTP can be spoken there."""
+    if target.startswith("http://") and channel.is_encrypted:
+        raise RefusedError(f"target={target!r} is in the clear; --tls flags are for https:// and gRPC")
     if "://" in target and not target.startswith(SCHEMES):
         raise RefusedError(f"target={target!r} must be host:port (gRPC), http://... or https://...")
     if model is not None and "://" not in target:

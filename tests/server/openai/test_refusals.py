@@ -10,6 +10,8 @@ import pytest
 from openai import APIError, BadRequestError, InternalServerError, NotFoundError, RateLimitError
 from slipstream.server.config import SecurityConfig, ServerConfig
 from slipstream.server.lifecycle import Serving
+from slipstream.server.openai import door
+from slipstream.server.openai.answers import Completion
 
 from tests.fakes import FakeEngine
 from tests.server.calls import WAIT_S, until
@@ -154,6 +156,36 @@ def test_a_failure_before_the_first_token_of_a_stream_has_a_status():
                 await client.completions.create(model="fake", **A, stream=True)
 
     asyncio.run(scenario())
+
+
+@pytest.mark.parametrize("is_stream", [False, True])
+def test_a_bug_of_ours_is_told_and_logged_and_the_server_goes_on(is_stream, monkeypatch, caplog):
+    async def scenario():
+        async with serving() as (server, client):
+            with monkeypatch.context() as broken:
+                broken.setattr(Completion, "chunk" if is_stream else "whole", lambda *args: 1 / 0)
+                with pytest.raises(InternalServerError, match="the server failed; its log tells why"):
+                    await client.completions.create(model="fake", **A, stream=is_stream)
+            assert (await client.completions.create(model="fake", **A)).choices[0].text == "bcd"
+            assert server._desk.calls == server.orchestrator.slots_in_use == 0
+
+    asyncio.run(scenario())
+    (record,) = [record for record in caplog.records if record.levelname == "ERROR"]
+    assert "failed in the HTTP front" in record.message
+    assert record.exc_info[0] is ZeroDivisionError
+
+
+def test_a_body_that_does_not_come_is_given_up(monkeypatch):
+    monkeypatch.setattr(door, "BODY_S", 0.05)
+
+    async def scenario():
+        async with serving() as (server, _):
+            reader, writer = await asyncio.open_connection(*server.http_address.split(":"))
+            writer.write(b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: 99\r\n\r\n{")
+            assert b"408" in await reader.readline()
+            writer.close()
+
+    asyncio.run(asyncio.wait_for(scenario(), WAIT_S))
 
 
 def test_paths_methods_and_sizes():
