@@ -254,9 +254,9 @@ def draw_curves(path: Path, result: dict[str, Any]) -> None:
             found |= {title: (curve["x"], curve[key])} if key in curve else {}
         return found
 
-    live: dict[str, Any] = {}
-    for cache_length, curve in result["live_tokens"].items():
-        live = of(f"S = {cache_length}", curve) | live
+    live = {}
+    for cache_length in sorted(result["live_tokens"], key=int):  # the bytes are the same for all, the last has them all
+        live |= of(f"S = {cache_length}", result["live_tokens"][cache_length])
     draw(
         path,
         [

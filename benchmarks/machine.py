@@ -17,6 +17,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental.compilation_cache import compilation_cache
 
+from ..engine_impl.errors import RefusedError
+
 COPIED_BYTES = {"cpu": 512 * 2**20}
 """Size of the array that is copied, by platform (bytes): far beyond any cache."""
 COPIED_BYTES_ELSEWHERE = 2 * 2**30
@@ -44,10 +46,12 @@ DATASHEET_BANDWIDTH = {
 def use_threads(threads: int | None) -> int:
     """Limit this process to so many CPU cores, torch too; before JAX starts its thread pool. Returns how many it uses.
 
-    None leaves it as it is: all cores that the process may use.
+    None leaves it as it is: all cores that the process may use. Raises RefusedError for more than those.
     """
     allowed = sorted(os.sched_getaffinity(0))
     if threads is not None:
+        if threads > len(allowed):
+            raise RefusedError(f"{threads=} must be at most {len(allowed)}, the cores that this process may use")
         os.sched_setaffinity(0, allowed[:threads])
     used = len(os.sched_getaffinity(0))
     import torch
@@ -73,13 +77,14 @@ def compiling_anew() -> Iterator[None]:
 
     JAX decides once whether it uses the folder, and heeds its own flag again after a reset only.
     """
-    before = jax.config.jax_enable_compilation_cache
-    jax.config.update("jax_enable_compilation_cache", False)
+    config: Any = jax.config
+    before = config.jax_enable_compilation_cache
+    config.update("jax_enable_compilation_cache", False)
     compilation_cache.reset_cache()
     try:
         yield
     finally:
-        jax.config.update("jax_enable_compilation_cache", before)
+        config.update("jax_enable_compilation_cache", before)
         compilation_cache.reset_cache()
 
 

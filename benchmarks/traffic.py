@@ -14,8 +14,9 @@ from ..engine_impl.quantized_linear import Int4Linear, Int8ExpertLinear, Quantiz
 def bytes_per_step(engine: Engine, params: Params, live_tokens: int) -> int:
     """Weights and all live rows read once, the new rows written; of what is quantised, codes and scales.
 
-    Not counted: an embedding table that is not also the output projection (a step reads one row of it a slot), the
-    zeros that fill up narrow heads, and experts that nobody chooses.
+    Each chip reads its own: kv heads that several chips have count for each. Not counted: an embedding table that is
+    not also the output projection (a step reads one row of it a slot), the zeros that fill up narrow heads, and experts
+    that nobody chooses.
     """
     layers = params["layers"]
     weights = sum(

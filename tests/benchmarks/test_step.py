@@ -250,6 +250,7 @@ def test_bytes_are_weights_but_the_embedding_and_live_rows(tiny_loaded):
         (["--live-tokens", "1024"], "live_tokens=1024 must be above 8 and at most 1016"),
         (["--live-tokens", "8"], "live_tokens=8 must be above 8"),
         (["--model", "llama-9"], "llama-9"),
+        (["--threads", "4096"], "threads=4096 must be at most"),
         (
             ["--versus", "transformers", "--quantize-weights", "int8"],
             "versus='transformers' is given float weights and a float cache; leave out --quantize-weights",
