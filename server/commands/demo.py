@@ -71,18 +71,21 @@ def speed(start: float, arrivals: list[float], tokens: int) -> str:
 
 
 class Log:
-    """A process's stderr, passed on to ours."""
+    """What a process writes, passed on to our stderr."""
 
     def __init__(self, lines: Iterable[str]) -> None:
         self.held = threading.Lock()
         """Whoever has it writes undisturbed; the lines wait."""
         self._lines = lines
         self._thread = threading.Thread(target=self._pass_on, name="log", daemon=True)
+
+    def start(self) -> None:
         self._thread.start()
 
     def close(self) -> None:
         """Waits for the last line."""
-        self._thread.join(STOP_S)
+        if self._thread.is_alive():
+            self._thread.join(STOP_S)
 
     def _pass_on(self) -> None:
         for line in self._lines:
@@ -96,17 +99,17 @@ def server(engine: EngineConfig, *words: str) -> Iterator[tuple[subprocess.Popen
     command = [*CLI, "serve", "--port", "0", *flags(engine), *words]
     # A session of its own: Ctrl-C is ours to handle.
     process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
     )
     assert process.stdout is not None
-    assert process.stderr is not None
-    log = Log(process.stderr)
+    log = Log(process.stdout)
     try:
         for line in process.stdout:
             if match := re.match(r"SERVING on (\S+)", line):
+                log.start()
                 yield process, match[1], log
                 return
-            print(line, end="", flush=True)
+            print(line, end="", file=sys.stderr, flush=True)
         raise SystemExit(process.wait(STOP_S) or 1)  # the server has told why
     finally:
         if process.poll() is None:
@@ -114,7 +117,6 @@ def server(engine: EngineConfig, *words: str) -> Iterator[tuple[subprocess.Popen
             process.wait()
         log.close()
         process.stdout.close()
-        process.stderr.close()
 
 
 def flags(engine: EngineConfig) -> list[str]:
