@@ -1,6 +1,7 @@
 """What every test needs before JAX is imported: eight virtual CPUs, and a TPU compiler without a TPU."""
 
 import os
+import signal
 
 os.environ.update(
     JAX_PLATFORMS="cpu",
@@ -12,3 +13,6 @@ os.environ.update(
     ALLOW_MULTIPLE_LIBTPU_LOAD="1",
     HF_HUB_OFFLINE="1",
 )
+
+# A shell that starts the suite in the background has it ignore Ctrl-C, which some tests press.
+signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -235,9 +235,11 @@ def test_request_ids_are_the_callers_or_ours_and_come_back_whatever_happens():
             assert dict(await call.initial_metadata())["x-request-id"] == "mine-1"
             ids = set()
             for _ in range(2):
-                call = stub.Decode(text_request("a"), timeout=WAIT_S)
-                ids.add(dict(await call.initial_metadata())["x-request-id"])
+                other = stub.Decode(text_request("a"), timeout=WAIT_S)
+                ids.add(dict(await other.initial_metadata())["x-request-id"])
+                assert [reply async for reply in other]
             assert len(ids) == 2
+            assert [reply async for reply in call]  # or its prefill would be among those that fail below
             error = await failure(channel, text_request(""), metadata=mine)
             assert dict(error.trailing_metadata())["x-request-id"] == "mine-1"
             engine.on_prefill = lambda prompt: 1 / 0
