@@ -25,6 +25,7 @@ from ..engine_impl.topology import devices_of
 from ..kernels.ragged_attention.reference import BLOCK
 from ..kernels.ragged_attention.xla_gpu import rows_a_block
 from .attentions import Attention, Case, attentions
+from .table import print_tables
 
 GIB, MIB = 2**30, 2**20
 TOPOLOGY = "h100:1"
@@ -139,12 +140,5 @@ def _line(cells: list[Any]) -> str:
 TABLES = {"serving": serving_rows, "loops": loop_rows, "attention": attention_rows}
 
 
-def main(names: list[str]) -> None:
-    for name in names or TABLES:
-        for row in TABLES[name]():
-            print(row, flush=True)
-        print()
-
-
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    print_tables(TABLES, sys.argv[1:])

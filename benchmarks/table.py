@@ -1,7 +1,7 @@
 """A table for a terminal, and a line of progress."""
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 
 def table(headers: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
@@ -18,6 +18,14 @@ def table(headers: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
         return "  ".join(padded).rstrip()
 
     return "\n".join([line(headers), "  ".join("-" * width for width in widths), *map(line, cells)])
+
+
+def print_tables(tables: Mapping[str, Callable[[], Iterable[str]]], names: Sequence[str]) -> None:
+    """Those that are named, or all of them; rows as they are made."""
+    for name in names or tables:
+        for row in tables[name]():
+            print(row, flush=True)
+        print()
 
 
 def _text(value: object) -> str:

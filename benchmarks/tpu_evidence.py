@@ -17,6 +17,7 @@ from ..engine_impl.plan import abstract_engine, plan, shape_of
 from ..kernels.cache_flush.pallas_tpu import VMEM_BYTES, layer_group, tile_rows
 from .eager import EagerEngine
 from .kernel_report import CORES, FLUSH_LAYERS, FlushRow, ScatterRow, Setting, measure
+from .table import print_tables
 
 GIB, MIB = 2**30, 2**20
 
@@ -152,12 +153,5 @@ def write_rows(topology: str = "v5e:2x4") -> Iterator[str]:
 TABLES = {"serving": serving_rows, "quantized": quantized_rows, "designs": design_rows, "writes": write_rows}
 
 
-def main(names: list[str]) -> None:
-    for name in names or TABLES:
-        for row in TABLES[name]():
-            print(row, flush=True)
-        print()
-
-
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    print_tables(TABLES, sys.argv[1:])

@@ -158,6 +158,21 @@ def test_what_one_program_leaves_the_next_takes_as_it_lies(kv_heads, head_dim, q
 
 
 @pytest.mark.slow
+def test_the_programs_beside_the_step():
+    """Scoring flushes in place like a step; another first token leaves the logits where they lie."""
+    engine = small_engine(4, 128, "v5e:2x4")
+    scoring = engine.lower_score_step().compile()
+    hlo = Program(scoring.as_text())
+    assert cache_copies(hlo, engine) == []
+    assert hlo.pallas_calls() == {"ragged_attention": LAYERS, "cache_flush": 1}
+    assert scoring.memory_analysis().alias_size_in_bytes >= engine.layout.bytes // engine.mesh.size
+
+    again = Program(engine.lower_resample().compile().as_text())
+    assert again.floats_of((VOCABULARY // engine.mesh.size,))  # a chip's share is there
+    assert again.floats_of((VOCABULARY,)) == []
+
+
+@pytest.mark.slow
 def test_no_step_sorts_the_vocabulary():
     """A sort of it takes the compiler 23 s by itself, and the chip more than the rest of the sampler. What is sorted is
     what every chip found likeliest."""
