@@ -25,13 +25,14 @@ from ..engine_impl.forward import Params
 from ..engine_impl.loading import build_engine, choose_devices
 from ..engine_impl.models import registry
 from ..engine_impl.models.parts import Linear
-from ..engine_impl.quantized_linear import Int4Linear, QuantizedLinear
+from ..engine_impl.quantization.linear import Int4Linear, QuantizedLinear
 from ..engine_impl.scoring import perplexity
-from ..engine_impl.weights import HEAD, Checkpoint, float_shapes
-from . import exam, machine
+from ..engine_impl.weights.load import HEAD, Checkpoint, float_shapes
+from . import exam
 from .exam import Exam
-from .stats import percentile
-from .table import Progress, table
+from .measure import machine
+from .measure.stats import percentile
+from .measure.table import Progress, table
 
 MIB = 2**20
 

@@ -19,13 +19,13 @@ from ..engine_impl.config import EngineConfig
 from ..engine_impl.engine import Engine
 from ..engine_impl.errors import RefusedError
 from ..engine_impl.loading import build_engine
-from . import machine
+from .baselines.steppers import EngineStepper
 from .host import HostBench
-from .models import Loaded, load
-from .stats import slope
-from .steppers import EngineStepper
-from .table import Progress, table
-from .traffic import bytes_per_step
+from .measure import machine
+from .measure.models import Loaded, load
+from .measure.stats import slope
+from .measure.table import Progress, table
+from .measure.traffic import bytes_per_step
 
 INSERTS = 7
 """Inserts of a block."""
@@ -75,7 +75,7 @@ def run(plan: GrowthPlan, plot: Path | None) -> dict[str, Any]:
     Raises RefusedError for sizes that cannot be measured, before anything is.
     """
     if plot is not None:
-        from .plot import check_plot
+        from .measure.plot import check_plot
 
         check_plot(plot)
     for cache_length in plan.cache_lengths:
@@ -246,7 +246,7 @@ def _part(title: str, x: str, curve: Curve, compared: dict[str, float | None] | 
 
 def draw_curves(path: Path, result: dict[str, Any]) -> None:
     """Four panels, measured and at copy bandwidth."""
-    from .plot import Panel, draw
+    from .measure.plot import Panel, draw
 
     def of(name: str, curve: Curve) -> dict[str, tuple[list[float], list[float]]]:
         found = {name: (curve["x"], curve["ms"])}

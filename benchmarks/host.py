@@ -11,11 +11,11 @@ import numpy as np
 from ..engine_impl.config import EngineConfig
 from ..engine_impl.engine import Engine
 from ..engine_impl.models.llama import LlamaConfig
-from ..engine_impl.sampling_params import SamplingParams
-from ..server.orchestrator import Orchestrator
-from ..server.request import Event, Request
-from .models import load_random
-from .steppers import EngineStepper
+from ..engine_impl.sampling.params import SamplingParams
+from ..server.request.request import Event, Request
+from ..server.scheduler.loop import Orchestrator
+from .baselines.steppers import EngineStepper
+from .measure.models import load_random
 
 TINY = LlamaConfig(
     num_layers=1, num_heads=2, num_kv_heads=1, head_dim=16, model_dim=32, ffn_dim=32, vocab_size=128,

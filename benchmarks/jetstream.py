@@ -16,17 +16,17 @@ import numpy as np
 
 from ..engine_impl.config import EngineConfig
 from ..protos import orchestrator_pb2 as pb
-from ..server.commands.demo import server
+from ..server.child import server
 from ..server.errors import FailedError
-from ..server.front import JETSTREAM_SERVICE
-from .caller import Record
-from .grpc_caller import GrpcCaller
-from .loops import closed
-from .machine import warn_if_busy
-from .report import Slo, report
-from .stats import percentile
-from .table import Progress, table
-from .workload import Ask, make_requests
+from ..server.grpc.service import JETSTREAM_SERVICE
+from .load.caller import Record
+from .load.grpc_caller import GrpcCaller
+from .load.loops import closed
+from .load.report import Slo, report
+from .load.workload import Ask, make_requests
+from .measure.machine import warn_if_busy
+from .measure.stats import percentile
+from .measure.table import Progress, table
 
 SIDES = {"ours": (), "jetstream": ("--orchestrator", "jetstream")}
 IDS = (300, 1000)

@@ -15,12 +15,12 @@ import numpy as np
 from ..cache_manager import CacheLayout
 from ..engine_impl.errors import RefusedError
 from ..engine_impl.loading import choose_devices, choose_dtype
-from ..engine_impl.sharding import make_mesh
+from ..engine_impl.weights.sharding import make_mesh
 from ..kernels import Backend, backend_for, cache_flush
-from . import machine
-from .attentions import Attention, Case, attentions
-from .stats import percentile
-from .table import Progress, table
+from .baselines.attentions import Attention, Case, attentions
+from .measure import machine
+from .measure.stats import percentile
+from .measure.table import Progress, table
 
 Flush = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 """(cache_LBKSC, new_LBKC, position_B) -> cache_LBKSC, donated"""

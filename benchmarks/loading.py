@@ -16,13 +16,13 @@ import jax
 from safetensors.numpy import save_file
 
 from ..engine_impl.checkpoints.safetensors import INDEX, SafetensorsCheckpoint
+from ..engine_impl.compiler.presets import preset
 from ..engine_impl.config import EngineConfig
 from ..engine_impl.errors import RefusedError
 from ..engine_impl.forward import LayerLoop
 from ..engine_impl.loading import build_engine
 from ..engine_impl.models.llama import LlamaConfig
-from ..engine_impl.presets import preset
-from .models import RandomCheckpoint
+from .measure.models import RandomCheckpoint
 
 MIB = 2**20
 

@@ -19,15 +19,15 @@ from ..protos.orchestrator_pb2_grpc import OrchestratorStub
 from ..server.config import ServerConfig
 from ..server.errors import FailedError
 from ..server.lifecycle import Serving
-from . import machine
-from .caller import Record
-from .grpc_caller import GrpcCaller
-from .hosted import hosted, metric
-from .loops import closed, opened
-from .stats import percentile
-from .steppers import EngineStepper
-from .table import Progress, table
-from .workload import Ask, arrivals, lengths, make_requests
+from .baselines.steppers import EngineStepper
+from .load.caller import Record
+from .load.grpc_caller import GrpcCaller
+from .load.hosted import hosted, metric
+from .load.loops import closed, opened
+from .load.workload import Ask, arrivals, lengths, make_requests
+from .measure import machine
+from .measure.stats import percentile
+from .measure.table import Progress, table
 
 CALL_S = 600.0
 REUSES = 10

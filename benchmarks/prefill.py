@@ -12,13 +12,13 @@ import numpy as np
 
 from ..engine_impl.config import EngineConfig
 from ..engine_impl.errors import RefusedError
-from . import machine
-from .flops import datasheet_flops, matmul_flops, prefill_flops
-from .models import Loaded, load
-from .prefillers import EnginePrefiller, Prefiller, TransformersPrefiller, in_turns, timed
-from .stats import Ratio
-from .table import Progress, table
-from .traffic import stored_as
+from .baselines.prefillers import EnginePrefiller, Prefiller, TransformersPrefiller, in_turns, timed
+from .measure import machine
+from .measure.flops import datasheet_flops, matmul_flops, prefill_flops
+from .measure.models import Loaded, load
+from .measure.stats import Ratio
+from .measure.table import Progress, table
+from .measure.traffic import stored_as
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -159,7 +159,7 @@ def baseline(loaded: Loaded) -> Prefiller:
     """transformers on the same weights and type. Raises RefusedError where the engine does not run on a CPU."""
     if loaded.engine.mesh.devices.flat[0].platform != "cpu":
         raise RefusedError("versus='transformers' is compared on CPUs only; use --platform cpu")
-    from .huggingface import transformers_model
+    from .baselines.huggingface import transformers_model
 
     return TransformersPrefiller(transformers_model(loaded.checkpoint, loaded.engine.layout.dtype.name))
 

@@ -15,17 +15,17 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from ..engine_impl.errors import RefusedError
-from ..server.channel import PLAIN, ChannelConfig
 from ..server.errors import FailedError
-from .caller import Caller, Record
-from .grpc_caller import GrpcCaller
-from .http_caller import HttpCaller
-from .loops import closed, opened
-from .machine import cpu_name, version, warn_if_busy
-from .report import Slo, report
-from .stats import Ratio
-from .table import Progress, table
-from .workload import OUTPUT, PROMPT, Ask, arrivals, id_range, lengths, make_requests
+from ..server.grpc.channel import PLAIN, ChannelConfig
+from .load.caller import Caller, Record
+from .load.grpc_caller import GrpcCaller
+from .load.http_caller import HttpCaller
+from .load.loops import closed, opened
+from .load.report import Slo, report
+from .load.workload import OUTPUT, PROMPT, Ask, arrivals, id_range, lengths, make_requests
+from .measure.machine import cpu_name, version, warn_if_busy
+from .measure.stats import Ratio
+from .measure.table import Progress, table
 
 CLIENT_BUSY = 0.9
 """Beyond this share of a core the client may be what is measured."""
@@ -85,7 +85,7 @@ def run(plan: ServePlan, loads: list[float], plot: Path | None) -> dict[str, Any
     request of a load was answered.
     """
     if plot is not None:
-        from .plot import check_plot
+        from .measure.plot import check_plot
 
         check_plot(plot)
     asks = make_requests(
@@ -107,7 +107,7 @@ def run(plan: ServePlan, loads: list[float], plot: Path | None) -> dict[str, Any
     results = [asyncio.run(run_load(plan, asks, load)) for load in loads]
     print(summary(plan, results))
     if plot is not None:
-        from .plot import plot_loads
+        from .measure.plot import plot_loads
 
         plot_loads(plot, plan.pattern, results)
     facts = asdict(plan)

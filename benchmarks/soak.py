@@ -21,12 +21,12 @@ import grpc
 from ..protos import orchestrator_pb2 as pb
 from ..protos.orchestrator_pb2_grpc import OrchestratorStub
 from ..server.errors import FailedError
-from ..server.front import RETRY_AFTER
+from ..server.grpc.service import RETRY_AFTER
 from ..server.lifecycle import Serving
-from ..server.metrics import Outcome
-from . import machine
-from .hosted import metric
-from .table import Progress, table
+from ..server.observe.metrics import Outcome
+from .load.hosted import metric
+from .measure import machine
+from .measure.table import Progress, table
 
 EOF: Any = grpc.aio.EOF  # pyright: ignore[reportAttributeAccessIssue]
 OK, FULL = grpc.StatusCode.OK, grpc.StatusCode.RESOURCE_EXHAUSTED

@@ -70,8 +70,9 @@ def covered(intervals: list[Interval], since: float, until: float) -> float:
 
 def run(file: Path, words: list[str]) -> int:
     """The command's exit status."""
-    from ..engine_impl import compilations, loading
-    from ..server import cli
+    from ..cli import main as cli
+    from ..engine_impl import loading
+    from ..engine_impl.runtime import compilations
 
     notes = Notes()
     load_engine: Any = loading.load_engine

@@ -23,11 +23,11 @@ from ..engine_impl.checkpoints.embedded import home
 from ..engine_impl.checkpoints.open import open_checkpoint
 from ..engine_impl.config import EngineConfig
 from ..engine_impl.loading import choose_devices
-from ..server.commands.demo import flags
+from ..server.child import flags
 from ..server.errors import FailedError
-from . import machine
+from .measure import machine
+from .measure.table import Progress, table
 from .stages import Notes, seconds
-from .table import Progress, table
 
 GOAL_S = 10.0
 """A warm `generate` on a CPU shows its first token within this (seconds)."""

@@ -18,13 +18,13 @@ from ..engine_impl.config import EngineConfig
 from ..engine_impl.engine import Engine
 from ..engine_impl.errors import RefusedError
 from ..engine_impl.loading import choose_devices
-from . import machine
-from .eager import EagerEngine
-from .models import Loaded, load, resized
-from .stats import Ratio, percentile
-from .steppers import PROMPT_LENGTH, Block, EngineStepper, Stepper
-from .table import Progress, table
-from .traffic import bytes_per_step, stored_as
+from .baselines.eager import EagerEngine
+from .baselines.steppers import PROMPT_LENGTH, Block, EngineStepper, Stepper
+from .measure import machine
+from .measure.models import Loaded, load, resized
+from .measure.stats import Ratio, percentile
+from .measure.table import Progress, table
+from .measure.traffic import bytes_per_step, stored_as
 
 Versus = Literal["none", "eager", "eager-per-layer", "transformers", "transformers-dynamic"]
 CHECKED_TOKENS = 16
@@ -237,7 +237,7 @@ def baseline_for(versus: Versus, loaded: Loaded) -> Stepper:
         return EngineStepper(eager, params if eager.layer_loop == engine.layer_loop else eager.load_params(checkpoint))
     if engine.mesh.devices.flat[0].platform != "cpu":
         raise RefusedError(f"versus={versus!r} is compared on CPUs only; use --platform cpu, or --versus eager")
-    from .huggingface import TransformersStepper, transformers_model
+    from .baselines.huggingface import TransformersStepper, transformers_model
 
     return TransformersStepper(
         transformers_model(checkpoint, engine.layout.dtype.name),

@@ -27,7 +27,8 @@ second leaf beside its codes, the scales `scale_LBK2S`, of each token's k and v.
   8738 with 8. With 1 and 4 heads it is the conversion to bf16, not HBM, that a block then waits for. A step's flush
   grows, as its tiles have 32 rows and the scales are a second kernel: 74, 277 and 553 us instead of 31, 123 and 246.
 
-The bundles are the TPU compiler's static schedule, one a cycle, stalls left out: `benchmarks/kernel_report.py`.
+The bundles are the TPU compiler's static schedule, one a cycle, stalls left out:
+`benchmarks/compiler/kernel_report.py`.
 """
 
 from dataclasses import dataclass, field

@@ -26,19 +26,21 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from .. import cache_manager, kernels
-from . import forward, sharding, weights
+from . import forward
 from .attention import Attend, attend_cache, attend_prompt, stored_head_dim
 from .config import EngineConfig
 from .errors import RefusedError
 from .forward import LayerLoop, Params
-from .logprobs import logprob_of, logprobs
 from .models.decoder import Decoder
-from .penalties import count_answer, counts_of_prompt
-from .quantize import quantize
-from .sampling import sample
-from .sampling_params import SamplingParams
-from .slot_sampling import SlotSampling
-from .tokenizer import Tokenizer
+from .quantization.swap import quantize
+from .sampling.choose import sample
+from .sampling.logprobs import logprob_of, logprobs
+from .sampling.params import SamplingParams
+from .sampling.penalties import count_answer, counts_of_prompt
+from .sampling.slots import SlotSampling
+from .text.tokenizer import Tokenizer
+from .weights import load as weights
+from .weights import sharding
 
 GREEDY = SamplingParams()
 

@@ -13,8 +13,8 @@ from torch import nn
 from ..cache_manager import KV
 from . import bridge
 from .attention import Attend
-from .logprobs import prompt_logprobs
 from .models.decoder import Decoder
+from .sampling.logprobs import prompt_logprobs
 
 LayerLoop = Literal["scan", "unrolled"]
 

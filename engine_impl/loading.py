@@ -9,18 +9,18 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from . import compilations
 from .checkpoints.embedded import home
 from .checkpoints.open import open_checkpoint
-from .chips import GPU_MEMORY_SHARE
+from .compiler.chips import GPU_MEMORY_SHARE
 from .config import EngineConfig
 from .engine import Engine
 from .errors import RefusedError
 from .forward import Params
 from .models import registry
-from .quantize import resolved
-from .sharding import make_mesh
-from .weights import Checkpoint
+from .quantization.swap import resolved
+from .runtime import compilations
+from .weights.load import Checkpoint
+from .weights.sharding import make_mesh
 
 MEMORY_SHARES = ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION")
 """JAX's variables for how much of a GPU's memory it takes when it starts; to set both is an error."""

@@ -1,1 +1,1 @@
-"""The server: command line, gRPC front, orchestrator, lifecycle."""
+"""The server: fronts, scheduler, delivery, life cycle."""

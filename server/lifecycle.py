@@ -17,22 +17,22 @@ import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
-from ..engine_impl.compilations import programs
 from ..engine_impl.errors import RefusedError
-from . import tls
+from ..engine_impl.runtime.compilations import programs
 from .config import ServerConfig, join_address
-from .desk import Desk
-from .endpoint import Endpoint
 from .errors import UnavailableError
-from .front import JETSTREAM_SERVICE, SERVICE, Front, add_to
-from .interceptors import interceptors
-from .metrics import Metrics
-from .openai.door import Door
-from .orchestrator import Orchestrator
-from .ports import FLUSH_S, check_port_is_free
-from .profile import Profile
-from .security import Guard, warn_if_open
-from .status import Status, StatusLine
+from .gateway import Desk
+from .grpc.interceptors import interceptors
+from .grpc.service import JETSTREAM_SERVICE, SERVICE, Front, add_to
+from .http.door import Door
+from .net import tls
+from .net.ports import FLUSH_S, check_port_is_free
+from .net.security import Guard, warn_if_open
+from .observe.endpoint import Endpoint
+from .observe.metrics import Metrics
+from .observe.profile import Profile
+from .observe.status import Status, StatusLine
+from .scheduler.loop import Orchestrator
 
 log = logging.getLogger(__name__)
 

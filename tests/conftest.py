@@ -1,7 +1,12 @@
-"""What every test needs before JAX is imported: eight virtual CPUs, and a TPU compiler without a TPU."""
+"""What every test needs before JAX is imported: eight virtual CPUs, and a TPU compiler without a TPU. So whatever may
+import it is imported within a fixture."""
 
 import os
 import signal
+import sys
+from types import SimpleNamespace
+
+import pytest
 
 os.environ.update(
     JAX_PLATFORMS="cpu",
@@ -16,3 +21,23 @@ os.environ.update(
 
 # A shell that starts the suite in the background has it ignore Ctrl-C, which some tests press.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.fixture
+def fake_engine(monkeypatch):
+    """What the command line loads, whatever model it is asked for."""
+    from tests.fakes import FakeEngine
+
+    engine = FakeEngine()
+    loading = SimpleNamespace(load_engine=lambda config: (engine, None))
+    monkeypatch.setitem(sys.modules, "slipstream.engine_impl.loading", loading)
+    return engine
+
+
+@pytest.fixture
+def target(fake_engine):
+    """host:port of a server over `fake_engine`."""
+    from tests.serving import serving_in_thread
+
+    with serving_in_thread(fake_engine) as address:
+        yield address

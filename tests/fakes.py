@@ -12,7 +12,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
-from slipstream.engine_impl.sampling_params import MAX_LOGPROBS
+from slipstream.engine_impl.sampling.params import MAX_LOGPROBS
 
 STOP_ID = ord("z") + 1
 BEFORE_LONG = 199

@@ -17,7 +17,7 @@ from slipstream.protos.orchestrator_pb2_grpc import OrchestratorStub
 
 pytestmark = pytest.mark.slow
 
-CLI = [sys.executable, "-m", "slipstream.server.cli"]
+CLI = [sys.executable, "-m", "slipstream.cli.main"]
 SIZES = ["--slots", "3", "--cache-length", "256", "--max-prefill-length", "64", "--tensor-parallel", "1"]
 QUESTIONS = ["What is the capital of France?", "Name three colours.", "Wie heißt du?", "2 + 2 =", "Tell me a joke."]
 CALL_S = 120

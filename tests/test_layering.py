@@ -20,7 +20,7 @@ MAY_IMPORT = {
         | {"safetensors", "sentencepiece", "huggingface_hub", "google"},
     ),
     "server": (
-        {"protos", "engine_impl", "benchmarks"},  # benchmarks: see the test below
+        {"protos", "engine_impl"},
         {"grpc", "grpc_health", "grpc_reflection", "google", "tyro", "numpy", "jetstream", "prometheus_client"}
         | {"aiohttp", "pydantic"},
     ),
@@ -31,7 +31,10 @@ MAY_IMPORT = {
 }
 ONLY_IN = {
     "torchax": {"engine_impl/bridge.py"},
-    "jetstream": {"engine_impl/jetstream.py", "server/jetstream_host.py"},  # the shims are in jetstream_compat.py
+    "jetstream": {
+        "engine_impl/jetstream/engine.py",
+        "server/jetstream/host.py",
+    },  # shims: compat.py
 }
 
 

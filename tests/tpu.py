@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from slipstream.engine_impl.hlo import Program
+from slipstream.engine_impl.compiler.hlo import Program
 
 
 @functools.cache

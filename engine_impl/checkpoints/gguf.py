@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 from tokenizers import Tokenizer as Backend
 
-from ..chat_template import ChatTemplate
 from ..errors import RefusedError
 from ..models.llama import LlamaConfig
-from ..tokenizer import Tokenizer, byte_level_bpe
+from ..text.chat_template import ChatTemplate
+from ..text.tokenizer import Tokenizer, byte_level_bpe
 from .gguf_file import GGUFFile
 from .pieces import CONTROL, USER_DEFINED, Pieces, backend_of
 

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from ..errors import RefusedError
-from ..weights import Checkpoint
+from ..weights.load import Checkpoint
 from . import hub
 from .embedded import embedded_model
 from .gguf import GGUFCheckpoint

@@ -6,7 +6,7 @@ from typing import Any
 
 from ..errors import RefusedError
 from ..models.fields import Fields
-from ..weights import Quantization
+from ..weights.load import Quantization
 from . import prequantized
 from .prequantized import PER_WORD, Format
 

@@ -11,9 +11,9 @@ from typing import Any
 from tokenizers import AddedToken
 from tokenizers import Tokenizer as Backend
 
-from ..chat_template import ChatTemplate
 from ..errors import RefusedError
-from ..tokenizer import NoTokenizer, Tokenizer
+from ..text.chat_template import ChatTemplate
+from ..text.tokenizer import NoTokenizer, Tokenizer
 from .pieces import backend_of, read_pieces
 
 Fields = Mapping[str, Any]

@@ -3,7 +3,7 @@
 A row is less than a tile and cannot be written alone, so a step reads a slot's aligned tile in a group of layers, puts
 the new rows in and writes it back. The cache is input and output in one.
 
-The compiler's schedule for v5e (`benchmarks/kernel_report.py`), bf16, H = 128, a slot's 32 layers: 340 bundles with 1
+The compiler's schedule for v5e (`kernel_report.py`), bf16, H = 128, the 32 layers of a slot: 340 bundles with 1
 kv head, 964 with 4, 1,151 with 8, while the tiles take 480, 1,920 and 3,841 cycles there and back. So HBM is what a
 flush waits for: for 96 slots 31, 123 and 246 us.
 

@@ -6,7 +6,16 @@ import jax
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
-from ..backend import AXIS, Backend, check_backend, check_dtypes, check_shape, heads_per_shard, interpret_params, is_xla
+from ..backend import (
+    AXIS,
+    Backend,
+    check_backend,
+    check_dtypes,
+    check_shape,
+    heads_per_shard,
+    interpret_params,
+    is_xla,
+)
 from ..scores import check_soft_cap, check_window
 from .pallas_tpu import prefill_attention_tpu
 from .reference import prefill_attention_reference

@@ -7,7 +7,16 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
-from ..backend import AXIS, Backend, check_backend, check_dtypes, check_shape, heads_per_shard, interpret_params, is_xla
+from ..backend import (
+    AXIS,
+    Backend,
+    check_backend,
+    check_dtypes,
+    check_shape,
+    heads_per_shard,
+    interpret_params,
+    is_xla,
+)
 from ..scores import check_soft_cap, check_window
 from .block_sizes import block_size
 from .pallas_tpu import Steps, live_steps, ragged_attention_tpu

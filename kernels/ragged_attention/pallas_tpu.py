@@ -4,7 +4,7 @@ One step sees one block of rows of one slot, of all kv heads that the chip holds
 live blocks are many, its size known only at run time: `live_steps` lists them. The pipeline fetches a block only when
 its index differs from the step before, so a dead slot, which has a step for its answer, repeats its neighbour's.
 
-The compiler's schedule for v5e (`benchmarks/kernel_report.py`) with 1 kv head, H = 128, bf16 and blocks of 512 rows,
+The compiler's schedule for v5e (`kernel_report.py`) with 1 kv head, H = 128, bf16 and blocks of 512 rows,
 which take 480 cycles to arrive from HBM: a whole block's step issues 301 bundles, one a cycle. The same kernel on a
 grid of all (slot, block) pairs, whose index map stands still past a slot's length, issues 278, but also 147 for every
 pair that no slot uses: of a slot of 1024 tokens, 220 of 1,450 cycles with S = 2048, 2,000 of 3,200 with S = 8192.

@@ -23,7 +23,7 @@ def ragged_attention_gpu(
 ) -> jax.Array:
     """`op.ragged_attention` on one shard's heads, as the reference has it; `layer` and `window` are i32 scalars.
 
-    What XLA's GPU compiler makes of a block of rows decides its form (`benchmarks/gpu_evidence.py` has the numbers):
+    What XLA's GPU compiler makes of a block of rows decides its form (docs/gpu-evidence.md has the numbers):
 
     - Layers and slots are one axis, so that a slice has no axis of size 1. With one, and as many kv heads as query
       heads, the compiler finds a layout for the slice that makes it transpose the whole cache, at every step.

@@ -1,9 +1,9 @@
 """A tiny model where a benchmark would load a large one."""
 
 import pytest
-from slipstream.benchmarks import machine, models
+from slipstream.benchmarks.measure import machine, models
 
-from tests.engine_impl.models import TINY, RandomCheckpoint, tiny_engine
+from tests.engine_impl.tiny_models import TINY, RandomCheckpoint, tiny_engine
 
 
 @pytest.fixture(autouse=True)

@@ -10,10 +10,10 @@ import pytest
 from slipstream.benchmarks import accuracy, exam
 from slipstream.benchmarks.accuracy import agreement
 from slipstream.benchmarks.exam import Exam
+from slipstream.cli import main as cli
 from slipstream.engine_impl.scoring import score
-from slipstream.server import cli
 
-from tests.engine_impl.models import TINY, RandomCheckpoint, greedy, tiny_engine
+from tests.engine_impl.tiny_models import TINY, RandomCheckpoint, greedy, tiny_engine
 
 SIZES = {"WINDOW": 128, "CONTEXT": 60, "FORCED": 6, "PROMPT": 40, "ANSWER": 8, "SLOTS": 3}
 
@@ -114,6 +114,6 @@ def test_refusals_name_the_limit(words, message, capsys):
 
 
 def test_the_command_knows_the_modes():
-    from slipstream.server.commands.bench.accuracy import ACCURACY_MODES
+    from slipstream.cli.bench.accuracy import ACCURACY_MODES
 
     assert tuple(accuracy.MODES) == ACCURACY_MODES

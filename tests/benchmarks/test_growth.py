@@ -5,10 +5,10 @@ import json
 import pytest
 from slipstream.benchmarks import growth, host
 from slipstream.benchmarks.growth import GrowthPlan
+from slipstream.cli import main as cli
 from slipstream.engine_impl.errors import RefusedError
-from slipstream.server import cli
 
-from tests.engine_impl.models import tiny_engine
+from tests.engine_impl.tiny_models import tiny_engine
 
 
 @pytest.fixture

@@ -6,10 +6,10 @@ from dataclasses import replace
 
 import pytest
 from slipstream.benchmarks import jetstream
-from slipstream.server import cli
+from slipstream.cli import main as cli
 
 from tests.fakes import FakeEngine
-from tests.server.conftest import serving_in_thread
+from tests.serving import serving_in_thread
 
 SIZES = [
     "--slots",

@@ -5,10 +5,10 @@ import json
 import jax
 import numpy as np
 import pytest
-from slipstream.benchmarks import attentions
+from slipstream.benchmarks.baselines import attentions
 from slipstream.benchmarks.kernel import KernelBench, KernelPlan
-from slipstream.engine_impl.sharding import make_mesh
-from slipstream.server import cli
+from slipstream.cli import main as cli
+from slipstream.engine_impl.weights.sharding import make_mesh
 
 SHAPE = {"slots": 2, "cache_length": 128, "layers": 2, "heads": 4, "kv_heads": 2, "head_dim": 16}
 

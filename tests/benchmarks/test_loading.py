@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from slipstream.server import cli
+from slipstream.cli import main as cli
 
 MIB = 2**20
 

@@ -5,7 +5,7 @@ import sys
 from types import SimpleNamespace
 
 import pytest
-from slipstream.server import cli
+from slipstream.cli import main as cli
 
 from tests.fakes import FakeEngine
 

@@ -6,11 +6,13 @@ from types import SimpleNamespace
 
 import jax.numpy as jnp
 import pytest
-from slipstream.benchmarks import flops, prefill, prefillers
+from slipstream.benchmarks import prefill
+from slipstream.benchmarks.baselines import prefillers
+from slipstream.benchmarks.measure import flops
+from slipstream.cli import main as cli
 from slipstream.engine_impl.models.mixtral import MixtralConfig
-from slipstream.server import cli
 
-from tests.engine_impl.models import TINY
+from tests.engine_impl.tiny_models import TINY
 
 QUICK = ["bench", "prefill", "--cache-length", "128", "--repeats", "1", "--pairs", "2", "--json"]
 KEYS = {

@@ -3,12 +3,12 @@
 import json
 
 import pytest
-from slipstream.benchmarks.grpc_caller import GrpcCaller
-from slipstream.benchmarks.workload import Ask
-from slipstream.server import cli
+from slipstream.benchmarks.load.grpc_caller import GrpcCaller
+from slipstream.benchmarks.load.workload import Ask
+from slipstream.cli import main as cli
 
 from tests.fakes import FakeEngine
-from tests.server.conftest import serving_in_thread
+from tests.serving import serving_in_thread
 
 QUICK = ["bench", "serve", "--requests", "4", "--warm-up", "2", "--token-ids", "97:98", "--json"]
 LENGTHS = ["--prompt-lengths", "fixed:3", "--output-lengths", "fixed:5"]
@@ -119,6 +119,6 @@ def test_refusals(words, message, capsys):
 
 
 def test_nobody_there(capsys, monkeypatch):
-    monkeypatch.setattr("slipstream.benchmarks.grpc_caller.CONNECT_S", 0.1)
+    monkeypatch.setattr("slipstream.benchmarks.load.grpc_caller.CONNECT_S", 0.1)
     assert cli.run(["bench", "serve", "--target", "localhost:1"]) == cli.FAILED
     assert "nobody answers at localhost:1" in capsys.readouterr().err

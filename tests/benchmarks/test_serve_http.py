@@ -7,16 +7,16 @@ import time
 
 import pytest
 import trustme
-from slipstream.benchmarks.caller import Record
-from slipstream.benchmarks.hosted import hosted
-from slipstream.benchmarks.http_caller import HttpCaller
+from slipstream.benchmarks.load.caller import Record
+from slipstream.benchmarks.load.hosted import hosted
+from slipstream.benchmarks.load.http_caller import HttpCaller
+from slipstream.benchmarks.load.workload import Ask
 from slipstream.benchmarks.serve import Block, ratios
-from slipstream.benchmarks.workload import Ask
-from slipstream.server import cli
+from slipstream.cli import main as cli
 from slipstream.server.config import ServerConfig
 from slipstream.server.errors import FailedError
 
-from tests.benchmarks.openai_fake import OpenAiFake
+from tests.benchmarks.load.openai_fake import OpenAiFake
 from tests.fakes import FakeEngine
 
 QUICK = ["bench", "serve", "--requests", "4", "--warm-up", "1", "--token-ids", "97:98", "--load", "2", "--json"]

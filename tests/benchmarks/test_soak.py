@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 from slipstream.benchmarks import soak
-from slipstream.benchmarks.hosted import hosted
+from slipstream.benchmarks.load.hosted import hosted
 from slipstream.server.config import ServerConfig
 
 from tests.fakes import FakeEngine

@@ -5,8 +5,8 @@ import json
 import pytest
 from slipstream.benchmarks import start
 from slipstream.benchmarks.stages import COMPILE, TRACE, Notes, covered, seconds
+from slipstream.cli import main as cli
 from slipstream.engine_impl.config import EngineConfig
-from slipstream.server import cli
 
 from tests.engine_impl.checkpoints.folders import write_folder
 

@@ -7,21 +7,22 @@ from unittest.mock import ANY
 import jax
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
-from slipstream.benchmarks import machine, models, step
-from slipstream.benchmarks.huggingface import transformers_model
-from slipstream.benchmarks.models import Loaded
-from slipstream.benchmarks.steppers import EngineStepper
-from slipstream.benchmarks.traffic import bytes_per_step, stored_as
-from slipstream.engine_impl.compilations import keep_in, programs
+from slipstream.benchmarks import step
+from slipstream.benchmarks.baselines.huggingface import transformers_model
+from slipstream.benchmarks.baselines.steppers import EngineStepper
+from slipstream.benchmarks.measure import machine, models
+from slipstream.benchmarks.measure.models import Loaded
+from slipstream.benchmarks.measure.traffic import bytes_per_step, stored_as
+from slipstream.cli import main as cli
+from slipstream.engine_impl.compiler.presets import PRESETS
 from slipstream.engine_impl.config import EngineConfig
 from slipstream.engine_impl.errors import RefusedError
 from slipstream.engine_impl.loading import build_engine
 from slipstream.engine_impl.models.mixtral import MixtralConfig
-from slipstream.engine_impl.presets import PRESETS
-from slipstream.engine_impl.weights import Quantization
-from slipstream.server import cli
+from slipstream.engine_impl.runtime.compilations import keep_in, programs
+from slipstream.engine_impl.weights.load import Quantization
 
-from tests.engine_impl.models import TINY, RandomCheckpoint, tiny_engine
+from tests.engine_impl.tiny_models import TINY, RandomCheckpoint, tiny_engine
 
 KEYS = {
     "model", "slots", "cache_length", "live_tokens", "dtype", "quantize_weights", "quantize_kv", "compile_seconds",

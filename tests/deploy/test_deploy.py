@@ -6,8 +6,8 @@ from pathlib import Path, PurePosixPath
 
 import pytest
 import yaml
-from slipstream.server.cli import parse
-from slipstream.server.commands.serve import Serve
+from slipstream.cli.main import parse
+from slipstream.cli.serve import Serve
 
 ROOT = Path(__file__).parents[2]
 DOCKERFILE = (ROOT / "deploy" / "Dockerfile").read_text()

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from slipstream.cache_manager import KV, Plain
 from slipstream.engine_impl.attention import attend_cache, attend_prompt, stored_head_dim
-from slipstream.engine_impl.sharding import make_mesh
+from slipstream.engine_impl.weights.sharding import make_mesh
 
 LENGTHS, H = [0, 3, 70, 128], 6
 

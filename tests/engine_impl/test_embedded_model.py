@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 import torch
 from slipstream.engine_impl.checkpoints.embedded import embedded_model
-from slipstream.engine_impl.sampling_params import SamplingParams
+from slipstream.engine_impl.sampling.params import SamplingParams
 
-from .models import embedded_engine, greedy
+from .tiny_models import embedded_engine, greedy
 
 CHATS = [
     "What is the capital of France?",

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from slipstream.cache_manager import KV
 from slipstream.engine_impl.errors import RefusedError
-from slipstream.engine_impl.sampling_params import MAX_LOGPROBS, SamplingParams
+from slipstream.engine_impl.sampling.params import MAX_LOGPROBS, SamplingParams
 
-from .models import TINY, greedy, tiny_engine
+from .tiny_models import TINY, greedy, tiny_engine
 
 PROMPT = [5, 17, 80, 3, 3, 99, 41]
 

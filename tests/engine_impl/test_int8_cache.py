@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from .models import TINY, greedy, tiny_engine
+from .tiny_models import TINY, greedy, tiny_engine
 
 PROMPTS = [[5, 17, 80, 3, 3, 99, 41], [1] * 20, [7]]
 STEPS = 200

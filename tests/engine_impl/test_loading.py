@@ -4,7 +4,7 @@ import os
 
 import pytest
 from slipstream.engine_impl import loading
-from slipstream.engine_impl.chips import GPU_MEMORY_SHARE
+from slipstream.engine_impl.compiler.chips import GPU_MEMORY_SHARE
 
 
 @pytest.fixture

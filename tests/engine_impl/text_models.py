@@ -7,10 +7,10 @@ from typing import Any
 
 import jax
 from slipstream.engine_impl.engine import Engine
-from slipstream.engine_impl.sharding import make_mesh
-from slipstream.engine_impl.tokenizer import Tokenizer, byte_level_bpe
+from slipstream.engine_impl.text.tokenizer import Tokenizer, byte_level_bpe
+from slipstream.engine_impl.weights.sharding import make_mesh
 
-from .models import TINY, tiny_engine
+from .tiny_models import TINY, tiny_engine
 
 BYTES = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
 CHARACTERS = [chr(byte) if byte in BYTES else None for byte in range(256)]

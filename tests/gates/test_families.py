@@ -4,13 +4,13 @@ from dataclasses import replace
 
 import jax
 import pytest
-from slipstream.engine_impl.budget import cache_copies
-from slipstream.engine_impl.chips import chip_of
+from slipstream.engine_impl.compiler.budget import cache_copies
+from slipstream.engine_impl.compiler.chips import chip_of
+from slipstream.engine_impl.compiler.hlo import Program
+from slipstream.engine_impl.compiler.plan import abstract_engine
+from slipstream.engine_impl.compiler.presets import PRESETS
 from slipstream.engine_impl.config import EngineConfig
 from slipstream.engine_impl.engine import Engine
-from slipstream.engine_impl.hlo import Program
-from slipstream.engine_impl.plan import abstract_engine
-from slipstream.engine_impl.presets import PRESETS
 
 TOPOLOGY = "v5e:2x4"
 BUCKET = 1024

@@ -4,11 +4,11 @@ import itertools
 import math
 
 import pytest
-from slipstream.engine_impl.chips import chip_of
+from slipstream.engine_impl.compiler.chips import chip_of
+from slipstream.engine_impl.compiler.hlo import Program
+from slipstream.engine_impl.compiler.plan import abstract_engine
 from slipstream.engine_impl.config import EngineConfig
-from slipstream.engine_impl.hlo import Program
 from slipstream.engine_impl.models.llama import LlamaConfig
-from slipstream.engine_impl.plan import abstract_engine
 from slipstream.kernels.ragged_attention.xla_gpu import BLOCK_BYTES
 
 from .test_programs import BUCKET, LAYERS, PROGRAMS, SLOTS, VOCABULARY, compiled

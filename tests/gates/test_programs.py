@@ -10,16 +10,16 @@ from typing import Any, Literal
 
 import jax
 import pytest
-from slipstream.benchmarks.eager import EagerEngine
-from slipstream.engine_impl.budget import cache_copies
-from slipstream.engine_impl.chips import CHIPS, chip_of
+from slipstream.benchmarks.baselines.eager import EagerEngine
+from slipstream.engine_impl.compiler.budget import cache_copies
+from slipstream.engine_impl.compiler.chips import CHIPS, chip_of
+from slipstream.engine_impl.compiler.hlo import Instruction, Program
+from slipstream.engine_impl.compiler.plan import abstract_engine
+from slipstream.engine_impl.compiler.presets import PRESETS
 from slipstream.engine_impl.config import EngineConfig
 from slipstream.engine_impl.engine import Engine
-from slipstream.engine_impl.hlo import Instruction, Program
 from slipstream.engine_impl.models.llama import LlamaConfig
-from slipstream.engine_impl.plan import abstract_engine
-from slipstream.engine_impl.presets import PRESETS
-from slipstream.engine_impl.sampling_params import MAX_LOGPROBS
+from slipstream.engine_impl.sampling.params import MAX_LOGPROBS
 
 SLOTS, CACHE_LENGTH, BUCKET, LAYERS, VOCABULARY = 64, 4096, 256, 2, 32768
 PROGRAMS = ("generate", "insert", "prefill")
@@ -227,7 +227,7 @@ def test_the_gate_sees_a_copy_where_there_is_one():
 @pytest.mark.parametrize("generation", CHIPS)
 def test_the_chips_table_says_what_the_compiler_says(generation):
     """HBM limits come from its out-of-memory message, to its two digits."""
-    from slipstream.engine_impl.topology import devices_of
+    from slipstream.engine_impl.compiler.topology import devices_of
 
     chip = CHIPS[generation]
     mesh = jax.sharding.Mesh(devices_of(f"{generation}:{chip.topologies[0]}")[:1], ("x",))

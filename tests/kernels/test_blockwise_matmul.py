@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from slipstream.engine_impl.hlo import Program
+from slipstream.engine_impl.compiler.hlo import Program
 from slipstream.kernels.blockwise_matmul import Blockwise, blockwise_matmul, unpack
 
 from ..tpu import abstract, compile_for, tpu_mesh

@@ -8,8 +8,8 @@ import pytest
 from slipstream.protos import orchestrator_pb2 as pb
 from slipstream.protos.orchestrator_pb2_grpc import OrchestratorStub
 from slipstream.server.config import ServerConfig
+from slipstream.server.grpc.messages import read_reply
 from slipstream.server.lifecycle import Serving
-from slipstream.server.messages import read_reply
 
 from tests.fakes import FakeEngine
 

@@ -1,10 +1,10 @@
 """Server flags that refuse what cannot be meant."""
 
 import pytest
+from slipstream.cli import main as cli
 from slipstream.engine_impl.errors import RefusedError
-from slipstream.server import cli
-from slipstream.server.channel import ChannelConfig
 from slipstream.server.config import SecurityConfig, ServerConfig, WatchConfig
+from slipstream.server.grpc.channel import ChannelConfig
 
 
 @pytest.mark.parametrize(

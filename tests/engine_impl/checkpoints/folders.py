@@ -7,7 +7,7 @@ import numpy as np
 from safetensors.numpy import save_file
 from slipstream.engine_impl.checkpoints.hf_config import read_hf_config
 from slipstream.engine_impl.models import registry
-from slipstream.engine_impl.weights import needed_shapes
+from slipstream.engine_impl.weights.load import needed_shapes
 
 CONFIG = {
     "model_type": "llama", "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8,

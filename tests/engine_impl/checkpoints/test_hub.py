@@ -9,8 +9,8 @@ from huggingface_hub import errors
 from huggingface_hub.utils import filter_repo_objects
 from slipstream.engine_impl.checkpoints import hub
 from slipstream.engine_impl.checkpoints.open import open_checkpoint
+from slipstream.engine_impl.compiler.plan import shape_of
 from slipstream.engine_impl.errors import RefusedError
-from slipstream.engine_impl.plan import shape_of
 
 from .folders import CONFIG, random_tensors, write_folder
 

@@ -8,17 +8,17 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh
 from slipstream.engine_impl.checkpoints.safetensors import SafetensorsCheckpoint
+from slipstream.engine_impl.compiler.plan import abstract_engine, quantization_of, shape_of
+from slipstream.engine_impl.compiler.presets import PRESETS
 from slipstream.engine_impl.config import EngineConfig
 from slipstream.engine_impl.errors import RefusedError
 from slipstream.engine_impl.loading import load_engine
 from slipstream.engine_impl.models import registry
-from slipstream.engine_impl.plan import abstract_engine, quantization_of, shape_of
-from slipstream.engine_impl.presets import PRESETS
-from slipstream.engine_impl.quantize import resolved
-from slipstream.engine_impl.weights import Quantization
+from slipstream.engine_impl.quantization.swap import resolved
+from slipstream.engine_impl.weights.load import Quantization
 from slipstream.kernels.blockwise_matmul import unpack
 
-from ..models import greedy
+from ..tiny_models import greedy
 from . import packers
 from .folders import CONFIG, random_tensors, write_folder
 

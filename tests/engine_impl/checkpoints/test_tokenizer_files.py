@@ -9,7 +9,7 @@ import sentencepiece
 from slipstream.engine_impl.checkpoints.pieces import backend_of, read_pieces
 from slipstream.engine_impl.checkpoints.tokenizer_files import read_tokenizer
 from slipstream.engine_impl.errors import RefusedError
-from slipstream.engine_impl.tokenizer import NoTokenizer
+from slipstream.engine_impl.text.tokenizer import NoTokenizer
 from tokenizers import AddedToken, decoders, models, pre_tokenizers, processors, trainers
 from tokenizers import Tokenizer as Backend
 

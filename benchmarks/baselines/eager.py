@@ -1,0 +1,198 @@
+"""The baseline to beat: the eager cache, where every layer inserts its new k and v before it attends.
+
+Written as it would be without our idea, and as well as we can: in place, by one XLA scatter a layer, under shard_map so
+that no chip talks to another. All else is ours: model, weights, bridge, prefill, attention op, sampling, verbs. So what
+differs between the two engines' times is the idea alone.
+
+Two forms of the cache, since neither is faster everywhere: "stacked", one array over all layers, carried through the
+layer loop; "per_layer", an array for each.
+"""
+
+import functools
+from dataclasses import replace
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
+
+from ...cache_manager import KV, Plain, insert, rows
+from ...engine_impl import bridge, forward
+from ...engine_impl.config import EngineConfig
+from ...engine_impl.engine import DecodeState, Engine, Prefix, StepResult, next_tokens, set_sampling
+from ...engine_impl.errors import RefusedError
+from ...engine_impl.forward import Params
+from ...engine_impl.models.decoder import Decoder
+from ...kernels import Backend, attention_steps, ragged_attention
+from ...kernels.backend import AXIS
+
+CacheForm = Literal["stacked", "per_layer"]
+
+Scatter = Literal["indexed", "sliced"]
+"""How a layer's rows are written: every leading index given, which the TPU compiler does in place; or heads as a slice,
+the form one writes first, around which it copies the cache when a chip has several kv heads."""
+
+
+class EagerEngine(Engine):
+    """`Engine` with an eager decode step; drive it with the same verbs.
+
+    Its state's cache.rows are a cache_LBKSC ("stacked") or a tuple with a cache_1BKSC a layer ("per_layer").
+    """
+
+    def __init__(self, engine: Engine, form: CacheForm, scatter: Scatter = "indexed") -> None:
+        """A twin of `engine`, on its mesh and with its sizes.
+
+        Takes the engine's own params; except "per_layer" on a TPU, whose layers are unrolled: load them anew.
+
+        Raises RefusedError for a model whose layers see differently far or cap their scores, or with padded heads, and
+        for a quantised cache.
+        """
+        shape = engine.model.config
+        plain = (*shape.windows, shape.attn_soft_cap, engine.layout.head_dim) == (None, None, shape.head_dim)
+        if not plain or any(shape.rope_of_layer):
+            raise RefusedError(f"the eager baseline has no windows or soft caps as {engine.model_name} needs them")
+        if engine.layout.codec != Plain():
+            raise RefusedError(f"the eager baseline stores rows as they are, not by {engine.layout.codec=}")
+        config = EngineConfig(
+            slots=engine.max_concurrent_decodes,
+            cache_length=engine.cache_length,
+            max_prefill_length=engine.max_prefill_length,
+        )
+        super().__init__(
+            engine.model, engine.mesh, config, engine.layout.dtype, engine.get_tokenizer(), engine.model_name
+        )
+        self.form = form
+        self.scatter: Scatter = scatter
+        self._prefill = engine._prefill  # the same program: not compiled twice
+        if form == "per_layer":
+            self.layer_loop = "unrolled"
+            of_layers: Any = (self._state_sharding.cache.rows,) * self.layout.layers
+            self._state_sharding = replace(self._state_sharding, cache=KV(of_layers))
+            self._insert = jax.jit(_insert_per_layer, donate_argnums=1, out_shardings=self._state_sharding)
+
+    def _empty_state(self) -> DecodeState:
+        state = super()._empty_state()
+        if self.form == "stacked":
+            return state
+        layers, *one_layer = self.layout.shape
+        cache: Any = tuple(jnp.zeros((1, *one_layer), self.layout.dtype) for _ in range(layers))
+        return replace(state, cache=KV(cache))
+
+    def _generate_program(self, params: Params, state: DecodeState) -> tuple[DecodeState, StepResult]:
+        length_B = state.length_B
+        live_B = (length_B > 0) & (length_B < self.cache_length)
+        layers = EagerLayers(self.model, length_B, live_B, self.mesh, self._backend, self.scatter)
+        logits_BV, cache = layers.decode(params, state.token_B, state.cache.rows)
+        advanced, result = next_tokens(logits_BV, state, live_B, self.mesh)
+        return replace(advanced, cache=KV(cache)), result
+
+
+class EagerLayers:
+    """The eager counterpart of `forward.decode`: the layer loop with the cache passed from layer to layer."""
+
+    def __init__(
+        self,
+        model: Decoder,
+        length_B: jax.Array,
+        live_B: jax.Array,
+        mesh: Mesh,
+        backend: Backend,
+        scatter: Scatter,
+    ) -> None:
+        """Dead and full slots are not written: their position is outside the cache."""
+        self._model, self._length_B, self._live_B = model, length_B, live_B
+        self._mesh = mesh
+        self._backend: Backend = backend
+        self._scatter: Scatter = scatter
+
+    def decode(self, params: Params, token_B: jax.Array, cache: Any) -> tuple[jax.Array, Any]:
+        """One token a slot: (logits_BV, the cache in the form it came, with the new rows)."""
+        x_BD = bridge.run(self._model.embed_tokens, params["embed_tokens"], token_B)
+        x_BD = bridge.run(self._model.after_embedding, {}, x_BD)
+        (rope,) = bridge.run(self._model.rope, {}, self._length_B)
+        one_cache = cache[0] if isinstance(cache, tuple) else cache
+        steps = attention_steps(one_cache, self._length_B, mesh=self._mesh, backend=self._backend)
+
+        @jax.jit  # traced once; XLA inlines the calls
+        def layer(*args):
+            return self._layer(steps, *args)
+
+        layers, one = params["layers"], self._model.layers[0]
+        if isinstance(layers, dict):
+            index_L = jnp.arange(len(self._model.layers), dtype=jnp.int32)
+            readers = forward.stack_readers(one)
+            whole = {name: stack for name, stack in layers.items() if name.startswith(readers)}
+            sliced = {name: stack for name, stack in layers.items() if name not in whole}
+
+            def step(carry, of_layer):
+                weights, index = of_layer
+                weights = {**weights, **whole, **forward.numbered(one, index)}
+                return layer(*carry, rope, weights, index), None
+
+            (x_BD, cache), _ = jax.lax.scan(step, (x_BD, cache), (sliced, index_L))
+            return forward.logits(self._model, params, x_BD), cache
+        layers = [{**weights, **forward.numbered(one, jnp.int32(0))} for weights in layers]
+        if isinstance(cache, tuple):
+            per_layer = []
+            for weights, cache_1BKSC in zip(layers, cache, strict=True):
+                x_BD, cache_1BKSC = layer(x_BD, cache_1BKSC, rope, weights, jnp.int32(0))
+                per_layer.append(cache_1BKSC)
+            cache = tuple(per_layer)
+        else:
+            for index, weights in enumerate(layers):
+                x_BD, cache = layer(x_BD, cache, rope, weights, jnp.int32(index))
+        return forward.logits(self._model, params, x_BD), cache
+
+    def _layer(self, steps, x_BD, cache_LBKSC, rope, weights, index) -> tuple[jax.Array, jax.Array]:
+        """One layer: its new rows go into the cache first, and attention reads the cache that holds them."""
+
+        def attend(q_BNH, k_BKH, v_BKH):
+            nonlocal cache_LBKSC
+            new_BKC = rows(k_BKH, v_BKH)
+            cache_LBKSC = self._insert(cache_LBKSC, new_BKC, index)
+            # The op takes the step's own row apart, so of the updated cache it reads the rows before it: the same
+            # arithmetic as ours, hence equal tokens, and one row less to read.
+            return ragged_attention(
+                q_BNH, new_BKC, cache_LBKSC, index, self._length_B, steps, mesh=self._mesh, backend=self._backend
+            )
+
+        x_BD, _, _ = bridge.run(
+            self._model.layers[0], weights, x_BD, rope, lambda q, k, v: bridge.call_kernel(attend, q, k, v)
+        )
+        return x_BD, cache_LBKSC
+
+    def _insert(self, cache_LBKSC: jax.Array, new_BKC: jax.Array, layer: jax.Array) -> jax.Array:
+        """The cache with every live slot's new row in one layer, in place when XLA sees that nobody needs the old."""
+
+        outside = cache_LBKSC.shape[3]
+        position_B = jnp.where(self._live_B, self._length_B, outside)
+        heads = P(None, None, AXIS)
+        scatter = functools.partial(scatter_rows, scatter=self._scatter)
+        sharded = jax.shard_map(scatter, mesh=self._mesh, in_specs=(heads, P(None, AXIS), P(), P()), out_specs=heads)
+        return sharded(cache_LBKSC, new_BKC, layer, position_B)
+
+
+def scatter_rows(cache_LBKSC, new_BKC, layer, position_B, scatter: Scatter = "indexed") -> jax.Array:
+    """One layer's rows at each slot's position, by one XLA scatter; a position outside [0, S) writes nothing."""
+    b_B1, k_1K = jnp.ogrid[: new_BKC.shape[0], : new_BKC.shape[1]]
+    if scatter == "sliced":
+        cells = cache_LBKSC.at[layer, b_B1[:, 0], :, position_B]
+    else:
+        cells = cache_LBKSC.at[layer, b_B1, k_1K, position_B[:, None]]
+    return cells.set(new_BKC, mode="drop", unique_indices=True)
+
+
+def _insert_per_layer(prefix: Prefix, state: DecodeState, slot: jax.Array) -> DecodeState:
+    cache: Any = tuple(
+        insert(KV(cache_1BKSC), KV(prefix.kv.rows[index : index + 1]), slot).rows
+        for index, cache_1BKSC in enumerate(state.cache.rows)
+    )
+    return replace(
+        state,
+        cache=KV(cache),
+        token_B=state.token_B.at[slot].set(prefix.token),
+        length_B=state.length_B.at[slot].set(prefix.length),
+        sampling=set_sampling(state.sampling, prefix.sampling, slot),
+        count_BV=state.count_BV.at[slot].set(prefix.count_V),
+    )

@@ -1,0 +1,100 @@
+"""What is timed: decode steps with every slot live, ours and the baselines', behind one face."""
+
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ...engine_impl.engine import DecodeState, Engine
+from ...engine_impl.forward import Params
+from ..kernel import timed
+
+PROMPT_LENGTH = 128
+
+
+class Block(NamedTuple):
+    """Steps timed one after another."""
+
+    step_ms: list[float]
+    tokens: list[list[int]]
+    """each step's, of all slots"""
+
+
+class Stepper(Protocol):
+    """A batch that can be set to a length and stepped."""
+
+    def fill(self, prompts: Sequence[list[int]]) -> None:
+        """A prompt into each slot, all of one length."""
+        ...
+
+    def set_length(self, length: int) -> None:
+        """As if every slot held so many tokens; rows that nobody wrote are zeros."""
+        ...
+
+    def block(self, steps: int) -> Block:
+        """One token a slot and step."""
+        ...
+
+
+class EngineStepper:
+    """Our engine, or one with its verbs."""
+
+    def __init__(self, engine: Engine, params: Params) -> None:
+        self._engine, self._params = engine, params
+        self._state: Any = None
+        self._attention: Any = None
+
+    def fill(self, prompts: Sequence[list[int]]) -> None:
+        state, prefixes = self._engine.init_decode_state(), {}
+        for slot, prompt in enumerate(prompts):
+            if (key := tuple(prompt)) not in prefixes:
+                prefixes[key], _ = self._engine.prefill(self._params, *self._engine.pad(prompt))
+            state = self._engine.insert(prefixes[key], state, slot)
+        self._state = jax.block_until_ready(state)
+
+    def set_length(self, length: int) -> None:
+        # The same sharding as before: another would be another program to compile.
+        lengths = np.full(self._engine.max_concurrent_decodes, length, np.int32)
+        self._state = replace(self._state, length_B=jax.device_put(lengths, self._state.length_B.sharding))
+        jax.block_until_ready(self._state)
+
+    def attention_ms(self, repeats: int) -> list[float]:
+        """Decode attention alone, all layers one after another, over the slots as they are (ms a step)."""
+        shape, dtype = self._engine.model.config, self._engine.layout.dtype
+        slots, head_dim = self._engine.max_concurrent_decodes, shape.head_dim
+        q_BNH, k_BKH = (jnp.ones((slots, heads, head_dim), dtype) for heads in (shape.num_heads, shape.num_kv_heads))
+        if self._attention is None:
+            self._attention = jax.jit(self._attend)
+        us = timed(lambda: self._attention(self._state, q_BNH, k_BKH), repeats)
+        return [each / 1000 for each in us]
+
+    def _attend(self, state: DecodeState, q_BNH: jax.Array, k_BKH: jax.Array) -> jax.Array:
+        attend = self._engine.attend(state)
+        for layer, kind in enumerate(attend.kind_of_layer):
+            q_BNH = attend.call(jnp.int32(layer), kind, q_BNH, k_BKH, k_BKH)  # the next layer waits for this one
+        return q_BNH
+
+    def block(self, steps: int) -> Block:
+        """As the server runs it: a step is started before the tokens of the one before are read."""
+        ms, tokens, pending = [], [], None
+        last = time.perf_counter()
+        for _ in range(steps):
+            self._state, result = self._engine.generate(self._params, self._state)
+            result.token_B.copy_to_host_async()
+            if pending is not None:
+                last = _read(pending, tokens, ms, last)
+            pending = result.token_B
+        _read(pending, tokens, ms, last)
+        return Block(ms, tokens)
+
+
+def _read(token_B: Any, tokens: list[list[int]], ms: list[float], last: float) -> float:
+    """Waits for a step's tokens; its time is what has passed since the step before was there."""
+    tokens.append(np.asarray(token_B).tolist())
+    now = time.perf_counter()
+    ms.append((now - last) * 1000)
+    return now

@@ -1,0 +1,1 @@
+"""What the TPU and GPU compilers make of kernels and programs: static reports."""

@@ -1,0 +1,385 @@
+"""Which block size keeps the attention kernel bound by HBM, and what a flush costs: the compiler's schedule, no TPU.
+
+    python -m slipstream.benchmarks.compiler.kernel_report --chips v5e --json
+
+Compiles the real kernels with libtpu and counts the VLIW bundles, one a cycle, of each kind of grid step, against the
+cycles that the step's bytes take at the chip's full bandwidth. A step takes the larger of the two, since the pipeline
+fetches a block while it computes on the one before.
+
+Attention, bundles by kind of step:
+
+    pipeline    of a step that computes nothing: fetching, waiting, storing
+    whole       a block full of live rows, the pipeline included
+    boundary    the block with the slot's last row, which masks scores and v; the pipeline included
+    slot        once a slot, on top: the start from the new token, the division at the end
+    bound       what a whole step waits for
+    cycles      of one layer, for a slot of 1024 tokens, on average over where in a block it ends
+    excess      of cycles, over the best block's
+
+Cycles hold the trade-off: a larger block reads more that the slot does not use, half a block on average; a smaller one
+pays for the pipeline more often. `kernels/ragged_attention/block_sizes.py` takes the block of the fewest on v5e.
+
+Asked for by name (`Setting("scatter", ...)`), not in the command's tables: what XLA makes of a scatter of one layer's
+new rows, the way to write them without a kernel of one's own (`eager.py`). It goes through the rows in rounds of
+several: fetches their tiles, waits, puts the rows in, sends the tiles back. `ScatterRow.round` is one such round.
+
+Not in it: stalls on VMEM and what latency of a DMA is not hidden. So bundles are a lower bound of compute.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from ...engine_impl.compiler.chips import CHIPS
+from ...kernels.cache_flush.pallas_tpu import LANES, tile_rows
+from ..measure.table import table
+from .llo import parse, programs
+
+KV_HEADS, HEAD_DIMS, DTYPES = (1, 4, 8), (64, 128), ("bfloat16", "float32", "int8")  # of the cache's rows
+BLOCK_BYTES = (64 * 1024, 2 * 1024 * 1024)  # smaller is hopeless, of larger ones two do not fit into v5e's VMEM
+BLOCK_ROWS = (128, 256, 512, 1024, 2048)
+QUERY_GROUP = 4  # query heads a kv head; up to 8 share a tile of 8 rows
+LIVE_ROWS = 1024  # of the slot that `cycles` is about
+
+FLUSH_LAYERS = 32
+
+
+@dataclass(frozen=True)
+class Core:
+    """What runs one kernel's grid."""
+
+    topology: str
+    clock: float
+    """cycles a second: peak bf16 operations over what the MXUs of a core do in a cycle, 2 * 128 * 128 each on four, so
+    1.5 GHz on v5e (four MXUs: https://cloud.google.com/tpu/docs/v5e). v4: 1.05 GHz, as in arXiv:2304.01433, table 4.
+    v6e: four times as large MXUs, of which the documentation counts two or four; the compiler estimates a 4096**3
+    product at 301,616 cycles, which two cannot do, and four at 1.75 GHz make the data sheet's peak."""
+    per_device: int
+    """cores of a JAX device, which share its HBM and the slots of the grid"""
+    delay_slots: int = 4
+    """bundles that are issued behind a branch whether it is taken or not"""
+
+    def dma_cycles(self, chip: str, nbytes: int) -> int:
+        """Cycles for `nbytes` at this core's share of the bandwidth."""
+        return round(nbytes / (CHIPS[chip].hbm_bandwidth / self.per_device) * self.clock)
+
+
+CORES = {
+    "v5e": Core("v5e:2x2", 1.5e9, 1),
+    "v6e": Core("v6e:2x2", 1.75e9, 1),
+    "v5p": Core("v5p:2x2x1", 1.75e9, 2),
+    "v4": Core("v4:2x2x1", 1.05e9, 1, delay_slots=1),
+}
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One kernel to compile."""
+
+    kernel: str
+    """ "attention", "flush", "scales", the flush of an int8 cache's scales, or "scatter", XLA's, of one layer"""
+    kv_heads: int
+    """of one chip"""
+    head_dim: int
+    dtype: str
+    block: int = 0
+    """rows a step; attention only"""
+    window: bool = False
+    """whether there is one; attention only, as is the cap"""
+    soft_cap: float | None = None
+
+
+@dataclass(frozen=True)
+class AttentionRow:
+    """Bundles of the attention kernel's steps."""
+
+    chip: str
+    setting: Setting
+    block_bytes: int
+    pipeline: int
+    whole: int
+    boundary: int
+    slot: int
+    dma_cycles: int
+
+    @property
+    def is_dma_bound(self) -> bool:
+        """Whether HBM, not the program, decides how long a whole step takes."""
+        return self.whole <= self.dma_cycles
+
+    @property
+    def cycles(self) -> int:
+        """See the module's docstring."""
+        boundary = 1 - 1 / self.setting.block  # a slot may end with its block
+        whole = (LIVE_ROWS + (self.setting.block - 1) / 2) / self.setting.block - boundary
+        return round(
+            whole * max(self.whole, self.dma_cycles) + boundary * max(self.boundary, self.dma_cycles) + self.slot
+        )
+
+
+@dataclass(frozen=True)
+class FlushRow:
+    """Bundles of the flush kernel's step: one slot, FLUSH_LAYERS layers."""
+
+    chip: str
+    setting: Setting
+    step: int
+    dma_cycles: int
+    """for the tiles, there and back"""
+
+
+@dataclass(frozen=True)
+class ScatterRow:
+    """Bundles of XLA's scatter of one layer's rows."""
+
+    chip: str
+    setting: Setting
+    rows: int
+    """of a round; each is a slot's row of one kv head, whose tile is fetched and sent back by a DMA of its own"""
+    round: int
+    dma_cycles: int
+    """for a round's tiles, there and back"""
+
+
+Row = AttentionRow | FlushRow | ScatterRow
+
+
+def settings(all_kv_heads: Iterable[int] = KV_HEADS) -> list[Setting]:
+    """All that is compiled for one chip."""
+    found = []
+    for kv_heads in all_kv_heads:
+        for head_dim in HEAD_DIMS:
+            for dtype in DTYPES:
+                row_bytes = _row_bytes(kv_heads, head_dim, dtype)
+                found += [
+                    Setting("attention", kv_heads, head_dim, dtype, block)
+                    for block in BLOCK_ROWS
+                    if BLOCK_BYTES[0] <= block * row_bytes <= BLOCK_BYTES[1]
+                ]
+                found.append(Setting("flush", kv_heads, head_dim, dtype))
+        found.append(Setting("scales", kv_heads, 0, "float32"))
+    return found
+
+
+def measure(chip: str, wanted: list[Setting]) -> list[Row]:
+    """Compile and read kernels for a chip, in a process of its own: libtpu reads its flags when it is loaded.
+
+    Raises RuntimeError with what the process wrote if it fails.
+    """
+    with tempfile.TemporaryDirectory() as dump:
+        flags = f"--xla_jf_dump_to={dump} --xla_jf_dump_llo_text=true --xla_jf_dump_llo_pass_label_regex=final"
+        child = subprocess.run(
+            [sys.executable, "-m", "slipstream.benchmarks.compiler.kernel_report", "--chips", chip, "--into", dump],
+            env=os.environ | {"LIBTPU_INIT_ARGS": flags},
+            input=json.dumps([asdict(setting) for setting in wanted]),
+            capture_output=True,
+            text=True,
+        )
+    if child.returncode:
+        raise RuntimeError(f"compiling for {chip} failed:\n{child.stderr[-4000:]}")
+    rows: list[Row] = []
+    for line in child.stdout.splitlines():
+        fields = json.loads(line)
+        fields["setting"] = setting = Setting(**fields["setting"])
+        kind = {"attention": AttentionRow, "scatter": ScatterRow}.get(setting.kernel, FlushRow)
+        rows.append(kind(**fields))
+    return rows
+
+
+def _row_bytes(kv_heads: int, head_dim: int, dtype: str) -> int:
+    return kv_heads * {"bfloat16": 4 * head_dim, "float32": 8 * head_dim, "int8": 2 * head_dim + 8}[dtype]
+
+
+def _child(chip: str, dump: Path) -> None:
+    """Settings on stdin, a row each on stdout; libtpu dumps into `dump`."""
+    for setting in [Setting(**fields) for fields in json.load(sys.stdin)]:
+        _compile(CORES[chip].topology, setting)
+        kernel = {"attention": "ragged_attention", "scatter": "scatter_fusion"}.get(setting.kernel, "cache_flush")
+        (text,) = (text for name, text in programs(dump).items() if name.startswith(kernel))
+        for path in dump.iterdir():
+            path.unlink()
+        print(json.dumps(asdict(read(chip, setting, text))), flush=True)
+
+
+def _compile(topology: str, setting: Setting) -> None:
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+    from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+    from ...engine_impl.compiler.topology import devices_of
+    from ...kernels.cache_flush.pallas_tpu import cache_flush_tpu
+    from ...kernels.ragged_attention.pallas_tpu import live_steps, ragged_attention_tpu
+    from ..baselines.eager import scatter_rows
+
+    mesh = Mesh(np.array(devices_of(topology)[:1]), ("tensor",))
+    everywhere = PartitionSpec()
+    K, H, B, rows = setting.kv_heads, setting.head_dim, 96, jnp.dtype(setting.dtype)
+    model = jnp.bfloat16 if setting.dtype == "int8" else rows
+
+    def array(*shape: int, dtype: Any = rows) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, everywhere))
+
+    def attend(q_BNH, new_BKC, cache_LBKSC, scale_LBK2S, layer, length_B, window):
+        steps = live_steps(length_B, window, cache_LBKSC.shape[3], setting.block)
+        args = (q_BNH, new_BKC, cache_LBKSC, scale_LBK2S, layer, length_B, window, steps)
+        return ragged_attention_tpu(*args, soft_cap=setting.soft_cap)
+
+    layer, length_B = array(dtype=jnp.int32), array(B, dtype=jnp.int32)
+    kernel: Callable[..., jax.Array]
+    if setting.kernel == "attention":
+        kernel, donated = attend, ()
+        S = 2 * BLOCK_ROWS[-1]
+        q_BNH, new_BKC = array(B, K * QUERY_GROUP, H, dtype=model), array(B, K, 2 * H, dtype=model)
+        scale_LBK2S = array(2, B, K, 2, S, dtype=jnp.float32) if setting.dtype == "int8" else None
+        window = layer if setting.window else None
+        args = q_BNH, new_BKC, array(2, B, K, S, 2 * H), scale_LBK2S, layer, length_B, window
+    elif setting.kernel == "scales":
+        kernel, donated = partial(cache_flush_tpu, token_axis=4), (0,)
+        args = array(FLUSH_LAYERS, B, K, 2, 256), array(FLUSH_LAYERS, B, K, 2), length_B
+    elif setting.kernel == "scatter":
+        kernel, donated = scatter_rows, (0,)
+        args = array(FLUSH_LAYERS, B, K, 1024, 2 * H), array(B, K, 2 * H), layer, length_B
+    else:
+        kernel, donated = partial(cache_flush_tpu, token_axis=3), (0,)
+        args = array(FLUSH_LAYERS, B, K, 256, 2 * H), array(FLUSH_LAYERS, B, K, 2 * H), length_B
+    sharded = jax.shard_map(kernel, mesh=mesh, in_specs=everywhere, out_specs=everywhere, check_vma=False)
+    jax.jit(sharded, donate_argnums=donated).lower(*args).compile()
+
+
+def read(chip: str, setting: Setting, text: str) -> Row:
+    """A setting's row from its final program."""
+    core = CORES[chip]
+    row_bytes = _row_bytes(setting.kv_heads, setting.head_dim, setting.dtype)
+    if setting.kernel == "scatter":
+        program = parse(text, core.delay_slots, loop_of="dma.hbm_to_vmem")
+        rows = program.count("dma.vmem_to_hbm")
+        dma = core.dma_cycles(chip, 2 * rows * tile_rows(setting.dtype) * row_bytes // setting.kv_heads)
+        return ScatterRow(chip, setting, rows, program.issued([]), dma)
+    program = parse(text, core.delay_slots)
+    if setting.kernel != "attention":
+        tile_bytes = setting.kv_heads * 2 * LANES * 4
+        if setting.kernel == "flush":  # rows alone: their scales have a flush of their own
+            row_values = setting.kv_heads * 2 * setting.head_dim
+            tile_bytes = tile_rows(setting.dtype) * row_values * {"bfloat16": 2, "float32": 4, "int8": 1}[setting.dtype]
+        dma = core.dma_cycles(chip, 2 * FLUSH_LAYERS * tile_bytes)
+        return FlushRow(chip, setting, program.issued(program.regions), dma)
+    products = program.of("vmat")
+    if len(products) != 2:
+        raise ValueError(f"{len(products)} regions with matrix products, not a whole block's and a boundary's")
+    stages = program.stages()
+    return AttentionRow(
+        chip,
+        setting,
+        block_bytes=setting.block * row_bytes,
+        pipeline=program.issued(stages),
+        whole=program.issued(stages | {products[0]}),
+        boundary=program.issued(stages | {products[1]}),
+        slot=program.issued(program.regions) - program.issued(stages | set(products)),
+        dma_cycles=core.dma_cycles(chip, setting.block * row_bytes),
+    )
+
+
+def excess(rows: list[AttentionRow]) -> dict[AttentionRow, float]:
+    """Each row's cycles over those of the best block for its chip, kv heads, head dim and dtype; 0 for the best."""
+    fewest: dict[tuple[Any, ...], int] = {}
+    for row in rows:
+        fewest[_shape(row)] = min(row.cycles, fewest.get(_shape(row), row.cycles))
+    return {row: row.cycles / fewest[_shape(row)] - 1 for row in rows}
+
+
+def choose(rows: list[AttentionRow]) -> dict[tuple[Any, ...], tuple[int, float]]:
+    """By (kv heads, head dim, dtype) the block whose excess on its worst chip is least, and that excess."""
+    worst: dict[tuple[Any, ...], dict[int, float]] = {}
+    for row, over in excess(rows).items():
+        blocks = worst.setdefault(_shape(row)[1:], {})
+        blocks[row.setting.block] = max(over, blocks.get(row.setting.block, 0))
+    return {shape: min(blocks.items(), key=lambda item: item[1]) for shape, blocks in worst.items()}
+
+
+def _shape(row: Row) -> tuple[Any, ...]:
+    return row.chip, row.setting.kv_heads, row.setting.head_dim, row.setting.dtype
+
+
+def report(rows: list[Row]) -> str:
+    """The tables."""
+    attention = [row for row in rows if isinstance(row, AttentionRow)]
+    over = excess(attention)
+    lines = [
+        (
+            *_shape(row), row.setting.block, row.block_bytes // 1024, row.pipeline, row.whole, row.boundary, row.slot,
+            row.dma_cycles, "DMA" if row.is_dma_bound else "bundles", row.cycles, f"+{over[row]:.0%}",
+        )
+        for row in attention
+    ]  # fmt: skip
+    headers = (
+        "chip", "K", "H", "dtype", "block", "KiB", "pipeline", "whole", "boundary", "slot", "DMA", "bound", "cycles",
+        "excess",
+    )  # fmt: skip
+    chosen = [(*shape, block, f"+{worst:.0%}") for shape, (block, worst) in choose(attention).items()]
+    flush = [(*_shape(row), row.step, row.dma_cycles) for row in rows if isinstance(row, FlushRow)]
+    return "\n\n".join([
+        "Attention: bundles a grid step, by block of rows",
+        table(headers, lines),
+        "The block with the least excess on the worst of these chips",
+        table(("K", "H", "dtype", "block", "excess"), chosen),
+        f"Flush: bundles a grid step (a slot, {FLUSH_LAYERS} layers)",
+        table(("chip", "K", "H", "dtype", "step", "DMA"), flush),
+    ])  # fmt: skip
+
+
+def as_json(rows: list[Row]) -> dict[str, Any]:
+    """All rows as plain data."""
+
+    def plain(row: Row) -> dict[str, Any]:
+        fields = asdict(row)
+        fields |= fields.pop("setting")
+        if isinstance(row, AttentionRow):
+            return fields | {"is_dma_bound": row.is_dma_bound, "cycles": row.cycles}
+        return {name: value for name, value in fields.items() if name not in ("block", "window", "soft_cap")}
+
+    return {
+        "clock_hz": {chip: core.clock for chip, core in CORES.items()},
+        "live_rows": LIVE_ROWS,
+        "kernels": [plain(row) for row in rows],
+        "blocks": [
+            {"kv_heads": K, "head_dim": H, "dtype": dtype, "block": block, "worst_excess": round(worst, 3)}
+            for (K, H, dtype), (block, worst) in choose([r for r in rows if isinstance(r, AttentionRow)]).items()
+        ],
+    }
+
+
+def main() -> None:
+    """The command."""
+    parser = argparse.ArgumentParser(
+        prog="python -m slipstream.benchmarks.compiler.kernel_report",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--chips", default=",".join(CORES), help=f"comma-separated, of {', '.join(CORES)} (all)")
+    parser.add_argument("--kv-heads", default=",".join(map(str, KV_HEADS)), help="kv heads a chip, comma-separated")
+    parser.add_argument("--json", action="store_true", help="print the JSON object only")
+    parser.add_argument("--into", type=Path, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    chips = args.chips.split(",")
+    if unknown := set(chips) - set(CORES):
+        parser.error(f"--chips {','.join(sorted(unknown))}: there are {', '.join(CORES)}")
+    if args.into:
+        _child(chips[0], args.into)
+        return
+    rows = [row for chip in chips for row in measure(chip, settings(map(int, args.kv_heads.split(","))))]
+    if not args.json:
+        print(report(rows), end="\n\n")
+    print(json.dumps(as_json(rows)))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,103 @@
+"""The requests of a load test: how long they are, what they say, when they come. All from one seed."""
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from ...engine_impl.errors import RefusedError
+
+SHAREGPT_MEAN = (161, 338)
+"""Mean prompt and answer of ShareGPT (tokens): Kwon et al., arXiv 2309.06180, figure 11."""
+SHAREGPT_SIGMA = (1.2, 0.9)
+"""Our log-normal stand-in for its spread: many short, few very long."""
+SHAREGPT_LIMITS = (4, 1024)
+
+PROMPT, OUTPUT = 0, 1
+
+Draw = Callable[[np.random.Generator, int], int]
+"""(random numbers, the request's index) -> tokens"""
+
+
+@dataclass(frozen=True)
+class Ask:
+    """One request to be sent."""
+
+    prompt_ids: list[int]
+    max_tokens: int
+
+
+def lengths(spec: str, column: int) -> Draw:
+    """What `spec` says: fixed:N, uniform:LOW:HIGH (both included), sharegpt, file:PATH. `column`: PROMPT or OUTPUT.
+
+    A file is a JSON list of [prompt, output] lengths, taken in order and from the start again.
+
+    Raises RefusedError.
+    """
+    kind, _, rest = spec.partition(":")
+    if kind == "sharegpt" and not rest:
+        return lambda rng, index: _sharegpt(rng, column)
+    if kind == "file":
+        pairs = _read_pairs(Path(rest))
+        return lambda rng, index: pairs[index % len(pairs)][column]
+    try:
+        values = [int(word) for word in rest.split(":")]
+    except ValueError:
+        values = []
+    if kind == "fixed" and len(values) == 1 and values[0] > 0:
+        return lambda rng, index: values[0]
+    if kind == "uniform" and len(values) == 2 and 0 < values[0] <= values[1]:
+        return lambda rng, index: int(rng.integers(values[0], values[1] + 1))
+    raise RefusedError(f"lengths {spec!r} must be fixed:N, uniform:LOW:HIGH, sharegpt or file:PATH")
+
+
+def make_requests(
+    count: int, prompt: Draw, output: Draw, *, ids: tuple[int, int], max_length: int | None, seed: int
+) -> list[Ask]:
+    """Random prompts of token ids in [ids[0], ids[1]); prompt and answer together cut to `max_length`, if given.
+
+    The same seed gives the same requests, the first ones too when `count` is larger.
+    """
+    asks = []
+    for index in range(count):
+        rng = np.random.default_rng([seed, index])
+        prompt_tokens, output_tokens = prompt(rng, index), output(rng, index)
+        if max_length is not None:
+            prompt_tokens = min(prompt_tokens, max_length - 1)
+            output_tokens = min(output_tokens, max_length - prompt_tokens)
+        asks.append(Ask(rng.integers(*ids, prompt_tokens).tolist(), output_tokens))
+    return asks
+
+
+def arrivals(count: int, rate: float, *, burst_size: int, seed: int) -> list[float]:
+    """When requests come at `rate` a second (seconds from the start): the bursts are a Poisson process."""
+    bursts = -(-count // burst_size)
+    gaps = np.random.default_rng(seed).exponential(burst_size / rate, bursts)
+    gaps[0] = 0.0
+    return np.repeat(np.cumsum(gaps), burst_size)[:count].tolist()
+
+
+def id_range(text: str) -> tuple[int, int]:
+    """ "300:1000" -> (300, 1000). Raises RefusedError."""
+    low, _, high = text.partition(":")
+    if low.isdecimal() and high.isdecimal() and int(low) < int(high):
+        return int(low), int(high)
+    raise RefusedError(f"token_ids={text!r} must be LOW:HIGH, the lowest id and one above the highest")
+
+
+def _sharegpt(rng: np.random.Generator, column: int) -> int:
+    sigma = SHAREGPT_SIGMA[column]
+    drawn = rng.lognormal(np.log(SHAREGPT_MEAN[column]) - sigma**2 / 2, sigma)
+    return int(np.clip(round(drawn), *SHAREGPT_LIMITS))
+
+
+def _read_pairs(path: Path) -> Sequence[tuple[int, int]]:
+    try:
+        pairs = [(int(prompt), int(output)) for prompt, output in json.loads(path.read_text(encoding="utf-8"))]
+    except (OSError, ValueError, TypeError) as error:
+        raise RefusedError(f"lengths file {path}: must be JSON [[prompt, output], ...] in tokens ({error})") from error
+    if not pairs or min(min(pair) for pair in pairs) < 1:
+        raise RefusedError(f"lengths file {path}: must hold at least one pair, and no length below 1")
+    return pairs

@@ -1,0 +1,1 @@
+"""Machines, statistics, tables, plots; the bytes and operations that cannot be avoided."""

@@ -1,0 +1,50 @@
+"""The bytes that a decode step cannot avoid to move, counted from the arrays that are there."""
+
+from dataclasses import replace
+from typing import Any, Literal
+
+import jax
+
+from ...engine_impl.engine import Engine
+from ...engine_impl.forward import Params
+from ...engine_impl.models.parts import ExpertLinear
+from ...engine_impl.quantization.linear import Int4Linear, Int8ExpertLinear, QuantizedLinear
+
+
+def bytes_per_step(engine: Engine, params: Params, live_tokens: int) -> int:
+    """Weights and all live rows read once, the new rows written; of what is quantised, codes and scales.
+
+    Each chip reads its own: kv heads that several chips have count for each. Not counted: an embedding table that is
+    not also the output projection (a step reads one row of it a slot), the zeros that fill up narrow heads, and experts
+    that nobody chooses.
+    """
+    layers = params["layers"]
+    weights = sum(
+        leaf.nbytes * (_experts_read(engine) if name in _expert_weights(engine, layer) else 1)
+        for layer in (layers if isinstance(layers, tuple) else (layers,))
+        for name, leaf in layer.items()
+    )
+    weights += sum(leaf.nbytes for part in ("norm", "lm_head") for leaf in jax.tree.leaves(params[part]))
+    layout = replace(engine.layout, head_dim=engine.model.config.head_dim)
+    return round(weights + layout.bytes * (live_tokens + 1) / layout.length)
+
+
+def stored_as(engine: Engine) -> Literal["none", "int8", "int4"]:
+    """What most of the weights are codes of: `auto` says it of no checkpoint."""
+    parts = [part for part in engine.model.modules() if isinstance(part, QuantizedLinear)]
+    if not parts:
+        return "none"
+    return "int4" if any(isinstance(part, Int4Linear) for part in parts) else "int8"
+
+
+def _expert_weights(engine: Engine, layer: dict[str, Any]) -> set[str]:
+    """Names of a layer's weights that are one array of all experts."""
+    modules = dict(engine.model.layers[0].named_modules())
+    experts = (ExpertLinear, Int8ExpertLinear)
+    return {name for name in layer if isinstance(modules.get(name.rpartition(".")[0]), experts)}
+
+
+def _experts_read(engine: Engine) -> float:
+    """The share of the experts that at least one slot chooses, on average, were the choices independent."""
+    config: Any = engine.model.config
+    return 1 - (1 - config.experts_per_token / config.num_experts) ** engine.max_concurrent_decodes

@@ -1,0 +1,119 @@
+"""The command line: `slipstream serve | ask | generate | ...` (COMMANDS). Its flags are the fields of dataclasses.
+
+parse() only parses, main() also runs. Nothing heavy is imported before a command runs.
+"""
+
+import contextlib
+import io
+import os
+import sys
+from collections.abc import Sequence
+from types import NoneType
+from typing import Any, get_args
+
+import tyro
+
+from ..engine_impl.errors import RefusedError
+from ..server.errors import FailedError, QueueFullError, UnavailableError
+from ..server.request.options import check_utf8
+from .ask import Ask
+from .bench import Bench
+from .chat import Chat
+from .demo import Demo
+from .fetch import Fetch
+from .generate import Generate
+from .models import Models
+from .plan import Plan
+from .score import Score
+from .serve import Serve
+
+Command = Serve | Ask | Generate | Chat | Demo | Plan | Bench | Score | Models | Fetch
+COMMANDS = {
+    "serve": Serve, "ask": Ask, "generate": Generate, "chat": Chat, "demo": Demo, "plan": Plan, "bench": Bench,
+    "score": Score, "models": Models, "fetch": Fetch,
+}  # fmt: skip
+STYLE = (tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff)
+
+BAD_INPUT = 2
+FAILED = 1
+INTERRUPTED = 130
+
+
+def parse(argv: Sequence[str]) -> Command:
+    """The command that `argv`, without the program's name, asks for.
+
+    Raises RefusedError for a bad value, SystemExit with status 2 for a line that cannot be read, with 0 after --help.
+    """
+    for number, word in enumerate(argv, start=1):
+        check_utf8(word, f"argument {number}")
+    stderr = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(stderr), optional_flags():
+            return tyro.extras.subcommand_cli_from_dict(
+                COMMANDS, args=argv, prog="slipstream", description="An LLM server for TPUs.", config=STYLE
+            )
+    except SystemExit as stop:
+        # tyro wraps what a dataclass refuses into a box that names its internals.
+        error: BaseException | None = stop
+        while error is not None:
+            if isinstance(error, RefusedError):
+                raise error from None
+            error = error.__context__
+        sys.stderr.write(stderr.getvalue())
+        raise
+
+
+def main() -> None:
+    """Runs and exits: 0 done, 1 failed, 2 bad input, 130 Ctrl-C."""
+    for stream in (sys.stdin, sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # an emoji must not end the program on a terminal that has none
+    sys.exit(run(sys.argv[1:]))
+
+
+def run(argv: Sequence[str]) -> int:
+    """Parses and runs; what a user can do something about is one line on stderr."""
+    try:
+        return parse(argv).run()
+    except RefusedError as error:
+        return tell(error, BAD_INPUT)
+    except (FailedError, QueueFullError, UnavailableError) as error:
+        return tell(error, FAILED)
+    except KeyboardInterrupt:
+        print(file=sys.stderr)
+        return INTERRUPTED
+    except BrokenPipeError:  # `slipstream ... | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return FAILED
+
+
+def tell(error: Exception, status: int) -> int:
+    print(f"slipstream: {error}", file=sys.stderr)
+    return status
+
+
+@contextlib.contextmanager
+def optional_flags():
+    """Lets help show `--seed INT` for an `int | None`, whose default its text tells, instead of `{None}|INT`."""
+    registry = tyro.constructors.ConstructorRegistry()
+
+    @registry.primitive_rule
+    def rule(info: tyro.constructors.PrimitiveTypeInfo) -> Any:
+        kinds = [kind for kind in get_args(info.type) if kind is not NoneType]
+        if len(get_args(info.type)) != 2 or len(kinds) != 1 or not callable(kinds[0]):
+            return None
+        kind: Any = kinds[0]
+        return tyro.constructors.PrimitiveConstructorSpec(
+            nargs=1,
+            metavar=kind.__name__.upper(),
+            instance_from_str=lambda words: kind(words[0]),
+            is_instance=lambda value: value is None or isinstance(value, kind),
+            str_from_instance=lambda value: ["none" if value is None else str(value)],
+        )
+
+    with registry:
+        yield
+
+
+if __name__ == "__main__":
+    main()

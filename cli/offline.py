@@ -1,0 +1,51 @@
+"""Prompts answered in this process, through the same orchestrator as the server's."""
+
+import queue
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from ..server.request.answer import Answer
+from ..server.request.options import AnswerOptions
+from ..server.request.request import Event, Limits, Request
+from ..server.scheduler.loop import Orchestrator
+
+if TYPE_CHECKING:
+    from ..engine_impl.engine import Engine
+
+
+@contextmanager
+def running(engine: "Engine", params: Any, *, max_queued: int) -> Iterator[Orchestrator]:
+    """An orchestrator for the block. It compiles only what its requests need."""
+    orchestrator = Orchestrator(engine, params, max_queued=max_queued, warm_up=False)
+    orchestrator.start()
+    try:
+        yield orchestrator
+    finally:
+        orchestrator.close()
+
+
+def answer(
+    engine: "Engine", params: Any, prompts: Sequence[Sequence[int]], options: AnswerOptions
+) -> Iterator[list[Answer]]:
+    """Yields all answers, in the order of the prompts (token ids), whenever one has grown.
+
+    Raises RefusedError before anything is run, or the error that a request ended with.
+    """
+    limits = Limits.of(engine)
+    for prompt_ids in prompts:
+        limits.check(prompt_ids, options.max_tokens, options.num_samples)
+    answers = [Answer.of(options.num_samples) for _ in prompts]
+    events: queue.SimpleQueue[tuple[int, Event]] = queue.SimpleQueue()
+    with running(engine, params, max_queued=len(prompts)) as orchestrator:
+        for index, prompt_ids in enumerate(prompts):
+            orchestrator.submit(request(index, prompt_ids, options, events))
+        while any(answer.usage is None for answer in answers):
+            index, event = events.get()
+            answers[index].grow(event)
+            yield answers
+
+
+def request(index: int, prompt_ids: Sequence[int], options: AnswerOptions, events: queue.SimpleQueue) -> Request:
+    """Its events go to `events` with its index."""
+    return Request(prompt_ids=prompt_ids, deliver=lambda event: events.put((index, event)), **options.request_fields())

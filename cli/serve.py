@@ -1,0 +1,35 @@
+"""slipstream serve"""
+
+import asyncio
+from dataclasses import dataclass
+
+from ..engine_impl.config import EngineConfig
+from ..server.config import ServerConfig
+
+
+@dataclass(frozen=True)
+class Serve:
+    """Serve a model over gRPC, and over OpenAI's HTTP if asked to, until SIGTERM or Ctrl-C."""
+
+    engine: EngineConfig
+    server: ServerConfig
+
+    def run(self) -> int:
+        from ..server.observe import logs
+        from ..server.observe.status import StatusLine
+
+        watch = self.server.watch
+        line = StatusLine() if watch.log_format == "text" else None
+        logs.configure(watch.log_format, prompts=watch.log_prompts, line=line)
+        if self.server.orchestrator == "jetstream":
+            from ..server.jetstream.host import host
+
+            return asyncio.run(host(self.engine, self.server))
+        from ..server.lifecycle import serve
+
+        return asyncio.run(serve(self._load, self.server, line))
+
+    def _load(self):
+        from ..engine_impl.loading import load_engine
+
+        return load_engine(self.engine)

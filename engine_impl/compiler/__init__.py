@@ -1,0 +1,1 @@
+"""Programs without a device: what fits, what the compiler makes of it."""

@@ -1,0 +1,174 @@
+"""What a program needs on one chip and what a chip has: memory, floors, and what would help when it does not fit."""
+
+import math
+import re
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+
+from ..engine import Engine
+from ..quantization.linear import Int8Linear
+from ..weights.load import matrices
+from .chips import Chip
+from .hlo import Program
+
+USABLE = 0.98
+"""Share of HBM for weights and cache, where only arithmetic is asked: the rest goes to code, temporaries, prefixes."""
+
+
+@dataclass(frozen=True)
+class ProgramReport:
+    """What the compiler says of one program; memory is per chip."""
+
+    compile_seconds: float
+    argument_bytes: int
+    temp_bytes: int
+    alias_bytes: int
+    code_bytes: int
+    output_bytes: int
+    cache_bytes: int
+    """the KV cache's share of one chip"""
+    cache_sized_copies: list[str]
+    """HLO instructions that copy at least one layer's k of the cache; empty is right"""
+    pallas_calls: dict[str, int]
+    collectives: dict[str, int]
+    estimated_cycles: int
+    hbm_floor_bytes: int
+    """what has to cross HBM: for generate the weights and a full cache, for prefill the weights and its prefix"""
+    floor_ms: float
+    """hbm_floor_bytes over the chip's bandwidth"""
+    compute_floor_ms: float
+    """multiplications with the weights over the chip's peak: int8's where activations are int8 too, else bf16's"""
+    tokens_per_second_ceiling: float | None = None
+    """generate only: all slots, at the larger floor"""
+
+
+@dataclass(frozen=True)
+class Misfit:
+    """Why it does not fit."""
+
+    program: str
+    needed_bytes: int | None
+    """per chip; None where the compiler gave up without a number"""
+    over_bytes: int | None
+    compiler: str | None
+    """the compiler's own words, if it was the compiler that refused"""
+    remedies: list[str]
+
+
+class Budget:
+    """What one chip has and what is asked of it (bytes)."""
+
+    def __init__(self, engine: Engine, chip: Chip) -> None:
+        self.engine, self.chip = engine, chip
+        params = engine.abstract_params()
+        arrays = {id(leaf): leaf for leaf in jax.tree.leaves(params)}  # a tied lm_head is one array
+        self.weights_bytes = sum(_shard_bytes(leaf) for leaf in arrays.values())
+        embedding = 0 if params["lm_head"] is params["embed_tokens"] else _shard_bytes(params["embed_tokens"]["weight"])
+        self.read_bytes = self.weights_bytes - embedding  # a step gathers a few rows of the embedding
+        self.cache_bytes = engine.layout.bytes // engine.mesh.size
+        self.resident = self.weights_bytes + self.cache_bytes
+        self.row_seconds = 0.0
+        """one row through all matrices, at the chip's peak"""
+        for module, elements in matrices(engine.model, engine.mesh):
+            is_int8 = isinstance(module, Int8Linear) and module.rounds_activations
+            self.row_seconds += 2 * elements / (chip.int8_ops if is_int8 else chip.bf16_flops)
+
+    @property
+    def slots_with_room(self) -> int:
+        """Slots whose cache, beside the weights, fills the usable HBM: arithmetic, a plan of them is the proof."""
+        room = int(USABLE * self.chip.hbm_bytes) - self.weights_bytes
+        return max(0, room * self.engine.layout.slots // self.cache_bytes)
+
+    def report(self, program: str, compiled: jax.stages.Compiled, seconds: float) -> ProgramReport:
+        layout, memory, text = self.engine.layout, compiled.memory_analysis(), compiled.as_text()
+        assert memory is not None  # libtpu gives both
+        assert text is not None
+        hlo = Program(text)
+        floor_bytes, rows = self._floor(program)
+        floor_ms = floor_bytes / self.chip.hbm_bandwidth * 1e3
+        compute_ms = rows * self.row_seconds * 1e3
+        return ProgramReport(
+            compile_seconds=round(seconds, 2),
+            argument_bytes=memory.argument_size_in_bytes,
+            temp_bytes=memory.temp_size_in_bytes,
+            alias_bytes=memory.alias_size_in_bytes,
+            code_bytes=memory.generated_code_size_in_bytes,
+            output_bytes=memory.output_size_in_bytes,
+            cache_bytes=self.cache_bytes,
+            cache_sized_copies=cache_copies(hlo, self.engine),
+            pallas_calls=hlo.pallas_calls(),
+            collectives=hlo.collectives(),
+            estimated_cycles=hlo.estimated_cycles(),
+            hbm_floor_bytes=floor_bytes,
+            floor_ms=floor_ms,
+            compute_floor_ms=compute_ms,
+            tokens_per_second_ceiling=layout.slots / max(floor_ms, compute_ms) * 1e3 if program == "generate" else None,
+        )
+
+    def _floor(self, program: str) -> tuple[int, int]:
+        """(bytes that must cross HBM, rows that pass through the weights)."""
+        layout = self.engine.layout
+        if program == "generate":
+            return self.read_bytes + self.cache_bytes, layout.slots
+        bucket = int(program.removeprefix("prefill_")) if program != "insert" else self.engine.buckets[-1]
+        prefix_bytes = self.cache_bytes * bucket // (layout.slots * layout.length)
+        return (2 * prefix_bytes, 0) if program == "insert" else (self.read_bytes + prefix_bytes, bucket)
+
+    def needed(self, program: str, report: ProgramReport) -> int:
+        """All that is in HBM while the program runs: what it was given or not, weights and cache are there."""
+        given = {"generate": self.resident, "insert": self.cache_bytes}.get(program, self.weights_bytes)
+        new = report.temp_bytes + report.code_bytes + report.output_bytes - report.alias_bytes
+        return self.resident + max(0, report.argument_bytes - given) + new
+
+    def resident_misfit(self) -> Misfit | None:
+        return self._misfit("weights and cache", self.resident)
+
+    def program_misfit(self, program: str, report: ProgramReport) -> Misfit | None:
+        return self._misfit(program, self.needed(program, report))
+
+    def _misfit(self, program: str, needed: int) -> Misfit | None:
+        over = needed - self.chip.hbm_bytes
+        if over <= 0:
+            return None
+        return Misfit(program, needed, over, None, self._remedies(needed))
+
+    def refused(self, program: str, message: str) -> Misfit:
+        """The compiler gives up on a program that alone is too large; it says so in one of two ways."""
+        size = r"([\d.]+)([KMGT])"
+        needed = None
+        if told := re.search(rf"Used {size} of {size} hbm|\({size}\) exceeds available HBM", message):
+            number, unit = told.group(1, 2) if told[1] else told.group(5, 6)
+            needed = int(float(number) * 2 ** {"K": 10, "M": 20, "G": 30, "T": 40}[unit])
+        over = None if needed is None else needed - self.chip.hbm_bytes
+        return Misfit(
+            program, needed, over, message.splitlines()[0][:300], self._remedies(needed or self.chip.hbm_bytes + 1)
+        )
+
+    def _remedies(self, needed: int) -> list[str]:
+        """What would bring `needed` bytes a chip down, each alone, by arithmetic; a plan of it is the proof."""
+        layout, chips = self.engine.layout, self.engine.mesh.size
+        room = self.cache_bytes - (needed - int(USABLE * self.chip.hbm_bytes))  # for the cache
+        remedies = []
+        if (slots := room * layout.slots // self.cache_bytes) >= 1:
+            remedies.append(f"--slots {slots}")
+        if (length := room * layout.length // self.cache_bytes // 128 * 128) >= 128:
+            remedies.append(f"--cache-length {length}")
+        enough = max(math.ceil(needed * chips / self.chip.hbm_bytes), chips + 1)
+        remedies.append(f"at least {enough} of these chips, or chips with more HBM")
+        return remedies
+
+
+def cache_copies(hlo: Program, engine: Engine) -> list[str]:
+    """What copies half a layer or more of a leaf of the cache on one chip; see `Program.copies_of`."""
+    found = []
+    for leaf in jax.tree.leaves(engine.layout.abstract(engine.mesh)):
+        found += hlo.copies_of(leaf.sharding.shard_shape(leaf.shape), _shard_bytes(leaf) // engine.layout.layers // 2)
+    return found
+
+
+def _shard_bytes(array: jax.ShapeDtypeStruct) -> int:
+    assert array.sharding is not None
+    shape = array.sharding.shard_shape(array.shape)
+    return math.prod(shape) * jnp.dtype(array.dtype).itemsize

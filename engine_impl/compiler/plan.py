@@ -1,0 +1,216 @@
+"""Asks the compiler, without a TPU or GPU: does a model fit, what do its programs do, how fast can they be?
+
+The engine's own programs are compiled for a topology by libtpu, or by XLA's GPU compiler, with abstract arguments: no
+weights, no chips. What comes back is a fact of the compiler (memory, copies, calls, collectives), or a floor: bytes
+that must be read, over the chip's bandwidth.
+"""
+
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from ..checkpoints import hub
+from ..checkpoints.gguf import GGUFCheckpoint
+from ..checkpoints.hf_config import read_fields, read_hf_config
+from ..checkpoints.quantization_config import read_format
+from ..config import EngineConfig
+from ..engine import Engine
+from ..models import registry
+from ..models.decoder import ModelConfig
+from ..quantization.linear import Int4Linear, Int8ExpertLinear, Int8Linear
+from ..quantization.swap import resolved
+from ..weights.load import Quantization
+from ..weights.sharding import make_mesh
+from .budget import Budget, Misfit, ProgramReport
+from .chips import chip_of
+from .presets import preset
+from .topology import devices_of
+
+
+@dataclass(frozen=True)
+class Saving:
+    """What quantisation saves, by arithmetic."""
+
+    quantized: str
+    """such as "int8 weights and int8 cache" """
+    bytes_per_chip: int
+    """weights and cache together, against those in `dtype`"""
+    slots_unquantized: int
+    """the plan's slots_with_room, were nothing quantised"""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A model on a topology at a serving shape."""
+
+    model: str
+    topology: str
+    chips: int
+    slots: int
+    cache_length: int
+    dtype: str
+    hbm_bytes_per_chip: int
+    weights_bytes_per_chip: int
+    quantize_kv: str
+    cache_bytes_per_chip: int
+    resident_bytes_per_chip: int
+    """the most that is in HBM at once: weights, cache, and the hungriest program's temporaries and results"""
+    fits: bool
+    programs: dict[str, ProgramReport]
+    slots_with_room: int
+    """slots of this cache length that the weights leave HBM for, by arithmetic"""
+    misfit: Misfit | None = None
+    saving: Saving | None = None
+    """None where nothing is quantised"""
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain data."""
+        return asdict(self)
+
+
+def plan(
+    config: EngineConfig,
+    shape: ModelConfig,
+    topology: str,
+    *,
+    stored: Quantization | None = None,
+    all_buckets: bool = False,
+    dump: Path | None = None,
+    report: Callable[[str], None] = lambda line: None,
+) -> Plan:
+    """Compile generate, insert and prefill (the largest bucket, or all) for a topology.
+
+    `stored` is how the checkpoint keeps its weights (see `quantization_of`); `dump` gets each program's optimised HLO
+    as <program>.hlo.txt; `report` is told what is being compiled.
+
+    Raises RefusedError for a topology that does not exist, sizes that the model does not allow, or without libtpu.
+    """
+    chip = chip_of(topology)
+    engine = abstract_engine(shape, topology, config, stored)
+    budget = Budget(engine, chip)
+    programs: dict[str, ProgramReport] = {}
+    misfit = budget.resident_misfit()
+    buckets = engine.buckets if all_buckets else engine.buckets[-1:]
+    lowered = {
+        "generate": engine.lower_generate,
+        "insert": lambda: engine.lower_insert(engine.buckets[-1]),
+        **{f"prefill_{bucket}": lambda bucket=bucket: engine.lower_prefill(bucket) for bucket in buckets},
+    }
+    for program, lower in lowered.items():
+        if misfit is not None:
+            break
+        report(f"compiling {program} for {topology}")
+        try:
+            start = time.perf_counter()
+            compiled = lower().compile()
+            programs[program] = budget.report(program, compiled, time.perf_counter() - start)
+        except jax.errors.JaxRuntimeError as error:
+            if "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+            misfit = budget.refused(program, str(error))
+            break
+        if dump is not None:
+            dump.mkdir(parents=True, exist_ok=True)
+            (dump / f"{program}.hlo.txt").write_text(compiled.as_text() or "")
+        misfit = budget.program_misfit(program, programs[program])
+    return Plan(
+        model=config.model,
+        topology=topology,
+        chips=engine.mesh.size,
+        slots=config.slots,
+        cache_length=config.cache_length,
+        dtype=engine.layout.dtype.name,
+        hbm_bytes_per_chip=chip.hbm_bytes,
+        weights_bytes_per_chip=budget.weights_bytes,
+        quantize_kv=config.quantize_kv,
+        cache_bytes_per_chip=budget.cache_bytes,
+        resident_bytes_per_chip=max((budget.needed(p, r) for p, r in programs.items()), default=budget.resident),
+        fits=misfit is None,
+        programs=programs,
+        slots_with_room=budget.slots_with_room,
+        misfit=misfit,
+        saving=_saving(config, shape, topology, budget),
+    )
+
+
+def _saving(config: EngineConfig, shape: ModelConfig, topology: str, budget: Budget) -> Saving | None:
+    modules = {type(module) for module in budget.engine.model.modules()}
+    weights = "int4" if Int4Linear in modules else "int8" if modules & {Int8Linear, Int8ExpertLinear} else "none"
+    kinds = {"weights": weights, "cache": config.quantize_kv}
+    quantized = " and ".join(f"{kind} {what}" for what, kind in kinds.items() if kind != "none")
+    if not quantized:
+        return None
+    plain = replace(config, quantize_weights="none", quantize_activations="none", quantize_kv="none")
+    floats = Budget(abstract_engine(shape, topology, plain), budget.chip)
+    return Saving(quantized, floats.resident - budget.resident, floats.slots_with_room)
+
+
+def largest_slots(config: EngineConfig, shape: ModelConfig, topology: str, **options: Any) -> Plan:
+    """The plan with the most slots that fit; with one slot, if not even that fits.
+
+    A slot costs its cache and a little more: each guess comes from what a slot cost between the last two plans and the
+    room that the best one left, until two neighbours are known of which only the smaller fits.
+    """
+    best, fails = plan(replace(config, slots=1), shape, topology, **options), None
+    if not best.fits:
+        return best
+    a_slot = best.cache_bytes_per_chip
+    while fails is None or fails - best.slots > 1:
+        room = best.hbm_bytes_per_chip - best.resident_bytes_per_chip
+        guess = best.slots + max(1, room // a_slot)
+        guess = guess if fails is None else min(guess, fails - 1)
+        tried = plan(replace(config, slots=guess), shape, topology, **options)
+        needed = tried.misfit.needed_bytes if tried.misfit else tried.resident_bytes_per_chip
+        grown = 2 * a_slot if needed is None else (needed - best.resident_bytes_per_chip) // (guess - best.slots)
+        a_slot = max(a_slot, grown)
+        best, fails = (tried, fails) if tried.fits else (best, guess)
+    return best
+
+
+def shape_of(model: str) -> ModelConfig:
+    """The shape of a preset, a Hugging Face config.json or its folder, a hub id, `embedded`, or a GGUF file.
+
+    Raises RefusedError for what is none of these.
+    """
+    path = Path(model)
+    if model == "embedded":
+        return preset("smollm2-135m")
+    if path.suffix == ".gguf":
+        return GGUFCheckpoint(path).config
+    config = _config_file(model)
+    return preset(model) if config is None else read_hf_config(config)
+
+
+def quantization_of(model: str) -> Quantization | None:
+    """How the checkpoint of such a model keeps its weights, by its config.json; None: as floats, or as GGUF.
+
+    Raises RefusedError for a quantisation that cannot be read.
+    """
+    config = None if model == "embedded" or model.endswith(".gguf") else _config_file(model)
+    stored = None if config is None else read_format(read_fields(config), str(config))
+    return None if stored is None else stored.quantization
+
+
+def _config_file(model: str) -> Path | None:
+    path = Path(model)
+    if path.exists():
+        return path
+    return hub.config_file(model) if hub.is_id(model) else None
+
+
+def abstract_engine(
+    shape: ModelConfig, topology: str, config: EngineConfig, stored: Quantization | None = None
+) -> Engine:
+    """The product's own engine on chips that are not there."""
+    devices = devices_of(topology)
+    mesh = make_mesh(devices, shape.num_heads, shape.num_kv_heads, config.tensor_parallel)
+    model = registry.build(replace(shape, num_kv_heads=max(shape.num_kv_heads, mesh.size)))
+    dtype = jnp.dtype("bfloat16" if config.dtype == "auto" else config.dtype)
+    config = resolved(config, stored, model, mesh)
+    tokenizer: Any = None  # text is none of a program's business
+    return Engine(model, mesh, config, dtype, tokenizer, config.model)

@@ -1,0 +1,1 @@
+"""Quantised weights: codecs, modules, the swap."""

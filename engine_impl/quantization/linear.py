@@ -1,0 +1,165 @@
+"""Linear modules whose weights are codes. They stand where a `Linear` stood; a model's `forward` does not know.
+
+O outputs, I inputs, Q blocks of inputs, R rows.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+import jax
+import jax.numpy as jnp
+import torch
+from jax.sharding import Mesh, PartitionSpec
+from torch import Tensor, nn
+
+from ...kernels import AXIS, Backend, Blockwise, Split, blockwise_matmul
+from .. import bridge
+from ..models.parts import ExpertLinear, grouped_matmul
+from .codecs import encode_int4, encode_int8, encode_int8_experts
+from .int8_matmul import Multiply, multiply_rounded, shared
+
+
+@dataclass(frozen=True)
+class Stored:
+    """One array of a quantised weight."""
+
+    shape: tuple[int, ...]
+    dtype: jnp.dtype
+    axes: dict[int, int]
+    """axis of the float weight -> its own; an axis that is not here is no axis of this array"""
+
+    def spec(self, axis: int | None) -> PartitionSpec:
+        """How it is split when the weight is along `axis`."""
+        own = None if axis is None else self.axes.get(axis)
+        return PartitionSpec(*[AXIS if i == own else None for i in range(len(self.shape))])
+
+
+class QuantizedLinear(nn.Module):
+    """What all kinds share: what is stored, where it lies, and the bias, which stays as it is."""
+
+    reads_stack: ClassVar[bool] = False
+    """Its matrix product takes all layers' weights and the number of the layer, `layer`: see forward.py."""
+
+    def __init__(self, replaced: nn.Module, stored: dict[str, Stored], axis: int | None, mesh: Mesh) -> None:
+        """Args:
+        replaced: whose place it takes; may be on the meta device.
+        stored: its arrays, by parameter name, without the bias.
+        axis: of the float weight, the one that the mesh's devices share, where they divide all that is stored.
+        """
+        super().__init__()
+        self.mesh, self.stored = mesh, stored
+        self.float_shape: tuple[int, ...] = tuple(replaced.get_parameter("weight").shape)
+        shared = [leaf.shape[leaf.axes[axis]] for leaf in stored.values() if axis in leaf.axes]
+        self.axis = axis if all(size % mesh.size == 0 for size in shared) else None
+        self.register_parameter("bias", getattr(replaced, "bias", None))
+        for name, leaf in stored.items():
+            empty = torch.empty(leaf.shape, dtype=getattr(torch, leaf.dtype.name), device="meta")
+            self.register_parameter(name, nn.Parameter(empty, requires_grad=False))
+
+    @property
+    def split(self) -> Split:
+        """Which of the axes of a weight [O, I] the devices share."""
+        return None if self.axis is None else ("outputs", "inputs")[self.axis]
+
+    def encode(self, weight: jax.Array) -> Mapping[str, jax.Array]:
+        """The arrays of a float weight."""
+        raise NotImplementedError
+
+    @property
+    def float_spec(self) -> PartitionSpec:
+        """How the weight is split on its way in: as its codes are, so that each device encodes its own share."""
+        return PartitionSpec(*[AXIS if i == self.axis else None for i in range(len(self.float_shape))])
+
+    def with_bias(self, out_RO: Tensor) -> Tensor:
+        bias_O = self._parameters["bias"]
+        return out_RO if bias_O is None else out_RO + bias_O
+
+
+class Int8Linear(QuantizedLinear):
+    """A scale for each output."""
+
+    code: Tensor
+    scale: Tensor
+
+    def __init__(self, replaced: nn.Linear, axis: int | None, mesh: Mesh, *, multiply: Multiply) -> None:
+        """`multiply` is one of those in int8_matmul.py."""
+        I, O = replaced.in_features, replaced.out_features
+        code = Stored((O, I), jnp.dtype("int8"), {0: 0, 1: 1})
+        scale = Stored((O,), jnp.dtype("float32"), {0: 0})
+        super().__init__(replaced, {"code": code, "scale": scale}, axis, mesh)
+        self.multiply = shared(multiply, self.split, mesh)
+        self.rounds_activations = multiply is multiply_rounded
+
+    def encode(self, weight: jax.Array) -> Mapping[str, jax.Array]:
+        return encode_int8(weight)
+
+    def forward(self, x_RI: Tensor) -> Tensor:
+        return self.with_bias(bridge.call_kernel(self.multiply, x_RI, self.code, self.scale))
+
+
+class Int8ExpertLinear(QuantizedLinear):
+    """A scale for each output of each expert; the face of `ExpertLinear`."""
+
+    code: Tensor
+    scale: Tensor
+
+    def __init__(self, replaced: ExpertLinear, axis: int | None, mesh: Mesh) -> None:
+        E, I, O = replaced.weight.shape
+        code = Stored((E, I, O), jnp.dtype("int8"), {0: 0, 1: 1, 2: 2})
+        scale = Stored((E, O), jnp.dtype("float32"), {0: 0, 2: 1})
+        super().__init__(replaced, {"code": code, "scale": scale}, axis, mesh)
+
+    def encode(self, weight: jax.Array) -> Mapping[str, jax.Array]:
+        return encode_int8_experts(weight)
+
+    def of_all(self, x_RI: Tensor) -> Tensor:
+        out_ERO = torch.einsum("ri,eio->ero", x_RI, self.code.to(x_RI.dtype))
+        return (out_ERO * self.scale[:, None]).to(x_RI.dtype)
+
+    def summed(self, x_ERI: Tensor) -> Tensor:
+        out_ERO = torch.einsum("eri,eio->ero", x_ERI, self.code.to(x_ERI.dtype))
+        return (out_ERO * self.scale[:, None]).sum(0).to(x_ERI.dtype)
+
+    def of_one(self, x_I: Tensor, expert: Tensor) -> Tensor:
+        return (x_I @ self.code[expert].to(x_I.dtype) * self.scale[expert]).to(x_I.dtype)
+
+    def of_groups(self, x_RI: Tensor, count_E: Tensor) -> Tensor:
+        """The grouped product takes floats only: of one layer's experts there is a float copy while it runs."""
+        out_RO = grouped_matmul(x_RI, self.code.to(x_RI.dtype), count_E)
+        first_E = count_E.cumsum(0) - count_E
+        row_R1 = torch.arange(len(x_RI), device=x_RI.device)[:, None]
+        expert_R = (row_R1 >= first_E).sum(1) - 1
+        return (out_RO * self.scale[expert_R]).to(x_RI.dtype)
+
+
+class Int4Linear(QuantizedLinear):
+    """A scale and an offset for each block of inputs; see kernels/blockwise_matmul."""
+
+    reads_stack = True
+    packed: Tensor
+    scale: Tensor
+    offset: Tensor
+    layer: Tensor
+
+    def __init__(
+        self, replaced: nn.Linear, axis: int | None, mesh: Mesh, *, block: int, dtype: jnp.dtype, backend: Backend
+    ) -> None:
+        """`block` divides the inputs; `dtype` is the activations'."""
+        I, O = replaced.in_features, replaced.out_features
+        packed = Stored((I // 2, O), jnp.dtype("int8"), {0: 1, 1: 0})
+        blocks = Stored((I // block, O), dtype, {0: 1, 1: 0})
+        super().__init__(replaced, {"packed": packed, "scale": blocks, "offset": blocks}, axis, mesh)
+        self.block, self.dtype = block, dtype
+        self.backend: Backend = backend
+        self.register_buffer("layer", torch.empty((), dtype=torch.int32, device="meta"))
+
+    def encode(self, weight: jax.Array) -> Mapping[str, jax.Array]:
+        return encode_int4(weight, self.block, self.dtype)._asdict()
+
+    def forward(self, x_RI: Tensor) -> Tensor:
+        def multiply(x_RI, layer, *leaves):
+            stacks = Blockwise(*(leaf if leaf.ndim == 3 else leaf[None] for leaf in leaves))
+            return blockwise_matmul(x_RI, stacks, layer, split=self.split, mesh=self.mesh, backend=self.backend)
+
+        return self.with_bias(bridge.call_kernel(multiply, x_RI, self.layer, self.packed, self.scale, self.offset))

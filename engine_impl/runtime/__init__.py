@@ -1,0 +1,1 @@
+"""JAX's compile cache and profiler."""

@@ -1,0 +1,194 @@
+"""Text to token ids and back, over Hugging Face `tokenizers`."""
+
+import re
+from collections.abc import Mapping, Sequence
+
+from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer as Backend
+
+from ..errors import RefusedError
+from .chat_template import ChatTemplate
+
+_LLAMA3_SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+"""The split pattern published with Llama 3's tokenizer (meta-llama/llama3, tokenizer.py)."""
+
+
+_PRINTABLE = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+_BYTES_OF_CHARACTER = {chr(byte): bytes([byte]) for byte in _PRINTABLE} | {
+    chr(0x100 + index): bytes([byte]) for index, byte in enumerate(sorted(set(range(0x100)) - set(_PRINTABLE)))
+}
+"""How byte-level vocabularies write bytes: as the Latin-1 character where that is printable, else from U+0100 on."""
+
+
+class Tokenizer:
+    """A model's tokenizer: ids, stop ids and chat form."""
+
+    def __init__(
+        self,
+        backend: Backend,
+        *,
+        vocab_size: int,
+        bos_id: int | None,
+        eos_id: int | None,
+        stop_ids: frozenset[int],
+        first_ids: Sequence[int] = (),
+        text_prefix: str = "",
+        chat_template: ChatTemplate | None,
+    ) -> None:
+        """
+        Args:
+            first_ids: what comes before every raw text, mostly a BOS.
+            text_prefix: what is put before a text that does not begin with a control token: SentencePiece's space.
+        """
+        self.vocab_size = vocab_size
+        self.bos_id = bos_id
+        self.eos_id = eos_id
+        self.stop_ids = stop_ids
+        self.first_ids = tuple(first_ids)
+        self._backend = backend
+        self._text_prefix = text_prefix
+        added = backend.get_added_tokens_decoder().values()
+        self._control = tuple(token.content for token in added if token.special)
+        self._chat_template = chat_template
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of raw text; a BOS comes first only if the model's tokenizer says so, and never twice. Control
+        tokens written out in the text (`<|im_end|>`) become their ids."""
+        token_ids, first_ids = self._encode(text), list(self.first_ids)
+        return token_ids if first_ids == token_ids[: len(first_ids)] else first_ids + token_ids
+
+    def encode_chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
+        """Token ids of messages in the model's chat form, which brings its own BOS, or has none.
+
+        Raises RefusedError as `render_chat` does.
+        """
+        return self._encode(self.render_chat(messages))
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """Text of token ids; control tokens are left out, bytes that are no UTF-8 become U+FFFD."""
+        return self._backend.decode(list(token_ids), skip_special_tokens=True)
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """What one token of a byte-level or byte-fallback vocabulary stands for: perhaps part of a character."""
+        token = self._backend.id_to_token(token_id) or ""
+        if byte := re.fullmatch("<0x([0-9A-F]{2})>", token):
+            return bytes.fromhex(byte[1])
+        return b"".join(_BYTES_OF_CHARACTER.get(character, character.encode()) for character in token)
+
+    def render_chat(self, messages: Sequence[Mapping[str, str]]) -> str:
+        """Messages ({"role", "content"}) as the text that the model was trained on, ready for its answer.
+
+        Raises RefusedError when the model has no chat template or its template refuses the messages.
+        """
+        if self._chat_template is None:
+            raise RefusedError("this model has no chat template; send raw text instead")
+        return self._chat_template.render(messages)
+
+    def stream(self) -> "TextStream":
+        """A decoder for one answer."""
+        return TextStream(self)
+
+    def _encode(self, text: str) -> list[int]:
+        if self._text_prefix and text and not text.startswith(self._control):
+            text = self._text_prefix + text
+        return self._backend.encode(text, add_special_tokens=False).ids
+
+
+class NoTokenizer(Tokenizer):
+    """For a model that comes without one: token ids work, texts are refused, answers have no text."""
+
+    def __init__(self, where: str, *, vocab_size: int, bos_id: int | None, stop_ids: frozenset[int]) -> None:
+        """`where` is what messages call the model."""
+        eos_id = min(stop_ids, default=None)
+        backend = Backend(models.BPE())
+        super().__init__(
+            backend, vocab_size=vocab_size, bos_id=bos_id, eos_id=eos_id, stop_ids=stop_ids, chat_template=None
+        )
+        self._where = where
+
+    def render_chat(self, messages: Sequence[Mapping[str, str]]) -> str:
+        """Raises RefusedError."""
+        raise self._refusal()
+
+    def _encode(self, text: str) -> list[int]:
+        if not text:
+            return []
+        raise self._refusal()
+
+    def _refusal(self) -> RefusedError:
+        return RefusedError(
+            f"{self._where} has no tokenizer (tokenizer.json or tokenizer.model); give token ids instead"
+        )
+
+
+class TextStream:
+    """Decodes an answer token by token; what it has given out is always a prefix of the whole answer's text."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._token_ids: list[int] = []
+        self._given_ids = 0  # tokens whose text is out
+        self._context_ids = 0  # where decoding starts: a decoder may treat a text's first token differently
+
+    def feed(self, token_id: int) -> str:
+        """The text that this token completes; empty while a UTF-8 character is incomplete."""
+        self._token_ids.append(token_id)
+        text = self._pending()
+        if not text or text.endswith("\ufffd"):  # nothing to see is no context either: it may be a control token
+            return ""
+        self._context_ids, self._given_ids = self._given_ids, len(self._token_ids)
+        return text
+
+    def finish(self) -> str:
+        """What is left at the answer's end; an incomplete character becomes U+FFFD."""
+        return self._pending()
+
+    def _pending(self) -> str:
+        given = self._tokenizer.decode(self._token_ids[self._context_ids : self._given_ids])
+        text = self._tokenizer.decode(self._token_ids[self._context_ids :])
+        if text.startswith(given):
+            return text[len(given) :]
+        # A stray byte token behind a whole character made of bytes: the decoder then reads none of them.
+        return self._tokenizer.decode(self._token_ids[self._given_ids :])
+
+
+def byte_level_bpe(
+    tokens: Sequence[str],
+    merges: Sequence[str],
+    *,
+    pre_tokenizer: str,
+    control_ids: Sequence[int],
+    added_ids: Sequence[int] = (),
+) -> Backend:
+    """A byte-level BPE tokenizer from its tables.
+
+    Args:
+        tokens: the vocabulary in id order.
+        merges: "left right", best first.
+        pre_tokenizer: llama.cpp's name for how text is split before merging.
+        control_ids: tokens that stand for no text.
+        added_ids: tokens that are text but never come out of a merge.
+
+    Raises RefusedError for a pre_tokenizer that is not known: a wrong split gives wrong ids in silence.
+    """
+    splits = {
+        "smollm": [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)],
+        "gpt-2": [pre_tokenizers.ByteLevel(add_prefix_space=False)],
+        "llama-bpe": [
+            pre_tokenizers.Split(Regex(_LLAMA3_SPLIT), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ],
+    }
+    if pre_tokenizer not in splits:
+        raise RefusedError(f"pre-tokenizer {pre_tokenizer!r} is not there; those there are: {', '.join(splits)}")
+    pairs = [(left, right) for left, _, right in (merge.partition(" ") for merge in merges)]
+    vocabulary = {token: token_id for token_id, token in enumerate(tokens)}
+    backend = Backend(models.BPE(vocab=vocabulary, merges=pairs, ignore_merges=pre_tokenizer == "llama-bpe"))
+    backend.pre_tokenizer = pre_tokenizers.Sequence(splits[pre_tokenizer])
+    backend.decoder = decoders.ByteLevel()
+    backend.add_special_tokens([AddedToken(tokens[i], special=True, normalized=False) for i in control_ids])
+    backend.add_tokens([AddedToken(tokens[i], normalized=False) for i in added_ids])
+    return backend

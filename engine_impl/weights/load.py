@@ -1,0 +1,358 @@
+"""A model's parameters on their devices, or only their shapes.
+
+Tensors go one by one from the file to the devices that hold them: the host never holds more than a few.
+"""
+
+import math
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from torch import nn
+
+from ..errors import RefusedError
+from ..forward import LayerLoop, Params
+from ..models.decoder import Decoder, ModelConfig, Rows, Transposed
+from ..quantization.linear import QuantizedLinear
+from ..text.tokenizer import Tokenizer
+from .sharding import parameter_spec
+
+HEAD, EMBEDDING = "lm_head.weight", "embed_tokens.weight"
+WEIGHT = "weight"
+BENIGN = "rotary_emb.inv_freq"
+"""Older checkpoints store the rope's frequencies, which follow from the config."""
+
+COMPARED_ROWS = 1024
+NAMES_TOLD = 8
+
+
+@dataclass(frozen=True)
+class Quantization:
+    """How a checkpoint keeps its matrices when some other tool has quantised them."""
+
+    weights: Literal["int8", "int4"]
+    """int8: a scale for each output; int4: for each group of inputs"""
+    group: int | None = None
+    """int4: inputs that share a scale, counted in order; None: all of an output's"""
+    act_order: bool = False
+    """int4: groups are not in order, but chosen input by input"""
+    floats: tuple[str, ...] = ()
+    """modules that were left as they are: regular expressions of their names in the checkpoint"""
+
+    def leaves(self, module: str) -> bool:
+        """Whether it was left as it is."""
+        return any(re.fullmatch(pattern, name) for pattern in self.floats for name in (module, f"model.{module}"))
+
+
+class Checkpoint(Protocol):
+    """What a file format offers. Tensors are called as the model's parameters are (see `Decoder.sources`)."""
+
+    @property
+    def name(self) -> str:
+        """What messages call it."""
+        ...
+
+    @property
+    def config(self) -> ModelConfig: ...
+
+    @property
+    def quantization(self) -> Quantization | None:
+        """What `tensor` decodes; None where matrices are floats, or count as such."""
+        ...
+
+    def shapes(self) -> Mapping[str, tuple[int, ...]]:
+        """Every tensor there is; one that no parameter takes is an error when the weights are loaded."""
+        ...
+
+    def tensor(self, name: str) -> np.ndarray:
+        """One of them: an array, or a memory map of which a chip's share is then read."""
+        ...
+
+    def tokenizer(self) -> Tokenizer: ...
+
+
+def load(model: Decoder, checkpoint: Checkpoint, mesh: Mesh, dtype: jnp.dtype, loop: LayerLoop) -> Params:
+    """Read every parameter of the model from the checkpoint, once, and put it on the devices that hold it.
+
+    Raises RefusedError, naming them, when tensors are missing, left over, of another shape or not finite: weights are
+    never wrong in silence.
+    """
+    check_names(model, checkpoint)
+    loader = _Loader(model, checkpoint, dtype)
+    params = _build(model, mesh, loop, loader)
+    loader.check_finite()
+    return params
+
+
+def abstract(model: Decoder, mesh: Mesh, dtype: jnp.dtype, loop: LayerLoop) -> Params:
+    """The parameters' shapes, types and shardings, without their memory."""
+    return _build(model, mesh, loop, _Describer(dtype))
+
+
+def needed_shapes(model: Decoder, kv_heads: int) -> dict[str, tuple[int, ...]]:
+    """The tensors that a checkpoint of this model has to have; `kv_heads` as they are there, not repeated."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for name, shape in float_shapes(model).items():
+        if name == HEAD and model.config.tied_embeddings:
+            continue
+        sources = model.sources(name)
+        if _of_kv_heads(name):
+            shape = (shape[0] * kv_heads // model.config.num_kv_heads, *shape[1:])
+        for source in sources:
+            of_source = shape if len(sources) == 1 else shape[1:]
+            if isinstance(source, Transposed):
+                of_source = of_source[::-1]
+            if isinstance(source, Rows):  # other parameters take the others
+                of_source = (max(source.stop, shapes.get(source, (0,))[0]), *of_source[1:])
+            shapes[str(source)] = of_source
+    return shapes
+
+
+def float_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    """The parameters as they were before anything was quantised."""
+    quantized = {path: part for path, part in model.named_modules() if isinstance(part, QuantizedLinear)}
+    stored = {_join(path, name) for path, part in quantized.items() for name in part.stored}
+    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters() if name not in stored}
+    return shapes | {_join(path, WEIGHT): part.float_shape for path, part in quantized.items()}
+
+
+def matrices(model: Decoder, mesh: Mesh) -> Iterator[tuple[nn.Module, int]]:
+    """(module, elements of its weight on one device), of each matrix that rows are multiplied with: the embedding is
+    one only as a tied head."""
+    for name, shape in float_shapes(model).items():
+        if len(shape) < 2 or name == EMBEDDING:
+            continue
+        part = model.get_submodule(name.rpartition(".")[0])
+        if isinstance(part, QuantizedLinear):
+            spec = part.float_spec
+        else:
+            lies_as = EMBEDDING if name == HEAD and model.config.tied_embeddings else name
+            spec = parameter_spec(model, lies_as, shape, mesh)
+        yield part, math.prod(NamedSharding(mesh, spec).shard_shape(shape))
+
+
+def _join(path: str, name: str) -> str:
+    return f"{path}.{name}" if path else name
+
+
+def check_names(model: Decoder, checkpoint: Checkpoint) -> None:
+    """Raises one RefusedError with all that does not agree; reads no weights, except those of a doubled lm_head."""
+    there, needed = checkpoint.shapes(), needed_shapes(model, checkpoint.config.num_kv_heads)
+    extra = {name for name in there if name not in needed and not name.endswith(BENIGN)}
+    extra = {name for name in extra if not name.startswith(model.ignored)}
+    if model.config.tied_embeddings and HEAD in extra:
+        _check_tied(checkpoint, there)
+        extra.remove(HEAD)
+    if checkpoint.quantization is not None:  # some tools give every module a bias
+        extra = {name for name in extra if not name.endswith(".bias") or checkpoint.tensor(name).any()}
+    misshapen = [
+        f"{name} is {there[name]}, the model needs {shape}"
+        for name, shape in needed.items()
+        if name in there and there[name] != shape
+    ]
+    faults = {
+        "missing": [name for name in needed if name not in there],
+        "unexpected": sorted(extra),
+        "of another shape": misshapen,
+    }
+    told = [f"{fault}: {_told(names)}" for fault, names in faults.items() if names]
+    if told:
+        raise RefusedError(f"{checkpoint.name} does not fit the model that its config describes; {'; '.join(told)}")
+
+
+def _told(names: list[str]) -> str:
+    more = len(names) - NAMES_TOLD
+    return ", ".join(names[:NAMES_TOLD]) + (f" and {more} more" if more > 0 else "")
+
+
+def _check_tied(checkpoint: Checkpoint, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """A copy of the embedding may be there too; anything else may not."""
+    same = shapes[HEAD] == shapes.get(EMBEDDING)
+    if same:
+        head, embedding = checkpoint.tensor(HEAD), checkpoint.tensor(EMBEDDING)
+        same = all(
+            (head[rows].astype(np.float32) == embedding[rows].astype(np.float32)).all()
+            for rows in (slice(row, row + COMPARED_ROWS) for row in range(0, len(head), COMPARED_ROWS))
+        )
+    if not same:
+        raise RefusedError(
+            f"{checkpoint.name} has a {HEAD} of its own, but its config ties it to the embedding "
+            "(tie_word_embeddings); one of the two is wrong"
+        )
+
+
+def _of_kv_heads(name: str) -> bool:
+    return name.split(".")[-2] in ("k_proj", "v_proj")
+
+
+@dataclass(frozen=True)
+class _Leaf:
+    """One array of `Params`."""
+
+    names: list[str]
+    """the parameters in it: one, or that of every layer, stacked"""
+    shape: tuple[int, ...]
+    """of one of them"""
+    spec: PartitionSpec
+    mesh: Mesh
+    stacked: bool
+
+    @property
+    def full_shape(self) -> tuple[int, ...]:
+        return (len(self.names), *self.shape) if self.stacked else self.shape
+
+    @property
+    def of_one(self) -> NamedSharding:
+        return NamedSharding(self.mesh, self.spec)
+
+    @property
+    def sharding(self) -> NamedSharding:
+        return NamedSharding(self.mesh, PartitionSpec(None, *self.spec)) if self.stacked else self.of_one
+
+
+class _Loader:
+    """Moves tensors, at most two at a time on their way, and remembers which were finite."""
+
+    def __init__(self, model: Decoder, checkpoint: Checkpoint, dtype: jnp.dtype) -> None:
+        self._model, self._checkpoint, self._dtype = model, checkpoint, dtype
+        self._finite: list[tuple[str, jax.Array]] = []
+
+    def plain(self, leaf: _Leaf) -> jax.Array:
+        """A leaf as the checkpoint has it."""
+        return self._assembled(leaf, self._dtype, {"": leaf}, lambda array: {"": array})[""]
+
+    def quantized(self, leaf: _Leaf, parts: dict[str, "_Leaf"], module: QuantizedLinear) -> dict[str, jax.Array]:
+        """The arrays that stand for `leaf`. Encoded from float32: rounding first would move values off their grid."""
+        return self._assembled(leaf, jnp.dtype("float32"), parts, module.encode)
+
+    def _assembled(
+        self,
+        leaf: _Leaf,
+        dtype: jnp.dtype,
+        parts: dict[str, _Leaf],
+        encode: Callable[[jax.Array], Mapping[str, jax.Array]],
+    ) -> dict[str, jax.Array]:
+        """What `encode` makes of the leaf; stacked ones are filled in place, layer by layer."""
+        if not leaf.stacked:
+            encoded = encode(self._array(leaf.names[0], leaf, dtype))
+            return {name: jax.device_put(encoded[name], part.of_one) for name, part in parts.items()}
+        of_one = jax.eval_shape(encode, jax.ShapeDtypeStruct(leaf.shape, dtype))
+        stacks = {
+            name: jnp.zeros(part.full_shape, of_one[name].dtype, device=part.sharding) for name, part in parts.items()
+        }
+        put = jax.jit(_put, donate_argnums=0, out_shardings={name: part.sharding for name, part in parts.items()})
+        for index, name in enumerate(leaf.names):
+            stacks = put(stacks, dict(encode(self._array(name, leaf, dtype))), index)
+        return stacks
+
+    def check_finite(self) -> None:
+        faulty = [name for name, finite in self._finite if not finite]
+        if faulty:
+            raise RefusedError(
+                f"{self._checkpoint.name} has values that are NaN or infinite as {self._dtype.name}: {_told(faulty)}; "
+                "fetch it anew, or give another --dtype"
+            )
+
+    def _array(self, name: str, leaf: _Leaf, dtype: jnp.dtype) -> jax.Array:
+        """One parameter. Every device's share is read for itself, so that no more of a memory map is touched."""
+        if len(self._finite) > 1:
+            self._finite[-2][1].block_until_ready()
+        sources = [_taken(self._checkpoint.tensor(source), source) for source in self._model.sources(name)]
+        if _of_kv_heads(name):
+            heads = self._checkpoint.config.num_kv_heads, self._model.config.num_kv_heads
+            sources = [_repeat_heads(source, *heads) for source in sources]
+
+        def share(index: Any) -> np.ndarray:
+            with np.errstate(over="ignore"):  # the check for infinities tells it, with the tensor's name
+                if len(sources) == 1:
+                    return np.array(sources[0][index], dtype)
+                return np.stack([source[index[1:]].astype(dtype) for source in sources[index[0]]])
+
+        array = jax.make_array_from_callback(leaf.shape, leaf.of_one, share)
+        self._finite.append((name, _all_finite(array)))
+        return array
+
+
+def _put(stacks: dict[str, jax.Array], arrays: dict[str, jax.Array], index: jax.Array) -> dict[str, jax.Array]:
+    return jax.tree.map(
+        lambda stack, array: jax.lax.dynamic_update_index_in_dim(stack, array, index, 0), stacks, arrays
+    )
+
+
+class _Describer:
+    """Makes shapes, types and shardings."""
+
+    def __init__(self, dtype: jnp.dtype) -> None:
+        self._dtype = dtype
+
+    def plain(self, leaf: _Leaf) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(leaf.full_shape, self._dtype, sharding=leaf.sharding)
+
+    def quantized(
+        self, leaf: _Leaf, parts: dict[str, _Leaf], module: QuantizedLinear
+    ) -> dict[str, jax.ShapeDtypeStruct]:
+        return {
+            name: jax.ShapeDtypeStruct(part.full_shape, module.stored[name].dtype, sharding=part.sharding)
+            for name, part in parts.items()
+        }
+
+
+@jax.jit
+def _all_finite(array: jax.Array) -> jax.Array:
+    return jnp.isfinite(array).all()
+
+
+def _build(model: Decoder, mesh: Mesh, loop: LayerLoop, maker: "_Loader | _Describer") -> Params:
+    """The tree of `forward.Params`, every leaf made by the maker."""
+
+    def section(module: nn.Module, prefixes: list[str], stacked: bool = False) -> dict[str, Any]:
+        def leaf(name: str, shape: tuple[int, ...], spec: PartitionSpec | None = None) -> _Leaf:
+            names = [f"{prefix}.{name}" for prefix in prefixes]
+            return _Leaf(names, shape, spec or parameter_spec(model, names[0], shape, mesh), mesh, stacked)
+
+        quantized = {path: part for path, part in module.named_modules() if isinstance(part, QuantizedLinear)}
+        stored = {_join(path, name) for path, part in quantized.items() for name in part.stored}
+        made = {
+            name: maker.plain(leaf(name, tuple(parameter.shape)))
+            for name, parameter in module.named_parameters()
+            if name not in stored
+        }
+        for path, part in quantized.items():
+            parts = {name: leaf(_join(path, name), of.shape, of.spec(part.axis)) for name, of in part.stored.items()}
+            weight = leaf(_join(path, WEIGHT), part.float_shape, part.float_spec)
+            made |= {_join(path, name): array for name, array in maker.quantized(weight, parts, part).items()}
+        return made
+
+    layer_names = [f"layers.{i}" for i in range(len(model.layers))]
+    if loop == "scan":
+        layers = section(model.layers[0], layer_names, stacked=True)
+    else:
+        layers = tuple(section(layer, [name]) for layer, name in zip(model.layers, layer_names, strict=True))
+    embed_tokens = section(model.embed_tokens, ["embed_tokens"])
+    return {
+        "embed_tokens": embed_tokens,
+        "layers": layers,
+        "norm": section(model.norm, ["norm"]),
+        "lm_head": embed_tokens if model.config.tied_embeddings else section(model.lm_head, ["lm_head"]),
+    }
+
+
+def _taken(tensor: np.ndarray, source: str) -> np.ndarray:
+    """What the model takes of a checkpoint's tensor."""
+    if isinstance(source, Transposed):
+        return tensor.T
+    return tensor[source.start : source.stop] if isinstance(source, Rows) else tensor
+
+
+def _repeat_heads(weight: np.ndarray, heads: int, wanted: int) -> np.ndarray:
+    """Rows of k or v, each head `wanted / heads` times: with more devices than kv heads, a device's query heads find
+    their kv head on the device."""
+    if heads == wanted:
+        return weight
+    by_head = weight.reshape(heads, -1, *weight.shape[1:])
+    return by_head.repeat(wanted // heads, axis=0).reshape(-1, *weight.shape[1:])

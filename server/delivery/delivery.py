@@ -1,0 +1,280 @@
+"""Delivery: tokens become text, text becomes events, in a thread of its own, so that no step waits for a caller.
+
+All that is done once a token in Python is done here. It is also the only place that ends a request: whoever wants one
+ended posts it, and the first end counts. So every request gets exactly one last event.
+"""
+
+import logging
+import queue
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Protocol
+
+from ..errors import FailedError, UnavailableError
+from ..observe.metrics import Metrics, Outcome
+from ..request.request import Event, FinishReason, Request, Sample, TokenLogprob, Usage
+from .flight import Landing
+from .stop_strings import StopStrings
+
+if TYPE_CHECKING:
+    from ...engine_impl.text.tokenizer import TextStream
+
+log = logging.getLogger(__name__)
+
+MAX_BEHIND = 4
+"""Landings that delivery may be behind (count). Beyond it the loop waits: no caller would see what it gained, and steps
+would be wasted on answers that have met their stop string."""
+
+CLOSE_S = 10.0
+"""How long close() waits for what is still to be delivered (seconds)."""
+
+OUTCOMES = {
+    FinishReason.STOP: Outcome.OK,
+    FinishReason.LENGTH: Outcome.OK,
+    FinishReason.CANCELLED: Outcome.CANCELLED,
+    FinishReason.DEADLINE: Outcome.DEADLINE,
+}
+
+End = FinishReason | Exception
+
+NOTHING = Event()
+
+
+class CallerGoneError(Exception):
+    """A request's `deliver` raised."""
+
+
+class StreamingTokenizer(Protocol):
+    """What delivery needs of a tokenizer."""
+
+    def stream(self) -> "TextStream": ...
+
+
+@dataclass(frozen=True)
+class Ending:
+    """A request that is over."""
+
+    request: Request
+    end: End
+
+
+class Text:
+    """One answer's text, token by token: whole characters, cut at the first stop string."""
+
+    def __init__(self, stream: "TextStream", stop_strings: tuple[str, ...]) -> None:
+        self._stream, self._stops = stream, StopStrings(stop_strings)
+
+    @property
+    def is_stopped(self) -> bool:
+        return self._stops.found
+
+    def feed(self, token_id: int) -> str:
+        return self._stops.feed(self._stream.feed(token_id))
+
+    def finish(self) -> str:
+        """What is left at the answer's end."""
+        return self._stops.feed(self._stream.finish()) + self._stops.finish()
+
+
+class Delivery:
+    """start() it, post from any thread, close() it."""
+
+    def __init__(
+        self,
+        tokenizer: StreamingTokenizer,
+        metrics: Metrics | None,
+        *,
+        free: Callable[[Sample], object],
+        on_end: Callable[[Request], object],
+    ) -> None:
+        """`free(sample)` is called, from delivery's thread, for a sample that ended here and may still have a slot;
+        `on_end(request)` after a request's last event."""
+        self._tokenizer, self._metrics, self._free, self._on_end = tokenizer, metrics, free, on_end
+        self._posts: queue.SimpleQueue[Landing | Ending | None] = queue.SimpleQueue()
+        self._room: queue.SimpleQueue[None] = queue.SimpleQueue()  # a semaphore, in C: one entry a landing
+        for _ in range(MAX_BEHIND):
+            self._room.put(None)
+        self._texts: dict[Sample, Text] = {}
+        self._thread = threading.Thread(target=self._run, name="delivery", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def post(self, landing: Landing) -> None:
+        """Tokens for their owners. Those of a request that is done are dropped. Waits while delivery is behind."""
+        self._room.get()
+        self._posts.put(landing)
+
+    def end(self, request: Request, end: End) -> None:
+        """Ends a request, after what was posted before. No effect on one that is done."""
+        self._posts.put(Ending(request, end))
+
+    def close(self) -> None:
+        """Returns when all that was posted before is delivered."""
+        self._posts.put(None)
+        if self._thread.is_alive():
+            self._thread.join(CLOSE_S)
+
+    # Delivery's thread, from here on.
+
+    def _run(self) -> None:
+        while (post := self._posts.get()) is not None:
+            if isinstance(post, Ending):
+                self._guarded(post.request, self._end_request, post.request, post.end)
+            else:
+                self._land(post)
+                self._room.put(None)
+
+    def _land(self, landing: Landing) -> None:
+        token_ids, stopped = landing.token_B.tolist(), landing.stopped_B.tolist()
+        for slot, sample in landing.roster.seats:
+            if not sample.done:
+                self._guarded(sample.request, self._token, sample, token_ids[slot], stopped[slot], landing, slot)
+
+    def _guarded(self, request: Request, work: Callable[..., None], *arguments: Any) -> None:
+        """What goes wrong with one request fails it and no other."""
+        try:
+            work(*arguments)
+        except CallerGoneError:
+            log.exception("request %s: its caller is gone", request.id)
+            self._close_request(request, Outcome.CANCELLED)
+        except Exception as error:
+            log.exception("the delivery of request %s failed", request.id)
+            failed = FailedError(f"request {request.id} failed in delivery: {type(error).__name__}: {error}")
+            self._guarded(request, self._end_request, request, failed)
+
+    def _token(self, sample: Sample, token_id: int, is_stop: bool, landing: Landing, slot: int) -> None:
+        request = sample.request
+        if request.first_token_at is None:
+            request.first_token_at = time.monotonic()
+        if landing.prompt_logprob_T is not None:
+            values = landing.prompt_logprob_T[: len(request.prompt_ids)].tolist()
+            emit(request, Event(index=sample.index, prompt_logprobs=(0.0, *values[1:])))
+        if is_stop:
+            self._end_sample(sample, FinishReason.STOP)
+            return
+        text = self._text(sample)
+        piece = text.feed(token_id)
+        sample.delivered += 1
+        brought = Event(
+            index=sample.index, text=piece, token_ids=(token_id,), logprobs=logprobs_of(sample, landing, slot)
+        )
+        if text.is_stopped:
+            self._end_sample(sample, FinishReason.STOP, brought)
+        elif sample.delivered == request.max_tokens:
+            self._end_sample(sample, FinishReason.LENGTH, brought)
+        else:
+            emit(request, brought)
+
+    def _end_sample(self, sample: Sample, reason: FinishReason, brought: Event = NOTHING) -> None:
+        """`brought`: what its last token brought."""
+        request, text = sample.request, self._texts.pop(sample, None)
+        sample.done = True
+        self._free(sample)
+        last = replace(brought, index=sample.index, finish_reason=reason)
+        if text is not None:
+            last = replace(last, text=brought.text + text.finish())
+        if all(other.done for other in request.samples):
+            last = replace(last, usage=self._close_request(request, OUTCOMES[reason]))
+        emit(request, last)
+
+    def _end_request(self, request: Request, end: End) -> None:
+        if request.done:
+            return
+        if isinstance(end, FinishReason):
+            for sample in [sample for sample in request.samples if not sample.done]:
+                self._end_sample(sample, end)
+        else:
+            # A server that stops has cancelled the request; anything else has failed it.
+            self._close_request(request, Outcome.CANCELLED if isinstance(end, UnavailableError) else Outcome.FAILED)
+            emit(request, Event(error=end))
+
+    def _close_request(self, request: Request, outcome: Outcome) -> Usage:
+        """Nothing comes after the event that this is called for."""
+        for sample in request.samples:
+            if not sample.done:
+                sample.done = True
+                self._texts.pop(sample, None)
+                self._free(sample)
+        if not request.done:
+            request.ended_at = time.monotonic()
+            self._on_end(request)
+            self._count(request, outcome)
+        return usage_of(request)
+
+    def _count(self, request: Request, outcome: Outcome) -> None:
+        if self._metrics is None:
+            return
+        try:
+            count(self._metrics, request, outcome)
+        except Exception:  # no reason to leave a caller without an answer
+            log.exception("request %s could not be counted", request.id)
+
+    def _text(self, sample: Sample) -> Text:
+        if sample not in self._texts:
+            self._texts[sample] = Text(self._tokenizer.stream(), sample.request.stop_strings)
+        return self._texts[sample]
+
+
+def emit(request: Request, event: Event) -> None:
+    """A caller that cannot take its event counts as gone: raises CallerGoneError."""
+    try:
+        request.deliver(event)
+    except Exception as error:
+        raise CallerGoneError from error
+
+
+def logprobs_of(sample: Sample, landing: Landing, slot: int) -> tuple[TokenLogprob, ...]:
+    """Of the token in `slot`; empty unless the request asked."""
+    asked = sample.request.sampling.logprobs
+    if asked is None:
+        return ()
+    assert landing.logprob_B is not None
+    logprob = float(landing.logprob_B[slot])
+    if not asked:
+        return (TokenLogprob(logprob),)
+    assert landing.top_token_BP is not None
+    assert landing.top_logprob_BP is not None
+    token_ids, logprobs = landing.top_token_BP[slot, :asked].tolist(), landing.top_logprob_BP[slot, :asked].tolist()
+    return (TokenLogprob(logprob, tuple(zip(token_ids, logprobs, strict=True))),)
+
+
+def usage_of(request: Request) -> Usage:
+    """Of a request that has ended."""
+    total_s = seconds(request, request.ended_at)
+    assert total_s is not None
+    return Usage(
+        prompt_tokens=len(request.prompt_ids),
+        generated_tokens=request.delivered,
+        queue_ms=milliseconds(seconds(request, request.started_at)),
+        ttft_ms=milliseconds(seconds(request, request.first_token_at)),
+        total_ms=round(total_s * 1000, 3),
+    )
+
+
+def count(metrics: Metrics, request: Request, outcome: Outcome) -> None:
+    """Tells the metrics of a request that has ended."""
+    e2e_s, ttft_s = seconds(request, request.ended_at), seconds(request, request.first_token_at)
+    assert e2e_s is not None
+    longest = max(sample.delivered for sample in request.samples)
+    metrics.ended(
+        outcome,
+        prompt_tokens=len(request.prompt_ids),
+        generated_tokens=request.delivered,
+        queue_s=seconds(request, request.started_at),
+        ttft_s=ttft_s,
+        tpot_s=(e2e_s - ttft_s) / (longest - 1) if ttft_s is not None and longest > 1 else None,
+        e2e_s=e2e_s,
+        request_id=request.id,
+    )
+
+
+def seconds(request: Request, stamp: float | None) -> float | None:
+    """From its arrival to one of its stamps."""
+    return None if stamp is None or request.queued_at is None else stamp - request.queued_at
+
+
+def milliseconds(duration_s: float | None) -> float | None:
+    return None if duration_s is None else round(duration_s * 1000, 3)

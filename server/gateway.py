@@ -1,0 +1,143 @@
+"""The desk behind both fronts, gRPC and HTTP: they hand requests in and get batches of events back."""
+
+import asyncio
+import secrets
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from functools import partial
+from typing import TYPE_CHECKING
+
+from ..engine_impl.errors import RefusedError
+from .delivery.mailbox import Batch, Mailbox
+from .errors import CancelledError, DeadlineError, UnavailableError
+from .observe.logs import log_prompt
+from .request.request import Event, FinishReason, Request
+from .scheduler.loop import Orchestrator
+
+if TYPE_CHECKING:
+    from ..engine_impl.engine import Engine
+
+REQUEST_ID = "x-request-id"
+"""Metadata or header, both ways: the caller's name for its request, or else ours."""
+MAX_REQUEST_ID = 128
+"""Longest (characters)."""
+
+RETRY_AFTER = "retry-after-ms"
+"""Metadata or header of an answer that a queue was full: when to come again, a hint (milliseconds)."""
+
+Deliver = Callable[[Event], object]
+Read = Callable[["Engine", Callable[[int], Deliver]], list[Request]]
+"""Makes the requests of one call; the second argument gives `Request.deliver` of the first, second, ... of them. It is
+called in a thread. Raises RefusedError."""
+
+
+class Desk:
+    """One server's, of one event loop. Refuses with UnavailableError until `open()`."""
+
+    def __init__(self, on_call: Callable[[], object] = lambda: None) -> None:
+        """`on_call` is told of every call that begins."""
+        self.calls = 0
+        """Calls that are being answered."""
+        self._on_call = on_call
+        self._served: tuple[Engine, Orchestrator] | None = None
+        self._closed = "the model is still loading; try again later"
+        self._mailbox: Mailbox | None = None
+
+    def open(self, engine: "Engine", orchestrator: Orchestrator) -> None:
+        """From now on requests are served."""
+        self._served = engine, orchestrator
+
+    def close(self, reason: str) -> None:
+        """From now on new requests are refused; those in flight go on."""
+        self._served, self._closed = None, reason
+
+    @property
+    def is_open(self) -> bool:
+        return self._served is not None
+
+    @property
+    def engine(self) -> "Engine":
+        """Raises UnavailableError while the desk is closed."""
+        return self._open()[0]
+
+    @contextmanager
+    def call(self) -> Iterator[None]:
+        """A call is being answered: the server's stop waits for it."""
+        self._on_call()
+        self.calls += 1
+        try:
+            yield
+        finally:
+            self.calls -= 1
+
+    @asynccontextmanager
+    async def admit(self, read: Read) -> AsyncIterator["Admitted"]:
+        """One call's requests, handed in. Leaving early, at whoever's wish, cancels them.
+
+        Raises what `read` raises, UnavailableError, QueueFullError, and DeadlineError for one that has passed already.
+        """
+        engine, orchestrator = self._open()
+        orchestrator.check_room()
+        self._mailbox = mailbox = self._mailbox or Mailbox(asyncio.get_running_loop())
+        events: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
+        # In a thread: the text may be megabytes, and others are being answered.
+        requests = await asyncio.to_thread(read, engine, lambda number: partial(mailbox.post, events, number))
+        for request in requests:
+            log_prompt(request.id, request.prompt_ids, engine.get_tokenizer())
+        orchestrator.submit(*requests)
+        try:
+            yield Admitted(engine, requests, events)
+        finally:
+            for request in requests:
+                orchestrator.cancel(request)
+
+    def _open(self) -> tuple["Engine", Orchestrator]:
+        if self._served is None:
+            raise UnavailableError(self._closed)
+        return self._served
+
+
+class Admitted:
+    """Requests that were handed in together."""
+
+    def __init__(self, engine: "Engine", requests: list[Request], events: "asyncio.Queue[tuple[int, Event]]") -> None:
+        self.engine, self.requests = engine, requests
+        self._events = events
+
+    async def batches(self) -> AsyncIterator[Batch]:
+        """All that has come since the batch before, until every request has ended. Raises why one of them was not
+        answered to its end, after the batch that told so."""
+        under_way = len(self.requests)
+        while under_way:
+            batch = [await self._events.get()]
+            while not self._events.empty():
+                batch.append(self._events.get_nowait())
+            last = [(self.requests[number], event) for number, event in batch if event.is_last]
+            for _, event in last:
+                if event.error is not None:
+                    raise event.error
+            yield batch
+            for request, event in last:
+                check_ended(request, event)
+            under_way -= len(last)
+
+
+def check_ended(request: Request, last: Event) -> None:
+    """Raises DeadlineError or CancelledError for an answer that was broken off."""
+    if last.finish_reason is FinishReason.DEADLINE:
+        raise DeadlineError(f"the deadline of request {request.id} passed after {request.delivered} tokens")
+    if last.finish_reason is FinishReason.CANCELLED:
+        raise CancelledError(f"request {request.id} was cancelled after {request.delivered} tokens")
+
+
+def new_id() -> str:
+    """A name for a request whose caller gave none."""
+    return secrets.token_hex(6)
+
+
+def check_id(request_id: str) -> None:
+    """Raises RefusedError for a caller's name that is too long, or could not be sent back."""
+    if len(request_id) > MAX_REQUEST_ID:
+        raise RefusedError(f"{REQUEST_ID} has more than {MAX_REQUEST_ID} characters; send a shorter one")
+    if not (request_id.isascii() and request_id.isprintable()):
+        raise RefusedError(f"{REQUEST_ID} must be printable ASCII")

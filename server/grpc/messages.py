@@ -1,0 +1,182 @@
+"""The wire's messages: a DecodeRequest becomes a request, a request's events become DecodeResponses, and back."""
+
+from collections.abc import Callable, Iterable, Iterator
+from typing import TYPE_CHECKING
+
+from ...engine_impl.errors import RefusedError
+from ...engine_impl.sampling.params import SamplingParams
+from ...protos import orchestrator_pb2 as pb
+from ..request.request import (
+    Event,
+    FinishReason,
+    Limits,
+    Request,
+    TokenLogprob,
+    Usage,
+    check_max_tokens,
+    check_slots,
+    drawn_seed,
+)
+
+if TYPE_CHECKING:
+    from ...engine_impl.engine import Engine
+    from ...engine_impl.text.tokenizer import Tokenizer
+    from ..request.options import AnswerOptions
+
+REASONS = {
+    FinishReason.STOP: pb.FINISH_REASON_STOP,
+    FinishReason.LENGTH: pb.FINISH_REASON_LENGTH,
+    FinishReason.CANCELLED: pb.FINISH_REASON_CANCELLED,
+    FinishReason.DEADLINE: pb.FINISH_REASON_DEADLINE,
+}
+REASON_OF = {number: reason for reason, number in REASONS.items()}
+
+
+def read_request(
+    message: pb.DecodeRequest,
+    engine: "Engine",
+    deliver: Callable[[Event], object],
+    *,
+    request_id: str,
+    deadline: float | None = None,
+) -> Request:
+    """Raises RefusedError for what the engine cannot answer. `deadline`: s of time.monotonic()."""
+    if message.lora_adapter_id:
+        raise RefusedError(f"lora_adapter_id={message.lora_adapter_id!r} must be empty: there are no adapters")
+    num_samples = message.num_samples or 1
+    check_max_tokens(message.max_tokens)
+    check_slots(num_samples, engine.max_concurrent_decodes)
+    request = Request(
+        prompt_ids=(),
+        max_tokens=message.max_tokens,
+        deliver=deliver,
+        sampling=read_sampling(message),
+        stop_strings=tuple(message.stop_strings),
+        stop_token_ids=tuple(message.stop_token_ids),
+        ignore_eos=message.ignore_eos,
+        num_samples=num_samples,
+        prompt_logprobs=message.prompt_logprobs,
+        priority=message.priority,
+        deadline=deadline,
+        id=request_id,
+    )
+    request.prompt_ids = read_prompt(message, engine.get_tokenizer())  # last: the text may be megabytes
+    Limits.of(engine).check(request.prompt_ids, request.max_tokens, num_samples)
+    return request
+
+
+def read_sampling(message: pb.DecodeRequest) -> SamplingParams:
+    """Raises RefusedError."""
+    return SamplingParams(
+        temperature=message.temperature,
+        top_k=message.top_k,
+        top_p=message.top_p if message.HasField("top_p") else 1.0,
+        min_p=message.min_p,
+        seed=drawn_seed(message.temperature, message.seed if message.HasField("seed") else None),
+        repetition_penalty=message.repetition_penalty if message.HasField("repetition_penalty") else 1.0,
+        presence_penalty=message.presence_penalty,
+        frequency_penalty=message.frequency_penalty,
+        logprobs=message.logprobs if message.HasField("logprobs") else None,
+    )
+
+
+def read_prompt(message: pb.DecodeRequest, tokenizer: "Tokenizer") -> list[int]:
+    """Token ids of whichever content was sent."""
+    match message.WhichOneof("content"):
+        case "text_content":
+            return tokenizer.encode(message.text_content.text)
+        case "token_content":
+            bos = tokenizer.encode("")  # as JetStream does it: its clients send token ids without
+            token_ids = list(message.token_content.token_ids)
+            return token_ids if message.has_bos or token_ids[: len(bos)] == bos or not token_ids else bos + token_ids
+        case "messages":
+            turns = [{"role": turn.role, "content": turn.content} for turn in message.messages.messages]
+            if not turns:
+                raise RefusedError("messages is empty; send at least one")
+            return tokenizer.encode_chat(turns)
+        case _:
+            raise RefusedError("the prompt is missing; set text_content, token_content or messages")
+
+
+def write_options(message: pb.DecodeRequest, options: "AnswerOptions") -> None:
+    """What read_request() reads of the options."""
+    sampling = options.sampling()
+    for name in (
+        "temperature", "top_k", "top_p", "min_p", "seed", "repetition_penalty", "presence_penalty", "frequency_penalty",
+    ):  # fmt: skip
+        setattr(message, name, getattr(sampling, name))
+    if sampling.logprobs is not None:
+        message.logprobs = sampling.logprobs
+    message.max_tokens, message.num_samples = options.max_tokens, options.num_samples
+    message.stop_strings.extend(options.stop)
+    message.stop_token_ids.extend(options.stop_token_id)
+    message.ignore_eos, message.prompt_logprobs = options.ignore_eos, options.prompt_logprobs
+    message.priority = options.priority
+
+
+def write_reply(events: Iterable[Event], num_samples: int) -> pb.DecodeResponse:
+    """One message for events of a request that follow one another."""
+    reply = pb.DecodeResponse()
+    samples = [reply.stream_content.samples.add() for _ in range(num_samples)]
+    for event in events:
+        sample = samples[event.index]
+        sample.text += event.text
+        sample.token_ids.extend(event.token_ids)
+        for token in event.logprobs:
+            sample.logprobs.add(
+                logprob=token.logprob,
+                top_token_ids=[token_id for token_id, _ in token.top],
+                top_logprobs=[logprob for _, logprob in token.top],
+            )
+        if event.finish_reason is not None:
+            sample.finish_reason = REASONS[event.finish_reason]
+        if event.prompt_logprobs is not None:
+            reply.prompt_logprobs.extend(event.prompt_logprobs)
+        if event.usage is not None:
+            write_usage(reply.usage, event.usage)
+    return reply
+
+
+def write_usage(message: pb.DecodeResponse.Usage, usage: Usage) -> None:
+    message.prompt_tokens, message.generated_tokens = usage.prompt_tokens, usage.generated_tokens
+    message.total_ms = usage.total_ms
+    if usage.queue_ms is not None:
+        message.queue_ms = usage.queue_ms
+    if usage.ttft_ms is not None:
+        message.ttft_ms = usage.ttft_ms
+
+
+def read_reply(reply: pb.DecodeResponse) -> Iterator[Event]:
+    """The events that write_reply() was given, those of one sample as one. The last one has the usage."""
+    prompt_logprobs = tuple(reply.prompt_logprobs) or None
+    events = []
+    for index, sample in enumerate(reply.stream_content.samples):
+        if sample.text or sample.token_ids or sample.finish_reason:
+            events.append(
+                Event(
+                    index=index,
+                    text=sample.text,
+                    token_ids=tuple(sample.token_ids),
+                    logprobs=tuple(read_logprob(token) for token in sample.logprobs),
+                    finish_reason=REASON_OF.get(sample.finish_reason),
+                )
+            )
+    if prompt_logprobs:
+        yield Event(prompt_logprobs=prompt_logprobs)
+    yield from events
+    if reply.HasField("usage"):
+        yield Event(usage=read_usage(reply.usage))
+
+
+def read_logprob(token: pb.DecodeResponse.TokenLogprob) -> TokenLogprob:
+    return TokenLogprob(token.logprob, tuple(zip(token.top_token_ids, token.top_logprobs, strict=True)))
+
+
+def read_usage(message: pb.DecodeResponse.Usage) -> Usage:
+    return Usage(
+        prompt_tokens=message.prompt_tokens,
+        generated_tokens=message.generated_tokens,
+        queue_ms=message.queue_ms if message.HasField("queue_ms") else None,
+        ttft_ms=message.ttft_ms if message.HasField("ttft_ms") else None,
+        total_ms=message.total_ms,
+    )

@@ -1,0 +1,125 @@
+"""The gRPC front: the calls, their beginning, their end and their status codes."""
+
+import time
+from collections.abc import Callable
+from functools import partial
+from typing import TYPE_CHECKING
+
+import grpc
+
+from ...engine_impl.errors import RefusedError
+from ...protos import orchestrator_pb2 as pb
+from ...protos.orchestrator_pb2_grpc import OrchestratorServicer, add_OrchestratorServicer_to_server
+from ..errors import CancelledError, DeadlineError, FailedError, QueueFullError, UnavailableError
+from ..gateway import MAX_REQUEST_ID, REQUEST_ID, RETRY_AFTER, Deliver, Desk, check_id, new_id
+from ..request.request import Request
+from .messages import read_request, write_reply
+
+if TYPE_CHECKING:
+    from ...engine_impl.engine import Engine
+
+SERVICE = pb.DESCRIPTOR.services_by_name["Orchestrator"].full_name
+JETSTREAM_SERVICE = "jetstream_proto.Orchestrator"
+
+STATUS: dict[type[Exception], grpc.StatusCode] = {
+    RefusedError: grpc.StatusCode.INVALID_ARGUMENT,
+    QueueFullError: grpc.StatusCode.RESOURCE_EXHAUSTED,
+    UnavailableError: grpc.StatusCode.UNAVAILABLE,
+    DeadlineError: grpc.StatusCode.DEADLINE_EXCEEDED,
+    CancelledError: grpc.StatusCode.CANCELLED,
+    FailedError: grpc.StatusCode.INTERNAL,
+}
+
+PUSHBACK = "grpc-retry-pushback-ms"
+"""RETRY_AFTER once more, as gRPC clients with a retry policy read it."""
+
+ENDLESS_S = 10 * 365 * 86400.0
+"""A deadline further off than this is none (seconds); gRPC tells so of calls without one."""
+
+
+class Front(OrchestratorServicer):
+    """Both methods. The request's id is in the initial metadata when the request is accepted, in the trailing metadata
+    when it is refused or fails."""
+
+    def __init__(self, desk: Desk) -> None:
+        self._desk = desk
+
+    async def HealthCheck(self, message: pb.HealthCheckRequest, context: grpc.aio.ServicerContext):
+        """JetStream's own health check; grpc.health.v1 says the same."""
+        await context.send_initial_metadata(((REQUEST_ID, own_id(context)),))
+        return pb.HealthCheckResponse(is_live=self._desk.is_open)
+
+    async def Decode(self, message: pb.DecodeRequest, context: grpc.aio.ServicerContext) -> None:
+        """Streams the answers. Leaving early, at whoever's wish, cancels the request."""
+        request_id = own_id(context)
+        with self._desk.call():
+            try:
+                check_id(request_id)
+                await self._answer(message, context, request_id)
+            except tuple(STATUS) as error:
+                await context.abort(status(error), str(error), trailing_metadata=trailers(error, request_id))
+
+    async def _answer(self, message: pb.DecodeRequest, context: grpc.aio.ServicerContext, request_id: str) -> None:
+        read = partial(read_one, message, request_id, deadline_of(context))
+        async with self._desk.admit(read) as admitted:
+            # Not before: a client's retry policy only applies to answers that are nothing but trailers.
+            await context.send_initial_metadata(((REQUEST_ID, request_id),))
+            num_samples = admitted.requests[0].num_samples
+            async for batch in admitted.batches():
+                await context.write(write_reply((event for _, event in batch), num_samples))
+
+
+def read_one(
+    message: pb.DecodeRequest,
+    request_id: str,
+    deadline: float | None,
+    engine: "Engine",
+    deliver_to: Callable[[int], Deliver],
+) -> list[Request]:
+    """For Desk.admit(): a message is one request. Raises RefusedError."""
+    return [read_request(message, engine, deliver_to(0), request_id=request_id, deadline=deadline)]
+
+
+def own_id(context: grpc.aio.ServicerContext) -> str:
+    """The caller's, or a new one."""
+    for name, value in context.invocation_metadata() or ():
+        if name == REQUEST_ID and value:
+            return str(value)[: MAX_REQUEST_ID + 1]
+    return new_id()
+
+
+def deadline_of(context: grpc.aio.ServicerContext) -> float | None:
+    """s of time.monotonic(); None when the caller waits for ever."""
+    left_s = context.time_remaining()
+    return None if left_s is None or left_s > ENDLESS_S else time.monotonic() + left_s
+
+
+def trailers(error: Exception, request_id: str) -> tuple[tuple[str, str], ...]:
+    """Trailing metadata of a call that is not answered."""
+    named = ((REQUEST_ID, request_id),)
+    if not isinstance(error, QueueFullError):
+        return named
+    milliseconds = str(round(error.retry_after_s * 1000))
+    return (*named, (RETRY_AFTER, milliseconds), (PUSHBACK, milliseconds))
+
+
+def status(error: Exception) -> grpc.StatusCode:
+    return next(code for kind, code in STATUS.items() if isinstance(error, kind))
+
+
+def add_to(server: grpc.aio.Server, front: Front) -> None:
+    """Serves the front under our own name, and under JetStream's for its clients."""
+    add_OrchestratorServicer_to_server(front, server)
+    handlers = {
+        "Decode": grpc.unary_stream_rpc_method_handler(
+            front.Decode,
+            request_deserializer=pb.DecodeRequest.FromString,
+            response_serializer=pb.DecodeResponse.SerializeToString,
+        ),
+        "HealthCheck": grpc.unary_unary_rpc_method_handler(
+            front.HealthCheck,
+            request_deserializer=pb.HealthCheckRequest.FromString,
+            response_serializer=pb.HealthCheckResponse.SerializeToString,
+        ),
+    }
+    server.add_generic_rpc_handlers([grpc.method_handlers_generic_handler(JETSTREAM_SERVICE, handlers)])

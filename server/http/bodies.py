@@ -1,0 +1,230 @@
+"""What clients send: OpenAI's fields, vLLM's beyond them, and the requests that become of them.
+
+A field that is null counts as left out. One that is neither here nor in a `refused` changes no answer, and is ignored.
+"""
+
+from abc import abstractmethod
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any, ClassVar, Self
+
+from pydantic import Field, ValidationError, model_validator
+
+from ...engine_impl.sampling.params import SamplingParams
+from ..gateway import Deliver
+from ..request.request import Limits, Request, check_max_tokens, check_slots, drawn_seed
+from .errors import BadFieldError, UnknownModelError, bad_body
+from .fields import Message, Prompts, StreamOptions, Strict, Texts
+
+if TYPE_CHECKING:
+    from ...engine_impl.engine import Engine
+    from ...engine_impl.text.tokenizer import Tokenizer
+
+
+class Body(Strict):
+    """What completions and chats have in common."""
+
+    refused: ClassVar[dict[str, tuple[Any, ...]]] = {
+        "logit_bias": ({},),
+        "min_tokens": (0,),
+        "length_penalty": (1,),
+        "use_beam_search": (False,),
+        "bad_words": ([],),
+        "allowed_token_ids": (),
+        "logits_processors": ([],),
+        "truncate_prompt_tokens": (),
+        "skip_special_tokens": (True,),
+        "spaces_between_special_tokens": (True,),
+        "include_stop_str_in_output": (False,),
+        "structured_outputs": (),
+        "guided_json": (),
+        "guided_regex": (),
+        "guided_choice": (),
+        "guided_grammar": (),
+    }
+    """Fields that would change the answer and that we lack, with the values that ask for nothing."""
+
+    model: str | None = None
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    seed: int | None = None
+    n: int = 1
+    stop: Texts = Field(default_factory=list)
+    stop_token_ids: list[int] = Field(default_factory=list)
+    ignore_eos: bool = False
+    priority: int = 0
+    """Higher goes first; vLLM has it the other way round."""
+    prompt_logprobs: int | None = None
+    return_token_ids: bool = False
+    stream: bool = False
+    stream_options: StreamOptions | None = None
+
+    @classmethod
+    def read(cls, body: bytes) -> Self:
+        """Raises BadFieldError."""
+        try:
+            return cls.model_validate_json(body)
+        except ValidationError as error:
+            raise bad_body(error) from error
+
+    @model_validator(mode="before")
+    @classmethod
+    def _check(cls, fields: Any) -> Any:
+        if not isinstance(fields, dict):
+            return fields
+        given = {name: value for name, value in fields.items() if value is not None}
+        for name, neutral in cls.refused.items():
+            if name in given and given[name] not in neutral:
+                raise BadFieldError(name, f"{name}={given[name]!r:.80} is not supported; leave it out")
+        if "stream_options" in given and not given.get("stream"):
+            raise BadFieldError("stream_options", "stream_options are for streams; set stream=true or leave them out")
+        return given
+
+    @property
+    def has_usage_chunk(self) -> bool:
+        """Whether a stream ends with its usage."""
+        return self.stream_options is not None and self.stream_options.include_usage
+
+    @property
+    def num_prompts(self) -> int:
+        return 1
+
+    @property
+    @abstractmethod
+    def asked_logprobs(self) -> int | None:
+        """As SamplingParams has it."""
+
+    @abstractmethod
+    def prompts(self, tokenizer: "Tokenizer") -> Iterator[list[int]]:
+        """Token ids, one prompt after the other. Raises RefusedError."""
+
+    @abstractmethod
+    def longest(self, room: int) -> int:
+        """The answer's length at most (tokens), where the cache has `room` behind the prompt."""
+
+    def requests(self, request_id: str, engine: "Engine", deliver_to: Callable[[int], Deliver]) -> list[Request]:
+        """One for each prompt. Raises RefusedError, UnknownModelError."""
+        if self.model not in (None, engine.model_name):
+            raise UnknownModelError(f"model={self.model!r} is not served; ask for {engine.model_name!r}, or for none")
+        check_slots(self.n, engine.max_concurrent_decodes)
+        self._sampling()  # refused before the prompts are read: they may be megabytes
+        limits, requests = Limits.of(engine), []
+        for number, prompt_ids in enumerate(self.prompts(engine.get_tokenizer())):
+            max_tokens = self.longest(limits.cache_length - len(prompt_ids))
+            limits.check(prompt_ids, max_tokens, self.n)
+            requests.append(
+                Request(
+                    prompt_ids=prompt_ids,
+                    max_tokens=max_tokens,
+                    deliver=deliver_to(number),
+                    sampling=self._sampling(),
+                    stop_strings=(self.stop,) if isinstance(self.stop, str) else tuple(self.stop),
+                    stop_token_ids=tuple(self.stop_token_ids),
+                    ignore_eos=self.ignore_eos,
+                    num_samples=self.n,
+                    prompt_logprobs=self.prompt_logprobs is not None,
+                    priority=self.priority,
+                    id=request_id if self.num_prompts == 1 else f"{request_id}-{number}",
+                )
+            )
+        return requests
+
+    def _sampling(self) -> SamplingParams:
+        if self.prompt_logprobs:
+            raise BadFieldError(
+                "prompt_logprobs",
+                f"prompt_logprobs={self.prompt_logprobs} must be 0: the prompt's own tokens, no others",
+            )
+        return SamplingParams(
+            temperature=self.temperature,
+            top_k=0 if self.top_k == -1 else self.top_k,  # vLLM's other way to keep all
+            top_p=self.top_p,
+            min_p=self.min_p,
+            seed=drawn_seed(self.temperature, self.seed),
+            repetition_penalty=self.repetition_penalty,
+            presence_penalty=self.presence_penalty,
+            frequency_penalty=self.frequency_penalty,
+            logprobs=self.asked_logprobs,
+        )
+
+
+class CompletionBody(Body):
+    """POST /v1/completions. Several prompts are several requests."""
+
+    refused: ClassVar[dict[str, tuple[Any, ...]]] = Body.refused | {"echo": (False,), "suffix": ("",)}
+
+    prompt: Prompts
+    max_tokens: int = 16
+    logprobs: int | None = None
+    best_of: int | None = None
+
+    @property
+    def asked_logprobs(self) -> int | None:
+        return self.logprobs
+
+    @property
+    def num_prompts(self) -> int:
+        return len(self.prompt) if isinstance(self.prompt, list) and not self._is_ids else 1
+
+    @property
+    def _is_ids(self) -> bool:
+        return isinstance(self.prompt, list) and bool(self.prompt) and isinstance(self.prompt[0], int)
+
+    def prompts(self, tokenizer: "Tokenizer") -> Iterator[list[int]]:
+        if self.best_of not in (None, self.n):
+            raise BadFieldError("best_of", f"best_of={self.best_of} must be n={self.n}: all answers are shown")
+        check_max_tokens(self.max_tokens)
+        prompts: list[Any] = self.prompt if isinstance(self.prompt, list) and not self._is_ids else [self.prompt]
+        if not prompts:
+            raise BadFieldError("prompt", "prompt is an empty list; send at least one")
+        for prompt in prompts:
+            yield tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
+
+    def longest(self, room: int) -> int:
+        return self.max_tokens
+
+
+class ChatBody(Body):
+    """POST /v1/chat/completions."""
+
+    refused: ClassVar[dict[str, tuple[Any, ...]]] = Body.refused | {
+        "tools": ([],),
+        "tool_choice": ("none", "auto"),
+        "functions": ([],),
+        "function_call": ("none", "auto"),
+        "response_format": ({"type": "text"},),
+        "modalities": (["text"],),
+        "audio": (),
+        "web_search_options": (),
+        "reasoning_effort": ("none",),
+        "add_generation_prompt": (True,),
+        "continue_final_message": (False,),
+        "chat_template": (),
+        "chat_template_kwargs": ({},),
+        "documents": ([],),
+    }
+
+    messages: list[Message]
+    max_tokens: int | None = None
+    max_completion_tokens: int | None = None
+    logprobs: bool = False
+    top_logprobs: int | None = None
+
+    @property
+    def asked_logprobs(self) -> int | None:
+        if self.top_logprobs is not None and not self.logprobs:
+            raise BadFieldError("top_logprobs", "top_logprobs are for logprobs=true; set it, or leave them out")
+        return (self.top_logprobs or 0) if self.logprobs else None
+
+    def prompts(self, tokenizer: "Tokenizer") -> Iterator[list[int]]:
+        if not self.messages:
+            raise BadFieldError("messages", "messages is empty; send at least one")
+        yield tokenizer.encode_chat([message.turn(f"messages[{at}]") for at, message in enumerate(self.messages)])
+
+    def longest(self, room: int) -> int:
+        asked = self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
+        return max(room, 1) if asked is None else asked

@@ -1,0 +1,121 @@
+"""What goes wrong, as OpenAI's clients read it: a status and {"error": {message, type, param, code}}."""
+
+import logging
+import math
+import re
+from typing import Any
+
+from pydantic import ValidationError
+
+from ...engine_impl.errors import RefusedError
+from ..errors import CancelledError, FailedError, QueueFullError, UnavailableError
+from ..gateway import RETRY_AFTER
+
+log = logging.getLogger(__name__)
+
+INVALID, SERVER = "invalid_request_error", "server_error"
+"""OpenAI's types of errors: the caller's, and ours."""
+
+OTHER_NAMES = {"num_samples": "n"}
+"""What we call differently."""
+
+
+class HttpError(Exception):
+    """An answer that is none."""
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        kind: str = INVALID,
+        param: str | None = None,
+        code: str | None = None,
+        headers: dict[str, str] | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.status, self.headers = status, headers or {}
+        self.body: dict[str, Any] = {"error": {"message": message, "type": kind, "param": param or None, "code": code}}
+
+
+class BadFieldError(RefusedError):
+    """What is wrong with one field of a body."""
+
+    def __init__(self, field: str, message: str) -> None:
+        super().__init__(message)
+        self.field = field
+
+
+class UnknownModelError(Exception):
+    """A model is asked for that is not served."""
+
+
+KNOWN = RefusedError, UnknownModelError, QueueFullError, UnavailableError, CancelledError, FailedError
+"""What http_error() translates."""
+
+
+def told(error: Exception, request_id: str) -> HttpError:
+    """What the client is told; what is neither its doing nor known is logged."""
+    if isinstance(error, HttpError):
+        return error
+    if isinstance(error, KNOWN):
+        return http_error(error)
+    if isinstance(error, ConnectionError):
+        return HttpError(400, "the connection was closed")  # nobody reads it
+    log.error("request %s failed in the HTTP front", request_id, exc_info=error)
+    return HttpError(500, "the server failed; its log tells why", kind=SERVER)
+
+
+def http_error(error: Exception) -> HttpError:
+    """Of one of KNOWN."""
+    message = str(error)
+    match error:
+        case BadFieldError():
+            return HttpError(400, message, param=error.field)
+        case RefusedError():
+            return HttpError(400, message, param=named(message))
+        case UnknownModelError():
+            return HttpError(404, message, param="model", code="model_not_found")
+        case QueueFullError():
+            hints = {
+                "retry-after": str(math.ceil(error.retry_after_s)),
+                RETRY_AFTER: f"{error.retry_after_s * 1e3:.0f}",
+            }
+            return HttpError(429, message, kind="rate_limit_error", code="rate_limit_exceeded", headers=hints)
+        case UnavailableError() | CancelledError():
+            return HttpError(503, message, kind=SERVER, code="unavailable")
+        case _:
+            return HttpError(500, message, kind=SERVER, code="engine_failed")
+
+
+def named(message: str) -> str | None:
+    """The field that a refusal begins with: "temperature=-1 must be ..."."""
+    match = re.match(r"([a-z_]+)=", message)
+    return OTHER_NAMES.get(match[1], match[1]) if match else None
+
+
+def bad_body(error: ValidationError) -> BadFieldError:
+    """The first of what pydantic found wrong, in one line."""
+    errors = error.errors(include_url=False)
+    first, field = errors[0], field_of(errors[0]["loc"])
+    if isinstance(own := first.get("ctx", {}).get("error"), BadFieldError):
+        return own
+    if first["type"] == "json_invalid":
+        return BadFieldError("", f"the body cannot be read: {first['msg']}")
+    if first["type"] == "missing":
+        return BadFieldError(field, f"{field} is missing")
+    value = repr(first["input"])
+    shown = value if len(value) <= 80 else f"{value[:77]}..."
+    more = f" (and {len(errors) - 1} more)" if len(errors) > 1 else ""
+    return BadFieldError(field, f"{field or 'the body'}={shown}: {first['msg']}{more}")
+
+
+def field_of(path: tuple[int | str, ...]) -> str:
+    """As one would write it: messages[0].content. Pydantic's names for the kinds of a union, in <>, are left out."""
+    field = ""
+    for step in path:
+        if isinstance(step, int):
+            field += f"[{step}]"
+        elif not step.startswith("<"):
+            field += f".{step}" if field else step
+    return field

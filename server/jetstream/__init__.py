@@ -1,0 +1,1 @@
+"""JetStream's own orchestrator as the server."""

@@ -1,0 +1,102 @@
+"""Ports: whether one is free, and listening on one for HTTP."""
+
+import errno
+import logging
+import socket
+from ssl import SSLContext
+
+from aiohttp import web
+from aiohttp.http_exceptions import HttpProcessingError
+from aiohttp.web_protocol import RequestPayloadError
+
+from ...engine_impl.errors import RefusedError
+from ..config import ServerConfig, join_address
+
+log = logging.getLogger(__name__)
+# What is no HTTP is answered with 400; strangers must not fill the log with it.
+NO_HTTP = HttpProcessingError, RequestPayloadError
+log.addFilter(lambda record: not (record.exc_info and isinstance(record.exc_info[1], NO_HTTP)))
+
+BACKLOG = 1024
+"""Connections that may wait to be accepted; the kernel may take fewer."""
+
+IDLE_S = 75.0
+"""How long a connection may be without a whole request (seconds): longer than the minute for which proxies keep theirs,
+or they would meet one that is being closed."""
+
+FLUSH_S = 1.0
+"""Time that the last answers get to leave (seconds)."""
+
+SILENT_S, PROBES_S, PROBES = 20, 5, 2
+"""A connection this silent is asked whether it still stands, this often (seconds), so many times."""
+UNACKNOWLEDGED_MS = 60_000
+"""What was sent and is not acknowledged for so long: the peer has vanished, or has stopped reading."""
+
+
+class Listener:
+    """An aiohttp application on a socket. Belongs to one event loop."""
+
+    def __init__(self, app: web.Application, sock: socket.socket, tls: SSLContext | None = None) -> None:
+        self._sock, self._tls = sock, tls
+        # handler_cancellation: a client that leaves cancels what works for it.
+        self._runner = web.AppRunner(
+            app,
+            access_log=None,
+            handler_cancellation=True,
+            keepalive_timeout=IDLE_S,
+            shutdown_timeout=FLUSH_S,
+            logger=log,
+        )
+
+    async def start(self) -> None:
+        """From now on it answers; until then connections wait."""
+        await self._runner.setup()
+        await web.SockSite(self._runner, self._sock, ssl_context=self._tls, backlog=BACKLOG).start()
+
+    async def close(self) -> None:
+        """Frees the port; answers under way get FLUSH_S."""
+        await self._runner.cleanup()
+        self._sock.close()
+
+
+def listening(host: str, port: int, *, what: str, flag: str) -> socket.socket:
+    """A socket that other machines can connect to already. Raises RefusedError, which names `what` and the flag."""
+    try:
+        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        is_any = host == "::"  # gRPC takes IPv4 there, too
+        sock = socket.create_server(address[:2], family=family, backlog=BACKLOG, dualstack_ipv6=is_any)
+    except OSError as error:
+        raise RefusedError(
+            f"cannot serve {what} on {join_address(host, port)}: {error.strerror or error}; choose another {flag}"
+        ) from error
+    # Connections inherit these. A peer that vanished without a word is noticed within a minute, and its slot freed.
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for name, value in (
+        ("TCP_KEEPIDLE", SILENT_S),
+        ("TCP_KEEPINTVL", PROBES_S),
+        ("TCP_KEEPCNT", PROBES),
+        ("TCP_USER_TIMEOUT", UNACKNOWLEDGED_MS),
+    ):
+        if hasattr(socket, name):  # Linux has them all
+            sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
+    return sock
+
+
+def address_of(sock: socket.socket, host: str) -> str:
+    """host:port; the port is the real one."""
+    return join_address(host, sock.getsockname()[1])
+
+
+def check_port_is_free(config: ServerConfig) -> None:
+    """Raises RefusedError; gRPC's own refusal names no cause and logs in its core."""
+    try:
+        family, kind, proto, _, address = socket.getaddrinfo(config.host, config.port, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, kind, proto) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(address)
+    except OSError as error:
+        if error.errno == errno.EADDRINUSE:
+            raise RefusedError(
+                f"port {config.port} on {config.host} is in use; stop what listens there, or choose another --port"
+            ) from error
+        raise RefusedError(f"cannot listen on {config.address}: {error.strerror or error}") from error

@@ -1,0 +1,168 @@
+"""Who may ask, by whichever door: bearer tokens, and how many answers one client may have under way."""
+
+import hmac
+import ipaddress
+import logging
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
+
+from ...engine_impl.errors import RefusedError
+from ..config import SecurityConfig, ServerConfig
+from ..errors import QueueFullError
+from ..scheduler.queue import FIRST_RETRY_S
+
+log = logging.getLogger(__name__)
+
+AUTHORIZATION, BEARER = "authorization", "bearer"
+UNKNOWN = "send `authorization: Bearer TOKEN` with a known token"
+"""Told to a client that brings none."""
+
+
+class WatchedFiles:
+    """Files that are read again when one of them has changed. A stat() each costs microseconds."""
+
+    def __init__(self, *paths: Path | None) -> None:
+        self._paths = [path for path in paths if path is not None]
+        self._seen = self._stamps()
+
+    def have_changed(self) -> bool:
+        """Since the last time that this was asked."""
+        before, self._seen = self._seen, self._stamps()
+        return self._seen != before
+
+    def _stamps(self) -> list[tuple[int, int, int] | None]:
+        return [stamp(path) for path in self._paths]
+
+
+def stamp(path: Path) -> tuple[int, int, int] | None:
+    """What changes when the file does; None while it is not there."""
+    try:
+        stat = path.stat()
+    except OSError:
+        return None
+    return stat.st_mtime_ns, stat.st_ino, stat.st_size
+
+
+class Tokens:
+    """The tokens of a file, one a line."""
+
+    def __init__(self, path: Path) -> None:
+        """Raises RefusedError for a file that cannot be read or holds no token."""
+        self._path, self._file = path, WatchedFiles(path)
+        self._tokens = read_tokens(path)
+
+    def number_of(self, token: str) -> int | None:
+        """Which of the tokens it is; None of none. Takes as long for a wrong one as for a right one."""
+        if self._file.have_changed():
+            self._read_again()
+        sent = token.encode(errors="replace")
+        matches = [hmac.compare_digest(sent, known) for known in self._tokens]
+        return matches.index(True) if any(matches) else None
+
+    def _read_again(self) -> None:
+        """A damaged file must not lock everybody out, nor let everybody in: then the old tokens stay."""
+        try:
+            self._tokens = read_tokens(self._path)
+        except RefusedError as error:
+            log.error("the old tokens stay: %s", error)
+        else:
+            log.info("read %d tokens from %s", len(self._tokens), self._path)
+
+
+def read_tokens(path: Path) -> list[bytes]:
+    """Blank lines and blanks around a token are left out. Raises RefusedError."""
+    tokens = [line.strip() for line in read_bytes("auth_token_file", path).splitlines() if line.strip()]
+    if not tokens:
+        raise RefusedError(f"auth_token_file={path} holds no token; write one a line")
+    if not all(token.isascii() and token.decode().isprintable() for token in tokens):
+        raise RefusedError(f"auth_token_file={path} must hold printable ASCII: gRPC carries nothing else")
+    return tokens
+
+
+def read_bytes(name: str, path: Path) -> bytes:
+    """Raises RefusedError naming the flag."""
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise RefusedError(f"{name}={path} cannot be read: {error.strerror}") from error
+
+
+class Streams:
+    """How many answers each client has under way. All in one event loop's thread."""
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self._under_way: Counter[str] = Counter()
+
+    @contextmanager
+    def hold(self, client: str, count: int = 1) -> Iterator[None]:
+        """Raises QueueFullError beyond the limit, RefusedError for more than it at once."""
+        if count > self._limit:
+            raise RefusedError(
+                f"{count} prompts at once exceed max_streams_per_client={self._limit}; send fewer in one request"
+            )
+        if self._under_way[client] + count > self._limit:
+            raise QueueFullError(
+                f"{self._under_way[client]} answers are under way for this client and "
+                f"max_streams_per_client={self._limit}; wait for one to end",
+                retry_after_s=FIRST_RETRY_S,
+            )
+        self._under_way[client] += count
+        try:
+            yield
+        finally:
+            self._under_way[client] -= count
+            if not self._under_way[client]:
+                del self._under_way[client]
+
+
+class Guard:
+    """Whom a server lets in, by whichever door, and how much it lets one client have under way."""
+
+    def __init__(self, config: SecurityConfig) -> None:
+        """Raises RefusedError for a token file that cannot be used."""
+        self.tokens = None if config.auth_token_file is None else Tokens(config.auth_token_file)
+        self.streams = None if config.max_streams_per_client is None else Streams(config.max_streams_per_client)
+
+    def is_known(self, authorizations: Iterable[str]) -> bool:
+        """Whether they may ask. `authorizations`: what came as `authorization`, in metadata or headers."""
+        return self.tokens is None or token_number(self.tokens, authorizations) is not None
+
+    def hold(self, authorizations: Iterable[str], address: str, count: int = 1) -> AbstractContextManager[None]:
+        """The client has `count` answers more under way. `address`: its IP. Raises as Streams.hold() does."""
+        if self.streams is None:
+            return nullcontext()
+        if self.tokens is not None:
+            return self.streams.hold(f"token {token_number(self.tokens, authorizations)}", count)
+        return self.streams.hold(plain_ip(address), count)
+
+
+def token_number(tokens: Tokens, authorizations: Iterable[str]) -> int | None:
+    """Which token was brought; None of none that is known."""
+    for value in authorizations:
+        scheme, _, token = value.partition(" ")
+        if scheme.lower() == BEARER:
+            return tokens.number_of(token.strip())
+    return None
+
+
+def plain_ip(address: str) -> str:
+    """One spelling for each; an IPv4 address that came through an IPv6 socket is itself."""
+    try:
+        ip = ipaddress.ip_address(address)
+    except ValueError:  # no IP: a Unix socket's
+        return address
+    return str(getattr(ip, "ipv4_mapped", None) or ip)
+
+
+def warn_if_open(config: ServerConfig) -> None:
+    """Logs what a server that other machines reach lacks."""
+    if config.is_local:
+        return
+    security = config.security
+    if security.auth_token_file is None and security.tls_client_ca is None:
+        log.warning("%s: whoever reaches this port may ask; see --auth-token-file and --tls-client-ca", config.address)
+    if security.tls_cert is None:
+        log.warning("%s: requests and answers travel unencrypted; see --tls-cert", config.address)

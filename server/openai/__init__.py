@@ -1,1 +1,0 @@
-"""OpenAI's HTTP endpoints: the second front, beside gRPC."""

@@ -1,0 +1,1 @@
+"""Requests: options, limits, events, answers."""

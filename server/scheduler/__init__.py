@@ -1,0 +1,1 @@
+"""Whose turn it is, and the loop that runs the engine."""

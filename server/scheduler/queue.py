@@ -1,0 +1,173 @@
+"""The waiting room: bounded, by priority and age, shared by the callers and the orchestrator's threads."""
+
+import threading
+import time
+from bisect import insort_right
+from collections import deque
+from collections.abc import Callable
+
+from ...engine_impl.errors import RefusedError
+from ..errors import QueueFullError
+from ..request.request import Request
+
+AGEING_S = 5.0
+"""How much waiting is worth one level of priority (seconds)."""
+
+FIRST_RETRY_S = 1.0
+"""The retry hint before anything is known of the pace (seconds)."""
+RETRY_S = 0.05, 30.0
+"""The shortest and the longest retry hint (seconds)."""
+PACE_OF = 32
+"""Departures that the pace is estimated from (count)."""
+
+
+class RequestQueue:
+    """At most `max_queued` requests and `max_queued_tokens` tokens of prompt. Any thread may call any method.
+
+    Who goes first: the highest priority, and the oldest of one priority. Waiting counts: every AGEING_S seconds a
+    request moves up by one level, so a request of priority p is served as though it had come p * AGEING_S seconds
+    earlier than it did. Priorities are bounded, so nobody starves: what comes 2 * MAX_PRIORITY * AGEING_S seconds
+    later cannot go first, whatever its priority.
+
+    A prompt that alone exceeds `max_queued_tokens` is let into an empty queue: it could never be served otherwise.
+    """
+
+    def __init__(self, max_queued: int, max_queued_tokens: int | None = None) -> None:
+        self.max_queued, self.max_queued_tokens = max_queued, max_queued_tokens
+        self.tokens = 0
+        """Tokens of the prompts that wait."""
+        self._waiting: list[Request] = []  # who goes first stands first
+        self._departures: deque[float] = deque(maxlen=PACE_OF)
+        self._changed = threading.Condition()
+        self._closed: Exception | None = None
+
+    def __len__(self) -> int:
+        return len(self._waiting)
+
+    def put(self, *requests: Request) -> None:
+        """All of them or none. Raises QueueFullError, RefusedError for more than can ever wait together, or whatever
+        the queue was closed with."""
+        tokens = sum(len(request.prompt_ids) for request in requests)
+        with self._changed:
+            self._check_room(len(requests), tokens)
+            now = time.monotonic()
+            for request in requests:
+                request.queued_at = now
+                insort_right(self._waiting, request, key=rank)
+            self.tokens += tokens
+            self._changed.notify_all()
+
+    def check_room(self) -> None:
+        """Raises what put() would raise for the shortest prompt."""
+        with self._changed:
+            self._check_room(1, 1)
+
+    def take(self, free_slots: int) -> Request | None:
+        """Whose turn it is; None when there is nobody or when its slots are not all free.
+
+        Nobody overtakes a request that waits for several slots, or it might wait for ever. Requests whose deadline
+        has passed are never taken.
+        """
+        with self._changed:
+            now = time.monotonic()
+            request = next((request for request in self._waiting if not is_overdue(request, now)), None)
+            if request is None or request.slots_needed > free_slots:
+                return None
+            self._leave(request)
+            self._departures.append(now)
+            return request
+
+    def remove(self, request: Request) -> bool:
+        """Whether it was still waiting."""
+        with self._changed:
+            if request not in self._waiting:
+                return False
+            self._leave(request)
+            return True
+
+    def clear(self) -> list[Request]:
+        """Takes out all that wait."""
+        with self._changed:
+            waiting = list(self._waiting)
+            for request in waiting:
+                self._leave(request)
+            self._changed.notify_all()
+            return waiting
+
+    def close(self, reason: Exception) -> None:
+        """From now on put() raises `reason`, the first one given. What waits already can still be taken."""
+        with self._changed:
+            self._closed = self._closed or reason
+            self._changed.notify_all()
+
+    def wake(self) -> None:
+        """wait() asks its condition again."""
+        with self._changed:
+            self._changed.notify_all()
+
+    def wait(self, until: Callable[[], bool]) -> None:
+        """Sleeps until a request waits here or `until()` holds; asked again at every put(), wake() and close()."""
+        with self._changed:
+            self._changed.wait_for(lambda: bool(self._waiting) or until())
+
+    def overdue(self) -> list[Request]:
+        """Sleeps until deadlines pass, and takes those requests out; an empty list: the queue is closed and empty."""
+        with self._changed:
+            while self._waiting or self._closed is None:
+                now = time.monotonic()
+                if late := [request for request in self._waiting if is_overdue(request, now)]:
+                    for request in late:
+                        self._leave(request)
+                    return late
+                deadlines = [request.deadline for request in self._waiting if request.deadline is not None]
+                self._changed.wait(min(deadlines) - now if deadlines else None)
+            return []
+
+    def _leave(self, request: Request) -> None:
+        self._waiting.remove(request)
+        self.tokens -= len(request.prompt_ids)
+
+    def _check_room(self, count: int, tokens: int) -> None:
+        if self._closed is not None:
+            raise self._closed
+        limit = self.max_queued_tokens
+        if count > self.max_queued:
+            raise RefusedError(
+                f"{count} prompts at once exceed max_queued={self.max_queued}; "
+                "send fewer in one request or serve with a larger --max-queued"
+            )
+        if count > 1 and limit is not None and tokens > limit:
+            raise RefusedError(
+                f"{count} prompts of {tokens} tokens at once exceed max_queued_tokens={limit}; "
+                "send fewer in one request or serve with a larger --max-queued-tokens"
+            )
+        if len(self._waiting) + count > self.max_queued:
+            more = f", {count} more exceed" if count > 1 else " and"
+            raise QueueFullError(
+                f"{len(self._waiting)} requests wait already{more} max_queued={self.max_queued}; "
+                "try again later or serve with a larger --max-queued",
+                retry_after_s=self._retry_after_s(),
+            )
+        if limit is not None and self._waiting and self.tokens + tokens > limit:
+            raise QueueFullError(
+                f"prompts of {self.tokens} tokens wait already, {tokens} more exceed max_queued_tokens={limit}; "
+                "try again later or serve with a larger --max-queued-tokens",
+                retry_after_s=self._retry_after_s(),
+            )
+
+    def _retry_after_s(self) -> float:
+        """The mean time between the latest departures, this moment counted as one: a standstill is seen."""
+        if not self._departures:
+            return FIRST_RETRY_S
+        shortest, longest = RETRY_S
+        return min(max((time.monotonic() - self._departures[0]) / len(self._departures), shortest), longest)
+
+
+def rank(request: Request) -> float:
+    """When it would have had to come, without its priority, to stand where it stands (s)."""
+    assert request.queued_at is not None
+    return request.queued_at - request.priority * AGEING_S
+
+
+def is_overdue(request: Request, now: float) -> bool:
+    return request.deadline is not None and request.deadline <= now

@@ -1,0 +1,69 @@
+"""slipstream plan on the command line."""
+
+import json
+
+import pytest
+from slipstream.cli.main import run
+
+SHAPE = ["--slots", "96", "--cache-length", "4096", "--max-prefill-length", "128"]
+
+
+@pytest.mark.slow
+def test_the_last_line_is_one_json_object(capsys, tmp_path):
+    command = ["plan", "--model", "llama-3.2-1b", "--topology", "v5e:2x4", *SHAPE, "--dump", str(tmp_path), "--json"]
+    assert run(command) == 0
+    report = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert [report[key] for key in ("model", "topology", "chips", "fits")] == ["llama-3.2-1b", "v5e:2x4", 8, True]
+    assert set(report["programs"]) == {"generate", "insert", "prefill_128"}
+    assert (tmp_path / "prefill_128.hlo.txt").exists()
+
+
+def test_a_misfit_prints_its_object_and_exits_1(capsys):
+    assert run(["plan", "--model", "llama-2-70b", "--topology", "v5e:2x2", "--json"]) == 1
+    report = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert report["fits"] is False
+    assert report["misfit"]["over_bytes"] > 0
+
+
+def test_a_misfit_is_told_in_words(capsys):
+    assert run(["plan", "--model", "llama-2-70b", "--topology", "v5e:2x2"]) == 1
+    out = capsys.readouterr().out
+    assert "It does not fit. weights and cache: " in out
+    assert "What would make room, each alone: " in out
+
+
+def test_what_quantisation_saves_is_a_line(capsys):
+    assert run(["plan", "--model", "llama-2-70b", "--topology", "v5e:2x2", "--quantize-weights", "int8"]) == 1
+    line = capsys.readouterr().out.splitlines()[2]
+    assert line.startswith("int8 weights: 15.")
+    assert "GiB a chip less than bfloat16; by arithmetic a v5e has room for 0 instead of 0 slots" in line
+    assert run(["plan", "--model", "llama-2-70b", "--topology", "v5e:2x2"]) == 1
+    assert "less than" not in capsys.readouterr().out
+
+
+def test_a_quantised_cache_says_what_it_saves(capsys):
+    """80 layers, 2 kv heads a chip, 100 x 1024 tokens of 512 bytes, or of 264: of 7.81 GiB 3.78."""
+    words = ["--model", "llama-2-70b", "--topology", "v5e:2x2", "--slots", "100", "--quantize-kv", "int8"]
+    assert run(["plan", *words]) == 1
+    assert capsys.readouterr().out.splitlines()[2].startswith("int8 cache: 3.78 GiB a chip less than bfloat16")
+
+
+@pytest.mark.slow
+def test_the_table_is_for_people(capsys):
+    assert run(["plan", "--model", "embedded", "--topology", "v5e:2x2", "--tensor-parallel", "1"]) == 0
+    out = capsys.readouterr().out
+    assert "1 x cache_flush" in out
+    assert "It fits. Ceiling of the decode step" in out
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--topology", "v5e:9x9"], "topology='v5e:9x9' does not exist; those that do: v4:"),
+        (["--model", "llama-0"], "model preset 'llama-0' is not there"),
+        (["--model", "llama-2-7b", "--tensor-parallel", "3"], "tensor_parallel=3 does not work"),
+    ],
+)
+def test_bad_input_exits_2_with_the_remedy(capsys, options, message):
+    assert run(["plan", *options]) == 2
+    assert message in capsys.readouterr().err

@@ -1,0 +1,301 @@
+"""Every family against Hugging Face transformers: a tiny random checkpoint that transformers wrote, token by token."""
+
+import functools
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from slipstream.engine_impl import bridge
+from slipstream.engine_impl.checkpoints.hf_config import read_hf_config
+from slipstream.engine_impl.checkpoints.safetensors import SafetensorsCheckpoint
+from slipstream.engine_impl.compiler.presets import PRESETS
+from slipstream.engine_impl.config import EngineConfig
+from slipstream.engine_impl.engine import Engine
+from slipstream.engine_impl.errors import RefusedError
+from slipstream.engine_impl.loading import load_engine
+from slipstream.engine_impl.models import mixtral, registry
+from slipstream.engine_impl.models.fields import Fields
+from slipstream.engine_impl.models.transformer import windows_of_layers
+from slipstream.engine_impl.weights.sharding import make_mesh
+
+from ..tiny_models import greedy
+
+SIZES = {
+    "num_hidden_layers": 2, "hidden_size": 32, "intermediate_size": 60, "num_attention_heads": 8,
+    "num_key_value_heads": 4, "head_dim": 16, "vocab_size": 101, "max_position_embeddings": 512,
+    "pad_token_id": None, "bos_token_id": None, "eos_token_id": None,
+}  # fmt: skip
+"""Nothing is round: eight chips share four kv heads, and neither divide the ffn nor the vocabulary."""
+
+LLAMA3 = {
+    "rope_type": "llama3", "rope_theta": 10000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}  # fmt: skip
+GEMMA3_ROPES = {
+    "full_attention": {"rope_type": "linear", "factor": 4.0, "rope_theta": 1000.0},
+    "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
+}
+DEFAULT = {"rope_type": "default", "rope_theta": 10000.0}
+
+FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("Llama", {"rope_parameters": LLAMA3}),
+    "mistral": ("Mistral", {"rope_parameters": DEFAULT, "sliding_window": 12}),
+    "qwen2": ("Qwen2", {"rope_parameters": DEFAULT, "tie_word_embeddings": True}),
+    "qwen2-windows": (
+        "Qwen2",
+        {"rope_parameters": DEFAULT, "use_sliding_window": True, "sliding_window": 9, "max_window_layers": 1},
+    ),
+    "qwen3": ("Qwen3", {"rope_parameters": DEFAULT, "num_key_value_heads": 8}),
+    "gemma": ("Gemma", {"rope_parameters": DEFAULT, "num_key_value_heads": 1}),
+    "gemma2": (
+        "Gemma2",
+        {
+            "rope_parameters": DEFAULT, "sliding_window": 12, "query_pre_attn_scalar": 24,
+            "attn_logit_softcapping": 5.0, "final_logit_softcapping": 0.5,
+        },
+    ),
+    "gemma3": (
+        "Gemma3Text",
+        {
+            "rope_parameters": GEMMA3_ROPES, "sliding_window": 7, "query_pre_attn_scalar": 24,
+            "layer_types": ["sliding_attention", "full_attention"],
+        },
+    ),
+    "mixtral": (
+        "Mixtral",
+        {
+            "rope_parameters": DEFAULT, "num_local_experts": 8, "num_experts_per_tok": 2, "sliding_window": 50,
+            "intermediate_size": 64,
+        },
+    ),
+    "phi3": ("Phi3", {"rope_parameters": DEFAULT, "sliding_window": 12, "num_key_value_heads": 2}),
+}  # fmt: skip
+
+
+@functools.cache
+def written_by_transformers(family: str, root: Path) -> tuple[Path, Any]:
+    """(a checkpoint's folder, the model whose it is); weights large enough that greedy tokens vary."""
+    import transformers
+
+    name, fields = FAMILIES[family]
+    config = getattr(transformers, f"{name}Config")(**(SIZES | fields), attn_implementation="eager")
+    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+    draw_weights(model, seed=len(family))
+    model.save_pretrained(root / family)
+    return root / family, model
+
+
+def draw_weights(model, seed):
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            drawn = torch.randn(parameter.shape, generator=generator)
+            if "norm" in name:
+                parameter.add_(0.2 * drawn)
+            elif parameter.dim() == 1:
+                parameter.copy_(drawn)
+            else:
+                parameter.copy_(drawn * (0.3 if "embed" in name else 2) / parameter.shape[-1] ** 0.5)
+
+
+def load(folder, devices):
+    checkpoint = SafetensorsCheckpoint(folder)
+    mesh = make_mesh(jax.devices(), checkpoint.config.num_heads, checkpoint.config.num_kv_heads, devices)
+    model = registry.build(replace(checkpoint.config, num_kv_heads=max(checkpoint.config.num_kv_heads, mesh.size)))
+    config = EngineConfig(slots=2, cache_length=128, max_prefill_length=64)
+    tokenizer: Any = None
+    engine = Engine(model, mesh, config, jnp.dtype("float32"), tokenizer, "tiny")
+    if devices > 1:
+        engine.layer_loop = "scan"  # as on TPUs: a layer's window and rope are selected by its number
+    return engine, engine.load_params(checkpoint)
+
+
+PROMPTS = [[(7 * i * i + 3 * i) % 101 for i in range(n)] for n in (40, 57)]
+
+CASES = [
+    pytest.param(family, devices, id=f"{family}-{devices}", marks=pytest.mark.slow if family != "gemma3" else ())
+    for family in FAMILIES
+    for devices in (1, 8)
+    if (family, devices) != ("qwen2-windows", 8)
+]
+
+
+@pytest.mark.parametrize(("family", "devices"), CASES)
+def test_logits_and_greedy_tokens_equal_transformers(family, devices, tmp_path_factory):
+    """Prompts longer than the windows, in one bucket and one batch; then 32 tokens, each what transformers would say
+    after the same text. Eight devices scan over the layers, one has them unrolled."""
+    folder, reference = written_by_transformers(family, tmp_path_factory.getbasetemp())
+    engine, params = load(folder, devices)
+    answers = greedy(engine, params, PROMPTS, 32)
+    for prompt, answer in zip(PROMPTS, answers, strict=True):
+        expected = reference_logits(reference, prompt + answer[:-1])[len(prompt) - 1 :]
+        logits_V = engine.prefill(params, *engine.pad(prompt))[0].logits_V
+        np.testing.assert_allclose(logits_V, expected[0], atol=1e-4)
+        assert expected.argmax(-1).tolist() == answer
+        assert len(set(answer)) >= 5  # a model that repeats itself would prove little
+
+
+def reference_logits(model, token_ids):
+    with torch.no_grad():
+        return model(torch.tensor([token_ids])).logits[0].numpy()
+
+
+@pytest.mark.parametrize(
+    ("family", "change"),
+    [
+        ("gemma2", {"sliding_window": 512}),
+        ("gemma2", {"query_pre_attn_scalar": 16}),
+        ("gemma2", {"attn_logit_softcapping": None}),
+        ("gemma3", {"sliding_window": 512}),
+        ("gemma3", {"rope_parameters": {kind: DEFAULT for kind in GEMMA3_ROPES}}),
+        ("mixtral", {"num_experts_per_tok": 1}),
+    ],
+)
+def test_every_field_matters(family, change, tmp_path_factory):
+    """The reference itself changes with it, so that a field ignored could not pass above."""
+    import transformers
+
+    folder, reference = written_by_transformers(family, tmp_path_factory.getbasetemp())
+    fields = json.loads((folder / "config.json").read_text())
+    config = type(reference.config)(**(fields | change))
+    other = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+    other.load_state_dict(reference.state_dict())
+    difference = reference_logits(other, PROMPTS[0]) - reference_logits(reference, PROMPTS[0])
+    assert np.abs(difference).max() > 1e-3
+
+
+def in_old_form(fields):
+    """As the hub has it: `rope_theta` beside `rope_scaling`, Gemma 3's local rope in a field of its own."""
+    fields = dict(fields)
+    rope = fields.pop("rope_parameters")
+    if "full_attention" in rope:
+        fields["rope_local_base_freq"] = rope["sliding_attention"]["rope_theta"]
+        rope = rope["full_attention"]
+    scaling = {name: value for name, value in rope.items() if name != "rope_theta"}
+    return fields | {"rope_theta": rope["rope_theta"], "rope_scaling": scaling}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_both_forms_of_a_config_say_the_same(family):
+    import transformers
+
+    name, changes = FAMILIES[family]
+    fields = getattr(transformers, f"{name}Config")(**(SIZES | changes)).to_dict()
+    shape = registry.read_config(fields, "config.json")
+    assert registry.read_config(in_old_form(fields), "config.json") == shape
+    without = {name: value for name, value in fields.items() if name != "rope_parameters"}
+    with pytest.raises(RefusedError, match="neither rope_parameters nor rope_theta"):
+        registry.read_config(without, "config.json")
+
+
+@pytest.mark.parametrize(
+    ("family", "change", "message"),
+    [
+        ("llama", {"attention_bias": True}, "attention_bias=True; those there are: False"),
+        ("llama", {"hidden_act": "gelu"}, "hidden_act='gelu'; those there are: silu"),
+        ("llama", {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1.0}}, "'yarn'; those there are: default,"),
+        ("llama", {"rope_parameters": {"rope_type": "linear", "rope_theta": 1.0}}, "type linear without factor"),
+        ("llama", {"hidden_size": None}, "lacks hidden_size"),
+        ("phi3", {"rope_parameters": {"rope_type": "longrope", "rope_theta": 1.0}}, "'longrope'; those there are"),
+        ("phi3", {"rope_parameters": DEFAULT | {"partial_rotary_factor": 0.5}}, "only a part of each head"),
+        ("qwen3", {"attention_bias": True}, "attention_bias=True"),
+        ("gemma2", {"hidden_activation": "relu"}, "hidden_activation='relu'"),
+        ("gemma2", {"layer_types": ["linear_attention"]}, "layers of type linear_attention"),
+        ("gemma3", {"attn_logit_softcapping": 50.0}, "attn_logit_softcapping=50.0; those there are: None"),
+        ("gemma3", {"use_bidirectional_attention": True}, "use_bidirectional_attention=True"),
+        ("gemma3", {"rope_parameters": {"full_attention": DEFAULT}}, "rope_parameters without sliding_attention"),
+        ("mixtral", {"model_type": "mixtrol"}, "family 'mixtrol'; the families there are: gemma, gemma2"),
+    ],
+)
+def test_what_a_family_cannot_do_is_refused(family, change, message):
+    import transformers
+
+    name, changes = FAMILIES[family]
+    fields = getattr(transformers, f"{name}Config")(**(SIZES | changes)).to_dict()
+    with pytest.raises(RefusedError, match=message):
+        registry.read_config(fields | change, "config.json")
+
+
+@pytest.mark.parametrize(
+    ("layer_types", "windows"),
+    [
+        (["full_attention"] * 4, (None,)),
+        (["sliding_attention", "full_attention"] * 2, (7, None)),
+        (["sliding_attention", "full_attention", "full_attention"], (7, None, None)),
+        (["sliding_attention", "sliding_attention", "full_attention", "sliding_attention"], (7, 7, None)),
+    ],
+)
+def test_layer_types_become_the_shortest_turn(layer_types, windows):
+    assert windows_of_layers(Fields({}, "config.json"), layer_types, 7) == windows
+
+
+def the_pages_family():
+    """The module that docs/adding-a-model.md shows."""
+    page = (Path(__file__).parents[3] / "docs/adding-a-model.md").read_text()
+    return page.partition("```python\n")[2].partition("```")[0]
+
+
+@pytest.fixture
+def parrot(tmp_path, monkeypatch):
+    """A module outside the package, and a checkpoint of its family: a Qwen2's under another name."""
+    folder, reference = written_by_transformers("qwen2", tmp_path)
+    config = folder / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"model_type": "parrot"}))
+    (tmp_path / "parrots.py").write_text(the_pages_family())
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(registry, "FAMILIES", dict(registry.FAMILIES))
+    monkeypatch.delitem(sys.modules, "parrots", raising=False)
+    return folder, reference
+
+
+def test_a_family_from_outside_is_served(parrot):
+    folder, reference = parrot
+    config = EngineConfig(
+        model=str(folder), model_module="parrots", slots=1, cache_length=128, max_prefill_length=64, tensor_parallel=1
+    )
+    engine, params = load_engine(config)
+    logits_V = engine.prefill(params, *engine.pad(PROMPTS[0]))[0].logits_V
+    np.testing.assert_allclose(logits_V, reference_logits(reference, PROMPTS[0])[-1], atol=1e-4)
+
+
+def test_a_family_from_an_installed_package_is_found(parrot, tmp_path):
+    """By its entry point, without a word on the command line."""
+    package = tmp_path / "parrots-1.dist-info"
+    package.mkdir()
+    (package / "METADATA").write_text("Metadata-Version: 2.1\nName: parrots\nVersion: 1\n")
+    (package / "entry_points.txt").write_text("[slipstream.models]\nparrot = parrots\n")
+    assert type(read_hf_config(parrot[0])).__name__ == "ParrotConfig"
+
+
+def test_a_module_that_is_not_there_is_told():
+    with pytest.raises(RefusedError, match="model_module='no_such' cannot be imported"):
+        registry.use_module("no_such")
+
+
+def test_a_name_is_taken_once():
+    with pytest.raises(ValueError, match=r"model_type='llama' is .*\.llama\.Llama already"):
+        registry.register("llama")(registry.FAMILIES["qwen2"])
+
+
+def test_all_ways_through_the_experts_agree(monkeypatch):
+    """Sorted by expert, all through all, one by one: under the bridge, and in torch alone."""
+    shape = replace(PRESETS["mixtral-8x7b"], model_dim=16, ffn_dim=24)
+    experts = mixtral.MixtureOfExperts(shape)
+    weights = {name: 0.3 * torch.randn(p.shape) for name, p in experts.named_parameters()}
+    x_RD = torch.randn(12, shape.model_dim)
+    answers = []
+    for many_rows in (1, 100):
+        monkeypatch.setattr(mixtral, "MANY_ROWS", many_rows)
+        arrays = {name: jnp.asarray(value.numpy()) for name, value in weights.items()}
+        answers.append(bridge.run(experts, arrays, jnp.asarray(x_RD.numpy())))
+        answers.append(torch.func.functional_call(experts, weights, x_RD).detach().numpy())
+    alone = [torch.func.functional_call(experts, weights, x_RD[i : i + 1]).detach().numpy()[0] for i in range(12)]
+    for answer in answers:
+        np.testing.assert_allclose(answer, alone, atol=1e-5)

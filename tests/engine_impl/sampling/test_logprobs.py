@@ -1,0 +1,75 @@
+"""Log-probabilities against torch's log_softmax."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from slipstream.engine_impl.sampling.logprobs import likeliest, logprob_of, logprobs, prompt_logprobs
+from slipstream.engine_impl.sampling.params import MAX_LOGPROBS
+
+
+def mesh(chips=1):
+    return Mesh(np.array(jax.devices()[:chips]), ("tensor",))
+
+
+def logits(slots, vocabulary):
+    return np.random.default_rng(0).normal(size=(slots, vocabulary)).astype(np.float32) * 5
+
+
+def softmax(logits_BV):
+    return torch.tensor(logits_BV).log_softmax(-1)
+
+
+@pytest.mark.parametrize("asked", [[-1, -1, -1], [-1, 0, -1], [0, -1, 20]])
+def test_what_is_asked_for_is_torchs_and_the_rest_zero(asked):
+    logits_BV, token_B = logits(3, 400), np.array([7, 399, 0])
+    told = jax.jit(logprobs, static_argnums=3)(logits_BV, token_B, np.array(asked), mesh())
+    expected = softmax(logits_BV)
+    top = expected.topk(MAX_LOGPROBS)
+    wants, wants_top = max(asked) >= 0, max(asked) > 0
+    np.testing.assert_allclose(told.chosen_B, expected[[0, 1, 2], token_B] * wants, rtol=1e-5)
+    np.testing.assert_array_equal(told.top_token_BP, top.indices * wants_top)
+    np.testing.assert_allclose(told.top_BP, top.values * wants_top, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("chips", "vocabulary"), [(1, 101), (8, 400), (8, 160), (8, 88), (8, 101)])
+def test_chips_that_share_the_vocabulary_find_the_same(chips, vocabulary):
+    """Fewer than P entries a chip, and a vocabulary that they cannot divide, included."""
+    logits_BV, devices = logits(3, vocabulary), mesh(chips)
+    axis = "tensor" if vocabulary % chips == 0 else None
+    shared = jax.device_put(logits_BV, NamedSharding(devices, PartitionSpec(None, axis)))
+    token_BP, logit_BP = jax.jit(likeliest, static_argnums=1)(shared, devices)
+    expected = torch.tensor(logits_BV).topk(MAX_LOGPROBS)
+    np.testing.assert_array_equal(token_BP, expected.indices)
+    np.testing.assert_array_equal(logit_BP, expected.values)
+
+
+def test_equally_likely_tokens_come_by_their_id():
+    logits_BV, devices = np.zeros((1, 400), np.float32), mesh(8)
+    shared = jax.device_put(logits_BV, NamedSharding(devices, PartitionSpec(None, "tensor")))
+    assert likeliest(shared, devices)[0].tolist() == [list(range(MAX_LOGPROBS))]
+
+
+def test_bfloat16_logits_are_normalised_in_float32():
+    logits_BV = jnp.asarray(logits(2, 4000), jnp.bfloat16)
+    expected = softmax(np.asarray(logits_BV, np.float32))[[0, 1], [1, 2]]
+    np.testing.assert_allclose(logprob_of(logits_BV, jnp.array([1, 2])), expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("bucket", "length"), [(16, 1), (16, 16), (128, 100), (256, 130), (512, 512)])
+def test_a_prompts_logprobs_are_each_tokens_given_those_before(bucket, length):
+    """In chunks or not; padding, whatever it holds, and the first token are 0."""
+    random = np.random.default_rng(bucket)
+    x_TD, weight_DV = random.normal(size=(bucket, 8)).astype(np.float32), random.normal(size=(8, 50)).astype(np.float32)
+    token_T = random.integers(0, 50, bucket)
+    x_TD[length:] = np.nan
+    token_T[length:] = 10**6
+    logprob_T = prompt_logprobs(
+        jnp.asarray(x_TD), jnp.asarray(token_T), jnp.int32(length), lambda x_RD: x_RD @ weight_DV
+    )
+    expected = torch.zeros(bucket)
+    before = np.arange(length - 1)
+    expected[1:length] = softmax(x_TD @ weight_DV)[before, token_T[before + 1]]
+    np.testing.assert_allclose(logprob_T, expected, rtol=1e-4, atol=1e-5)

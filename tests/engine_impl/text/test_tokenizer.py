@@ -1,0 +1,109 @@
+"""Tokenizers against Hugging Face's and llama.cpp's published behaviour; streams against whole decodes."""
+
+import random
+
+import pytest
+from slipstream.engine_impl.errors import RefusedError
+from slipstream.engine_impl.text.chat_template import ChatTemplate
+from slipstream.engine_impl.text.tokenizer import Tokenizer, byte_level_bpe
+
+from ..tiny_models import embedded_engine
+
+TEXTS = ["Hello world", "naïve café 東京 🥚", "a  b\n\n\tc", "<|im_start|>user\nhi<|im_end|>", "", " leading"]
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return embedded_engine()[0].get_tokenizer()
+
+
+@pytest.fixture(scope="module")
+def byte_tokenizer():
+    """One token a byte, and `<s>`: ids computed by hand."""
+    from tokenizers import pre_tokenizers
+
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    backend = byte_level_bpe([*letters, "<s>"], [], pre_tokenizer="gpt-2", control_ids=[256])
+    return Tokenizer(
+        backend, vocab_size=257, bos_id=256, eos_id=256, stop_ids=frozenset([256]), first_ids=[256], chat_template=None
+    )
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_text_comes_back(tokenizer, text):
+    assert tokenizer.decode(tokenizer.encode(text)) == text.replace("<|im_start|>", "").replace("<|im_end|>", "")
+
+
+def test_digits_are_split_one_by_one(tokenizer):
+    """The embedded model was trained so; transformers' reading of the GGUF forgets it and makes other ids."""
+    assert tokenizer.encode("1234") == [token for digit in "1234" for token in tokenizer.encode(digit)]
+
+
+def test_control_tokens_in_text_become_their_ids(tokenizer):
+    assert tokenizer.encode("<|im_start|>") == [1]
+    assert tokenizer.encode("<|im_end|>") == [2]
+
+
+def test_bos_only_if_the_tokenizer_says_so(tokenizer, byte_tokenizer):
+    assert tokenizer.encode("") == []
+    assert byte_tokenizer.encode("")[0] == 256
+
+
+def test_the_chat_form_is_the_models_own(tokenizer):
+    text = tokenizer.render_chat([{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}])
+    assert text == "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
+
+
+def test_a_model_without_chat_template_refuses_messages(byte_tokenizer):
+    with pytest.raises(RefusedError, match="no chat template; send raw text"):
+        byte_tokenizer.render_chat([{"role": "user", "content": "Hi"}])
+
+
+def with_template(template):
+    backend = byte_level_bpe(["a"], [], pre_tokenizer="gpt-2", control_ids=[])
+    return Tokenizer(
+        backend, vocab_size=1, bos_id=None, eos_id=0, stop_ids=frozenset(), chat_template=ChatTemplate(template, {})
+    )
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        ("{{ raise_exception('roles must alternate') }}", "roles must alternate"),
+        ("{{ messages.__class__.__mro__[-1].__subclasses__() }}", "unsafe"),
+        ("{{ messages.append(1) }}", "unsafe"),
+    ],
+)
+def test_templates_run_in_a_sandbox_and_their_refusals_are_told(template, message):
+    with pytest.raises(RefusedError, match=message):
+        with_template(template).render_chat([{"role": "user", "content": "Hi"}])
+
+
+def test_a_stream_holds_a_character_back_until_it_is_whole(byte_tokenizer):
+    stream = byte_tokenizer.stream()
+    pieces = [stream.feed(token) for token in byte_tokenizer.encode("é€🥚a")[1:]]
+    assert pieces == ["", "é", "", "", "€", "", "", "", "🥚", "a"]
+    assert stream.finish() == ""
+
+
+def test_a_stream_that_ends_inside_a_character_says_so(byte_tokenizer):
+    stream = byte_tokenizer.stream()
+    assert [stream.feed(token) for token in byte_tokenizer.encode("a€")[1:-1]] == ["a", "", ""]
+    assert stream.finish() == "\ufffd"
+
+
+def test_streams_give_what_a_whole_decode_gives(tokenizer):
+    """Real text, and 200 random token sequences, broken characters among them."""
+    rng = random.Random(0)
+    sequences = [tokenizer.encode(text * 3) for text in TEXTS]
+    sequences += [[rng.randrange(tokenizer.vocab_size) for _ in range(rng.randrange(40))] for _ in range(200)]
+    for token_ids in sequences:
+        stream = tokenizer.stream()
+        pieces = [stream.feed(token) for token in token_ids]
+        assert "".join(pieces) + stream.finish() == tokenizer.decode(token_ids)
+
+
+def test_an_unknown_split_is_refused():
+    """A wrong pre-tokenizer would give wrong ids in silence."""
+    with pytest.raises(RefusedError, match="'mystery' is not there; those there are: smollm, gpt-2, llama-bpe"):
+        byte_level_bpe(["a"], [], pre_tokenizer="mystery", control_ids=[])

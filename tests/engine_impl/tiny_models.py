@@ -1,0 +1,82 @@
+"""Small models that are built in milliseconds, and the embedded one. Import as `from .models import ...`."""
+
+import functools
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import torch
+from jax.sharding import Mesh
+from slipstream.engine_impl.config import EngineConfig
+from slipstream.engine_impl.engine import Engine
+from slipstream.engine_impl.loading import load_engine
+from slipstream.engine_impl.models import registry
+from slipstream.engine_impl.models.llama import Llama, LlamaConfig
+from slipstream.engine_impl.weights.load import Quantization, needed_shapes
+from slipstream.engine_impl.weights.sharding import make_mesh
+
+TINY = LlamaConfig(
+    num_layers=2, num_heads=8, num_kv_heads=4, head_dim=16, model_dim=32, ffn_dim=48, vocab_size=101,
+    rope_theta=10000.0, rms_norm_eps=1e-5, tied_embeddings=False, context_length=512,
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class RandomCheckpoint:
+    """Normal weights, seeded by the parameter's name and large enough that greedy tokens vary; norms are near one."""
+
+    config: LlamaConfig
+    name: str = "random"
+    quantization: Quantization | None = None
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        return needed_shapes(registry.build(self.config), self.config.num_kv_heads)
+
+    def tensor(self, name: str) -> np.ndarray:
+        shape = self.shapes()[name]
+        values = np.random.default_rng(list(name.encode())).normal(size=shape).astype(np.float32)
+        return 1 + 0.1 * values if "norm" in name else values * 2 / shape[-1] ** 0.5
+
+    def tokenizer(self) -> Any:
+        return None
+
+
+def tiny_engine(
+    config: LlamaConfig = TINY,
+    *,
+    devices: int = 1,
+    slots: int = 4,
+    cache_length: int = 128,
+    mesh: Mesh | None = None,
+    quantize_kv: Literal["none", "int8"] = "none",
+) -> tuple[Engine, Any]:
+    """A random Llama on virtual CPU devices, float32."""
+    mesh = mesh or make_mesh(jax.devices(), config.num_heads, config.num_kv_heads, devices)
+    with torch.device("meta"):
+        model = Llama(replace(config, num_kv_heads=max(config.num_kv_heads, mesh.size)))
+    engine_config = EngineConfig(slots=slots, cache_length=cache_length, quantize_kv=quantize_kv)
+    tokenizer: Any = None
+    engine = Engine(model, mesh, engine_config, jnp.dtype("float32"), tokenizer, "tiny")
+    return engine, engine.load_params(RandomCheckpoint(config))
+
+
+@functools.cache
+def embedded_engine(tensor_parallel: int = 1) -> tuple[Engine, Any]:
+    """The embedded model with 10 slots, loaded once a test run."""
+    return load_engine(EngineConfig(slots=10, cache_length=256, tensor_parallel=tensor_parallel))
+
+
+def greedy(engine: Engine, params: Any, prompts: list[list[int]], steps: int) -> list[list[int]]:
+    """Prompt i in slot i, all decoded together: `steps` tokens each."""
+    state, answers = engine.init_decode_state(), []
+    for slot, prompt in enumerate(prompts):
+        prefix, first = engine.prefill(params, *engine.pad(prompt))
+        state = engine.insert(prefix, state, slot)
+        answers.append([int(first.token_B[0])])
+    for _ in range(steps - 1):
+        state, result = engine.generate(params, state)
+        for answer, token in zip(answers, np.asarray(result.token_B), strict=False):
+            answer.append(int(token))
+    return answers

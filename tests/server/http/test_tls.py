@@ -1,0 +1,125 @@
+"""The HTTP door behind TLS."""
+
+import asyncio
+import socket
+import ssl
+from pathlib import Path
+
+import aiohttp
+import openai
+import pytest
+import trustme
+from slipstream.engine_impl.errors import RefusedError
+from slipstream.server.config import SecurityConfig, ServerConfig
+from slipstream.server.lifecycle import Serving
+
+from tests.server.http.serving import serving
+
+A = {"model": "fake", "prompt": "a", "max_tokens": 3}
+
+
+def issue(authority: trustme.CA, folder: Path) -> None:
+    certificate = authority.issue_cert("localhost", "127.0.0.1")
+    certificate.private_key_pem.write_to_path(folder / "key")
+    certificate.cert_chain_pems[0].write_to_path(folder / "cert")
+
+
+@pytest.fixture
+def authority(tmp_path) -> trustme.CA:
+    """With a server's certificate and key in the test's folder."""
+    authority = trustme.CA()
+    authority.cert_pem.write_to_path(tmp_path / "ca")
+    issue(authority, tmp_path)
+    return authority
+
+
+def trusting(authority: trustme.CA, client: trustme.LeafCert | None = None) -> ssl.SSLContext:
+    context = ssl.create_default_context()
+    authority.configure_trust(context)
+    if client is not None:
+        client.configure_cert(context)
+    return context
+
+
+async def health(server, context) -> int:
+    connector = aiohttp.TCPConnector(ssl=context)
+    session = aiohttp.ClientSession(connector=connector)
+    async with session, session.get(f"https://{server.http_address}/health") as answer:
+        return answer.status
+
+
+def test_tls_with_a_token(authority, tmp_path):
+    async def scenario():
+        (tmp_path / "tokens").write_text("alpha")
+        security = SecurityConfig(
+            tls_cert=tmp_path / "cert", tls_key=tmp_path / "key", auth_token_file=tmp_path / "tokens"
+        )
+        http = openai.DefaultAsyncHttpxClient(verify=trusting(authority))
+        async with serving(security=security) as (server, in_the_clear), http:
+            base_url = f"https://{server.http_address}/v1"
+            client = openai.AsyncOpenAI(base_url=base_url, api_key="alpha", max_retries=0, http_client=http)
+            assert (await client.completions.create(**A)).choices[0].text == "bcd"
+            assert (
+                "".join([c.choices[0].text async for c in await client.completions.create(**A, stream=True)]) == "bcd"
+            )
+            with pytest.raises(openai.APIConnectionError):
+                await in_the_clear.completions.create(**A)
+            with pytest.raises(aiohttp.ClientConnectorCertificateError):
+                await health(server, ssl.create_default_context())
+
+    asyncio.run(scenario())
+
+
+def test_mutual_tls_lets_in_only_certificates_of_the_authority(authority, tmp_path):
+    async def scenario():
+        security = SecurityConfig(tls_cert=tmp_path / "cert", tls_key=tmp_path / "key", tls_client_ca=tmp_path / "ca")
+        async with serving(security=security) as (server, _):
+            assert await health(server, trusting(authority, authority.issue_cert("me@example.org"))) == 200
+            for context in (trusting(authority), trusting(authority, trustme.CA().issue_cert("you@example.org"))):
+                with pytest.raises((aiohttp.ClientError, OSError)):
+                    await health(server, context)
+            # Another authority from now on: the next connection is held to it.
+            other = trustme.CA()
+            other.cert_pem.write_to_path(tmp_path / "ca")
+            assert await health(server, trusting(authority, other.issue_cert("you@example.org"))) == 200
+            with pytest.raises((aiohttp.ClientError, OSError)):
+                await health(server, trusting(authority, authority.issue_cert("me@example.org")))
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.parametrize("name", ["localhost", None])
+def test_a_renewed_certificate_serves_the_next_connection_and_a_damaged_one_does_not(name, authority, tmp_path, caplog):
+    """Whether or not the client tells whom it wants."""
+
+    async def scenario():
+        security = SecurityConfig(tls_cert=tmp_path / "cert", tls_key=tmp_path / "key")
+        async with serving(security=security) as (server, _):
+            host, port = server.http_address.split(":")
+            context = ssl.create_default_context()
+            context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+
+            def served() -> bytes:
+                sock = socket.create_connection((host, int(port)))
+                with sock, context.wrap_socket(sock, server_hostname=name) as encrypted:
+                    return encrypted.getpeercert(binary_form=True)
+
+            first = await asyncio.to_thread(served)
+            issue(authority, tmp_path)
+            second = await asyncio.to_thread(served)
+            (tmp_path / "cert").write_text("half a certif")
+            assert first != second == await asyncio.to_thread(served)
+
+    asyncio.run(scenario())
+    assert "the old certificate stays" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [("cert", "are no certificate and its key"), ("ca", "tls_client_ca=.* is no certificate in PEM")],
+)
+def test_files_that_cannot_be_used_are_refused_before_the_load(name, message, authority, tmp_path):
+    (tmp_path / name).write_text("half a certif")
+    security = SecurityConfig(tls_cert=tmp_path / "cert", tls_key=tmp_path / "key", tls_client_ca=tmp_path / "ca")
+    with pytest.raises(RefusedError, match=message):
+        Serving(lambda: pytest.fail("loaded"), ServerConfig(port=0, http_port=0, security=security))

@@ -1,0 +1,93 @@
+"""The table of slots, and the rosters that steps in flight keep."""
+
+import numpy as np
+import pytest
+from slipstream.engine_impl.sampling.params import SamplingParams
+from slipstream.server.delivery.flight import Flight
+from slipstream.server.request.request import Request
+from slipstream.server.scheduler.slots import Slots
+
+from tests.fakes import FakeEngine
+
+
+def sample(**more):
+    return Request(**{"prompt_ids": [1], "max_tokens": 3, "deliver": print} | more).samples[0]
+
+
+def test_slots_are_given_and_taken_back():
+    slots, first, second = Slots(2, [7]), sample(), sample()
+    assert sorted([slots.give(first), slots.give(second)]) == [0, 1]
+    assert (slots.in_use, slots.free) == (2, 0)
+    slot = first.slot
+    assert slots.take_back(first) == slot
+    assert first.slot is None
+    assert (slots.in_use, slots.free) == (1, 1)
+    assert slots.give(sample()) == slot
+
+
+def test_a_roster_in_flight_keeps_its_owners():
+    slots, old, new = Slots(1, [7]), sample(), sample(stop_token_ids=(9,))
+    slots.give(old)
+    in_flight = slots.roster
+    slots.take_back(old)
+    slots.give(new)
+    assert in_flight.seats == [(0, old)]
+    assert slots.roster.seats == [(0, new)]
+    assert not in_flight.stopped_B(np.array([9])).any()
+    assert slots.roster.stopped_B(np.array([9])).all()
+
+
+@pytest.mark.parametrize(
+    ("more", "stopping"),
+    [
+        ({}, {7, 8}),
+        ({"stop_token_ids": (3, 4)}, {3, 4, 7, 8}),
+        ({"ignore_eos": True}, set()),
+        ({"ignore_eos": True, "stop_token_ids": (3, 7)}, {3, 7}),
+        ({"stop_token_ids": tuple(range(20, 36))}, {*range(20, 36), 7, 8}),
+    ],
+)
+def test_stop_ids_are_the_models_and_the_requests(more, stopping):
+    slots = Slots(3, [7, 8])
+    one = sample(**more)
+    slot = slots.give(one)
+    for roster, at in ((slots.roster, slot), (slots.alone(one), 0)):
+        for token in range(-2, 40):
+            token_B = np.full(len(roster.owner_B), token if token >= 0 else -1)
+            stopped_B = roster.stopped_B(token_B)
+            assert stopped_B[at] == (token in stopping)
+            assert stopped_B.sum() == stopped_B[at], "an empty slot never stops"
+
+
+def test_steps_are_counted_to_max_tokens():
+    slots, short, long = Slots(3, []), sample(max_tokens=2), sample(max_tokens=3)
+    slots.give(short)
+    slots.give(long)
+    assert slots.count_step() == [short]
+    slots.take_back(short)
+    assert slots.count_step() == [long]
+    slots.take_back(long)
+    assert slots.count_step() == []
+
+
+def test_whose_deadline_has_passed():
+    slots, soon, later, never = Slots(3, []), sample(deadline=5.0), sample(deadline=6.0), sample()
+    for one in (soon, later, never):
+        slots.give(one)
+    assert slots.overdue(4.9) == []
+    assert slots.overdue(5.0) == [soon]
+    slots.take_back(soon)
+    assert slots.overdue(99.0) == [later]
+
+
+@pytest.mark.parametrize(
+    ("logprobs", "copied"), [((None, None), 1), ((None, 0), 2), ((0, 3), 4)], ids=["nobody", "chosen", "top"]
+)
+def test_only_what_somebody_asked_for_is_copied_from_the_device(logprobs, copied):
+    engine, slots, copies = FakeEngine(), Slots(2, []), []
+    engine.on_call = copies.append
+    for asked in logprobs:
+        slots.give(sample(sampling=SamplingParams(logprobs=asked)))
+    landing = Flight(engine._result(np.array([1, 2])), slots.roster, is_step=True, started=0.0).land()
+    assert copies == ["copy"] * copied
+    assert (landing.logprob_B is None, landing.top_token_BP is None) == (copied < 2, copied < 4)
