@@ -131,9 +131,7 @@ def _rope(fields: GGUFFields, head_dim: int) -> dict[str, Any]:
             "beta_fast": get("rope.scaling.yarn_beta_fast", 32.0),
             "beta_slow": get("rope.scaling.yarn_beta_slow", 1.0),
         }
-    raise RefusedError(
-        f"{fields.where!r} scales its rope by {kind!r}; those there are: none, linear, yarn"
-    )
+    raise RefusedError(f"{fields.where!r} scales its rope by {kind!r}; those there are: none, linear, yarn")
 
 
 def _with_rope_factors(config: ModelConfig, file: GGUFParts, where: str) -> ModelConfig:

@@ -1,4 +1,4 @@
-"""A folder that transformers wrote as a GGUF file, as llama.cpp's converter does it, with names from the gguf package."""
+"""A folder that transformers wrote as a GGUF file, as llama.cpp's converter does it; names are the gguf package's."""
 
 import json
 
