@@ -50,7 +50,7 @@ class StepResult(Protocol):
 
     @property
     def logprob_BW(self) -> DeviceArray:
-        """f32, each token's log-probability under the model itself; valid where the slot's sampling asks for logprobs"""
+        """f32, log-probability of each token under the model; valid where the slot's sampling asks for logprobs"""
         ...
 
     @property
@@ -189,3 +189,7 @@ class Engine(Protocol[ParamsT, PrefixT, StateT]):
     def free(self, decode_state: StateT, slot: int) -> StateT:
         """Empties a slot. The state is donated."""
         ...
+
+
+AnyEngine = Engine[Any, Any, Any]
+"""For those who hold no parameters and no state."""
