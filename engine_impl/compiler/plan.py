@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from ..checkpoints import hub
+from ..checkpoints.contract import Quantization
 from ..checkpoints.gguf import GGUFCheckpoint
 from ..checkpoints.hf_config import read_fields, read_hf_config
 from ..checkpoints.quantization_config import read_format
@@ -24,7 +25,6 @@ from ..models import registry
 from ..models.decoder import ModelConfig
 from ..quantization.linear import Int4Linear, Int8ExpertLinear, Int8Linear
 from ..quantization.swap import resolved
-from ..weights.load import Quantization
 from ..weights.sharding import make_mesh
 from .budget import Budget, Misfit, ProgramReport
 from .chips import chip_of

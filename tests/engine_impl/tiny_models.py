@@ -9,12 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 import torch
 from jax.sharding import Mesh
+from slipstream.engine_impl.checkpoints.contract import Quantization
 from slipstream.engine_impl.config import EngineConfig
 from slipstream.engine_impl.engine import Engine
 from slipstream.engine_impl.loading import load_engine
 from slipstream.engine_impl.models import registry
 from slipstream.engine_impl.models.llama import Llama, LlamaConfig
-from slipstream.engine_impl.weights.load import Quantization, needed_shapes
+from slipstream.engine_impl.weights.load import needed_shapes
 from slipstream.engine_impl.weights.sharding import make_mesh
 
 TINY = LlamaConfig(

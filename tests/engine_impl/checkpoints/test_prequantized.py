@@ -7,6 +7,7 @@ import jax
 import numpy as np
 import pytest
 from jax.sharding import Mesh
+from slipstream.engine_impl.checkpoints.contract import Quantization
 from slipstream.engine_impl.checkpoints.safetensors import SafetensorsCheckpoint
 from slipstream.engine_impl.compiler.plan import abstract_engine, quantization_of, shape_of
 from slipstream.engine_impl.compiler.presets import PRESETS
@@ -15,7 +16,6 @@ from slipstream.engine_impl.errors import RefusedError
 from slipstream.engine_impl.loading import load_engine
 from slipstream.engine_impl.models import registry
 from slipstream.engine_impl.quantization.swap import resolved
-from slipstream.engine_impl.weights.load import Quantization
 from slipstream.kernels.blockwise_matmul import unpack
 
 from ..tiny_models import greedy
