@@ -36,7 +36,7 @@ class DeviceArray(Protocol):
 
 
 class StepResult(Protocol):
-    """What a step tells the host: up to W tokens a slot. A prefill's result is that of one slot and W = 1."""
+    """What a step tells the host: up to W tokens per slot; W is 1. A prefill's result has one slot."""
 
     @property
     def token_BW(self) -> DeviceArray:
@@ -50,7 +50,7 @@ class StepResult(Protocol):
 
     @property
     def logprob_BW(self) -> DeviceArray:
-        """f32, each token's log-probability under the model itself; valid where the slot's sampling asks for logprobs"""
+        """f32, each token's log-probability under the model itself; valid where the slot's sampling asks for it"""
         ...
 
     @property
@@ -60,7 +60,7 @@ class StepResult(Protocol):
 
     @property
     def top_logprob_BWP(self) -> DeviceArray:
-        """f32, theirs"""
+        """f32, their log-probabilities"""
         ...
 
 
