@@ -58,6 +58,7 @@ def build_engine(
             f"cache_length={config.cache_length} is beyond what {checkpoint.name} was trained for; "
             f"use at most {shape.context_length}"
         )
+    shape = shape.for_length(config.cache_length)
     mesh = make_mesh(devices, shape.num_heads, shape.num_kv_heads, config.tensor_parallel)
     model = registry.build(replace(shape, num_kv_heads=max(shape.num_kv_heads, mesh.size)))
     dtype = choose_dtype(config.dtype, devices[0].platform)
