@@ -77,7 +77,9 @@ class Orchestrator:
         self._engine, self._params, self._metrics = engine, params, metrics
         self._warm_up, self._on_ready, self._on_dead = warm_up, on_ready, on_dead
         self._tokenizer = engine.get_tokenizer()
-        self._queue = RequestQueue(max_queued, max_queued_tokens)
+        self._queue = RequestQueue(
+            *(max_queued, max_queued_tokens), slots=engine.max_concurrent_decodes, free_slots=lambda: self._slots.free
+        )
         self._delivery = Delivery(self._tokenizer, metrics, free=self._ended_early, on_end=self._forget)
         self._slots = self._no_slots_taken()
         self._live: set[Request] = set()  # taken from the queue, last event not out yet
