@@ -50,7 +50,7 @@ class StepResult(Protocol):
 
     @property
     def logprob_BW(self) -> DeviceArray:
-        """f32, each token's log-probability under the model itself; valid where the slot's sampling asks for logprobs"""
+        """f32, each token's log-probability under the model itself; valid where the slot's sampling asks for it"""
         ...
 
     @property
