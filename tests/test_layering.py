@@ -26,7 +26,7 @@ MAY_IMPORT = {
     ),
     "benchmarks": (
         {"protos", "kernels", "cache_manager", "engine_impl", "server"},
-        {"jax", "numpy", "torch", "grpc", "aiohttp", "transformers", "matplotlib", "safetensors"},
+        {"jax", "numpy", "torch", "grpc", "aiohttp", "transformers", "matplotlib", "tyro"},
     ),
 }
 ONLY_IN = {

@@ -11,7 +11,7 @@ import numpy as np
 
 from ...engine_impl.engine import DecodeState, Engine
 from ...engine_impl.forward import Params
-from ..kernel import timed
+from ..measure.timing import timed
 
 PROMPT_LENGTH = 128
 
