@@ -1,7 +1,7 @@
 """How costs grow, and whether they grow as the bytes do.
 
 Four curves: a step's ms against live tokens, one line for each cache length (they should lie on each other: nobody
-reads rows that are not live); against slots; an insert's ms against its bucket; and the host's ms a step against slots
+reads rows that are not live); against slots; an insert's ms against its bucket; and the host's ms per step against slots
 (host.py). A curve's points take turns, block by block, so that a machine that slows down bends none of them. Beside
 each point is what its bytes would take at the copy bandwidth measured in the same run.
 """
@@ -74,7 +74,7 @@ class Field:
         self.bandwidth = machine.copy_bandwidth(devices[0]) * chips
 
     def live_curves(self) -> dict[str, Curve]:
-        """By cache length: step ms against live tokens a slot."""
+        """By cache length: step ms against live tokens per slot."""
         options = self._options
         engines = {length: self._engine(options.base_slots, length) for length in options.lengths}
         points = [(length, live) for length in options.lengths for live in options.fitting(length)]
@@ -138,7 +138,7 @@ class Field:
 
 
 def host_curve(options: GrowthOptions) -> Curve:
-    """The host's ms a step against slots; `bare_ms` is the same tiny engine's without an orchestrator."""
+    """The host's ms per step against slots; `bare_ms` is the same tiny engine's without an orchestrator."""
     benches = [HostBench(slots, options.platform) for slots in options.slot_counts]
     for bench in benches:
         bench.bare_ms()  # compiles
@@ -188,7 +188,7 @@ def summary(result: dict[str, Any]) -> str:
     parts = [f"copy bandwidth {result['copy_bandwidth_bytes_per_second'] / 1e9:.1f} GB/s"]
     for cache_length, curve in result["live_tokens"].items():
         parts.append(_part(f"cache length {cache_length}", "live tokens", curve, result["live_slopes"][cache_length]))
-    parts.append(_part(f"{result['slots_live_tokens']} live tokens a slot", "slots", result["slots"]))
+    parts.append(_part(f"{result['slots_live_tokens']} live tokens per slot", "slots", result["slots"]))
     parts.append(_part("insert", "bucket", result["insert"], result["insert_slope"]))
     parts.append(_part("host, a model of no size", "slots", result["host"]))
     return "\n\n".join(parts)
@@ -220,9 +220,9 @@ def draw_curves(path: Path, result: dict[str, Any]) -> None:
     draw(
         path,
         [
-            Panel(title="Step against live tokens", x="live tokens a slot", y="ms", series=live),
+            Panel(title="Step against live tokens", x="live tokens per slot", y="ms", series=live),
             Panel(title="Step against slots", x="slots", y="ms", series=of("step", result["slots"])),
             Panel(title="Insert", x="bucket (tokens)", y="ms", series=of("insert", result["insert"])),
-            Panel(title="Host", x="slots", y="ms a step", series=of("behind the orchestrator", result["host"])),
+            Panel(title="Host", x="slots", y="ms per step", series=of("behind the orchestrator", result["host"])),
         ],
     )
