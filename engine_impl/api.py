@@ -10,7 +10,7 @@ whoever holds them hands them back unopened. Nothing heavy is imported here.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Protocol, TypeVar
+from typing import Protocol, TypeVar
 
 import numpy as np
 
@@ -30,7 +30,7 @@ class DeviceArray(Protocol):
     def copy_to_host_async(self) -> None:
         """Starts the copy; returns at once."""
 
-    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+    def __array__(self, dtype: np.dtype | None = None) -> np.ndarray:
         """Waits for the device. Raises what went wrong there."""
         ...
 

@@ -12,7 +12,7 @@ import numpy as np
 from ...engine_impl.engine import Engine
 from ...engine_impl.forward import Params
 from ...engine_impl.state import DecodeState
-from ..kernel import timed
+from ..measure.timing import timed
 
 PROMPT_LENGTH = 128
 

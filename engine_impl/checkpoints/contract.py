@@ -1,4 +1,4 @@
-"""What a file format offers to whoever loads weights."""
+"""What a file format offers to whoever reads weights from it."""
 
 import re
 from collections.abc import Mapping
@@ -11,7 +11,7 @@ from ..models.decoder import ModelConfig
 from ..text.tokenizer import Tokenizer
 
 WEIGHT = "weight"
-"""The last part of a matrix's name."""
+"""What a matrix is called within its module."""
 
 
 @dataclass(frozen=True)
