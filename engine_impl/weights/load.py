@@ -29,7 +29,7 @@ COMPARED_ROWS = 1024
 NAMES_TOLD = 8
 
 
-def load(model: Decoder, checkpoint: Checkpoint, mesh: Mesh, dtype: jnp.dtype, loop: LayerLoop) -> Params:
+def load_params(model: Decoder, checkpoint: Checkpoint, mesh: Mesh, dtype: jnp.dtype, loop: LayerLoop) -> Params:
     """Read every parameter of the model from the checkpoint, once, and put it on the devices that hold it.
 
     Raises RefusedError, naming them, when tensors are missing, left over, of another shape or not finite: weights are
@@ -42,7 +42,7 @@ def load(model: Decoder, checkpoint: Checkpoint, mesh: Mesh, dtype: jnp.dtype, l
     return params
 
 
-def abstract(model: Decoder, mesh: Mesh, dtype: jnp.dtype, loop: LayerLoop) -> Params:
+def abstract_params(model: Decoder, mesh: Mesh, dtype: jnp.dtype, loop: LayerLoop) -> Params:
     """The parameters' shapes, types and shardings, without their memory."""
     return _build(model, mesh, loop, _Describer(dtype))
 

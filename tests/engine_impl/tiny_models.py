@@ -75,9 +75,9 @@ def greedy(engine: Engine, params: Any, prompts: list[list[int]], steps: int) ->
     for slot, prompt in enumerate(prompts):
         prefix, first = engine.prefill(params, *engine.pad(prompt))
         state = engine.insert(prefix, state, slot)
-        answers.append([int(first.token_B[0])])
+        answers.append([int(first.token_BW[0, 0])])
     for _ in range(steps - 1):
         state, result = engine.generate(params, state)
-        for answer, token in zip(answers, np.asarray(result.token_B), strict=False):
+        for answer, token in zip(answers, np.asarray(result.token_BW)[:, 0], strict=False):
             answer.append(int(token))
     return answers
