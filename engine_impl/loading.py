@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from .checkpoints.contract import Checkpoint
 from .checkpoints.embedded import home
 from .checkpoints.open import open_checkpoint
 from .compiler.chips import GPU_MEMORY_SHARE
@@ -18,8 +19,7 @@ from .errors import RefusedError
 from .forward import Params
 from .models import registry
 from .quantization.swap import resolved
-from .runtime import compilations
-from .weights.load import Checkpoint
+from .runtime import compilations, timeline
 from .weights.sharding import make_mesh
 
 MEMORY_SHARES = ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION")
@@ -32,10 +32,11 @@ def load_engine(config: EngineConfig, devices: Sequence[Any] | None = None) -> t
     Raises RefusedError for a model that is missing or damaged, a platform without devices, or sizes that the model does
     not allow.
     """
-    devices = devices or choose_devices(config.platform)  # refused before a download
-    checkpoint = _open(config)
-    engine = build_engine(config, checkpoint, devices)
-    return engine, engine.load_params(checkpoint)
+    with timeline.THIS_PROCESS.loading():
+        devices = devices or choose_devices(config.platform)  # refused before a download
+        checkpoint = _open(config)
+        engine = build_engine(config, checkpoint, devices)
+        return engine, engine.load_params(checkpoint)
 
 
 def build_engine(
