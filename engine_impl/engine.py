@@ -214,13 +214,13 @@ class Engine:
         `prompt_logprobs` fills the prefix's prompt_logprob_T, at the price of all the prompt's logits.
         """
         return self._prefill(
-            params, padded_tokens, np.int32(true_length), SlotSampling.of(sampling), np.bool_(prompt_logprobs)
+            params, padded_tokens, np.int32(true_length), self._on_device(sampling), np.bool_(prompt_logprobs)
         )
 
     def resample(self, prefix: Prefix, sampling: SamplingParams) -> tuple[Prefix, StepResult]:
         """Another first token for the same prompt: what prefill would give with these parameters, without its work."""
         token, chosen, result = self._resample(
-            prefix.logits_V, prefix.count_V, prefix.length, SlotSampling.of(sampling)
+            prefix.logits_V, prefix.count_V, prefix.length, self._on_device(sampling)
         )
         return replace(prefix, token=token, sampling=chosen), result
 
@@ -300,9 +300,15 @@ class Engine:
         return _placed(jax.eval_shape(self._empty_state), self._state_sharding)
 
     def _prefill_arguments(self, bucket: int) -> tuple[Params, Any, Any, SlotSampling, Any]:
-        sampling = jax.tree.map(lambda value: self._scalar(value.dtype), SlotSampling.of(GREEDY))
+        everywhere = self._scalar(jnp.int32).sharding
+        sampling = jax.tree.map(
+            lambda value: jax.ShapeDtypeStruct(value.shape, value.dtype, sharding=everywhere), SlotSampling.of(GREEDY)
+        )
         token_T = jax.ShapeDtypeStruct((bucket,), jnp.int32, sharding=self._scalar(jnp.int32).sharding)
         return self.abstract_params(), token_T, self._scalar(jnp.int32), sampling, self._scalar(jnp.bool)
+
+    def _on_device(self, sampling: SamplingParams) -> SlotSampling:
+        return SlotSampling.of(sampling, self.get_tokenizer().stop_ids if sampling.min_tokens else ())
 
     def _scalar(self, dtype: jnp.dtype) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct((), dtype, sharding=NamedSharding(self.mesh, PartitionSpec()))
@@ -328,6 +334,7 @@ class Engine:
         self, logits_V: jax.Array, count_V: jax.Array, length: jax.Array, sampling: SlotSampling
     ) -> tuple[jax.Array, SlotSampling, StepResult]:
         """A prompt's first token, with its parameters as they go into the prefix."""
+        sampling = replace(sampling, min_tokens=sampling.min_tokens + length)  # a position, as a step's tokens have
         batch_of_one = jax.tree.map(lambda value: value[None], sampling)
         token_B = sample(logits_V[None], count_V[None], batch_of_one, length[None])
         told = logprobs(logits_V[None], token_B, batch_of_one.logprobs, self.mesh)

@@ -6,7 +6,8 @@ from functools import cached_property
 
 import numpy as np
 
-from ..request.request import MAX_STOP_TOKEN_IDS, Request, Sample
+from ...engine_impl.sampling.params import MAX_STOP_TOKEN_IDS
+from ..request.request import Request, Sample
 
 NO_STOP = -2
 """Fills the table of stop ids; no token is negative, and -1 is a dead slot's."""
@@ -118,4 +119,5 @@ class Slots:
         return Roster.empty(1, self.width).having(0, sample, self.stop_ids(sample.request))
 
     def stop_ids(self, request: Request) -> tuple[int, ...]:
-        return request.stop_token_ids + (() if request.ignore_eos else self._model_stop_ids)
+        sampling = request.sampling
+        return sampling.stop_token_ids + (() if sampling.ignore_eos else self._model_stop_ids)
