@@ -120,7 +120,7 @@ def test_a_program_on_real_chips(program, kv_heads, head_dim, topology, quantize
         assert memory.temp_size_in_bytes < 0.01 * cache_bytes + 8 * logits_bytes
         state_bytes = cache_bytes + 2 * SLOTS * VOCABULARY // engine.mesh.size  # a u16 a slot and token
         state_bytes += sampling_bytes(engine)
-        assert state_bytes <= memory.alias_size_in_bytes < state_bytes + 32 * 1024  # the rest, and what tiles pad
+        assert state_bytes <= memory.alias_size_in_bytes < state_bytes + 64 * 1024  # the rest, and what tiles pad
         assert copies_of_counts(hlo, engine) == []
         flushes = len(jax.tree.leaves(engine.layout.abstract(engine.mesh)))
         kernels = {"ragged_attention": LAYERS, "cache_flush": flushes} if program == "generate" else {}
