@@ -9,8 +9,8 @@ from ..request.options import OPTIONS, AnswerOptions
 from ..request.request import Event, FinishReason, Limits, Request, TokenLogprob, Usage, check_slots
 
 if TYPE_CHECKING:
-    from ...engine_impl.engine import Engine
-    from ...engine_impl.text.tokenizer import Tokenizer
+    from ...engine_impl.api import AnyEngine as Engine
+    from ...engine_impl.api import Tokenizer
 
 REASONS = {
     FinishReason.STOP: pb.FINISH_REASON_STOP,

@@ -17,8 +17,8 @@ from .fields import Message, Prompts, StreamOptions
 from .options import DeclaredFields, options_in
 
 if TYPE_CHECKING:
-    from ...engine_impl.engine import Engine
-    from ...engine_impl.text.tokenizer import Tokenizer
+    from ...engine_impl.api import AnyEngine as Engine
+    from ...engine_impl.api import Tokenizer
 
 
 class Body(DeclaredFields):

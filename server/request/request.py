@@ -11,7 +11,7 @@ from ...engine_impl.sampling.params import MAX_SEED, SamplingParams
 from .options import AnswerOptions
 
 if TYPE_CHECKING:
-    from ...engine_impl.engine import Engine
+    from ...engine_impl.api import AnyEngine as Engine
 
 SEED_STRIDE = 0x9E3779B9
 """2^32 over the golden ratio, as Weyl sequences use it: far apart, and no two of 2^32 samples share a seed."""
