@@ -148,13 +148,13 @@ class Engine:
         `prompt_logprobs` fills the prefix's prompt_logprob_T, at the price of all the prompt's logits.
         """
         return self.jitted.prefill(
-            params, padded_tokens, np.int32(true_length), SlotSampling.of(sampling), np.bool_(prompt_logprobs)
+            params, padded_tokens, np.int32(true_length), self._on_device(sampling), np.bool_(prompt_logprobs)
         )
 
     def resample(self, prefix: Prefix, sampling: SamplingParams) -> tuple[Prefix, StepResult]:
         """Another first token for the same prompt: what prefill would give with these parameters, without its work."""
         token, chosen, result = self.jitted.resample(
-            prefix.logits_V, prefix.count_V, prefix.length, SlotSampling.of(sampling)
+            prefix.logits_V, prefix.count_V, prefix.length, self._on_device(sampling)
         )
         return replace(prefix, token=token, sampling=chosen), result
 
@@ -195,6 +195,9 @@ class Engine:
         decode_state = self.free(decode_state, 0)
         result.token_BW.block_until_ready()
         return decode_state
+
+    def _on_device(self, sampling: SamplingParams) -> SlotSampling:
+        return SlotSampling.of(sampling, self.get_tokenizer().stop_ids if sampling.min_tokens else ())
 
 
 if TYPE_CHECKING:

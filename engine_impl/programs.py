@@ -108,6 +108,7 @@ class Programs:
         self, logits_V: jax.Array, count_V: jax.Array, length: jax.Array, sampling: SlotSampling
     ) -> tuple[jax.Array, SlotSampling, StepResult]:
         """A prompt's first token: (token, the parameters as they go into the prefix, result)."""
+        sampling = replace(sampling, min_tokens=sampling.min_tokens + length)  # a position, as a step's tokens have
         of_one = jax.tree.map(lambda value: value[None], sampling)
         token_B = sample(logits_V[None], count_V[None], of_one, length[None])
         return token_B[0], sampling, self._result(logits_V[None], token_B, jnp.ones((1,), bool), of_one)
