@@ -162,7 +162,7 @@ async def token_ids(caller: JetStreamCaller, ask: Ask) -> list[int]:
 
 async def reuse_ms(caller: JetStreamCaller, plan: JetStreamPlan) -> float:
     """From the cancel of one of the running answers to the first token of the request that waits for its slot (ms)."""
-    prompts = np.random.default_rng(plan.seed).integers(*IDS, (plan.engine.slots + 1, plan.prompt_tokens)).tolist()
+    prompts = np.random.default_rng(plan.seed).integers(*IDS, (plan.engine.chosen[0] + 1, plan.prompt_tokens)).tolist()
     running = [caller.decode(message(prompt, plan.cancelled_tokens)) for prompt in prompts[1:]]
     for call in running:
         await call.read()

@@ -44,7 +44,7 @@ class BenchJetStream:
         for name in ("in_flight", "requests", "prompt_tokens", "output_tokens", "pairs", "cancels", "cancelled_tokens"):
             check_positive(name, getattr(self, name))
         longest = self.prompt_tokens + max(self.output_tokens, self.cancelled_tokens)
-        if longest > self._engine().cache_length:
+        if longest > self._engine().chosen[1]:
             raise RefusedError(
                 f"prompt and answer of {longest} tokens exceed cache_length={self.cache_length}; raise --cache-length"
             )

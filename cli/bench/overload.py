@@ -46,7 +46,7 @@ class BenchOverload:
         for name in ("prompt_tokens", "answer_tokens", "requests", "factor", "max_queued", "steps", "pairs"):
             check_positive(name, getattr(self, name))
         longest = self.prompt_tokens + self.steps + 2 * self.slots
-        if longest > self._config().cache_length:
+        if longest > self._config().chosen[1]:
             raise RefusedError(
                 f"cache_length={self.cache_length} must hold prompt_tokens + steps + 2 * slots = {longest} tokens"
             )
