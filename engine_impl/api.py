@@ -30,13 +30,13 @@ class DeviceArray(Protocol):
     def copy_to_host_async(self) -> None:
         """Starts the copy; returns at once."""
 
-    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+    def __array__(self) -> np.ndarray:
         """Waits for the device. Raises what went wrong there."""
         ...
 
 
 class StepResult(Protocol):
-    """What a step tells the host: up to W tokens a slot. A prefill's result is that of one slot and W = 1."""
+    """What a step tells the host: up to W tokens per slot; W is 1. A prefill's result has one slot."""
 
     @property
     def token_BW(self) -> DeviceArray:
@@ -50,7 +50,7 @@ class StepResult(Protocol):
 
     @property
     def logprob_BW(self) -> DeviceArray:
-        """f32, each token's log-probability under the model itself; valid where the slot's sampling asks for logprobs"""
+        """f32, each token's log-probability under the model itself; valid where the slot's sampling asks for it"""
         ...
 
     @property
@@ -60,7 +60,7 @@ class StepResult(Protocol):
 
     @property
     def top_logprob_BWP(self) -> DeviceArray:
-        """f32, theirs"""
+        """f32, their log-probabilities"""
         ...
 
 
@@ -189,3 +189,7 @@ class Engine(Protocol[ParamsT, PrefixT, StateT]):
     def free(self, decode_state: StateT, slot: int) -> StateT:
         """Empties a slot. The state is donated."""
         ...
+
+
+AnyEngine = Engine[Any, Any, Any]
+"""For those who hold no parameters and no state."""

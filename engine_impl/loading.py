@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from .checkpoints.contract import Checkpoint
 from .checkpoints.embedded import home
 from .checkpoints.open import open_checkpoint
 from .compiler.chips import GPU_MEMORY_SHARE
@@ -20,8 +21,7 @@ from .forward import Params
 from .models import registry
 from .quantization.swap import resolved
 from .runtime import compilations
-from .sizes import memory_of, sized
-from .weights.load import Checkpoint
+from .sizes import longest_text, memory_of, sized
 from .weights.sharding import make_mesh
 
 log = logging.getLogger(__name__)
@@ -68,6 +68,7 @@ def build_engine(
     dtype = choose_dtype(config.dtype, devices[0].platform)
     config = resolved(config, checkpoint.quantization, model, mesh)
     config = sized(config, model.config, mesh, dtype, memory_of(mesh.devices.flat))
+    model = registry.build(model.config.for_length(longest_text(config, model.config)))
     log.info("%d slots of %d tokens, prompts of up to %d", *config.chosen, config.largest_bucket)
     return Engine(model, mesh, config, dtype, checkpoint.tokenizer(), config.model)
 

@@ -124,7 +124,7 @@ class Demand:
         )  # fmt: skip
         self.is_xla = is_xla(backend)
         self.weights_bytes = device_bytes(
-            jax.tree.leaves(weights.abstract(model, mesh, dtype, layer_loop_for(platform)))
+            jax.tree.leaves(weights.abstract_params(model, mesh, dtype, layer_loop_for(platform)))
         )
         self.row_bytes = tile.bytes // TILE // mesh.size
         """A token in the cache of all layers."""
@@ -155,6 +155,12 @@ def memory_of(devices: Iterable[Any]) -> int | None:
     """What JAX may use on the device that has least (bytes); None where they do not tell, as CPUs."""
     limits = [(device.memory_stats() or {}).get("bytes_limit") for device in devices]
     return min((limit for limit in limits if limit), default=None) if all(limits) else None
+
+
+def longest_text(config: EngineConfig, shape: ModelConfig) -> int:
+    """Prompt and answer of one request together (tokens): the cache's rows, at most the model's positions."""
+    _, rows = config.chosen
+    return min(rows, shape.context_length)
 
 
 def tiles(length: int) -> int:

@@ -12,6 +12,7 @@ from ..sizes import device_bytes
 from ..weights.load import matrices
 from .chips import Chip
 from .hlo import Program
+from .lowering import abstract_params
 
 USABLE = 0.98
 """Share of HBM for weights and cache, where only arithmetic is asked: the rest goes to code, temporaries, prefixes."""
@@ -62,11 +63,10 @@ class Budget:
 
     def __init__(self, engine: Engine, chip: Chip) -> None:
         self.engine, self.chip = engine, chip
-        params = engine.abstract_params()
+        params = abstract_params(engine)
         self.weights_bytes = device_bytes(jax.tree.leaves(params))
-        embedding = (
-            0 if params["lm_head"] is params["embed_tokens"] else device_bytes([params["embed_tokens"]["weight"]])
-        )
+        is_tied = params["lm_head"] is params["embed_tokens"]
+        embedding = 0 if is_tied else device_bytes([params["embed_tokens"]["weight"]])
         self.read_bytes = self.weights_bytes - embedding  # a step gathers a few rows of the embedding
         self.cache_bytes = engine.layout.bytes // engine.mesh.size
         self.resident = self.weights_bytes + self.cache_bytes

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from ..checkpoints import hub
+from ..checkpoints.contract import Quantization
 from ..checkpoints.gguf import GGUFCheckpoint
 from ..checkpoints.hf_config import read_fields, read_hf_config
 from ..checkpoints.quantization_config import read_format
@@ -24,11 +25,11 @@ from ..models import registry
 from ..models.decoder import ModelConfig
 from ..quantization.linear import Int4Linear, Int8ExpertLinear, Int8Linear
 from ..quantization.swap import resolved
-from ..sizes import sized
-from ..weights.load import Quantization
+from ..sizes import longest_text, sized
 from ..weights.sharding import make_mesh
 from .budget import Budget, Misfit, ProgramReport
 from .chips import chip_of
+from .lowering import lower_generate, lower_insert, lower_prefill
 from .presets import preset
 from .topology import devices_of
 
@@ -99,9 +100,9 @@ def plan(
     misfit = budget.resident_misfit()
     buckets = engine.buckets if all_buckets else engine.buckets[-1:]
     lowered = {
-        "generate": engine.lower_generate,
-        "insert": lambda: engine.lower_insert(engine.buckets[-1]),
-        **{f"prefill_{bucket}": lambda bucket=bucket: engine.lower_prefill(bucket) for bucket in buckets},
+        "generate": lambda: lower_generate(engine),
+        "insert": lambda: lower_insert(engine, engine.buckets[-1]),
+        **{f"prefill_{bucket}": lambda bucket=bucket: lower_prefill(engine, bucket) for bucket in buckets},
     }
     for program, lower in lowered.items():
         if misfit is not None:
@@ -217,5 +218,6 @@ def abstract_engine(
     dtype = jnp.dtype("bfloat16" if config.dtype == "auto" else config.dtype)
     config = resolved(config, stored, model, mesh)
     config = sized(config, model.config, mesh, dtype, chip_of(topology).hbm_bytes)
+    model = registry.build(model.config.for_length(longest_text(config, model.config)))
     tokenizer: Any = None  # text is none of a program's business
     return Engine(model, mesh, config, dtype, tokenizer, config.model)

@@ -16,7 +16,7 @@ from ..request.request import Request
 from .messages import read_request, write_reply
 
 if TYPE_CHECKING:
-    from ...engine_impl.engine import Engine
+    from ...engine_impl.api import AnyEngine as Engine
 
 M = TypeVar("M", bound=Message)
 
