@@ -20,7 +20,7 @@ from .errors import RefusedError
 from .forward import Params
 from .models import registry
 from .quantization.swap import resolved
-from .runtime import compilations
+from .runtime import compilations, timeline
 from .sizes import longest_text, memory_of, sized
 from .weights.sharding import make_mesh
 
@@ -36,10 +36,11 @@ def load_engine(config: EngineConfig, devices: Sequence[Any] | None = None) -> t
     Raises RefusedError for a model that is missing or damaged, a platform without devices, or sizes that the model does
     not allow.
     """
-    devices = devices or choose_devices(config.platform)  # refused before a download
-    checkpoint = _open(config)
-    engine = build_engine(config, checkpoint, devices)
-    return engine, engine.load_params(checkpoint)
+    with timeline.THIS_PROCESS.loading():
+        devices = devices or choose_devices(config.platform)  # refused before a download
+        checkpoint = _open(config)
+        engine = build_engine(config, checkpoint, devices)
+        return engine, engine.load_params(checkpoint)
 
 
 def build_engine(

@@ -34,7 +34,7 @@ MAY_IMPORT: dict[str, tuple[set[str], set[str]]] = {
     ),
     "benchmarks": (
         {"protos", "kernels", "cache_manager", "engine_impl", "server"},
-        {"jax", "numpy", "torch", "grpc", "aiohttp", "transformers", "matplotlib", "safetensors", "tyro"},
+        {"jax", "numpy", "torch", "grpc", "aiohttp", "transformers", "matplotlib", "tyro"},
     ),
     "cli": ({"protos", "engine_impl", "server", "benchmarks"}, {"tyro", "grpc", "numpy"}),
 }
@@ -90,6 +90,7 @@ ENGINE_FACE = {
     "option",
     "engine",
     "runtime/compilations",
+    "runtime/timeline",
     "runtime/tracing",
     "sampling/params",
     "text/tokenizer",
