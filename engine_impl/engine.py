@@ -53,15 +53,16 @@ class Engine:
         linear modules are swapped here if the config asks for quantised weights."""
         self.model_name = model_name
         self.mesh = mesh
+        slots, cache_length = config.chosen
         self.buckets = config.buckets
         platform = mesh.devices.flat[0].platform
         self.layer_loop: LayerLoop = forward.layer_loop_for(platform)
         backend = kernels.backend_for(platform)
         self.layout = cache_manager.CacheLayout(
             layers=model.config.num_layers,
-            slots=config.slots,
+            slots=slots,
             kv_heads=model.config.num_kv_heads,
-            length=config.cache_length,
+            length=cache_length,
             head_dim=stored_head_dim(model.config.head_dim, backend),
             dtype=dtype,
             codec=cache_manager.codec_for(config.quantize_kv),
@@ -97,7 +98,7 @@ class Engine:
     @property
     def cache_length(self) -> int:
         """Prompt and answer of one request together (tokens)."""
-        return self.layout.length
+        return self.programs.cache_length
 
     @property
     def vocab_size(self) -> int:
