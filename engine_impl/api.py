@@ -10,7 +10,7 @@ whoever holds them hands them back unopened. Nothing heavy is imported here.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 
