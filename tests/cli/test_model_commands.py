@@ -87,7 +87,10 @@ def test_score_for_people(folder, expected, capsys):
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (["--text", "hi"], "has no tokenizer (tokenizer.json or tokenizer.model); give token ids"),
+        (
+            ["--text", "hi"],
+            "has no tokenizer (tokenizer.json, tokenizer.model, or vocab.json with merges.txt); give token ids",
+        ),
         (["--tokens", "1"], "1 tokens must be from 2 to 128 (see --max-prefill-length)"),
         (["--tokens", ",".join("1" * 129)], "129 tokens must be from 2 to 128"),
         (["--through", "decode", "--tokens", ",".join("1" * 129)], "129 tokens must be from 2 to 128 (see --cache-len"),
