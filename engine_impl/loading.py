@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from .checkpoints.contract import Checkpoint
 from .checkpoints.embedded import home
 from .checkpoints.open import open_checkpoint
 from .compiler.chips import GPU_MEMORY_SHARE
@@ -19,7 +20,6 @@ from .forward import Params
 from .models import registry
 from .quantization.swap import resolved
 from .runtime import compilations, timeline
-from .weights.load import Checkpoint
 from .weights.sharding import make_mesh
 
 MEMORY_SHARES = ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION")
@@ -59,6 +59,7 @@ def build_engine(
             f"cache_length={config.cache_length} is beyond what {checkpoint.name} was trained for; "
             f"use at most {shape.context_length}"
         )
+    shape = shape.for_length(config.cache_length)
     mesh = make_mesh(devices, shape.num_heads, shape.num_kv_heads, config.tensor_parallel)
     model = registry.build(replace(shape, num_kv_heads=max(shape.num_kv_heads, mesh.size)))
     dtype = choose_dtype(config.dtype, devices[0].platform)

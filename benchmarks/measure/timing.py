@@ -1,4 +1,4 @@
-"""How long a call to the device takes."""
+"""How long a call takes until its result is there."""
 
 import time
 from collections.abc import Callable

@@ -16,7 +16,7 @@ from ..request.request import Request
 from .messages import read_request, write_reply
 
 if TYPE_CHECKING:
-    from ...engine_impl.engine import Engine
+    from ...engine_impl.api import AnyEngine as Engine
 
 SERVICE = pb.DESCRIPTOR.services_by_name["Orchestrator"].full_name
 JETSTREAM_SERVICE = "jetstream_proto.Orchestrator"

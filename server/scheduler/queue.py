@@ -7,14 +7,12 @@ from collections import deque
 from collections.abc import Callable
 
 from ...engine_impl.errors import RefusedError
-from ..errors import QueueFullError
+from ..errors import FIRST_RETRY_S, QueueFullError
 from ..request.request import Request
 
 AGEING_S = 5.0
 """How much waiting is worth one level of priority (seconds)."""
 
-FIRST_RETRY_S = 1.0
-"""The retry hint before anything is known of the pace (seconds)."""
 RETRY_S = 0.05, 30.0
 """The shortest and the longest retry hint (seconds)."""
 PACE_OF = 32
@@ -62,20 +60,20 @@ class RequestQueue:
         with self._changed:
             self._check_room(1, 1)
 
-    def take(self, free_slots: int) -> Request | None:
-        """Whose turn it is; None when there is nobody or when its slots are not all free.
-
-        Nobody overtakes a request that waits for several slots, or it might wait for ever. Requests whose deadline
-        has passed are never taken.
-        """
+    def first(self) -> Request | None:
+        """Whose turn it is; None when nobody waits whose deadline has not passed."""
         with self._changed:
             now = time.monotonic()
-            request = next((request for request in self._waiting if not is_overdue(request, now)), None)
-            if request is None or request.slots_needed > free_slots:
-                return None
+            return next((request for request in self._waiting if not is_overdue(request, now)), None)
+
+    def take(self, request: Request) -> bool:
+        """Whether it was still waiting; then it leaves, to be served."""
+        with self._changed:
+            if request not in self._waiting:
+                return False
             self._leave(request)
-            self._departures.append(now)
-            return request
+            self._departures.append(time.monotonic())
+            return True
 
     def remove(self, request: Request) -> bool:
         """Whether it was still waiting."""

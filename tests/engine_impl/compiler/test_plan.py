@@ -233,8 +233,8 @@ def test_hf_configs_of_both_forms_are_read(tmp_path, old_form):
         ({"rope_parameters": None}, 'neither rope_parameters nor rope_theta; .* for Llama 2 is "rope_theta": 10000.0'),
         ({"rope_parameters": None, "model_type": "qwen3"}, "nor rope_theta; add the one it was trained with$"),
         (
-            {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1.0}},
-            "'yarn'; those there are: default, linear, llama3",
+            {"rope_parameters": {"rope_type": "axial", "rope_theta": 1.0}},
+            "'axial'; those there are: default, linear, dynamic, llama3",
         ),
         ({"attention_bias": True}, "attention_bias=True"),
     ],

@@ -13,8 +13,6 @@ from slipstream.server.request.request import MAX_PRIORITY, Request
 from slipstream.server.scheduler import queue
 from slipstream.server.scheduler.queue import AGEING_S, RETRY_S, RequestQueue
 
-ALL = 99
-
 
 @pytest.fixture
 def clock(monkeypatch):
@@ -28,9 +26,15 @@ def request(priority=0, *, length=1, **more):
     return Request(prompt_ids=[65] * length, max_tokens=3, deliver=print, priority=priority, **more)
 
 
+def take_first(waiting):
+    if (request := waiting.first()) is not None:
+        assert waiting.take(request)
+    return request
+
+
 def drained(waiting):
     taken = []
-    while (request := waiting.take(ALL)) is not None:
+    while (request := take_first(waiting)) is not None:
         taken.append(request)
     return taken
 
@@ -68,7 +72,7 @@ def test_nobody_starves(clock):
     for second in itertools.count(1):
         clock[0] += 1
         waiting.put(request(MAX_PRIORITY))
-        if waiting.take(ALL) is poor:
+        if take_first(waiting) is poor:
             break
         assert second <= 2 * MAX_PRIORITY * AGEING_S
 
@@ -100,7 +104,7 @@ def test_room_can_be_asked_for_before_there_is_a_request():
     waiting.put(request())
     with pytest.raises(QueueFullError, match="max_queued=1"):
         waiting.check_room()
-    waiting.take(ALL)
+    take_first(waiting)
     waiting.close(UnavailableError("closed"))
     with pytest.raises(UnavailableError, match="closed"):
         waiting.check_room()
@@ -112,7 +116,7 @@ def test_too_many_tokens_are_refused_with_all_numbers():
     waiting.put(request(length=4))
     with pytest.raises(QueueFullError, match="prompts of 10 tokens wait already, 1 more exceed max_queued_tokens=10"):
         waiting.put(request(length=1))
-    waiting.take(ALL)
+    take_first(waiting)
     waiting.put(request(length=6))
 
 
@@ -146,7 +150,7 @@ def test_the_retry_hint_follows_the_pace(clock):
     hints = [hint(waiting)]
     for _ in range(40):
         clock[0] += 0.5
-        waiting.take(ALL)
+        take_first(waiting)
         waiting.put(request())
     hints.append(hint(waiting))
     clock[0] += 1000
@@ -161,21 +165,16 @@ def hint(waiting):
     return refused.value.retry_after_s
 
 
-def test_nobody_overtakes_a_request_that_waits_for_several_slots():
-    waiting, wide, narrow = RequestQueue(9), request(num_samples=3), request()
-    waiting.put(wide)
-    waiting.put(narrow)
-    assert waiting.take(2) is None
-    assert waiting.take(3) is wide
-    assert waiting.take(0) is None
-    assert waiting.take(1) is narrow
-
-
-def test_a_single_token_needs_no_slot():
-    waiting = RequestQueue(9)
-    one = Request(prompt_ids=[1], max_tokens=1, deliver=print)
-    waiting.put(one)
-    assert waiting.take(0) is one
+def test_a_request_that_left_is_not_taken():
+    waiting, gone, next_one = RequestQueue(9), request(), request()
+    waiting.put(gone)
+    waiting.put(next_one)
+    assert waiting.first() is gone
+    assert waiting.remove(gone)
+    assert not waiting.take(gone)
+    assert waiting.first() is next_one
+    assert waiting.take(next_one)
+    assert not waiting.take(next_one)
 
 
 def test_overdue_requests_are_never_taken(clock):
@@ -183,8 +182,8 @@ def test_overdue_requests_are_never_taken(clock):
     waiting.put(late)
     waiting.put(good)
     clock[0] = 1001.0
-    assert waiting.take(ALL) is good
-    assert waiting.take(ALL) is None
+    assert take_first(waiting) is good
+    assert take_first(waiting) is None
     assert waiting.overdue() == [late]
     assert len(waiting) == 0
 
