@@ -81,9 +81,10 @@ def stored(name, value, fields, architecture):
 
 
 def write_gguf(folder, path, *, extra=None, **tokenizer):
-    """The folder's model with random-looking bytes for a tokenizer. `extra`: tensors beside the model's."""
+    """The folder's model with one token a byte for a tokenizer. `extra`: tensors beside the model's."""
     fields = json.loads((folder / "config.json").read_text())
-    architecture = ARCHITECTURES.get(fields["model_type"], fields["model_type"])
+    model_type: str = fields["model_type"]
+    architecture = ARCHITECTURES.get(model_type, model_type)
     writer = gguf.GGUFWriter(path, architecture)
     head_dim = add_shape(writer, fields)
     rope = fields["rope_parameters"]
