@@ -92,12 +92,12 @@ def write_gguf(folder, path, *, extra=None, **tokenizer):
         writer.add_rope_freq_base_swa(rope["sliding_attention"]["rope_theta"])
     add_rope(writer, rope.get("full_attention", rope), head_dim)
     add_byte_tokenizer(writer, vocab_size=fields["vocab_size"], **tokenizer)
-    kinds = {name: kind for kind, name in gguf.MODEL_ARCH_NAMES.items()}
+    kinds: dict[str, gguf.MODEL_ARCH] = {name: kind for kind, name in gguf.MODEL_ARCH_NAMES.items()}
     names = gguf.get_tensor_name_map(kinds[architecture], fields["num_hidden_layers"])
     for name, value in experts_together(load_file(folder / "model.safetensors")).items():
         if architecture.startswith("gemma") and name == "lm_head.weight":
             continue  # tied
-        writer.add_tensor(names.get_name(name, (".weight", ".bias")), stored(name, value, fields, architecture))
+        writer.add_tensor(str(names.get_name(name, (".weight", ".bias"))), stored(name, value, fields, architecture))
     for name, value in (extra or {}).items():
         writer.add_tensor(name, value)
     writer.write_header_to_file()
