@@ -19,6 +19,7 @@ once per bucket.
 import copy
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
@@ -26,8 +27,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from .. import cache_manager, kernels
-from . import forward
-from .api import Device
+from . import api, forward
 from .attention import stored_head_dim
 from .checkpoints.contract import Checkpoint
 from .config import EngineConfig
@@ -105,7 +105,7 @@ class Engine:
         return self.model.config.vocab_size
 
     @property
-    def devices(self) -> list[Device]:
+    def devices(self) -> list[api.Device]:
         """What it runs on."""
         return list(self.mesh.devices.flat)
 
@@ -195,3 +195,9 @@ class Engine:
         decode_state = self.free(decode_state, 0)
         result.token_BW.block_until_ready()
         return decode_state
+
+
+if TYPE_CHECKING:
+
+    def _as_its_face(engine: Engine) -> api.Engine[Params, Prefix, DecodeState]:
+        return engine

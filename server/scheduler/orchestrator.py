@@ -50,7 +50,9 @@ class Orchestrator(Generic[ParamsT, PrefixT, StateT]):
         """`on_ready` and `on_dead(reason)` are called from the loop's thread."""
         self._slots = engine.max_concurrent_decodes
         self._metrics, self._warm_up, self._on_ready, self._on_dead = metrics, warm_up, on_ready, on_dead
-        self._queue = RequestQueue(max_queued, max_queued_tokens)
+        self._queue = RequestQueue(
+            max_queued, max_queued_tokens, slots=self._slots, free_slots=lambda: self._loop.slots_free
+        )
         self._loop = Loop(engine, params, self._queue, metrics)
         self._dead_reason: str | None = None
         self._thread = threading.Thread(target=self._run, name="orchestrator", daemon=True)

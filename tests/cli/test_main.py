@@ -1,14 +1,17 @@
 """The command line, from words to what a user sees."""
 
+import itertools
 import json
 import os
 import signal
 import subprocess
 import sys
 import threading
+from typing import get_args, get_type_hints
 
 import pytest
 from slipstream.cli import main as cli
+from slipstream.cli.bench import Bench
 from slipstream.cli.serve import Serve
 from slipstream.engine_impl.config import EngineConfig
 from slipstream.engine_impl.errors import RefusedError
@@ -32,6 +35,39 @@ def test_help_reads_well(command, capsys, monkeypatch):
     text = capsys.readouterr().out
     assert "{None}" not in text
     assert "slipstream" in text
+
+
+BENCHES = [get_args(bench)[1].name for bench in get_args(get_type_hints(Bench, include_extras=True)["what"])]
+
+
+NAMES = 5
+"""Names of flags and commands begin left of this column, texts right of it."""
+
+
+@pytest.mark.parametrize("width", [80, 120])
+@pytest.mark.parametrize(
+    "words", [[], *([c] for c in cli.COMMANDS), *(["bench", name] for name in BENCHES)], ids=" ".join
+)
+def test_help_wraps_as_paragraphs(words, width, capsys, monkeypatch):
+    """A line ends where the next word has no room, or its paragraph ends."""
+    monkeypatch.setenv("COLUMNS", str(width))
+    with pytest.raises(SystemExit):
+        cli.parse([*words, "--help"])
+    _, _, text = capsys.readouterr().out.partition("\n\n")
+    lines = text.split("\n")
+    assert max(map(len, lines)) <= width
+    assert [pair for pair in itertools.pairwise(lines) if is_ragged(*pair, width)] == []
+
+
+def is_ragged(line, below, width):
+    """Whether `below` goes on with the text of `line`, in its column, and its first word had room there."""
+    in_box = line.startswith("│")
+    line, below = line.strip("│").rstrip(), below.strip("│").rstrip()
+    column = len(below) - len(below.lstrip())
+    if not below or below[0] in "╭╰" or (in_box and column < NAMES):
+        return False
+    goes_on = line[column : column + 1].strip() != "" and line[max(0, column - 2) : column].strip() == ""
+    return goes_on and len(line) + 1 + len(below.split()[0]) <= width - 3 * in_box
 
 
 @pytest.mark.parametrize("words", [["serve"], ["bench"], ["bench", "step"]], ids=" ".join)

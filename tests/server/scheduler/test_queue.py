@@ -144,6 +144,61 @@ def test_several_wait_together_or_not_at_all(clock):
     assert drained(waiting) == [first, *more[:2]]
 
 
+def test_those_whom_free_slots_will_take_do_not_count():
+    free = 2
+    waiting = RequestQueue(4, slots=2, free_slots=lambda: free)
+    for _ in range(6):
+        waiting.put(request())
+    with pytest.raises(QueueFullError, match="6 requests wait already and max_queued=4 beyond 2 free slots") as refused:
+        waiting.put(request())
+    assert refused.value.retry_after_s > 0
+    with pytest.raises(QueueFullError, match="max_queued=4 beyond 2 free slots"):
+        waiting.check_room()
+    take_first(waiting)
+    free = 1
+    with pytest.raises(QueueFullError, match="5 requests wait already and max_queued=4 beyond 1 free slots"):
+        waiting.put(request())
+    take_first(waiting)
+    free = 0
+    with pytest.raises(QueueFullError, match="4 requests wait already and max_queued=4;"):
+        waiting.put(request())
+
+
+def test_a_request_counts_against_as_many_free_slots_as_it_needs():
+    """Three slots take one of two samples and one single answer; the next of two samples has to wait, and all behind
+    it. A single token needs no slot, but counts: nothing else would bound those that ask for one."""
+    waiting = RequestQueue(1, slots=3, free_slots=lambda: 3)
+    waiting.put(request(num_samples=2), request())
+    waiting.put(request(num_samples=2))
+    with pytest.raises(QueueFullError, match="3 requests wait already and max_queued=1 beyond 3 free slots"):
+        waiting.put(request())
+    single = Request(prompt_ids=[1], max_tokens=1, deliver=print)
+    waiting = RequestQueue(1, slots=3, free_slots=lambda: 0)
+    waiting.put(single)
+    with pytest.raises(QueueFullError):
+        waiting.check_room()
+
+
+def test_nobody_starts_before_one_who_needs_more_than_is_free():
+    waiting = RequestQueue(1, slots=3, free_slots=lambda: 2)
+    waiting.put(request(num_samples=3))
+    with pytest.raises(QueueFullError, match="1 requests wait already and max_queued=1 beyond 2 free slots"):
+        waiting.put(request())
+
+
+def test_a_batch_that_not_even_free_slots_admit_is_refused_for_good():
+    free = 0
+    waiting = RequestQueue(4, slots=2, free_slots=lambda: free)
+    with pytest.raises(RefusedError, match="7 prompts at once exceed max_queued=4 beyond 2 free slots"):
+        waiting.put(*(request() for _ in range(7)))
+    six = [request() for _ in range(6)]
+    with pytest.raises(QueueFullError, match="0 requests wait already, 6 more exceed max_queued=4;"):
+        waiting.put(*six)
+    free = 2
+    waiting.put(*six)
+    assert drained(waiting) == six
+
+
 def test_the_retry_hint_follows_the_pace(clock):
     waiting = RequestQueue(1)
     waiting.put(request())
