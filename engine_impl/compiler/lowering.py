@@ -59,7 +59,7 @@ def abstract_prefix(engine: Engine, bucket: int) -> Prefix:
 
 
 def _prefill_arguments(engine: Engine, bucket: int) -> tuple[Params, Any, Any, SlotSampling, Any]:
-    sampling = jax.tree.map(lambda value: _array(engine, (), value.dtype), SlotSampling.of(GREEDY))
+    sampling = jax.tree.map(lambda value: _array(engine, value.shape, value.dtype), SlotSampling.of(GREEDY))
     token_T, length = _array(engine, (bucket,), jnp.int32), _array(engine, (), jnp.int32)
     return abstract_params(engine), token_T, length, sampling, _array(engine, (), jnp.bool)
 

@@ -21,7 +21,7 @@ def logits(seed=0, slots=1):
 def draws(logits_V, count=4000, **params):
     """The same request at `count` positions: independent draws."""
     sampling = SlotSampling.of(SamplingParams(temperature=params.pop("temperature", 1.0), **params))
-    many = jax.tree.map(lambda value: jnp.full((count,), value), sampling)
+    many = jax.tree.map(lambda value: jnp.broadcast_to(value, (count, *value.shape)), sampling)
     shape = count, VOCABULARY
     nothing_said_BV = jnp.zeros(shape, jnp.uint16)
     return np.asarray(sample(jnp.broadcast_to(logits_V, shape), nothing_said_BV, many, jnp.arange(count)))

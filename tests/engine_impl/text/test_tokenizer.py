@@ -105,5 +105,5 @@ def test_streams_give_what_a_whole_decode_gives(tokenizer):
 
 def test_an_unknown_split_is_refused():
     """A wrong pre-tokenizer would give wrong ids in silence."""
-    with pytest.raises(RefusedError, match="'mystery' is not there; those there are: smollm, gpt-2, llama-bpe"):
+    with pytest.raises(RefusedError, match="'mystery' is not there; those there are: gpt-2, smollm, llama-bpe"):
         byte_level_bpe(["a"], [], split="mystery", control_ids=[])
