@@ -19,6 +19,7 @@ once per bucket.
 import copy
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
@@ -26,8 +27,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from .. import cache_manager, kernels
-from . import forward
-from .api import Device
+from . import api, forward
 from .attention import stored_head_dim
 from .checkpoints.contract import Checkpoint
 from .config import EngineConfig
@@ -53,15 +53,16 @@ class Engine:
         linear modules are swapped here if the config asks for quantised weights."""
         self.model_name = model_name
         self.mesh = mesh
+        slots, cache_length = config.chosen
         self.buckets = config.buckets
         platform = mesh.devices.flat[0].platform
         self.layer_loop: LayerLoop = forward.layer_loop_for(platform)
         backend = kernels.backend_for(platform)
         self.layout = cache_manager.CacheLayout(
             layers=model.config.num_layers,
-            slots=config.slots,
+            slots=slots,
             kv_heads=model.config.num_kv_heads,
-            length=config.cache_length,
+            length=cache_length,
             head_dim=stored_head_dim(model.config.head_dim, backend),
             dtype=dtype,
             codec=cache_manager.codec_for(config.quantize_kv),
@@ -97,7 +98,7 @@ class Engine:
     @property
     def cache_length(self) -> int:
         """Prompt and answer of one request together (tokens)."""
-        return self.layout.length
+        return self.programs.cache_length
 
     @property
     def vocab_size(self) -> int:
@@ -105,7 +106,7 @@ class Engine:
         return self.model.config.vocab_size
 
     @property
-    def devices(self) -> list[Device]:
+    def devices(self) -> list[api.Device]:
         """What it runs on."""
         return list(self.mesh.devices.flat)
 
@@ -198,3 +199,9 @@ class Engine:
 
     def _on_device(self, sampling: SamplingParams) -> SlotSampling:
         return SlotSampling.of(sampling, self.get_tokenizer().stop_ids if sampling.min_tokens else ())
+
+
+if TYPE_CHECKING:
+
+    def _as_its_face(engine: Engine) -> api.Engine[Params, Prefix, DecodeState]:
+        return engine

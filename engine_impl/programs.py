@@ -57,11 +57,16 @@ class Programs:
     layout: CacheLayout
     backend: Backend
 
+    @property
+    def cache_length(self) -> int:
+        """Tokens of a full slot: the cache's rows, at most the model's positions."""
+        return min(self.layout.length, self.model.config.context_length)
+
     # A decode step
 
     def step(self, params: Params, state: DecodeState, choose: Choose) -> tuple[DecodeState, Any]:
         """One token for every live slot, a slot that is neither empty nor full: (state, what `choose` tells)."""
-        live_B = (state.length_B > 0) & (state.length_B < self.layout.length)
+        live_B = (state.length_B > 0) & (state.length_B < self.cache_length)
         logits_BV, new = self.decode(params, state, live_B)
         chosen_B, count_BV, told = choose(logits_BV, state, live_B)
         token_B = jnp.where(live_B, chosen_B, state.token_B)

@@ -11,7 +11,7 @@ import threading
 import time
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, Self
 
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
@@ -19,6 +19,7 @@ from grpc_reflection.v1alpha import reflection
 
 from ..engine_impl.api import AnyEngine
 from ..engine_impl.errors import RefusedError
+from ..engine_impl.runtime import timeline
 from ..engine_impl.runtime.compilations import programs
 from .config import ServerConfig, join_address
 from .errors import UnavailableError
@@ -94,7 +95,7 @@ class Serving:
         """host:port of OpenAI's endpoints, after entering; None when they are not served."""
         return None if self._http is None else self._http.address
 
-    async def __aenter__(self) -> "Serving":
+    async def __aenter__(self) -> Self:
         await self._listen()
         try:
             await self._load_and_warm_up()
@@ -188,12 +189,14 @@ class Serving:
             raise UnavailableError(self.dead_reason)
         self.metrics.watch_devices(list(engine.devices), lambda: programs().made)
         self._desk.open(engine, self.orchestrator)
-        made = programs()
+        startup = timeline.THIS_PROCESS.startup()
+        self.metrics.started(startup.stages)
         log.info(
             "ready after %.1f s: compiled %d programs, %d from the cache",
-            time.monotonic() - start,
-            made.compiled,
-            made.found,
+            startup.seconds,
+            startup.programs.compiled,
+            startup.programs.found,
+            extra={"fields": startup.as_json()},
         )
 
     def _on_dead(self, reason: str) -> None:

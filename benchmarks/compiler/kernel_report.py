@@ -17,7 +17,8 @@ Attention, bundles by kind of step:
     excess      of cycles, over the best block's
 
 Cycles hold the trade-off: a larger block reads more that the slot does not use, half a block on average; a smaller one
-pays for the pipeline more often. `kernels/ragged_attention/block_sizes.py` takes the block of the fewest on v5e.
+pays for the pipeline more often. Of all blocks,
+`kernels/ragged_attention` takes the one whose excess is least on the chip where it is largest.
 
 Asked for by name (`Setting("scatter", ...)`), not in the command's tables: what XLA makes of a scatter of one layer's
 new rows, the way to write them without a kernel of one's own (`eager.py`). It goes through the rows in rounds of

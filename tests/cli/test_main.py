@@ -70,10 +70,11 @@ def is_ragged(line, below, width):
     return goes_on and len(line) + 1 + len(below.split()[0]) <= width - 3 * in_box
 
 
-def test_help_loads_nothing_heavy():
+@pytest.mark.parametrize("words", [["serve"], ["bench"], ["bench", "step"]], ids=" ".join)
+def test_help_loads_nothing_heavy(words):
     code = (
         "import sys, slipstream.cli.main as cli\n"
-        "try: cli.parse(['serve', '--help'])\n"
+        f"try: cli.parse({[*words, '--help']})\n"
         "except SystemExit: pass\n"
         "heavy = {'jax', 'torch', 'numpy', 'grpc', 'google.protobuf'} & set(sys.modules)\n"
         "assert not heavy, heavy"
@@ -135,7 +136,8 @@ def test_generate_json(fake_engine, capsys):
     words = ["generate", "--prompt", "a", "--prompt", "w", "--raw", "--max-tokens", "4", "--json"]
     assert cli.run(words) == 0
     answer = results(capsys)
-    assert list(answer) == ["model", "results"]
+    assert list(answer) == ["model", "results", "startup"]
+    assert answer["startup"].keys() > {"imports_s", "loading_s", "programs_compiled"}
     assert answer["model"] == "fake"
     first, second = answer["results"]
     assert list(first) == ["prompt_token_ids", "token_ids", "text", "finish_reason", "ttft_ms", "total_ms"]

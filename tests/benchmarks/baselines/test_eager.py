@@ -35,6 +35,7 @@ def test_greedy_tokens_are_ours_and_a_full_slot_is_not_written(form, loop, shard
     engine, params, expected = sharded
     params = stacked_layers(params) if loop == "scan" else params
     eager = eager_twin(engine, form)
+    assert eager.jitted.prefill is engine.jitted.prefill  # not compiled twice
     assert greedy(eager, params, PROMPTS, STEPS) == expected
 
     prefix, _ = eager.prefill(sharded[1], *eager.pad(PROMPTS[0]))

@@ -6,11 +6,12 @@ import numpy as np
 import pytest
 import torch
 from slipstream.engine_impl.errors import RefusedError
-from slipstream.engine_impl.sampling.choose import cut, sample
+from slipstream.engine_impl.sampling import choose
 from slipstream.engine_impl.sampling.params import SamplingParams
 from slipstream.engine_impl.sampling.slots import SlotSampling
 
 VOCABULARY = 500
+cut, sample = jax.jit(choose.cut), jax.jit(choose.sample)
 
 
 def logits(seed=0, slots=1):

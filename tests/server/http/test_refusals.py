@@ -4,6 +4,7 @@ import asyncio
 import json
 import math
 import threading
+from typing import Any
 
 import aiohttp
 import pytest
@@ -17,7 +18,7 @@ from tests.fakes import FakeEngine
 from tests.server.calls import WAIT_S, until
 from tests.server.http.serving import client_of, serving, url
 
-A = {"prompt": "a", "max_tokens": 3}
+A: dict[str, Any] = {"prompt": "a", "max_tokens": 3}
 HI = {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 3}
 IMAGE = {"type": "image_url", "image_url": {"url": "data:,"}}
 
