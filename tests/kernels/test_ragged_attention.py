@@ -1,3 +1,5 @@
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -71,6 +73,17 @@ def test_large_blocks(mesh, backend):
     args = inputs([block - 1, block + 1, 200, S], S, K, G, H, jnp.bfloat16)
     out_BNH = ATTEND(*args[:3], LAYER, args[3], mesh=mesh, backend=backend)
     oracle.assert_close(out_BNH, oracle.ragged_attention(*args[:3], LAYER, args[3]))
+
+
+@pytest.mark.parametrize("window", [None, 100, 300])
+def test_the_last_gpu_block_reaches_back(mesh, monkeypatch, window):
+    """Blocks of 256 over 640 rows: the third starts within the second, and rows of both must count once."""
+    monkeypatch.setattr(xla_gpu, "BLOCK_BYTES", 2**40)
+    monkeypatch.setattr(xla_gpu, "BLOCK_ROWS", 256)
+    args = inputs([0, 255, 511, 513, 640], 640, 2, 2, 64, jnp.float32, window=window)
+    attend = jax.jit(functools.partial(ragged_attention, mesh=mesh, backend="xla_gpu"))  # traced with these blocks
+    out_BNH = attend(*args[:3], LAYER, args[3], window=None if window is None else jnp.int32(window))
+    oracle.assert_close(out_BNH, oracle.ragged_attention(*args[:3], LAYER, args[3], window=window))
 
 
 @pytest.mark.parametrize("backend", ["xla", "xla_gpu", "pallas_interpret"])
@@ -320,10 +333,10 @@ def test_sharded_equals_one_device(mesh, mesh_of_8):
 
 @pytest.mark.parametrize(
     ("slots", "cache_length", "rows"),
-    [(8, 4096, 4096), (8, 16384, 4096), (32, 4096, 1024), (128, 4096, 256), (1024, 4096, 128), (32, 4224, 384)],
+    [(8, 4096, 1024), (8, 768, 768), (32, 4096, 1024), (128, 4096, 256), (2048, 4096, 128), (48, 4224, 640)],
 )
 def test_rows_of_a_gpu_block(monkeypatch, slots, cache_length, rows):
-    """8 kv heads of 128 lanes in bf16, 4 KiB a row of a slot: a power of two but where the cache length is none."""
+    """8 kv heads of 256 lanes in bf16, 4 KiB a row of a slot."""
     monkeypatch.undo()
     assert xla_gpu.rows_a_block(slots * 8 * 256 * 2, cache_length) == rows
 
