@@ -173,13 +173,12 @@ class EagerLayers:
         return sharded(cache_LBKSC, new_BKC, layer, position_B)
 
 
-def scatter_rows(cache_LBKSC, new_BKC, layer, position_B, scatter: Scatter = "indexed") -> jax.Array:
-    """One layer's rows at each slot's position, by one XLA scatter; a position outside [0, S) writes nothing."""
-    b_B1, k_1K = jnp.ogrid[: new_BKC.shape[0], : new_BKC.shape[1]]
+def scatter_rows(cache_LPKRC, new_BKC, layer, page_B, row_B, scatter: Scatter = "indexed") -> jax.Array:
+    """One layer's rows at each slot's page and row, by one XLA scatter; a row outside [0, R) writes nothing."""
     if scatter == "sliced":
-        cells = cache_LBKSC.at[layer, b_B1[:, 0], :, position_B]
+        cells = cache_LPKRC.at[layer, page_B, :, row_B]
     else:
-        cells = cache_LBKSC.at[layer, b_B1, k_1K, position_B[:, None]]
+        cells = cache_LPKRC.at[layer, page_B[:, None], jnp.arange(new_BKC.shape[1])[None], row_B[:, None]]
     return cells.set(new_BKC, mode="drop", unique_indices=True)
 
 
