@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from torch import nn
 
+from ..engine_impl.checkpoints.contract import Checkpoint
 from ..engine_impl.checkpoints.open import open_checkpoint
 from ..engine_impl.config import EngineConfig
 from ..engine_impl.engine import Engine
@@ -27,7 +28,7 @@ from ..engine_impl.models import registry
 from ..engine_impl.models.parts import Linear
 from ..engine_impl.quantization.linear import Int4Linear, QuantizedLinear
 from ..engine_impl.scoring import perplexity
-from ..engine_impl.weights.load import HEAD, Checkpoint, float_shapes
+from ..engine_impl.weights.load import HEAD, float_shapes
 from . import exam
 from .exam import Exam
 from .measure import machine

@@ -3,18 +3,20 @@
 The text comes with CPython: the help texts of `pydoc_data.topics`, some 460 kB of English.
 """
 
-import functools
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ..engine_impl.engine import DecodeState, Engine
+from ..engine_impl.engine import Engine
 from ..engine_impl.errors import RefusedError
 from ..engine_impl.forward import Params
+from ..engine_impl.programs import Chosen, given
 from ..engine_impl.scoring import score
+from ..engine_impl.state import DecodeState
 
 WINDOW = 512
 """Tokens of one window of the text."""
@@ -58,9 +60,7 @@ class Exam:
         """The decode step's (logprob_BV f32 on the devices, next_token_B): of each position behind the context all the
         vocabulary's log-probabilities, and the token that the text has there."""
         window_BT = self._of_slots()
-        step = jax.jit(
-            functools.partial(_forced_step, engine), donate_argnums=1, out_shardings=(engine._state_sharding, None)
-        )
+        step = _forced_step(engine)
         state = self._prefilled_slots(engine, params, window_BT, CONTEXT)
         for at in range(CONTEXT + 1, CONTEXT + 1 + FORCED):
             state, logprob_BV = step(params, state, window_BT[:, at])
@@ -74,11 +74,11 @@ class Exam:
         for slot, window_T in enumerate(window_BT):
             prefix, first = engine.prefill(params, *engine.pad(window_T[:PROMPT].tolist()))
             state = engine.insert(prefix, state, slot)
-            first_B.append(int(first.token_B[0]))
+            first_B.append(int(first.token_BW[0, 0]))
         answers = [np.array(first_B)]
         for _ in range(ANSWER - 1):
             state, result = engine.generate(params, state)
-            answers.append(np.asarray(result.token_B))
+            answers.append(np.asarray(result.token_BW)[:, 0])
         return np.stack(answers, axis=1)
 
     def _of_slots(self) -> np.ndarray:
@@ -94,12 +94,15 @@ class Exam:
         return state
 
 
-def _forced_step(
-    engine: Engine, params: Params, state: DecodeState, next_token_B: jax.Array
-) -> tuple[DecodeState, jax.Array]:
+def _forced_step(engine: Engine) -> Callable[..., Any]:
     """`Engine.score_step` that tells the log-probability of every token, not of the given one alone."""
-    logits_BV, new_LBKC = engine._decode(params, state)
-    logprob_BV = jax.nn.log_softmax(logits_BV.astype(jnp.float32))
-    token_B = jnp.where(logprob_BV[:, 0] > 0, -1, next_token_B)  # never; it orders the flush, see Engine._flushed
-    advanced = replace(state, token_B=token_B, length_B=state.length_B + engine._live(state))
-    return engine._flushed(state, advanced, new_LBKC), logprob_BV
+    programs = engine.programs
+
+    def step(params: Params, state: DecodeState, next_token_B: jax.Array) -> tuple[DecodeState, jax.Array]:
+        def choose(logits_BV: jax.Array, state: DecodeState, live_B: jax.Array) -> Chosen:
+            logprob_BV = jax.nn.log_softmax(logits_BV.astype(jnp.float32))
+            return Chosen(given(next_token_B, logprob_BV[:, 0]), state.count_BV, logprob_BV)
+
+        return programs.step(params, state, choose)
+
+    return jax.jit(step, donate_argnums=1, out_shardings=(programs.state_sharding(), None))

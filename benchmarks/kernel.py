@@ -3,7 +3,6 @@
 Attention is timed over all layers, one after another as in a step: one layer's rows would stay in a CPU's cache.
 """
 
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
@@ -21,6 +20,7 @@ from .baselines.attentions import Attention, Case, attentions
 from .measure import machine
 from .measure.stats import percentile
 from .measure.table import Progress, table
+from .measure.timing import timed
 
 Flush = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 """(cache_LBKSC, new_LBKC, position_B) -> cache_LBKSC, donated"""
@@ -173,16 +173,6 @@ def _update_slots(cache_LBKSC: jax.Array, new_LBKC: jax.Array, position_B: jax.A
 
 def _update_slot(slot_LKSC: jax.Array, new_LKC: jax.Array, position: jax.Array) -> jax.Array:
     return jax.lax.dynamic_update_slice(slot_LKSC, new_LKC[:, :, None], (0, 0, position, 0))
-
-
-def timed(call: Callable[[], jax.Array], repeats: int) -> list[float]:
-    """Microseconds of each call, after two that do not count."""
-    times = []
-    for _ in range(repeats + 2):
-        start = time.perf_counter()
-        jax.block_until_ready(call())
-        times.append((time.perf_counter() - start) * 1e6)
-    return times[2:]
 
 
 def _times(us: list[float], nbytes: int, bandwidth: float) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from ..engine_impl.config import EngineConfig
 from ..engine_impl.engine import Engine
 from ..engine_impl.errors import RefusedError
 from ..engine_impl.loading import choose_devices
-from .baselines.eager import EagerEngine
+from .baselines.eager import eager_twin
 from .baselines.steppers import PROMPT_LENGTH, Block, EngineStepper, Stepper
 from .measure import machine
 from .measure.models import Loaded, load, resized
@@ -231,9 +231,9 @@ def baseline_for(versus: Versus, loaded: Loaded) -> Stepper:
     """
     engine, params, checkpoint = loaded
     if versus == "eager":
-        return EngineStepper(EagerEngine(engine, "stacked"), params)
+        return EngineStepper(eager_twin(engine, "stacked"), params)
     if versus == "eager-per-layer":
-        eager = EagerEngine(engine, "per_layer")
+        eager = eager_twin(engine, "per_layer")
         return EngineStepper(eager, params if eager.layer_loop == engine.layer_loop else eager.load_params(checkpoint))
     if engine.mesh.devices.flat[0].platform != "cpu":
         raise RefusedError(f"versus={versus!r} is compared on CPUs only; use --platform cpu, or --versus eager")

@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from .checkpoints.contract import Checkpoint
 from .checkpoints.embedded import home
 from .checkpoints.open import open_checkpoint
 from .compiler.chips import GPU_MEMORY_SHARE
@@ -19,7 +20,6 @@ from .forward import Params
 from .models import registry
 from .quantization.swap import resolved
 from .runtime import compilations
-from .weights.load import Checkpoint
 from .weights.sharding import make_mesh
 
 MEMORY_SHARES = ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION")

@@ -1,5 +1,8 @@
 """Why a sound request is not answered. What is wrong with a request itself is a RefusedError."""
 
+FIRST_RETRY_S = 1.0
+"""The retry hint before anything is known of the pace (seconds)."""
+
 
 class QueueFullError(Exception):
     """Too many requests wait already: RESOURCE_EXHAUSTED on the wire."""

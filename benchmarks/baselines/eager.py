@@ -9,7 +9,7 @@ layer loop; "per_layer", an array for each.
 """
 
 import functools
-from dataclasses import replace
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import jax
@@ -19,11 +19,12 @@ from jax.sharding import PartitionSpec as P
 
 from ...cache_manager import KV, Plain, insert, rows
 from ...engine_impl import bridge, forward
-from ...engine_impl.config import EngineConfig
-from ...engine_impl.engine import DecodeState, Engine, Prefix, StepResult, next_tokens, set_sampling
+from ...engine_impl.engine import Engine
 from ...engine_impl.errors import RefusedError
 from ...engine_impl.forward import Params
 from ...engine_impl.models.decoder import Decoder
+from ...engine_impl.programs import Programs
+from ...engine_impl.state import DecodeState
 from ...kernels import Backend, attention_steps, ragged_attention
 from ...kernels.backend import AXIS
 
@@ -34,58 +35,62 @@ Scatter = Literal["indexed", "sliced"]
 the form one writes first, around which it copies the cache when a chip has several kv heads."""
 
 
-class EagerEngine(Engine):
-    """`Engine` with an eager decode step; drive it with the same verbs.
+def eager_twin(engine: Engine, form: CacheForm, scatter: Scatter = "indexed") -> Engine:
+    """`engine` with an eager decode step: on its mesh, with its sizes, its verbs and its prefill.
 
-    Its state's cache.rows are a cache_LBKSC ("stacked") or a tuple with a cache_1BKSC a layer ("per_layer").
+    Takes the engine's own params; except "per_layer" on a TPU, whose layers are unrolled: load them anew.
+
+    Raises RefusedError for a model whose layers see differently far or cap their scores, or with padded heads, and
+    for a quantised cache.
+    """
+    shape = engine.model.config
+    plain = (*shape.windows, shape.attn_soft_cap, engine.layout.head_dim) == (None, None, shape.head_dim)
+    if not plain or any(shape.rope_of_layer):
+        raise RefusedError(f"the eager baseline has no windows or soft caps as {engine.model_name} needs them")
+    if engine.layout.codec != Plain():
+        raise RefusedError(f"the eager baseline stores rows as they are, not by {engine.layout.codec=}")
+    programs = EagerPrograms(engine.model, engine.mesh, engine.layout, engine.programs.backend, form, scatter)
+    return engine.twin(programs, "unrolled" if form == "per_layer" else engine.layer_loop)
+
+
+@dataclass(frozen=True, eq=False)
+class EagerPrograms(Programs):
+    """`Programs` whose decode step stores rows layer by layer, while it goes.
+
+    Its state's cache.rows are a cache_LBKSC ("stacked") or a tuple with one cache_1BKSC per layer ("per_layer").
     """
 
-    def __init__(self, engine: Engine, form: CacheForm, scatter: Scatter = "indexed") -> None:
-        """A twin of `engine`, on its mesh and with its sizes.
+    form: CacheForm
+    scatter: Scatter
 
-        Takes the engine's own params; except "per_layer" on a TPU, whose layers are unrolled: load them anew.
-
-        Raises RefusedError for a model whose layers see differently far or cap their scores, or with padded heads, and
-        for a quantised cache.
-        """
-        shape = engine.model.config
-        plain = (*shape.windows, shape.attn_soft_cap, engine.layout.head_dim) == (None, None, shape.head_dim)
-        if not plain or any(shape.rope_of_layer):
-            raise RefusedError(f"the eager baseline has no windows or soft caps as {engine.model_name} needs them")
-        if engine.layout.codec != Plain():
-            raise RefusedError(f"the eager baseline stores rows as they are, not by {engine.layout.codec=}")
-        config = EngineConfig(
-            slots=engine.max_concurrent_decodes,
-            cache_length=engine.cache_length,
-            max_prefill_length=engine.max_prefill_length,
-        )
-        super().__init__(
-            engine.model, engine.mesh, config, engine.layout.dtype, engine.get_tokenizer(), engine.model_name
-        )
-        self.form = form
-        self.scatter: Scatter = scatter
-        self._prefill = engine._prefill  # the same program: not compiled twice
-        if form == "per_layer":
-            self.layer_loop = "unrolled"
-            of_layers: Any = (self._state_sharding.cache.rows,) * self.layout.layers
-            self._state_sharding = replace(self._state_sharding, cache=KV(of_layers))
-            self._insert = jax.jit(_insert_per_layer, donate_argnums=1, out_shardings=self._state_sharding)
-
-    def _empty_state(self) -> DecodeState:
-        state = super()._empty_state()
+    def empty_cache(self) -> KV:
         if self.form == "stacked":
-            return state
+            return super().empty_cache()
         layers, *one_layer = self.layout.shape
-        cache: Any = tuple(jnp.zeros((1, *one_layer), self.layout.dtype) for _ in range(layers))
-        return replace(state, cache=KV(cache))
+        return _kv(tuple(jnp.zeros((1, *one_layer), self.layout.dtype) for _ in range(layers)))
 
-    def _generate_program(self, params: Params, state: DecodeState) -> tuple[DecodeState, StepResult]:
-        length_B = state.length_B
-        live_B = (length_B > 0) & (length_B < self.cache_length)
-        layers = EagerLayers(self.model, length_B, live_B, self.mesh, self._backend, self.scatter)
+    def cache_sharding(self) -> KV:
+        stacked = super().cache_sharding()
+        return stacked if self.form == "stacked" else _kv((stacked.rows,) * self.layout.layers)
+
+    def decode(self, params: Params, state: DecodeState, live_B: jax.Array) -> tuple[jax.Array, KV]:
+        layers = EagerLayers(self.model, state.length_B, live_B, self.mesh, self.backend, self.scatter)
         logits_BV, cache = layers.decode(params, state.token_B, state.cache.rows)
-        advanced, result = next_tokens(logits_BV, state, live_B, self.mesh)
-        return replace(advanced, cache=KV(cache)), result
+        return logits_BV, KV(cache)
+
+    def store(self, cache: KV, new: KV, length_B: jax.Array, live_B: jax.Array) -> KV:
+        return new  # the cache as the last layer left it
+
+    def store_prompt(self, cache: KV, kv: KV, slot: jax.Array) -> KV:
+        if self.form == "stacked":
+            return super().store_prompt(cache, kv, slot)
+        of_layers = enumerate(cache.rows)
+        return _kv(tuple(insert(KV(rows), KV(kv.rows[layer : layer + 1]), slot).rows for layer, rows in of_layers))
+
+
+def _kv(of_layers: Any) -> KV:
+    """A cache whose rows are a tuple."""
+    return KV(of_layers)
 
 
 class EagerLayers:
@@ -180,18 +185,3 @@ def scatter_rows(cache_LPKRC, new_BKC, layer, page_B, row_B, scatter: Scatter = 
     else:
         cells = cache_LPKRC.at[layer, page_B[:, None], jnp.arange(new_BKC.shape[1])[None], row_B[:, None]]
     return cells.set(new_BKC, mode="drop", unique_indices=True)
-
-
-def _insert_per_layer(prefix: Prefix, state: DecodeState, slot: jax.Array) -> DecodeState:
-    cache: Any = tuple(
-        insert(KV(cache_1BKSC), KV(prefix.kv.rows[index : index + 1]), slot).rows
-        for index, cache_1BKSC in enumerate(state.cache.rows)
-    )
-    return replace(
-        state,
-        cache=KV(cache),
-        token_B=state.token_B.at[slot].set(prefix.token),
-        length_B=state.length_B.at[slot].set(prefix.length),
-        sampling=set_sampling(state.sampling, prefix.sampling, slot),
-        count_BV=state.count_BV.at[slot].set(prefix.count_V),
-    )

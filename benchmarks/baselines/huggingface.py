@@ -11,9 +11,9 @@ from typing import Any, Literal
 
 import torch
 
+from ...engine_impl.checkpoints.contract import Checkpoint
 from ...engine_impl.errors import RefusedError
 from ...engine_impl.models.llama import LlamaConfig
-from ...engine_impl.weights.load import Checkpoint
 from .steppers import Block
 
 

@@ -30,7 +30,7 @@ class EnginePrefiller:
 
     def first_token(self, prompt: list[int]) -> int:
         _, result = self._engine.prefill(self._params, *self._engine.pad(prompt))
-        return int(np.asarray(result.token_B)[0])
+        return int(np.asarray(result.token_BW)[0, 0])
 
 
 class TransformersPrefiller:

@@ -9,9 +9,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ...engine_impl.engine import DecodeState, Engine
+from ...engine_impl.engine import Engine
 from ...engine_impl.forward import Params
-from ..kernel import timed
+from ...engine_impl.state import DecodeState
+from ..measure.timing import timed
 
 PROMPT_LENGTH = 128
 
@@ -36,7 +37,7 @@ class Stepper(Protocol):
         ...
 
     def block(self, steps: int) -> Block:
-        """One token a slot and step."""
+        """One token per slot and step."""
         ...
 
 
@@ -73,7 +74,7 @@ class EngineStepper:
         return [each / 1000 for each in us]
 
     def _attend(self, state: DecodeState, q_BNH: jax.Array, k_BKH: jax.Array) -> jax.Array:
-        attend = self._engine.attend(state)
+        attend = self._engine.programs.attend(state)
         for layer, kind in enumerate(attend.kind_of_layer):
             q_BNH = attend.call(jnp.int32(layer), kind, q_BNH, k_BKH, k_BKH)  # the next layer waits for this one
         return q_BNH
@@ -84,17 +85,17 @@ class EngineStepper:
         last = time.perf_counter()
         for _ in range(steps):
             self._state, result = self._engine.generate(self._params, self._state)
-            result.token_B.copy_to_host_async()
+            result.token_BW.copy_to_host_async()
             if pending is not None:
                 last = _read(pending, tokens, ms, last)
-            pending = result.token_B
+            pending = result.token_BW
         _read(pending, tokens, ms, last)
         return Block(ms, tokens)
 
 
-def _read(token_B: Any, tokens: list[list[int]], ms: list[float], last: float) -> float:
+def _read(token_BW: Any, tokens: list[list[int]], ms: list[float], last: float) -> float:
     """Waits for a step's tokens; its time is what has passed since the step before was there."""
-    tokens.append(np.asarray(token_B).tolist())
+    tokens.append(np.asarray(token_BW)[:, 0].tolist())
     now = time.perf_counter()
     ms.append((now - last) * 1000)
     return now

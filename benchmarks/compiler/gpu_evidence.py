@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from ...cache_manager import CacheLayout
 from ...engine_impl.compiler.budget import cache_copies
 from ...engine_impl.compiler.hlo import Program
+from ...engine_impl.compiler.lowering import abstract_params, lower_generate
 from ...engine_impl.compiler.plan import abstract_engine, plan, shape_of
 from ...engine_impl.compiler.topology import devices_of
 from ...engine_impl.config import EngineConfig
@@ -69,9 +70,8 @@ def loop_rows() -> Iterator[str]:
     loops: tuple[LayerLoop, ...] = ("unrolled", "scan")
     for model in MODELS:
         for loop in loops:
-            engine = _engine(model, slots=8, cache_length=2048)
-            engine.layer_loop = loop
-            compiled = engine.lower_generate().compile()
+            engine = _engine(model, slots=8, cache_length=2048).twin(layer_loop=loop)
+            compiled = lower_generate(engine).compile()
             hlo = Program(compiled.as_text() or "")
             outside, _ = hlo.launches()
             yield _line([model, loop, _temp(compiled), _copied_matrices(hlo, engine), outside])
@@ -115,7 +115,7 @@ def _compile_attention(attention: Attention, layout: CacheLayout, heads: int, me
 
 def _copied_matrices(hlo: Program, engine: Engine) -> int:
     """Weights of one layer that are copied before they are multiplied, by their shapes."""
-    layers = engine.abstract_params()["layers"]
+    layers = abstract_params(engine)["layers"]
     is_stacked = isinstance(layers, dict)
     leaves = [leaf for leaf in jax.tree.leaves(layers) if len(leaf.shape) == (3 if is_stacked else 2)]
     of_a_layer = {leaf.shape: math.prod(leaf.shape[-2:]) * leaf.dtype.itemsize for leaf in leaves}

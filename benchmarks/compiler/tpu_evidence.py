@@ -12,10 +12,11 @@ from typing import Any
 from ...engine_impl.compiler.budget import Budget, cache_copies
 from ...engine_impl.compiler.chips import chip_of
 from ...engine_impl.compiler.hlo import Program
+from ...engine_impl.compiler.lowering import lower_generate
 from ...engine_impl.compiler.plan import abstract_engine, plan, shape_of
 from ...engine_impl.config import EngineConfig
 from ...kernels.cache_flush.pallas_tpu import VMEM_BYTES, layer_group, tile_rows
-from ..baselines.eager import EagerEngine
+from ..baselines.eager import eager_twin
 from ..measure.table import print_tables
 from .kernel_report import CORES, FLUSH_LAYERS, FlushRow, ScatterRow, Setting, measure
 
@@ -95,11 +96,11 @@ def design_rows(topology: str = "v5e:2x4") -> Iterator[str]:
         lazy = abstract_engine(shape_of(model), topology, config)
         eager = {
             "lazy: one flush a step (ours)": lazy,
-            "eager: XLA scatter a layer, every index given": EagerEngine(lazy, "stacked"),
-            "eager: XLA scatter a layer, heads as a slice": EagerEngine(lazy, "stacked", scatter="sliced"),
+            "eager: XLA scatter a layer, every index given": eager_twin(lazy, "stacked"),
+            "eager: XLA scatter a layer, heads as a slice": eager_twin(lazy, "stacked", scatter="sliced"),
         }
         for design, engine in eager.items():
-            compiled = engine.lower_generate().compile()
+            compiled = lower_generate(engine).compile()
             memory, hlo = compiled.memory_analysis(), Program(compiled.as_text() or "")
             assert memory is not None
             copies = cache_copies(hlo, engine)

@@ -4,6 +4,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from ...engine_impl.checkpoints.contract import Checkpoint
 from ...engine_impl.checkpoints.open import open_checkpoint
 from ...engine_impl.compiler.presets import PRESETS
 from ...engine_impl.config import EngineConfig
@@ -12,7 +13,7 @@ from ...engine_impl.forward import Params
 from ...engine_impl.loading import build_engine
 from ...engine_impl.models import registry
 from ...engine_impl.models.decoder import ModelConfig
-from ...engine_impl.weights.load import Checkpoint, needed_shapes
+from ...engine_impl.weights.load import needed_shapes
 
 RANDOM_VALUES = 2**20
 

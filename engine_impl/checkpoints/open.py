@@ -3,8 +3,8 @@
 from pathlib import Path
 
 from ..errors import RefusedError
-from ..weights.load import Checkpoint
 from . import hub
+from .contract import Checkpoint
 from .embedded import embedded_model
 from .gguf import GGUFCheckpoint
 from .safetensors import SafetensorsCheckpoint

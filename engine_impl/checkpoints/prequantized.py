@@ -14,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 
 from ..errors import RefusedError
-from ..weights.load import WEIGHT, Quantization
+from .contract import WEIGHT, Quantization
 
 PER_WORD = 8
 AWQ_PLACES = (0, 4, 1, 5, 2, 6, 3, 7)

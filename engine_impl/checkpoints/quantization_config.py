@@ -6,8 +6,8 @@ from typing import Any
 
 from ..errors import RefusedError
 from ..models.fields import Fields
-from ..weights.load import Quantization
 from . import prequantized
+from .contract import Quantization
 from .prequantized import PER_WORD, Format
 
 REMEDY = "take a copy of the model that is not quantised, and give --quantize-weights int8 or int4"

@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from ..errors import RefusedError
 from ..models import registry
 from ..text.tokenizer import Tokenizer
-from ..weights.load import WEIGHT, Quantization
+from .contract import WEIGHT, Quantization
 from .hf_config import config_path, read_fields, read_hf_config
 from .quantization_config import read_format
 from .tokenizer_files import read_tokenizer

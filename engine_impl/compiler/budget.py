@@ -12,6 +12,7 @@ from ..quantization.linear import Int8Linear
 from ..weights.load import matrices
 from .chips import Chip
 from .hlo import Program
+from .lowering import abstract_params
 
 USABLE = 0.98
 """Share of HBM for weights and cache, where only arithmetic is asked: the rest goes to code, temporaries, prefixes."""
@@ -62,7 +63,7 @@ class Budget:
 
     def __init__(self, engine: Engine, chip: Chip) -> None:
         self.engine, self.chip = engine, chip
-        params = engine.abstract_params()
+        params = abstract_params(engine)
         arrays = {id(leaf): leaf for leaf in jax.tree.leaves(params)}  # a tied lm_head is one array
         self.weights_bytes = sum(_shard_bytes(leaf) for leaf in arrays.values())
         embedding = 0 if params["lm_head"] is params["embed_tokens"] else _shard_bytes(params["embed_tokens"]["weight"])

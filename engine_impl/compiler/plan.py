@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from ..checkpoints import hub
+from ..checkpoints.contract import Quantization
 from ..checkpoints.gguf import GGUFCheckpoint
 from ..checkpoints.hf_config import read_fields, read_hf_config
 from ..checkpoints.quantization_config import read_format
@@ -24,10 +25,10 @@ from ..models import registry
 from ..models.decoder import ModelConfig
 from ..quantization.linear import Int4Linear, Int8ExpertLinear, Int8Linear
 from ..quantization.swap import resolved
-from ..weights.load import Quantization
 from ..weights.sharding import make_mesh
 from .budget import Budget, Misfit, ProgramReport
 from .chips import chip_of
+from .lowering import lower_generate, lower_insert, lower_prefill
 from .presets import preset
 from .topology import devices_of
 
@@ -97,9 +98,9 @@ def plan(
     misfit = budget.resident_misfit()
     buckets = engine.buckets if all_buckets else engine.buckets[-1:]
     lowered = {
-        "generate": engine.lower_generate,
-        "insert": lambda: engine.lower_insert(engine.buckets[-1]),
-        **{f"prefill_{bucket}": lambda bucket=bucket: engine.lower_prefill(bucket) for bucket in buckets},
+        "generate": lambda: lower_generate(engine),
+        "insert": lambda: lower_insert(engine, engine.buckets[-1]),
+        **{f"prefill_{bucket}": lambda bucket=bucket: lower_prefill(engine, bucket) for bucket in buckets},
     }
     for program, lower in lowered.items():
         if misfit is not None:

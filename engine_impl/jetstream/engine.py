@@ -23,10 +23,11 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from ..config import EngineConfig
-from ..engine import DecodeState, Engine, Prefix
+from ..engine import Engine
 from ..errors import RefusedError
 from ..forward import Params
 from ..loading import load_engine
+from ..state import DecodeState, Prefix
 from ..text.tokenizer import Tokenizer
 from . import compat as jetstream_compat
 
@@ -58,8 +59,8 @@ class JetStreamState:
     """All slots between two calls of generate."""
 
     decode: DecodeState
-    next_B: jax.Array
-    """i32, the token that the next call hands out; -1 = none"""
+    next_BW: jax.Array
+    """i32, what the next call hands out; -1 = none. W is 1: JetStream takes one token of a slot at a time"""
     handed_B: jax.Array
     """i32, tokens of the answer handed out so far"""
 
@@ -78,15 +79,16 @@ class JetStreamEngine(engine_api.Engine):
         self._everywhere = NamedSharding(engine.mesh, PartitionSpec())
         stop_ids = np.array(sorted(engine.get_tokenizer().stop_ids), np.int32)
 
-        def hand_out(next_B, handed_B, length_B, idle_B):
+        def hand_out(next_BW, handed_B, length_B, idle_B):
+            next_B = jnp.squeeze(next_BW, axis=1)
             valid_B = next_B >= 0
             handed_B = handed_B + valid_B
             ended_B = idle_B | jnp.isin(next_B, stop_ids)
             data_B3 = jnp.stack([next_B, valid_B.astype(jnp.int32), handed_B], axis=1)
             return data_B3, handed_B, jnp.where(ended_B, 0, length_B)
 
-        def take_up(next_B, handed_B, token, slot):
-            return next_B.at[slot].set(token), handed_B.at[slot].set(0)
+        def take_up(next_BW, handed_B, token, slot):
+            return next_BW.at[slot].set(token), handed_B.at[slot].set(0)
 
         self._hand_out = jax.jit(hand_out, out_shardings=self._everywhere)
         self._take_up = jax.jit(take_up, out_shardings=self._everywhere)
@@ -131,7 +133,7 @@ class JetStreamEngine(engine_api.Engine):
         """Put a prefix into a slot, whatever was there; the state is donated, the prefix is not."""
         with self._turn:
             decode = self._engine.insert(prefix, decode_state.decode, slot)
-            taken_up = self._take_up(decode_state.next_B, decode_state.handed_B, prefix.token, np.int32(slot))
+            taken_up = self._take_up(decode_state.next_BW, decode_state.handed_B, prefix.token, np.int32(slot))
         return JetStreamState(decode, *taken_up)
 
     def generate(self, params: Params, decode_state: JetStreamState) -> tuple[JetStreamState, engine_api.ResultTokens]:
@@ -147,13 +149,13 @@ class JetStreamEngine(engine_api.Engine):
         idle_B[list(self.idle_slots())] = True
         with self._turn:
             data_B3, handed_B, length_B = self._hand_out(
-                decode_state.next_B, decode_state.handed_B, decode.length_B, idle_B
+                decode_state.next_BW, decode_state.handed_B, decode.length_B, idle_B
             )
             decode, result = self._engine.generate(params, replace(decode, length_B=length_B))
         tokens = engine_api.ResultTokens(
             data=data_B3, tokens_idx=(0, 1), valid_idx=(1, 2), length_idx=(2, 3), samples_per_slot=1
         )
-        return JetStreamState(decode, result.token_B, handed_B), tokens
+        return JetStreamState(decode, result.token_BW, handed_B), tokens
 
     def init_decode_state(self, *args: Any, **kwargs: Any) -> JetStreamState:
         """All slots empty."""
@@ -161,7 +163,7 @@ class JetStreamEngine(engine_api.Engine):
 
     def get_prefix_destination_sharding(self) -> Any:
         """The shardings that a prefix of another engine takes on this one: a tree like a Prefix."""
-        return self._engine.prefix_sharding
+        return self._engine.programs.prefix_sharding()
 
     def get_tokenizer(self) -> TokenizerParameters:
         """Names the model; what JetStream asks of a tokenizer is `build_tokenizer`'s."""
@@ -201,8 +203,8 @@ class JetStreamEngine(engine_api.Engine):
 
     def _wrapped(self, decode: DecodeState) -> JetStreamState:
         slots = self.max_concurrent_decodes
-        none_B = jax.device_put(np.full(slots, -1, np.int32), self._everywhere)
-        return JetStreamState(decode, none_B, jax.device_put(np.zeros(slots, np.int32), self._everywhere))
+        none_BW = jax.device_put(np.full((slots, 1), -1, np.int32), self._everywhere)
+        return JetStreamState(decode, none_BW, jax.device_put(np.zeros(slots, np.int32), self._everywhere))
 
     def _prompt(self, padded_T: np.ndarray, true_length: int) -> list[int]:
         """The prompt as the model's tokenizer begins one. JetStream has cut one that is too long at its beginning, and

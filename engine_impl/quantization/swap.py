@@ -10,11 +10,11 @@ from jax.sharding import Mesh
 from torch import nn
 
 from ...kernels import Backend
+from ..checkpoints.contract import WEIGHT, Quantization
 from ..config import EngineConfig
 from ..errors import RefusedError
 from ..models.decoder import Decoder
 from ..models.parts import ExpertLinear, Linear
-from ..weights.load import WEIGHT, Quantization
 from .int8_matmul import multiply_floats, multiply_rounded, multiply_split
 from .linear import Int4Linear, Int8ExpertLinear, Int8Linear, QuantizedLinear
 

@@ -4,10 +4,9 @@ Tensors go one by one from the file to the devices that hold them: the host neve
 """
 
 import math
-import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,15 +14,14 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from torch import nn
 
+from ..checkpoints.contract import WEIGHT, Checkpoint
 from ..errors import RefusedError
 from ..forward import LayerLoop, Params
-from ..models.decoder import Decoder, ModelConfig, Rows, Transposed
+from ..models.decoder import Decoder, Rows, Transposed
 from ..quantization.linear import QuantizedLinear
-from ..text.tokenizer import Tokenizer
 from .sharding import parameter_spec
 
 HEAD, EMBEDDING = "lm_head.weight", "embed_tokens.weight"
-WEIGHT = "weight"
 BENIGN = "rotary_emb.inv_freq"
 """Older checkpoints store the rope's frequencies, which follow from the config."""
 
@@ -31,52 +29,7 @@ COMPARED_ROWS = 1024
 NAMES_TOLD = 8
 
 
-@dataclass(frozen=True)
-class Quantization:
-    """How a checkpoint keeps its matrices when some other tool has quantised them."""
-
-    weights: Literal["int8", "int4"]
-    """int8: a scale for each output; int4: for each group of inputs"""
-    group: int | None = None
-    """int4: inputs that share a scale, counted in order; None: all of an output's"""
-    act_order: bool = False
-    """int4: groups are not in order, but chosen input by input"""
-    floats: tuple[str, ...] = ()
-    """modules that were left as they are: regular expressions of their names in the checkpoint"""
-
-    def leaves(self, module: str) -> bool:
-        """Whether it was left as it is."""
-        return any(re.fullmatch(pattern, name) for pattern in self.floats for name in (module, f"model.{module}"))
-
-
-class Checkpoint(Protocol):
-    """What a file format offers. Tensors are called as the model's parameters are (see `Decoder.sources`)."""
-
-    @property
-    def name(self) -> str:
-        """What messages call it."""
-        ...
-
-    @property
-    def config(self) -> ModelConfig: ...
-
-    @property
-    def quantization(self) -> Quantization | None:
-        """What `tensor` decodes; None where matrices are floats, or count as such."""
-        ...
-
-    def shapes(self) -> Mapping[str, tuple[int, ...]]:
-        """Every tensor there is; one that no parameter takes is an error when the weights are loaded."""
-        ...
-
-    def tensor(self, name: str) -> np.ndarray:
-        """One of them: an array, or a memory map of which a chip's share is then read."""
-        ...
-
-    def tokenizer(self) -> Tokenizer: ...
-
-
-def load(model: Decoder, checkpoint: Checkpoint, mesh: Mesh, dtype: jnp.dtype, loop: LayerLoop) -> Params:
+def load_params(model: Decoder, checkpoint: Checkpoint, mesh: Mesh, dtype: jnp.dtype, loop: LayerLoop) -> Params:
     """Read every parameter of the model from the checkpoint, once, and put it on the devices that hold it.
 
     Raises RefusedError, naming them, when tensors are missing, left over, of another shape or not finite: weights are
@@ -89,7 +42,7 @@ def load(model: Decoder, checkpoint: Checkpoint, mesh: Mesh, dtype: jnp.dtype, l
     return params
 
 
-def abstract(model: Decoder, mesh: Mesh, dtype: jnp.dtype, loop: LayerLoop) -> Params:
+def abstract_params(model: Decoder, mesh: Mesh, dtype: jnp.dtype, loop: LayerLoop) -> Params:
     """The parameters' shapes, types and shardings, without their memory."""
     return _build(model, mesh, loop, _Describer(dtype))
 

@@ -10,8 +10,7 @@ from pathlib import Path
 
 from ...engine_impl.errors import RefusedError
 from ..config import SecurityConfig, ServerConfig
-from ..errors import QueueFullError
-from ..scheduler.queue import FIRST_RETRY_S
+from ..errors import FIRST_RETRY_S, QueueFullError
 
 log = logging.getLogger(__name__)
 

@@ -7,14 +7,12 @@ from collections import deque
 from collections.abc import Callable
 
 from ...engine_impl.errors import RefusedError
-from ..errors import QueueFullError
+from ..errors import FIRST_RETRY_S, QueueFullError
 from ..request.request import Request
 
 AGEING_S = 5.0
 """How much waiting is worth one level of priority (seconds)."""
 
-FIRST_RETRY_S = 1.0
-"""The retry hint before anything is known of the pace (seconds)."""
 RETRY_S = 0.05, 30.0
 """The shortest and the longest retry hint (seconds)."""
 PACE_OF = 32

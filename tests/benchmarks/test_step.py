@@ -14,13 +14,13 @@ from slipstream.benchmarks.measure import machine, models
 from slipstream.benchmarks.measure.models import Loaded
 from slipstream.benchmarks.measure.traffic import bytes_per_step, stored_as
 from slipstream.cli import main as cli
+from slipstream.engine_impl.checkpoints.contract import Quantization
 from slipstream.engine_impl.compiler.presets import PRESETS
 from slipstream.engine_impl.config import EngineConfig
 from slipstream.engine_impl.errors import RefusedError
 from slipstream.engine_impl.loading import build_engine
 from slipstream.engine_impl.models.mixtral import MixtralConfig
 from slipstream.engine_impl.runtime.compilations import keep_in, programs
-from slipstream.engine_impl.weights.load import Quantization
 
 from tests.engine_impl.tiny_models import TINY, RandomCheckpoint, tiny_engine
 

@@ -64,10 +64,10 @@ def test_greedy_tokens_equal_transformers_in_one_batch_and_alone(prompts):
         state = engine.init_decode_state()
         prefix, first = engine.prefill(params, *engine.pad(prompt))
         slot = (i + 3) % 10
-        state, alone = engine.insert(prefix, state, slot), [int(first.token_B[0])]
+        state, alone = engine.insert(prefix, state, slot), [int(first.token_BW[0, 0])]
         for _ in range(63):
             state, result = engine.generate(params, state)
-            alone.append(int(result.token_B[slot]))
+            alone.append(int(result.token_BW[slot, 0]))
         assert alone == together[i]
 
 
@@ -92,7 +92,7 @@ def test_logprobs_equal_transformers(prompts):
         state, result = engine.generate(params, state)
         results.append(jax.tree.map(lambda values: values[4], result))
     results.insert(0, jax.tree.map(lambda values: values[0], first))
-    answer = [int(result.token_B) for result in results]
+    answer = [int(result.token_BW[0]) for result in results]
 
     expected = torch.tensor(reference_logits(prompt + answer)).log_softmax(-1).numpy()
     before = np.arange(len(prompt) - 1)
@@ -100,10 +100,10 @@ def test_logprobs_equal_transformers(prompts):
         prefix.prompt_logprob_T[1 : len(prompt)], expected[before, np.array(prompt[1:])], atol=1e-4
     )
     for position, (result, token) in enumerate(zip(results, answer, strict=True), len(prompt) - 1):
-        np.testing.assert_allclose(result.logprob_B, expected[position, token], atol=1e-4)
+        np.testing.assert_allclose(result.logprob_BW[0], expected[position, token], atol=1e-4)
         likeliest = np.argsort(-expected[position])[:20]
-        np.testing.assert_allclose(result.top_logprob_BP, expected[position, likeliest], atol=1e-4)
-        np.testing.assert_allclose(expected[position, result.top_token_BP], result.top_logprob_BP, atol=1e-4)
+        np.testing.assert_allclose(result.top_logprob_BWP[0], expected[position, likeliest], atol=1e-4)
+        np.testing.assert_allclose(expected[position, result.top_token_BWP[0]], result.top_logprob_BWP[0], atol=1e-4)
 
 
 @pytest.mark.slow
@@ -114,7 +114,7 @@ def test_three_devices_give_the_tokens_of_one(prompts):
         tokens = greedy(engine, params, prompts[:4], 24)
         sampling = SamplingParams(temperature=0.7, top_p=0.9, seed=5)
         _, sampled = engine.prefill(params, *engine.pad(prompts[5]), sampling=sampling)
-        return [*tokens, int(sampled.token_B[0])]
+        return [*tokens, int(sampled.token_BW[0, 0])]
 
     engine, params = embedded_engine(3)
     assert engine.init_decode_state().cache.rows.addressable_shards[0].data.shape[2] == 1

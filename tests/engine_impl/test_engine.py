@@ -54,7 +54,7 @@ def test_steps_equal_one_prefill_of_the_same_tokens(tiny):
     np.testing.assert_allclose(
         state.cache.rows[:, 0, :, : len(text)], prefix.kv.rows[:, :, : len(text)], rtol=1e-4, atol=1e-5
     )
-    assert int(successor.token_B[0]) == answer[-1]
+    assert int(successor.token_BW[0, 0]) == answer[-1]
     assert len(set(answer)) > 5  # a model that repeats itself would prove little
 
 
@@ -65,7 +65,7 @@ def test_the_step_writes_one_row_of_each_live_slot_and_reads_no_slack(tiny):
     before = host(state)
     state, result = engine.generate(params, state)
     after = host(state)
-    assert list(np.asarray(result.token_B) >= 0) == [True, False, True, True]
+    assert result.count_B.tolist() == [1, 0, 1, 1]
     expected = before.cache.rows.copy()
     for slot in (0, 2, 3):
         row = before.length_B[slot]
@@ -74,6 +74,20 @@ def test_the_step_writes_one_row_of_each_live_slot_and_reads_no_slack(tiny):
         expected[:, slot, :, row] = written
     np.testing.assert_array_equal(after.cache.rows, expected)
     assert list(after.length_B) == [8, 0, 2, 64]
+
+
+def test_a_result_has_one_token_of_each_live_slot(tiny):
+    """Alike for a step, a prefill and another first token: count says how many of the W tokens are valid."""
+    engine, params = tiny
+    prefix, first = engine.prefill(params, *engine.pad(PROMPT))
+    _, again = engine.resample(prefix, SamplingParams(logprobs=2))
+    state, step = engine.generate(params, engine.insert(prefix, engine.init_decode_state(), 2))
+    for result, slots, count_B in ((first, 1, [1]), (again, 1, [1]), (step, 4, [0, 0, 1, 0])):
+        assert result.count_B.tolist() == count_B
+        assert (result.token_BW.shape, result.logprob_BW.shape) == ((slots, 1), (slots, 1))
+        assert (result.top_token_BWP.shape, result.top_logprob_BWP.shape) == ((slots, 1, MAX_LOGPROBS),) * 2
+        np.testing.assert_array_equal(np.asarray(result.token_BW) >= 0, np.array(count_B)[:, None] > 0)
+    assert step.token_BW[2, 0] == state.token_B[2]
 
 
 def test_insert_writes_its_slot_and_nothing_else(tiny):
@@ -86,7 +100,7 @@ def test_insert_writes_its_slot_and_nothing_else(tiny):
     others = [0, 2, 3]
     np.testing.assert_array_equal(after.cache.rows[:, others], before.cache.rows[:, others])
     np.testing.assert_array_equal(after.length_B[others], before.length_B[others])
-    assert (after.length_B[1], after.token_B[1]) == (3, int(first.token_B[0]))
+    assert (after.length_B[1], after.token_B[1]) == (3, int(first.token_BW[0, 0]))
 
 
 def test_a_full_slot_stops_and_nothing_is_written_past_its_end(tiny):
@@ -96,11 +110,11 @@ def test_a_full_slot_stops_and_nothing_is_written_past_its_end(tiny):
     prompt = [n % 101 for n in range(length)]
     state = start(engine, params, {0: prompt[: length - 1], 1: prompt, 2: PROMPT})
     state, result = engine.generate(params, state)
-    assert list(np.asarray(result.token_B) >= 0) == [True, False, True, False]
+    assert result.count_B.tolist() == [1, 0, 1, 0]
     before = host(state)
     state, result = engine.generate(params, state)
     after = host(state)
-    assert list(np.asarray(result.token_B) >= 0) == [False, False, True, False]
+    assert result.count_B.tolist() == [0, 0, 1, 0]
     assert list(after.length_B) == [length, length, len(PROMPT) + 2, 0]
     np.testing.assert_array_equal(after.cache.rows[:, :2], before.cache.rows[:, :2])
 
@@ -129,7 +143,7 @@ def test_neither_slot_nor_batch_mates_change_a_request(tiny, asked):
             if others and step == 10:
                 state = engine.free(state, (slot + 1) % 4)
             state, result = engine.generate(params, state)
-            tokens.append(int(result.token_B[slot]))
+            tokens.append(int(result.token_BW[slot, 0]))
         return tokens
 
     alone = answer(0, {})
@@ -147,7 +161,7 @@ def test_the_seed_decides_a_sampled_answer(tiny):
         tokens = [int(state.token_B[0])]
         for _ in range(8):
             state, result = engine.generate(params, state)
-            tokens.append(int(result.token_B[0]))
+            tokens.append(int(result.token_BW[0, 0]))
         return tokens
 
     assert first_tokens(1) == first_tokens(1)
@@ -167,7 +181,8 @@ def test_freed_slots_are_empty_and_greedy_again(tiny):
     jax.tree.map(np.testing.assert_array_equal, state.sampling, engine.init_decode_state().sampling)
     before = host(state)
     state, result = engine.generate(params, state)
-    assert list(np.asarray(result.token_B)) == [-1] * 4
+    assert result.token_BW.tolist() == [[-1]] * 4
+    assert result.count_B.tolist() == [0] * 4
     np.testing.assert_array_equal(np.asarray(state.cache.rows), before.cache.rows)
 
 
@@ -197,7 +212,7 @@ def test_everything_is_compiled_once():
                 prefix, _ = engine.resample(prefix, replace(sampling, seed=99))
             state = engine.insert(prefix, state, round_ % 3)
             state, result = engine.generate(params, state)
-            np.asarray(result.token_B)
+            np.asarray(result.token_BW)
             state = engine.free(state, (round_ + 1) % 3)
     finally:
         jax.monitoring.unregister_event_duration_listener(listen)
@@ -221,10 +236,10 @@ def test_penalties_hold_over_prompt_and_answer(tiny):
     engine, params = tiny
     sampling = SamplingParams(repetition_penalty=1.4, presence_penalty=0.7, frequency_penalty=0.3)
     prefix, first = engine.prefill(params, *engine.pad(PROMPT), sampling=sampling)
-    state, answer = engine.insert(prefix, engine.init_decode_state(), 2), [int(first.token_B[0])]
+    state, answer = engine.insert(prefix, engine.init_decode_state(), 2), [int(first.token_BW[0, 0])]
     for _ in range(24):
         state, result = engine.generate(params, state)
-        answer.append(int(result.token_B[2]))
+        answer.append(int(result.token_BW[2, 0]))
     for position, token in enumerate(answer):
         said = answer[:position]
         logits_V = np.array(engine.prefill(params, *engine.pad(PROMPT + said))[0].logits_V)
@@ -252,9 +267,9 @@ def test_several_answers_come_from_one_prefill(tiny):
         state = engine.insert(prefix, engine.init_decode_state(), slot)
         for _ in range(8):
             state, result = engine.generate(params, state)
-            tokens.append(int(result.token_B[slot]))
+            tokens.append(int(result.token_BW[slot, 0]))
     assert tokens[:8] == tokens[8:]
-    assert len({int(engine.resample(prefix, replace(asked[1], seed=seed))[1].token_B[0]) for seed in range(8)}) > 2
+    assert len({int(engine.resample(prefix, replace(asked[1], seed=seed))[1].token_BW[0, 0]) for seed in range(8)}) > 2
 
 
 def test_a_step_tells_the_logprobs_that_a_slot_asks_for(tiny):
@@ -269,11 +284,11 @@ def test_a_step_tells_the_logprobs_that_a_slot_asks_for(tiny):
     for result, slot in results:
         logits_V = engine.prefill(params, *engine.pad(text))[0].logits_V
         logprob_V = jax.nn.log_softmax(logits_V)
-        token = int(result.token_B[slot])
-        np.testing.assert_allclose(result.logprob_B[slot], logprob_V[token], rtol=1e-4, atol=1e-4)
-        np.testing.assert_array_equal(result.top_token_BP[slot], np.argsort(-logprob_V)[:MAX_LOGPROBS])
+        token = int(result.token_BW[slot, 0])
+        np.testing.assert_allclose(result.logprob_BW[slot, 0], logprob_V[token], rtol=1e-4, atol=1e-4)
+        np.testing.assert_array_equal(result.top_token_BWP[slot, 0], np.argsort(-logprob_V)[:MAX_LOGPROBS])
         np.testing.assert_allclose(
-            result.top_logprob_BP[slot], -np.sort(-logprob_V)[:MAX_LOGPROBS], rtol=1e-4, atol=1e-4
+            result.top_logprob_BWP[slot, 0], -np.sort(-logprob_V)[:MAX_LOGPROBS], rtol=1e-4, atol=1e-4
         )
         text.append(token)
 
@@ -354,9 +369,9 @@ def test_no_step_nor_insert_copies_the_cache():
     engine, params = tiny_engine(cache_length=512)
     state = engine.init_decode_state()
     prefix, _ = engine.prefill(params, *engine.pad(PROMPT))
-    generate = engine._generate.lower(params, state).compile().memory_analysis()
-    insert = engine._insert.lower(prefix, state, np.int32(0)).compile().memory_analysis()
-    score = engine._score_step.lower(params, state, np.zeros(4, np.int32)).compile().memory_analysis()
+    generate = engine.jitted.generate.lower(params, state).compile().memory_analysis()
+    insert = engine.jitted.insert.lower(prefix, state, np.int32(0)).compile().memory_analysis()
+    score = engine.jitted.score_step.lower(params, state, np.zeros(4, np.int32)).compile().memory_analysis()
     for memory in (generate, insert, score):
         assert memory.alias_size_in_bytes >= engine.layout.bytes + state.count_BV.nbytes
         assert memory.temp_size_in_bytes < engine.layout.bytes / 4

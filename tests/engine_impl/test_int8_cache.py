@@ -48,7 +48,7 @@ def test_steps_store_what_prefill_stores():
     before = jax.tree.map(np.array, state.cache)
     state, _ = engine.generate(params, state)
     after = jax.tree.map(np.array, state.cache)
-    longer, _ = engine.prefill(params, *engine.pad([*prompt, int(first.token_B[0])]))
+    longer, _ = engine.prefill(params, *engine.pad([*prompt, int(first.token_BW[0, 0])]))
     row = len(prompt)
     np.testing.assert_allclose(after.scales[:, 1, :, :, row], longer.kv.scales[:, :, :, row], rtol=0.05)
     codes = after.rows[:, 1, :, row].astype(int)

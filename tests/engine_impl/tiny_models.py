@@ -9,12 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 import torch
 from jax.sharding import Mesh
+from slipstream.engine_impl.checkpoints.contract import Quantization
 from slipstream.engine_impl.config import EngineConfig
 from slipstream.engine_impl.engine import Engine
 from slipstream.engine_impl.loading import load_engine
 from slipstream.engine_impl.models import registry
 from slipstream.engine_impl.models.llama import Llama, LlamaConfig
-from slipstream.engine_impl.weights.load import Quantization, needed_shapes
+from slipstream.engine_impl.weights.load import needed_shapes
 from slipstream.engine_impl.weights.sharding import make_mesh
 
 TINY = LlamaConfig(
@@ -74,9 +75,9 @@ def greedy(engine: Engine, params: Any, prompts: list[list[int]], steps: int) ->
     for slot, prompt in enumerate(prompts):
         prefix, first = engine.prefill(params, *engine.pad(prompt))
         state = engine.insert(prefix, state, slot)
-        answers.append([int(first.token_B[0])])
+        answers.append([int(first.token_BW[0, 0])])
     for _ in range(steps - 1):
         state, result = engine.generate(params, state)
-        for answer, token in zip(answers, np.asarray(result.token_B), strict=False):
+        for answer, token in zip(answers, np.asarray(result.token_BW)[:, 0], strict=False):
             answer.append(int(token))
     return answers

@@ -7,6 +7,7 @@ import pytest
 from slipstream.engine_impl.compiler.budget import cache_copies
 from slipstream.engine_impl.compiler.chips import chip_of
 from slipstream.engine_impl.compiler.hlo import Program
+from slipstream.engine_impl.compiler.lowering import lower_generate, lower_prefill
 from slipstream.engine_impl.compiler.plan import abstract_engine
 from slipstream.engine_impl.compiler.presets import PRESETS
 from slipstream.engine_impl.config import EngineConfig
@@ -37,7 +38,7 @@ def small(name: str) -> Engine:
 
 def check(engine: Engine, program: str) -> None:
     """It fits; the step reads the cache in place, by one kernel a layer, and writes it once."""
-    executable = (engine.lower_generate() if program == "generate" else engine.lower_prefill(BUCKET)).compile()
+    executable = (lower_generate(engine) if program == "generate" else lower_prefill(engine, BUCKET)).compile()
     layout, cache_bytes = engine.layout, engine.layout.bytes // engine.mesh.size
     memory, hlo = executable.memory_analysis(), Program(executable.as_text())
     cache_beside = 0 if program == "generate" else cache_bytes
@@ -75,7 +76,7 @@ def sliced_weights(name: str, program: str) -> list[str]:
     """Slices of at least 256 KiB that a layer takes out of a stack before it uses them; of eight layers."""
     config = EngineConfig(model=name, slots=32, cache_length=4096, max_prefill_length=512)
     engine = abstract_engine(replace(PRESETS[name], num_layers=8), TOPOLOGY, config)
-    executable = (engine.lower_generate() if program == "generate" else engine.lower_prefill(512)).compile()
+    executable = (lower_generate(engine) if program == "generate" else lower_prefill(engine, 512)).compile()
     return Program(executable.as_text()).loop_slices(2**18)
 
 

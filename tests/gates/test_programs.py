@@ -10,10 +10,17 @@ from typing import Any, Literal
 
 import jax
 import pytest
-from slipstream.benchmarks.baselines.eager import EagerEngine
+from slipstream.benchmarks.baselines.eager import eager_twin
 from slipstream.engine_impl.compiler.budget import cache_copies
 from slipstream.engine_impl.compiler.chips import CHIPS, chip_of
 from slipstream.engine_impl.compiler.hlo import Instruction, Program
+from slipstream.engine_impl.compiler.lowering import (
+    lower_generate,
+    lower_insert,
+    lower_prefill,
+    lower_resample,
+    lower_score_step,
+)
 from slipstream.engine_impl.compiler.plan import abstract_engine
 from slipstream.engine_impl.compiler.presets import PRESETS
 from slipstream.engine_impl.config import EngineConfig
@@ -62,9 +69,9 @@ def small_engine(
 
 def compiled(engine: Engine, program: str) -> Any:
     lower = {
-        "generate": engine.lower_generate,
-        "insert": lambda: engine.lower_insert(BUCKET),
-        "prefill": lambda: engine.lower_prefill(BUCKET),
+        "generate": lambda: lower_generate(engine),
+        "insert": lambda: lower_insert(engine, BUCKET),
+        "prefill": lambda: lower_prefill(engine, BUCKET),
     }
     return lower[program]().compile()
 
@@ -128,7 +135,7 @@ def test_an_int8_cache_as_served(slots, cache_length):
         model="llama-3.1-8b", slots=slots, cache_length=cache_length, max_prefill_length=BUCKET, quantize_kv="int8"
     )
     engine = abstract_engine(PRESETS["llama-3.1-8b"], "v5e:2x4", config)
-    hlo = Program(engine.lower_generate().compile().as_text())
+    hlo = Program(lower_generate(engine).compile().as_text())
     assert cache_copies(hlo, engine) == []
     assert moved_on_chip(hlo, engine) == []
 
@@ -161,13 +168,13 @@ def test_what_one_program_leaves_the_next_takes_as_it_lies(kv_heads, head_dim, q
 def test_the_programs_beside_the_step():
     """Scoring flushes in place like a step; another first token leaves the logits where they lie."""
     engine = small_engine(4, 128, "v5e:2x4")
-    scoring = engine.lower_score_step().compile()
+    scoring = lower_score_step(engine).compile()
     hlo = Program(scoring.as_text())
     assert cache_copies(hlo, engine) == []
     assert hlo.pallas_calls() == {"ragged_attention": LAYERS, "cache_flush": 1}
     assert scoring.memory_analysis().alias_size_in_bytes >= engine.layout.bytes // engine.mesh.size
 
-    again = Program(engine.lower_resample().compile().as_text())
+    again = Program(lower_resample(engine).compile().as_text())
     assert again.floats_of((VOCABULARY // engine.mesh.size,))  # a chip's share is there
     assert again.floats_of((VOCABULARY,)) == []
 
@@ -205,7 +212,7 @@ def test_prompt_logprobs_never_hold_all_logits():
     """T x V in float32 would be 16 MiB on each of eight chips."""
     bucket = 1024
     engine = small_engine(1, 64, "v5e:2x4", bucket)
-    memory = engine.lower_prefill(bucket).compile().memory_analysis()
+    memory = lower_prefill(engine, bucket).compile().memory_analysis()
     assert memory.temp_size_in_bytes < 4 * bucket * VOCABULARY // engine.mesh.size / 2
 
 
@@ -218,7 +225,7 @@ def instructions_of(program: str) -> list[Instruction]:
 def test_the_gate_sees_a_copy_where_there_is_one():
     """The eager design as one writes it first: an XLA scatter in each layer meets a Pallas call on one cache."""
     engine = small_engine(4, 128, "v5e:2x4")
-    executable = EagerEngine(engine, "stacked", scatter="sliced").lower_generate().compile()
+    executable = lower_generate(eager_twin(engine, "stacked", scatter="sliced")).compile()
     assert cache_copies(Program(executable.as_text()), engine) != []
     assert executable.memory_analysis().temp_size_in_bytes > 0.5 * engine.layout.bytes // engine.mesh.size
 

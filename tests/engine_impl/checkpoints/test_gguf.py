@@ -81,7 +81,7 @@ def test_a_whole_file_loads_and_answers(tmp_path):
     assert tokenizer.encode("ab") == [258]
     assert tokenizer.stop_ids == {257}
     prefix, first = engine.prefill(params, *engine.pad(tokenizer.encode("hello")))
-    assert 0 <= int(first.token_B[0]) < VOCABULARY
+    assert 0 <= int(first.token_BW[0, 0]) < VOCABULARY
     assert prefix.kv.rows.shape == (1, KV_HEADS, 16, 2 * HEAD_DIM)
 
 

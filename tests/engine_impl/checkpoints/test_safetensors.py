@@ -289,4 +289,4 @@ def test_a_folder_without_tokenizer_takes_ids_and_refuses_texts(tmp_path):
     stream = tokenizer.stream()
     assert (stream.feed(5), stream.finish(), tokenizer.decode([5, 6])) == ("", "", "")
     _, first = engine.prefill(params, *engine.pad([1, 2, 3]))
-    assert 0 <= int(first.token_B[0]) < tokenizer.vocab_size == CONFIG["vocab_size"]
+    assert 0 <= int(first.token_BW[0, 0]) < tokenizer.vocab_size == CONFIG["vocab_size"]

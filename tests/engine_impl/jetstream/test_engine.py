@@ -105,7 +105,7 @@ def test_a_stop_token_ends_the_answer_and_empties_the_slot(native, expected, mon
     assert answers[1] == expected[1][:3]
     assert complete == [stop_id in answer for answer in expected]
     assert state.decode.length_B[1] == 0
-    assert state.next_B[1] == -1
+    assert state.next_BW[1] == -1
 
 
 def test_slots_that_nobody_waits_for_are_emptied(native, expected):
