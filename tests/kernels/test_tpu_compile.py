@@ -124,8 +124,8 @@ def test_the_gate_sees_copies():
             return jax.lax.dynamic_update_slice(page_LKRC, new_LKC[:, :, None], (0, 0, row, 0))
 
         def flush(cache_LPKRC, new_LBKC, length_B, page_BJ):
-            pages_LBKRC = jax.vmap(write, in_axes=(1, 1, 0), out_axes=1)(cache_LPKRC[:, :B], new_LBKC, length_B)
-            return cache_LPKRC.at[:, page_BJ[:, 0]].set(pages_LBKRC)
+            new_LPKC, row_P = (jnp.repeat(x, page_BJ.shape[1], axis) for x, axis in ((new_LBKC, 1), (length_B, 0)))
+            return jax.vmap(write, in_axes=(1, 1, 0), out_axes=1)(cache_LPKRC, new_LPKC, row_P)
 
         return flush
 
