@@ -11,7 +11,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ..cache_manager import CacheLayout
 from ..engine_impl.errors import RefusedError
 from ..engine_impl.loading import choose_devices, choose_dtype
 from ..engine_impl.weights.sharding import make_mesh
@@ -74,23 +73,16 @@ class KernelBench:
         self.dtype = choose_dtype(plan.dtype, self.platform)
         self._plan, self._mesh = plan, mesh
         self._backend: Backend = backend
-        self._layout = CacheLayout(
-            layers=plan.layers,
-            slots=plan.slots,
-            kv_heads=plan.kv_heads,
-            length=plan.cache_length,
-            head_dim=plan.head_dim,
-            dtype=self.dtype,
-        )
+        self._cache_shape = (plan.layers, plan.slots, plan.kv_heads, plan.cache_length, 2 * plan.head_dim)
 
     def case(self, live_tokens: int) -> Case:
         """Every slot holds `live_tokens` rows."""
-        _, slots, kv_heads, _, lanes = self._layout.shape
+        _, slots, kv_heads, _, lanes = self._cache_shape
         keys = jax.random.split(jax.random.key(0), 3)
         return Case(
             q_BNH=jax.random.normal(keys[0], (slots, self._plan.heads, lanes // 2), self.dtype),
             new_BKC=jax.random.normal(keys[1], (slots, kv_heads, lanes), self.dtype),
-            cache_LBKSC=jax.random.normal(keys[2], self._layout.shape, self.dtype),
+            cache_LBKSC=jax.random.normal(keys[2], self._cache_shape, self.dtype),
             length_B=jnp.full(slots, live_tokens, jnp.int32),
             mesh=self._mesh,
         )
@@ -98,7 +90,8 @@ class KernelBench:
     def attention_rows(self, live_tokens: int, bandwidth: float) -> Iterator[dict[str, Any]]:
         """One row an implementation; one that refuses the shape says why instead of a time."""
         progress, case, expected_BNH = Progress(), self.case(live_tokens), None
-        nbytes = round(self._layout.bytes * (live_tokens + 1) / self._plan.cache_length)
+        L, B, K, _, C = self._cache_shape
+        nbytes = L * B * K * (live_tokens + 1) * C * self.dtype.itemsize
         for attention in attentions(self.platform, self._backend, self._mesh):
             progress.show(f"{attention.name}, {live_tokens} live tokens ...")
             row: dict[str, Any] = {"name": attention.name, "live_tokens": live_tokens, "bytes": nbytes}
@@ -154,7 +147,10 @@ class KernelBench:
 
     def _flushes(self) -> Iterator[tuple[str, Flush]]:
         def ours(backend: Backend) -> Flush:
-            return lambda cache, new, position: cache_flush(cache, new, position, mesh=self._mesh, backend=backend)
+            page_B1 = jnp.arange(self._plan.slots, dtype=jnp.int32)[:, None]  # one page holds all of a slot's rows
+            return lambda cache, new, position: cache_flush(
+                cache, new, position, page_B1, mesh=self._mesh, backend=backend
+            )
 
         yield f"slipstream ({self._backend})", ours(self._backend)
         if self._backend != "xla":
