@@ -23,8 +23,9 @@ gpu-gates: $(VENV)/.test         ## the same for an H100; installs XLA's GPU com
 
 setup: $(VENV)/.test             ## the environment for development
 
-check: $(VENV)/.test             ## lint and types
+check: $(VENV)/.test             ## lint, format and types
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
 	$(BIN)/pyright
 
 protos: $(VENV)/.test            ## regenerate the stubs

@@ -9,9 +9,8 @@ import gc
 import math
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from fnmatch import fnmatch
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -34,45 +33,9 @@ from .exam import Exam
 from .measure import machine
 from .measure.stats import percentile
 from .measure.table import Progress, table
+from .options.accuracy import MODES, AccuracyOptions, Mode
 
 MIB = 2**20
-
-
-@dataclass(frozen=True)
-class Mode:
-    """A way to quantise, and what it may cost."""
-
-    options: dict[str, Any] = field(default_factory=dict)
-    """of EngineConfig"""
-    goal: float | None = None
-    """the perplexity over float32's, at most"""
-
-
-REFERENCE = "float32"
-MODES = {
-    REFERENCE: Mode(),
-    "int8": Mode({"quantize_weights": "int8"}, 1.005),
-    "int8x8": Mode({"quantize_weights": "int8", "quantize_activations": "int8"}),
-    "int4-32": Mode({"quantize_weights": "int4", "quantize_block": 32}, 1.01),
-    "int4-64": Mode({"quantize_weights": "int4", "quantize_block": 64}),
-    "int4-128": Mode({"quantize_weights": "int4", "quantize_block": 128}),
-    "kv8": Mode({"quantize_kv": "int8"}, 1.005),
-    "int8+kv8": Mode({"quantize_weights": "int8", "quantize_kv": "int8"}),
-}
-
-
-@dataclass(frozen=True, kw_only=True)
-class AccuracyPlan:
-    """What is measured."""
-
-    model: str
-    modes: tuple[str, ...]
-    """of MODES; the reference is always measured, first"""
-    tokens: int
-    """of the text, for the perplexity by prefill; what is decoded is as the exam has it"""
-    tensor_parallel: int | None
-    platform: Literal["auto", "cpu", "tpu", "cuda"]
-    threads: int | None
 
 
 class Paper(NamedTuple):
@@ -91,33 +54,33 @@ class Paper(NamedTuple):
     answer_BA: np.ndarray
 
 
-def run(plan: AccuracyPlan) -> dict[str, Any]:
+def run(options: AccuracyOptions) -> dict[str, Any]:
     """Measure the modes one after another, one engine at a time.
 
     Raises RefusedError for a model that cannot be loaded or has no tokenizer.
     """
-    progress, threads = Progress(), machine.use_threads(plan.threads)
-    choose_devices(plan.platform)  # before anything else asks JAX for some
-    checkpoint, reference, results = open_checkpoint(plan.model), None, []
-    for name in (REFERENCE, *(mode for mode in plan.modes if mode != REFERENCE)):
-        progress.show(f"{plan.model}: {name} ...")
+    progress, threads = Progress(), machine.use_threads(options.threads)
+    choose_devices(options.platform)  # before anything else asks JAX for some
+    checkpoint, reference, results = open_checkpoint(options.model), None, []
+    for name in options.measured:
+        progress.show(f"{options.model}: {name} ...")
         start = time.perf_counter()
         gc.collect()  # the engine before
-        result, paper = measured(plan, name, checkpoint, reference)
+        result, paper = measured(options, name, checkpoint, reference)
         reference = reference or paper
         results.append(result | {"seconds": round(time.perf_counter() - start, 1)})
     progress.clear()
-    print(summary(plan.model, results))
-    return {"model": plan.model, "modes": results} | machine.describe(threads)
+    print(summary(options.model, results))
+    return {"model": options.model, "modes": results} | machine.describe(threads)
 
 
 def measured(
-    plan: AccuracyPlan, name: str, checkpoint: Checkpoint, reference: Paper | None
+    options: AccuracyOptions, name: str, checkpoint: Checkpoint, reference: Paper | None
 ) -> tuple[dict[str, Any], Paper]:
     """One mode: (what the JSON says of it, what its engine handed in)."""
     mode, before = MODES[name], _live_bytes()
     config = EngineConfig(
-        model=plan.model, platform=plan.platform, tensor_parallel=plan.tensor_parallel, dtype="float32",
+        model=options.model, platform=options.platform, tensor_parallel=options.tensor_parallel, dtype="float32",
         slots=exam.SLOTS, cache_length=exam.WINDOW, quantize_exclude=_excluded(mode, checkpoint),
         **{"quantize_weights": "none", **mode.options},
     )  # fmt: skip
@@ -126,7 +89,7 @@ def measured(
     gc.collect()
     weights_bytes = _live_bytes() - before
     cache_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(engine.init_decode_state().cache))
-    paper = taken(plan, engine, params, reference)
+    paper = taken(options, engine, params, reference)
     basis = reference or paper
     weights_theory, cache_theory = theory_bytes(engine), cache_theory_bytes(engine, config.quantize_kv)
     by_prefill = None if config.quantize_kv != "none" else perplexity(paper.prefilled)
@@ -159,9 +122,9 @@ def measured(
     return result, paper
 
 
-def taken(plan: AccuracyPlan, engine: Engine, params: Params, reference: Paper | None) -> Paper:
+def taken(options: AccuracyOptions, engine: Engine, params: Params, reference: Paper | None) -> Paper:
     """The exam, by one engine."""
-    questions = Exam.of(engine, plan.tokens)
+    questions = Exam.of(engine, options.tokens)
     forced, kept, kl, equal = [], [], [], []
     whole = iter(reference.logprob_PBV) if reference is not None else None
     for logprob_BV, token_B in questions.forced(engine, params):
@@ -172,7 +135,7 @@ def taken(plan: AccuracyPlan, engine: Engine, params: Params, reference: Paper |
         kl_B, equal_B = _compared(of_reference_BV, logprob_BV)
         kl += np.asarray(kl_B).tolist()
         equal += np.asarray(equal_B).tolist()
-    prefilled = questions.prefilled(engine, params, plan.tokens)
+    prefilled = questions.prefilled(engine, params, options.tokens)
     return Paper(prefilled, forced, kept, kl, float(np.mean(equal)), questions.continued(engine, params))
 
 

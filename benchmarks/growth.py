@@ -1,23 +1,20 @@
 """How costs grow, and whether they grow as the bytes do.
 
 Four curves: a step's ms against live tokens, one line for each cache length (they should lie on each other: nobody
-reads rows that are not live); against slots; an insert's ms against its bucket; and the host's ms a step against slots
+reads rows that are not live); against slots; an insert by its bucket; and the host's ms per step against slots
 (host.py). A curve's points take turns, block by block, so that a machine that slows down bends none of them. Beside
 each point is what its bytes would take at the copy bandwidth measured in the same run.
 """
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import numpy as np
 
-from ..engine_impl.config import EngineConfig
 from ..engine_impl.engine import Engine
-from ..engine_impl.errors import RefusedError
 from ..engine_impl.loading import build_engine
 from .baselines.steppers import EngineStepper
 from .host import HostBench
@@ -26,6 +23,7 @@ from .measure.models import Loaded, load
 from .measure.stats import slope
 from .measure.table import Progress, table
 from .measure.traffic import bytes_per_step
+from .options.growth import GrowthOptions
 
 INSERTS = 7
 """Inserts of a block."""
@@ -34,90 +32,52 @@ Curve = dict[str, list[float]]
 """x, and of each point over the blocks' medians: ms (their median), ms_min, ms_max; ms_at_bandwidth"""
 
 
-@dataclass(frozen=True, kw_only=True)
-class GrowthPlan:
-    """See the flags of `slipstream bench growth`."""
-
-    model: str
-    cache_lengths: tuple[int, ...]
-    live_tokens: tuple[int, ...]
-    slots: tuple[int, ...]
-    base_slots: int
-    steps: int
-    blocks: int
-    threads: int | None
-    platform: Literal["auto", "cpu", "tpu", "cuda"]
-
-    def config(self, slots: int, cache_length: int) -> EngineConfig:
-        """Raises RefusedError for sizes that no engine has."""
-        return EngineConfig(model=self.model, slots=slots, cache_length=cache_length, platform=self.platform)
-
-    def fitting(self, cache_length: int) -> tuple[int, ...]:
-        """The live tokens around which a block of steps fits. Raises RefusedError when there are none."""
-        before, after = self.steps // 2, (self.steps + 1) // 2
-        found = tuple(live for live in self.live_tokens if before < live <= cache_length - after)
-        if not found:
-            raise RefusedError(
-                f"none of live_tokens={self.live_tokens} fits into {cache_length=} with {self.steps} steps around it: "
-                f"they must be above {before} and at most {cache_length - after}"
-            )
-        return found
-
-    @property
-    def slot_curve_live_tokens(self) -> int:
-        """The second that fits into the shortest cache, if there are two."""
-        return self.fitting(min(self.cache_lengths))[:2][-1]
-
-
-def run(plan: GrowthPlan, plot: Path | None) -> dict[str, Any]:
+def run(options: GrowthOptions) -> dict[str, Any]:
     """All curves; `live_slopes` and `insert_slope` compare them with what the bytes cost at copy bandwidth.
 
-    Raises RefusedError for sizes that cannot be measured, before anything is.
+    Raises RefusedError for a plot that cannot be drawn, before anything is measured.
     """
-    if plot is not None:
+    if options.plot is not None:
         from .measure.plot import check_plot
 
-        check_plot(plot)
-    for cache_length in plan.cache_lengths:
-        plan.fitting(cache_length)
-        plan.config(plan.base_slots, cache_length)
+        check_plot(options.plot)
     load_average = machine.warn_if_busy()
-    threads, progress = machine.use_threads(plan.threads), Progress()
-    progress.show(f"{plan.model}: loading ...")
-    field = Field(plan)
+    threads, progress = machine.use_threads(options.threads), Progress()
+    progress.show(f"{options.model}: loading ...")
+    field = Field(options)
     progress.show("live tokens ...")
     live, insert = field.live_curves(), field.insert_curve()
     progress.show("slots ...")
     slots = field.slot_curve()
     progress.show("host ...")
-    host = host_curve(plan)
+    host = host_curve(options)
     progress.clear()
     result = {
         "live_tokens": live, "live_slopes": {name: compared(curve) for name, curve in live.items()}, "slots": slots,
-        "slots_live_tokens": plan.slot_curve_live_tokens, "insert": insert, "insert_slope": compared(insert),
+        "slots_live_tokens": options.slot_curve_live_tokens, "insert": insert, "insert_slope": compared(insert),
         "host": host, "copy_bandwidth_bytes_per_second": round(field.bandwidth),
     }  # fmt: skip
     print(summary(result))
-    if plot is not None:
-        draw_curves(plot, result)
-    return {"plan": asdict(plan)} | result | machine.describe(threads) | {"load_average": load_average}
+    if options.plot is not None:
+        draw_curves(options.plot, result)
+    return {"plan": options.facts()} | result | machine.describe(threads) | {"load_average": load_average}
 
 
 class Field:
     """One set of weights, and engines of several sizes that use it."""
 
-    def __init__(self, plan: GrowthPlan) -> None:
-        self._plan = plan
-        self._loaded: Loaded = load(plan.config(plan.base_slots, max(plan.cache_lengths)))
+    def __init__(self, options: GrowthOptions) -> None:
+        self._options = options
+        self._loaded: Loaded = load(options.config(options.base_slots, max(options.lengths)))
         devices = self._loaded.engine.mesh.devices.flat
         chips = 1 if devices[0].platform == "cpu" else self._loaded.engine.mesh.size  # virtual CPUs share one memory
         self.bandwidth = machine.copy_bandwidth(devices[0]) * chips
 
     def live_curves(self) -> dict[str, Curve]:
-        """By cache length: step ms against live tokens a slot."""
-        plan = self._plan
-        engines = {length: self._engine(plan.base_slots, length) for length in plan.cache_lengths}
-        points = [(length, live) for length in plan.cache_lengths for live in plan.fitting(length)]
+        """By cache length: step ms against live tokens per slot."""
+        options = self._options
+        engines = {length: self._engine(options.base_slots, length) for length in options.lengths}
+        points = [(length, live) for length in options.lengths for live in options.fitting(length)]
         curve = self._steps([(live, engines[length], live) for length, live in points])
         of_length = {length: [i for i, point in enumerate(points) if point[0] == length] for length in engines}
         return {
@@ -127,8 +87,8 @@ class Field:
 
     def slot_curve(self) -> Curve:
         """Step ms against slots, in the shortest cache."""
-        live, length = self._plan.slot_curve_live_tokens, min(self._plan.cache_lengths)
-        return self._steps([(slots, self._engine(slots, length), live) for slots in self._plan.slots])
+        live, length = self._options.slot_curve_live_tokens, self._options.shortest
+        return self._steps([(slots, self._engine(slots, length), live) for slots in self._options.slot_counts])
 
     def insert_curve(self) -> Curve:
         """Insert ms against the prompt's bucket (tokens), into the longest cache: rows are read once, written once."""
@@ -150,49 +110,49 @@ class Field:
 
         row_bytes = engine.layout.bytes / engine.cache_length / engine.max_concurrent_decodes
         floors = [2 * row_bytes * bucket / self.bandwidth * 1000 for bucket in engine.buckets]
-        return curve_of(engine.buckets, floors, in_turns([lambda b=b: block(b) for b in engine.buckets], self._plan))
+        return curve_of(engine.buckets, floors, in_turns([lambda b=b: block(b) for b in engine.buckets], self._options))
 
     def _engine(self, slots: int, cache_length: int) -> Engine:
         engine, _, checkpoint = self._loaded
         if (slots, cache_length) == (engine.max_concurrent_decodes, engine.cache_length):
             return engine
-        return build_engine(self._plan.config(slots, cache_length), checkpoint)
+        return build_engine(self._options.config(slots, cache_length), checkpoint)
 
     def _steps(self, points: Sequence[tuple[int, Engine, int]]) -> Curve:
         """A curve from points (x, engine, live tokens)."""
-        plan, params = self._plan, self._loaded.params
+        options, params = self._options, self._loaded.params
         steppers = {id(engine): EngineStepper(engine, params) for _, engine, _ in points}
         for stepper in steppers.values():
             stepper.fill([])  # all slots are set to a length: their rows are zeros, which cost the same
 
         def block(engine: Engine, live: int) -> list[float]:
             stepper = steppers[id(engine)]
-            for steps in (1, plan.steps):  # the first does not count: it compiles, or finds another engine's caches
-                stepper.set_length(live - plan.steps // 2)
+            for steps in (1, options.steps):  # the first does not count: it compiles, or finds another engine's caches
+                stepper.set_length(live - options.steps // 2)
                 ms = stepper.block(steps).step_ms
             return ms
 
         floors = [bytes_per_step(engine, params, live) / self.bandwidth * 1000 for _, engine, live in points]
         blocks = [lambda engine=engine, live=live: block(engine, live) for _, engine, live in points]
-        return curve_of([x for x, _, _ in points], floors, in_turns(blocks, plan))
+        return curve_of([x for x, _, _ in points], floors, in_turns(blocks, options))
 
 
-def host_curve(plan: GrowthPlan) -> Curve:
-    """The host's ms a step against slots; `bare_ms` is the same tiny engine's without an orchestrator."""
-    benches = [HostBench(slots, plan.platform) for slots in plan.slots]
+def host_curve(options: GrowthOptions) -> Curve:
+    """The host's ms per step against slots; `bare_ms` is the same tiny engine's without an orchestrator."""
+    benches = [HostBench(slots, options.platform) for slots in options.slot_counts]
     for bench in benches:
         bench.bare_ms()  # compiles
         bench.served_ms()
-    served = in_turns([lambda b=b: [b.served_ms()] for b in benches], plan)
-    bare = in_turns([lambda b=b: [b.bare_ms()] for b in benches], plan)
-    curve = curve_of(plan.slots, None, served)
-    return curve | {"bare_ms": curve_of(plan.slots, None, bare)["ms"]}
+    served = in_turns([lambda b=b: [b.served_ms()] for b in benches], options)
+    bare = in_turns([lambda b=b: [b.bare_ms()] for b in benches], options)
+    curve = curve_of(options.slot_counts, None, served)
+    return curve | {"bare_ms": curve_of(options.slot_counts, None, bare)["ms"]}
 
 
-def in_turns(blocks: Sequence[Callable[[], list[float]]], plan: GrowthPlan) -> list[list[float]]:
+def in_turns(blocks: Sequence[Callable[[], list[float]]], options: GrowthOptions) -> list[list[float]]:
     """Each point's medians of its blocks: all points once, all points again, ..."""
     medians: list[list[float]] = [[] for _ in blocks]
-    for _ in range(plan.blocks):
+    for _ in range(options.blocks):
         for block, its_medians in zip(blocks, medians, strict=True):
             its_medians.append(float(np.median(block())))
     return medians
@@ -228,7 +188,7 @@ def summary(result: dict[str, Any]) -> str:
     parts = [f"copy bandwidth {result['copy_bandwidth_bytes_per_second'] / 1e9:.1f} GB/s"]
     for cache_length, curve in result["live_tokens"].items():
         parts.append(_part(f"cache length {cache_length}", "live tokens", curve, result["live_slopes"][cache_length]))
-    parts.append(_part(f"{result['slots_live_tokens']} live tokens a slot", "slots", result["slots"]))
+    parts.append(_part(f"{result['slots_live_tokens']} live tokens per slot", "slots", result["slots"]))
     parts.append(_part("insert", "bucket", result["insert"], result["insert_slope"]))
     parts.append(_part("host, a model of no size", "slots", result["host"]))
     return "\n\n".join(parts)
@@ -260,9 +220,9 @@ def draw_curves(path: Path, result: dict[str, Any]) -> None:
     draw(
         path,
         [
-            Panel(title="Step against live tokens", x="live tokens a slot", y="ms", series=live),
+            Panel(title="Step against live tokens", x="live tokens per slot", y="ms", series=live),
             Panel(title="Step against slots", x="slots", y="ms", series=of("step", result["slots"])),
             Panel(title="Insert", x="bucket (tokens)", y="ms", series=of("insert", result["insert"])),
-            Panel(title="Host", x="slots", y="ms a step", series=of("behind the orchestrator", result["host"])),
+            Panel(title="Host", x="slots", y="ms per step", series=of("behind the orchestrator", result["host"])),
         ],
     )

@@ -13,7 +13,7 @@ from ..engine_impl.engine import Engine
 from ..engine_impl.models.llama import LlamaConfig
 from ..engine_impl.sampling.params import SamplingParams
 from ..server.request.request import Event, Request
-from ..server.scheduler.loop import Orchestrator
+from ..server.scheduler.orchestrator import Orchestrator
 from .baselines.steppers import EngineStepper
 from .measure.models import load_random
 

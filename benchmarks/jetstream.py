@@ -14,7 +14,6 @@ from typing import Any, Self
 
 import numpy as np
 
-from ..engine_impl.config import EngineConfig
 from ..protos import orchestrator_pb2 as pb
 from ..server.child import server
 from ..server.errors import FailedError
@@ -27,6 +26,8 @@ from .load.workload import Ask, make_requests
 from .measure.machine import warn_if_busy
 from .measure.stats import percentile
 from .measure.table import Progress, table
+from .options.flags import facts
+from .options.jetstream import JetStreamOptions
 
 SIDES = {"ours": (), "jetstream": ("--orchestrator", "jetstream")}
 IDS = (300, 1000)
@@ -34,22 +35,6 @@ CHECKED = 4
 """Requests whose answers are compared (requests)."""
 SETTLE_S = 0.5
 """Time that a request gets to reach the queue (seconds)."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class JetStreamPlan:
-    """What is asked; see the flags of `slipstream bench jetstream`."""
-
-    engine: EngineConfig
-    in_flight: int
-    requests: int
-    prompt_tokens: int
-    output_tokens: int
-    pairs: int
-    cancels: int
-    cancelled_tokens: int
-    seed: int
-    timeout_s: float
 
 
 @dataclass
@@ -87,48 +72,48 @@ class JetStreamCaller(GrpcCaller):
         return message(ask.prompt_ids, ask.max_tokens)
 
 
-def run(plan: JetStreamPlan) -> dict[str, Any]:
-    """{"ours": numbers, "jetstream": numbers, "speedup": the blocks' ratios, ...the plan}.
+def run(options: JetStreamOptions) -> dict[str, Any]:
+    """{"ours": numbers, "jetstream": numbers, "speedup": the blocks' ratios, ...the flags}.
 
     Raises FailedError when the two do not answer alike, or do not answer.
     """
     warn_if_busy()
     with contextlib.ExitStack() as servers:
-        sides = {name: Side(servers.enter_context(server(plan.engine, *flags))[1]) for name, flags in SIDES.items()}
-        asyncio.run(measure(plan, sides))
+        sides = {name: Side(servers.enter_context(server(options.engine, *flags))[1]) for name, flags in SIDES.items()}
+        asyncio.run(measure(options, sides))
     results = {name: side.result() for name, side in sides.items()}
     speeds = [results[name]["tokens_per_second_blocks"] for name in ("ours", "jetstream")]
     ratios = [round(ours / theirs, 4) for ours, theirs in zip(*speeds, strict=True)]
-    print(summary(plan, results, ratios))
+    print(summary(options, results, ratios))
     speedup = {"p50": percentile(ratios, 50), "pairs": ratios}
-    return asdict(plan) | results | {"speedup": speedup, "same_tokens": True}
+    return facts(options) | {"engine": asdict(options.engine)} | results | {"speedup": speedup, "same_tokens": True}
 
 
-async def measure(plan: JetStreamPlan, sides: dict[str, Side]) -> None:
+async def measure(options: JetStreamOptions, sides: dict[str, Side]) -> None:
     """Fills in the sides."""
     asks = make_requests(
-        plan.requests,
-        lambda rng, index: plan.prompt_tokens,
-        lambda rng, index: plan.output_tokens,
+        options.requests,
+        lambda rng, index: options.prompt_tokens,
+        lambda rng, index: options.output_tokens,
         ids=IDS,
         max_length=None,
-        seed=plan.seed,
+        seed=options.seed,
     )
     progress = Progress()
     async with contextlib.AsyncExitStack() as callers:
-        made = [JetStreamCaller(side.target, plan.timeout_s) for side in sides.values()]
+        made = [JetStreamCaller(side.target, options.timeout_s) for side in sides.values()]
         by_name = {name: await callers.enter_async_context(caller) for name, caller in zip(sides, made, strict=True)}
         await check_alike(by_name, asks[:CHECKED])
-        for pair in range(plan.pairs):
+        for pair in range(options.pairs):
             for name, caller in by_name.items():
-                records = await closed(caller, asks, plan.in_flight, counted(progress, len(asks), f"{name}, {pair}"))
+                records = await closed(caller, asks, options.in_flight, counted(progress, len(asks), f"{name}, {pair}"))
                 if not any(record.status == "completed" for record in records):
                     raise FailedError(f"{name} answered none of {len(records)} requests: {records[0].detail}")
                 sides[name].blocks.append(records)
-        for index in range(plan.cancels):
+        for index in range(options.cancels):
             for name, caller in by_name.items():
                 progress.show(f"cancel {index}: {name}")
-                sides[name].reuse_ms.append(await reuse_ms(caller, plan))
+                sides[name].reuse_ms.append(await reuse_ms(caller, options))
     progress.clear()
 
 
@@ -160,10 +145,12 @@ async def token_ids(caller: JetStreamCaller, ask: Ask) -> list[int]:
     ]
 
 
-async def reuse_ms(caller: JetStreamCaller, plan: JetStreamPlan) -> float:
+async def reuse_ms(caller: JetStreamCaller, options: JetStreamOptions) -> float:
     """From the cancel of one of the running answers to the first token of the request that waits for its slot (ms)."""
-    prompts = np.random.default_rng(plan.seed).integers(*IDS, (plan.engine.slots + 1, plan.prompt_tokens)).tolist()
-    running = [caller.decode(message(prompt, plan.cancelled_tokens)) for prompt in prompts[1:]]
+    prompts = (
+        np.random.default_rng(options.seed).integers(*IDS, (options.engine.slots + 1, options.prompt_tokens)).tolist()
+    )
+    running = [caller.decode(message(prompt, options.cancelled_tokens)) for prompt in prompts[1:]]
     for call in running:
         await call.read()
     waiting = caller.decode(message(prompts[0], 2))  # one token alone would need no slot with us
@@ -171,7 +158,7 @@ async def reuse_ms(caller: JetStreamCaller, plan: JetStreamPlan) -> float:
     await asyncio.sleep(SETTLE_S)
     if first.done():
         raise FailedError(
-            f"no request waits: {plan.engine.slots} answers of {plan.cancelled_tokens} tokens end too soon"
+            f"no request waits: {options.engine.slots} answers of {options.cancelled_tokens} tokens end too soon"
         )
     start = time.perf_counter()
     running[0].cancel()
@@ -189,7 +176,7 @@ def message(prompt_ids: list[int], max_tokens: int) -> pb.DecodeRequest:
     return pb.DecodeRequest(token_content=pb.DecodeRequest.TokenContent(token_ids=prompt_ids), max_tokens=max_tokens)
 
 
-def summary(plan: JetStreamPlan, results: dict[str, dict[str, Any]], ratios: list[float]) -> str:
+def summary(options: JetStreamOptions, results: dict[str, dict[str, Any]], ratios: list[float]) -> str:
     """The results as a table."""
     headers = ["orchestrator", "tokens/s", "TTFT p50 ms", "TTFT p99 ms", "TPOT p50 ms", "cancelled slot reused ms"]
     rows = [
@@ -203,10 +190,11 @@ def summary(plan: JetStreamPlan, results: dict[str, dict[str, Any]], ratios: lis
         ]
         for name, result in results.items()
     ]
-    engine = plan.engine
+    engine = options.engine
     head = (
-        f"{engine.model}, {engine.slots} slots x {engine.cache_length}: {plan.in_flight} requests in flight, prompts "
-        f"of {plan.prompt_tokens} and answers of {plan.output_tokens} tokens, {plan.pairs} blocks of {plan.requests} "
-        f"requests each, in turns; cancelled: one of {engine.slots} answers of {plan.cancelled_tokens} tokens"
+        f"{engine.model}, {engine.slots} slots x {engine.cache_length}: {options.in_flight} requests in flight, "
+        f"prompts of {options.prompt_tokens} and answers of {options.output_tokens} tokens, {options.pairs} blocks of "
+        f"{options.requests} requests each, in turns; cancelled: one of {engine.slots} answers of "
+        f"{options.cancelled_tokens} tokens"
     )
     return f"{head}\n{table(headers, rows)}\nours / jetstream, tokens/s, pair by pair: {', '.join(map(str, ratios))}"

@@ -4,14 +4,12 @@ Attention is timed over all layers, one after another as in a step: one layer's 
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ..engine_impl.errors import RefusedError
 from ..engine_impl.loading import choose_devices, choose_dtype
 from ..engine_impl.weights.sharding import make_mesh
 from ..kernels import Backend, backend_for, cache_flush
@@ -20,47 +18,29 @@ from .measure import machine
 from .measure.stats import percentile
 from .measure.table import Progress, table
 from .measure.timing import timed
+from .options.flags import facts
+from .options.kernel import KernelOptions
 
 Flush = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 """(cache_LBKSC, new_LBKC, position_B) -> cache_LBKSC, donated"""
 
 
-@dataclass(frozen=True, kw_only=True)
-class KernelPlan:
-    """Shapes and repeats; see the flags of `slipstream bench kernel`."""
+def run(options: KernelOptions) -> dict[str, Any]:
+    """{"attention": [a row each], "flush": [a row each], ...the flags and the machine}.
 
-    slots: int
-    cache_length: int
-    layers: int
-    heads: int
-    kv_heads: int
-    head_dim: int
-    dtype: Literal["auto", "float32", "bfloat16"]
-    repeats: int
-    platform: Literal["auto", "cpu", "tpu", "cuda"]
-
-
-def run(plan: KernelPlan, live_tokens: list[int]) -> dict[str, Any]:
-    """{"attention": [a row each], "flush": [a row each], ...the plan and the machine}. Raises RefusedError."""
-    for live in live_tokens:
-        if live >= plan.cache_length:
-            raise RefusedError(f"live_tokens={live} must be below cache_length={plan.cache_length}")
-    if plan.cache_length % 128 or plan.heads % plan.kv_heads:
-        raise RefusedError(
-            f"cache_length={plan.cache_length} must be a multiple of 128, and heads={plan.heads} of "
-            f"kv_heads={plan.kv_heads}"
-        )
+    Raises RefusedError where the platform has no devices.
+    """
     load_average = machine.warn_if_busy()
-    devices = choose_devices(plan.platform)
+    devices = choose_devices(options.platform)
     platform, bandwidth = devices[0].platform, machine.copy_bandwidth(devices[0])
-    bench = KernelBench(plan, make_mesh(devices[:1], plan.heads, plan.kv_heads, 1), backend_for(platform))
-    attention = [row for live in live_tokens for row in bench.attention_rows(live, bandwidth)]
-    flush = list(bench.flush_rows(live_tokens[0], bandwidth))
+    bench = KernelBench(options, make_mesh(devices[:1], options.heads, options.kv_heads, 1), backend_for(platform))
+    attention = [row for live in options.lengths for row in bench.attention_rows(live, bandwidth)]
+    flush = list(bench.flush_rows(options.lengths[0], bandwidth))
     for title, rows in (("attention, all layers", attention), ("flush, all layers", flush)):
         print(f"{title}\n{_table(rows)}\n")
     if platform == "cpu":
         print("XLA programs only, on a CPU: JAX's paged and ragged kernels and our Pallas ones need an accelerator.")
-    shape = asdict(plan) | {"dtype": bench.dtype.name, "copy_bandwidth_bytes_per_second": round(bandwidth)}
+    shape = facts(options) | {"dtype": bench.dtype.name, "copy_bandwidth_bytes_per_second": round(bandwidth)}
     shape["load_average"] = load_average
     return shape | {"attention": attention, "flush": flush} | machine.describe(machine.use_threads(None))
 
@@ -68,19 +48,20 @@ def run(plan: KernelPlan, live_tokens: list[int]) -> dict[str, Any]:
 class KernelBench:
     """The arrays of one shape on one device."""
 
-    def __init__(self, plan: KernelPlan, mesh: jax.sharding.Mesh, backend: Backend) -> None:
+    def __init__(self, options: KernelOptions, mesh: jax.sharding.Mesh, backend: Backend) -> None:
         self.platform = mesh.devices.flat[0].platform
-        self.dtype = choose_dtype(plan.dtype, self.platform)
-        self._plan, self._mesh = plan, mesh
+        self.dtype = choose_dtype(options.dtype, self.platform)
+        self._options, self._mesh = options, mesh
         self._backend: Backend = backend
-        self._cache_shape = (plan.layers, plan.slots, plan.kv_heads, plan.cache_length, 2 * plan.head_dim)
+        length, lanes = options.cache_length, 2 * options.head_dim
+        self._cache_shape = (options.layers, options.slots, options.kv_heads, length, lanes)
 
     def case(self, live_tokens: int) -> Case:
         """Every slot holds `live_tokens` rows."""
         _, slots, kv_heads, _, lanes = self._cache_shape
         keys = jax.random.split(jax.random.key(0), 3)
         return Case(
-            q_BNH=jax.random.normal(keys[0], (slots, self._plan.heads, lanes // 2), self.dtype),
+            q_BNH=jax.random.normal(keys[0], (slots, self._options.heads, lanes // 2), self.dtype),
             new_BKC=jax.random.normal(keys[1], (slots, kv_heads, lanes), self.dtype),
             cache_LBKSC=jax.random.normal(keys[2], self._cache_shape, self.dtype),
             length_B=jnp.full(slots, live_tokens, jnp.int32),
@@ -108,7 +89,7 @@ class KernelBench:
 
     def _time_attention(self, attention: Attention, case: Case) -> tuple[list[float], np.ndarray]:
         """(µs of each call, the first layer's output)."""
-        arrays, layers = jax.block_until_ready(attention.prepare(case)), self._plan.layers
+        arrays, layers = jax.block_until_ready(attention.prepare(case)), self._options.layers
 
         @jax.jit
         def all_layers(q_BNH: jax.Array, arrays: Any) -> jax.Array:
@@ -117,7 +98,7 @@ class KernelBench:
             return q_BNH
 
         first_BNH = jax.jit(attention.attend, static_argnums=1)(case.q_BNH, 0, arrays)
-        us = timed(lambda: all_layers(case.q_BNH, arrays), self._plan.repeats)
+        us = timed(lambda: all_layers(case.q_BNH, arrays), self._options.repeats)
         return us, np.asarray(first_BNH, np.float32)
 
     def flush_rows(self, live_tokens: int, bandwidth: float) -> Iterator[dict[str, Any]]:
@@ -125,11 +106,11 @@ class KernelBench:
 
         Compared are the rows that are written and their neighbours, which must stay as they are.
         """
-        plan, expected = self._plan, None
+        options, expected = self._options, None
         around = slice(max(0, live_tokens - 1), live_tokens + 2)
         for name, flush in self._flushes():
             case = self.case(live_tokens)
-            new_LBKC = jnp.broadcast_to(case.new_BKC, (plan.layers, *case.new_BKC.shape)).copy()
+            new_LBKC = jnp.broadcast_to(case.new_BKC, (options.layers, *case.new_BKC.shape)).copy()
             nbytes = 2 * new_LBKC.nbytes
             compiled, cache_LBKSC, length_B = jax.jit(flush, donate_argnums=0), case.cache_LBKSC, case.length_B
             del case
@@ -139,7 +120,7 @@ class KernelBench:
                 cache_LBKSC = compiled(cache_LBKSC, new_LBKC, length_B)
                 return cache_LBKSC
 
-            us = timed(step, plan.repeats)
+            us = timed(step, options.repeats)
             written = np.asarray(cache_LBKSC[:, :, :, around], np.float32)
             expected = written if expected is None else expected
             row = {"name": name, "live_tokens": live_tokens, "bytes": nbytes} | _times(us, nbytes, bandwidth)
@@ -147,7 +128,7 @@ class KernelBench:
 
     def _flushes(self) -> Iterator[tuple[str, Flush]]:
         def ours(backend: Backend) -> Flush:
-            page_B1 = jnp.arange(self._plan.slots, dtype=jnp.int32)[:, None]  # one page holds all of a slot's rows
+            page_B1 = jnp.arange(self._options.slots, dtype=jnp.int32)[:, None]  # one page holds all of a slot's rows
             return lambda cache, new, position: cache_flush(
                 cache, new, position, page_B1, mesh=self._mesh, backend=backend
             )

@@ -9,11 +9,11 @@
 import asyncio
 import statistics
 import time
-from dataclasses import asdict, dataclass
 from typing import Any
 
 import grpc
 
+from ..engine_impl.loading import load_engine
 from ..protos import orchestrator_pb2 as pb
 from ..protos.orchestrator_pb2_grpc import OrchestratorStub
 from ..server.config import ServerConfig
@@ -28,6 +28,8 @@ from .load.workload import Ask, arrivals, lengths, make_requests
 from .measure import machine
 from .measure.stats import percentile
 from .measure.table import Progress, table
+from .options.flags import facts
+from .options.overload import OverloadOptions
 
 CALL_S = 600.0
 REUSES = 10
@@ -37,49 +39,39 @@ LATENCIES = {"ttft_ms": "TTFT ms p50 / p99", "tpot_ms": "TPOT ms p50 / p99", "e2
 """Properties of a Record, and the table's headers."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class OverloadPlan:
-    """What is asked; see the flags of `slipstream bench overload`."""
-
-    prompt_tokens: int
-    answer_tokens: int
-    requests: int
-    factor: float
-    max_queued: int
-    steps: int
-    pairs: int
-    ids: tuple[int, int]
-    seed: int
-
-
-def run(engine: Any, params: Any, plan: OverloadPlan) -> dict[str, Any]:
+def run(options: OverloadOptions) -> dict[str, Any]:
     """All three. Raises FailedError when a sound request is not answered."""
+    engine, params = load_engine(options.engine)
     load_average, progress = machine.warn_if_busy(), Progress()
-    config = ServerConfig(port=0, grace_s=0, max_queued=plan.max_queued, probe_interval_s=0)
+    config = ServerConfig(port=0, grace_s=0, max_queued=options.max_queued, probe_interval_s=0)
     with hosted(engine, params, config) as serving:
         progress.show("cost ...")
-        cost = measure_cost(engine, params, serving, plan)
+        cost = measure_cost(engine, params, serving, options)
         progress.show("overload ...")
-        overload = asyncio.run(measure_overload(serving, plan, engine.max_concurrent_decodes))
+        overload = asyncio.run(measure_overload(serving, options, engine.max_concurrent_decodes))
         progress.show("reuse ...")
-        reuse = asyncio.run(measure_reuse(serving, plan, engine.max_concurrent_decodes))
+        reuse = asyncio.run(measure_reuse(serving, options, engine.max_concurrent_decodes))
     progress.clear()
     result = {"slots": engine.max_concurrent_decodes, "cost": cost, "overload": overload, "reuse": reuse}
-    print(_summary(result, plan))
+    print(_summary(result, options))
     where = machine.describe(machine.use_threads(None)) | {"load_average": load_average}
-    return {"model": engine.model_name, "cache_length": engine.cache_length, "plan": asdict(plan)} | result | where
+    return (
+        {"model": engine.model_name, "cache_length": engine.cache_length, "plan": facts(options) | {"ids": options.ids}}
+        | result
+        | where
+    )
 
 
-def measure_cost(engine: Any, params: Any, serving: Serving, plan: OverloadPlan) -> dict[str, Any]:
+def measure_cost(engine: Any, params: Any, serving: Serving, options: OverloadOptions) -> dict[str, Any]:
     """Decode alone: no prefill is timed on either side."""
-    (ask,) = _asks(plan, 1)
+    (ask,) = _asks(options, 1)
     bare = EngineStepper(engine, params)
     slots, bare_speeds, served_speeds = engine.max_concurrent_decodes, [], []
-    for _ in range(plan.pairs):
+    for _ in range(options.pairs):
         bare.fill([ask.prompt_ids] * slots)
         bare.block(2)
-        bare_speeds.append(slots * 1000 / statistics.fmean(bare.block(plan.steps).step_ms))
-        served_speeds.append(asyncio.run(_served_speed(serving, ask, slots, plan.steps)))
+        bare_speeds.append(slots * 1000 / statistics.fmean(bare.block(options.steps).step_ms))
+        served_speeds.append(asyncio.run(_served_speed(serving, ask, slots, options.steps)))
     ratios = [served / alone for served, alone in zip(served_speeds, bare_speeds, strict=True)]
     return {
         "bare_tokens_per_second": round(statistics.median(bare_speeds), 1),
@@ -105,13 +97,13 @@ async def _served_speed(serving: Serving, ask: Ask, slots: int, steps: int) -> f
     return sum(tokens for times in heard for at, tokens in times if begin < at <= end) / (end - begin)
 
 
-async def measure_overload(serving: Serving, plan: OverloadPlan, slots: int) -> dict[str, Any]:
+async def measure_overload(serving: Serving, options: OverloadOptions, slots: int) -> dict[str, Any]:
     """First as many at once as there are slots, which gives the rate; then `factor` times that rate."""
-    asks = _asks(plan, plan.requests)
+    asks = _asks(options, options.requests)
     async with GrpcCaller(serving.address, CALL_S) as caller:
         usual = await closed(caller, asks, slots, lambda record: None)
         rate = len(usual) / _seconds(usual)
-        due = arrivals(len(asks), plan.factor * rate, burst_size=1, seed=plan.seed)
+        due = arrivals(len(asks), options.factor * rate, burst_size=1, seed=options.seed)
         over = await opened(caller, asks, due, lambda record: None)
     failed = [record.detail for record in [*usual, *over] if record.status == "failed"]
     if failed:
@@ -119,7 +111,7 @@ async def measure_overload(serving: Serving, plan: OverloadPlan, slots: int) -> 
     refused = [record.e2e_ms for record in over if record.status == "rejected"]
     return {
         "answerable_requests_per_second": round(rate, 2),
-        "offered_requests_per_second": round(plan.factor * rate, 2),
+        "offered_requests_per_second": round(options.factor * rate, 2),
         "usual": _answered(usual),
         "over": _answered(over),
         "refused": len(refused),
@@ -127,11 +119,11 @@ async def measure_overload(serving: Serving, plan: OverloadPlan, slots: int) -> 
     }
 
 
-async def measure_reuse(serving: Serving, plan: OverloadPlan, slots: int) -> dict[str, Any]:
+async def measure_reuse(serving: Serving, options: OverloadOptions, slots: int) -> dict[str, Any]:
     """Every slot is taken and one request waits; a caller of the others leaves."""
-    (ask,) = _asks(plan, 1)
+    (ask,) = _asks(options, 1)
     content = pb.DecodeRequest.TokenContent(token_ids=ask.prompt_ids)
-    long = pb.DecodeRequest(token_content=content, max_tokens=plan.steps + 2 * slots, ignore_eos=True)
+    long = pb.DecodeRequest(token_content=content, max_tokens=options.steps + 2 * slots, ignore_eos=True)
     steps = []
     async with grpc.aio.insecure_channel(serving.address) as channel:
         stub = OrchestratorStub(channel)
@@ -153,9 +145,9 @@ async def measure_reuse(serving: Serving, plan: OverloadPlan, slots: int) -> dic
     return {"steps_p50": statistics.median(steps), "steps_max": max(steps)}
 
 
-def _asks(plan: OverloadPlan, count: int) -> list[Ask]:
-    prompt, answer = (lengths(f"fixed:{n}", 0) for n in (plan.prompt_tokens, plan.answer_tokens))
-    return make_requests(count, prompt, answer, ids=plan.ids, max_length=None, seed=plan.seed)
+def _asks(options: OverloadOptions, count: int) -> list[Ask]:
+    prompt, answer = (lengths(f"fixed:{n}", 0) for n in (options.prompt_tokens, options.answer_tokens))
+    return make_requests(count, prompt, answer, ids=options.ids, max_length=None, seed=options.seed)
 
 
 def _seconds(records: list[Record]) -> float:
@@ -178,7 +170,7 @@ def _rounded(value: float | None) -> float | None:
     return None if value is None else round(value, 2)
 
 
-def _summary(result: dict[str, Any], plan: OverloadPlan) -> str:
+def _summary(result: dict[str, Any], options: OverloadOptions) -> str:
     cost, overload, reuse = result["cost"], result["overload"], result["reuse"]
     refused = overload["refused_ms"]
     rows = [
@@ -186,7 +178,7 @@ def _summary(result: dict[str, Any], plan: OverloadPlan) -> str:
         for name, load, row, refusals in (
             ("usual", overload["answerable_requests_per_second"], overload["usual"], 0),
             (
-                f"{plan.factor:g} times that",
+                f"{options.factor:g} times that",
                 overload["offered_requests_per_second"],
                 overload["over"],
                 overload["refused"],
@@ -195,7 +187,8 @@ def _summary(result: dict[str, Any], plan: OverloadPlan) -> str:
     ]
     return "\n".join(
         [
-            f"{result['slots']} slots, prompts of {plan.prompt_tokens} tokens, answers of up to {plan.answer_tokens}",
+            f"{result['slots']} slots, prompts of {options.prompt_tokens} tokens, answers of up to "
+            f"{options.answer_tokens}",
             f"over gRPC {cost['served_tokens_per_second']} tokens/s, the bare engine "
             f"{cost['bare_tokens_per_second']}: {cost['ratio_p50']} (pairs {cost['ratio_pairs']})",
             "",

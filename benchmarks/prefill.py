@@ -5,12 +5,11 @@ in the server; what the padding costs is in the time and not in the operations c
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from dataclasses import asdict
+from typing import Any
 
 import numpy as np
 
-from ..engine_impl.config import EngineConfig
 from ..engine_impl.errors import RefusedError
 from .baselines.prefillers import EnginePrefiller, Prefiller, TransformersPrefiller, in_turns, timed
 from .measure import machine
@@ -19,70 +18,30 @@ from .measure.models import Loaded, load
 from .measure.stats import Ratio
 from .measure.table import Progress, table
 from .measure.traffic import stored_as
+from .measure.verdict import UNEQUAL_TOKENS, has_unequal_tokens
+from .options.prefill import PrefillOptions, PrefillPoint
 
 
-@dataclass(frozen=True, kw_only=True)
-class PrefillPoint:
-    """What one row of the table measures."""
-
-    prompt_tokens: int
-    dtype: Literal["auto", "float32", "bfloat16"]
-    quantize_weights: Literal["auto", "none", "int8", "int4"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class PrefillPlan:
-    """What all points share; see the flags of `slipstream bench prefill`."""
-
-    model: str
-    cache_length: int
-    platform: Literal["auto", "cpu", "tpu", "cuda"]
-    tensor_parallel: int | None
-    versus: Literal["none", "transformers"]
-    repeats: int
-    """prompts of a block"""
-    pairs: int
-    """blocks"""
-    threads: int | None
-
-    def engine_config(self, point: PrefillPoint) -> EngineConfig:
-        """Raises RefusedError for a cache length that cannot be."""
-        return EngineConfig(
-            model=self.model,
-            slots=1,
-            cache_length=self.cache_length,
-            dtype=point.dtype,
-            platform=self.platform,
-            tensor_parallel=self.tensor_parallel,
-            quantize_weights=point.quantize_weights,
-        )
-
-
-def run(plan: PrefillPlan, points: Sequence[PrefillPoint]) -> dict[str, Any]:
+def run(options: PrefillOptions) -> dict[str, Any]:
     """Measure every point. One point gives one flat object, several give {"sweep": [one object each]}."""
-    load_average, threads = machine.warn_if_busy(), machine.use_threads(plan.threads)
-    results = [result | {"load_average": load_average} for result in _results(plan, points, threads)]
+    load_average, threads = machine.warn_if_busy(), machine.use_threads(options.threads)
+    results = [result | {"load_average": load_average} for result in _results(options, threads)]
     print(summary(results))
     return results[0] if len(results) == 1 else {"sweep": results}
 
 
-def has_unequal_tokens(result: dict[str, Any]) -> bool:
-    """Whether the baseline computed something else than we did: then its ratio compares nothing."""
-    return any(row.get("equal_tokens") is False for row in result.get("sweep", [result]))
-
-
-def _results(plan: PrefillPlan, points: Sequence[PrefillPoint], threads: int) -> Iterator[dict[str, Any]]:
+def _results(options: PrefillOptions, threads: int) -> Iterator[dict[str, Any]]:
     """Points that differ in their length alone share an engine."""
     progress = Progress()
     bench: PrefillBench | None = None
     loaded_for = None
-    for point in points:
+    for point in options.points:
         if loaded_for != (key := (point.dtype, point.quantize_weights)):
-            progress.show(f"{plan.model}: loading for {key} ...")
+            progress.show(f"{options.model}: loading for {key} ...")
             bench = None  # its memory goes first
-            bench, loaded_for = PrefillBench(plan, point), key
+            bench, loaded_for = PrefillBench(options, point), key
         assert bench is not None
-        progress.show(f"{plan.model}: {point.prompt_tokens} tokens ...")
+        progress.show(f"{options.model}: {point.prompt_tokens} tokens ...")
         result = bench.measure(point) | machine.describe(threads)
         progress.clear()
         yield result
@@ -91,26 +50,26 @@ def _results(plan: PrefillPlan, points: Sequence[PrefillPoint], threads: int) ->
 class PrefillBench:
     """A loaded model with its baseline, for prompts of any length."""
 
-    def __init__(self, plan: PrefillPlan, point: PrefillPoint) -> None:
-        self._plan, self._loaded = plan, load(plan.engine_config(point))
+    def __init__(self, options: PrefillOptions, point: PrefillPoint) -> None:
+        self._options, self._loaded = options, load(options.config(point))
         self._engine = self._loaded.engine
         self._prefillers: list[Prefiller] = [EnginePrefiller(self._engine, self._loaded.params)]
-        if plan.versus != "none":
+        if options.versus != "none":
             self._prefillers.append(baseline(self._loaded))
         self._device = self._engine.mesh.devices.flat[0]
         self._matmul_flops = matmul_flops(self._device, self._engine.layout.dtype)
 
     def measure(self, point: PrefillPoint) -> dict[str, Any]:
         """All that the table and the JSON say of a point, but for the machine."""
-        count = self._plan.pairs * self._plan.repeats
+        count = self._options.pairs * self._options.repeats
         prompts = np.random.default_rng(0).integers(0, self._engine.vocab_size, (count, point.prompt_tokens)).tolist()
         with machine.compiling_anew():
             first_ms = [timed(prefiller, prompts[:1]).ms[0] for prefiller in self._prefillers]
-        blocks = in_turns(self._prefillers, prompts, pairs=self._plan.pairs)
+        blocks = in_turns(self._prefillers, prompts, pairs=self._options.pairs)
         ms = [ms for block in blocks[0] for ms in block.ms]
         p50 = float(np.median(ms))
         result = (
-            {"model": self._plan.model, **asdict(point)}
+            {"model": self._options.model, **asdict(point)}
             | {
                 "dtype": self._engine.layout.dtype.name,
                 "quantize_weights": stored_as(self._engine),
@@ -125,14 +84,14 @@ class PrefillBench:
             }
             | self._rates(prefill_flops(self._loaded.checkpoint.config, point.prompt_tokens), p50 / 1000)
         )
-        if self._plan.versus == "none":
+        if self._options.versus == "none":
             return result
         ours, theirs = blocks
         return (
             result
             | Ratio.of([block.ms for block in ours], [block.ms for block in theirs]).json()
             | {
-                "versus": self._plan.versus,
+                "versus": self._options.versus,
                 "baseline_prefill_ms_p50": round(float(np.median([ms for block in theirs for ms in block.ms])), 4),
                 "equal_tokens": [block.tokens for block in ours] == [block.tokens for block in theirs],
             }
@@ -187,8 +146,5 @@ def summary(results: Sequence[dict[str, Any]]) -> str:
     rows = [[(r | {"flops": r["flops"] / 1e9})[key] for key in columns] for r in results]
     lines = [head, table(list(columns.values()), rows)]
     if any(has_unequal_tokens(result) for result in results):
-        lines.append(
-            "UNEQUAL TOKENS: where it says so, the baseline computes something else, and its ratio compares nothing "
-            "(bfloat16 differs by rounding alone: see whether float32 is equal)"
-        )
+        lines.append(UNEQUAL_TOKENS)
     return "\n".join(lines)

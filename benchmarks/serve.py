@@ -9,33 +9,24 @@ import asyncio
 import sys
 import time
 from contextlib import AsyncExitStack
-from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
-from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
-from ..engine_impl.errors import RefusedError
 from ..server.errors import FailedError
-from ..server.grpc.channel import PLAIN, ChannelConfig
 from .load.caller import Caller, Record
 from .load.grpc_caller import GrpcCaller
 from .load.http_caller import HttpCaller
 from .load.loops import closed, opened
 from .load.report import Slo, report
-from .load.workload import OUTPUT, PROMPT, Ask, arrivals, id_range, lengths, make_requests
+from .load.workload import OUTPUT, PROMPT, Ask, arrivals, lengths, make_requests
 from .measure.machine import cpu_name, version, warn_if_busy
 from .measure.stats import Ratio
 from .measure.table import Progress, table
+from .options.flags import id_range
+from .options.serve import ServeOptions, Side
 
 CLIENT_BUSY = 0.9
 """Beyond this share of a core the client may be what is measured."""
-
-
-class Side(NamedTuple):
-    """A server under load."""
-
-    target: str
-    model: str | None
 
 
 class Block(NamedTuple):
@@ -47,91 +38,56 @@ class Block(NamedTuple):
     """of one core, warm-up included"""
 
 
-@dataclass(frozen=True, kw_only=True)
-class ServePlan:
-    """What is asked; see the flags of `slipstream bench serve`."""
-
-    target: str
-    pattern: Literal["closed", "poisson", "bursts"]
-    requests: int
-    warm_up: int
-    burst_size: int
-    prompt_lengths: str
-    output_lengths: str
-    token_ids: str
-    max_length: int | None
-    seed: int
-    slo_ms: dict[str, float | None]
-    timeout_s: float
-    ignore_eos: bool = False
-    model: str | None = None
-    versus_target: str | None = None
-    versus_model: str | None = None
-    pairs: int = 1
-    """blocks of each load"""
-    channel: ChannelConfig = PLAIN
-
-    @property
-    def sides(self) -> list[Side]:
-        """One or two."""
-        sides = [Side(self.target, self.model)]
-        return sides if self.versus_target is None else [*sides, Side(self.versus_target, self.versus_model)]
-
-
-def run(plan: ServePlan, loads: list[float], plot: Path | None) -> dict[str, Any]:
-    """Each load in turn: {"loads": [one object each], ...the plan}.
+def run(options: ServeOptions) -> dict[str, Any]:
+    """Each load in turn: {"loads": [one object each], ...the flags}.
 
     Raises RefusedError for lengths that cannot be read, UnavailableError when nobody answers, FailedError when no
     request of a load was answered.
     """
-    if plot is not None:
+    if options.plot is not None:
         from .measure.plot import check_plot
 
-        check_plot(plot)
+        check_plot(options.plot)
     asks = make_requests(
-        plan.warm_up + plan.requests,
-        lengths(plan.prompt_lengths, PROMPT),
-        lengths(plan.output_lengths, OUTPUT),
-        ids=id_range(plan.token_ids),
-        max_length=plan.max_length,
-        seed=plan.seed,
+        options.warm_up + options.requests,
+        lengths(options.prompt_lengths, PROMPT),
+        lengths(options.output_lengths, OUTPUT),
+        ids=id_range(options.token_ids),
+        max_length=options.max_length,
+        seed=options.seed,
     )
-    if plan.max_length is not None and plan.max_length < 2:
-        raise RefusedError(f"max_length={plan.max_length} must be at least 2: one token of prompt, one of answer")
     client = {
         "cpu": cpu_name(),
         "load_average": warn_if_busy(),
         "slipstream-llm": version("slipstream-llm"),
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),
     }
-    results = [asyncio.run(run_load(plan, asks, load)) for load in loads]
-    print(summary(plan, results))
-    if plot is not None:
+    results = [asyncio.run(run_load(options, asks, load)) for load in options.loads]
+    print(summary(options, results))
+    if options.plot is not None:
         from .measure.plot import plot_loads
 
-        plot_loads(plot, plan.pattern, results)
-    facts = asdict(plan)
-    facts.pop("channel")  # paths on the caller's machine
-    return facts | {"client": client, "loads": results}
+        plot_loads(options.plot, options.pattern, results)
+    return options.facts() | {"client": client, "loads": results}
 
 
-def caller_of(plan: ServePlan, side: Side) -> Caller:
+def caller_of(options: ServeOptions, side: Side) -> Caller:
     """By the target's scheme: HTTP where it has one, else gRPC. Raises RefusedError for files that cannot be used."""
-    common = {"timeout_s": plan.timeout_s, "security": plan.channel, "ignore_eos": plan.ignore_eos}
+    common = {"timeout_s": options.timeout_s, "security": options.channel, "ignore_eos": options.ignore_eos}
     if "://" in side.target:
         return HttpCaller(side.target, **common, model=side.model)
     return GrpcCaller(side.target, **common)
 
 
-async def run_load(plan: ServePlan, asks: list[Ask], load: float) -> dict[str, Any]:
+async def run_load(options: ServeOptions, asks: list[Ask], load: float) -> dict[str, Any]:
     """The first side's numbers, and with a second one its numbers and the ratios, pair by pair."""
-    blocks: list[list[Block]] = [[] for _ in plan.sides]
+    blocks: list[list[Block]] = [[] for _ in options.sides]
     async with AsyncExitStack() as stack:
-        callers = [await stack.enter_async_context(caller_of(plan, side)) for side in plan.sides]
-        for _ in range(plan.pairs):
-            for side, caller, its_blocks in zip(plan.sides, callers, blocks, strict=True):
-                its_blocks.append(await run_block(plan, side, caller, asks, load))
-    slo = Slo(**{f"{name}_ms": limit for name, limit in plan.slo_ms.items()})
+        callers = [await stack.enter_async_context(caller_of(options, side)) for side in options.sides]
+        for _ in range(options.blocks):
+            for side, caller, its_blocks in zip(options.sides, callers, blocks, strict=True):
+                its_blocks.append(await run_block(options, side, caller, asks, load))
+    slo = Slo(**{f"{name}_ms": limit for name, limit in options.slo_ms.items()})
     rows = [numbers_of(its_blocks, slo) for its_blocks in blocks]
     if (share := max(row["client_cpu_share"] for row in rows)) > CLIENT_BUSY:
         print(
@@ -152,7 +108,7 @@ def numbers_of(blocks: list[Block], slo: Slo) -> dict[str, Any]:
     return numbers | {"client_cpu_share": round(max(block.client_cpu_share for block in blocks), 4)}
 
 
-async def run_block(plan: ServePlan, side: Side, caller: Caller, asks: list[Ask], load: float) -> Block:
+async def run_block(options: ServeOptions, side: Side, caller: Caller, asks: list[Ask], load: float) -> Block:
     """Raises FailedError when nothing can be said of it."""
     progress, done = Progress(), []
 
@@ -164,15 +120,15 @@ async def run_block(plan: ServePlan, side: Side, caller: Caller, asks: list[Ask]
         progress.bar(len(done), len(asks), text)
 
     start, cpu = time.perf_counter(), time.process_time()
-    if plan.pattern == "closed":
+    if options.pattern == "closed":
         records = await closed(caller, asks, int(load), on_done)
     else:
-        burst_size = plan.burst_size if plan.pattern == "bursts" else 1
-        due = arrivals(len(asks), load, burst_size=burst_size, seed=plan.seed)
+        burst_size = options.burst_size if options.pattern == "bursts" else 1
+        due = arrivals(len(asks), load, burst_size=burst_size, seed=options.seed)
         records = await opened(caller, asks, due, on_done)
     share = (time.process_time() - cpu) / (time.perf_counter() - start)
     progress.clear()
-    counted = records[plan.warm_up :]
+    counted = records[options.warm_up :]
     if all(record.status == "failed" for record in counted):
         raise FailedError(
             f"{side.target}: none of {len(counted)} requests was answered; the first: {counted[0].detail}"
@@ -195,23 +151,23 @@ def ratios(ours: list[Block], theirs: list[Block]) -> dict[str, Any]:
     return {"tokens_per_second_ratio": speed.json(), "ttft_p50_ratio": ttft.json()}
 
 
-def summary(plan: ServePlan, results: list[dict[str, Any]]) -> str:
+def summary(options: ServeOptions, results: list[dict[str, Any]]) -> str:
     """The results as tables; latencies are p50 / p90 / p99."""
-    unit = "in flight" if plan.pattern == "closed" else "requests/s"
+    unit = "in flight" if options.pattern == "closed" else "requests/s"
     headers = [unit, "done", "rejected", "failed", "tokens/s", "goodput/s", "TTFT ms", "TPOT ms", "ITL ms", "e2e ms"]
-    head = f"{plan.target}: {plan.pattern}, {plan.requests} requests a load, {plan.warm_up} more to warm up"
-    head += f", prompts {plan.prompt_lengths}, answers {plan.output_lengths}; latencies p50 / p90 / p99"
+    head = f"{options.target}: {options.pattern}, {options.requests} requests a load, {options.warm_up} more to warm up"
+    head += f", prompts {options.prompt_lengths}, answers {options.output_lengths}; latencies p50 / p90 / p99"
     text = f"{head}\n{table(headers, [_cells(result['load'], result) for result in results])}"
-    if plan.versus_target is None:
+    if options.versus_target is None:
         return text
     names = ("tokens_per_second_ratio", "ttft_p50_ratio")
     rows = [[result["load"], *(_ratio(result[name]) for name in names)] for result in results]
     return "\n".join(
         [
             text,
-            f"{plan.versus_target}: the same in turns, {plan.pairs} blocks each",
+            f"{options.versus_target}: the same in turns, {options.blocks} blocks each",
             table(headers, [_cells(result["load"], result["versus"]) for result in results]),
-            f"{plan.target} against it, pair by pair, p50 (min-max); above 1 it is better",
+            f"{options.target} against it, pair by pair, p50 (min-max); above 1 it is better",
             table([unit, "tokens/s", "TTFT p50"], rows),
         ]
     )

@@ -12,21 +12,24 @@ import os
 import random
 import time
 from collections import Counter
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import grpc
 
+from ..engine_impl.loading import load_engine
 from ..protos import orchestrator_pb2 as pb
 from ..protos.orchestrator_pb2_grpc import OrchestratorStub
 from ..server.errors import FailedError
 from ..server.grpc.service import RETRY_AFTER
 from ..server.lifecycle import Serving
 from ..server.observe.metrics import Outcome
-from .load.hosted import metric
+from .load.hosted import hosted, metric
 from .measure import machine
 from .measure.table import Progress, table
+from .options.flags import facts
+from .options.soak import SoakOptions
 
 EOF: Any = grpc.aio.EOF  # pyright: ignore[reportAttributeAccessIssue]
 OK, FULL = grpc.StatusCode.OK, grpc.StatusCode.RESOURCE_EXHAUSTED
@@ -49,20 +52,6 @@ BACKOFF_S = (0.05, 5.0)
 LATE_MS = (1, 200)
 MAX_GROWTH = {"memory_mib": 64.0, "threads": 4.0, "files": 8.0}
 """What may come on top between the first third and the end: a few late pool threads, an allocator's arenas."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class SoakPlan:
-    """What is asked; see the flags of `slipstream bench soak`."""
-
-    requests: int
-    in_flight: int
-    max_seconds: float
-    prompts: int
-    prompt_tokens: int
-    answer_tokens: int
-    ids: tuple[int, int]
-    seed: int
 
 
 @dataclass
@@ -88,35 +77,41 @@ class Tally:
     tokens: int = 0
 
 
-def run(serving: Serving, plan: SoakPlan) -> dict[str, Any]:
+def run(options: SoakOptions) -> dict[str, Any]:
+    """Of a server in this process. Raises as load_engine and measure do."""
+    with hosted(*load_engine(options.engine), options.server) as serving:
+        return measure(serving, options)
+
+
+def measure(serving: Serving, options: SoakOptions) -> dict[str, Any]:
     """The numbers; `faults` is empty if all is well. Raises FailedError when the server answers nothing at all."""
-    return asyncio.run(_run(serving, plan))
+    return asyncio.run(_measure(serving, options))
 
 
-async def _run(serving: Serving, plan: SoakPlan) -> dict[str, Any]:
+async def _measure(serving: Serving, options: SoakOptions) -> dict[str, Any]:
     progress = Progress()
     async with grpc.aio.insecure_channel(serving.address) as channel:
-        soak = Soak(serving, plan, channel)
+        soak = Soak(serving, options, channel)
         await soak.learn()
         before, start = _outcomes(serving), time.perf_counter()
-        numbers = iter(range(plan.requests))
+        numbers = iter(range(options.requests))
 
         async def work(until: int) -> None:
-            while time.perf_counter() - start < plan.max_seconds:
+            while time.perf_counter() - start < options.max_seconds:
                 if (number := next(numbers, None)) is None:
                     return
                 await soak.one(number)
-                progress.bar(number + 1, plan.requests, f"{len(soak.tally.faults)} faults")
+                progress.bar(number + 1, options.requests, f"{len(soak.tally.faults)} faults")
                 if number >= until:
                     return
 
         async def batch(until: int) -> dict[str, float]:
-            await asyncio.gather(*(work(until) for _ in range(plan.in_flight)))
+            await asyncio.gather(*(work(until) for _ in range(options.in_flight)))
             await soak.quiet()
             return footprint()
 
-        first = await batch(plan.requests // 3)
-        last = await batch(plan.requests)
+        first = await batch(options.requests // 3)
+        last = await batch(options.requests)
         progress.clear()
         seconds = time.perf_counter() - start
         await soak.check_after(before)
@@ -136,18 +131,19 @@ async def _run(serving: Serving, plan: SoakPlan) -> dict[str, Any]:
         "faults": tally.faults,
     }
     print(_summary(result))
-    return {"plan": asdict(plan)} | result | machine.describe(machine.use_threads(None))
+    return {"plan": facts(options) | {"ids": options.ids}} | result | machine.describe(machine.use_threads(None))
 
 
 class Soak:
     """The requests of one run against one server."""
 
-    def __init__(self, serving: Serving, plan: SoakPlan, channel: grpc.aio.Channel) -> None:
-        self._serving, self._plan = serving, plan
+    def __init__(self, serving: Serving, options: SoakOptions, channel: grpc.aio.Channel) -> None:
+        self._serving, self._options = serving, options
         self._stub = OrchestratorStub(channel)
-        draw = random.Random(plan.seed)
+        draw = random.Random(options.seed)
         self._prompts = [
-            [draw.randrange(*plan.ids) for _ in range(draw.randint(1, plan.prompt_tokens))] for _ in range(plan.prompts)
+            [draw.randrange(*options.ids) for _ in range(draw.randint(1, options.prompt_tokens))]
+            for _ in range(options.prompts)
         ]
         self._most_samples = 2 if metric(serving, "slots") > 1 else 1
         self._answers: list[list[list[int]]] = []  # by prompt, by sample
@@ -156,7 +152,7 @@ class Soak:
     async def learn(self) -> None:
         """Every prompt's whole answer, alone on the server."""
         for prompt in self._prompts:
-            request = _request(prompt, self._plan.answer_tokens, self._most_samples)
+            request = _request(prompt, self._options.answer_tokens, self._most_samples)
             heard = await self._listen(self._stub.Decode(request, timeout=CALL_S), self._most_samples)
             if heard.code is not OK:
                 raise FailedError(f"the server answers {heard.code} to a sound request")
@@ -164,7 +160,7 @@ class Soak:
 
     async def one(self, number: int) -> None:
         """One request of a random kind, from its sending to its end."""
-        draw = random.Random(f"{self._plan.seed} {number}")
+        draw = random.Random(f"{self._options.seed} {number}")
         kind = draw.choices(list(KINDS), [share for share, _ in KINDS.values()])[0]
         if kind == "senseless":
             heard = await self._senseless(draw)
@@ -179,7 +175,7 @@ class Soak:
 
     async def _sound(self, kind: str, draw: random.Random) -> Heard:
         index = draw.randrange(len(self._prompts))
-        max_tokens = draw.randint(1, self._plan.answer_tokens)
+        max_tokens = draw.randint(1, self._options.answer_tokens)
         samples = self._most_samples if draw.random() < 0.1 else 1
         request = _request(self._prompts[index], max_tokens, samples)
         leave_after = draw.randint(0, 4) if kind in ("cancelled", "cut off") else None

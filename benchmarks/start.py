@@ -9,25 +9,23 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import tempfile
 import threading
 import time
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from ..engine_impl.checkpoints.embedded import home
 from ..engine_impl.checkpoints.open import open_checkpoint
-from ..engine_impl.config import EngineConfig
 from ..engine_impl.loading import choose_devices
-from ..server.child import flags
+from ..engine_impl.runtime.timeline import STAGES
+from ..server.child import CLI, flags
 from ..server.errors import FailedError
 from .measure import machine
 from .measure.table import Progress, table
-from .stages import Notes, seconds
+from .options.start import StartOptions
 
 GOAL_S = 10.0
 """A warm `generate` on a CPU shows its first token within this (seconds)."""
@@ -35,25 +33,6 @@ WAITED_FOR = {"generate": '{"model"', "serve": "SERVING on "}
 """How the line begins that ends the wait: `generate --max-tokens 1` prints its one token, `serve` its address."""
 STOP_S = 60.0
 """How long a process may take to end after that (seconds)."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class StartPlan:
-    """What is asked; see the flags of `slipstream bench start`."""
-
-    command: Literal["generate", "serve"]
-    engine: EngineConfig
-    prompt: str
-    runs: int
-    timeout_s: float
-
-    @property
-    def words(self) -> list[str]:
-        """The command line, without the program's name."""
-        size = flags(self.engine)
-        if self.command == "serve":
-            return ["serve", "--port", "0", *size]
-        return ["generate", *size, "--prompt", self.prompt, "--max-tokens", "1", "--json"]
 
 
 class Start(NamedTuple):
@@ -65,27 +44,27 @@ class Start(NamedTuple):
     programs_found: int
 
 
-def run(plan: StartPlan) -> dict[str, Any]:
+def run(options: StartOptions) -> dict[str, Any]:
     """{"cold": numbers, "warm": numbers, ...}. Raises RefusedError for a model that is not there, FailedError when the
     command fails or takes longer than it may."""
     load_average = machine.warn_if_busy()
-    open_checkpoint(plan.engine.model)  # fetched, if need be, by nobody's clock
+    open_checkpoint(options.engine.model)  # fetched, if need be, by nobody's clock
     starts: dict[str, list[Start]] = {"cold": [], "warm": []}
     progress = Progress()
-    for _ in range(plan.runs):
+    for _ in range(options.runs):
         with tempfile.TemporaryDirectory(prefix="slipstream-start-") as name:
             folder = Path(name)
             home().mkdir(parents=True, exist_ok=True)
             (folder / "models").symlink_to(home().absolute() / "models")
             for state, its_starts in starts.items():
-                progress.bar(sum(map(len, starts.values())), 2 * plan.runs, f"{plan.command}, {state}")
-                its_starts.append(measure(plan, folder))
+                progress.bar(sum(map(len, starts.values())), 2 * options.runs, f"{options.command}, {state}")
+                its_starts.append(measure(options, folder))
     progress.clear()
-    choose_devices(plan.engine.platform)  # for their names; not sooner, or a TPU would be taken
+    choose_devices(options.engine.platform)  # for their names; not sooner, or a TPU would be taken
     warm = float(np.median([start.seconds for start in starts["warm"]]))
-    has_goal = plan.command == "generate" and plan.engine.model == "embedded"
+    has_goal = options.command == "generate" and options.engine.model == "embedded"
     result = (
-        {"command": plan.command, "words": plan.words, "runs": plan.runs}
+        {"command": options.command, "words": words(options), "runs": options.runs}
         | {state: summary(its_starts) for state, its_starts in starts.items()}
         | {"goal_seconds": GOAL_S if has_goal else None, "goal_met": warm <= GOAL_S if has_goal else None}
         | machine.describe(len(os.sched_getaffinity(0)))
@@ -95,48 +74,74 @@ def run(plan: StartPlan) -> dict[str, Any]:
     return result
 
 
-def measure(plan: StartPlan, folder: Path) -> Start:
+def words(options: StartOptions) -> list[str]:
+    """The command line, without the program's name. It tells its own start-up: in its log, or in its JSON."""
+    size = flags(options.engine)
+    if options.command == "serve":
+        return ["serve", "--port", "0", "--log-format", "json", *size]
+    return ["generate", *size, "--prompt", options.prompt, "--max-tokens", "1", "--json"]
+
+
+def measure(options: StartOptions, folder: Path) -> Start:
     """One run, with `folder` as its home."""
-    notes_file = folder / "notes.json"
-    command = [sys.executable, "-m", "slipstream.benchmarks.stages", str(notes_file), *plan.words]
     environment = os.environ | {"SLIPSTREAM_HOME": str(folder)}
     with tempfile.TemporaryFile("w+") as log:
         began = time.monotonic()
         # A session of its own: Ctrl-C is ours to handle.
         process = subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=log, text=True, env=environment, start_new_session=True
+            [*CLI, *words(options)],
+            stdout=subprocess.PIPE,
+            stderr=log,
+            text=True,
+            env=environment,
+            start_new_session=True,
         )
         try:
-            ended = _wait_for(process, WAITED_FOR[plan.command], plan.timeout_s)
-            if ended is not None:
-                if plan.command == "serve":
+            found = _wait_for(process, WAITED_FOR[options.command], options.timeout_s)
+            if found is not None:
+                if options.command == "serve":
                     process.send_signal(signal.SIGTERM)
                 process.wait(STOP_S)
         finally:
             process.kill()
             process.wait()
             process.stdout.close()  # pyright: ignore[reportOptionalMemberAccess]
-        if ended is None or process.returncode:
-            log.seek(0)
-            said = log.read().strip().splitlines()[-5:]
-            raise FailedError(
-                f"`slipstream {' '.join(plan.words)}` ended with status {process.returncode} after "
-                f"{time.monotonic() - began:.0f} s: " + ("\n".join(said) or "it said nothing")
-            )
-    notes = Notes(**json.loads(notes_file.read_text()))
-    return Start(ended - began, seconds(notes, began, ended), notes.programs_compiled, notes.programs_found)
+        log.seek(0)
+        logged = log.read().strip().splitlines()
+    if found is None or process.returncode:
+        raise FailedError(
+            f"`slipstream {' '.join(words(options))}` ended with status {process.returncode} after "
+            f"{time.monotonic() - began:.0f} s: " + ("\n".join(logged[-5:]) or "it said nothing")
+        )
+    ended, line = found
+    told = logged_startup(logged) if options.command == "serve" else json.loads(line)["startup"]
+    return start_of(ended - began, told)
 
 
-def _wait_for(process: subprocess.Popen, line: str, timeout_s: float) -> float | None:
-    """When a line that begins so was there (seconds of time.monotonic()); None when the process ended without it, or
-    was ended because its time was up."""
+def logged_startup(lines: list[str]) -> dict[str, float]:
+    """Of a server's JSON log: the line that tells its start-up."""
+    logged = (json.loads(line) for line in lines if line.startswith("{"))
+    return next(record for record in logged if "programs_compiled" in record)
+
+
+def start_of(seconds: float, told: dict[str, float]) -> Start:
+    """What a process told, and our own clock around it: what it cannot see, its birth and its line's way to us, counts
+    as the rest."""
+    stages = {stage: told[f"{stage}_s"] for stage in STAGES}
+    stages["rest"] += seconds - sum(stages.values())
+    return Start(seconds, stages, int(told["programs_compiled"]), int(told["programs_found"]))
+
+
+def _wait_for(process: subprocess.Popen, line: str, timeout_s: float) -> tuple[float, str] | None:
+    """When a line that begins so was there (seconds of time.monotonic()), and the line; None when the process ended
+    without it, or was ended because its time was up."""
     assert process.stdout is not None
     timer = threading.Timer(timeout_s, process.kill)
     timer.start()
     try:
         for said in process.stdout:
             if said.startswith(line):
-                return time.monotonic()
+                return time.monotonic(), said
         process.wait(STOP_S)
         return None
     finally:

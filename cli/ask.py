@@ -7,15 +7,13 @@ from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
-from ..server.grpc.channel import PLAIN, ChannelConfig
+from ..server.grpc.channel import DEFAULT_TARGET, PLAIN, ChannelConfig
 from ..server.request.options import AnswerOptions
 from .show import print_growing
 
 if TYPE_CHECKING:
     from ..server.grpc.client import Client
     from ..server.request.answer import Answer
-
-DEFAULT_TARGET = "localhost:9000"
 
 
 @dataclass(frozen=True)

@@ -6,9 +6,8 @@ from typing import TYPE_CHECKING
 
 from ..engine_impl.errors import RefusedError
 from ..server.errors import UnavailableError
-from ..server.grpc.channel import PLAIN, ChannelConfig
+from ..server.grpc.channel import DEFAULT_TARGET, PLAIN, ChannelConfig
 from ..server.request.options import AnswerOptions
-from .ask import DEFAULT_TARGET
 
 if TYPE_CHECKING:
     from ..server.grpc.client import Client

@@ -10,6 +10,7 @@ import tyro
 
 from ..engine_impl.config import EngineConfig
 from ..engine_impl.errors import RefusedError
+from ..engine_impl.runtime import timeline
 from ..server.request.options import AnswerOptions, check_utf8
 from .show import print_growing
 
@@ -33,7 +34,8 @@ class Generate:
     raw: bool = False
     """Take the text as it is, without the model's chat template. Token ids always are."""
     as_json: Annotated[bool, tyro.conf.arg(name="json")] = False
-    """Print one JSON object as the last line of stdout: token ids, texts, finish reasons, times (ms)."""
+    """Print one JSON object as the last line of stdout: token ids, texts, finish reasons, times (ms), and what the
+    start was spent on (s)."""
 
     def run(self) -> int:
         prompts = self._prompts()  # refused before the slow load
@@ -91,7 +93,8 @@ def encode(tokenizer: "Tokenizer", prompt: Prompt, *, raw: bool) -> list[int]:
 
 
 def print_json(model: str, prompts: list[list[int]], growing: "Iterator[list[Answer]]") -> None:
-    """One line, when all are whole."""
-    *_, answers = growing
+    """One line, when all are whole. The start is over when the first token is there."""
+    first, startup = next(growing), timeline.THIS_PROCESS.startup()
+    *_, answers = first, *growing
     results = [{"prompt_token_ids": ids} | answer.as_json() for ids, answer in zip(prompts, answers, strict=True)]
-    print(json.dumps({"model": model, "results": results}), flush=True)
+    print(json.dumps({"model": model, "results": results, "startup": startup.as_json()}), flush=True)

@@ -6,12 +6,16 @@ parse() only parses, main() also runs. Nothing heavy is imported before a comman
 import contextlib
 import io
 import os
+import re
+import shutil
 import sys
+import textwrap
 from collections.abc import Sequence
 from types import NoneType
 from typing import Any, get_args
 
 import tyro
+from tyro import _strings
 
 from ..engine_impl.errors import RefusedError
 from ..server.errors import FailedError, QueueFullError, UnavailableError
@@ -46,9 +50,12 @@ def parse(argv: Sequence[str]) -> Command:
     """
     for number, word in enumerate(argv, start=1):
         check_utf8(word, f"argument {number}")
-    stderr = io.StringIO()
+    stdout, stderr = Held(), io.StringIO()
     try:
-        with contextlib.redirect_stderr(stderr), optional_flags():
+        with (
+            contextlib.redirect_stdout(stdout), contextlib.redirect_stderr(stderr),
+            optional_flags(), help_in_paragraphs(),
+        ):  # fmt: skip
             return tyro.extras.subcommand_cli_from_dict(
                 COMMANDS, args=argv, prog="slipstream", description="An LLM server for TPUs.", config=STYLE
             )
@@ -60,6 +67,7 @@ def parse(argv: Sequence[str]) -> Command:
                 raise error from None
             error = error.__context__
         sys.stderr.write(stderr.getvalue())
+        sys.stdout.write(wrapped(stdout.getvalue()))
         raise
 
 
@@ -113,6 +121,46 @@ def optional_flags():
 
     with registry:
         yield
+
+
+class Held(io.StringIO):
+    """Output kept back, written as for where it will go: boxes and colours as stdout can show them."""
+
+    @property
+    def encoding(self) -> str:
+        return getattr(sys.__stdout__, "encoding", None) or "utf-8"
+
+    def isatty(self) -> bool:
+        return sys.__stdout__ is not None and sys.__stdout__.isatty()
+
+
+@contextlib.contextmanager
+def help_in_paragraphs():
+    """Lets a docstring's lines run together in help. tyro itself keeps the break before every line that starts with
+    something else than a letter, and a field's docstring comes to it with its lines indented."""
+    theirs = _strings.remove_single_line_breaks
+    _strings.remove_single_line_breaks = joined
+    try:
+        yield
+    finally:
+        _strings.remove_single_line_breaks = theirs
+
+
+def joined(text: str) -> str:
+    """Each paragraph on one line; paragraphs are what blank lines part."""
+    return "\n\n".join(" ".join(paragraph.split()) for paragraph in re.split(r"\n\s*\n", text.strip()))
+
+
+def wrapped(text: str) -> str:
+    """A help text with the command's description, which stands above tyro's boxes, as wide as the terminal; any other
+    text as it is."""
+    usage, _, rest = text.partition("\n\n")
+    description, edge, boxes = rest.partition("\n\n╭" if "╭" in rest else "\n\n ")
+    if not edge:
+        return text
+    width = shutil.get_terminal_size().columns
+    lines = (textwrap.fill(line, width, break_on_hyphens=False) for line in description.split("\n"))
+    return "\n".join([usage, "", *lines]) + edge + boxes
 
 
 if __name__ == "__main__":

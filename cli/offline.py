@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from ..server.request.answer import Answer
 from ..server.request.options import AnswerOptions
 from ..server.request.request import Event, Limits, Request
-from ..server.scheduler.loop import Orchestrator
+from ..server.scheduler.orchestrator import Orchestrator
 
 if TYPE_CHECKING:
     from ..engine_impl.engine import Engine

@@ -10,7 +10,7 @@ whoever holds them hands them back unopened. Nothing heavy is imported here.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 
@@ -30,7 +30,7 @@ class DeviceArray(Protocol):
     def copy_to_host_async(self) -> None:
         """Starts the copy; returns at once."""
 
-    def __array__(self, dtype: np.dtype | None = None) -> np.ndarray:
+    def __array__(self) -> np.ndarray:
         """Waits for the device. Raises what went wrong there."""
         ...
 
@@ -189,3 +189,7 @@ class Engine(Protocol[ParamsT, PrefixT, StateT]):
     def free(self, decode_state: StateT, slot: int) -> StateT:
         """Empties a slot. The state is donated."""
         ...
+
+
+AnyEngine = Engine[Any, Any, Any]
+"""For those who hold no parameters and no state."""

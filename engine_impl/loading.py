@@ -19,7 +19,7 @@ from .errors import RefusedError
 from .forward import Params
 from .models import registry
 from .quantization.swap import resolved
-from .runtime import compilations
+from .runtime import compilations, timeline
 from .weights.sharding import make_mesh
 
 MEMORY_SHARES = ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION")
@@ -32,10 +32,11 @@ def load_engine(config: EngineConfig, devices: Sequence[Any] | None = None) -> t
     Raises RefusedError for a model that is missing or damaged, a platform without devices, or sizes that the model does
     not allow.
     """
-    devices = devices or choose_devices(config.platform)  # refused before a download
-    checkpoint = _open(config)
-    engine = build_engine(config, checkpoint, devices)
-    return engine, engine.load_params(checkpoint)
+    with timeline.THIS_PROCESS.loading():
+        devices = devices or choose_devices(config.platform)  # refused before a download
+        checkpoint = _open(config)
+        engine = build_engine(config, checkpoint, devices)
+        return engine, engine.load_params(checkpoint)
 
 
 def build_engine(
@@ -58,6 +59,7 @@ def build_engine(
             f"cache_length={config.cache_length} is beyond what {checkpoint.name} was trained for; "
             f"use at most {shape.context_length}"
         )
+    shape = shape.for_length(config.cache_length)
     mesh = make_mesh(devices, shape.num_heads, shape.num_kv_heads, config.tensor_parallel)
     model = registry.build(replace(shape, num_kv_heads=max(shape.num_kv_heads, mesh.size)))
     dtype = choose_dtype(config.dtype, devices[0].platform)

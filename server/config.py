@@ -99,7 +99,8 @@ class ServerConfig:
     none."""
 
     max_queued: int = 256
-    """Requests that may wait for a slot (requests); beyond it they get RESOURCE_EXHAUSTED."""
+    """Requests that may wait, those not counted that the free slots will take (requests); beyond it they get
+    RESOURCE_EXHAUSTED."""
 
     max_queued_tokens: int | None = None
     """Prompt tokens of all requests that wait (tokens); beyond it RESOURCE_EXHAUSTED. Default: no limit."""

@@ -5,17 +5,15 @@ import secrets
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import Any
 
+from ..engine_impl.api import AnyEngine
 from ..engine_impl.errors import RefusedError
 from .delivery.mailbox import Batch, Mailbox
 from .errors import CancelledError, DeadlineError, UnavailableError
 from .observe.logs import log_prompt
 from .request.request import Event, FinishReason, Request
-from .scheduler.loop import Orchestrator
-
-if TYPE_CHECKING:
-    from ..engine_impl.engine import Engine
+from .scheduler.orchestrator import Orchestrator
 
 REQUEST_ID = "x-request-id"
 """Metadata or header, both ways: the caller's name for its request, or else ours."""
@@ -26,7 +24,7 @@ RETRY_AFTER = "retry-after-ms"
 """Metadata or header of an answer that a queue was full: when to come again, a hint (milliseconds)."""
 
 Deliver = Callable[[Event], object]
-Read = Callable[["Engine", Callable[[int], Deliver]], list[Request]]
+Read = Callable[[AnyEngine, Callable[[int], Deliver]], list[Request]]
 """Makes the requests of one call; the second argument gives `Request.deliver` of the first, second, ... of them. It is
 called in a thread. Raises RefusedError."""
 
@@ -39,11 +37,11 @@ class Desk:
         self.calls = 0
         """Calls that are being answered."""
         self._on_call = on_call
-        self._served: tuple[Engine, Orchestrator] | None = None
+        self._served: tuple[AnyEngine, Orchestrator[Any, Any, Any]] | None = None
         self._closed = "the model is still loading; try again later"
         self._mailbox: Mailbox | None = None
 
-    def open(self, engine: "Engine", orchestrator: Orchestrator) -> None:
+    def open(self, engine: AnyEngine, orchestrator: Orchestrator[Any, Any, Any]) -> None:
         """From now on requests are served."""
         self._served = engine, orchestrator
 
@@ -56,7 +54,7 @@ class Desk:
         return self._served is not None
 
     @property
-    def engine(self) -> "Engine":
+    def engine(self) -> AnyEngine:
         """Raises UnavailableError while the desk is closed."""
         return self._open()[0]
 
@@ -91,7 +89,7 @@ class Desk:
             for request in requests:
                 orchestrator.cancel(request)
 
-    def _open(self) -> tuple["Engine", Orchestrator]:
+    def _open(self) -> tuple[AnyEngine, Orchestrator[Any, Any, Any]]:
         if self._served is None:
             raise UnavailableError(self._closed)
         return self._served
@@ -100,7 +98,7 @@ class Desk:
 class Admitted:
     """Requests that were handed in together."""
 
-    def __init__(self, engine: "Engine", requests: list[Request], events: "asyncio.Queue[tuple[int, Event]]") -> None:
+    def __init__(self, engine: AnyEngine, requests: list[Request], events: "asyncio.Queue[tuple[int, Event]]") -> None:
         self.engine, self.requests = engine, requests
         self._events = events
 

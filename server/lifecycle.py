@@ -11,13 +11,15 @@ import threading
 import time
 from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
+from ..engine_impl.api import AnyEngine
 from ..engine_impl.errors import RefusedError
+from ..engine_impl.runtime import timeline
 from ..engine_impl.runtime.compilations import programs
 from .config import ServerConfig, join_address
 from .errors import UnavailableError
@@ -32,14 +34,11 @@ from .observe.endpoint import Endpoint
 from .observe.metrics import Metrics
 from .observe.profile import Profile
 from .observe.status import Status, StatusLine
-from .scheduler.loop import Orchestrator
+from .scheduler.orchestrator import Orchestrator
 
 log = logging.getLogger(__name__)
 
-if TYPE_CHECKING:
-    from ..engine_impl.engine import Engine
-
-Load = Callable[[], tuple["Engine", Any]]
+Load = Callable[[], tuple[AnyEngine, Any]]
 """Builds the engine and its params; may take minutes."""
 
 KEEPALIVE_S = 20.0
@@ -62,7 +61,7 @@ class Serving:
         """Why the engine was given up."""
         self.is_ready = False
         """Whether health checks are answered with SERVING."""
-        self.orchestrator: Orchestrator | None = None
+        self.orchestrator: Orchestrator[Any, Any, Any] | None = None
         self.metrics = Metrics()
         self.address = config.address
         """host:port; the port is the real one after entering."""
@@ -188,14 +187,16 @@ class Serving:
         await first_of(ready, self.stop_requested)
         if self.dead_reason is not None:
             raise UnavailableError(self.dead_reason)
-        self.metrics.watch_devices(engine.mesh.devices.flat, lambda: programs().made)
+        self.metrics.watch_devices(list(engine.devices), lambda: programs().made)
         self._desk.open(engine, self.orchestrator)
-        made = programs()
+        startup = timeline.THIS_PROCESS.startup()
+        self.metrics.started(startup.stages)
         log.info(
             "ready after %.1f s: compiled %d programs, %d from the cache",
-            time.monotonic() - start,
-            made.compiled,
-            made.found,
+            startup.seconds,
+            startup.programs.compiled,
+            startup.programs.found,
+            extra={"fields": startup.as_json()},
         )
 
     def _on_dead(self, reason: str) -> None:

@@ -8,7 +8,6 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -101,10 +100,11 @@ class FakeResult:
     """A token's log-probability is minus an eighth of its id; the likeliest are itself and those that follow it, each
     one less likely by 1."""
 
-    token_B: FakeArray
-    logprob_B: FakeArray
-    top_token_BP: FakeArray
-    top_logprob_BP: FakeArray
+    token_BW: FakeArray
+    count_B: FakeArray
+    logprob_BW: FakeArray
+    top_token_BWP: FakeArray
+    top_logprob_BWP: FakeArray
 
 
 @dataclass
@@ -121,6 +121,10 @@ class FakeEngine:
     max_prefill_length: int = 16
     cache_length: int = 256
     step_s: float = 0.0
+    tokens_per_step: int = 1
+    """The most that a step brings a slot, as speculation would."""
+    count_of_step: Callable[[int], int] | None = None
+    """How many of them a step brings, by its number; None: all."""
     model_name: str = "fake"
     on_prefill: Callable[[Sequence[int]], None] = lambda prompt: None
     """Called with every prompt; may raise."""
@@ -136,7 +140,7 @@ class FakeEngine:
     samplings: list[Any] = field(default_factory=list)
     steps: int = 0
     states_made: int = 0
-    mesh: Any = field(default_factory=lambda: SimpleNamespace(devices=np.array([FakeDevice()])))
+    devices: tuple[FakeDevice, ...] = (FakeDevice(),)
 
     def get_tokenizer(self) -> FakeTokenizer:
         return FakeTokenizer()
@@ -168,13 +172,13 @@ class FakeEngine:
         self.samplings.append(sampling)
         self.on_prefill(prompt)
         logprob_T = -padded_tokens.astype(np.float32) / 8 if prompt_logprobs else np.zeros(len(padded_tokens))
-        return FakePrefix(prompt[-1] + 1, self._array(logprob_T)), self._result(np.array([prompt[-1] + 1]))
+        return FakePrefix(prompt[-1] + 1, self._array(logprob_T)), self._result(np.array([[prompt[-1] + 1]]))
 
     def resample(self, prefix: FakePrefix, sampling: Any) -> tuple[FakePrefix, FakeResult]:
         """The first token is ten later than that of the prefix."""
         self._call("resample")
         self.samplings.append(sampling)
-        return FakePrefix(prefix.token + 10, prefix.prompt_logprob_T), self._result(np.array([prefix.token + 10]))
+        return FakePrefix(prefix.token + 10, prefix.prompt_logprob_T), self._result(np.array([[prefix.token + 10]]))
 
     def insert(self, prefix: FakePrefix, state: FakeState, slot: int) -> FakeState:
         token_B = state.donate()
@@ -188,16 +192,20 @@ class FakeEngine:
         token_B = state.donate()
         self._call("generate")
         self.on_generate(step)
-        token_B = np.where(token_B >= 0, (token_B + 1) % VOCAB_SIZE, -1)
-        return FakeState(token_B), self._result(token_B, lambda: self._wait(step))
+        count = self.tokens_per_step if self.count_of_step is None else self.count_of_step(step)
+        live_B1, after_W = token_B[:, None] >= 0, np.arange(1, self.tokens_per_step + 1)
+        token_BW = np.where(live_B1 & (after_W <= count), (token_B[:, None] + after_W) % VOCAB_SIZE, -1)
+        token_B = np.where(token_B >= 0, (token_B + count) % VOCAB_SIZE, -1)
+        return FakeState(token_B), self._result(token_BW, lambda: self._wait(step))
 
-    def _result(self, token_B: np.ndarray, wait: Callable[[], None] = lambda: None) -> FakeResult:
-        top = np.arange(MAX_LOGPROBS)
+    def _result(self, token_BW: np.ndarray, wait: Callable[[], None] = lambda: None) -> FakeResult:
+        logprob_BW, top = -token_BW / np.float32(8), np.arange(MAX_LOGPROBS)
         return FakeResult(
-            self._array(token_B.astype(np.int32), wait),
-            self._array(-token_B / np.float32(8)),
-            self._array(token_B[:, None] + top),
-            self._array(-token_B[:, None] / np.float32(8) - top),
+            self._array(token_BW.astype(np.int32), wait),
+            self._array((token_BW >= 0).sum(axis=1).astype(np.int32)),
+            self._array(logprob_BW),
+            self._array(token_BW[..., None] + top),
+            self._array(logprob_BW[..., None] - top),
         )
 
     def _array(self, value: np.ndarray, wait: Callable[[], None] = lambda: None) -> FakeArray:

@@ -1,15 +1,23 @@
-"""Who may know what: the rooms' imports, read from their source."""
+"""Who may know what: the rooms' imports, read from their source.
+
+Every import counts, wherever it stands: within a function and under TYPE_CHECKING as well. A *unit* is what arrows are
+drawn between: a room without sub-rooms (`protos`), a sub-room (`server/grpc`), or a file at the root of a room
+(`server/errors`). Root files are a room's vocabulary, below its sub-rooms, or its composition, above them; sub-rooms
+declare here what they may import.
+"""
 
 import ast
 import sys
+from collections.abc import Iterable, Iterator
+from functools import cache
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 
 ROOT = Path(__file__).parents[1]
-ROOMS = {"protos", "kernels", "cache_manager", "engine_impl", "server", "benchmarks"}
 
-MAY_IMPORT = {
+MAY_IMPORT: dict[str, tuple[set[str], set[str]]] = {
     # room: (other rooms, packages beside the standard library)
     "protos": (set(), {"google", "grpc", "grpc_tools"}),
     "kernels": (set(), {"jax", "numpy"}),
@@ -21,80 +29,275 @@ MAY_IMPORT = {
     ),
     "server": (
         {"protos", "engine_impl"},
-        {"grpc", "grpc_health", "grpc_reflection", "google", "tyro", "numpy", "jetstream", "prometheus_client"}
-        | {"aiohttp", "pydantic"},
+        {"grpc", "grpc_health", "grpc_reflection", "google", "numpy", "jetstream", "prometheus_client"}
+        | {"aiohttp", "pydantic", "tyro"},
     ),
     "benchmarks": (
         {"protos", "kernels", "cache_manager", "engine_impl", "server"},
-        {"jax", "numpy", "torch", "grpc", "aiohttp", "transformers", "matplotlib", "safetensors"},
+        {"jax", "numpy", "torch", "grpc", "aiohttp", "transformers", "matplotlib", "tyro"},
     ),
+    "cli": ({"protos", "engine_impl", "server", "benchmarks"}, {"tyro", "grpc", "numpy"}),
 }
+
+SUB_ROOMS: dict[str, dict[str, set[str]]] = {
+    # room: {sub-room: units of the same room}
+    "kernels": {
+        "blockwise_matmul": {"backend"},
+        "cache_flush": {"backend"},
+        "prefill_attention": {"backend", "scores"},
+        "ragged_attention": {"backend", "scores"},
+    },
+    "engine_impl": {
+        "runtime": set(),
+        "text": {"errors"},
+        "models": {"errors"},
+        "sampling": {"errors", "option"},
+        "checkpoints": {"errors", "models", "text"},
+        "quantization": {"errors", "config", "bridge", "models", "checkpoints"},
+        "weights": {"errors", "forward", "models", "checkpoints", "quantization"},
+        "compiler": {
+            *("errors", "config", "sampling", "forward", "state", "programs", "engine"),
+            *("models", "checkpoints", "quantization", "weights"),
+        },
+        "jetstream": {"errors", "config", "api", "text", "sampling", "forward", "state", "engine", "loading"},
+    },
+    "server": {
+        "request": {"errors"},
+        "net": {"errors", "config"},
+        "observe": {"net"},
+        "delivery": {"errors", "request", "observe"},
+        "scheduler": {"errors", "request", "observe", "delivery"},
+        "grpc": {"errors", "config", "request", "net", "gateway"},
+        "http": {"errors", "config", "request", "net", "delivery", "gateway"},
+        "jetstream": {"errors", "config", "net", "observe", "grpc", "lifecycle"},
+    },
+    "benchmarks": {
+        "options": set(),
+        "measure": set(),
+        "load": {"measure"},
+        "baselines": {"measure"},
+        "compiler": {"measure", "baselines"},
+    },
+    "cli": {"bench": {"ask"}},
+}
+
+ENGINE_FACE = {
+    # what the server may import of engine_impl
+    "api",
+    "config",
+    "errors",
+    "loading",
+    "option",
+    "engine",
+    "runtime/compilations",
+    "runtime/timeline",
+    "runtime/tracing",
+    "sampling/params",
+    "text/tokenizer",
+    "jetstream/compat",
+    "jetstream/engine",
+}
+
 ONLY_IN = {
     "torchax": {"engine_impl/bridge.py"},
-    "jetstream": {
-        "engine_impl/jetstream/engine.py",
-        "server/jetstream/host.py",
-    },  # shims: compat.py
+    "jetstream": {"engine_impl/jetstream/engine.py", "server/jetstream/host.py"},  # shims: compat.py
 }
 
 
-def imports(path: Path):
-    """Absolute names of all that a file imports, our own as slipstream.<room>..."""
-    package = ["slipstream", *path.relative_to(ROOT).parent.parts]
-    for node in ast.walk(ast.parse(path.read_text())):
+class Import(NamedTuple):
+    """One name that a file imports."""
+
+    file: str
+    """from the root, without its suffix: server/grpc/service"""
+    line: int
+    name: str
+    """our file, likewise, or another package's name, dotted"""
+    alias: str
+    """what of it: a definition, or the same as `name`"""
+
+    def __str__(self) -> str:
+        return f"{self.file}.py:{self.line} imports {self.name}" + (f" ({self.alias})" if "/" in self.name else "")
+
+
+def file_of(path: Path) -> str:
+    return str(path.relative_to(ROOT).with_suffix("")).replace("\\", "/")
+
+
+@cache
+def files() -> frozenset[str]:
+    return frozenset(file_of(path) for room in MAY_IMPORT for path in (ROOT / room).rglob("*.py"))
+
+
+def resolved(module: list[str], alias: str) -> str:
+    """The file that `from module import alias` reads: `alias` may be one itself."""
+    base = "/".join(module)
+    candidates = [f"{base}/{alias}", f"{base}/{alias}/__init__", base, f"{base}/__init__"]
+    return next((name.lstrip("/") for name in candidates if name.lstrip("/") in files()), f"{base} (no such file)")
+
+
+def imports_of(file: str, source: str) -> Iterator[Import]:
+    """All imports, at whatever depth."""
+    package = file.split("/")[:-1]
+    for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
+            for alias in node.names:
+                top, *rest = alias.name.split(".")
+                name = resolved(rest, "__init__") if top == "slipstream" else alias.name
+                yield Import(file, node.lineno, name, alias.name)
         elif isinstance(node, ast.ImportFrom):
-            base = package[: len(package) + 1 - node.level] if node.level else []
-            module = [*base, *(node.module.split(".") if node.module else [])]
-            # `from .. import kernels` names rooms, `from .x import name` does not name modules that we must tell apart
-            yield from (".".join([*module, alias.name]) for alias in node.names)
-
-
-def sources(room: str):
-    return sorted((ROOT / room).rglob("*.py"))
-
-
-@pytest.mark.parametrize("room", sorted(ROOMS))
-def test_a_room_imports_only_what_it_may(room):
-    rooms, packages = MAY_IMPORT[room]
-    forbidden = []
-    for path in sources(room):
-        for name in imports(path):
-            top, *rest = name.split(".")
-            if top == "slipstream":
-                allowed = rest[0] in rooms | {room}
+            module = node.module.split(".") if node.module else []
+            if node.level:
+                ours = [*package[: len(package) + 1 - node.level], *module]
+            elif module[0] == "slipstream":
+                ours = module[1:]
             else:
-                allowed = top in packages or top in sys.stdlib_module_names
-            if not allowed:
-                forbidden.append(f"{path.relative_to(ROOT)}: {name}")
+                ours = None
+            for alias in node.names:
+                name = node.module or "" if ours is None else resolved(ours, alias.name)
+                yield Import(file, node.lineno, name, alias.name)
+
+
+@cache
+def all_imports() -> tuple[Import, ...]:
+    return tuple(it for file in sorted(files()) for it in imports_of(file, (ROOT / f"{file}.py").read_text()))
+
+
+def our_imports() -> list[Import]:
+    return [it for it in all_imports() if "/" in it.name]
+
+
+def room(file: str) -> str:
+    return file.split("/")[0]
+
+
+def unit(file: str) -> str:
+    """What arrows are drawn between."""
+    parts = file.split("/")
+    return parts[0] if parts[0] not in SUB_ROOMS else "/".join(parts[:2])
+
+
+def circles(edges: Iterable[tuple[str, str]]) -> list[list[str]]:
+    """A way back to its start, for each start that has one not yet told: the shortest there is."""
+    after: dict[str, set[str]] = {}
+    for start, end in edges:
+        after.setdefault(start, set()).add(end)
+    found: list[list[str]] = []
+    for start in sorted(after):
+        if any(start in way for way in found):
+            continue
+        ways, seen = [[start]], set[str]()
+        for way in ways:  # grows as it is read
+            ends = after.get(way[-1], set())
+            if start in ends:
+                found.append([*way, start])
+                break
+            ways += [[*way, end] for end in sorted(ends - seen)]
+            seen |= ends
+    return found
+
+
+@pytest.mark.parametrize("name", MAY_IMPORT)
+def test_a_room_imports_only_what_it_may(name):
+    rooms, packages = MAY_IMPORT[name]
+    forbidden = [
+        str(it)
+        for it in all_imports()
+        if room(it.file) == name
+        and (
+            room(it.name) not in rooms | {name}
+            if "/" in it.name
+            else it.name.split(".")[0] not in packages | set(sys.stdlib_module_names)
+        )
+    ]
     assert forbidden == []
+
+
+@pytest.mark.parametrize("name", SUB_ROOMS)
+def test_a_sub_room_imports_only_what_it_declares(name):
+    folders = {unit(file) for file in files() if room(file) == name and file.count("/") > 1}
+    declared = {f"{name}/{sub}": {f"{name}/{other}" for other in may} for sub, may in SUB_ROOMS[name].items()}
+    assert sorted(folders - set(declared)) == [], "sub-rooms that declare nothing above"
+    forbidden = [
+        str(it)
+        for it in our_imports()
+        if room(it.name) == name
+        and (source := unit(it.file)) in declared
+        and unit(it.name) not in declared[source] | {source}
+    ]
+    assert forbidden == []
+
+
+def test_no_file_imports_itself_by_way_of_others():
+    assert circles((it.file, it.name) for it in our_imports()) == []
+
+
+def test_no_unit_imports_itself_by_way_of_others():
+    arrows = {(unit(it.file), unit(it.name)) for it in our_imports()}
+    assert circles((start, end) for start, end in arrows if start != end) == []
+
+
+def test_the_server_knows_the_engines_face():
+    other = [
+        str(it)
+        for it in our_imports()
+        if room(it.file) == "server" and room(it.name) == "engine_impl" and it.name.partition("/")[2] not in ENGINE_FACE
+    ]
+    assert other == []
 
 
 @pytest.mark.parametrize("package", ONLY_IN)
 def test_a_package_that_few_may_know(package):
-    users = {
-        str(path.relative_to(ROOT))
-        for room in ROOMS
-        for path in sources(room)
-        if any(name.split(".")[0] == package for name in imports(path))
-    }
-    assert users == ONLY_IN[package]
+    assert {f"{it.file}.py" for it in all_imports() if it.name.split(".")[0] == package} == ONLY_IN[package]
 
 
-def test_benchmarks_are_imported_by_their_commands_alone_and_only_when_they_run():
-    for path in sources("server"):
-        lines = [line for line in path.read_text().splitlines() if "import" in line and "benchmarks" in line]
-        assert not lines or path.is_relative_to(ROOT / "server/commands/bench")
-        assert all(line.startswith("        from ....benchmarks.") for line in lines)  # within a method
+def test_what_starts_with_an_underscore_stays_in_its_file():
+    assert [str(it) for it in our_imports() if it.alias.startswith("_") and not it.alias.endswith("__")] == []
 
 
 def test_models_import_torch_alone():
-    tops = {name.split(".")[0] for path in sources("engine_impl/models") for name in imports(path)}
-    assert tops - set(sys.stdlib_module_names) - {"slipstream"} == {"torch"}
+    tops = {it.name.split(".")[0] for it in all_imports() if it.file.startswith("engine_impl/models/")}
+    assert {top for top in tops if "/" not in top} - set(sys.stdlib_module_names) == {"torch"}
 
 
 def test_the_cache_knows_only_its_own_kernel():
-    names = {name for path in sources("cache_manager") for name in imports(path) if ".kernels" in name}
-    of_kernels = {"Backend", "backend.AXIS", "cache_flush", "is_xla", "page_rows"}
-    assert names == {f"slipstream.kernels.{name}" for name in of_kernels}
+    names = {f"{it.name}: {it.alias}" for it in our_imports() if room(it.file) == "cache_manager"}
+    assert {name for name in names if name.startswith("kernels/")} == {
+        *(f"kernels/__init__: {name}" for name in ("Backend", "is_xla", "page_rows")),
+        "kernels/cache_flush/__init__: cache_flush",
+        "kernels/backend: AXIS",
+    }
+
+
+@pytest.mark.parametrize(
+    ("source", "expected"),
+    [
+        ("from ..errors import RefusedError", "engine_impl/errors"),
+        ("from .. import errors", "engine_impl/errors"),
+        ("from . import tokenizer", "engine_impl/text/tokenizer"),
+        ("from ...kernels import Backend", "kernels/__init__"),
+        ("from ... import kernels", "kernels/__init__"),
+        ("from slipstream.server.errors import QueueFullError", "server/errors"),
+        ("import slipstream.server.errors", "server/errors"),
+        ("def later():\n    from ..errors import RefusedError", "engine_impl/errors"),
+        ("if TYPE_CHECKING:\n    from ..errors import RefusedError", "engine_impl/errors"),
+        ("import jax.numpy as jnp", "jax.numpy"),
+        ("from jax import numpy", "jax"),
+    ],
+)
+def test_every_way_to_import_is_seen(source, expected):
+    assert [it.name for it in imports_of("engine_impl/text/chat_template", source)] == [expected]
+
+
+@pytest.mark.parametrize(
+    ("edges", "expected"),
+    [
+        ("ab bc", []),
+        ("ab ba", ["aba"]),
+        ("aa", ["aa"]),
+        ("ab bc ca cd", ["abca"]),
+        ("ab bc cd db", ["bcdb"]),
+        ("ab ba cd dc", ["aba", "cdc"]),
+    ],
+)
+def test_circles_are_found(edges: str, expected: list[str]):
+    assert ["".join(way) for way in circles((a, b) for a, b in edges.split())] == expected

@@ -59,6 +59,7 @@ def transformers_model(checkpoint: Checkpoint, dtype: str) -> Any:
     model.model.rotary_emb = rope
     if config.rope_factors is not None:
         rope.inv_freq /= torch.tensor(config.rope_factors)
+    rope.attention_scaling = config.rope_scale
     for name, _ in list(model.named_parameters()):
         value = torch.tensor(checkpoint.tensor(name.removeprefix("model."))).to(getattr(torch, dtype))
         owner = model.get_submodule(name.rpartition(".")[0])

@@ -64,7 +64,7 @@ class EngineStepper:
         jax.block_until_ready(self._state)
 
     def attention_ms(self, repeats: int) -> list[float]:
-        """Decode attention alone, all layers one after another, over the slots as they are (ms a step)."""
+        """Decode attention alone, all layers one after another, over the slots as they are (ms per step)."""
         shape, dtype = self._engine.model.config, self._engine.layout.dtype
         slots, head_dim = self._engine.max_concurrent_decodes, shape.head_dim
         q_BNH, k_BKH = (jnp.ones((slots, heads, head_dim), dtype) for heads in (shape.num_heads, shape.num_kv_heads))

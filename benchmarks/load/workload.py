@@ -79,14 +79,6 @@ def arrivals(count: int, rate: float, *, burst_size: int, seed: int) -> list[flo
     return np.repeat(np.cumsum(gaps), burst_size)[:count].tolist()
 
 
-def id_range(text: str) -> tuple[int, int]:
-    """ "300:1000" -> (300, 1000). Raises RefusedError."""
-    low, _, high = text.partition(":")
-    if low.isdecimal() and high.isdecimal() and int(low) < int(high):
-        return int(low), int(high)
-    raise RefusedError(f"token_ids={text!r} must be LOW:HIGH, the lowest id and one above the highest")
-
-
 def _sharegpt(rng: np.random.Generator, column: int) -> int:
     sigma = SHAREGPT_SIGMA[column]
     drawn = rng.lognormal(np.log(SHAREGPT_MEAN[column]) - sigma**2 / 2, sigma)

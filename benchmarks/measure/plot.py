@@ -8,6 +8,8 @@ from typing import Any
 from ...engine_impl.errors import RefusedError
 
 SUFFIXES = (".svg", ".png")
+DPI = 72
+"""Pixels per inch of a PNG: a panel is 324 pixels wide."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,21 +35,24 @@ def check_plot(path: Path) -> None:
 
 
 def draw(path: Path, panels: Sequence[Panel]) -> None:
-    """The panels side by side, y from zero."""
+    """The panels side by side, y from zero. An SVG's texts stay text, with few ticks, so that the file is small."""
+    import matplotlib
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(4.5 * len(panels), 3.6), layout="constrained")
+    figure = Figure(figsize=(4.5 * len(panels), 3.6), dpi=DPI, layout="constrained")
     FigureCanvasAgg(figure)  # no display needed
     for panel, axes in zip(panels, figure.subplots(1, len(panels), squeeze=False)[0], strict=True):
         for name, (x, y) in panel.series.items():
             axes.plot(x, [float("nan") if value is None else value for value in y], marker="o", label=name)
         axes.set(title=panel.title, xlabel=panel.x, ylabel=panel.y)
         axes.set_ylim(bottom=0)
-        axes.grid(alpha=0.3)
+        axes.locator_params(nbins=5)
+        axes.grid(axis="y", alpha=0.3)
         if len(panel.series) > 1:
             axes.legend()
-    figure.savefig(path)
+    with matplotlib.rc_context({"svg.fonttype": "none"}):
+        figure.savefig(path)
 
 
 def plot_loads(path: Path, pattern: str, results: Sequence[dict[str, Any]]) -> None:

@@ -1,4 +1,4 @@
-"""What a file format offers to whoever reads weights from it."""
+"""What a file format offers to whoever loads weights."""
 
 import re
 from collections.abc import Mapping
@@ -11,7 +11,7 @@ from ..models.decoder import ModelConfig
 from ..text.tokenizer import Tokenizer
 
 WEIGHT = "weight"
-"""What a matrix is called within its module."""
+"""The last part of a matrix's name."""
 
 
 @dataclass(frozen=True)

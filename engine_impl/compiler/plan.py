@@ -208,7 +208,7 @@ def abstract_engine(
     shape: ModelConfig, topology: str, config: EngineConfig, stored: Quantization | None = None
 ) -> Engine:
     """The product's own engine on chips that are not there."""
-    devices = devices_of(topology)
+    devices, shape = devices_of(topology), shape.for_length(config.cache_length)
     mesh = make_mesh(devices, shape.num_heads, shape.num_kv_heads, config.tensor_parallel)
     model = registry.build(replace(shape, num_kv_heads=max(shape.num_kv_heads, mesh.size)))
     dtype = jnp.dtype("bfloat16" if config.dtype == "auto" else config.dtype)

@@ -16,7 +16,7 @@ from ..models.mixtral import MixtralConfig
 from ..models.phi3 import Phi3Config
 from ..models.qwen2 import Qwen2Config
 from ..models.qwen3 import Qwen3Config
-from ..models.rope import llama3_rope_factors
+from ..models.rope_scaling import llama3_rope_factors
 
 
 def _shape(layers: int, heads: int, kv_heads: int, model_dim: int, ffn_dim: int, **rest: Any) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 from torch import Tensor, nn
 
@@ -54,6 +54,11 @@ class ModelConfig:
     def rope_of_layer(self) -> tuple[int, ...]:
         """Which of the module's ropes each layer takes; most families have one."""
         return (0,) * self.num_layers
+
+    def for_length(self, length: int) -> Self:
+        """The config of a server whose requests have at most `length` tokens. It differs where a rope depends on the
+        length: all requests of a server take the same angles, however long each one is."""
+        return self
 
 
 class Decoder(nn.Module):

@@ -28,6 +28,10 @@ class Fields:
         value = self._fields.get(name)
         return default if value is None else value
 
+    def unless_left_out(self, name: str, default: Any) -> Any:
+        """The field's value, null too; the default where the config leaves it out."""
+        return self._fields.get(name, default)
+
     def part(self, name: str, left_out: Mapping[str, Any], beside: Sequence[str] = ()) -> "Fields":
         """The fields of an object within, and of those that stand beside it the ones named: they go first.
 
@@ -51,24 +55,48 @@ class Fields:
         """An error that says where."""
         return RefusedError(f"{self._where!r} {what}")
 
-    def rope(self, kinds: Sequence[str] = ("default",), layer_type: str | None = None) -> dict[str, Any]:
-        """The rope's parameters, `rope_theta` and `rope_type` among them.
+    def rope(
+        self,
+        kinds: Sequence[str],
+        layer_type: str | None = None,
+        also_called: Mapping[str, str] | None = None,
+    ) -> dict[str, Any]:
+        """The rope's parameters, `rope_theta`, `rope_type` and `partial_rotary_factor` among them.
 
-        They stand in `rope_parameters` since transformers 5, for some families one set a layer type; before, in
+        They stand in `rope_parameters` since transformers 5, for some families one set for each layer type; before, in
         `rope_theta` beside `rope_scaling`. A config with neither is refused, there is no default.
+
+        Args:
+            kinds: the types of rope that the family has; another one is refused by name.
+            layer_type: whose rope, of a family that has several.
+            also_called: older names of these types.
         """
-        if (parameters := self.get("rope_parameters")) is not None:
-            if layer_type is not None:
-                parameters = parameters.get(layer_type)
-                if parameters is None:
-                    raise self.refused(f"has rope_parameters without {layer_type}; fetch it anew")
-            rope = dict(parameters)
-        else:
-            rope = {"rope_theta": self.get("rope_theta"), **self.get("rope_scaling", {})}
+        if layer_type is not None and self.get("rope_parameters", {layer_type: {}}).get(layer_type) is None:
+            raise self.refused(f"has rope_parameters without {layer_type}; fetch it anew")
+        rope = self.rope_given(layer_type)
+        if rope.get("rope_theta") is None and self.get("rope_scaling") and self.get("rope_parameters"):
+            raise self.refused("has a rope_scaling beside rope_parameters, without rope_theta; move it into these")
         if rope.get("rope_theta") is None:
             remedy = ROPE_TO_ADD.get(self.get("model_type"), "add the one it was trained with")
             raise self.refused(f"has neither rope_parameters nor rope_theta; {remedy}")
-        rope["rope_type"] = rope.get("rope_type") or rope.get("type") or "default"
+        rope["rope_type"] = (also_called or {}).get(rope["rope_type"], rope["rope_type"])
         if rope["rope_type"] not in kinds:
             raise self.refused(f"scales its rope by {rope['rope_type']!r}; those there are: {', '.join(kinds)}")
+        return rope
+
+    def rope_given(self, layer_type: str | None = None) -> dict[str, Any]:
+        """The parameters as they stand in the config, of whatever type; without `rope_theta` if it has none.
+
+        Where `rope_scaling` stands beside `rope_parameters` it takes their place, as in transformers; where they are
+        one set for each layer type, it is added to those of layers that see all.
+        """
+        new, old = self.get("rope_parameters", {}), self.get("rope_scaling", {})
+        if layer_type in new:
+            rope = {**(new[layer_type] or {}), **(old if layer_type == "full_attention" else {})}
+        else:
+            rope = dict(old or new)
+        if layer_type != "sliding_attention":  # theirs has a theta of its own
+            rope.setdefault("rope_theta", self.get("rope_theta"))
+        rope.setdefault("partial_rotary_factor", self.get("partial_rotary_factor", 1))
+        rope["rope_type"] = rope.get("rope_type") or rope.get("type") or "default"
         return rope

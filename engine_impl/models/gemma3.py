@@ -10,15 +10,27 @@ from torch import nn
 from .fields import Fields
 from .gemma2 import Gemma2, Gemma2Config, SandwichLayer, read_gemma2
 from .parts import GemmaRMSNorm
-from .rope import Rope, frequencies, read_factors
+from .rope import Angles, Factors, Rope, frequencies
+from .rope_scaling import FIXED
+from .transformer import read_rope
 
 
 @dataclass(frozen=True, kw_only=True)
 class Gemma3Config(Gemma2Config):
-    """A Gemma 3's shape; `rope_theta` and `rope_factors` are those of layers that see all."""
+    """A Gemma 3's shape; `rope_theta`, `rope_factors` and `rope_scale` are those of layers that see all."""
 
     local_rope_theta: float
     """Of layers with a window."""
+    local_rope_factors: Factors | None = None
+    """Likewise."""
+    local_rope_scale: float = 1.0
+    """Likewise."""
+
+    @property
+    def local_angles(self) -> Angles:
+        """The rope of layers with a window."""
+        width = self.rope_width or self.head_dim
+        return Angles(frequencies(width, self.local_rope_theta, self.local_rope_factors), self.local_rope_scale)
 
     @property
     def rope_of_layer(self) -> tuple[int, ...]:
@@ -53,10 +65,7 @@ class Gemma3(Gemma2):
 
     def __init__(self, config: Gemma3Config) -> None:
         super().__init__(config)
-        self.rope = Rope(
-            frequencies(config.head_dim, config.rope_theta, config.rope_factors),
-            frequencies(config.head_dim, config.local_rope_theta),
-        )
+        self.rope = Rope(config.angles, config.local_angles)
 
     def layer(self, config: Any) -> nn.Module:
         attention = self.attention(config)
@@ -71,16 +80,15 @@ class Gemma3(Gemma2):
             fields = fields.part("text_config", LEFT_OUT, beside=["tie_word_embeddings"])
         fields.only("attn_logit_softcapping", None)  # a field that transformers reads and does not use
         shape = read_gemma2(fields, period=fields.get("sliding_window_pattern", 6))
-        if fields.get("rope_parameters") is not None:
-            every, local = (
-                fields.rope(("default", "linear"), layer_type="full_attention"),
-                fields.rope(("default",), layer_type="sliding_attention"),
-            )
-        else:
-            every, local = fields.rope(("default", "linear")), {"rope_theta": fields["rope_local_base_freq"]}
-        return Gemma3Config(
-            **shape,
-            rope_theta=float(every["rope_theta"]),
-            rope_factors=read_factors(fields, every, shape["head_dim"]),
-            local_rope_theta=float(local["rope_theta"]),
-        )
+        every = read_rope(fields, shape["head_dim"], layer_type="full_attention")
+        return Gemma3Config(**shape, **every, **_read_local_rope(fields, shape["head_dim"], every["rope_width"]))
+
+
+def _read_local_rope(fields: Fields, head_dim: int, width: int | None) -> dict[str, Any]:
+    """Of layers with a window. Configs of before transformers 5 give it a theta of its own and no scaling."""
+    if fields.get("rope_parameters") is None:
+        return {"local_rope_theta": float(fields["rope_local_base_freq"])}
+    rope = read_rope(fields, head_dim, FIXED, layer_type="sliding_attention")
+    if rope["rope_width"] != width:
+        raise fields.refused("turns other parts of a head in layers with a window than in the others")
+    return {f"local_{name}": rope[name] for name in ("rope_theta", "rope_factors", "rope_scale")}

@@ -12,6 +12,10 @@ class MistralConfig(TransformerConfig):
     """A Mistral's shape."""
 
 
+LEFT_OUT = 4096
+"""The window of a config that does not tell of one, as in transformers' MistralConfig; null is no window."""
+
+
 class Mistral(Transformer):
     """Later ones (7B v0.2 on, Nemo) have no window."""
 
@@ -21,4 +25,5 @@ class Mistral(Transformer):
     def read_config(cls, fields: Fields) -> MistralConfig:
         fields.only("hidden_act", "silu")
         shape = read_shape(fields)
-        return MistralConfig(**shape, **read_rope(fields, shape["head_dim"]), windows=(fields.get("sliding_window"),))
+        window = fields.unless_left_out("sliding_window", LEFT_OUT)
+        return MistralConfig(**shape, **read_rope(fields, shape["head_dim"]), windows=(window,))

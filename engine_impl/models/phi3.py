@@ -1,4 +1,4 @@
-"""Phi-3 with a plain rope: a Mistral whose checkpoints keep q, k and v in one matrix, and gate and up in another."""
+"""Phi-3 to Phi-4-mini: a Mistral whose checkpoints keep q, k and v in one matrix, and gate and up in another."""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -14,6 +14,10 @@ class Phi3Config(TransformerConfig):
 
     stored_kv_heads: int
     """kv heads of the checkpoint; the module may have copies of them, one for each chip."""
+
+
+NAMES_OF_LONGROPE = {"su": "longrope", "yarn": "longrope"}
+"""What configs called it before transformers did."""
 
 
 class Phi3(Transformer):
@@ -43,6 +47,6 @@ class Phi3(Transformer):
     def read_config(cls, fields: Fields) -> Phi3Config:
         fields.only("hidden_act", "silu")
         shape = read_shape(fields)
-        rope = read_rope(fields, shape["head_dim"], ("default",))
+        rope = read_rope(fields, shape["head_dim"], ("default", "longrope"), also_called=NAMES_OF_LONGROPE)
         windows = (fields.get("sliding_window"),)
         return Phi3Config(**shape, **rope, windows=windows, stored_kv_heads=shape["num_kv_heads"])

@@ -6,9 +6,9 @@ Knows nothing of caches, sharding or batching: a layer sees R rows, each one tok
 R rows; other axes as in cache_manager/layout.py.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Self
 
 from torch import Tensor, nn
 from torch.nn import functional
@@ -16,7 +16,8 @@ from torch.nn import functional
 from .decoder import Attend, Decoder, ModelConfig
 from .fields import Fields
 from .parts import Embedding, Linear, RMSNorm
-from .rope import SCALINGS, Factors, Rope, frequencies, read_factors, rotate
+from .rope import Angles, Factors, Rope, frequencies, rotate
+from .rope_scaling import SCALINGS, Beyond, context_length, read_scaling
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,7 +29,24 @@ class TransformerConfig(ModelConfig):
     rope_theta: float
     rms_norm_eps: float
     rope_factors: Factors | None = None
-    """What each of the rope's H/2 frequencies is divided by, to reach beyond the trained length; None is no scaling."""
+    """What each of the rope's frequencies is divided by, to reach beyond the trained length; None is no scaling."""
+    rope_scale: float = 1.0
+    """The rope's cos and sin are multiplied by it."""
+    rope_beyond: Beyond | None = None
+    """What takes the factors' place when requests may become longer than the trained length."""
+    rope_width: int | None = None
+    """How many of a head's dimensions turn, the first ones; None is all."""
+
+    @property
+    def angles(self) -> Angles:
+        """The rope of all layers, or of those that see all."""
+        width = self.rope_width or self.head_dim
+        return Angles(frequencies(width, self.rope_theta, self.rope_factors), self.rope_scale)
+
+    def for_length(self, length: int) -> Self:
+        if self.rope_beyond is None or length <= self.rope_beyond.trained_length:
+            return self
+        return replace(self, rope_factors=self.rope_beyond.factors(length), rope_beyond=None)
 
 
 class Attention(nn.Module):
@@ -105,7 +123,7 @@ class Transformer(Decoder):
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__(config)
         self.embed_tokens = Embedding(config.vocab_size, config.model_dim)
-        self.rope = Rope(frequencies(config.head_dim, config.rope_theta, config.rope_factors))
+        self.rope = Rope(config.angles)
         self.layers = nn.ModuleList(self.layer(config) for _ in range(config.num_layers))
         self.norm = RMSNorm(config.model_dim, config.rms_norm_eps)
         self.lm_head = Linear(config.model_dim, config.vocab_size, bias=False)
@@ -129,7 +147,7 @@ def read_shape(fields: Fields, *, tied_embeddings: bool = False) -> dict[str, An
         "num_kv_heads": fields.get("num_key_value_heads", heads),
         "head_dim": fields.get("head_dim", model_dim // heads),
         "vocab_size": fields["vocab_size"],
-        "context_length": fields["max_position_embeddings"],
+        "context_length": context_length(fields),
         "tied_embeddings": fields.get("tie_word_embeddings", tied_embeddings),
         "model_dim": model_dim,
         "ffn_dim": fields["intermediate_size"],
@@ -137,12 +155,30 @@ def read_shape(fields: Fields, *, tied_embeddings: bool = False) -> dict[str, An
     }
 
 
-def read_rope(fields: Fields, head_dim: int, scalings: tuple[str, ...] = SCALINGS) -> dict[str, Any]:
-    """The fields of `TransformerConfig` that its one rope needs. Raises RefusedError for another scaling."""
-    rope = fields.rope(scalings)
-    if rope.get("partial_rotary_factor", 1) != 1 or fields.get("partial_rotary_factor", 1) != 1:
-        raise fields.refused("turns only a part of each head, which is not there yet")
-    return {"rope_theta": float(rope["rope_theta"]), "rope_factors": read_factors(fields, rope, head_dim)}
+def read_rope(
+    fields: Fields,
+    head_dim: int,
+    scalings: Sequence[str] = tuple(SCALINGS),
+    *,
+    layer_type: str | None = None,
+    also_called: Mapping[str, str] | None = None,
+) -> dict[str, Any]:
+    """The fields of `TransformerConfig` that one rope needs; arguments as of `Fields.rope`.
+
+    Raises RefusedError for a scaling that is not among these, or one whose parameters are not whole.
+    """
+    rope = fields.rope(scalings, layer_type, also_called)
+    width = int(head_dim * rope["partial_rotary_factor"])
+    if not 2 <= width <= head_dim or width % 2:
+        raise fields.refused(f"turns {width} of a head's {head_dim} dimensions; it has to be an even part of them")
+    scaling = read_scaling(fields, rope, width)
+    return {
+        "rope_theta": float(rope["rope_theta"]),
+        "rope_factors": scaling.factors,
+        "rope_scale": scaling.scale,
+        "rope_beyond": scaling.beyond,
+        "rope_width": None if width == head_dim else width,
+    }
 
 
 def windows_of_layers(fields: Fields, layer_types: list[str], window: int | None) -> tuple[int | None, ...]:

@@ -1,1 +1,1 @@
-"""JAX's compile cache and profiler."""
+"""JAX's compile cache and profiler, and where the time of a start goes."""

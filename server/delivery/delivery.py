@@ -1,6 +1,6 @@
 """Delivery: tokens become text, text becomes events, in a thread of its own, so that no step waits for a caller.
 
-All that is done once a token in Python is done here. It is also the only place that ends a request: whoever wants one
+All that is done once per token in Python is done here. It is also the only place that ends a request: whoever wants one
 ended posts it, and the first end counts. So every request gets exactly one last event.
 """
 
@@ -10,21 +10,19 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any
 
+from ...engine_impl.api import TextStream, Tokenizer
 from ..errors import FailedError, UnavailableError
 from ..observe.metrics import Metrics, Outcome
 from ..request.request import Event, FinishReason, Request, Sample, TokenLogprob, Usage
-from .flight import Landing
+from .result import HostResult
 from .stop_strings import StopStrings
-
-if TYPE_CHECKING:
-    from ...engine_impl.text.tokenizer import TextStream
 
 log = logging.getLogger(__name__)
 
 MAX_BEHIND = 4
-"""Landings that delivery may be behind (count). Beyond it the loop waits: no caller would see what it gained, and steps
+"""Results that delivery may be behind (count). Beyond it the loop waits: no caller would see what it gained, and steps
 would be wasted on answers that have met their stop string."""
 
 CLOSE_S = 10.0
@@ -46,12 +44,6 @@ class CallerGoneError(Exception):
     """A request's `deliver` raised."""
 
 
-class StreamingTokenizer(Protocol):
-    """What delivery needs of a tokenizer."""
-
-    def stream(self) -> "TextStream": ...
-
-
 @dataclass(frozen=True)
 class Ending:
     """A request that is over."""
@@ -63,7 +55,7 @@ class Ending:
 class Text:
     """One answer's text, token by token: whole characters, cut at the first stop string."""
 
-    def __init__(self, stream: "TextStream", stop_strings: tuple[str, ...]) -> None:
+    def __init__(self, stream: TextStream, stop_strings: tuple[str, ...]) -> None:
         self._stream, self._stops = stream, StopStrings(stop_strings)
 
     @property
@@ -83,7 +75,7 @@ class Delivery:
 
     def __init__(
         self,
-        tokenizer: StreamingTokenizer,
+        tokenizer: Tokenizer,
         metrics: Metrics | None,
         *,
         free: Callable[[Sample], object],
@@ -92,8 +84,8 @@ class Delivery:
         """`free(sample)` is called, from delivery's thread, for a sample that ended here and may still have a slot;
         `on_end(request)` after a request's last event."""
         self._tokenizer, self._metrics, self._free, self._on_end = tokenizer, metrics, free, on_end
-        self._posts: queue.SimpleQueue[Landing | Ending | None] = queue.SimpleQueue()
-        self._room: queue.SimpleQueue[None] = queue.SimpleQueue()  # a semaphore, in C: one entry a landing
+        self._posts: queue.SimpleQueue[HostResult | Ending | None] = queue.SimpleQueue()
+        self._room: queue.SimpleQueue[None] = queue.SimpleQueue()  # a semaphore, in C: one entry per result
         for _ in range(MAX_BEHIND):
             self._room.put(None)
         self._texts: dict[Sample, Text] = {}
@@ -102,10 +94,10 @@ class Delivery:
     def start(self) -> None:
         self._thread.start()
 
-    def post(self, landing: Landing) -> None:
+    def post(self, result: HostResult) -> None:
         """Tokens for their owners. Those of a request that is done are dropped. Waits while delivery is behind."""
         self._room.get()
-        self._posts.put(landing)
+        self._posts.put(result)
 
     def end(self, request: Request, end: End) -> None:
         """Ends a request, after what was posted before. No effect on one that is done."""
@@ -124,14 +116,14 @@ class Delivery:
             if isinstance(post, Ending):
                 self._guarded(post.request, self._end_request, post.request, post.end)
             else:
-                self._land(post)
+                self._deliver(post)
                 self._room.put(None)
 
-    def _land(self, landing: Landing) -> None:
-        token_ids, stopped = landing.token_B.tolist(), landing.stopped_B.tolist()
-        for slot, sample in landing.roster.seats:
-            if not sample.done:
-                self._guarded(sample.request, self._token, sample, token_ids[slot], stopped[slot], landing, slot)
+    def _deliver(self, result: HostResult) -> None:
+        kept, stopped = result.kept_B.tolist(), result.stopped_B.tolist()
+        for slot, sample in result.roster.seats:
+            if not sample.done and (kept[slot] or stopped[slot]):
+                self._guarded(sample.request, self._tokens, sample, result, slot)
 
     def _guarded(self, request: Request, work: Callable[..., None], *arguments: Any) -> None:
         """What goes wrong with one request fails it and no other."""
@@ -145,23 +137,29 @@ class Delivery:
             failed = FailedError(f"request {request.id} failed in delivery: {type(error).__name__}: {error}")
             self._guarded(request, self._end_request, request, failed)
 
-    def _token(self, sample: Sample, token_id: int, is_stop: bool, landing: Landing, slot: int) -> None:
-        request = sample.request
+    def _tokens(self, sample: Sample, result: HostResult, slot: int) -> None:
+        """What one step brought for a sample, as one event."""
+        request, text = sample.request, self._text(sample)
         if request.first_token_at is None:
             request.first_token_at = time.monotonic()
-        if landing.prompt_logprob_T is not None:
-            values = landing.prompt_logprob_T[: len(request.prompt_ids)].tolist()
+        if result.prompt_logprob_T is not None:
+            values = result.prompt_logprob_T[: len(request.prompt_ids)].tolist()
             emit(request, Event(index=sample.index, prompt_logprobs=(0.0, *values[1:])))
-        if is_stop:
-            self._end_sample(sample, FinishReason.STOP)
-            return
-        text = self._text(sample)
-        piece = text.feed(token_id)
-        sample.delivered += 1
+        kept = min(int(result.kept_B[slot]), request.max_tokens - sample.delivered)
+        token_ids, pieces = result.token_BW[slot, :kept].tolist(), []
+        for token_id in token_ids:
+            pieces.append(text.feed(token_id))
+            if text.is_stopped:
+                break
+        taken = len(pieces)
+        sample.delivered += taken
         brought = Event(
-            index=sample.index, text=piece, token_ids=(token_id,), logprobs=logprobs_of(sample, landing, slot)
+            index=sample.index,
+            text="".join(pieces),
+            token_ids=tuple(token_ids[:taken]),
+            logprobs=logprobs_of(sample, result, slot, taken),
         )
-        if text.is_stopped:
+        if text.is_stopped or (result.stopped_B[slot] and sample.delivered < request.max_tokens):
             self._end_sample(sample, FinishReason.STOP, brought)
         elif sample.delivered == request.max_tokens:
             self._end_sample(sample, FinishReason.LENGTH, brought)
@@ -226,19 +224,25 @@ def emit(request: Request, event: Event) -> None:
         raise CallerGoneError from error
 
 
-def logprobs_of(sample: Sample, landing: Landing, slot: int) -> tuple[TokenLogprob, ...]:
-    """Of the token in `slot`; empty unless the request asked."""
+def logprobs_of(sample: Sample, result: HostResult, slot: int, taken: int) -> tuple[TokenLogprob, ...]:
+    """Of the first `taken` tokens in `slot`; empty unless the request asked."""
     asked = sample.request.sampling.logprobs
     if asked is None:
         return ()
-    assert landing.logprob_B is not None
-    logprob = float(landing.logprob_B[slot])
+    assert result.logprob_BW is not None
+    logprobs = result.logprob_BW[slot, :taken].tolist()
     if not asked:
-        return (TokenLogprob(logprob),)
-    assert landing.top_token_BP is not None
-    assert landing.top_logprob_BP is not None
-    token_ids, logprobs = landing.top_token_BP[slot, :asked].tolist(), landing.top_logprob_BP[slot, :asked].tolist()
-    return (TokenLogprob(logprob, tuple(zip(token_ids, logprobs, strict=True))),)
+        return tuple(map(TokenLogprob, logprobs))
+    assert result.top_token_BWP is not None
+    assert result.top_logprob_BWP is not None
+    tops = zip(
+        result.top_token_BWP[slot, :taken, :asked].tolist(),
+        result.top_logprob_BWP[slot, :taken, :asked].tolist(),
+        strict=True,
+    )
+    return tuple(
+        TokenLogprob(logprob, tuple(zip(*top, strict=True))) for logprob, top in zip(logprobs, tops, strict=True)
+    )
 
 
 def usage_of(request: Request) -> Usage:

@@ -46,6 +46,8 @@ class ChannelConfig:
 
 
 PLAIN = ChannelConfig()
+DEFAULT_TARGET = "localhost:9000"
+"""Where `slipstream serve` listens unless told otherwise."""
 
 
 def channel(target: str, config: ChannelConfig = PLAIN) -> "grpc.Channel":

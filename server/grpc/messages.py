@@ -19,8 +19,8 @@ from ..request.request import (
 )
 
 if TYPE_CHECKING:
-    from ...engine_impl.engine import Engine
-    from ...engine_impl.text.tokenizer import Tokenizer
+    from ...engine_impl.api import AnyEngine as Engine
+    from ...engine_impl.api import Tokenizer
     from ..request.options import AnswerOptions
 
 REASONS = {

@@ -3,20 +3,22 @@
 import time
 from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import grpc
+from google.protobuf.message import DecodeError, Message
 
 from ...engine_impl.errors import RefusedError
 from ...protos import orchestrator_pb2 as pb
-from ...protos.orchestrator_pb2_grpc import OrchestratorServicer, add_OrchestratorServicer_to_server
 from ..errors import CancelledError, DeadlineError, FailedError, QueueFullError, UnavailableError
 from ..gateway import MAX_REQUEST_ID, REQUEST_ID, RETRY_AFTER, Deliver, Desk, check_id, new_id
 from ..request.request import Request
 from .messages import read_request, write_reply
 
 if TYPE_CHECKING:
-    from ...engine_impl.engine import Engine
+    from ...engine_impl.api import AnyEngine as Engine
+
+M = TypeVar("M", bound=Message)
 
 SERVICE = pb.DESCRIPTOR.services_by_name["Orchestrator"].full_name
 JETSTREAM_SERVICE = "jetstream_proto.Orchestrator"
@@ -37,30 +39,35 @@ ENDLESS_S = 10 * 365 * 86400.0
 """A deadline further off than this is none (seconds); gRPC tells so of calls without one."""
 
 
-class Front(OrchestratorServicer):
-    """Both methods. The request's id is in the initial metadata when the request is accepted, in the trailing metadata
-    when it is refused or fails."""
+class Front:
+    """Both methods. They take a message's bytes, so that those that are no message are refused like any bad request.
+    The request's id is in the initial metadata when the request is accepted, in the trailing metadata when it is
+    refused or fails."""
 
     def __init__(self, desk: Desk) -> None:
         self._desk = desk
 
-    async def HealthCheck(self, message: pb.HealthCheckRequest, context: grpc.aio.ServicerContext):
+    async def HealthCheck(self, data: bytes, context: grpc.aio.ServicerContext) -> pb.HealthCheckResponse:
         """JetStream's own health check; grpc.health.v1 says the same."""
+        try:
+            parse(pb.HealthCheckRequest, data)
+        except RefusedError as error:
+            await context.abort(status(error), str(error), trailing_metadata=trailers(error, own_id(context)))
         await context.send_initial_metadata(((REQUEST_ID, own_id(context)),))
         return pb.HealthCheckResponse(is_live=self._desk.is_open)
 
-    async def Decode(self, message: pb.DecodeRequest, context: grpc.aio.ServicerContext) -> None:
+    async def Decode(self, data: bytes, context: grpc.aio.ServicerContext) -> None:
         """Streams the answers. Leaving early, at whoever's wish, cancels the request."""
         request_id = own_id(context)
         with self._desk.call():
             try:
                 check_id(request_id)
-                await self._answer(message, context, request_id)
+                await self._answer(data, context, request_id)
             except tuple(STATUS) as error:
                 await context.abort(status(error), str(error), trailing_metadata=trailers(error, request_id))
 
-    async def _answer(self, message: pb.DecodeRequest, context: grpc.aio.ServicerContext, request_id: str) -> None:
-        read = partial(read_one, message, request_id, deadline_of(context))
+    async def _answer(self, data: bytes, context: grpc.aio.ServicerContext, request_id: str) -> None:
+        read = partial(read_one, data, request_id, deadline_of(context))
         async with self._desk.admit(read) as admitted:
             # Not before: a client's retry policy only applies to answers that are nothing but trailers.
             await context.send_initial_metadata(((REQUEST_ID, request_id),))
@@ -70,14 +77,26 @@ class Front(OrchestratorServicer):
 
 
 def read_one(
-    message: pb.DecodeRequest,
+    data: bytes,
     request_id: str,
     deadline: float | None,
     engine: "Engine",
     deliver_to: Callable[[int], Deliver],
 ) -> list[Request]:
     """For Desk.admit(): a message is one request. Raises RefusedError."""
+    message = parse(pb.DecodeRequest, data)
     return [read_request(message, engine, deliver_to(0), request_id=request_id, deadline=deadline)]
+
+
+def parse(kind: type[M], data: bytes) -> M:
+    """Raises RefusedError for bytes that are no such message."""
+    try:
+        return kind.FromString(data)
+    except DecodeError as error:
+        raise RefusedError(
+            f"these {len(data)} bytes are no {kind.DESCRIPTOR.name}, or a text in them is not UTF-8; "
+            "send a message of protos/orchestrator.proto in protobuf's binary form"
+        ) from error
 
 
 def own_id(context: grpc.aio.ServicerContext) -> str:
@@ -109,17 +128,14 @@ def status(error: Exception) -> grpc.StatusCode:
 
 def add_to(server: grpc.aio.Server, front: Front) -> None:
     """Serves the front under our own name, and under JetStream's for its clients."""
-    add_OrchestratorServicer_to_server(front, server)
     handlers = {
         "Decode": grpc.unary_stream_rpc_method_handler(
-            front.Decode,
-            request_deserializer=pb.DecodeRequest.FromString,
-            response_serializer=pb.DecodeResponse.SerializeToString,
+            front.Decode, response_serializer=pb.DecodeResponse.SerializeToString
         ),
         "HealthCheck": grpc.unary_unary_rpc_method_handler(
-            front.HealthCheck,
-            request_deserializer=pb.HealthCheckRequest.FromString,
-            response_serializer=pb.HealthCheckResponse.SerializeToString,
+            front.HealthCheck, response_serializer=pb.HealthCheckResponse.SerializeToString
         ),
     }
-    server.add_generic_rpc_handlers([grpc.method_handlers_generic_handler(JETSTREAM_SERVICE, handlers)])
+    server.add_generic_rpc_handlers(
+        [grpc.method_handlers_generic_handler(name, handlers) for name in (SERVICE, JETSTREAM_SERVICE)]
+    )

@@ -16,8 +16,8 @@ from .errors import BadFieldError, UnknownModelError, bad_body
 from .fields import Message, Prompts, StreamOptions, Strict, Texts
 
 if TYPE_CHECKING:
-    from ...engine_impl.engine import Engine
-    from ...engine_impl.text.tokenizer import Tokenizer
+    from ...engine_impl.api import AnyEngine as Engine
+    from ...engine_impl.api import Tokenizer
 
 
 class Body(Strict):

@@ -27,7 +27,7 @@ from .stream import stream
 from .token_names import TokenNames
 
 if TYPE_CHECKING:
-    from ...engine_impl.engine import Engine
+    from ...engine_impl.api import AnyEngine as Engine
 
 HEALTH = "/health"
 """Needs no token: whoever watches the server has none."""

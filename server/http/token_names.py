@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from ...engine_impl.errors import RefusedError
 
 if TYPE_CHECKING:
-    from ...engine_impl.text.tokenizer import Tokenizer
+    from ...engine_impl.api import Tokenizer
 
 REMEMBERED = 1 << 16
 """Tokens whose names are kept (count)."""

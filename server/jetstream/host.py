@@ -13,7 +13,6 @@ import queue
 import signal
 import socket
 import threading
-import time
 from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import replace
 from functools import partial
@@ -29,6 +28,7 @@ from ...engine_impl.errors import RefusedError
 from ...engine_impl.jetstream import compat as jetstream_compat
 from ...engine_impl.jetstream.engine import create_engine
 from ...engine_impl.loading import choose_devices
+from ...engine_impl.runtime import timeline
 from ..config import ServerConfig
 from ..grpc.service import JETSTREAM_SERVICE
 from ..lifecycle import first_of, in_thread
@@ -215,11 +215,11 @@ async def host(engine: EngineConfig, server: ServerConfig) -> int:
 
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, on_signal)
-    started = time.monotonic()
     hosted = JetStreamHost(engine, server, on_dead)
     await in_thread(hosted.start)
     is_ready = True
-    log.info("ready after %.1f s", time.monotonic() - started)
+    startup = timeline.THIS_PROCESS.startup()
+    log.info("ready after %.1f s", startup.seconds, extra={"fields": startup.as_json()})
     print(f"SERVING on {hosted.address}", flush=True)
     await stop.wait()
     log.info("stopping: NOT_SERVING, new requests are refused")

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Literal
 from .status import StatusLine
 
 if TYPE_CHECKING:
-    from ...engine_impl.text.tokenizer import Tokenizer
+    from ...engine_impl.api import Tokenizer
 
 PROMPTS = logging.getLogger("slipstream.server.prompts")
 """Prompts are logged here, at DEBUG: deaf unless configure() is told otherwise."""

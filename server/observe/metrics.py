@@ -3,13 +3,14 @@
 slipstream_requests_total{outcome}       ok | cancelled | deadline | rejected | failed
 slipstream_{queue,ttft,tpot,e2e}_seconds  of requests that were admitted
 slipstream_{prefill,decode_step}_seconds  of the engine
+slipstream_startup_seconds{stage}         imports | loading | tracing | compiling | rest
 slipstream_compilations_after_warmup_total must stay 0: a program compiled under traffic stalls every slot
 """
 
 import logging
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from enum import Enum
 from typing import Any
 
@@ -53,6 +54,7 @@ class Metrics:
             self._requests.labels(outcome.value)  # a series that is there from the start: rate() sees its first event
         self._prompt_tokens = self._counter("prompt_tokens", "Prompt tokens of requests that were admitted and ended")
         self._generated_tokens = self._counter("generated_tokens", "Answer tokens delivered, stop tokens left out")
+        self._startup_s = self._gauge("startup_seconds", "From the process's start to SERVING, by stage", ["stage"])
         self._slots = self._gauge("slots", "Decode slots")
         self._slots_in_use = self._gauge("slots_in_use", "Decode slots that hold a request")
         self._queue_depth = self._gauge("queue_depth", "Requests that wait for a slot")
@@ -79,6 +81,11 @@ class Metrics:
         """Called once, when all is warm. `devices` (JAX's) tell their memory from now on. `compilations()` counts the
         programs compiled so far: what it grows by from now on was compiled too late."""
         self.registry.register(_Devices(devices, compilations))
+
+    def started(self, stages: Mapping[str, float]) -> None:
+        """The start is over: how long each of its stages took (seconds)."""
+        for stage, seconds in stages.items():
+            self._startup_s.labels(stage).set(seconds)
 
     def rejected(self) -> None:
         """A request was refused at admission."""
@@ -139,8 +146,8 @@ class Metrics:
     def _counter(self, name: str, text: str, labels: Iterable[str] = ()) -> Counter:
         return Counter(f"slipstream_{name}", text, labels, registry=self.registry)
 
-    def _gauge(self, name: str, text: str) -> Gauge:
-        return Gauge(f"slipstream_{name}", text, registry=self.registry)
+    def _gauge(self, name: str, text: str, labels: Iterable[str] = ()) -> Gauge:
+        return Gauge(f"slipstream_{name}", text, labels, registry=self.registry)
 
     def _histogram(self, name: str, text: str, edges_s: Sequence[float]) -> Histogram:
         return Histogram(f"slipstream_{name}_seconds", text, buckets=edges_s, registry=self.registry)

@@ -10,7 +10,7 @@ from ...engine_impl.errors import RefusedError
 from ...engine_impl.sampling.params import MAX_SEED, SamplingParams
 
 if TYPE_CHECKING:
-    from ...engine_impl.engine import Engine
+    from ...engine_impl.api import AnyEngine as Engine
 
 GREEDY = SamplingParams()
 

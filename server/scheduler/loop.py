@@ -1,222 +1,83 @@
-"""The orchestrator: requests become slots, slots become tokens. One thread, one loop, which owns the decode state:
+"""The loop that runs the engine, in a thread of its own, which alone holds the decode state:
 
-    admit -> prefill -> insert -> generate -> deliver -> free
+    plan -> free -> prefill -> insert -> generate -> deliver
 
-- admit: whose turn it is in the queue, if its slots are free. One a turn: running answers wait for one prefill at most.
-- prefill, insert, generate: only started here, they run on the device; what they give is copied back meanwhile. A
-  request for several samples is prefilled once; each further sample draws its own first token from that prefix.
-- deliver: reads the tokens of the turn before, so that the device never waits for the host, and hands them to the
+- plan: plan.py decides what the turn does; nothing is decided here.
+- prefill, insert, generate are only started here: they run on the device, and what they give is copied back meanwhile.
+  A request for several samples is prefilled once; each further sample draws its own first token from that prefix.
+- deliver: reads the results of the turn before, so that the device never waits for the host, and hands them to the
   delivery thread, which makes text and events of them.
 - free: at max_tokens as soon as the last step is started; at a stop token when it is read, one step late; at a cancel,
-  a deadline or a stop string before the next step. A step in flight may then still bring a token for the old request:
-  a Flight remembers whose tokens it carries, so the slot's next owner never sees them.
+  a deadline or a stop string before the next step. A step in flight may then still bring tokens for the old request:
+  its result keeps the roster that it was started with, so the slot's next owner never sees them.
 
-Nothing here is done once a slot in Python, and no text is seen: see slots.py and delivery.py. Requests are ended by
-delivery alone, so each gets exactly one last event.
+Nothing is done once per slot in Python, and no text is seen. Requests are ended by delivery alone, so each gets exactly
+one last event.
 """
 
 import logging
-import sys
-import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Generic
 
+from ...engine_impl.api import Engine, ParamsT, PrefixT, StateT
 from ..delivery.delivery import Delivery
-from ..delivery.flight import Flight
-from ..errors import DeadlineError, FailedError, QueueFullError, UnavailableError
+from ..delivery.result import PendingResult
+from ..errors import FailedError, UnavailableError
 from ..observe.metrics import Metrics
-from ..request.request import FinishReason, Request, Sample, check_slots
-from . import probes
-from .queue import RequestQueue, is_overdue
+from ..request.request import FinishReason, Request, Sample
+from .failures import DeadError, Failures, describe
+from .plan import StepPlan, plan
+from .probes import Probes
+from .queue import RequestQueue
 from .slots import Slots
-
-if TYPE_CHECKING:
-    from ...engine_impl.engine import Engine
 
 log = logging.getLogger(__name__)
 
-MAX_FAILURES = 3
-"""Failures without a success between them (count), after which the engine is given up."""
 
-CLOSE_S = 10.0
-"""How long close() waits for a turn to end (seconds); the thread is a daemon and cannot hold the process."""
-
-DEADLINE_SLACK_S = 0.05
-"""A cancel this close to the deadline is the deadline's doing (seconds): the caller's clock was started before ours."""
-
-SWITCH_S = 0.0005
-"""How long a busy thread keeps the interpreter from the loop (seconds; Python's own: 0.005). The loop asks for it a few
-times a step. 256 streams over gRPC, steps of 8 ms, 2 busy cores: 11.0 ms from step to step, with Python's own 13.0."""
-
-STOPPING = "the server is stopping"
-
-
-class DeadError(Exception):
-    """The engine keeps failing."""
-
-
-class Orchestrator:
-    """start() it, submit() requests from any thread, close() it."""
+class Loop(Generic[ParamsT, PrefixT, StateT]):
+    """run() it in a thread. What other threads tell it: `ended`, `probes`, `closing`, and the queue."""
 
     def __init__(
         self,
-        engine: "Engine",
-        params: Any,
-        *,
-        max_queued: int,
-        max_queued_tokens: int | None = None,
-        metrics: Metrics | None = None,
-        warm_up: bool = True,
-        on_ready: Callable[[], object] = lambda: None,
-        on_dead: Callable[[str], object] = lambda reason: None,
+        engine: Engine[ParamsT, PrefixT, StateT],
+        params: ParamsT,
+        queue: RequestQueue,
+        metrics: Metrics | None,
     ) -> None:
-        """`on_ready` and `on_dead(reason)` are called from the orchestrator's thread."""
-        self._engine, self._params, self._metrics = engine, params, metrics
-        self._warm_up, self._on_ready, self._on_dead = warm_up, on_ready, on_dead
-        self._tokenizer = engine.get_tokenizer()
-        self._queue = RequestQueue(max_queued, max_queued_tokens)
-        self._delivery = Delivery(self._tokenizer, metrics, free=self._ended_early, on_end=self._forget)
+        self._engine, self._params, self._queue, self._metrics = engine, params, queue, metrics
+        self._stop_ids = sorted(engine.get_tokenizer().stop_ids)
+        self.live: set[Request] = set()
+        """Taken from the queue, last event not out yet."""
+        self.ended: deque[Sample] = deque()
+        """Over, by a cancel or a stop string, and perhaps still in a slot."""
+        self.probes = Probes()
+        self.closing = False
+        """Set to end the loop after its turn."""
+        self.delivery = Delivery(engine.get_tokenizer(), metrics, free=self.ended.append, on_end=self.live.discard)
         self._slots = self._no_slots_taken()
-        self._live: set[Request] = set()  # taken from the queue, last event not out yet
-        self._flights: list[Flight] = []  # what the next turn delivers
-        self._to_free: deque[Sample] = deque()  # over, and the loop does not know it yet
-        self._probes = probes.Probes()
-        self._state: Any = None  # the engine's, made in the thread
-        self._failed_prefills = self._failed_steps = 0  # since the last that worked
-        self._landed_at = 0.0  # when the latest tokens were read (s of time.monotonic())
-        self._dead_reason: str | None = None
-        self._closing = False
-        self._thread = threading.Thread(target=self._run, name="orchestrator", daemon=True)
-        self._deadlines = threading.Thread(target=self._end_overdue_waiters, name="deadlines", daemon=True)
-        if metrics is not None:
-            metrics.watch(
-                queue_depth=lambda: self.queue_depth,
-                slots_in_use=lambda: self.slots_in_use,
-                slots=engine.max_concurrent_decodes,
-            )
-
-    # Any thread.
-
-    def start(self) -> None:
-        sys.setswitchinterval(min(SWITCH_S, sys.getswitchinterval()))
-        self._delivery.start()
-        self._deadlines.start()
-        self._thread.start()
-
-    def submit(self, *requests: Request) -> None:
-        """All of them or none. Every request accepted gets exactly one last event.
-
-        Raises QueueFullError, UnavailableError, DeadlineError when a deadline has passed already, RefusedError for
-        more samples than slots and for more requests than can wait.
-        """
-        for request in requests:
-            check_slots(request.num_samples, self._engine.max_concurrent_decodes)
-            if is_overdue(request, time.monotonic()):
-                raise DeadlineError(f"the deadline of request {request.id} passed before it could be queued")
-        with self._refusals_counted():
-            self._queue.put(*requests)
-
-    def check_room(self) -> None:
-        """Refuses early, before a prompt is made into tokens: raises QueueFullError or UnavailableError."""
-        with self._refusals_counted():
-            self._queue.check_room()
-
-    def cancel(self, request: Request) -> None:
-        """Ends it, and frees its slots before the next step. No effect on a request that is done."""
-        if request.done or request.queued_at is None:
-            return
-        if not self._queue.remove(request):
-            self._to_free.extend(request.samples)  # at once: delivery may be behind
-        is_late = is_overdue(request, time.monotonic() + DEADLINE_SLACK_S)
-        self._delivery.end(request, FinishReason.DEADLINE if is_late else FinishReason.CANCELLED)
-
-    def probe(self, timeout_s: float) -> None:
-        """Returns when a real step of the engine has been run and read: one of those that run anyway, or if there are
-        none, a step over empty slots.
-
-        Raises UnavailableError when that takes longer than `timeout_s`, when the step fails, or when there is no
-        engine any more.
-        """
-        probe = self._probes.add()
-        self._queue.wake()
-        if self._closing or self._dead_reason is not None or not self._thread.is_alive():
-            raise UnavailableError(self._dead_reason or STOPPING)
-        probes.wait(probe, timeout_s)
-
-    def refuse_new(self, reason: str) -> None:
-        """submit() raises UnavailableError from now on."""
-        self._queue.close(UnavailableError(reason))
-
-    def close(self) -> None:
-        """Ends the thread after its turn; requests that are not done get an UnavailableError."""
-        self._closing = True
-        self.refuse_new(STOPPING)
-        if self._thread.is_alive():
-            self._thread.join(CLOSE_S)
-        self._refuse_all(STOPPING)  # also when the device hangs, and the thread with it
-        self._delivery.close()
+        self._pending: list[PendingResult] = []  # what the next turn delivers
+        self._failures = Failures()
+        self._read_at = 0.0  # when the latest result was read (s of time.monotonic())
+        self._state: StateT  # from start() on
 
     @property
     def slots_in_use(self) -> int:
         return self._slots.in_use
 
     @property
-    def queue_depth(self) -> int:
-        """Requests that wait for a slot."""
-        return len(self._queue)
+    def slots_free(self) -> int:
+        return self._slots.free
 
-    @contextmanager
-    def _refusals_counted(self) -> Iterator[None]:
-        try:
-            yield
-        except (QueueFullError, UnavailableError):
-            if self._metrics is not None:
-                self._metrics.rejected()
-            raise
+    def start(self, *, warm_up: bool) -> None:
+        """Makes the decode state; compiles everything if asked to."""
+        self._state = self._engine.init_decode_state()
+        if warm_up:
+            self._state = self._engine.warm_up(self._params, self._state)
 
-    # Delivery's thread.
-
-    def _ended_early(self, sample: Sample) -> None:
-        self._to_free.append(sample)
-
-    def _forget(self, request: Request) -> None:
-        self._live.discard(request)
-
-    # The deadlines' thread: a request that waits is answered in time whatever the device does.
-
-    def _end_overdue_waiters(self) -> None:
-        while overdue := self._queue.overdue():
-            for request in overdue:
-                self._delivery.end(request, FinishReason.DEADLINE)
-
-    # The orchestrator's thread, from here on.
-
-    def _run(self) -> None:
-        try:
-            self._state = self._engine.init_decode_state()
-            if self._warm_up:
-                self._state = self._engine.warm_up(self._params, self._state)
-            self._on_ready()
-            self._loop()
-        except Exception as error:
-            log.exception("the engine is given up")
-            self._dead_reason = f"the engine is given up: {describe(error)}"
-            self._refuse_all(self._dead_reason)
-            self._on_dead(self._dead_reason)
-        else:
-            self._refuse_all(STOPPING)
-
-    def _refuse_all(self, reason: str) -> None:
-        self.refuse_new(reason)
-        self._probes.answer(UnavailableError(reason))
-        for request in [*self._queue.clear(), *list(self._live)]:
-            self._delivery.end(request, UnavailableError(reason))
-
-    def _loop(self) -> None:
-        while not self._closing:
+    def run(self) -> None:
+        """Until `closing`. Raises DeadError when the engine keeps failing."""
+        while not self.closing:
             self._queue.wait(until=self._has_work)
             try:
                 self._turn()
@@ -226,123 +87,114 @@ class Orchestrator:
                 self._recover(error)
 
     def _has_work(self) -> bool:
-        return self._closing or bool(self._slots.in_use or self._flights or self._probes)
+        return self.closing or bool(self._slots.in_use or self._pending or self.probes)
 
     def _turn(self) -> None:
-        self._free_ended()
-        self._start_next()
-        earlier, self._flights = self._flights, self._generate()
-        for flight in earlier:
-            self._deliver(flight)
+        turn = self._plan()
+        self._free(turn)
+        if turn.prefill is not None and not self._prefill(turn.prefill):
+            return  # there is no such request any more: plan anew
+        earlier, self._pending = self._pending, self._generate() if turn.decode else []
+        for pending in earlier:
+            self._deliver(pending)
 
-    def _free_ended(self) -> None:
-        """Slots of requests that were cancelled, have met a stop string or are out of time."""
-        while self._to_free:
-            self._free(self._to_free.popleft())
-        for sample in self._slots.overdue(time.monotonic()):
-            self._delivery.end(sample.request, FinishReason.DEADLINE)
-            self._free(sample)
+    def _plan(self) -> StepPlan:
+        ended = [self.ended.popleft() for _ in range(len(self.ended))]
+        probe = bool(self.probes) and not any(pending.is_step for pending in self._pending)
+        return plan(waiting=self._queue.first(), slots=self._slots, ended=ended, now=time.monotonic(), probe=probe)
 
-    def _start_next(self) -> None:
-        """Admit, prefill, insert."""
-        if (request := self._queue.take(self._slots.free)) is None:
-            return
-        self._live.add(request)
+    def _free(self, turn: StepPlan) -> None:
+        for request in turn.expired:
+            self.delivery.end(request, FinishReason.DEADLINE)
+        for sample in turn.free:
+            self._free_slot(sample)
+
+    def _prefill(self, request: Request) -> bool:
+        """Prefill and insert. False: the request left the queue by itself, or failed; no other was touched."""
+        if not self._queue.take(request):
+            return False
+        self.live.add(request)
         try:
-            started = self._prefill(request)
-        except Exception as error:  # touched no other request, unlike a failed step
+            started = self._start_samples(request)
+        except Exception as error:
             log.exception("the prefill of request %s failed", request.id)
-            self._failed_prefills += 1
             self._fail(request, error)
-            self._give_up_on_a_series(error)
-            return
-        for sample, (prefix, flight) in zip(request.samples, started, strict=True):
-            self._flights.append(flight)
+            self._failures.prefill_failed(error)
+            return False
+        for sample, (prefix, pending) in zip(request.samples, started, strict=True):
+            self._pending.append(pending)
             if request.max_tokens > 1:
                 self._state = self._engine.insert(prefix, self._state, self._slots.give(sample))
+        return True
 
-    def _prefill(self, request: Request) -> list[tuple[Any, Flight]]:
+    def _start_samples(self, request: Request) -> list[tuple[PrefixT, PendingResult]]:
         """A prefix and a first token for each sample, all from one prefill."""
         request.started_at = now = time.monotonic()
         padded, length = self._engine.pad(request.prompt_ids)
         prefix, result = self._engine.prefill(
             self._params, padded, length, sampling=request.sampling, prompt_logprobs=request.prompt_logprobs
         )
-        started = []
+        started: list[tuple[PrefixT, PendingResult]] = []
         for sample in request.samples:
             if sample.index:
                 prefix, result = self._engine.resample(prefix, sample.sampling)
             asked = prefix.prompt_logprob_T if request.prompt_logprobs and not sample.index else None
             roster = self._slots.alone(sample)
-            started.append((prefix, Flight(result, roster, is_step=False, started=now, prompt_logprob_T=asked)))
+            pending = PendingResult(result, roster, is_step=False, started=now, prompt_logprob_T=asked)
+            started.append((prefix, pending))
         return started
 
-    def _generate(self) -> list[Flight]:
-        """Starts one step for every slot in use; over empty slots only for a probe."""
-        is_probed = bool(self._probes) and not any(flight.is_step for flight in self._flights)
-        if not self._slots.in_use and not is_probed:
-            return []
+    def _generate(self) -> list[PendingResult]:
         started = time.monotonic()
         self._state, result = self._engine.generate(self._params, self._state)
-        flight = Flight(result, self._slots.roster, is_step=True, started=started)
+        pending = PendingResult(result, self._slots.roster, is_step=True, started=started)
         for sample in self._slots.count_step():
-            self._free(sample)
-        return [flight]
+            self._free_slot(sample)
+        return [pending]
 
-    def _deliver(self, flight: Flight) -> None:
-        landing = flight.land()
-        self._count(flight)
-        for sample in landing.roster.owner_B[landing.stopped_B]:
-            self._free(sample)
-        self._delivery.post(landing)
+    def _deliver(self, pending: PendingResult) -> None:
+        result = pending.read()
+        self._count(pending)
+        for sample in result.roster.owner_B[result.stopped_B]:
+            self._free_slot(sample)
+        if pending.is_step:
+            for sample in self._slots.settle(result.roster, result.count_B):
+                self._free_slot(sample)
+        self.delivery.post(result)
 
-    def _free(self, sample: Sample) -> None:
+    def _free_slot(self, sample: Sample) -> None:
         if sample.slot is not None:
             self._state = self._engine.free(self._state, self._slots.take_back(sample))
 
-    def _count(self, flight: Flight) -> None:
-        """A flight that has landed is a success, took the device from the one before it until now, and is what probes
-        wait for."""
+    def _count(self, pending: PendingResult) -> None:
+        """A result that was read is a success. It took the device from the one before it until now."""
         now = time.monotonic()
-        duration_s, self._landed_at = now - max(flight.started, self._landed_at), now
-        self._failed_prefills = 0
-        if flight.is_step:  # a prefill that works says nothing about steps
-            self._failed_steps = 0
-            self._probes.answer()
+        duration_s, self._read_at = now - max(pending.started, self._read_at), now
+        self._failures.worked(is_step=pending.is_step)
+        if pending.is_step:
+            self.probes.answer()
         if self._metrics is not None:
-            if flight.is_step:
-                self._metrics.step(duration_s, slots=flight.roster.taken)
-            elif flight.roster.owner_B[0].index == 0:  # the other samples' first tokens come from the same prefill
+            if pending.is_step:
+                self._metrics.step(duration_s, slots=pending.roster.taken)
+            elif pending.roster.owner_B[0].index == 0:  # the other samples' first tokens come from the same prefill
                 self._metrics.prefill(duration_s)
 
     def _recover(self, error: Exception) -> None:
         """A step failed, its state was donated and is lost: fail whoever was in it and start afresh."""
-        failed = list(self._live)
+        failed = list(self.live)
         log.error("a step failed; requests %s fail with it", ", ".join(r.id for r in failed), exc_info=error)
-        self._flights, self._slots = [], self._no_slots_taken()
-        self._state = None  # before the new one is made: two may not fit the device
+        self._pending, self._slots = [], self._no_slots_taken()
+        del self._state  # before the new one is made: two may not fit the device
         for request in failed:
             for sample in request.samples:
                 sample.slot = None
             self._fail(request, error)
-        self._probes.answer(UnavailableError(f"a step of the engine failed: {describe(error)}"))
-        self._failed_steps += 1
-        self._give_up_on_a_series(error)
+        self.probes.answer(UnavailableError(f"a step of the engine failed: {describe(error)}"))
+        self._failures.step_failed(error)
         self._state = self._engine.init_decode_state()
 
     def _no_slots_taken(self) -> Slots:
-        return Slots(self._engine.max_concurrent_decodes, sorted(self._tokenizer.stop_ids))
-
-    def _give_up_on_a_series(self, error: Exception) -> None:
-        count = max(self._failed_prefills, self._failed_steps)
-        if count >= MAX_FAILURES:
-            raise DeadError(f"{count} failures in a row, the last: {describe(error)}") from error
+        return Slots(self._engine.max_concurrent_decodes, self._stop_ids)
 
     def _fail(self, request: Request, error: Exception) -> None:
-        self._delivery.end(request, FailedError(f"request {request.id} failed in the engine: {describe(error)}"))
-
-
-def describe(error: Exception) -> str:
-    """One short line: an XLA error can fill screens."""
-    lines = str(error).splitlines()
-    return f"{type(error).__name__}: {lines[0][:200]}" if lines else type(error).__name__
+        self.delivery.end(request, FailedError(f"request {request.id} failed in the engine: {describe(error)}"))

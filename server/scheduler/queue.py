@@ -4,7 +4,8 @@ import threading
 import time
 from bisect import insort_right
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
+from itertools import accumulate, chain, takewhile
 
 from ...engine_impl.errors import RefusedError
 from ..errors import FIRST_RETRY_S, QueueFullError
@@ -20,7 +21,8 @@ PACE_OF = 32
 
 
 class RequestQueue:
-    """At most `max_queued` requests and `max_queued_tokens` tokens of prompt. Any thread may call any method.
+    """At most `max_queued` requests beyond those that the free slots will take, and `max_queued_tokens` tokens of
+    prompt. Any thread may call any method.
 
     Who goes first: the highest priority, and the oldest of one priority. Waiting counts: every AGEING_S seconds a
     request moves up by one level, so a request of priority p is served as though it had come p * AGEING_S seconds
@@ -30,8 +32,18 @@ class RequestQueue:
     A prompt that alone exceeds `max_queued_tokens` is let into an empty queue: it could never be served otherwise.
     """
 
-    def __init__(self, max_queued: int, max_queued_tokens: int | None = None) -> None:
+    def __init__(
+        self,
+        max_queued: int,
+        max_queued_tokens: int | None = None,
+        *,
+        slots: int = 0,
+        free_slots: Callable[[], int] = lambda: 0,
+    ) -> None:
+        """`slots` is how many there are, `free_slots` tells how many of them are free now. A request between take()
+        and its slots may be counted as though they were still free."""
         self.max_queued, self.max_queued_tokens = max_queued, max_queued_tokens
+        self._slots, self._free_slots = slots, free_slots
         self.tokens = 0
         """Tokens of the prompts that wait."""
         self._waiting: list[Request] = []  # who goes first stands first
@@ -47,7 +59,7 @@ class RequestQueue:
         the queue was closed with."""
         tokens = sum(len(request.prompt_ids) for request in requests)
         with self._changed:
-            self._check_room(len(requests), tokens)
+            self._check_room([seats(request) for request in requests], tokens)
             now = time.monotonic()
             for request in requests:
                 request.queued_at = now
@@ -58,22 +70,22 @@ class RequestQueue:
     def check_room(self) -> None:
         """Raises what put() would raise for the shortest prompt."""
         with self._changed:
-            self._check_room(1, 1)
+            self._check_room([1], 1)
 
-    def take(self, free_slots: int) -> Request | None:
-        """Whose turn it is; None when there is nobody or when its slots are not all free.
-
-        Nobody overtakes a request that waits for several slots, or it might wait for ever. Requests whose deadline
-        has passed are never taken.
-        """
+    def first(self) -> Request | None:
+        """Whose turn it is; None when nobody waits whose deadline has not passed."""
         with self._changed:
             now = time.monotonic()
-            request = next((request for request in self._waiting if not is_overdue(request, now)), None)
-            if request is None or request.slots_needed > free_slots:
-                return None
+            return next((request for request in self._waiting if not is_overdue(request, now)), None)
+
+    def take(self, request: Request) -> bool:
+        """Whether it was still waiting; then it leaves, to be served."""
+        with self._changed:
+            if request not in self._waiting:
+                return False
             self._leave(request)
-            self._departures.append(now)
-            return request
+            self._departures.append(time.monotonic())
+            return True
 
     def remove(self, request: Request) -> bool:
         """Whether it was still waiting."""
@@ -125,13 +137,14 @@ class RequestQueue:
         self._waiting.remove(request)
         self.tokens -= len(request.prompt_ids)
 
-    def _check_room(self, count: int, tokens: int) -> None:
+    def _check_room(self, more: Sequence[int], tokens: int) -> None:
+        """`more` is the seats of each request that would come."""
         if self._closed is not None:
             raise self._closed
-        limit = self.max_queued_tokens
-        if count > self.max_queued:
+        count, limit = len(more), self.max_queued_tokens
+        if count - starting(more, self._slots) > self.max_queued:
             raise RefusedError(
-                f"{count} prompts at once exceed max_queued={self.max_queued}; "
+                f"{count} prompts at once exceed {self._limit(self._slots)}; "
                 "send fewer in one request or serve with a larger --max-queued"
             )
         if count > 1 and limit is not None and tokens > limit:
@@ -139,10 +152,12 @@ class RequestQueue:
                 f"{count} prompts of {tokens} tokens at once exceed max_queued_tokens={limit}; "
                 "send fewer in one request or serve with a larger --max-queued-tokens"
             )
-        if len(self._waiting) + count > self.max_queued:
-            more = f", {count} more exceed" if count > 1 else " and"
+        free = self._free_slots()
+        all_seats = chain(map(seats, self._waiting), more)
+        if len(self._waiting) + count - starting(all_seats, free) > self.max_queued:
+            exceed = f", {count} more exceed" if count > 1 else " and"
             raise QueueFullError(
-                f"{len(self._waiting)} requests wait already{more} max_queued={self.max_queued}; "
+                f"{len(self._waiting)} requests wait already{exceed} {self._limit(free)}; "
                 "try again later or serve with a larger --max-queued",
                 retry_after_s=self._retry_after_s(),
             )
@@ -152,6 +167,11 @@ class RequestQueue:
                 "try again later or serve with a larger --max-queued-tokens",
                 retry_after_s=self._retry_after_s(),
             )
+
+    def _limit(self, slots: int) -> str:
+        """In words, for this many free slots."""
+        beyond = f" beyond {slots} free slots" if slots else ""
+        return f"max_queued={self.max_queued}{beyond}"
 
     def _retry_after_s(self) -> float:
         """The mean time between the latest departures, this moment counted as one: a standstill is seen."""
@@ -165,6 +185,16 @@ def rank(request: Request) -> float:
     """When it would have had to come, without its priority, to stand where it stands (s)."""
     assert request.queued_at is not None
     return request.queued_at - request.priority * AGEING_S
+
+
+def seats(request: Request) -> int:
+    """The free slots that it is counted against. One that needs none waits for its prefill all the same."""
+    return max(1, request.slots_needed)
+
+
+def starting(seats_of_each: Iterable[int], free_slots: int) -> int:
+    """How many of these requests, in their order, the free slots take: up to the first that has to wait."""
+    return sum(1 for _ in takewhile(lambda taken: taken <= free_slots, accumulate(seats_of_each)))
 
 
 def is_overdue(request: Request, now: float) -> bool:

@@ -111,9 +111,3 @@ def test_a_run_on_a_model_that_is_int4(monkeypatch, capsys):
 def test_refusals_name_the_limit(words, message, capsys):
     assert cli.run(["bench", "accuracy", *words]) == cli.BAD_INPUT
     assert message in capsys.readouterr().err
-
-
-def test_the_command_knows_the_modes():
-    from slipstream.cli.bench.accuracy import ACCURACY_MODES
-
-    assert tuple(accuracy.MODES) == ACCURACY_MODES

@@ -4,7 +4,7 @@ import json
 
 import pytest
 from slipstream.benchmarks import growth, host
-from slipstream.benchmarks.growth import GrowthPlan
+from slipstream.benchmarks.options.growth import GrowthOptions
 from slipstream.cli import main as cli
 from slipstream.engine_impl.errors import RefusedError
 
@@ -12,10 +12,10 @@ from tests.engine_impl.tiny_models import tiny_engine
 
 
 @pytest.fixture
-def plan():
-    return GrowthPlan(
-        model="tiny", cache_lengths=(256, 128), live_tokens=(8, 64, 120, 250), slots=(2,), base_slots=2, steps=4,
-        blocks=3, threads=None, platform="cpu",
+def options():
+    return GrowthOptions(
+        model="tiny", cache_lengths="256,128", live_tokens="8,64,120,250", slots="2", base_slots=2, steps=4,
+        blocks=3, platform="cpu",
     )  # fmt: skip
 
 
@@ -59,21 +59,21 @@ def test_a_slope_is_compared_with_the_bytes_slope():
     assert growth.compared({"x": [1], "ms": [2.0], "ms_at_bandwidth": [1.0]})["share_of_bandwidth"] is None
 
 
-def test_points_take_turns(plan):
+def test_points_take_turns(options):
     order = []
     blocks = [lambda: order.append("a") or [1.0, 2.0, 30.0], lambda: order.append("b") or [4.0]]
-    assert growth.in_turns(blocks, plan) == [[2.0] * 3, [4.0] * 3]
+    assert growth.in_turns(blocks, options) == [[2.0] * 3, [4.0] * 3]
     assert "".join(order) == "ababab"
 
 
-def test_only_live_tokens_that_fit_are_measured(plan):
+def test_only_live_tokens_that_fit_are_measured(options):
     """Four steps start two tokens before and end two behind."""
-    assert plan.fitting(256) == (8, 64, 120, 250)
-    assert plan.fitting(128) == (8, 64, 120)
-    assert plan.fitting(250) == (8, 64, 120)
-    assert plan.slot_curve_live_tokens == 64
+    assert options.fitting(256) == (8, 64, 120, 250)
+    assert options.fitting(128) == (8, 64, 120)
+    assert options.fitting(250) == (8, 64, 120)
+    assert options.slot_curve_live_tokens == 64
     with pytest.raises(RefusedError, match=r"none of live_tokens=.* fits into cache_length=8 with 4 steps"):
-        plan.fitting(8)
+        options.fitting(8)
 
 
 def test_refusals_come_before_anything_is_loaded(capsys):

@@ -6,7 +6,8 @@ import jax
 import numpy as np
 import pytest
 from slipstream.benchmarks.baselines import attentions
-from slipstream.benchmarks.kernel import KernelBench, KernelPlan
+from slipstream.benchmarks.kernel import KernelBench
+from slipstream.benchmarks.options.kernel import KernelOptions
 from slipstream.cli import main as cli
 from slipstream.engine_impl.weights.sharding import make_mesh
 
@@ -31,8 +32,8 @@ def test_all_agree_and_a_cpu_says_what_it_cannot_run(capsys):
 @pytest.mark.parametrize("name", ["paged", "ragged_paged"])
 def test_caches_of_the_paged_kernels_hold_the_same_rows(name):
     """Their kernels run on accelerators only; what we hand them is checked here: page by page, k and v."""
-    plan = KernelPlan(**{**SHAPE, "cache_length": 256}, dtype="float32", repeats=1, platform="cpu")
-    bench = KernelBench(plan, make_mesh(jax.devices()[:1], 4, 2, 1), "xla")
+    options = KernelOptions(**{**SHAPE, "cache_length": 256}, dtype="float32", repeats=1, platform="cpu")
+    bench = KernelBench(options, make_mesh(jax.devices()[:1], 4, 2, 1), "xla")
     case = bench.case(130)
     items, length_B, table = getattr(attentions, f"_prepare_{name}")(case)
     k_BKSH, v_BKSH = case.with_new_rows(1)
@@ -49,8 +50,8 @@ def test_caches_of_the_paged_kernels_hold_the_same_rows(name):
 
 @pytest.mark.slow
 def test_a_flush_that_writes_nothing_is_seen(monkeypatch):
-    plan = KernelPlan(**SHAPE, dtype="float32", repeats=1, platform="cpu")
-    bench = KernelBench(plan, make_mesh(jax.devices()[:1], 4, 2, 1), "xla")
+    options = KernelOptions(**SHAPE, dtype="float32", repeats=1, platform="cpu")
+    bench = KernelBench(options, make_mesh(jax.devices()[:1], 4, 2, 1), "xla")
     good = next(bench._flushes())
     monkeypatch.setattr(bench, "_flushes", lambda: [good, ("lazy", lambda cache, new, position_B: cache)])
     ours, lazy = bench.flush_rows(5, 1e9)

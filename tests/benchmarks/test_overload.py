@@ -1,10 +1,9 @@
 """The three measures, over the fake engine: its steps take 4 ms."""
 
 import json
-import sys
-from types import SimpleNamespace
 
 import pytest
+from slipstream.benchmarks import overload, soak
 from slipstream.cli import main as cli
 
 from tests.fakes import FakeEngine
@@ -15,8 +14,8 @@ QUICK = ["--slots", "2", "--token-ids", "97:98", "--json", "--prompt-tokens", "3
 @pytest.fixture
 def engine(monkeypatch):
     engine = FakeEngine(max_concurrent_decodes=2, step_s=0.004)
-    loading = SimpleNamespace(load_engine=lambda config: (engine, None))
-    monkeypatch.setitem(sys.modules, "slipstream.engine_impl.loading", loading)
+    for module in (overload, soak):
+        monkeypatch.setattr(module, "load_engine", lambda config: (engine, None))
     return engine
 
 
@@ -62,6 +61,7 @@ def test_a_soak_with_faults_ends_with_status_1(engine, capsys):
     [
         (["overload", "--steps", "500"], "cache_length=512 must hold prompt_tokens + steps + 2 * slots = 580 tokens"),
         (["overload", "--factor", "0"], "factor=0.0 must be at least 1"),
+        (["overload", "--token-ids", "9:3"], "token_ids='9:3' must be LOW:HIGH"),
         (["soak", "--in-flight", "0"], "in_flight=0 must be at least 1"),
         (["soak", "--max-queued", "0"], "max_queued=0 must be at least 1"),
         (["soak", "--cache-length", "100"], "cache_length=100 must be a multiple of 128"),

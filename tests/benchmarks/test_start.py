@@ -4,57 +4,32 @@ import json
 
 import pytest
 from slipstream.benchmarks import start
-from slipstream.benchmarks.stages import COMPILE, TRACE, Notes, covered, seconds
+from slipstream.benchmarks.options.start import StartOptions
 from slipstream.cli import main as cli
-from slipstream.engine_impl.config import EngineConfig
 
 from tests.engine_impl.checkpoints.folders import write_folder
 
 
-def test_stages_add_up_to_the_whole():
-    """Began at 10, loading from 13 to 18, ended at 30. A trace holds a compilation, which counts as that alone."""
-    notes = Notes(load_began=13.0, load_ended=18.0, tracing=[(17.0, 19.0), (20.0, 26.0)], compiling=[(22.0, 25.0)])
-    found = seconds(notes, 10.0, 30.0)
-    assert found == {"imports": 3.0, "loading": 4.0, "tracing": 5.0, "compiling": 3.0, "rest": 5.0}
-    assert sum(found.values()) == 20.0
-
-
-@pytest.mark.parametrize(
-    ("intervals", "total"),
-    [
-        ([], 0),
-        ([(1, 2), (3, 4)], 2),
-        ([(1, 4), (2, 3)], 3),  # one within another
-        ([(1, 3), (2, 4)], 3),
-        ([(-5, 1), (9, 20)], 2),  # cut at both ends
-        ([(-5, 20)], 10),
-        ([(11, 12)], 0),
-    ],
-)
-def test_time_that_intervals_cover(intervals, total):
-    assert covered(intervals, 0, 10) == total
-
-
-def test_what_jax_reports_is_sorted(monkeypatch):
-    notes = Notes()
-    monkeypatch.setattr("time.monotonic", lambda: 100.0)
-    for event in (*TRACE, COMPILE, "/jax/other"):
-        notes.on_duration(event, 2.0, fun_name="f")
-    assert notes.tracing == [(98.0, 100.0)] * 2
-    assert notes.compiling == [(98.0, 100.0)]
-
-
 def test_the_words_of_a_command():
-    engine = EngineConfig(slots=4)
-    plan = start.StartPlan(command="generate", engine=engine, prompt="hi", runs=1, timeout_s=1)
-    assert plan.words == ["generate", "--slots", "4", "--prompt", "hi", "--max-tokens", "1", "--json"]
+    options = StartOptions(slots=4, prompt="hi")
+    assert start.words(options) == ["generate", "--slots", "4", "--prompt", "hi", "--max-tokens", "1", "--json"]
+    options = StartOptions(slots=4, command="serve")
+    assert start.words(options) == ["serve", "--port", "0", "--log-format", "json", "--slots", "4"]
+
+
+def test_what_a_process_cannot_see_of_itself_is_the_rest():
+    """It tells 7 s, and our clock says 8."""
+    told = {"imports_s": 1.0, "loading_s": 2.0, "tracing_s": 1.0, "compiling_s": 2.5, "rest_s": 0.5}
+    found = start.start_of(8.0, told | {"programs_compiled": 3, "programs_found": 4})
+    assert found.stages == {"imports": 1.0, "loading": 2.0, "tracing": 1.0, "compiling": 2.5, "rest": 1.5}
+    assert (found.seconds, found.programs_compiled, found.programs_found) == (8.0, 3, 4)
 
 
 def test_pairs_of_runs_and_the_goal(monkeypatch, capsys):
     """Cold and warm share a home within a pair; the stages told are those of the run in the middle."""
     homes, seconds_of = [], iter([20.0, 11.0, 22.0, 9.0, 30.0, 8.0])
 
-    def measure(plan, folder):
+    def measure(options, folder):
         homes.append(folder)
         assert (folder / "models").is_symlink()
         took = next(seconds_of)

@@ -1,14 +1,17 @@
 """The command line, from words to what a user sees."""
 
+import itertools
 import json
 import os
 import signal
 import subprocess
 import sys
 import threading
+from typing import get_args, get_type_hints
 
 import pytest
 from slipstream.cli import main as cli
+from slipstream.cli.bench import Bench
 from slipstream.cli.serve import Serve
 from slipstream.engine_impl.config import EngineConfig
 from slipstream.engine_impl.errors import RefusedError
@@ -34,10 +37,44 @@ def test_help_reads_well(command, capsys, monkeypatch):
     assert "slipstream" in text
 
 
-def test_help_loads_nothing_heavy():
+BENCHES = [get_args(bench)[1].name for bench in get_args(get_type_hints(Bench, include_extras=True)["what"])]
+
+
+NAMES = 5
+"""Names of flags and commands begin left of this column, texts right of it."""
+
+
+@pytest.mark.parametrize("width", [80, 120])
+@pytest.mark.parametrize(
+    "words", [[], *([c] for c in cli.COMMANDS), *(["bench", name] for name in BENCHES)], ids=" ".join
+)
+def test_help_wraps_as_paragraphs(words, width, capsys, monkeypatch):
+    """A line ends where the next word has no room, or its paragraph ends."""
+    monkeypatch.setenv("COLUMNS", str(width))
+    with pytest.raises(SystemExit):
+        cli.parse([*words, "--help"])
+    _, _, text = capsys.readouterr().out.partition("\n\n")
+    lines = text.split("\n")
+    assert max(map(len, lines)) <= width
+    assert [pair for pair in itertools.pairwise(lines) if is_ragged(*pair, width)] == []
+
+
+def is_ragged(line, below, width):
+    """Whether `below` goes on with the text of `line`, in its column, and its first word had room there."""
+    in_box = line.startswith("│")
+    line, below = line.strip("│").rstrip(), below.strip("│").rstrip()
+    column = len(below) - len(below.lstrip())
+    if not below or below[0] in "╭╰" or (in_box and column < NAMES):
+        return False
+    goes_on = line[column : column + 1].strip() != "" and line[max(0, column - 2) : column].strip() == ""
+    return goes_on and len(line) + 1 + len(below.split()[0]) <= width - 3 * in_box
+
+
+@pytest.mark.parametrize("words", [["serve"], ["bench"], ["bench", "step"]], ids=" ".join)
+def test_help_loads_nothing_heavy(words):
     code = (
         "import sys, slipstream.cli.main as cli\n"
-        "try: cli.parse(['serve', '--help'])\n"
+        f"try: cli.parse({[*words, '--help']})\n"
         "except SystemExit: pass\n"
         "heavy = {'jax', 'torch', 'numpy', 'grpc', 'google.protobuf'} & set(sys.modules)\n"
         "assert not heavy, heavy"
@@ -95,7 +132,8 @@ def test_generate_json(fake_engine, capsys):
     words = ["generate", "--prompt", "a", "--prompt", "w", "--raw", "--max-tokens", "4", "--json"]
     assert cli.run(words) == 0
     answer = results(capsys)
-    assert list(answer) == ["model", "results"]
+    assert list(answer) == ["model", "results", "startup"]
+    assert answer["startup"].keys() > {"imports_s", "loading_s", "programs_compiled"}
     assert answer["model"] == "fake"
     first, second = answer["results"]
     assert list(first) == ["prompt_token_ids", "token_ids", "text", "finish_reason", "ttft_ms", "total_ms"]

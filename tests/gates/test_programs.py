@@ -123,7 +123,7 @@ def test_a_program_on_real_chips(program, kv_heads, head_dim, topology, quantize
         assert state_bytes <= memory.alias_size_in_bytes < state_bytes + 16 * 1024
         assert copies_of_counts(hlo, engine) == []
         flushes = len(jax.tree.leaves(engine.layout.abstract(engine.mesh)))
-        kernels = {"ragged_attention": LAYERS, "cache_flush": flushes} if program == "generate" else {}
+        kernels = {"live_steps": 1, "ragged_attention": LAYERS, "cache_flush": flushes} if program == "generate" else {}
         assert hlo.pallas_calls() == kernels
 
 
@@ -171,7 +171,7 @@ def test_the_programs_beside_the_step():
     scoring = lower_score_step(engine).compile()
     hlo = Program(scoring.as_text())
     assert cache_copies(hlo, engine) == []
-    assert hlo.pallas_calls() == {"ragged_attention": LAYERS, "cache_flush": 1}
+    assert hlo.pallas_calls() == {"live_steps": 1, "ragged_attention": LAYERS, "cache_flush": 1}
     assert scoring.memory_analysis().alias_size_in_bytes >= engine.layout.bytes // engine.mesh.size
 
     again = Program(lower_resample(engine).compile().as_text())

@@ -18,7 +18,7 @@ from slipstream.server import lifecycle
 from slipstream.server.config import ServerConfig
 from slipstream.server.errors import UnavailableError
 from slipstream.server.lifecycle import Serving
-from slipstream.server.scheduler.loop import Orchestrator
+from slipstream.server.scheduler.orchestrator import Orchestrator
 
 from tests.fakes import FakeEngine
 

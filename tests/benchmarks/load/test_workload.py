@@ -4,7 +4,8 @@ import json
 
 import numpy as np
 import pytest
-from slipstream.benchmarks.load.workload import OUTPUT, PROMPT, arrivals, id_range, lengths, make_requests
+from slipstream.benchmarks.load.workload import OUTPUT, PROMPT, arrivals, lengths, make_requests
+from slipstream.benchmarks.options.flags import id_range
 from slipstream.engine_impl.errors import RefusedError
 
 

@@ -91,7 +91,7 @@ def test_the_report_names_kernels_collectives_and_no_copies(small_plan):
     assert report.fits
     assert set(report.programs) == {"generate", "insert", "prefill_256"}
     generate = report.programs["generate"]
-    assert generate.pallas_calls == {"ragged_attention": 2, "cache_flush": 1}
+    assert generate.pallas_calls == {"live_steps": 1, "ragged_attention": 2, "cache_flush": 1}
     assert generate.collectives["all-reduce"] == 2 * 2 + 1  # o_proj and down_proj a layer, and the embedding
     assert all(program.cache_sized_copies == [] for program in report.programs.values())
     assert json.loads(json.dumps(report.as_json()))["programs"]["insert"]["alias_bytes"] >= report.cache_bytes_per_chip
@@ -233,8 +233,8 @@ def test_hf_configs_of_both_forms_are_read(tmp_path, old_form):
         ({"rope_parameters": None}, 'neither rope_parameters nor rope_theta; .* for Llama 2 is "rope_theta": 10000.0'),
         ({"rope_parameters": None, "model_type": "qwen3"}, "nor rope_theta; add the one it was trained with$"),
         (
-            {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1.0}},
-            "'yarn'; those there are: default, linear, llama3",
+            {"rope_parameters": {"rope_type": "axial", "rope_theta": 1.0}},
+            "'axial'; those there are: default, linear, dynamic, llama3",
         ),
         ({"attention_bias": True}, "attention_bias=True"),
     ],

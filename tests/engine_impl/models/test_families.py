@@ -200,11 +200,7 @@ def test_both_forms_of_a_config_say_the_same(family):
     [
         ("llama", {"attention_bias": True}, "attention_bias=True; those there are: False"),
         ("llama", {"hidden_act": "gelu"}, "hidden_act='gelu'; those there are: silu"),
-        ("llama", {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1.0}}, "'yarn'; those there are: default,"),
-        ("llama", {"rope_parameters": {"rope_type": "linear", "rope_theta": 1.0}}, "type linear without factor"),
         ("llama", {"hidden_size": None}, "lacks hidden_size"),
-        ("phi3", {"rope_parameters": {"rope_type": "longrope", "rope_theta": 1.0}}, "'longrope'; those there are"),
-        ("phi3", {"rope_parameters": DEFAULT | {"partial_rotary_factor": 0.5}}, "only a part of each head"),
         ("qwen3", {"attention_bias": True}, "attention_bias=True"),
         ("gemma2", {"hidden_activation": "relu"}, "hidden_activation='relu'"),
         ("gemma2", {"layer_types": ["linear_attention"]}, "layers of type linear_attention"),

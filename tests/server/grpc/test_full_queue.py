@@ -16,7 +16,7 @@ def test_a_full_queue_answers_resource_exhausted():
     async def scenario():
         engine = FakeEngine(max_concurrent_decodes=1, pace=threading.Semaphore(0))
         async with serving(engine, max_queued=1) as (server, channel):
-            first = OrchestratorStub(channel).Decode(text_request("a"), timeout=WAIT_S)
+            first = OrchestratorStub(channel).Decode(text_request("a", 9), timeout=WAIT_S)
             await first.read()
             second = asyncio.create_task(answer(channel, text_request("A")))
             await until(lambda: server.orchestrator.queue_depth == 1)
@@ -33,7 +33,7 @@ def test_a_full_queue_hints_when_to_come_again():
     async def scenario():
         engine = FakeEngine(max_concurrent_decodes=1, pace=threading.Semaphore(0))
         async with serving(engine, max_queued=1) as (server, channel):
-            first = OrchestratorStub(channel).Decode(text_request("a"), timeout=WAIT_S)
+            first = OrchestratorStub(channel).Decode(text_request("a", 9), timeout=WAIT_S)
             await first.read()
             second = asyncio.create_task(answer(channel, text_request("A")))
             await until(lambda: server.orchestrator.queue_depth == 1)
@@ -51,7 +51,7 @@ def test_a_full_queue_refuses_before_the_text_is_tokenised():
     async def scenario():
         engine = FakeEngine(max_concurrent_decodes=1, pace=threading.Semaphore(0))
         async with serving(engine, max_queued=1) as (server, channel):
-            first = OrchestratorStub(channel).Decode(text_request("a"), timeout=WAIT_S)
+            first = OrchestratorStub(channel).Decode(text_request("a", 9), timeout=WAIT_S)
             await first.read()
             second = asyncio.create_task(answer(channel, text_request("A")))
             await until(lambda: server.orchestrator.queue_depth == 1)
@@ -76,7 +76,7 @@ def test_a_client_with_a_retry_policy_is_pushed_back_and_then_answered():
     async def scenario():
         engine = FakeEngine(max_concurrent_decodes=1, pace=threading.Semaphore(0))
         async with serving(engine, max_queued=1) as (server, channel):
-            first = OrchestratorStub(channel).Decode(text_request("a"), timeout=WAIT_S)
+            first = OrchestratorStub(channel).Decode(text_request("a", 9), timeout=WAIT_S)
             await first.read()
             second = asyncio.create_task(answer(channel, text_request("A")))
             await until(lambda: server.orchestrator.queue_depth == 1)

@@ -106,15 +106,33 @@ def test_jetstreams_bytes_at_jetstreams_path():
     asyncio.run(scenario())
 
 
-def test_a_text_that_is_no_utf8_is_refused_and_the_server_goes_on():
+NO_UTF8 = b"\x20\x03\x2a\x03\x0a\x01\xff"
+"""max_tokens=3, text_content {text "\xff"}."""
+
+
+@pytest.mark.parametrize("service", ["slipstream.v1.Orchestrator", "jetstream_proto.Orchestrator"])
+@pytest.mark.parametrize("data", [b"\xff\xff\xff", NO_UTF8, b"\x20"], ids=["random", "no UTF-8", "cut off"])
+def test_bytes_that_are_no_message_are_refused_and_the_server_goes_on(service, data, caplog):
     async def scenario():
+        mine = (("x-request-id", "mine"),)
         async with serving() as (_, channel):
-            call = channel.unary_stream("/slipstream.v1.Orchestrator/Decode")(b"\x20\x03\x2a\x03\x0a\x01\xff")
-            with pytest.raises(grpc.aio.AioRpcError):
-                await call.read()
+            with pytest.raises(grpc.aio.AioRpcError) as decode:
+                await channel.unary_stream(f"/{service}/Decode")(data, timeout=WAIT_S, metadata=mine).read()
+            check_refused(decode.value, f"these {len(data)} bytes are no DecodeRequest")
+            if data != NO_UTF8:  # a HealthCheckRequest has no text
+                with pytest.raises(grpc.aio.AioRpcError) as health:
+                    await channel.unary_unary(f"/{service}/HealthCheck")(data, timeout=WAIT_S, metadata=mine)
+                check_refused(health.value, f"these {len(data)} bytes are no HealthCheckRequest")
             assert (await answer(channel, text_request("a")))[0] == "bcd"
 
     asyncio.run(scenario())
+    assert [record for record in caplog.records if record.levelname == "ERROR"] == []
+
+
+def check_refused(error, message):
+    assert error.code() is grpc.StatusCode.INVALID_ARGUMENT
+    assert message in error.details()
+    assert dict(error.trailing_metadata())["x-request-id"] == "mine"
 
 
 @pytest.mark.parametrize(

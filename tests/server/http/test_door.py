@@ -126,12 +126,12 @@ def test_a_client_that_does_not_read_holds_nobody_up_and_is_cut_in_the_end(monke
     monkeypatch.setattr(ports, "UNACKNOWLEDGED_MS", 1000)
 
     async def scenario():
-        engine = FakeEngine(max_concurrent_decodes=1, cache_length=10_000, step_s=0.002, model_name="m" * 40_000)
+        engine = FakeEngine(max_concurrent_decodes=1, cache_length=10_000, step_s=0.0005, model_name="m" * 40_000)
         async with serving(engine) as (server, client):
             host, port = server.http_address.split(":")
             with socket.socket() as deaf:
                 deaf.connect((host, int(port)))
-                body = b'{"prompt": "a", "max_tokens": 500, "stream": true, "ignore_eos": true}'
+                body = b'{"prompt": "a", "max_tokens": 250, "stream": true, "ignore_eos": true}'
                 deaf.sendall(
                     b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: %d\r\n\r\n" % len(body) + body
                 )

@@ -257,8 +257,8 @@ def test_a_batch_waits_as_a_whole_or_not_at_all():
     async def scenario():
         engine = FakeEngine(max_concurrent_decodes=1, pace=threading.Semaphore(0))
         async with serving(engine, max_queued=2) as (server, client):
-            with pytest.raises(BadRequestError, match="3 prompts at once exceed max_queued=2"):
-                await client.completions.create(model="fake", prompt=["a"] * 3)
+            with pytest.raises(BadRequestError, match="4 prompts at once exceed max_queued=2 beyond 1 free"):
+                await client.completions.create(model="fake", prompt=["a"] * 4)
             first = await client.completions.create(model="fake", prompt="a", max_tokens=9, stream=True)
             second = asyncio.create_task(client.completions.create(model="fake", **A))
             await until(lambda: server.orchestrator.queue_depth == 1)

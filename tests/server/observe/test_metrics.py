@@ -86,6 +86,12 @@ def test_only_what_is_compiled_after_the_warm_up_counts(metrics):
     assert value(metrics, "compilations_after_warmup_total") == 2
 
 
+def test_a_start_is_told_by_its_stages(metrics):
+    assert value(metrics, "startup_seconds", stage="loading") is None, "nothing before it is over"
+    metrics.started({"imports": 1.5, "loading": 2.5})
+    assert [value(metrics, "startup_seconds", stage=stage) for stage in ("imports", "loading")] == [1.5, 2.5]
+
+
 def test_a_device_tells_what_it_knows(metrics):
     """A CPU knows nothing, a TPU all three; another backend may know some."""
     metrics.watch_devices([Device(None), Device({"bytes_in_use": 5, "bytes_limit": 9, "largest_alloc_size": 1})], int)

@@ -5,7 +5,7 @@ import time
 from contextlib import contextmanager
 
 from slipstream.server.request.request import Request
-from slipstream.server.scheduler.loop import Orchestrator
+from slipstream.server.scheduler.orchestrator import Orchestrator
 
 WAIT_S = 10
 

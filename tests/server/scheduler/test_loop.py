@@ -135,10 +135,23 @@ def test_cancel_while_queued_never_prefills():
     assert queued.events.empty()
 
 
+def test_free_slots_admit_beside_the_queue():
+    """As many at once as there are free slots and places in the queue."""
+    engine = FakeEngine(max_concurrent_decodes=2, pace=threading.Semaphore(0))
+    with running(engine, max_queued=4) as orchestrator:
+        requests = [ask(orchestrator, "a", 9) for _ in range(6)]
+        engine.pace.release(2)  # a turn may have passed before the second came
+        until(lambda: (orchestrator.slots_in_use, orchestrator.queue_depth) == (2, 4))
+        with pytest.raises(QueueFullError, match="4 requests wait already and max_queued=4;"):
+            ask(orchestrator, "a", 3)
+        engine.pace.release(99)
+        assert [request.answer()[0] for request in requests] == ["bcdefghij"] * 6
+
+
 def test_a_full_queue_refuses_with_both_numbers():
     engine = FakeEngine(max_concurrent_decodes=1, pace=threading.Semaphore(0))
     with running(engine, max_queued=2) as orchestrator:
-        running_one = ask(orchestrator, "a", 3)
+        running_one = ask(orchestrator, "a", 9)
         running_one.next()
         waiting = [ask(orchestrator, "a", 3) for _ in range(2)]
         with pytest.raises(QueueFullError, match="2 requests wait already and max_queued=2"):

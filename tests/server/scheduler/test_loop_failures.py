@@ -177,7 +177,7 @@ def test_a_fault_in_delivery_fails_only_its_request():
 
 
 def test_a_device_that_hangs_does_not_keep_requests_from_being_answered_at_close(monkeypatch):
-    monkeypatch.setattr("slipstream.server.scheduler.loop.CLOSE_S", 0.05)
+    monkeypatch.setattr("slipstream.server.scheduler.orchestrator.CLOSE_S", 0.05)
     engine = FakeEngine(max_concurrent_decodes=1, pace=threading.Semaphore(0))
     with running(engine) as orchestrator:
         hanging, waiting = ask(orchestrator, "a", 9), ask(orchestrator, "a", 9)

@@ -13,8 +13,6 @@ from slipstream.server.request.request import MAX_PRIORITY, Request
 from slipstream.server.scheduler import queue
 from slipstream.server.scheduler.queue import AGEING_S, RETRY_S, RequestQueue
 
-ALL = 99
-
 
 @pytest.fixture
 def clock(monkeypatch):
@@ -28,9 +26,15 @@ def request(priority=0, *, length=1, **more):
     return Request(prompt_ids=[65] * length, max_tokens=3, deliver=print, priority=priority, **more)
 
 
+def take_first(waiting):
+    if (request := waiting.first()) is not None:
+        assert waiting.take(request)
+    return request
+
+
 def drained(waiting):
     taken = []
-    while (request := waiting.take(ALL)) is not None:
+    while (request := take_first(waiting)) is not None:
         taken.append(request)
     return taken
 
@@ -68,7 +72,7 @@ def test_nobody_starves(clock):
     for second in itertools.count(1):
         clock[0] += 1
         waiting.put(request(MAX_PRIORITY))
-        if waiting.take(ALL) is poor:
+        if take_first(waiting) is poor:
             break
         assert second <= 2 * MAX_PRIORITY * AGEING_S
 
@@ -100,7 +104,7 @@ def test_room_can_be_asked_for_before_there_is_a_request():
     waiting.put(request())
     with pytest.raises(QueueFullError, match="max_queued=1"):
         waiting.check_room()
-    waiting.take(ALL)
+    take_first(waiting)
     waiting.close(UnavailableError("closed"))
     with pytest.raises(UnavailableError, match="closed"):
         waiting.check_room()
@@ -112,7 +116,7 @@ def test_too_many_tokens_are_refused_with_all_numbers():
     waiting.put(request(length=4))
     with pytest.raises(QueueFullError, match="prompts of 10 tokens wait already, 1 more exceed max_queued_tokens=10"):
         waiting.put(request(length=1))
-    waiting.take(ALL)
+    take_first(waiting)
     waiting.put(request(length=6))
 
 
@@ -140,13 +144,68 @@ def test_several_wait_together_or_not_at_all(clock):
     assert drained(waiting) == [first, *more[:2]]
 
 
+def test_those_whom_free_slots_will_take_do_not_count():
+    free = 2
+    waiting = RequestQueue(4, slots=2, free_slots=lambda: free)
+    for _ in range(6):
+        waiting.put(request())
+    with pytest.raises(QueueFullError, match="6 requests wait already and max_queued=4 beyond 2 free slots") as refused:
+        waiting.put(request())
+    assert refused.value.retry_after_s > 0
+    with pytest.raises(QueueFullError, match="max_queued=4 beyond 2 free slots"):
+        waiting.check_room()
+    take_first(waiting)
+    free = 1
+    with pytest.raises(QueueFullError, match="5 requests wait already and max_queued=4 beyond 1 free slots"):
+        waiting.put(request())
+    take_first(waiting)
+    free = 0
+    with pytest.raises(QueueFullError, match="4 requests wait already and max_queued=4;"):
+        waiting.put(request())
+
+
+def test_a_request_counts_against_as_many_free_slots_as_it_needs():
+    """Three slots take one of two samples and one single answer; the next of two samples has to wait, and all behind
+    it. A single token needs no slot, but counts: nothing else would bound those that ask for one."""
+    waiting = RequestQueue(1, slots=3, free_slots=lambda: 3)
+    waiting.put(request(num_samples=2), request())
+    waiting.put(request(num_samples=2))
+    with pytest.raises(QueueFullError, match="3 requests wait already and max_queued=1 beyond 3 free slots"):
+        waiting.put(request())
+    single = Request(prompt_ids=[1], max_tokens=1, deliver=print)
+    waiting = RequestQueue(1, slots=3, free_slots=lambda: 0)
+    waiting.put(single)
+    with pytest.raises(QueueFullError):
+        waiting.check_room()
+
+
+def test_nobody_starts_before_one_who_needs_more_than_is_free():
+    waiting = RequestQueue(1, slots=3, free_slots=lambda: 2)
+    waiting.put(request(num_samples=3))
+    with pytest.raises(QueueFullError, match="1 requests wait already and max_queued=1 beyond 2 free slots"):
+        waiting.put(request())
+
+
+def test_a_batch_that_not_even_free_slots_admit_is_refused_for_good():
+    free = 0
+    waiting = RequestQueue(4, slots=2, free_slots=lambda: free)
+    with pytest.raises(RefusedError, match="7 prompts at once exceed max_queued=4 beyond 2 free slots"):
+        waiting.put(*(request() for _ in range(7)))
+    six = [request() for _ in range(6)]
+    with pytest.raises(QueueFullError, match="0 requests wait already, 6 more exceed max_queued=4;"):
+        waiting.put(*six)
+    free = 2
+    waiting.put(*six)
+    assert drained(waiting) == six
+
+
 def test_the_retry_hint_follows_the_pace(clock):
     waiting = RequestQueue(1)
     waiting.put(request())
     hints = [hint(waiting)]
     for _ in range(40):
         clock[0] += 0.5
-        waiting.take(ALL)
+        take_first(waiting)
         waiting.put(request())
     hints.append(hint(waiting))
     clock[0] += 1000
@@ -161,21 +220,16 @@ def hint(waiting):
     return refused.value.retry_after_s
 
 
-def test_nobody_overtakes_a_request_that_waits_for_several_slots():
-    waiting, wide, narrow = RequestQueue(9), request(num_samples=3), request()
-    waiting.put(wide)
-    waiting.put(narrow)
-    assert waiting.take(2) is None
-    assert waiting.take(3) is wide
-    assert waiting.take(0) is None
-    assert waiting.take(1) is narrow
-
-
-def test_a_single_token_needs_no_slot():
-    waiting = RequestQueue(9)
-    one = Request(prompt_ids=[1], max_tokens=1, deliver=print)
-    waiting.put(one)
-    assert waiting.take(0) is one
+def test_a_request_that_left_is_not_taken():
+    waiting, gone, next_one = RequestQueue(9), request(), request()
+    waiting.put(gone)
+    waiting.put(next_one)
+    assert waiting.first() is gone
+    assert waiting.remove(gone)
+    assert not waiting.take(gone)
+    assert waiting.first() is next_one
+    assert waiting.take(next_one)
+    assert not waiting.take(next_one)
 
 
 def test_overdue_requests_are_never_taken(clock):
@@ -183,8 +237,8 @@ def test_overdue_requests_are_never_taken(clock):
     waiting.put(late)
     waiting.put(good)
     clock[0] = 1001.0
-    assert waiting.take(ALL) is good
-    assert waiting.take(ALL) is None
+    assert take_first(waiting) is good
+    assert take_first(waiting) is None
     assert waiting.overdue() == [late]
     assert len(waiting) == 0
 

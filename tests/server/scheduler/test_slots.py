@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 from slipstream.engine_impl.sampling.params import SamplingParams
-from slipstream.server.delivery.flight import Flight
+from slipstream.server.delivery.result import PendingResult
 from slipstream.server.request.request import Request
 from slipstream.server.scheduler.slots import Slots
 
@@ -33,8 +33,8 @@ def test_a_roster_in_flight_keeps_its_owners():
     slots.give(new)
     assert in_flight.seats == [(0, old)]
     assert slots.roster.seats == [(0, new)]
-    assert not in_flight.stopped_B(np.array([9])).any()
-    assert slots.roster.stopped_B(np.array([9])).all()
+    assert not in_flight.ends(np.array([[9]]), np.array([1]))[1].any()
+    assert slots.roster.ends(np.array([[9]]), np.array([1]))[1].all()
 
 
 @pytest.mark.parametrize(
@@ -53,8 +53,8 @@ def test_stop_ids_are_the_models_and_the_requests(more, stopping):
     slot = slots.give(one)
     for roster, at in ((slots.roster, slot), (slots.alone(one), 0)):
         for token in range(-2, 40):
-            token_B = np.full(len(roster.owner_B), token if token >= 0 else -1)
-            stopped_B = roster.stopped_B(token_B)
+            token_BW = np.full((len(roster.owner_B), 1), token if token >= 0 else -1)
+            _, stopped_B = roster.ends(token_BW, np.ones(len(roster.owner_B), int))
             assert stopped_B[at] == (token in stopping)
             assert stopped_B.sum() == stopped_B[at], "an empty slot never stops"
 
@@ -70,6 +70,54 @@ def test_steps_are_counted_to_max_tokens():
     assert slots.count_step() == []
 
 
+@pytest.mark.parametrize(
+    ("tokens", "count", "kept", "stopped"),
+    [
+        ([1, 2, 3], 3, 3, False),
+        ([1, 7, 3], 3, 1, True),
+        ([7, 7, 7], 3, 0, True),
+        ([1, 2, 7], 2, 2, False),  # the stop token is none of the valid ones
+        ([1, 2, 7], 3, 2, True),
+        ([7, 7, 7], 0, 0, False),
+    ],
+)
+def test_several_tokens_of_a_step_are_kept_up_to_the_first_stop_token(tokens, count, kept, stopped):
+    slots = Slots(1, [7])
+    slots.give(sample())
+    kept_B, stopped_B = slots.roster.ends(np.array([tokens]), np.array([count]))
+    assert (kept_B.tolist(), stopped_B.tolist()) == ([kept], [stopped])
+
+
+def test_tokens_left_are_an_upper_bound_until_a_step_is_read():
+    slots, one = Slots(2, []), sample(max_tokens=8)
+    slots.give(one)
+    roster = slots.roster
+    for _ in range(3):
+        assert slots.count_step() == []  # 7 left, less one at least for each
+    assert slots.settle(roster, np.array([2, 2])) == []  # 3 left
+    assert slots.settle(roster, np.array([3, 3])) == []  # 1 left
+    assert slots.count_step() == [one], "the fourth step brings the last token at least"
+
+
+def test_a_step_that_brings_more_than_was_left_ends_an_answer_when_it_is_read():
+    slots, one = Slots(1, []), sample(max_tokens=4)
+    slots.give(one)
+    assert slots.count_step() == []
+    assert slots.settle(slots.roster, np.array([4])) == [one]
+
+
+def test_a_step_of_an_earlier_owner_settles_nothing():
+    slots, old, new = Slots(1, []), sample(max_tokens=9), sample(max_tokens=3)
+    slots.give(old)
+    in_flight = slots.roster
+    slots.count_step()
+    slots.take_back(old)
+    slots.give(new)
+    assert slots.settle(in_flight, np.array([4])) == []
+    assert slots.count_step() == []
+    assert slots.count_step() == [new]
+
+
 def test_whose_deadline_has_passed():
     slots, soon, later, never = Slots(3, []), sample(deadline=5.0), sample(deadline=6.0), sample()
     for one in (soon, later, never):
@@ -81,13 +129,13 @@ def test_whose_deadline_has_passed():
 
 
 @pytest.mark.parametrize(
-    ("logprobs", "copied"), [((None, None), 1), ((None, 0), 2), ((0, 3), 4)], ids=["nobody", "chosen", "top"]
+    ("logprobs", "copied"), [((None, None), 2), ((None, 0), 3), ((0, 3), 5)], ids=["nobody", "chosen", "top"]
 )
 def test_only_what_somebody_asked_for_is_copied_from_the_device(logprobs, copied):
     engine, slots, copies = FakeEngine(), Slots(2, []), []
     engine.on_call = copies.append
     for asked in logprobs:
         slots.give(sample(sampling=SamplingParams(logprobs=asked)))
-    landing = Flight(engine._result(np.array([1, 2])), slots.roster, is_step=True, started=0.0).land()
+    result = PendingResult(engine._result(np.array([[1], [2]])), slots.roster, is_step=True, started=0.0).read()
     assert copies == ["copy"] * copied
-    assert (landing.logprob_B is None, landing.top_token_BP is None) == (copied < 2, copied < 4)
+    assert (result.logprob_BW is None, result.top_token_BWP is None) == (copied < 3, copied < 5)
