@@ -74,7 +74,7 @@ class EngineStepper:
         return [each / 1000 for each in us]
 
     def _attend(self, state: DecodeState, q_BNH: jax.Array, k_BKH: jax.Array) -> jax.Array:
-        attend = self._engine.programs.attend(state, self._engine.page_BJ)
+        attend = self._engine.programs.attend(state, jnp.asarray(self._engine.page_BJ))
         for layer, kind in enumerate(attend.kind_of_layer):
             q_BNH = attend.call(jnp.int32(layer), kind, q_BNH, k_BKH, k_BKH)  # the next layer waits for this one
         return q_BNH

@@ -48,7 +48,7 @@ from .llo import parse, programs
 
 KV_HEADS, HEAD_DIMS, DTYPES = (1, 4, 8), (64, 128), ("bfloat16", "float32", "int8")  # of the cache's rows
 PAGE_BYTES = (64 * 1024, 2 * 1024 * 1024)  # smaller is hopeless, of larger ones two do not fit into v5e's VMEM
-PAGE_ROWS = (128, 256, 512, 1024, 2048)
+PAGE_ROWS = (128, 256, 512, 1024)
 QUERY_GROUP = 4  # query heads a kv head; up to 8 share a tile of 8 rows
 LIVE_ROWS = 1024  # of the slot that `cycles` is about
 MOST_EXCESS = 0.05
