@@ -153,8 +153,8 @@ def test_what_one_program_leaves_the_next_takes_as_it_lies(kv_heads, head_dim, q
 
     engine = small_engine(kv_heads, head_dim, "v5e:2x4", quantize_kv=quantize_kv)
     prefill, insert, generate = (compiled(engine, program) for program in ("prefill", "insert", "generate"))
-    (prefix, state_in, _), _ = insert.input_formats
-    (_, state), _ = generate.input_formats
+    (prefix, state_in, *_), _ = insert.input_formats
+    (_, state, _), _ = generate.input_formats
     state_out, _ = generate.output_formats
     made, _ = prefill.output_formats
     for leaf in ("kv", "count_V"):
