@@ -3,6 +3,8 @@ BIN := $(VENV)/bin
 PYTHON ?= python3
 PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile  # two processes; each may take 5 GB
 
+ROOMS := protos kernels cache_manager engine_impl server benchmarks cli
+
 .PHONY: demo test test-fast gates gpu-gates setup check protos clean
 
 demo: $(VENV)/.runtime           ## serve the embedded model, ask it a question, stop
@@ -23,7 +25,7 @@ gpu-gates: $(VENV)/.test         ## the same for an H100; installs XLA's GPU com
 
 setup: $(VENV)/.test             ## the environment for development
 
-check: $(VENV)/.test             ## lint, format and types
+check: $(VENV)/.test .pkg          ## lint, format and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
@@ -43,5 +45,8 @@ $(VENV)/.test: pyproject.toml | $(VENV)/bin/python
 	$(BIN)/python -m pip install --no-deps google-jetstream==0.2.2
 	@touch $@ $(VENV)/.runtime
 
+.pkg: ; mkdir -p .pkg/slipstream   # the rooms under the name that they are imported by: pyright does not see editable ones
+	for room in $(ROOMS); do ln -sfn ../../$$room .pkg/slipstream/$$room; done
+
 clean:
-	rm -rf $(VENV) build *.egg-info
+	rm -rf $(VENV) .pkg build *.egg-info

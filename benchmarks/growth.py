@@ -1,9 +1,9 @@
 """How costs grow, and whether they grow as the bytes do.
 
 Four curves: a step's ms against live tokens, one line for each cache length (they should lie on each other: nobody
-reads rows that are not live); against slots; an insert by its bucket; and the host's ms per step against slots
-(host.py). A curve's points take turns, block by block, so that a machine that slows down bends none of them. Beside
-each point is what its bytes would take at the copy bandwidth measured in the same run.
+reads rows that are not live); against slots; an insert's ms against its bucket; and the host's ms per step against
+slots (host.py). A curve's points take turns, block by block, so that a machine that slows down bends none of them.
+Beside each point is what its bytes would take at the copy bandwidth measured in the same run.
 """
 
 import time

@@ -4,18 +4,20 @@ read-back and delivery.
 
 import time
 from types import SimpleNamespace
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
 from ..engine_impl.config import EngineConfig
 from ..engine_impl.engine import Engine
+from ..engine_impl.loading import build_engine
 from ..engine_impl.models.llama import LlamaConfig
 from ..engine_impl.sampling.params import SamplingParams
 from ..server.request.request import Event, Request
 from ..server.scheduler.orchestrator import Orchestrator
 from .baselines.steppers import EngineStepper
-from .measure.models import load_random
+from .measure.models import RandomCheckpoint
+from .options.flags import PlatformName
 
 TINY = LlamaConfig(
     num_layers=1, num_heads=2, num_kv_heads=1, head_dim=16, model_dim=32, ffn_dim=32, vocab_size=128,
@@ -28,14 +30,15 @@ HOST_STEPS = 64
 class HostBench:
     """A tiny engine with so many slots."""
 
-    def __init__(self, slots: int, platform: Literal["auto", "cpu", "tpu", "cuda"]) -> None:
+    def __init__(self, slots: int, platform: PlatformName) -> None:
         self._slots = slots
         # A turn admits one request and then steps: the first answer is `slots` tokens long when the last one begins.
         self._tokens = slots + HOST_STEPS + 2
         length = -(-(self._tokens + 2) // 128) * 128
         config = EngineConfig(slots=slots, cache_length=length, platform=platform, tensor_parallel=1)
-        self._engine, self._params, _ = load_random(config, TINY)
-        self._engine.get_tokenizer = NoText  # pyright: ignore
+        checkpoint = Textless(TINY, "tiny")
+        self._engine = build_engine(config, checkpoint)
+        self._params = self._engine.load_params(checkpoint)
         self._bare = EngineStepper(self._engine, self._params)
         self._bare.fill([])
 
@@ -47,6 +50,13 @@ class HostBench:
     def served_ms(self) -> float:
         """The median gap between an answer's tokens behind the orchestrator, all slots live."""
         return host_ms(self._engine, self._params, self._slots, self._tokens)
+
+
+class Textless(RandomCheckpoint):
+    """Random weights, and a tokenizer whose texts are empty."""
+
+    def tokenizer(self) -> Any:
+        return NoText()
 
 
 class NoText:

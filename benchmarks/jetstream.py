@@ -147,9 +147,8 @@ async def token_ids(caller: JetStreamCaller, ask: Ask) -> list[int]:
 
 async def reuse_ms(caller: JetStreamCaller, options: JetStreamOptions) -> float:
     """From the cancel of one of the running answers to the first token of the request that waits for its slot (ms)."""
-    prompts = (
-        np.random.default_rng(options.seed).integers(*IDS, (options.engine.slots + 1, options.prompt_tokens)).tolist()
-    )
+    shape = (options.engine.chosen[0] + 1, options.prompt_tokens)
+    prompts = np.random.default_rng(options.seed).integers(*IDS, shape).tolist()
     running = [caller.decode(message(prompt, options.cancelled_tokens)) for prompt in prompts[1:]]
     for call in running:
         await call.read()

@@ -13,7 +13,8 @@ import numpy as np
 from ..engine_impl.errors import RefusedError
 from .baselines.prefillers import EnginePrefiller, Prefiller, TransformersPrefiller, in_turns, timed
 from .measure import machine
-from .measure.flops import datasheet_flops, matmul_flops, prefill_flops
+from .measure.datasheet import datasheet_flops
+from .measure.flops import matmul_flops, prefill_flops
 from .measure.models import Loaded, load
 from .measure.stats import Ratio
 from .measure.table import Progress, table

@@ -20,6 +20,7 @@ from ..engine_impl.loading import choose_devices
 from .baselines.eager import eager_twin
 from .baselines.steppers import PROMPT_LENGTH, Block, EngineStepper, Stepper
 from .measure import machine
+from .measure.datasheet import datasheet_bandwidth
 from .measure.models import Loaded, load, resized
 from .measure.stats import Ratio, percentile
 from .measure.table import Progress, table
@@ -97,7 +98,7 @@ class PointBench:
         devices = self.engine.mesh.devices.flat
         # Virtual CPU devices share one memory; real ones each have their own.
         chips = 1 if devices[0].platform == "cpu" else len(list(devices))
-        datasheet = machine.datasheet_bandwidth(devices[0])
+        datasheet = datasheet_bandwidth(devices[0])
         taken = {"dtype": self.engine.layout.dtype.name, "quantize_weights": stored_as(self.engine)}
         result = (
             {"model": self._options.model, **asdict(point)}

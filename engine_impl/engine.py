@@ -53,20 +53,21 @@ class Engine:
         linear modules are swapped here if the config asks for quantised weights."""
         self.model_name = model_name
         self.mesh = mesh
+        slots, cache_length = config.chosen
         self.buckets = config.buckets
         platform = mesh.devices.flat[0].platform
         self.layer_loop: LayerLoop = forward.layer_loop_for(platform)
         backend = kernels.backend_for(platform)
         of_slot: dict[str, Any] = {
             "kv_heads": model.config.num_kv_heads,
-            "length": config.cache_length,
+            "length": cache_length,
             "head_dim": stored_head_dim(model.config.head_dim, backend),
             "dtype": dtype,
             "codec": cache_manager.codec_for(config.quantize_kv),
         }
         self.layout = cache_manager.CacheLayout(
             layers=model.config.num_layers,
-            slots=config.slots,
+            slots=slots,
             page_rows=cache_manager.tuned_page_rows(**of_slot, mesh=mesh, backend=backend),
             **of_slot,
         )
@@ -103,7 +104,7 @@ class Engine:
     @property
     def cache_length(self) -> int:
         """Prompt and answer of one request together (tokens)."""
-        return self.layout.length
+        return self.programs.cache_length
 
     @property
     def vocab_size(self) -> int:
@@ -154,13 +155,13 @@ class Engine:
         `prompt_logprobs` fills the prefix's prompt_logprob_T, at the price of all the prompt's logits.
         """
         return self.jitted.prefill(
-            params, padded_tokens, np.int32(true_length), SlotSampling.of(sampling), np.bool_(prompt_logprobs)
+            params, padded_tokens, np.int32(true_length), self._on_device(sampling), np.bool_(prompt_logprobs)
         )
 
     def resample(self, prefix: Prefix, sampling: SamplingParams) -> tuple[Prefix, StepResult]:
         """Another first token for the same prompt: what prefill would give with these parameters, without its work."""
         token, chosen, result = self.jitted.resample(
-            prefix.logits_V, prefix.count_V, prefix.length, SlotSampling.of(sampling)
+            prefix.logits_V, prefix.count_V, prefix.length, self._on_device(sampling)
         )
         return replace(prefix, token=token, sampling=chosen), result
 
@@ -201,6 +202,9 @@ class Engine:
         decode_state = self.free(decode_state, 0)
         result.token_BW.block_until_ready()
         return decode_state
+
+    def _on_device(self, sampling: SamplingParams) -> SlotSampling:
+        return SlotSampling.of(sampling, self.get_tokenizer().stop_ids if sampling.min_tokens else ())
 
 
 if TYPE_CHECKING:

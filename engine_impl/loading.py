@@ -1,5 +1,6 @@
 """From a config to an engine with its weights: choose devices, open the checkpoint, split, load."""
 
+import logging
 import os
 from collections.abc import Sequence
 from dataclasses import replace
@@ -20,7 +21,10 @@ from .forward import Params
 from .models import registry
 from .quantization.swap import resolved
 from .runtime import compilations, timeline
+from .sizes import longest_text, memory_of, sized
 from .weights.sharding import make_mesh
+
+log = logging.getLogger(__name__)
 
 MEMORY_SHARES = ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION")
 """JAX's variables for how much of a GPU's memory it takes when it starts; to set both is an error."""
@@ -54,16 +58,19 @@ def build_engine(
     compilations.keep_in(home() / "compiled")
     checkpoint = checkpoint or _open(config)
     shape = checkpoint.config
-    if config.cache_length > shape.context_length:
-        raise RefusedError(
-            f"cache_length={config.cache_length} is beyond what {checkpoint.name} was trained for; "
-            f"use at most {shape.context_length}"
-        )
-    shape = shape.for_length(config.cache_length)
+    for name, value in {"cache_length": config.cache_length, "max_prefill_length": config.max_prefill_length}.items():
+        if value is not None and value > shape.context_length:
+            raise RefusedError(
+                f"{name}={value} is beyond what {checkpoint.name} was trained for; use at most {shape.context_length}, "
+                f"or leave --{name.replace('_', '-')} out"
+            )
     mesh = make_mesh(devices, shape.num_heads, shape.num_kv_heads, config.tensor_parallel)
     model = registry.build(replace(shape, num_kv_heads=max(shape.num_kv_heads, mesh.size)))
     dtype = choose_dtype(config.dtype, devices[0].platform)
     config = resolved(config, checkpoint.quantization, model, mesh)
+    config = sized(config, model.config, mesh, dtype, memory_of(mesh.devices.flat))
+    model = registry.build(model.config.for_length(longest_text(config, model.config)))
+    log.info("%d slots of %d tokens, prompts of up to %d", *config.chosen, config.largest_bucket)
     return Engine(model, mesh, config, dtype, checkpoint.tokenizer(), config.model)
 
 

@@ -58,11 +58,16 @@ class Programs:
     layout: CacheLayout
     backend: Backend
 
+    @property
+    def cache_length(self) -> int:
+        """Tokens of a full slot: the cache's rows, at most the model's positions."""
+        return min(self.layout.length, self.model.config.context_length)
+
     # A decode step
 
     def step(self, params: Params, state: DecodeState, page_BJ: jax.Array, choose: Choose) -> tuple[DecodeState, Any]:
         """One token for every live slot, a slot that is neither empty nor full: (state, what `choose` tells)."""
-        live_B = (state.length_B > 0) & (state.length_B < self.layout.length)
+        live_B = (state.length_B > 0) & (state.length_B < self.cache_length)
         logits_BV, new = self.decode(params, state, page_BJ, live_B)
         chosen_B, count_BV, told = choose(logits_BV, state, live_B)
         token_B = jnp.where(live_B, chosen_B, state.token_B)
@@ -111,6 +116,7 @@ class Programs:
         self, logits_V: jax.Array, count_V: jax.Array, length: jax.Array, sampling: SlotSampling
     ) -> tuple[jax.Array, SlotSampling, StepResult]:
         """A prompt's first token: (token, the parameters as they go into the prefix, result)."""
+        sampling = replace(sampling, min_tokens=sampling.min_tokens + length)  # a position, as a step's tokens have
         of_one = jax.tree.map(lambda value: value[None], sampling)
         token_B = sample(logits_V[None], count_V[None], of_one, length[None])
         return token_B[0], sampling, self._result(logits_V[None], token_B, jnp.ones((1,), bool), of_one)

@@ -24,43 +24,47 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n$slipstream/protos/orchestrator.proto\x12\rslipstream.v1\"\x9e\x07\n\rDecodeRequest\x12\x12\n\nmax_tokens\x18\x04 \x01(\x05\x12@\n\x0ctext_content\x18\x05 \x01(\x0b\x32(.slipstream.v1.DecodeRequest.TextContentH\x00\x12\x42\n\rtoken_content\x18\x06 \x01(\x0b\x32).slipstream.v1.DecodeRequest.TokenContentH\x00\x12\x35\n\x08messages\x18\x64 \x01(\x0b\x32!.slipstream.v1.DecodeRequest.ChatH\x00\x12\x37\n\x08metadata\x18\x07 \x01(\x0b\x32%.slipstream.v1.DecodeRequest.Metadata\x12\x13\n\x0bnum_samples\x18\x08 \x01(\x05\x12\x17\n\x0flora_adapter_id\x18\t \x01(\t\x12\x0f\n\x07has_bos\x18\n \x01(\x08\x12\x13\n\x0btemperature\x18\x65 \x01(\x02\x12\r\n\x05top_k\x18\x66 \x01(\x05\x12\x12\n\x05top_p\x18g \x01(\x02H\x01\x88\x01\x01\x12\x11\n\x04seed\x18h \x01(\x04H\x02\x88\x01\x01\x12\r\n\x05min_p\x18i \x01(\x02\x12\x1f\n\x12repetition_penalty\x18j \x01(\x02H\x03\x88\x01\x01\x12\x18\n\x10presence_penalty\x18k \x01(\x02\x12\x19\n\x11\x66requency_penalty\x18l \x01(\x02\x12\x14\n\x0cstop_strings\x18m \x03(\t\x12\x16\n\x0estop_token_ids\x18n \x03(\x05\x12\x12\n\nignore_eos\x18o \x01(\x08\x12\x15\n\x08logprobs\x18p \x01(\x05H\x04\x88\x01\x01\x12\x17\n\x0fprompt_logprobs\x18q \x01(\x08\x12\x10\n\x08priority\x18r \x01(\x05\x1a\x1b\n\x0bTextContent\x12\x0c\n\x04text\x18\x01 \x01(\t\x1a!\n\x0cTokenContent\x12\x11\n\ttoken_ids\x18\x01 \x03(\x05\x1a\x1e\n\x08Metadata\x12\x12\n\nstart_time\x18\x01 \x01(\x02\x1a(\n\x07Message\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\x1a>\n\x04\x43hat\x12\x36\n\x08messages\x18\x01 \x03(\x0b\x32$.slipstream.v1.DecodeRequest.MessageB\t\n\x07\x63ontentB\x08\n\x06_top_pB\x07\n\x05_seedB\x15\n\x13_repetition_penaltyB\x0b\n\t_logprobsJ\x04\x08\x01\x10\x04\"\xe6\x05\n\x0e\x44\x65\x63odeResponse\x12G\n\x0finitial_content\x18\x02 \x01(\x0b\x32,.slipstream.v1.DecodeResponse.InitialContentH\x00\x12\x45\n\x0estream_content\x18\x03 \x01(\x0b\x32+.slipstream.v1.DecodeResponse.StreamContentH\x00\x12\x32\n\x05usage\x18\x64 \x01(\x0b\x32#.slipstream.v1.DecodeResponse.Usage\x12\x17\n\x0fprompt_logprobs\x18\x65 \x03(\x02\x1a\x10\n\x0eInitialContent\x1a\xf2\x01\n\rStreamContent\x12\x43\n\x07samples\x18\x01 \x03(\x0b\x32\x32.slipstream.v1.DecodeResponse.StreamContent.Sample\x1a\x9b\x01\n\x06Sample\x12\x0c\n\x04text\x18\x01 \x01(\t\x12\x11\n\ttoken_ids\x18\x02 \x03(\x05\x12\x32\n\rfinish_reason\x18\x64 \x01(\x0e\x32\x1b.slipstream.v1.FinishReason\x12<\n\x08logprobs\x18\x65 \x03(\x0b\x32*.slipstream.v1.DecodeResponse.TokenLogprob\x1aL\n\x0cTokenLogprob\x12\x0f\n\x07logprob\x18\x01 \x01(\x02\x12\x15\n\rtop_token_ids\x18\x02 \x03(\x05\x12\x14\n\x0ctop_logprobs\x18\x03 \x03(\x02\x1a\x90\x01\n\x05Usage\x12\x15\n\rprompt_tokens\x18\x01 \x01(\x05\x12\x18\n\x10generated_tokens\x18\x02 \x01(\x05\x12\x15\n\x08queue_ms\x18\x03 \x01(\x02H\x00\x88\x01\x01\x12\x14\n\x07ttft_ms\x18\x04 \x01(\x02H\x01\x88\x01\x01\x12\x10\n\x08total_ms\x18\x05 \x01(\x02\x42\x0b\n\t_queue_msB\n\n\x08_ttft_msB\t\n\x07\x63ontentJ\x04\x08\x01\x10\x02\"\x14\n\x12HealthCheckRequest\"&\n\x13HealthCheckResponse\x12\x0f\n\x07is_live\x18\x01 \x01(\x08*\x98\x01\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02\x12\x1b\n\x17\x46INISH_REASON_CANCELLED\x10\x03\x12\x1a\n\x16\x46INISH_REASON_DEADLINE\x10\x04\x32\xb1\x01\n\x0cOrchestrator\x12I\n\x06\x44\x65\x63ode\x12\x1c.slipstream.v1.DecodeRequest\x1a\x1d.slipstream.v1.DecodeResponse\"\x00\x30\x01\x12V\n\x0bHealthCheck\x12!.slipstream.v1.HealthCheckRequest\x1a\".slipstream.v1.HealthCheckResponse\"\x00\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n$slipstream/protos/orchestrator.proto\x12\rslipstream.v1\"\xa5\x08\n\rDecodeRequest\x12\x12\n\nmax_tokens\x18\x04 \x01(\x05\x12@\n\x0ctext_content\x18\x05 \x01(\x0b\x32(.slipstream.v1.DecodeRequest.TextContentH\x00\x12\x42\n\rtoken_content\x18\x06 \x01(\x0b\x32).slipstream.v1.DecodeRequest.TokenContentH\x00\x12\x35\n\x08messages\x18\x64 \x01(\x0b\x32!.slipstream.v1.DecodeRequest.ChatH\x00\x12\x37\n\x08metadata\x18\x07 \x01(\x0b\x32%.slipstream.v1.DecodeRequest.Metadata\x12\x13\n\x0bnum_samples\x18\x08 \x01(\x05\x12\x17\n\x0flora_adapter_id\x18\t \x01(\t\x12\x0f\n\x07has_bos\x18\n \x01(\x08\x12\x13\n\x0btemperature\x18\x65 \x01(\x02\x12\r\n\x05top_k\x18\x66 \x01(\x05\x12\x12\n\x05top_p\x18g \x01(\x02H\x01\x88\x01\x01\x12\x11\n\x04seed\x18h \x01(\x04H\x02\x88\x01\x01\x12\r\n\x05min_p\x18i \x01(\x02\x12\x1f\n\x12repetition_penalty\x18j \x01(\x02H\x03\x88\x01\x01\x12\x18\n\x10presence_penalty\x18k \x01(\x02\x12\x19\n\x11\x66requency_penalty\x18l \x01(\x02\x12\x14\n\x0cstop_strings\x18m \x03(\t\x12\x16\n\x0estop_token_ids\x18n \x03(\x05\x12\x12\n\nignore_eos\x18o \x01(\x08\x12\x15\n\x08logprobs\x18p \x01(\x05H\x04\x88\x01\x01\x12\x17\n\x0fprompt_logprobs\x18q \x01(\x08\x12\x10\n\x08priority\x18r \x01(\x05\x12\x12\n\nmin_tokens\x18s \x01(\x05\x12?\n\nlogit_bias\x18t \x03(\x0b\x32+.slipstream.v1.DecodeRequest.LogitBiasEntry\x1a\x1b\n\x0bTextContent\x12\x0c\n\x04text\x18\x01 \x01(\t\x1a!\n\x0cTokenContent\x12\x11\n\ttoken_ids\x18\x01 \x03(\x05\x1a\x1e\n\x08Metadata\x12\x12\n\nstart_time\x18\x01 \x01(\x02\x1a(\n\x07Message\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\x1a>\n\x04\x43hat\x12\x36\n\x08messages\x18\x01 \x03(\x0b\x32$.slipstream.v1.DecodeRequest.Message\x1a\x30\n\x0eLogitBiasEntry\x12\x0b\n\x03key\x18\x01 \x01(\x05\x12\r\n\x05value\x18\x02 \x01(\x02:\x02\x38\x01\x42\t\n\x07\x63ontentB\x08\n\x06_top_pB\x07\n\x05_seedB\x15\n\x13_repetition_penaltyB\x0b\n\t_logprobsJ\x04\x08\x01\x10\x04\"\xe6\x05\n\x0e\x44\x65\x63odeResponse\x12G\n\x0finitial_content\x18\x02 \x01(\x0b\x32,.slipstream.v1.DecodeResponse.InitialContentH\x00\x12\x45\n\x0estream_content\x18\x03 \x01(\x0b\x32+.slipstream.v1.DecodeResponse.StreamContentH\x00\x12\x32\n\x05usage\x18\x64 \x01(\x0b\x32#.slipstream.v1.DecodeResponse.Usage\x12\x17\n\x0fprompt_logprobs\x18\x65 \x03(\x02\x1a\x10\n\x0eInitialContent\x1a\xf2\x01\n\rStreamContent\x12\x43\n\x07samples\x18\x01 \x03(\x0b\x32\x32.slipstream.v1.DecodeResponse.StreamContent.Sample\x1a\x9b\x01\n\x06Sample\x12\x0c\n\x04text\x18\x01 \x01(\t\x12\x11\n\ttoken_ids\x18\x02 \x03(\x05\x12\x32\n\rfinish_reason\x18\x64 \x01(\x0e\x32\x1b.slipstream.v1.FinishReason\x12<\n\x08logprobs\x18\x65 \x03(\x0b\x32*.slipstream.v1.DecodeResponse.TokenLogprob\x1aL\n\x0cTokenLogprob\x12\x0f\n\x07logprob\x18\x01 \x01(\x02\x12\x15\n\rtop_token_ids\x18\x02 \x03(\x05\x12\x14\n\x0ctop_logprobs\x18\x03 \x03(\x02\x1a\x90\x01\n\x05Usage\x12\x15\n\rprompt_tokens\x18\x01 \x01(\x05\x12\x18\n\x10generated_tokens\x18\x02 \x01(\x05\x12\x15\n\x08queue_ms\x18\x03 \x01(\x02H\x00\x88\x01\x01\x12\x14\n\x07ttft_ms\x18\x04 \x01(\x02H\x01\x88\x01\x01\x12\x10\n\x08total_ms\x18\x05 \x01(\x02\x42\x0b\n\t_queue_msB\n\n\x08_ttft_msB\t\n\x07\x63ontentJ\x04\x08\x01\x10\x02\"\x14\n\x12HealthCheckRequest\"&\n\x13HealthCheckResponse\x12\x0f\n\x07is_live\x18\x01 \x01(\x08*\x98\x01\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02\x12\x1b\n\x17\x46INISH_REASON_CANCELLED\x10\x03\x12\x1a\n\x16\x46INISH_REASON_DEADLINE\x10\x04\x32\xb1\x01\n\x0cOrchestrator\x12I\n\x06\x44\x65\x63ode\x12\x1c.slipstream.v1.DecodeRequest\x1a\x1d.slipstream.v1.DecodeResponse\"\x00\x30\x01\x12V\n\x0bHealthCheck\x12!.slipstream.v1.HealthCheckRequest\x1a\".slipstream.v1.HealthCheckResponse\"\x00\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'slipstream.protos.orchestrator_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_FINISHREASON']._serialized_start=1792
-  _globals['_FINISHREASON']._serialized_end=1944
+  _globals['_DECODEREQUEST_LOGITBIASENTRY']._loaded_options = None
+  _globals['_DECODEREQUEST_LOGITBIASENTRY']._serialized_options = b'8\001'
+  _globals['_FINISHREASON']._serialized_start=1927
+  _globals['_FINISHREASON']._serialized_end=2079
   _globals['_DECODEREQUEST']._serialized_start=56
-  _globals['_DECODEREQUEST']._serialized_end=982
-  _globals['_DECODEREQUEST_TEXTCONTENT']._serialized_start=710
-  _globals['_DECODEREQUEST_TEXTCONTENT']._serialized_end=737
-  _globals['_DECODEREQUEST_TOKENCONTENT']._serialized_start=739
-  _globals['_DECODEREQUEST_TOKENCONTENT']._serialized_end=772
-  _globals['_DECODEREQUEST_METADATA']._serialized_start=774
-  _globals['_DECODEREQUEST_METADATA']._serialized_end=804
-  _globals['_DECODEREQUEST_MESSAGE']._serialized_start=806
-  _globals['_DECODEREQUEST_MESSAGE']._serialized_end=846
-  _globals['_DECODEREQUEST_CHAT']._serialized_start=848
-  _globals['_DECODEREQUEST_CHAT']._serialized_end=910
-  _globals['_DECODERESPONSE']._serialized_start=985
-  _globals['_DECODERESPONSE']._serialized_end=1727
-  _globals['_DECODERESPONSE_INITIALCONTENT']._serialized_start=1224
-  _globals['_DECODERESPONSE_INITIALCONTENT']._serialized_end=1240
-  _globals['_DECODERESPONSE_STREAMCONTENT']._serialized_start=1243
-  _globals['_DECODERESPONSE_STREAMCONTENT']._serialized_end=1485
-  _globals['_DECODERESPONSE_STREAMCONTENT_SAMPLE']._serialized_start=1330
-  _globals['_DECODERESPONSE_STREAMCONTENT_SAMPLE']._serialized_end=1485
-  _globals['_DECODERESPONSE_TOKENLOGPROB']._serialized_start=1487
-  _globals['_DECODERESPONSE_TOKENLOGPROB']._serialized_end=1563
-  _globals['_DECODERESPONSE_USAGE']._serialized_start=1566
-  _globals['_DECODERESPONSE_USAGE']._serialized_end=1710
-  _globals['_HEALTHCHECKREQUEST']._serialized_start=1729
-  _globals['_HEALTHCHECKREQUEST']._serialized_end=1749
-  _globals['_HEALTHCHECKRESPONSE']._serialized_start=1751
-  _globals['_HEALTHCHECKRESPONSE']._serialized_end=1789
-  _globals['_ORCHESTRATOR']._serialized_start=1947
-  _globals['_ORCHESTRATOR']._serialized_end=2124
+  _globals['_DECODEREQUEST']._serialized_end=1117
+  _globals['_DECODEREQUEST_TEXTCONTENT']._serialized_start=795
+  _globals['_DECODEREQUEST_TEXTCONTENT']._serialized_end=822
+  _globals['_DECODEREQUEST_TOKENCONTENT']._serialized_start=824
+  _globals['_DECODEREQUEST_TOKENCONTENT']._serialized_end=857
+  _globals['_DECODEREQUEST_METADATA']._serialized_start=859
+  _globals['_DECODEREQUEST_METADATA']._serialized_end=889
+  _globals['_DECODEREQUEST_MESSAGE']._serialized_start=891
+  _globals['_DECODEREQUEST_MESSAGE']._serialized_end=931
+  _globals['_DECODEREQUEST_CHAT']._serialized_start=933
+  _globals['_DECODEREQUEST_CHAT']._serialized_end=995
+  _globals['_DECODEREQUEST_LOGITBIASENTRY']._serialized_start=997
+  _globals['_DECODEREQUEST_LOGITBIASENTRY']._serialized_end=1045
+  _globals['_DECODERESPONSE']._serialized_start=1120
+  _globals['_DECODERESPONSE']._serialized_end=1862
+  _globals['_DECODERESPONSE_INITIALCONTENT']._serialized_start=1359
+  _globals['_DECODERESPONSE_INITIALCONTENT']._serialized_end=1375
+  _globals['_DECODERESPONSE_STREAMCONTENT']._serialized_start=1378
+  _globals['_DECODERESPONSE_STREAMCONTENT']._serialized_end=1620
+  _globals['_DECODERESPONSE_STREAMCONTENT_SAMPLE']._serialized_start=1465
+  _globals['_DECODERESPONSE_STREAMCONTENT_SAMPLE']._serialized_end=1620
+  _globals['_DECODERESPONSE_TOKENLOGPROB']._serialized_start=1622
+  _globals['_DECODERESPONSE_TOKENLOGPROB']._serialized_end=1698
+  _globals['_DECODERESPONSE_USAGE']._serialized_start=1701
+  _globals['_DECODERESPONSE_USAGE']._serialized_end=1845
+  _globals['_HEALTHCHECKREQUEST']._serialized_start=1864
+  _globals['_HEALTHCHECKREQUEST']._serialized_end=1884
+  _globals['_HEALTHCHECKRESPONSE']._serialized_start=1886
+  _globals['_HEALTHCHECKRESPONSE']._serialized_end=1924
+  _globals['_ORCHESTRATOR']._serialized_start=2082
+  _globals['_ORCHESTRATOR']._serialized_end=2259
 # @@protoc_insertion_point(module_scope)

@@ -11,7 +11,7 @@ import threading
 import time
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, Self
 
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
@@ -95,7 +95,7 @@ class Serving:
         """host:port of OpenAI's endpoints, after entering; None when they are not served."""
         return None if self._http is None else self._http.address
 
-    async def __aenter__(self) -> "Serving":
+    async def __aenter__(self) -> Self:
         await self._listen()
         try:
             await self._load_and_warm_up()

@@ -6,7 +6,7 @@ Text is one token per byte. The bytes of a few long characters follow one anothe
 
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -34,10 +34,10 @@ class FakeTokenizer:
     def token_bytes(self, token_id: int) -> bytes:
         return bytes([BYTE_OF_ID.get(token_id, ord("?"))])
 
-    def encode_chat(self, messages: Sequence[dict[str, str]]) -> list[int]:
+    def encode_chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
         return self.encode(self.render_chat(messages))
 
-    def render_chat(self, messages: Sequence[dict[str, str]]) -> str:
+    def render_chat(self, messages: Sequence[Mapping[str, str]]) -> str:
         """Every content, and every role's first letter before it."""
         return "".join(f"<{message['role'][:1]}>{message['content']}" for message in messages)
 
@@ -113,6 +113,13 @@ class FakePrefix:
     prompt_logprob_T: FakeArray
 
 
+class Unpaced(threading.Semaphore):
+    """Every step may go on at once."""
+
+    def acquire(self, blocking: bool = True, timeout: float | None = None) -> bool:
+        return True
+
+
 @dataclass
 class FakeEngine:
     """Faults and pace are set from outside; `log` tells the calls in order."""
@@ -126,7 +133,7 @@ class FakeEngine:
     count_of_step: Callable[[int], int] | None = None
     """How many of them a step brings, by its number; None: all."""
     model_name: str = "fake"
-    on_prefill: Callable[[Sequence[int]], None] = lambda prompt: None
+    on_prefill: Callable[[Sequence[int]], object] = lambda prompt: None
     """Called with every prompt; may raise."""
     on_generate: Callable[[int], None] = lambda step: None
     """Called with every step's number from 0; may raise."""
@@ -134,8 +141,8 @@ class FakeEngine:
     """Called with everything that is written to `log`, and with "copy" for every array asked for; may raise."""
     late_errors: dict[int, Exception] = field(default_factory=dict)
     """By step: errors that show only when its tokens are read, as on a real device."""
-    pace: threading.Semaphore | None = None
-    """If set, reading a step's tokens takes one from it."""
+    pace: threading.Semaphore = field(default_factory=Unpaced)
+    """Reading a step's tokens takes one from it."""
     log: list[str] = field(default_factory=list)
     samplings: list[Any] = field(default_factory=list)
     steps: int = 0
@@ -149,9 +156,9 @@ class FakeEngine:
         self.states_made += 1
         return FakeState(np.full(self.max_concurrent_decodes, -1))
 
-    def warm_up(self, params: Any, state: FakeState) -> FakeState:
+    def warm_up(self, params: Any, decode_state: FakeState) -> FakeState:
         self.log.append("warm_up")
-        return FakeState(state.donate())
+        return FakeState(decode_state.donate())
 
     def pad(self, token_ids: Sequence[int]) -> tuple[np.ndarray, int]:
         padded = np.zeros(self.max_prefill_length, np.int32)
@@ -180,16 +187,16 @@ class FakeEngine:
         self.samplings.append(sampling)
         return FakePrefix(prefix.token + 10, prefix.prompt_logprob_T), self._result(np.array([[prefix.token + 10]]))
 
-    def insert(self, prefix: FakePrefix, state: FakeState, slot: int) -> FakeState:
-        token_B = state.donate()
+    def insert(self, prefix: FakePrefix, decode_state: FakeState, slot: int) -> FakeState:
+        token_B = decode_state.donate()
         assert token_B[slot] == -1, f"{slot=} is taken"
         self._call(f"insert {slot}")
         token_B[slot] = prefix.token
         return FakeState(token_B)
 
-    def generate(self, params: Any, state: FakeState) -> tuple[FakeState, FakeResult]:
+    def generate(self, params: Any, decode_state: FakeState) -> tuple[FakeState, FakeResult]:
         step, self.steps = self.steps, self.steps + 1
-        token_B = state.donate()
+        token_B = decode_state.donate()
         self._call("generate")
         self.on_generate(step)
         count = self.tokens_per_step if self.count_of_step is None else self.count_of_step(step)
@@ -216,14 +223,13 @@ class FakeEngine:
         self.on_call(call)
 
     def _wait(self, step: int) -> None:
-        if self.pace is not None:
-            assert self.pace.acquire(timeout=10)
+        assert self.pace.acquire(timeout=10)
         time.sleep(self.step_s)
         if step in self.late_errors:
             raise self.late_errors[step]
 
-    def free(self, state: FakeState, slot: int) -> FakeState:
-        token_B = state.donate()
+    def free(self, decode_state: FakeState, slot: int) -> FakeState:
+        token_B = decode_state.donate()
         assert token_B[slot] != -1, f"{slot=} is free already"
         self._call(f"free {slot}")
         token_B[slot] = -1

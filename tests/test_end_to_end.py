@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from typing import Any
 
 import grpc
 import openai
@@ -51,9 +52,10 @@ def offline():
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def decode(channel, path=None, **fields):
+def decode(channel, path=None, **fields: Any):
     """All replies of one call."""
-    request = pb.DecodeRequest(**{"max_tokens": 20} | fields)
+    fields = {"max_tokens": 20, **fields}
+    request = pb.DecodeRequest(**fields)
     if path is None:
         return list(OrchestratorStub(channel).Decode(request, timeout=CALL_S))
     call = channel.unary_stream(path, pb.DecodeRequest.SerializeToString, pb.DecodeResponse.FromString)
@@ -100,7 +102,7 @@ def test_openais_client_gets_the_same_tokens(server, http_port, offline):
     """Whole and streamed, from messages and from token ids; and a sampled answer is the one that gRPC gives."""
     with openai.OpenAI(base_url=f"http://127.0.0.1:{http_port}/v1", api_key="none", timeout=CALL_S) as client:
         (model,) = client.models.list()
-        fields = {"model": model.id, "max_tokens": 20, "extra_body": {"return_token_ids": True}}
+        fields: dict[str, Any] = {"model": model.id, "max_tokens": 20, "extra_body": {"return_token_ids": True}}
         for question, result in zip(QUESTIONS[:2], offline["results"], strict=False):
             messages = [{"role": "user", "content": question}]
             (choice,) = client.chat.completions.create(messages=messages, temperature=0, **fields).choices

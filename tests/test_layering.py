@@ -88,12 +88,10 @@ ENGINE_FACE = {
     "errors",
     "loading",
     "option",
-    "engine",
     "runtime/compilations",
     "runtime/timeline",
     "runtime/tracing",
     "sampling/params",
-    "text/tokenizer",
     "jetstream/compat",
     "jetstream/engine",
 }
@@ -252,6 +250,19 @@ def test_a_package_that_few_may_know(package):
 
 def test_what_starts_with_an_underscore_stays_in_its_file():
     assert [str(it) for it in our_imports() if it.alias.startswith("_") and not it.alias.endswith("__")] == []
+
+
+def test_benchmarks_ask_for_no_private_attribute():
+    """What they need of an engine or a server is public there."""
+    found = [
+        f"{file}.py:{node.lineno} {ast.unparse(node)}"
+        for file in sorted(files())
+        if room(file) == "benchmarks"
+        for node in ast.walk(ast.parse((ROOT / f"{file}.py").read_text()))
+        if isinstance(node, ast.Attribute) and node.attr.startswith("_") and not node.attr.endswith("__")
+        if not (isinstance(node.value, ast.Name) and node.value.id == "self")
+    ]
+    assert found == []
 
 
 def test_models_import_torch_alone():

@@ -1,4 +1,4 @@
-"""Operations that a prompt cannot avoid, and how many a second a device does: measured, and as sold."""
+"""Operations that a prompt cannot avoid, and how many a second a device does."""
 
 import math
 import time
@@ -7,7 +7,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from ...engine_impl.compiler.chips import CHIPS
 from ...engine_impl.models import registry
 from ...engine_impl.models.decoder import ModelConfig
 from ...engine_impl.weights.load import float_shapes
@@ -16,17 +15,6 @@ SIDE = {"cpu": 2048}
 """Side of the square matrices that are multiplied, by platform: large enough to keep every core busy."""
 SIDE_ELSEWHERE = 8192
 REPEATS = 12
-
-TPU_OF_KIND = {"TPU v4": "v4", "TPU v5 lite": "v5e", "TPU v5": "v5p", "TPU v6 lite": "v6e", "TPU7x": "tpu7x"}
-"""JAX's device_kind -> chips.py's generation."""
-GPU_FLOPS = {
-    # Dense bfloat16 operations a second, NVIDIA's data sheets (which print them with sparsity, twice as many).
-    "NVIDIA A100-SXM4-40GB": 312e12,
-    "NVIDIA A100-SXM4-80GB": 312e12,
-    "NVIDIA H100 80GB HBM3": 989.4e12,
-    "NVIDIA H200": 989.4e12,
-    "NVIDIA L4": 121e12,
-}
 
 
 def prefill_flops(config: ModelConfig, tokens: int) -> int:
@@ -64,12 +52,3 @@ def matmul_flops(device: Any, dtype: jnp.dtype) -> float:
             multiply(x, x).block_until_ready()
             seconds.append(time.perf_counter() - start)
     return 2 * side**3 / min(seconds)
-
-
-def datasheet_flops(device: Any, dtype: jnp.dtype) -> float | None:
-    """Dense bfloat16 operations a second of one device by its maker's word; None for other types, for CPUs and for
-    devices that are not known."""
-    if dtype != jnp.bfloat16:
-        return None
-    generation = TPU_OF_KIND.get(device.device_kind)
-    return CHIPS[generation].bf16_flops if generation else GPU_FLOPS.get(device.device_kind)

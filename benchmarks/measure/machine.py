@@ -1,4 +1,4 @@
-"""The machine that a number was taken on: its memory bandwidth, measured and as sold, and its versions."""
+"""The machine that a number was taken on: its memory bandwidth and its versions."""
 
 import importlib.metadata
 import os
@@ -26,21 +26,6 @@ REPEATS = 24
 
 BUSY = 0.5
 """Load average beyond which times are not to be trusted (processes)."""
-
-DATASHEET_BANDWIDTH = {
-    # JAX's device_kind -> bytes a second. TPUs: https://cloud.google.com/tpu/docs/system-architecture-tpu-vm, the
-    # page of each generation; a v4 or 7x device is half a chip. GPUs: NVIDIA's data sheets.
-    "TPU v4": 1200e9 / 2,
-    "TPU v5 lite": 819e9,
-    "TPU v5": 2765e9,
-    "TPU v6 lite": 1638e9,
-    "TPU7x": 7400e9 / 2,
-    "NVIDIA A100-SXM4-40GB": 1555e9,
-    "NVIDIA A100-SXM4-80GB": 2039e9,
-    "NVIDIA H100 80GB HBM3": 3350e9,
-    "NVIDIA H200": 4800e9,
-    "NVIDIA L4": 300e9,
-}
 
 
 def use_threads(threads: int | None) -> int:
@@ -126,11 +111,6 @@ def _copy_seconds(device: Any, nbytes: int) -> list[float]:
             target = copy(target, source).block_until_ready()
             seconds.append(time.perf_counter() - start)
     return seconds
-
-
-def datasheet_bandwidth(device: Any) -> float | None:
-    """Bytes a second of one device by its maker's word; None for CPUs and devices that are not in the table."""
-    return DATASHEET_BANDWIDTH.get(device.device_kind)
 
 
 def describe(threads: int) -> dict[str, Any]:

@@ -13,8 +13,9 @@ DTYPES = ("auto", "float32", "bfloat16")
 QUANTIZE_WEIGHTS = ("auto", "none", "int8", "int4")
 
 Json = Annotated[bool, arg(name="json", help="Print one JSON object as the last line of stdout.")]
+PlatformName = Literal["auto", "cpu", "tpu", "cuda"]
 Platform = Annotated[
-    Literal["auto", "cpu", "tpu", "cuda"],
+    PlatformName,
     arg(help="Devices to run on. `auto` takes a TPU or GPU where there is one, else the CPU."),
 ]
 Dtype = Literal["auto", "float32", "bfloat16"]

@@ -13,8 +13,9 @@ from .safetensors import INDEX, weight_files
 
 CONFIG_FILES = ["config.json"]
 FILES = [
-    *CONFIG_FILES, "generation_config.json", "tokenizer.json", "tokenizer.model", "tokenizer_config.json",
-    "special_tokens_map.json", "added_tokens.json", "chat_template.jinja", INDEX, "model*.safetensors",
+    *CONFIG_FILES, "generation_config.json", "tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt",
+    "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja", INDEX,
+    "model*.safetensors",
 ]  # fmt: skip
 """What is fetched. Never a pickle."""
 

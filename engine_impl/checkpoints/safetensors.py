@@ -26,6 +26,8 @@ from .tokenizer_files import read_tokenizer
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+COMPILED = "_orig_mod."
+"""What torch.compile puts into the names of a module that is saved as it is."""
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 _DTYPES = {
@@ -65,7 +67,7 @@ class SafetensorsCheckpoint:
         self._tensors: dict[str, _Stored] = {}
         for file in weight_files(folder, self.name):
             for stored_name, tensor in _header(file).items():
-                parameter = family.without_prefix(stored_name)
+                parameter = family.without_prefix(stored_name.replace(COMPILED, ""))
                 if parameter in self._tensors:
                     raise RefusedError(f"{self.name} holds {stored_name} twice, again in {file.name}; fetch it anew")
                 self._tensors[parameter] = tensor
@@ -111,14 +113,15 @@ class SafetensorsCheckpoint:
 
 
 def weight_files(folder: Path, name: str) -> list[Path]:
-    """The folder's safetensors files: those that its index names, else the single one.
+    """The folder's safetensors files: the single one, else those that its index names. In this order, as transformers
+    does: an index beside a single file is left over from what the folder held before.
 
     Raises RefusedError when there are none, or not all.
     """
     index = folder / INDEX
+    if (folder / SINGLE).is_file():
+        return [folder / SINGLE]
     if not index.is_file():
-        if (folder / SINGLE).is_file():
-            return [folder / SINGLE]
         raise RefusedError(_why_no_weights(folder, name))
     try:
         files = sorted(set(json.loads(index.read_text())["weight_map"].values()))

@@ -1,4 +1,5 @@
-"""The tokenizer of a Hugging Face folder: tokenizer.json or tokenizer.model, and the small files around them.
+"""The tokenizer of a Hugging Face folder: tokenizer.json, tokenizer.model, or vocab.json with merges.txt, and the small
+files around them.
 
 What a key means is what it means to transformers, which the tests compare with.
 """
@@ -14,6 +15,7 @@ from tokenizers import Tokenizer as Backend
 from ..errors import RefusedError
 from ..text.chat_template import ChatTemplate
 from ..text.tokenizer import NoTokenizer, Tokenizer
+from .merges import MERGES, VOCABULARY, read_merges
 from .pieces import backend_of, read_pieces
 
 Fields = Mapping[str, Any]
@@ -41,6 +43,9 @@ def read_tokenizer(folder: Path, where: str, vocab_size: int) -> Tokenizer:
     elif (folder / "tokenizer.model").is_file():
         pieces, own_ids = read_pieces(folder / "tokenizer.model")
         backend, prefix = backend_of(pieces, space_after_control=of_tokenizer.get("legacy") is True)
+    elif (folder / VOCABULARY).is_file() and (folder / MERGES).is_file():
+        backend = read_merges(folder, of_tokenizer.get("tokenizer_class"), _special_tokens(of_tokenizer))
+        of_tokenizer = {"add_bos_token": False} | of_tokenizer
     else:
         bos = min(_ids(config.get("bos_token_id")), default=None)
         return NoTokenizer(where, vocab_size=vocab_size, bos_id=bos, stop_ids=frozenset(ends))

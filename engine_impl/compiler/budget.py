@@ -5,10 +5,10 @@ import re
 from dataclasses import dataclass
 
 import jax
-import jax.numpy as jnp
 
 from ..engine import Engine
 from ..quantization.linear import Int8Linear
+from ..sizes import device_bytes
 from ..weights.load import matrices
 from .chips import Chip
 from .hlo import Program
@@ -64,9 +64,9 @@ class Budget:
     def __init__(self, engine: Engine, chip: Chip) -> None:
         self.engine, self.chip = engine, chip
         params = abstract_params(engine)
-        arrays = {id(leaf): leaf for leaf in jax.tree.leaves(params)}  # a tied lm_head is one array
-        self.weights_bytes = sum(_shard_bytes(leaf) for leaf in arrays.values())
-        embedding = 0 if params["lm_head"] is params["embed_tokens"] else _shard_bytes(params["embed_tokens"]["weight"])
+        self.weights_bytes = device_bytes(jax.tree.leaves(params))
+        is_tied = params["lm_head"] is params["embed_tokens"]
+        embedding = 0 if is_tied else device_bytes([params["embed_tokens"]["weight"]])
         self.read_bytes = self.weights_bytes - embedding  # a step gathers a few rows of the embedding
         self.cache_bytes = engine.layout.bytes // engine.mesh.size
         self.resident = self.weights_bytes + self.cache_bytes
@@ -165,11 +165,5 @@ def cache_copies(hlo: Program, engine: Engine) -> list[str]:
     """What copies half a layer or more of a leaf of the cache on one chip; see `Program.copies_of`."""
     found = []
     for leaf in jax.tree.leaves(engine.layout.abstract(engine.mesh)):
-        found += hlo.copies_of(leaf.sharding.shard_shape(leaf.shape), _shard_bytes(leaf) // engine.layout.layers // 2)
+        found += hlo.copies_of(leaf.sharding.shard_shape(leaf.shape), device_bytes([leaf]) // engine.layout.layers // 2)
     return found
-
-
-def _shard_bytes(array: jax.ShapeDtypeStruct) -> int:
-    assert array.sharding is not None
-    shape = array.sharding.shard_shape(array.shape)
-    return math.prod(shape) * jnp.dtype(array.dtype).itemsize

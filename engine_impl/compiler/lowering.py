@@ -62,7 +62,7 @@ def _step_arguments(engine: Engine) -> tuple[Params, DecodeState, jax.ShapeDtype
 
 
 def _prefill_arguments(engine: Engine, bucket: int) -> tuple[Params, Any, Any, SlotSampling, Any]:
-    sampling = jax.tree.map(lambda value: _array(engine, (), value.dtype), SlotSampling.of(GREEDY))
+    sampling = jax.tree.map(lambda value: _array(engine, value.shape, value.dtype), SlotSampling.of(GREEDY))
     token_T, length = _array(engine, (bucket,), jnp.int32), _array(engine, (), jnp.int32)
     return abstract_params(engine), token_T, length, sampling, _array(engine, (), jnp.bool)
 

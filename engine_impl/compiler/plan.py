@@ -25,6 +25,7 @@ from ..models import registry
 from ..models.decoder import ModelConfig
 from ..quantization.linear import Int4Linear, Int8ExpertLinear, Int8Linear
 from ..quantization.swap import resolved
+from ..sizes import longest_text, sized
 from ..weights.sharding import make_mesh
 from .budget import Budget, Misfit, ProgramReport
 from .chips import chip_of
@@ -93,6 +94,7 @@ def plan(
     """
     chip = chip_of(topology)
     engine = abstract_engine(shape, topology, config, stored)
+    config = replace(config, slots=engine.layout.slots, cache_length=engine.layout.length)
     budget = Budget(engine, chip)
     programs: dict[str, ProgramReport] = {}
     misfit = budget.resident_misfit()
@@ -123,8 +125,8 @@ def plan(
         model=config.model,
         topology=topology,
         chips=engine.mesh.size,
-        slots=config.slots,
-        cache_length=config.cache_length,
+        slots=engine.layout.slots,
+        cache_length=engine.layout.length,
         dtype=engine.layout.dtype.name,
         hbm_bytes_per_chip=chip.hbm_bytes,
         weights_bytes_per_chip=budget.weights_bytes,
@@ -157,6 +159,8 @@ def largest_slots(config: EngineConfig, shape: ModelConfig, topology: str, **opt
     A slot costs its cache and a little more: each guess comes from what a slot cost between the last two plans and the
     room that the best one left, until two neighbours are known of which only the smaller fits.
     """
+    engine = abstract_engine(shape, topology, config, options.get("stored"))
+    config = replace(config, cache_length=engine.layout.length, max_prefill_length=engine.buckets[-1])
     best, fails = plan(replace(config, slots=1), shape, topology, **options), None
     if not best.fits:
         return best
@@ -208,10 +212,12 @@ def abstract_engine(
     shape: ModelConfig, topology: str, config: EngineConfig, stored: Quantization | None = None
 ) -> Engine:
     """The product's own engine on chips that are not there."""
-    devices, shape = devices_of(topology), shape.for_length(config.cache_length)
+    devices = devices_of(topology)
     mesh = make_mesh(devices, shape.num_heads, shape.num_kv_heads, config.tensor_parallel)
     model = registry.build(replace(shape, num_kv_heads=max(shape.num_kv_heads, mesh.size)))
     dtype = jnp.dtype("bfloat16" if config.dtype == "auto" else config.dtype)
     config = resolved(config, stored, model, mesh)
+    config = sized(config, model.config, mesh, dtype, chip_of(topology).hbm_bytes)
+    model = registry.build(model.config.for_length(longest_text(config, model.config)))
     tokenizer: Any = None  # text is none of a program's business
     return Engine(model, mesh, config, dtype, tokenizer, config.model)

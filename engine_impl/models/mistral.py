@@ -24,6 +24,7 @@ class Mistral(Transformer):
     @classmethod
     def read_config(cls, fields: Fields) -> MistralConfig:
         fields.only("hidden_act", "silu")
+        fields.only("attention_bias", False)
         shape = read_shape(fields)
         window = fields.unless_left_out("sliding_window", LEFT_OUT)
         return MistralConfig(**shape, **read_rope(fields, shape["head_dim"]), windows=(window,))

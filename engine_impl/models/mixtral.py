@@ -118,6 +118,7 @@ class Mixtral(Transformer):
     @classmethod
     def read_config(cls, fields: Fields) -> MixtralConfig:
         fields.only("hidden_act", "silu")
+        fields.only("attention_bias", False)
         shape = read_shape(fields)
         return MixtralConfig(
             **shape,

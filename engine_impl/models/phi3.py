@@ -46,6 +46,7 @@ class Phi3(Transformer):
     @classmethod
     def read_config(cls, fields: Fields) -> Phi3Config:
         fields.only("hidden_act", "silu")
+        fields.only("attention_bias", False)
         shape = read_shape(fields)
         rope = read_rope(fields, shape["head_dim"], ("default", "longrope"), also_called=NAMES_OF_LONGROPE)
         windows = (fields.get("sliding_window"),)

@@ -33,6 +33,7 @@ class Qwen2(Transformer):
 
     @classmethod
     def read_config(cls, fields: Fields) -> Qwen2Config:
+        fields.only("attention_bias", False)  # q, k and v have theirs, the output has none
         return Qwen2Config(**read_qwen(fields))
 
 

@@ -28,6 +28,8 @@ class TransformerConfig(ModelConfig):
     ffn_dim: int
     rope_theta: float
     rms_norm_eps: float
+    attention_bias: bool = False
+    """Whether all four matrices of attention have biases."""
     rope_factors: Factors | None = None
     """What each of the rope's frequencies is divided by, to reach beyond the trained length; None is no scaling."""
     rope_scale: float = 1.0
@@ -58,10 +60,11 @@ class Attention(nn.Module):
         super().__init__()
         self.head_dim, self.query_scale = config.head_dim, query_scale
         q_dim, kv_dim = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+        qkv_bias = qkv_bias or config.attention_bias
         self.q_proj = Linear(config.model_dim, q_dim, bias=qkv_bias)
         self.k_proj = Linear(config.model_dim, kv_dim, bias=qkv_bias)
         self.v_proj = Linear(config.model_dim, kv_dim, bias=qkv_bias)
-        self.o_proj = Linear(q_dim, config.model_dim, bias=False)
+        self.o_proj = Linear(q_dim, config.model_dim, bias=config.attention_bias)
         self.q_norm: nn.Module = nn.Identity()
         self.k_norm: nn.Module = nn.Identity()
 
@@ -136,10 +139,9 @@ class Transformer(Decoder):
 def read_shape(fields: Fields, *, tied_embeddings: bool = False) -> dict[str, Any]:
     """The fields of `TransformerConfig` but for its rope; `tied_embeddings` is the family's, where it is left unsaid.
 
-    Raises RefusedError for biases of attention and feed-forward: a family that has some knows of them itself.
+    Raises RefusedError for biases of the feed-forward.
     """
-    for name in ("attention_bias", "mlp_bias"):
-        fields.only(name, False)
+    fields.only("mlp_bias", False)
     heads, model_dim = fields["num_attention_heads"], fields["hidden_size"]
     return {
         "num_layers": fields["num_hidden_layers"],
@@ -152,6 +154,7 @@ def read_shape(fields: Fields, *, tied_embeddings: bool = False) -> dict[str, An
         "model_dim": model_dim,
         "ffn_dim": fields["intermediate_size"],
         "rms_norm_eps": fields["rms_norm_eps"],
+        "attention_bias": fields.get("attention_bias", False),
     }
 
 

@@ -1,5 +1,5 @@
-"""Sampling on the device, all slots in one program, each by its own parameters: penalties, then greedy, or temperature,
-top-k, top-p, min-p and a seed.
+"""Sampling on the device, all slots in one program, each by its own parameters: bias, penalties, least length, then
+greedy, or temperature, top-k, top-p, min-p and a seed.
 
 A token depends on its logits, its request's parameters and its position in the text, never on the slot or on what else
 is in the batch: the random key is folded from the request's seed and the position.
@@ -14,6 +14,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
+from .bias import biased, without_ends
 from .penalties import penalise
 from .slots import SlotSampling
 
@@ -32,10 +33,16 @@ def sample(logits_BV: jax.Array, count_BV: jax.Array, sampling: SlotSampling, po
     """
     logits_BV = logits_BV.astype(jnp.float32)
 
+    goes_on_B = sampling.must_go_on(position_B)
+
     def asked() -> jax.Array:
-        wanted_BV = jax.lax.cond(
-            sampling.is_penalised.any(), lambda: penalise(logits_BV, count_BV, sampling), lambda: logits_BV
-        )
+        wanted_BV = logits_BV
+        for asked_B, applied in (
+            (sampling.is_biased, lambda wanted_BV: biased(wanted_BV, sampling)),
+            (sampling.is_penalised, lambda wanted_BV: penalise(wanted_BV, count_BV, sampling)),
+            (goes_on_B, lambda wanted_BV: without_ends(wanted_BV, sampling, position_B)),
+        ):
+            wanted_BV = jax.lax.cond(asked_B.any(), applied, lambda wanted_BV: wanted_BV, wanted_BV)
         likeliest_B = _argmax(wanted_BV)
         return jax.lax.cond(
             sampling.is_drawn.any(),
@@ -44,7 +51,8 @@ def sample(logits_BV: jax.Array, count_BV: jax.Array, sampling: SlotSampling, po
         )
 
     likeliest_B = _argmax(logits_BV)
-    return jax.lax.cond((sampling.is_drawn | sampling.is_penalised).any(), asked, lambda: likeliest_B)
+    is_asked_B = sampling.is_drawn | sampling.is_biased | sampling.is_penalised | goes_on_B
+    return jax.lax.cond(is_asked_B.any(), asked, lambda: likeliest_B)
 
 
 def _argmax(values_BV: jax.Array) -> jax.Array:

@@ -1,9 +1,9 @@
 """How a request wants its tokens chosen. Plain numbers: the wire and the command line build it without JAX."""
 
-import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
-from ..errors import RefusedError
+from ..option import LARGEST, ByToken, Range, Rows, TokenIds, between, check_options, option
 
 MAX_SEED = 2**32 - 1
 MAX_TOP_K = 2**31 - 1
@@ -11,64 +11,72 @@ MAX_TOP_K = 2**31 - 1
 MAX_LOGPROBS = 20
 """P: most alternatives whose log-probability a request may ask for, a token."""
 
-MAX_PENALTY = 2.0
-"""Largest presence and frequency penalty, either way."""
+MAX_STOP_TOKEN_IDS = 16
+"""Stop token ids of one request, the model's own not counted."""
+MAX_MODEL_STOP_IDS = 16
+"""Of a model's own there is room on the device for so many."""
+MAX_BIASES = 300
+"""Entries of one request's logit_bias, as OpenAI has it."""
+MAX_MIN_TOKENS = 2**30
+"""Added to a position in a text it is an i32 still."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingParams:
     """Per-request sampling; the defaults are greedy decoding.
 
-    In this order: penalties on the model's logits, temperature, top_k, top_p, min_p. Penalties also move greedy tokens.
+    In this order: logit_bias on the model's logits, penalties, min_tokens, temperature, top_k, top_p, min_p. The first
+    three also move greedy tokens. Raises RefusedError for what is out of bounds.
     """
 
-    temperature: float = 0.0
-    """Softmax temperature; 0 is greedy."""
+    temperature: float = option(0.0, Range(0, LARGEST, "0 (greedy) or a positive number"), device="float32")
+    """Softmax temperature (a factor); 0 is greedy: always the likeliest token."""
 
-    top_k: int = 0
-    """Keep the k likeliest tokens; 0 keeps all."""
+    top_k: int = option(0, between(0, MAX_TOP_K, means={0: "keep all tokens"}), device="int32")
+    """Keep the k likeliest tokens (tokens); 0 keeps all."""
 
-    top_p: float = 1.0
-    """Keep the smallest set of likeliest tokens that holds this probability; in (0, 1]."""
+    top_p: float = option(
+        1.0, Range(0, 1, "above 0 and at most 1 (1 keeps all tokens)", is_above=True), device="float32"
+    )
+    """Keep the likeliest tokens that together hold this probability; 1 keeps all."""
 
-    min_p: float = 0.0
-    """Drop tokens less likely than this share of the likeliest one's probability; in [0, 1], 0 keeps all."""
+    min_p: float = option(0.0, between(0, 1, means={0: "keep all tokens"}), device="float32")
+    """Drop tokens below this share of the likeliest one's probability; 0 keeps all."""
 
-    seed: int = 0
-    """Same seed, prompt and parameters: same tokens, whatever else runs beside; in [0, 2**32)."""
+    seed: int | None = option(None, between(0, MAX_SEED), device="uint32")
+    """Same seed, prompt and parameters: same answer, whatever else runs beside. Default: drawn for each request."""
 
-    repetition_penalty: float = 1.0
-    """Divides the positive and multiplies the negative logits of tokens of the prompt and the answer (Keskar et al.,
-    arXiv 1909.05858); above 0, 1 changes nothing."""
+    repetition_penalty: float = option(1.0, Range(0, LARGEST, "positive (1 is none)", is_above=True), device="float32")
+    """Divides the positive and multiplies the negative logits of tokens of the prompt and the answer (a factor; Keskar
+    et al., arXiv 1909.05858); 1 is none."""
 
-    presence_penalty: float = 0.0
-    """Taken from the logits of tokens that the answer has; in [-2, 2]."""
+    presence_penalty: float = option(0.0, between(-2, 2), device="float32")
+    """Taken from the logits of tokens that the answer has; 0 is none."""
 
-    frequency_penalty: float = 0.0
-    """Taken from a token's logit as often as the answer has it; in [-2, 2]."""
+    frequency_penalty: float = option(0.0, between(-2, 2), device="float32")
+    """Taken from a token's logit for each time that the answer has it; 0 is none."""
 
-    logprobs: int | None = None
-    """Log-probabilities under the model itself, before all of the above. None: none; 0: each chosen token's; k: the k
-    likeliest tokens' too; at most MAX_LOGPROBS."""
+    logit_bias: Mapping[int, float] = option(
+        {}, ByToken(MAX_BIASES, between(-100, 100)), device=Rows(MAX_BIASES, ("int32", "float32"))
+    )
+    """Added to the logits of these tokens (by id): -100 as good as forbids one, 100 as good as forces it."""
+
+    min_tokens: int = option(0, between(0, MAX_MIN_TOKENS), device="int32")
+    """The answer's least length (tokens), at most max_tokens. Before it no token that would end the answer is chosen,
+    and no stop string looked for."""
+
+    stop_token_ids: tuple[int, ...] = option(
+        (), TokenIds(MAX_STOP_TOKEN_IDS), device=Rows(MAX_STOP_TOKEN_IDS + MAX_MODEL_STOP_IDS, ("int32",))
+    )
+    """End the answer before one of these tokens (ids), as before the model's own."""
+
+    ignore_eos: bool = option(False)
+    """Go on past the model's own end, to max_tokens: its stop tokens are tokens like others."""
+
+    logprobs: int | None = option(
+        None, between(0, MAX_LOGPROBS, means={0: "the chosen token's alone"}), device="int32", absent=-1
+    )
+    """Tell each token's log-probability under the model itself, and those of the k likeliest (tokens)."""
 
     def __post_init__(self) -> None:
-        if not (math.isfinite(self.temperature) and self.temperature >= 0):
-            raise RefusedError(f"temperature={self.temperature} must be 0 (greedy) or a positive number")
-        if not 0 <= self.top_k <= MAX_TOP_K:
-            raise RefusedError(f"top_k={self.top_k} must be from 0 (keep all tokens) to {MAX_TOP_K}")
-        if not 0 < self.top_p <= 1:
-            raise RefusedError(f"top_p={self.top_p} must be above 0 and at most 1 (1 keeps all tokens)")
-        if not 0 <= self.min_p <= 1:
-            raise RefusedError(f"min_p={self.min_p} must be from 0 (keep all tokens) to 1")
-        if not 0 <= self.seed <= MAX_SEED:
-            raise RefusedError(f"seed={self.seed} must be from 0 to {MAX_SEED}")
-        if not (math.isfinite(self.repetition_penalty) and self.repetition_penalty > 0):
-            raise RefusedError(f"repetition_penalty={self.repetition_penalty} must be positive (1 is none)")
-        for name in ("presence_penalty", "frequency_penalty"):
-            penalty = getattr(self, name)
-            if not -MAX_PENALTY <= penalty <= MAX_PENALTY:
-                raise RefusedError(f"{name}={penalty} must be from {-MAX_PENALTY:g} to {MAX_PENALTY:g} (0 is none)")
-        if self.logprobs is not None and not 0 <= self.logprobs <= MAX_LOGPROBS:
-            raise RefusedError(
-                f"logprobs={self.logprobs} must be from 0 (the chosen token's alone) to {MAX_LOGPROBS}, or left out"
-            )
+        check_options(self, SamplingParams)

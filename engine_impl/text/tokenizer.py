@@ -3,18 +3,12 @@
 import re
 from collections.abc import Mapping, Sequence
 
-from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers
+from tokenizers import AddedToken, decoders, models, pre_tokenizers
 from tokenizers import Tokenizer as Backend
 
 from ..errors import RefusedError
 from .chat_template import ChatTemplate
-
-_LLAMA3_SPLIT = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
-    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-"""The split pattern published with Llama 3's tokenizer (meta-llama/llama3, tokenizer.py)."""
-
+from .pre_tokenizers import pre_tokenizer
 
 _PRINTABLE = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
 _BYTES_OF_CHARACTER = {chr(byte): bytes([byte]) for byte in _PRINTABLE} | {
@@ -120,7 +114,8 @@ class NoTokenizer(Tokenizer):
 
     def _refusal(self) -> RefusedError:
         return RefusedError(
-            f"{self._where} has no tokenizer (tokenizer.json or tokenizer.model); give token ids instead"
+            f"{self._where} has no tokenizer (tokenizer.json, tokenizer.model, or vocab.json with merges.txt); give "
+            "token ids instead"
         )
 
 
@@ -159,7 +154,7 @@ def byte_level_bpe(
     tokens: Sequence[str],
     merges: Sequence[str],
     *,
-    pre_tokenizer: str,
+    split: str,
     control_ids: Sequence[int],
     added_ids: Sequence[int] = (),
 ) -> Backend:
@@ -168,26 +163,19 @@ def byte_level_bpe(
     Args:
         tokens: the vocabulary in id order.
         merges: "left right", best first.
-        pre_tokenizer: llama.cpp's name for how text is split before merging.
+        split: llama.cpp's name for how text is split before merging, one of PRE_TOKENIZERS.
         control_ids: tokens that stand for no text.
         added_ids: tokens that are text but never come out of a merge.
 
-    Raises RefusedError for a pre_tokenizer that is not known: a wrong split gives wrong ids in silence.
+    Raises RefusedError for a split that is not known.
     """
-    splits = {
-        "smollm": [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)],
-        "gpt-2": [pre_tokenizers.ByteLevel(add_prefix_space=False)],
-        "llama-bpe": [
-            pre_tokenizers.Split(Regex(_LLAMA3_SPLIT), "isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ],
-    }
-    if pre_tokenizer not in splits:
-        raise RefusedError(f"pre-tokenizer {pre_tokenizer!r} is not there; those there are: {', '.join(splits)}")
+    before = pre_tokenizer(split)
     pairs = [(left, right) for left, _, right in (merge.partition(" ") for merge in merges)]
     vocabulary = {token: token_id for token_id, token in enumerate(tokens)}
-    backend = Backend(models.BPE(vocab=vocabulary, merges=pairs, ignore_merges=pre_tokenizer == "llama-bpe"))
-    backend.pre_tokenizer = pre_tokenizers.Sequence(splits[pre_tokenizer])
+    backend = Backend(models.BPE(vocab=vocabulary, merges=pairs, ignore_merges=before.ignore_merges))
+    if before.normalizer is not None:
+        backend.normalizer = before.normalizer
+    backend.pre_tokenizer = pre_tokenizers.Sequence(list(before.steps))
     backend.decoder = decoders.ByteLevel()
     backend.add_special_tokens([AddedToken(tokens[i], special=True, normalized=False) for i in control_ids])
     backend.add_tokens([AddedToken(tokens[i], normalized=False) for i in added_ids])

@@ -53,17 +53,23 @@ class Ending:
 
 
 class Text:
-    """One answer's text, token by token: whole characters, cut at the first stop string."""
+    """One answer's text, token by token: whole characters, cut at the first stop string. What the first `min_tokens`
+    tokens show is not searched."""
 
-    def __init__(self, stream: TextStream, stop_strings: tuple[str, ...]) -> None:
+    def __init__(self, stream: TextStream, stop_strings: tuple[str, ...], min_tokens: int = 0) -> None:
         self._stream, self._stops = stream, StopStrings(stop_strings)
+        self._unsearched = min_tokens  # tokens, still to come
 
     @property
     def is_stopped(self) -> bool:
         return self._stops.found
 
     def feed(self, token_id: int) -> str:
-        return self._stops.feed(self._stream.feed(token_id))
+        piece = self._stream.feed(token_id)
+        if self._unsearched:
+            self._unsearched -= 1
+            return piece
+        return self._stops.feed(piece)
 
     def finish(self) -> str:
         """What is left at the answer's end."""
@@ -212,7 +218,8 @@ class Delivery:
 
     def _text(self, sample: Sample) -> Text:
         if sample not in self._texts:
-            self._texts[sample] = Text(self._tokenizer.stream(), sample.request.stop_strings)
+            asked = sample.request
+            self._texts[sample] = Text(self._tokenizer.stream(), asked.stop_strings, asked.sampling.min_tokens)
         return self._texts[sample]
 
 

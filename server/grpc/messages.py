@@ -1,27 +1,16 @@
 """The wire's messages: a DecodeRequest becomes a request, a request's events become DecodeResponses, and back."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING
 
 from ...engine_impl.errors import RefusedError
-from ...engine_impl.sampling.params import SamplingParams
 from ...protos import orchestrator_pb2 as pb
-from ..request.request import (
-    Event,
-    FinishReason,
-    Limits,
-    Request,
-    TokenLogprob,
-    Usage,
-    check_max_tokens,
-    check_slots,
-    drawn_seed,
-)
+from ..request.options import OPTIONS, AnswerOptions
+from ..request.request import Event, FinishReason, Limits, Request, TokenLogprob, Usage, check_slots
 
 if TYPE_CHECKING:
     from ...engine_impl.api import AnyEngine as Engine
     from ...engine_impl.api import Tokenizer
-    from ..request.options import AnswerOptions
 
 REASONS = {
     FinishReason.STOP: pb.FINISH_REASON_STOP,
@@ -30,6 +19,9 @@ REASONS = {
     FinishReason.DEADLINE: pb.FINISH_REASON_DEADLINE,
 }
 REASON_OF = {number: reason for reason, number in REASONS.items()}
+
+CAN_BE_ABSENT = {field.name for field in pb.DecodeRequest.DESCRIPTOR.fields if field.has_presence}
+"""Fields: the others are zero or empty when nobody sets them."""
 
 
 def read_request(
@@ -43,41 +35,23 @@ def read_request(
     """Raises RefusedError for what the engine cannot answer. `deadline`: s of time.monotonic()."""
     if message.lora_adapter_id:
         raise RefusedError(f"lora_adapter_id={message.lora_adapter_id!r} must be empty: there are no adapters")
-    num_samples = message.num_samples or 1
-    check_max_tokens(message.max_tokens)
-    check_slots(num_samples, engine.max_concurrent_decodes)
-    request = Request(
-        prompt_ids=(),
-        max_tokens=message.max_tokens,
-        deliver=deliver,
-        sampling=read_sampling(message),
-        stop_strings=tuple(message.stop_strings),
-        stop_token_ids=tuple(message.stop_token_ids),
-        ignore_eos=message.ignore_eos,
-        num_samples=num_samples,
-        prompt_logprobs=message.prompt_logprobs,
-        priority=message.priority,
-        deadline=deadline,
-        id=request_id,
-    )
-    request.prompt_ids = read_prompt(message, engine.get_tokenizer())  # last: the text may be megabytes
-    Limits.of(engine).check(request.prompt_ids, request.max_tokens, num_samples)
+    options = read_options(message)
+    check_slots(options.num_samples, engine.max_concurrent_decodes)
+    prompt_ids = read_prompt(message, engine.get_tokenizer())  # last: the text may be megabytes
+    request = Request(prompt_ids=prompt_ids, deliver=deliver, deadline=deadline, id=request_id, **options.fields())
+    Limits.of(engine).check(request)
     return request
 
 
-def read_sampling(message: pb.DecodeRequest) -> SamplingParams:
-    """Raises RefusedError."""
-    return SamplingParams(
-        temperature=message.temperature,
-        top_k=message.top_k,
-        top_p=message.top_p if message.HasField("top_p") else 1.0,
-        min_p=message.min_p,
-        seed=drawn_seed(message.temperature, message.seed if message.HasField("seed") else None),
-        repetition_penalty=message.repetition_penalty if message.HasField("repetition_penalty") else 1.0,
-        presence_penalty=message.presence_penalty,
-        frequency_penalty=message.frequency_penalty,
-        logprobs=message.logprobs if message.HasField("logprobs") else None,
-    )
+def read_options(message: pb.DecodeRequest) -> AnswerOptions:
+    """Each option has a field of its name. One that can be absent is the option's default then. Raises RefusedError."""
+    values = {
+        one.name: one.collect(getattr(message, one.name))
+        for one in OPTIONS
+        if one.name not in CAN_BE_ABSENT or message.HasField(one.name)
+    }
+    values["num_samples"] = values["num_samples"] or 1  # JetStream's, which cannot be absent
+    return AnswerOptions.of(**values)
 
 
 def read_prompt(message: pb.DecodeRequest, tokenizer: "Tokenizer") -> list[int]:
@@ -98,20 +72,15 @@ def read_prompt(message: pb.DecodeRequest, tokenizer: "Tokenizer") -> list[int]:
             raise RefusedError("the prompt is missing; set text_content, token_content or messages")
 
 
-def write_options(message: pb.DecodeRequest, options: "AnswerOptions") -> None:
-    """What read_request() reads of the options."""
-    sampling = options.sampling()
-    for name in (
-        "temperature", "top_k", "top_p", "min_p", "seed", "repetition_penalty", "presence_penalty", "frequency_penalty",
-    ):  # fmt: skip
-        setattr(message, name, getattr(sampling, name))
-    if sampling.logprobs is not None:
-        message.logprobs = sampling.logprobs
-    message.max_tokens, message.num_samples = options.max_tokens, options.num_samples
-    message.stop_strings.extend(options.stop)
-    message.stop_token_ids.extend(options.stop_token_id)
-    message.ignore_eos, message.prompt_logprobs = options.ignore_eos, options.prompt_logprobs
-    message.priority = options.priority
+def write_options(message: pb.DecodeRequest, options: AnswerOptions) -> None:
+    """What read_options() reads."""
+    for one, value in options.values():
+        if isinstance(value, tuple):
+            getattr(message, one.name).extend(value)
+        elif isinstance(value, Mapping):
+            getattr(message, one.name).update(value)
+        elif value is not None:
+            setattr(message, one.name, value)
 
 
 def write_reply(events: Iterable[Event], num_samples: int) -> pb.DecodeResponse:

@@ -7,25 +7,24 @@ from abc import abstractmethod
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import ValidationError, model_validator
 
-from ...engine_impl.sampling.params import SamplingParams
 from ..gateway import Deliver
-from ..request.request import Limits, Request, check_max_tokens, check_slots, drawn_seed
+from ..request.options import AnswerOptions
+from ..request.request import Limits, Request, check_slots
 from .errors import BadFieldError, UnknownModelError, bad_body
-from .fields import Message, Prompts, StreamOptions, Strict, Texts
+from .fields import Message, Prompts, StreamOptions
+from .options import DeclaredFields, options_in
 
 if TYPE_CHECKING:
     from ...engine_impl.api import AnyEngine as Engine
     from ...engine_impl.api import Tokenizer
 
 
-class Body(Strict):
-    """What completions and chats have in common."""
+class Body(DeclaredFields):
+    """What completions and chats have in common: a request's options, and what is HTTP's alone."""
 
     refused: ClassVar[dict[str, tuple[Any, ...]]] = {
-        "logit_bias": ({},),
-        "min_tokens": (0,),
         "length_penalty": (1,),
         "use_beam_search": (False,),
         "bad_words": ([],),
@@ -44,21 +43,6 @@ class Body(Strict):
     """Fields that would change the answer and that we lack, with the values that ask for nothing."""
 
     model: str | None = None
-    temperature: float = 1.0
-    top_p: float = 1.0
-    top_k: int = 0
-    min_p: float = 0.0
-    repetition_penalty: float = 1.0
-    presence_penalty: float = 0.0
-    frequency_penalty: float = 0.0
-    seed: int | None = None
-    n: int = 1
-    stop: Texts = Field(default_factory=list)
-    stop_token_ids: list[int] = Field(default_factory=list)
-    ignore_eos: bool = False
-    priority: int = 0
-    """Higher goes first; vLLM has it the other way round."""
-    prompt_logprobs: int | None = None
     return_token_ids: bool = False
     stream: bool = False
     stream_options: StreamOptions | None = None
@@ -96,7 +80,7 @@ class Body(Strict):
     @property
     @abstractmethod
     def asked_logprobs(self) -> int | None:
-        """As SamplingParams has it."""
+        """As SamplingParams.logprobs has it."""
 
     @abstractmethod
     def prompts(self, tokenizer: "Tokenizer") -> Iterator[list[int]]:
@@ -111,45 +95,21 @@ class Body(Strict):
         if self.model not in (None, engine.model_name):
             raise UnknownModelError(f"model={self.model!r} is not served; ask for {engine.model_name!r}, or for none")
         check_slots(self.n, engine.max_concurrent_decodes)
-        self._sampling()  # refused before the prompts are read: they may be megabytes
         limits, requests = Limits.of(engine), []
+        self._options(limits.cache_length)  # refused before the prompts are read: they may be megabytes
         for number, prompt_ids in enumerate(self.prompts(engine.get_tokenizer())):
-            max_tokens = self.longest(limits.cache_length - len(prompt_ids))
-            limits.check(prompt_ids, max_tokens, self.n)
-            requests.append(
-                Request(
-                    prompt_ids=prompt_ids,
-                    max_tokens=max_tokens,
-                    deliver=deliver_to(number),
-                    sampling=self._sampling(),
-                    stop_strings=(self.stop,) if isinstance(self.stop, str) else tuple(self.stop),
-                    stop_token_ids=tuple(self.stop_token_ids),
-                    ignore_eos=self.ignore_eos,
-                    num_samples=self.n,
-                    prompt_logprobs=self.prompt_logprobs is not None,
-                    priority=self.priority,
-                    id=request_id if self.num_prompts == 1 else f"{request_id}-{number}",
-                )
+            request = Request(
+                prompt_ids=prompt_ids,
+                deliver=deliver_to(number),
+                id=request_id if self.num_prompts == 1 else f"{request_id}-{number}",
+                **self._options(limits.cache_length - len(prompt_ids)).fields(),
             )
+            limits.check(request)
+            requests.append(request)
         return requests
 
-    def _sampling(self) -> SamplingParams:
-        if self.prompt_logprobs:
-            raise BadFieldError(
-                "prompt_logprobs",
-                f"prompt_logprobs={self.prompt_logprobs} must be 0: the prompt's own tokens, no others",
-            )
-        return SamplingParams(
-            temperature=self.temperature,
-            top_k=0 if self.top_k == -1 else self.top_k,  # vLLM's other way to keep all
-            top_p=self.top_p,
-            min_p=self.min_p,
-            seed=drawn_seed(self.temperature, self.seed),
-            repetition_penalty=self.repetition_penalty,
-            presence_penalty=self.presence_penalty,
-            frequency_penalty=self.frequency_penalty,
-            logprobs=self.asked_logprobs,
-        )
+    def _options(self, room: int) -> AnswerOptions:
+        return AnswerOptions.of(max_tokens=self.longest(room), logprobs=self.asked_logprobs, **options_in(self))
 
 
 class CompletionBody(Body):
@@ -177,7 +137,6 @@ class CompletionBody(Body):
     def prompts(self, tokenizer: "Tokenizer") -> Iterator[list[int]]:
         if self.best_of not in (None, self.n):
             raise BadFieldError("best_of", f"best_of={self.best_of} must be n={self.n}: all answers are shown")
-        check_max_tokens(self.max_tokens)
         prompts: list[Any] = self.prompt if isinstance(self.prompt, list) and not self._is_ids else [self.prompt]
         if not prompts:
             raise BadFieldError("prompt", "prompt is an empty list; send at least one")

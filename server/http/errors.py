@@ -16,8 +16,8 @@ log = logging.getLogger(__name__)
 INVALID, SERVER = "invalid_request_error", "server_error"
 """OpenAI's types of errors: the caller's, and ours."""
 
-OTHER_NAMES = {"num_samples": "n"}
-"""What we call differently."""
+OTHER_NAMES = {"num_samples": "n", "stop_strings": "stop"}
+"""Options that OpenAI calls differently."""
 
 
 class HttpError(Exception):
@@ -89,8 +89,8 @@ def http_error(error: Exception) -> HttpError:
 
 
 def named(message: str) -> str | None:
-    """The field that a refusal begins with: "temperature=-1 must be ..."."""
-    match = re.match(r"([a-z_]+)=", message)
+    """The field that a refusal begins with: "temperature=-1 ...", "logit_bias[5]=101 ...", "logit_bias: ..."."""
+    match = re.match(r"([a-z_]+)(\[-?\d+\])?(=|: )", message)
     return OTHER_NAMES.get(match[1], match[1]) if match else None
 
 

@@ -1,87 +1,64 @@
-"""How an answer is asked for on the command line: flags that several commands share."""
+"""What a request may ask for beside its prompt, declared once: here, and in SamplingParams what the engine does."""
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
 from typing import Any
 
-import tyro
-
 from ...engine_impl.errors import RefusedError
+from ...engine_impl.option import Option, Texts, at_least, between, check_options, option, options_of
 from ...engine_impl.sampling.params import SamplingParams
-from .request import check_max_tokens, check_num_samples, check_priority, check_stops, drawn_seed
+
+MAX_PRIORITY = 10
+"""Priorities go from minus this to this: bounded, so that waiting beats any of them in the end."""
+
+GREEDY = SamplingParams()
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(eq=False, kw_only=True)
 class AnswerOptions:
     """The answer's length, how its tokens are chosen, where it stops, and what is told about it."""
 
-    max_tokens: int = 128
+    max_tokens: int = option(128, at_least(1))
     """Longest answer (tokens)."""
 
-    temperature: float = 0.0
-    """Softmax temperature (a factor); 0 is greedy: always the likeliest token."""
+    sampling: SamplingParams = GREEDY
 
-    top_k: int = 0
-    """Keep the k likeliest tokens (tokens); 0 keeps all."""
+    stop_strings: tuple[str, ...] = option((), Texts(at_most=16, longest=256))
+    """End the answer before one of these texts."""
 
-    top_p: float = 1.0
-    """Keep the likeliest tokens that together hold this probability (0 to 1); 1 keeps all."""
+    num_samples: int = option(1, at_least(1))
+    """Answers to one prompt, each with a slot of its own; more than one need a temperature to differ."""
 
-    min_p: float = 0.0
-    """Drop tokens below this share of the likeliest one's probability (0 to 1); 0 keeps all."""
-
-    seed: int | None = None
-    """Same seed, same answer (a number below 2^32). Default: drawn anew for every answer."""
-
-    repetition_penalty: float = 1.0
-    """Makes tokens of the prompt and the answer less likely (a factor on their logits); 1 is none."""
-
-    presence_penalty: float = 0.0
-    """Taken from the logits of tokens that the answer has (-2 to 2); 0 is none."""
-
-    frequency_penalty: float = 0.0
-    """Taken from a token's logit for each time that the answer has it (-2 to 2); 0 is none."""
-
-    stop: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
-    """End the answer before this text; may be given several times."""
-
-    stop_token_id: tyro.conf.UseAppendAction[tuple[int, ...]] = ()
-    """End the answer before this token (an id); may be given several times."""
-
-    ignore_eos: bool = False
-    """Go on past the model's own end, to max_tokens."""
-
-    num_samples: int = 1
-    """Answers to one prompt, each with a slot of its own (answers); more than one need a temperature to differ."""
-
-    logprobs: int | None = None
-    """Tell each token's log-probability and those of the k likeliest (tokens, 0 to 20). Default: nothing."""
-
-    prompt_logprobs: bool = False
+    prompt_logprobs: bool = option(False)
     """Tell the log-probability of each token of the prompt."""
 
-    priority: int = 0
-    """Higher goes first (-10 to 10) where requests wait; a level is worth 5 seconds of waiting."""
+    priority: int = option(
+        0, between(-MAX_PRIORITY, MAX_PRIORITY, means={-MAX_PRIORITY: "last", MAX_PRIORITY: "first"})
+    )
+    """Higher goes first where requests wait; a level is worth 5 seconds of waiting."""
 
     def __post_init__(self) -> None:
-        check_max_tokens(self.max_tokens)
-        check_stops(self.stop, self.stop_token_id)
-        check_num_samples(self.num_samples)
-        check_priority(self.priority)
-        self.sampling()
+        check_options(self, AnswerOptions)
+        if self.sampling.min_tokens > self.max_tokens:
+            raise RefusedError(
+                f"min_tokens={self.sampling.min_tokens} must be at most max_tokens={self.max_tokens}; "
+                "ask for fewer, or for a longer answer"
+            )
 
-    def sampling(self) -> SamplingParams:
-        """Parameters for one answer."""
-        return SamplingParams(
-            temperature=self.temperature,
-            top_k=self.top_k,
-            top_p=self.top_p,
-            min_p=self.min_p,
-            seed=drawn_seed(self.temperature, self.seed),
-            repetition_penalty=self.repetition_penalty,
-            presence_penalty=self.presence_penalty,
-            frequency_penalty=self.frequency_penalty,
-            logprobs=self.logprobs,
-        )
+    @classmethod
+    def of(cls, **values: Any) -> "AnswerOptions":
+        """From OPTIONS by their names. Raises RefusedError for what no server takes."""
+        sampling = {one.name: values.pop(one.name) for one in options_of(SamplingParams) if one.name in values}
+        return cls(sampling=SamplingParams(**sampling), **values)
+
+    def values(self) -> Iterator[tuple[Option, Any]]:
+        """Of all OPTIONS."""
+        for one in OPTIONS:
+            yield one, getattr(self if one in options_of(AnswerOptions) else self.sampling, one.name)
+
+    def fields(self) -> dict[str, Any]:
+        """What a Request takes from here."""
+        return {one.name: getattr(self, one.name) for one in fields(AnswerOptions)}
 
     def check_one_sample(self, command: str) -> None:
         """Raises RefusedError: `command` has room for one answer."""
@@ -90,18 +67,9 @@ class AnswerOptions:
                 f"num_samples={self.num_samples} must be 1: {command} shows one answer; `slipstream ask` shows several"
             )
 
-    def request_fields(self) -> dict[str, Any]:
-        """What a Request needs beside its prompt and its caller."""
-        return {
-            "max_tokens": self.max_tokens,
-            "sampling": self.sampling(),
-            "stop_strings": self.stop,
-            "stop_token_ids": self.stop_token_id,
-            "ignore_eos": self.ignore_eos,
-            "num_samples": self.num_samples,
-            "prompt_logprobs": self.prompt_logprobs,
-            "priority": self.priority,
-        }
+
+OPTIONS = options_of(AnswerOptions)[:1] + options_of(SamplingParams) + options_of(AnswerOptions)[1:]
+"""All of a request's, in the order in which help and docs list them."""
 
 
 def check_utf8(text: str, where: str) -> str:

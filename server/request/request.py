@@ -8,22 +8,10 @@ from typing import TYPE_CHECKING
 
 from ...engine_impl.errors import RefusedError
 from ...engine_impl.sampling.params import MAX_SEED, SamplingParams
+from .options import AnswerOptions
 
 if TYPE_CHECKING:
     from ...engine_impl.api import AnyEngine as Engine
-
-GREEDY = SamplingParams()
-
-MAX_STOP_STRINGS = 16
-"""Stop strings of one request (count)."""
-MAX_STOP_LENGTH = 256
-"""Longest stop string (characters)."""
-MAX_STOP_TOKEN_IDS = 16
-"""Stop token ids of one request, the model's own not counted."""
-MAX_TOKEN_ID = 2**31 - 1
-"""No token id is beyond it: arrays of them are i32."""
-MAX_PRIORITY = 10
-"""Priorities go from minus this to this: bounded, so that waiting beats any of them in the end."""
 
 SEED_STRIDE = 0x9E3779B9
 """2^32 over the golden ratio, as Weyl sequences use it: far apart, and no two of 2^32 samples share a seed."""
@@ -110,28 +98,20 @@ class Sample:
     def sampling(self) -> SamplingParams:
         """The request's, with a seed of its own; the first sample has the request's."""
         asked = self.request.sampling
+        assert asked.seed is not None
         return replace(asked, seed=(asked.seed + self.index * SEED_STRIDE) & MAX_SEED) if self.index else asked
 
 
 @dataclass(eq=False, kw_only=True)
-class Request:
-    """One prompt on its way to its answers. Raises RefusedError for values that no server takes."""
+class Request(AnswerOptions):
+    """One prompt on its way to its answers. Raises RefusedError for values that no server takes.
+
+    A seed that is left out is drawn here.
+    """
 
     prompt_ids: Sequence[int]
-    max_tokens: int
-    """Longest answer (tokens)."""
     deliver: Callable[[Event], object]
     """Called from one thread of the orchestrator's, in order; must not block."""
-    sampling: SamplingParams = GREEDY
-    stop_strings: tuple[str, ...] = ()
-    stop_token_ids: tuple[int, ...] = ()
-    ignore_eos: bool = False
-    """Do not stop at the model's own stop tokens."""
-    num_samples: int = 1
-    """Answers from one prefill, each with a slot of its own."""
-    prompt_logprobs: bool = False
-    priority: int = 0
-    """Higher goes first; see RequestQueue."""
     deadline: float | None = None
     """When it is worth nothing any more (s of time.monotonic())."""
     id: str = field(default_factory=lambda: secrets.token_hex(6))
@@ -146,10 +126,9 @@ class Request:
     samples: list[Sample] = field(init=False)
 
     def __post_init__(self) -> None:
-        check_max_tokens(self.max_tokens)
-        check_stops(self.stop_strings, self.stop_token_ids)
-        check_num_samples(self.num_samples)
-        check_priority(self.priority)
+        super().__post_init__()
+        if self.sampling.seed is None:
+            self.sampling = replace(self.sampling, seed=drawn_seed(self.sampling.temperature))
         self.samples = [Sample(self, index) for index in range(self.num_samples)]
 
     @property
@@ -185,11 +164,10 @@ class Limits:
             engine.max_concurrent_decodes,
         )
 
-    def check(self, prompt_ids: Sequence[int], max_tokens: int, num_samples: int = 1) -> None:
+    def check(self, request: Request) -> None:
         """Raises RefusedError for a request that the engine cannot answer."""
-        check_max_tokens(max_tokens)
-        check_slots(num_samples, self.slots)
-        length = len(prompt_ids)
+        check_slots(request.num_samples, self.slots)
+        length, max_tokens = len(request.prompt_ids), request.max_tokens
         if not length:
             raise RefusedError("the prompt is empty; send at least one token")
         if length > self.max_prefill_length:
@@ -202,29 +180,18 @@ class Limits:
                 f"a prompt of {length} tokens and {max_tokens=} exceed cache_length={self.cache_length}; "
                 f"ask for at most {self.cache_length - length} tokens or serve with a larger --cache-length"
             )
-        for position, token_id in enumerate(prompt_ids):
-            if not 0 <= token_id < self.vocab_size:
-                raise RefusedError(
-                    f"token id {token_id} at position {position} is outside the vocabulary; "
-                    f"ids go from 0 to {self.vocab_size - 1}"
-                )
+        for position, token_id in enumerate(request.prompt_ids):
+            self._check_id(token_id, f"token id {token_id} at position {position}")
+        for token_id in request.sampling.logit_bias:
+            self._check_id(token_id, f"logit_bias: token id {token_id}")
 
-
-def check_max_tokens(max_tokens: int) -> None:
-    """Raises RefusedError unless positive."""
-    if max_tokens <= 0:
-        raise RefusedError(f"{max_tokens=} must be at least 1")
-
-
-def check_num_samples(num_samples: int) -> None:
-    """Raises RefusedError unless positive."""
-    if num_samples <= 0:
-        raise RefusedError(f"{num_samples=} must be at least 1")
+    def _check_id(self, token_id: int, what: str) -> None:
+        if not 0 <= token_id < self.vocab_size:
+            raise RefusedError(f"{what} is outside the vocabulary; ids go from 0 to {self.vocab_size - 1}")
 
 
 def check_slots(num_samples: int, slots: int) -> None:
     """Raises RefusedError when so many samples can never run together."""
-    check_num_samples(num_samples)
     if num_samples > slots:
         raise RefusedError(
             f"{num_samples=} needs as many slots and the server has {slots}; "
@@ -232,30 +199,6 @@ def check_slots(num_samples: int, slots: int) -> None:
         )
 
 
-def check_priority(priority: int) -> None:
-    """Raises RefusedError outside the range."""
-    if not -MAX_PRIORITY <= priority <= MAX_PRIORITY:
-        raise RefusedError(f"{priority=} must be from {-MAX_PRIORITY} (last) to {MAX_PRIORITY} (first)")
-
-
-def check_stops(stop_strings: Sequence[str], stop_token_ids: Sequence[int]) -> None:
-    """Raises RefusedError for too many, too long or empty ones."""
-    if len(stop_strings) > MAX_STOP_STRINGS:
-        raise RefusedError(f"{len(stop_strings)} stop strings are too many; send at most {MAX_STOP_STRINGS}")
-    for stop in stop_strings:
-        if not 0 < len(stop) <= MAX_STOP_LENGTH:
-            raise RefusedError(
-                f"a stop string of {len(stop)} characters must have from 1 to {MAX_STOP_LENGTH}: {stop[:40]!r}"
-            )
-    if len(stop_token_ids) > MAX_STOP_TOKEN_IDS:
-        raise RefusedError(f"{len(stop_token_ids)} stop token ids are too many; send at most {MAX_STOP_TOKEN_IDS}")
-    for token_id in stop_token_ids:
-        if not 0 <= token_id <= MAX_TOKEN_ID:
-            raise RefusedError(f"stop token id {token_id} must be from 0 to {MAX_TOKEN_ID}")
-
-
-def drawn_seed(temperature: float, seed: int | None) -> int:
-    """A request without a seed draws one, so that asking twice gives two answers."""
-    if seed is not None:
-        return seed
+def drawn_seed(temperature: float) -> int:
+    """For a request without one, so that asking twice gives two answers."""
     return secrets.randbits(32) if temperature else 0

@@ -4,8 +4,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from ...engine_impl.sampling.params import MAX_STOP_TOKEN_IDS
 from ..delivery.roster import Roster
-from ..request.request import MAX_STOP_TOKEN_IDS, Request, Sample
+from ..request.request import Request, Sample
 
 
 class Slots:
@@ -73,4 +74,5 @@ class Slots:
         return Roster.empty(1, self._width).having(0, sample, self._stop_ids(sample.request))
 
     def _stop_ids(self, request: Request) -> tuple[int, ...]:
-        return request.stop_token_ids + (() if request.ignore_eos else self._model_stop_ids)
+        asked = request.sampling
+        return asked.stop_token_ids + (() if asked.ignore_eos else self._model_stop_ids)

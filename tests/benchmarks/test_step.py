@@ -32,6 +32,9 @@ KEYS = {
 VERSUS_KEYS = {"versus", "ratio_p50", "ratio_min", "ratio_max", "pairs", "baseline_step_ms_p50", "equal_tokens"}
 QUICK = ["bench", "step", "--slots", "2", "--cache-length", "128", "--steps", "2", "--pairs", "2", "--json"]
 
+DEAR = [pytest.param(name, marks=pytest.mark.slow) for name in ("eager-per-layer", "transformers-dynamic")]
+"""Baselines that differ little from one that the quick tests run."""
+
 
 @pytest.fixture
 def last_line(monkeypatch, capsys, tiny_loaded):
@@ -57,7 +60,7 @@ def test_one_point_is_one_flat_object(last_line):
     )
 
 
-@pytest.mark.parametrize("versus", ["eager", "eager-per-layer", "transformers", "transformers-dynamic"])
+@pytest.mark.parametrize("versus", ["eager", "transformers", *DEAR])
 def test_a_baseline_gives_equal_tokens_and_a_ratio_a_pair(last_line, versus):
     result = last_line("--live-tokens", "40", "--versus", versus)
     assert set(result) >= KEYS | VERSUS_KEYS
@@ -66,7 +69,7 @@ def test_a_baseline_gives_equal_tokens_and_a_ratio_a_pair(last_line, versus):
     assert result["ratio_min"] <= result["ratio_p50"] <= result["ratio_max"]
 
 
-@pytest.mark.parametrize("versus", ["eager", "eager-per-layer", "transformers", "transformers-dynamic"])
+@pytest.mark.parametrize("versus", ["eager", "transformers", *DEAR])
 def test_a_baseline_takes_the_length_that_it_is_set_to(versus, tiny_loaded):
     """Rows that nobody wrote are zeros everywhere, so tokens must stay equal: longer, and then shorter than it was."""
     steppers = [EngineStepper(tiny_loaded.engine, tiny_loaded.params), step.baseline_for(versus, tiny_loaded)]
@@ -88,6 +91,7 @@ def stretched():
     return Loaded(engine, params, RandomCheckpoint(config))
 
 
+@pytest.mark.slow
 def test_a_long_rope_is_stretched_for_transformers_too(stretched):
     """A plain rope gives other tokens."""
     baseline = step.baseline_for("transformers", stretched)

@@ -50,6 +50,16 @@ def test_score_equals_transformers(folder, expected, through, capsys):
     assert told["perplexity"] == pytest.approx(math.exp(-np.mean(expected)), rel=1e-4)
 
 
+def test_a_model_of_few_positions_needs_no_flag(folder, capsys):
+    """It has 256."""
+    command = ["score", "--model", str(folder), "--tensor-parallel", "1", "--tokens"]
+    assert cli.run([*command, "1,2,3"]) == 0
+    assert cli.run([*command, ",".join("1" * 257)]) == 2
+    assert "257 tokens must be from 2 to 256 (see --max-prefill-length)" in capsys.readouterr().err
+    assert cli.run([*command, "1,2,3", "--cache-length", "1024"]) == 2
+    assert "cache_length=1024 is beyond what" in capsys.readouterr().err
+
+
 @pytest.mark.slow
 def test_a_chat_with_a_folder_reaches_the_model_as_transformers_encodes_it(tmp_path, capsys):
     """With its own tokenizer, template and BOS, once."""
@@ -87,7 +97,10 @@ def test_score_for_people(folder, expected, capsys):
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (["--text", "hi"], "has no tokenizer (tokenizer.json or tokenizer.model); give token ids"),
+        (
+            ["--text", "hi"],
+            "has no tokenizer (tokenizer.json, tokenizer.model, or vocab.json with merges.txt); give token ids",
+        ),
         (["--tokens", "1"], "1 tokens must be from 2 to 128 (see --max-prefill-length)"),
         (["--tokens", ",".join("1" * 129)], "129 tokens must be from 2 to 128"),
         (["--through", "decode", "--tokens", ",".join("1" * 129)], "129 tokens must be from 2 to 128 (see --cache-len"),

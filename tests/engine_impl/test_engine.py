@@ -9,6 +9,7 @@ import pytest
 from slipstream.cache_manager import KV
 from slipstream.engine_impl.errors import RefusedError
 from slipstream.engine_impl.sampling.params import MAX_LOGPROBS, SamplingParams
+from slipstream.engine_impl.text.tokenizer import NoTokenizer
 
 from .tiny_models import TINY, greedy, tiny_engine
 
@@ -123,7 +124,7 @@ def test_a_full_slot_stops_and_nothing_is_written_past_its_end(tiny):
     "asked",
     [
         SamplingParams(temperature=0.8, top_k=40, top_p=0.9, seed=7),
-        SamplingParams(repetition_penalty=1.3, frequency_penalty=0.5),
+        SamplingParams(repetition_penalty=1.3, frequency_penalty=0.5, logit_bias={5: 3.0, 17: -100.0}),
         SamplingParams(temperature=0.8, min_p=0.05, presence_penalty=1.0, seed=7, logprobs=3),
     ],
     ids=["cut", "penalised", "all"],
@@ -174,6 +175,7 @@ def test_freed_slots_are_empty_and_greedy_again(tiny):
     everything = SamplingParams(
         temperature=1.5, top_k=3, top_p=0.5, min_p=0.1, seed=3,
         repetition_penalty=2, presence_penalty=1, frequency_penalty=1, logprobs=3,
+        logit_bias={3: 5.0, 9: -5.0}, stop_token_ids=(3,),
     )  # fmt: skip
     state = start(engine, params, {1: PROMPT}, {1: everything})
     state = engine.free(state, 1)
@@ -189,6 +191,7 @@ def test_freed_slots_are_empty_and_greedy_again(tiny):
 def test_everything_is_compiled_once():
     """However slots fill, prompts vary and parameters change: warm_up compiles all there is to compile."""
     engine, params = tiny_engine(slots=3)
+    engine.get_tokenizer = lambda: NoTokenizer("tiny", vocab_size=101, bos_id=None, stop_ids=frozenset({3}))
     compilations = []
 
     def listen(event: str, seconds: float, **_) -> None:
@@ -204,7 +207,7 @@ def test_everything_is_compiled_once():
             sampling = SamplingParams(
                 temperature=round_ / 2, top_k=round_, top_p=1 - round_ / 10, min_p=round_ / 10, seed=round_,
                 repetition_penalty=1 + round_ / 10, presence_penalty=round_ / 5, frequency_penalty=round_ / 6,
-                logprobs=round_ or None,
+                logprobs=round_ or None, logit_bias=dict.fromkeys(range(round_), 1.5), min_tokens=round_,
             )  # fmt: skip
             prompt = engine.pad([1] * length)
             prefix, _ = engine.prefill(params, *prompt, sampling=sampling, prompt_logprobs=round_ > 2)
@@ -248,6 +251,39 @@ def test_penalties_hold_over_prompt_and_answer(tiny):
         count_V = np.bincount(said, minlength=len(logits_V))
         assert (logits_V - 0.7 * (count_V > 0) - 0.3 * count_V).argmax() == token
     assert answer != greedy(engine, params, [PROMPT], 25)[0]
+
+
+@pytest.mark.parametrize(("min_tokens", "ignores"), [(0, False), (1, False), (3, False), (8, False), (8, True)])
+def test_no_answer_ends_before_its_least_length(tiny, monkeypatch, min_tokens, ignores):
+    """The model would end at once, or at its third token: prefill's own logits of the text so far, by hand. A prompt's
+    length, a second sample and a slot beside that waits for nothing change nothing."""
+    engine, params = tiny
+    free = greedy(engine, params, [PROMPT], 10)[0]
+    ends = {free[0], free[2]}
+    own = NoTokenizer("tiny", vocab_size=101, bos_id=None, stop_ids=frozenset({free[2]}))
+    monkeypatch.setattr(engine, "get_tokenizer", lambda: own)
+    asked = SamplingParams(min_tokens=min_tokens, stop_token_ids=(free[0],), ignore_eos=ignores)
+    held_back = list(ends - ({free[2]} if ignores else set()))
+    prefix, _ = engine.prefill(params, *engine.pad(PROMPT), sampling=asked)
+    again, _ = engine.resample(prefix, asked)
+    beside, _ = engine.prefill(params, *engine.pad(PROMPT))
+    state = engine.init_decode_state()
+    for slot, one in enumerate((prefix, again, beside)):
+        state = engine.insert(one, state, slot)
+    answers = [np.asarray(state.token_B)[:3]]
+    for _ in range(9):
+        state, _ = engine.generate(params, state)
+        answers.append(np.asarray(state.token_B)[:3])
+    first, second, unasked = np.array(answers).T.tolist()
+    assert first == second
+    assert unasked == free
+    for position, token in enumerate(first):
+        logits_V = np.array(engine.prefill(params, *engine.pad(PROMPT + first[:position]))[0].logits_V)
+        if position < min_tokens:
+            logits_V[held_back] = -np.inf
+        assert logits_V.argmax() == token
+    assert not set(held_back) & set(first[:min_tokens])
+    assert (first == free) == (min_tokens == 0)
 
 
 def test_several_answers_come_from_one_prefill(tiny):

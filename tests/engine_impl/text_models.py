@@ -24,9 +24,7 @@ CONFIG = replace(TINY, vocab_size=260)
 
 def byte_tokenizer(*, adds_bos: bool = False, stop_ids: frozenset[int] = frozenset({END})) -> Tokenizer:
     """One token a byte, but for an emoji's two halves: "a😀" is [97, 256, 257]."""
-    backend = byte_level_bpe(
-        [*TOKENS, *HALF_EMOJI, "<s>", "</s>"], MERGES, pre_tokenizer="gpt-2", control_ids=[BOS, END]
-    )
+    backend = byte_level_bpe([*TOKENS, *HALF_EMOJI, "<s>", "</s>"], MERGES, split="gpt-2", control_ids=[BOS, END])
     first_ids = [BOS] if adds_bos else []
     return Tokenizer(
         backend, vocab_size=260, bos_id=BOS, eos_id=END, stop_ids=stop_ids, first_ids=first_ids, chat_template=None

@@ -39,7 +39,13 @@ def test_by_hand(mesh):
 @pytest.mark.parametrize("backend", ["xla", "pallas_interpret"])
 @pytest.mark.parametrize(
     ("R", "I", "O", "block"),
-    [(1, 32, 128, 32), (5, 96, 40, 32), (8, 256, 256, 128), (16, 8192, 300, 64), (3, 8, 24, 8)],
+    [
+        (1, 32, 128, 32),
+        (5, 96, 40, 32),
+        (8, 256, 256, 128),
+        (3, 8, 24, 8),
+        pytest.param(16, 8192, 300, 64, marks=pytest.mark.slow),
+    ],
 )
 def test_equals_float64(mesh, backend, R, I, O, block):
     rng = np.random.default_rng(R * I + O)

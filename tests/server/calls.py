@@ -2,6 +2,7 @@
 
 import asyncio
 from contextlib import asynccontextmanager
+from typing import Any
 
 import grpc
 import pytest
@@ -10,18 +11,29 @@ from slipstream.protos.orchestrator_pb2_grpc import OrchestratorStub
 from slipstream.server.config import ServerConfig
 from slipstream.server.grpc.messages import read_reply
 from slipstream.server.lifecycle import Serving
+from slipstream.server.scheduler.orchestrator import Orchestrator
 
 from tests.fakes import FakeEngine
 
 WAIT_S = 10
 
 
+class LoadedServing(Serving):
+    """Between its first request and its end the engine is there."""
+
+    orchestrator: Orchestrator[Any, Any, Any]
+    http_address: str
+
+
 @asynccontextmanager
 async def serving(engine=None, **config):
     """(Serving, channel)"""
     engine = engine or FakeEngine()
-    config = ServerConfig(**{"port": 0, "grace_s": 5.0} | config)
-    async with Serving(lambda: (engine, None), config) as server, grpc.aio.insecure_channel(server.address) as channel:
+    settings: dict[str, Any] = {"port": 0, "grace_s": 5.0, **config}
+    async with (
+        LoadedServing(lambda: (engine, None), ServerConfig(**settings)) as server,
+        grpc.aio.insecure_channel(server.address) as channel,
+    ):
         yield server, channel
 
 

@@ -12,6 +12,7 @@ import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from slipstream.engine_impl.errors import RefusedError
+from slipstream.engine_impl.runtime.timeline import STAGES
 from slipstream.protos import orchestrator_pb2 as pb
 from slipstream.protos.orchestrator_pb2_grpc import OrchestratorStub
 from slipstream.server import lifecycle
@@ -73,6 +74,23 @@ def test_not_serving_until_warm():
         await serving.__aexit__()
 
     asyncio.run(scenario())
+
+
+def test_a_start_tells_where_its_time_went(caplog):
+    """In one line of the log, and in the metrics: the same stages."""
+
+    async def scenario():
+        async with Serving(lambda: (FakeEngine(), None), ServerConfig(port=0)) as serving:
+            return [
+                serving.metrics.registry.get_sample_value("slipstream_startup_seconds", {"stage": stage})
+                for stage in STAGES
+            ]
+
+    with caplog.at_level("INFO", "slipstream"):
+        told = asyncio.run(scenario())
+    (line,) = (record for record in caplog.records if "ready after" in record.getMessage())
+    assert [line.fields[f"{stage}_s"] for stage in STAGES] == pytest.approx(told, abs=1e-3)
+    assert f"ready after {sum(told):.1f} s: compiled" in line.getMessage()
 
 
 def test_draining_finishes_what_runs_and_refuses_what_is_new():

@@ -17,7 +17,7 @@ from .vocabularies import CORPUS
 HEADS, KV_HEADS, HEAD_DIM, DIM, FFN, VOCABULARY = 4, 2, 8, 32, 48, 259
 
 
-def write_model(path, *, family="llama", drop=(), extra=None, shapes=None, scaling=None, pieces=None):
+def write_model(path, *, family="llama", drop=(), extra=None, shapes=None, scaling=None, pieces=None, fields=None):
     """A whole tiny Llama, random, with a byte-level tokenizer, or with these SentencePiece pieces."""
     rng = np.random.default_rng(0)
     writer = gguf.GGUFWriter(path, family)
@@ -30,6 +30,13 @@ def write_model(path, *, family="llama", drop=(), extra=None, shapes=None, scali
     writer.add_head_count_kv(KV_HEADS)
     writer.add_layer_norm_rms_eps(1e-5)
     writer.add_rope_freq_base(10000.0)
+    for key, value in (fields or {}).items():
+        kinds = {int: gguf.GGUFValueType.UINT32, float: gguf.GGUFValueType.FLOAT32, list: gguf.GGUFValueType.ARRAY}
+        key = key if key.startswith("tokenizer") else f"{family}.{key}"
+        if f"{family}." in key and isinstance(value, list):
+            writer.add_array(key, value)
+        else:
+            writer.add_key_value(key, value, kinds[type(value)])
     if scaling:
         writer.add_rope_scaling_type(gguf.RopeScalingType(scaling))
     if pieces is None:
@@ -97,18 +104,54 @@ def test_the_rope_of_llama_3_comes_from_its_tensor(tmp_path):
     ("change", "message"),
     [
         ({"drop": ["blk.0.ffn_up.weight"]}, "missing: layers.0.mlp.up_proj.weight"),
-        ({"extra": {"blk.0.attn_q.bias": (32,)}}, "unexpected: layers.0.self_attn.q_proj.bias"),
+        ({"extra": {"blk.0.attn_v.bias": (16,)}}, "unexpected: layers.0.self_attn.v_proj.bias"),
+        ({"extra": {"blk.0.attn_q.bias": (32,)}}, "missing: layers.0.self_attn.k_proj.bias"),
         (
             {"shapes": {"blk.0.ffn_gate.weight": (FFN, DIM - 1)}},
             r"gate_proj.weight is \(48, 31\), the model needs \(48, 32\)",
         ),
-        ({"family": "qwen2"}, "family 'qwen2'; the families there are: llama"),
-        ({"scaling": "yarn"}, "scales its rope by 'yarn'"),
+        ({"family": "mamba"}, "family 'mamba'; the families there are: llama, qwen2, qwen3, phi3, gemma, gemma2"),
+        ({"scaling": "longrope"}, "scales its rope by 'longrope'; those there are: none, linear, yarn"),
+        ({"fields": {"expert_count": 8}}, "has expert_count=8, which is not there yet"),
+        ({"fields": {"rope.dimension_count": 4}}, "turns only a part of each head"),
+        ({"fields": {"attention.head_count_kv": [2, 4]}}, r"layers that differ in attention.head_count_kv: \[2, 4\]"),
+        (
+            {"extra": {"rope_freqs.weight": (HEAD_DIM // 2,)}, "fields": {"rope.scaling.factor": 4.0}},
+            "scales its rope twice",
+        ),
     ],
 )
 def test_weights_are_never_wrong_in_silence(tmp_path, change, message):
     with pytest.raises(RefusedError, match=message):
         load(write_model(tmp_path / "m.gguf", **change))
+
+
+@pytest.mark.parametrize(
+    ("fields", "factors"),
+    [
+        ({"rope.scale_linear": 4.0}, (4.0,) * 4),
+        ({"rope.scaling.factor": 4.0}, (4.0,) * 4),
+        ({"rope.scaling.factor": 0.0}, None),
+        ({}, None),
+    ],
+)
+def test_a_factor_without_a_type_is_linear(fields, factors, tmp_path):
+    """Two names of one thing, as in llama.cpp; 0 and 1 are no scaling."""
+    assert GGUFCheckpoint(write_model(tmp_path / "m.gguf", fields=fields)).config.rope_factors == factors
+
+
+@pytest.mark.parametrize("key", ["eot", "eom"])
+def test_a_turn_ends_where_the_file_says(key, tmp_path):
+    path = write_model(tmp_path / "m.gguf", fields={f"tokenizer.ggml.{key}_token_id": 100})
+    assert GGUFCheckpoint(path).tokenizer().stop_ids == {100, 257}
+
+
+def test_every_kind_that_the_package_dequantises(tmp_path):
+    """Zeros of each; what a kind's values are is the package's business."""
+    for kind, quantisation in gguf.quants._type_traits.items():
+        stored = np.zeros((2, quantisation.type_size), np.uint8)
+        file = write_tensors(tmp_path / f"{kind.name}.gguf", {"x": (kind, stored)})
+        assert file.tensor("x").shape == (2, quantisation.block_size), kind.name
 
 
 def test_a_missing_file_is_told(tmp_path):

@@ -89,6 +89,33 @@ def test_the_model_answers_as_transformers_does(tmp_path):
     np.testing.assert_allclose(prefix.logits_V, logits, atol=1e-4)
 
 
+def test_names_that_a_compiled_module_was_saved_with(tmp_path):
+    """torch.compile puts `_orig_mod.` before a module's name, the whole model's or a layer's."""
+    tensors = random_tensors()
+    compiled = {f"_orig_mod.{name.replace('layers.0.', 'layers.0._orig_mod.')}": t for name, t in tensors.items()}
+    plain, saved = (
+        SafetensorsCheckpoint(write_folder(tmp_path / name, tensors=held))
+        for name, held in (("plain", tensors), ("compiled", compiled))
+    )
+    assert saved.shapes() == plain.shapes()
+    for name in plain.shapes():
+        np.testing.assert_array_equal(saved.tensor(name), plain.tensor(name))
+
+
+def test_a_single_file_goes_before_an_index_that_was_left_behind(tmp_path):
+    """`save_pretrained` in shards, later whole into the same folder; with the old shards, and without."""
+    new = random_tensors()
+    old = {name: tensor + 1 for name, tensor in new.items()}
+    folder = write_folder(tmp_path / "m", tensors=old, files=2)
+    write_folder(folder, tensors=new)
+    name = "model.layers.0.mlp.up_proj.weight"
+    for shards in (sorted(folder.glob("model-*.safetensors")), []):
+        tensor = SafetensorsCheckpoint(folder).tensor(name.removeprefix("model."))
+        np.testing.assert_array_equal(tensor, new[name])
+        for shard in shards:
+            shard.unlink()
+
+
 def test_only_a_share_is_in_memory_at_a_time(tmp_path, monkeypatch):
     """Every memory map is gone before the second one after it is opened."""
 

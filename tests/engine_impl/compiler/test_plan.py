@@ -236,7 +236,7 @@ def test_hf_configs_of_both_forms_are_read(tmp_path, old_form):
             {"rope_parameters": {"rope_type": "axial", "rope_theta": 1.0}},
             "'axial'; those there are: default, linear, dynamic, llama3",
         ),
-        ({"attention_bias": True}, "attention_bias=True"),
+        ({"mlp_bias": True}, "mlp_bias=True"),
     ],
 )
 def test_a_config_that_asks_for_more_is_refused(tmp_path, change, message):

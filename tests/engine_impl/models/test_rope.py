@@ -215,7 +215,6 @@ def test_older_names_of_longrope():
         ("linear", {"factor": None}, "type linear without factor"),
         ("linear", {"mrope_section": [2, 3, 3]}, "a rope with mrope_section, which is not read"),
         ("llama3", {"original_max_position_embeddings": None}, "llama3 without original_max_position_embeddings"),
-        ("partial", {"partial_rotary_factor": 0.4}, "turns 6 of a head's 16 dimensions"),
         ("partial", {"partial_rotary_factor": 0.7}, "turns 11 of a head's 16 dimensions; it has to be an even part"),
         ("partial", {"partial_rotary_factor": 1.5}, "turns 24 of a head's 16 dimensions"),
         ("longrope", {"long_factor": [1.0] * 8}, "a long_factor of 8 numbers; its rope needs 6"),

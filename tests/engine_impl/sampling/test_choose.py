@@ -6,11 +6,12 @@ import numpy as np
 import pytest
 import torch
 from slipstream.engine_impl.errors import RefusedError
-from slipstream.engine_impl.sampling.choose import cut, sample
+from slipstream.engine_impl.sampling import choose
 from slipstream.engine_impl.sampling.params import SamplingParams
 from slipstream.engine_impl.sampling.slots import SlotSampling
 
 VOCABULARY = 500
+cut, sample = jax.jit(choose.cut), jax.jit(choose.sample)
 
 
 def logits(seed=0, slots=1):
@@ -20,7 +21,7 @@ def logits(seed=0, slots=1):
 def draws(logits_V, count=4000, **params):
     """The same request at `count` positions: independent draws."""
     sampling = SlotSampling.of(SamplingParams(temperature=params.pop("temperature", 1.0), **params))
-    many = jax.tree.map(lambda value: jnp.full((count,), value), sampling)
+    many = jax.tree.map(lambda value: jnp.broadcast_to(value, (count, *value.shape)), sampling)
     shape = count, VOCABULARY
     nothing_said_BV = jnp.zeros(shape, jnp.uint16)
     return np.asarray(sample(jnp.broadcast_to(logits_V, shape), nothing_said_BV, many, jnp.arange(count)))

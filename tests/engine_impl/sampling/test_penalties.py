@@ -5,18 +5,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from slipstream.engine_impl.sampling import penalties
 from slipstream.engine_impl.sampling.params import SamplingParams
-from slipstream.engine_impl.sampling.penalties import (
-    FULL,
-    IN_ANSWER,
-    IN_PROMPT,
-    count_answer,
-    counts_of_prompt,
-    penalise,
-)
+from slipstream.engine_impl.sampling.penalties import FULL, IN_ANSWER, IN_PROMPT
 from slipstream.engine_impl.sampling.slots import SlotSampling
 
 VOCABULARY = 50
+count_answer, penalise = jax.jit(penalties.count_answer), jax.jit(penalties.penalise)
+counts_of_prompt = jax.jit(penalties.counts_of_prompt, static_argnums=2)
 PROMPT, ANSWER = [3, 7, 7, 20], [7, 11, 11, 49]
 
 

@@ -23,7 +23,7 @@ def byte_tokenizer():
     from tokenizers import pre_tokenizers
 
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    backend = byte_level_bpe([*letters, "<s>"], [], pre_tokenizer="gpt-2", control_ids=[256])
+    backend = byte_level_bpe([*letters, "<s>"], [], split="gpt-2", control_ids=[256])
     return Tokenizer(
         backend, vocab_size=257, bos_id=256, eos_id=256, stop_ids=frozenset([256]), first_ids=[256], chat_template=None
     )
@@ -60,7 +60,7 @@ def test_a_model_without_chat_template_refuses_messages(byte_tokenizer):
 
 
 def with_template(template):
-    backend = byte_level_bpe(["a"], [], pre_tokenizer="gpt-2", control_ids=[])
+    backend = byte_level_bpe(["a"], [], split="gpt-2", control_ids=[])
     return Tokenizer(
         backend, vocab_size=1, bos_id=None, eos_id=0, stop_ids=frozenset(), chat_template=ChatTemplate(template, {})
     )
@@ -105,5 +105,5 @@ def test_streams_give_what_a_whole_decode_gives(tokenizer):
 
 def test_an_unknown_split_is_refused():
     """A wrong pre-tokenizer would give wrong ids in silence."""
-    with pytest.raises(RefusedError, match="'mystery' is not there; those there are: smollm, gpt-2, llama-bpe"):
-        byte_level_bpe(["a"], [], pre_tokenizer="mystery", control_ids=[])
+    with pytest.raises(RefusedError, match="'mystery' is not there; those there are: gpt-2, smollm, llama-bpe"):
+        byte_level_bpe(["a"], [], split="mystery", control_ids=[])

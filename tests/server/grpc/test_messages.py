@@ -7,8 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from slipstream.engine_impl.errors import RefusedError
 from slipstream.protos import orchestrator_pb2 as pb
-from slipstream.server.grpc.messages import read_reply, read_request, write_options, write_reply
-from slipstream.server.request.options import AnswerOptions
+from slipstream.server.grpc.messages import read_reply, read_request, write_reply
 from slipstream.server.request.request import Event, FinishReason, Request, TokenLogprob, Usage
 
 from tests.fakes import FakeEngine
@@ -51,6 +50,8 @@ OPTIONS = st.fixed_dictionaries(
         "logprobs": INT32,
         "prompt_logprobs": st.booleans(),
         "priority": INT32,
+        "min_tokens": INT32,
+        "logit_bias": st.dictionaries(INT32, FLOAT, max_size=5),
     },
 )
 
@@ -100,6 +101,9 @@ def test_any_bytes_are_a_request_or_refused(raw):
         ({"repetition_penalty": 0}, "repetition_penalty=0"),
         ({"presence_penalty": 3}, "presence_penalty=3"),
         ({"frequency_penalty": float("nan")}, "frequency_penalty=nan"),
+        ({"min_tokens": 4}, "min_tokens=4 must be at most max_tokens=3"),
+        ({"logit_bias": {5: -101}}, r"logit_bias\[5\]=-101.0 must be from -100 to 100"),
+        ({"logit_bias": {256: 1}}, "logit_bias: token id 256 is outside the vocabulary; ids go from 0 to 255"),
     ],
     ids=lambda value: value[:24] if isinstance(value, str) else "",
 )
@@ -110,25 +114,10 @@ def test_options_out_of_range_are_refused_with_value_and_limit(fields, message):
         read_request(pb.DecodeRequest(**sound, **fields), FakeEngine(), print, request_id="x")
 
 
-def test_every_option_of_the_command_line_arrives():
-    options = AnswerOptions(
-        max_tokens=7, temperature=0.5, top_k=3, top_p=0.25, min_p=0.125, seed=9, repetition_penalty=1.5,
-        presence_penalty=0.5, frequency_penalty=-0.5, stop=("x", "yz"), stop_token_id=(5, 6), ignore_eos=True,
-        num_samples=2, logprobs=4, prompt_logprobs=True, priority=-3,
-    )  # fmt: skip
-    message = pb.DecodeRequest(text_content={"text": "a"})
-    write_options(message, options)
+def test_a_request_knows_its_caller():
+    message = pb.DecodeRequest(text_content={"text": "a"}, max_tokens=3)
     request = read_request(message, FakeEngine(), print, request_id="mine", deadline=5.0)
-    for name, value in options.request_fields().items():
-        assert getattr(request, name) == value, name
-    assert (request.id, request.deadline) == ("mine", 5.0)
-
-
-def test_options_left_out_are_the_defaults_of_the_command_line():
-    message = pb.DecodeRequest(text_content={"text": "a"}, max_tokens=128)
-    request = read_request(message, FakeEngine(), print, request_id="x")
-    for name, value in AnswerOptions().request_fields().items():
-        assert getattr(request, name) == value, name
+    assert (request.id, request.deadline, request.deliver) == ("mine", 5.0, print)
 
 
 USAGE = Usage(prompt_tokens=3, generated_tokens=2, queue_ms=0.5, ttft_ms=None, total_ms=8.25)

@@ -51,9 +51,11 @@ def test_a_stop_string_frees_its_slot_within_the_steps_under_way():
 
 def test_stop_token_ids_and_ignore_eos():
     with running(FakeEngine()) as orchestrator:
-        assert ask(orchestrator, "a", 9, stop_token_ids=(ord("e"), ord("d"))).answer()[0] == "bc"
-        assert ask(orchestrator, "a", 9, stop_token_ids=(ord("b"),)).answer()[0] == ""
-        text, last = ask(orchestrator, "w", 6, ignore_eos=True).answer()
+        assert (
+            ask(orchestrator, "a", 9, sampling=SamplingParams(stop_token_ids=(ord("e"), ord("d")))).answer()[0] == "bc"
+        )
+        assert ask(orchestrator, "a", 9, sampling=SamplingParams(stop_token_ids=(ord("b"),))).answer()[0] == ""
+        text, last = ask(orchestrator, "w", 6, sampling=SamplingParams(ignore_eos=True)).answer()
         assert (text, last.finish_reason) == ("xyz{|}", FinishReason.LENGTH)
 
 

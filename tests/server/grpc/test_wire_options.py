@@ -25,6 +25,23 @@ def test_stop_strings_stop_tokens_and_ignore_eos_over_the_wire():
     asyncio.run(scenario())
 
 
+def test_least_length_and_bias_over_the_wire():
+    """The fake chooses no tokens by them, but is told; stop strings are delivery's."""
+
+    async def scenario():
+        engine = FakeEngine()
+        async with serving(engine) as (_, channel):
+            request = text_request("a", 9, stop_strings=["c", "de"], min_tokens=3, logit_bias={7: -100, 255: 0.5})
+            assert (await answer(channel, request))[:2] == ("bcdefghij", list(b"bcdefghij"))
+            request = text_request("a", 9, stop_strings=["c", "de"], min_tokens=2, num_samples=2)
+            assert (await answer(channel, request))[:2] == ("bc", list(b"bcde"))
+        first, *samples = engine.samplings
+        assert (first.min_tokens, first.logit_bias) == (3, {7: -100, 255: 0.5})
+        assert [sampling.min_tokens for sampling in samples] == [2, 2]
+
+    asyncio.run(scenario())
+
+
 def test_every_message_has_an_entry_for_every_sample_in_order():
     """The fake's samples start ten letters apart."""
 

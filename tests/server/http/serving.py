@@ -1,13 +1,13 @@
 """A real server with a fake engine, and OpenAI's own client."""
 
 from contextlib import asynccontextmanager
+from typing import Any
 
 from openai import AsyncOpenAI
 from slipstream.server.config import ServerConfig
-from slipstream.server.lifecycle import Serving
 
 from tests.fakes import FakeEngine
-from tests.server.calls import WAIT_S
+from tests.server.calls import WAIT_S, LoadedServing
 
 
 def url(server, path=""):
@@ -22,6 +22,6 @@ def client_of(server, token="none", **more):
 async def serving(engine=None, **config):
     """(Serving, AsyncOpenAI)"""
     engine = engine or FakeEngine()
-    config = ServerConfig(**{"port": 0, "http_port": 0, "grace_s": 5.0, "probe_interval_s": 0} | config)
-    async with Serving(lambda: (engine, None), config) as server, client_of(server) as client:
+    settings: dict[str, Any] = {"port": 0, "http_port": 0, "grace_s": 5.0, "probe_interval_s": 0, **config}
+    async with LoadedServing(lambda: (engine, None), ServerConfig(**settings)) as server, client_of(server) as client:
         yield server, client

@@ -170,6 +170,8 @@ def test_stops():
             for stop in ("efg", ["nope", "efg"]):
                 (choice,) = (await complete(client, max_tokens=20, stop=stop)).choices
                 assert (choice.text, choice.finish_reason) == ("bcd", "stop")
+            (choice,) = (await complete(client, max_tokens=20, stop=["b", "f"], extra_body={"min_tokens": 3})).choices
+            assert (choice.text, choice.finish_reason) == ("bcde", "stop")
             (choice,) = (await complete(client, extra_body={"stop_token_ids": [ord("d")]})).choices
             assert (choice.text, choice.finish_reason) == ("bc", "stop")
             (choice,) = (await complete(client, "y", extra_body={"ignore_eos": True})).choices  # "{" is the stop token
@@ -186,7 +188,8 @@ def test_parameters_reach_the_engine_and_the_defaults_are_openais():
             assert answer.usage.completion_tokens == 16
             await complete(
                 client, temperature=0.5, top_p=0.25, seed=7, presence_penalty=1, frequency_penalty=-0.5,
-                extra_body={"top_k": 3, "min_p": 0.125, "repetition_penalty": 1.5},
+                logit_bias={"98": -100, "7": 2.5},
+                extra_body={"top_k": 3, "min_p": 0.125, "repetition_penalty": 1.5, "min_tokens": 2},
             )  # fmt: skip
             await complete(client, temperature=None, extra_body={"top_k": -1, "user": "me", "unheard_of": 1})
         default, chosen, null = engine.samplings
@@ -194,6 +197,7 @@ def test_parameters_reach_the_engine_and_the_defaults_are_openais():
         assert (chosen.temperature, chosen.top_p, chosen.seed) == (0.5, 0.25, 7)
         assert (chosen.presence_penalty, chosen.frequency_penalty) == (1, -0.5)
         assert (chosen.top_k, chosen.min_p, chosen.repetition_penalty) == (3, 0.125, 1.5)
+        assert (chosen.logit_bias, chosen.min_tokens) == ({98: -100, 7: 2.5}, 2)
         assert (null.temperature, null.top_k) == (1, 0)
         assert default.seed != null.seed, "drawn"
 

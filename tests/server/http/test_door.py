@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
+from typing import Any
 
 import aiohttp
 import grpc
@@ -26,8 +27,8 @@ from tests.fakes import FakeEngine
 from tests.server.calls import WAIT_S, outcomes, until
 from tests.server.http.serving import client_of, serving, url
 
-A = {"model": "fake", "prompt": "a", "max_tokens": 3}
-LONG = {"model": "fake", "prompt": "\x01", "max_tokens": 120}
+A: dict[str, Any] = {"model": "fake", "prompt": "a", "max_tokens": 3}
+LONG: dict[str, Any] = {"model": "fake", "prompt": "\x01", "max_tokens": 120}
 
 
 @pytest.mark.parametrize("is_stream", [False, True])
@@ -40,7 +41,7 @@ def test_a_client_that_leaves_frees_what_it_held(stage, is_stream, caplog):
             running, expected = None, {"cancelled": 1.0}
             if stage == "queued":
                 engine.pace = threading.Semaphore(0)
-                running = asyncio.create_task(client.completions.create(**A | {"max_tokens": 9, "n": 2}))
+                running = asyncio.create_task(client.completions.create(**dict(A, max_tokens=9, n=2)))
                 await until(lambda: server.orchestrator.slots_in_use == 2)
             if stage == "prefilling":
                 engine.on_prefill = lambda prompt: may_prefill.wait(WAIT_S)
@@ -81,8 +82,8 @@ def test_draining_finishes_what_runs_and_refuses_what_is_new():
         server = Serving(lambda: (engine, None), ServerConfig(port=0, http_port=0, grace_s=WAIT_S))
         await server.__aenter__()
         async with client_of(server) as client:
-            stream = await client.completions.create(**A | {"max_tokens": 5}, stream=True)
-            whole = asyncio.create_task(client.completions.create(**A | {"prompt": "A", "max_tokens": 5}))
+            stream = await client.completions.create(**dict(A, max_tokens=5), stream=True)
+            whole = asyncio.create_task(client.completions.create(**dict(A, prompt="A", max_tokens=5)))
             await until(lambda: server.orchestrator.slots_in_use + server.orchestrator.queue_depth == 2)
             leaving = asyncio.create_task(server.__aexit__())
             await until(lambda: not server.is_ready)
@@ -196,11 +197,11 @@ def test_both_doors_count_one_clients_answers(by_token, tmp_path):
                     async with client_of(server, "beta") as other:
                         assert (await other.completions.create(**A)).choices[0].text == "bcd"
                 with pytest.raises(openai.BadRequestError, match="3 prompts at once exceed max_streams_per_client=2"):
-                    await client.completions.create(**A | {"prompt": ["a"] * 3})
+                    await client.completions.create(**dict(A, prompt=["a"] * 3))
                 call.cancel()
                 await stream.close()
                 await until(lambda: server._desk.calls == 0)
-                answer = await client.completions.create(**A | {"prompt": ["a"] * 2})
+                answer = await client.completions.create(**dict(A, prompt=["a"] * 2))
                 assert [choice.text for choice in answer.choices] == ["bcd", "bcd"]
 
     asyncio.run(asyncio.wait_for(scenario(), WAIT_S))

@@ -4,6 +4,7 @@ import asyncio
 import json
 import math
 import threading
+from typing import Any
 
 import aiohttp
 import pytest
@@ -17,7 +18,7 @@ from tests.fakes import FakeEngine
 from tests.server.calls import WAIT_S, until
 from tests.server.http.serving import client_of, serving, url
 
-A = {"prompt": "a", "max_tokens": 3}
+A: dict[str, Any] = {"prompt": "a", "max_tokens": 3}
 HI = {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 3}
 IMAGE = {"type": "image_url", "image_url": {"url": "data:,"}}
 
@@ -70,7 +71,21 @@ def messages(*turns):
         ("completions", A | {"echo": True}, "echo", "echo=True is not supported; leave it out"),
         ("completions", A | {"suffix": "."}, "suffix", "suffix='.' is not supported"),
         ("completions", A | {"best_of": 2}, "best_of", "best_of=2 must be n=1"),
-        ("completions", A | {"logit_bias": {"5": 1}}, "logit_bias", "logit_bias={'5': 1} is not supported"),
+        ("completions", A | {"logit_bias": {"x": 1}}, "logit_bias", "'x' must be a token id, such as"),
+        (
+            "completions",
+            A | {"logit_bias": {"5": "1"}},
+            "logit_bias.5",
+            "logit_bias.5='1': Input should be",
+        ),
+        ("completions", A | {"logit_bias": [5]}, "logit_bias", "logit_bias=[5]"),
+        ("completions", A | {"logit_bias": {"5": 101}}, "logit_bias", "logit_bias[5]=101.0 must be from -100 to 100"),
+        ("completions", A | {"logit_bias": {"-1": 1}}, "logit_bias", "token id -1 must be from 0"),
+        ("completions", A | {"logit_bias": {"256": 1}}, "logit_bias", "token id 256 is outside the vocabulary"),
+        ("completions", A | {"logit_bias": dict.fromkeys(range(301), 1)}, "logit_bias", "301 token ids are too many"),
+        ("completions", A | {"min_tokens": 4}, "min_tokens", "min_tokens=4 must be at most max_tokens=3"),
+        ("completions", A | {"min_tokens": -1}, "min_tokens", "min_tokens=-1 must be from 0"),
+        ("chat/completions", HI | {"min_tokens": 4}, "min_tokens", "min_tokens=4 must be at most max_tokens=3"),
         ("completions", A | {"guided_json": {}}, "guided_json", "is not supported"),
         ("chat/completions", {}, "messages", "messages is missing"),
         ("chat/completions", messages(), "messages", "messages is empty"),
@@ -103,7 +118,7 @@ def test_bad_bodies_are_refused_and_the_server_goes_on(path, body, param, messag
 def test_what_asks_for_nothing_is_no_refusal():
     async def scenario():
         async with serving() as (_, client):
-            neutral = {"echo": False, "suffix": None, "best_of": 1, "logit_bias": {}, "logprobs": None, "min_tokens": 0}
+            neutral = {"echo": False, "suffix": None, "best_of": 1, "logprobs": None, "bad_words": []}
             assert await client.completions.create(model="fake", **A, extra_body=neutral)
             neutral = {"tools": [], "response_format": {"type": "text"}, "tool_choice": "none", "modalities": ["text"]}
             assert await client.chat.completions.create(model="fake", **HI, extra_body=neutral)

@@ -4,6 +4,7 @@ import asyncio
 import socket
 import ssl
 from pathlib import Path
+from typing import Any
 
 import aiohttp
 import openai
@@ -15,7 +16,7 @@ from slipstream.server.lifecycle import Serving
 
 from tests.server.http.serving import serving
 
-A = {"model": "fake", "prompt": "a", "max_tokens": 3}
+A: dict[str, Any] = {"model": "fake", "prompt": "a", "max_tokens": 3}
 
 
 def issue(authority: trustme.CA, folder: Path) -> None:

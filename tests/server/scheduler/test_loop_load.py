@@ -27,7 +27,7 @@ def calls_per_step(slots, steps=20):
 
     engine.on_generate = on_generate
     with running(engine, max_queued=slots) as orchestrator:
-        requests = [ask(orchestrator, "a", slots + 100, ignore_eos=True) for _ in range(slots)]
+        requests = [ask(orchestrator, "a", slots + 100, sampling=SamplingParams(ignore_eos=True)) for _ in range(slots)]
         for request in requests:
             request.all()
     return sum(event.endswith("call") for event in counted) / steps

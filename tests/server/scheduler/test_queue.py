@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from slipstream.engine_impl.errors import RefusedError
 from slipstream.server.errors import QueueFullError, UnavailableError
-from slipstream.server.request.request import MAX_PRIORITY, Request
+from slipstream.server.request.options import MAX_PRIORITY
+from slipstream.server.request.request import Request
 from slipstream.server.scheduler import queue
 from slipstream.server.scheduler.queue import AGEING_S, RETRY_S, RequestQueue
 

@@ -28,12 +28,13 @@ def answer_of(engine, *args, **more):
         ("w", 9, {}),  # a stop token within a step
         ("a", 20, {"stop_strings": ("fgh",)}),
         ("a", 20, {"stop_strings": ("e",)}),
-        ("a", 20, {"stop_token_ids": (ord("g"),)}),
-        ("w", 9, {"ignore_eos": True}),
+        ("a", 20, {"stop_strings": ("e", "j"), "sampling": SamplingParams(min_tokens=5)}),
+        ("a", 20, {"sampling": SamplingParams(stop_token_ids=(ord("g"),))}),
+        ("w", 9, {"sampling": SamplingParams(ignore_eos=True)}),
         ("a", 9, {"sampling": SamplingParams(logprobs=0)}),
         ("a", 9, {"sampling": SamplingParams(logprobs=3)}),
         ("a", 9, {"num_samples": 2}),
-        (chr(127), 9, {"ignore_eos": True}),
+        (chr(127), 9, {"sampling": SamplingParams(ignore_eos=True)}),
     ],
 )
 def test_an_answer_does_not_depend_on_how_many_tokens_a_step_brings(width, prompt, max_tokens, more):

@@ -26,7 +26,7 @@ def test_slots_are_given_and_taken_back():
 
 
 def test_a_roster_in_flight_keeps_its_owners():
-    slots, old, new = Slots(1, [7]), sample(), sample(stop_token_ids=(9,))
+    slots, old, new = Slots(1, [7]), sample(), sample(sampling=SamplingParams(stop_token_ids=(9,)))
     slots.give(old)
     in_flight = slots.roster
     slots.take_back(old)
@@ -38,7 +38,7 @@ def test_a_roster_in_flight_keeps_its_owners():
 
 
 @pytest.mark.parametrize(
-    ("more", "stopping"),
+    ("asked", "stopping"),
     [
         ({}, {7, 8}),
         ({"stop_token_ids": (3, 4)}, {3, 4, 7, 8}),
@@ -47,9 +47,9 @@ def test_a_roster_in_flight_keeps_its_owners():
         ({"stop_token_ids": tuple(range(20, 36))}, {*range(20, 36), 7, 8}),
     ],
 )
-def test_stop_ids_are_the_models_and_the_requests(more, stopping):
+def test_stop_ids_are_the_models_and_the_requests(asked, stopping):
     slots = Slots(3, [7, 8])
-    one = sample(**more)
+    one = sample(sampling=SamplingParams(**asked))
     slot = slots.give(one)
     for roster, at in ((slots.roster, slot), (slots.alone(one), 0)):
         for token in range(-2, 40):

@@ -1,0 +1,150 @@
+"""The fields of a GGUF file as those of a `config.json`, which the families read. Rules as in llama.cpp's loader."""
+
+import math
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from ..errors import RefusedError
+from ..models import registry
+from ..models.decoder import ModelConfig
+from ..models.transformer import TransformerConfig
+from .gguf_architectures import ARCHITECTURES, Architecture
+from .gguf_parts import GGUFParts
+
+ROPE_FACTORS = "rope_freqs.weight"
+"""Llama 3.1 and later: divisors of the rope's frequencies."""
+LONG_FACTORS, SHORT_FACTORS = "rope_factors_long.weight", "rope_factors_short.weight"
+"""Phi-3: LongRoPE's lists."""
+EMBEDDING, HEAD = "token_embd.weight", "output.weight"
+QUERY_BIAS = "blk.0.attn_q.bias"
+
+_UNREAD = ("rope.scaling.alpha", "rope.scaling.yarn_ext_factor", "rope.scaling.yarn_log_multiplier", "expert_count")
+"""Fields that change the answers and are not read, unless they are zero."""
+
+
+class GGUFFields:
+    """A file's fields."""
+
+    def __init__(self, file: GGUFParts, where: str) -> None:
+        """`where` opens every message: the file's path."""
+        self.file, self.where = file, where
+
+    def __call__(self, key: str, *default: Any) -> Any:
+        """A field; the default when it is missing. Raises RefusedError when there is neither."""
+        if key in self.file.fields:
+            return self.file.fields[key]
+        if default:
+            return default[0]
+        raise RefusedError(f"{self.where!r} lacks the field {key!r}; convert the model anew")
+
+    def architecture(self) -> Architecture:
+        """Raises RefusedError for one that is not there."""
+        name = self("general.architecture")
+        if name not in ARCHITECTURES:
+            raise RefusedError(
+                f"model file {self.where!r} is of the family {name!r}; the families there are: "
+                f"{', '.join(ARCHITECTURES)}"
+            )
+        return ARCHITECTURES[name]
+
+    def of_architecture(self, key: str, *default: Any) -> Any:
+        """A field whose key begins with the architecture's name. One value for each layer has to be one for all."""
+        value = self(f"{self('general.architecture')}.{key}", *default)
+        if isinstance(value, list) and len(set(value)) == 1:
+            return value[0]
+        if isinstance(value, list):
+            raise RefusedError(f"{self.where!r} has layers that differ in {key}: {value}; that is not there yet")
+        return value
+
+
+def read_gguf_config(file: GGUFParts, where: str) -> ModelConfig:
+    """The family's config. Raises RefusedError for what the family cannot do, as for a `config.json`."""
+    fields = GGUFFields(file, where)
+    architecture, get = fields.architecture(), fields.of_architecture
+    if EMBEDDING not in file.tensors:
+        raise RefusedError(f"{where!r} has no token embedding; convert the model anew")
+    for key in _UNREAD:
+        if value := get(key, 0):
+            raise RefusedError(f"{where!r} has {key}={value}, which is not there yet")
+    heads, model_dim = get("attention.head_count"), get("embedding_length")
+    head_dim = get("attention.key_length", model_dim // heads)
+    config = {
+        "model_type": architecture.model_type,
+        "num_hidden_layers": get("block_count"),
+        "num_attention_heads": heads,
+        "num_key_value_heads": get("attention.head_count_kv", heads),
+        "head_dim": head_dim,
+        "hidden_size": model_dim,
+        "intermediate_size": get("feed_forward_length"),
+        "vocab_size": file.tensors[EMBEDDING].shape[0],
+        "max_position_embeddings": get("context_length"),
+        "rms_norm_eps": get("attention.layer_norm_rms_epsilon"),
+        "tie_word_embeddings": HEAD not in file.tensors,
+        "rope_parameters": _rope(fields, head_dim),
+        "attention_bias": QUERY_BIAS in file.tensors and architecture.pairs,
+        **architecture.fields(get),
+    }
+    if architecture.model_type == "gemma3_text":
+        local = {"rope_type": "default", "rope_theta": get("rope.freq_base_swa", 10000.0)}
+        config["rope_parameters"] = {"full_attention": config["rope_parameters"], "sliding_attention": local}
+    read = registry.read_config(config, where)
+    return _with_rope_factors(read, file, where)
+
+
+def _rope(fields: GGUFFields, head_dim: int) -> dict[str, Any]:
+    """A factor without a type is linear, and `rope.scale_linear` is its older name."""
+    get, file = fields.of_architecture, fields.file
+    factor = get("rope.scaling.factor", get("rope.scale_linear", 0)) or 1
+    kind = get("rope.scaling.type", "linear")
+    width = get("rope.dimension_count", head_dim)
+    if width != head_dim and fields.architecture().pairs:
+        raise RefusedError(f"{fields.where!r} turns only a part of each head, which is not there yet")
+    rope = {
+        "rope_type": "default",
+        "rope_theta": get("rope.freq_base", 10000.0),  # absent means the first Llama's
+        "partial_rotary_factor": width / head_dim,
+    }
+    if LONG_FACTORS in file.tensors:
+        lists = {"long_factor": LONG_FACTORS, "short_factor": SHORT_FACTORS}
+        return (
+            rope
+            | {name: dequantised(file, stored, fields.where).tolist() for name, stored in lists.items()}
+            | {
+                "rope_type": "longrope",
+                "attention_factor": get("rope.scaling.attn_factor", 1.0),
+                "original_max_position_embeddings": get("rope.scaling.original_context_length"),
+            }
+        )
+    if kind == "none" or (kind == "linear" and factor == 1):
+        return rope
+    if kind == "linear":
+        return rope | {"rope_type": "linear", "factor": factor}
+    if kind == "yarn":
+        usual = 1.0 if factor <= 1 else 0.1 * math.log(factor) + 1
+        return rope | {
+            "rope_type": "yarn",
+            "factor": factor,
+            "attention_factor": usual * get("rope.scaling.attn_factor", 1.0),
+            "original_max_position_embeddings": get("rope.scaling.original_context_length", get("context_length")),
+            "beta_fast": get("rope.scaling.yarn_beta_fast", 32.0),
+            "beta_slow": get("rope.scaling.yarn_beta_slow", 1.0),
+        }
+    raise RefusedError(f"{fields.where!r} scales its rope by {kind!r}; those there are: none, linear, yarn")
+
+
+def _with_rope_factors(config: ModelConfig, file: GGUFParts, where: str) -> ModelConfig:
+    if ROPE_FACTORS not in file.tensors or not isinstance(config, TransformerConfig):
+        return config
+    if config.rope_factors is not None:
+        raise RefusedError(f"{where!r} scales its rope twice, by {ROPE_FACTORS} and its fields; convert the model anew")
+    return replace(config, rope_factors=tuple(dequantised(file, ROPE_FACTORS, where).tolist()))
+
+
+def dequantised(file: GGUFParts, stored_name: str, where: str) -> np.ndarray:
+    """One tensor, f32. Raises RefusedError for a kind that cannot be dequantised."""
+    try:
+        return file.tensor(stored_name)
+    except ValueError as error:
+        raise RefusedError(f"{where!r}: {error}; take another quantisation of the model") from error

@@ -1,0 +1,90 @@
+"""A folder that transformers wrote as a GGUF file, as llama.cpp's converter does it; names are the gguf package's."""
+
+import json
+
+import gguf
+import numpy as np
+from safetensors.numpy import load_file
+from tokenizers.pre_tokenizers import ByteLevel
+
+ARCHITECTURES = {"mistral": "llama", "gemma3_text": "gemma3"}
+"""Model types that have another name in GGUF."""
+
+
+def add_shape(writer, fields):
+    writer.add_block_count(fields["num_hidden_layers"])
+    writer.add_context_length(fields["max_position_embeddings"])
+    writer.add_embedding_length(fields["hidden_size"])
+    writer.add_feed_forward_length(fields["intermediate_size"])
+    writer.add_head_count(fields["num_attention_heads"])
+    writer.add_head_count_kv(fields["num_key_value_heads"])
+    head_dim = fields.get("head_dim") or fields["hidden_size"] // fields["num_attention_heads"]
+    writer.add_key_length(head_dim)
+    writer.add_value_length(head_dim)
+    writer.add_layer_norm_rms_eps(fields["rms_norm_eps"])
+    if fields.get("sliding_window") and fields["model_type"] != "mistral":
+        writer.add_sliding_window(fields["sliding_window"])
+    if fields.get("attn_logit_softcapping"):
+        writer.add_attn_logit_softcapping(fields["attn_logit_softcapping"])
+    if fields.get("final_logit_softcapping"):
+        writer.add_final_logit_softcapping(fields["final_logit_softcapping"])
+    return head_dim
+
+
+def add_rope(writer, rope, head_dim):
+    writer.add_rope_freq_base(rope["rope_theta"])
+    writer.add_rope_dimension_count(int(head_dim * rope.get("partial_rotary_factor", 1)))
+    if rope["rope_type"] in ("linear", "yarn"):
+        writer.add_rope_scaling_type(gguf.RopeScalingType(rope["rope_type"]))
+        writer.add_rope_scaling_factor(rope["factor"])
+    if "original_max_position_embeddings" in rope:
+        writer.add_rope_scaling_orig_ctx_len(rope["original_max_position_embeddings"])
+    if rope["rope_type"] == "longrope":
+        writer.add_rope_scaling_attn_factors(rope["attention_factor"])
+        for kind in ("long", "short"):
+            writer.add_tensor(f"rope_factors_{kind}.weight", np.float32(rope[f"{kind}_factor"]))
+
+
+def add_byte_tokenizer(writer, *, vocab_size, pre="smollm", control=("<s>", "</s>"), eos_id=257):
+    """256 bytes, control tokens, and a token that merges: `ab`."""
+    letters = sorted(ByteLevel.alphabet())
+    fill = [f"<{i}>" for i in range(vocab_size - 257 - len(control))]
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre(pre)
+    writer.add_token_list([*letters, *control, "ab", *fill])
+    writer.add_token_types([1] * 256 + [3] * len(control) + [1] * (1 + len(fill)))
+    writer.add_token_merges(["a b"])
+    writer.add_eos_token_id(eos_id)
+
+
+def stored(name, value, fields, architecture):
+    if architecture == "llama" and ("q_proj" in name or "k_proj" in name):
+        heads = fields["num_attention_heads" if "q_proj" in name else "num_key_value_heads"]
+        return value.reshape(heads, 2, -1, *value.shape[1:]).swapaxes(1, 2).reshape(value.shape)
+    return value + 1 if architecture.startswith("gemma") and name.endswith("norm.weight") else value
+
+
+def write_gguf(folder, path, *, extra=None, **tokenizer):
+    """The folder's model with random-looking bytes for a tokenizer. `extra`: tensors beside the model's."""
+    fields = json.loads((folder / "config.json").read_text())
+    architecture = ARCHITECTURES.get(fields["model_type"], fields["model_type"])
+    writer = gguf.GGUFWriter(path, architecture)
+    head_dim = add_shape(writer, fields)
+    rope = fields["rope_parameters"]
+    if "sliding_attention" in rope:
+        writer.add_rope_freq_base_swa(rope["sliding_attention"]["rope_theta"])
+    add_rope(writer, rope.get("full_attention", rope), head_dim)
+    add_byte_tokenizer(writer, vocab_size=fields["vocab_size"], **tokenizer)
+    kinds = {name: kind for kind, name in gguf.MODEL_ARCH_NAMES.items()}
+    names = gguf.get_tensor_name_map(kinds[architecture], fields["num_hidden_layers"])
+    for name, value in load_file(folder / "model.safetensors").items():
+        if architecture.startswith("gemma") and name == "lm_head.weight":
+            continue  # tied
+        writer.add_tensor(names.get_name(name, (".weight", ".bias")), stored(name, value, fields, architecture))
+    for name, value in (extra or {}).items():
+        writer.add_tensor(name, value)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path

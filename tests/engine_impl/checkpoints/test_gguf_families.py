@@ -1,0 +1,170 @@
+"""Every architecture of GGUF files against the safetensors folder whose weights it holds."""
+
+from dataclasses import asdict
+from typing import Any
+
+import gguf
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from slipstream.engine_impl.checkpoints.gguf import GGUFCheckpoint
+from slipstream.engine_impl.checkpoints.gguf_architectures import ARCHITECTURES
+from slipstream.engine_impl.checkpoints.safetensors import SafetensorsCheckpoint
+from slipstream.engine_impl.config import EngineConfig
+from slipstream.engine_impl.engine import Engine
+from slipstream.engine_impl.errors import RefusedError
+from slipstream.engine_impl.models import registry
+from slipstream.engine_impl.weights.load import needed_shapes
+from slipstream.engine_impl.weights.sharding import make_mesh
+
+from ..models.test_families import DEFAULT, SIZES, draw_weights
+from .gguf_writing import write_gguf
+
+YARN = DEFAULT | {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
+LONGROPE = DEFAULT | {
+    "rope_type": "longrope", "partial_rotary_factor": 0.75, "attention_factor": 1.25,
+    "short_factor": [1.0, 1.1, 1.3, 1.6, 2.0, 2.5], "long_factor": [1.0, 1.5, 2.5, 4.0, 6.0, 9.0],
+}  # fmt: skip
+GEMMA3_ROPES = {
+    "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1000000.0},
+    "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
+}
+
+FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("Llama", {"rope_parameters": DEFAULT | {"rope_type": "linear", "factor": 4.0}}),
+    "llama-biases": ("Llama", {"rope_parameters": DEFAULT, "attention_bias": True}),
+    "mistral": ("Mistral", {"rope_parameters": DEFAULT, "sliding_window": None}),
+    "qwen2": ("Qwen2", {"rope_parameters": YARN, "tie_word_embeddings": True}),
+    "qwen3": ("Qwen3", {"rope_parameters": DEFAULT}),
+    "phi3": (
+        "Phi3",
+        {
+            "rope_parameters": LONGROPE, "original_max_position_embeddings": 128, "sliding_window": 300,
+            "hidden_size": 128,
+        },
+    ),
+    "gemma": ("Gemma", {"rope_parameters": DEFAULT}),
+    "gemma2": ("Gemma2", {"rope_parameters": DEFAULT, "sliding_window": 12, "query_pre_attn_scalar": 16}),
+    "gemma3": (
+        "Gemma3Text",
+        {
+            "rope_parameters": GEMMA3_ROPES, "sliding_window": 7, "query_pre_attn_scalar": 16, "num_hidden_layers": 7,
+        },
+    ),
+}  # fmt: skip
+
+
+def folder_of(family, root):
+    import transformers
+
+    name, fields = FAMILIES[family]
+    config = getattr(transformers, f"{name}Config")(**(SIZES | {"vocab_size": 261} | fields))
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    draw_weights(model, seed=1)
+    model.save_pretrained(root)
+    return root
+
+
+def test_every_architecture_is_tried():
+    assert set(FAMILIES) - {"mistral", "llama-biases"} == set(ARCHITECTURES)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_config_and_weights_equal_the_folders(family, tmp_path):
+    """To the last bit; GGUF keeps its numbers in float32."""
+    folder = SafetensorsCheckpoint(folder_of(family, tmp_path))
+    file = GGUFCheckpoint(write_gguf(tmp_path, tmp_path / "m.gguf"))
+    ours, expected = asdict(file.config), asdict(folder.config)
+    for name, value in expected.items():
+        if isinstance(value, float) or name.endswith("factors"):
+            assert ours.pop(name) == (value if value is None else pytest.approx(value, rel=1e-6)), name
+        elif name == "rope_beyond" and value is not None:
+            assert ours.pop(name)["long"] == pytest.approx(value["long"], rel=1e-6)
+        else:
+            assert ours.pop(name) == value, name
+    assert not ours
+    needed = needed_shapes(registry.build(file.config), file.config.num_kv_heads)
+    assert set(file.shapes()) == set(needed)
+    exact = 0 if "gemma" not in family else 1e-6  # one was added to the norms and taken off again
+    for name in needed:
+        np.testing.assert_allclose(file.tensor(name), folder.tensor(name), atol=exact, rtol=0, err_msg=name)
+
+
+def logits(checkpoint):
+    mesh = make_mesh(jax.devices(), checkpoint.config.num_heads, checkpoint.config.num_kv_heads, 1)
+    model = registry.build(checkpoint.config.for_length(128))
+    tokenizer: Any = None
+    config = EngineConfig(slots=1, cache_length=128)
+    engine = Engine(model, mesh, config, jnp.dtype("float32"), tokenizer, "tiny")
+    params = engine.load_params(checkpoint)
+    return engine.prefill(params, *engine.pad([(7 * i * i) % 101 for i in range(30)]))[0].logits_V
+
+
+def test_logits_equal_the_folders(tmp_path):
+    """Of the architecture with fused matrices, a part of each head that turns, and lists of factors."""
+    folder = SafetensorsCheckpoint(folder_of("phi3", tmp_path))
+    file = GGUFCheckpoint(write_gguf(tmp_path, tmp_path / "m.gguf"))
+    np.testing.assert_allclose(logits(file), logits(folder), atol=1e-4)
+
+
+def split(path, *, parts, count=None):
+    """A file's tensors over several, as `llama-gguf-split` names and numbers them."""
+    reader = gguf.GGUFReader(path)
+    paths = [path.with_name(f"m-{number + 1:05}-of-{parts:05}.gguf") for number in range(parts)]
+    for number, part in enumerate(paths):
+        writer = gguf.GGUFWriter(part, "ignored" if number else str(reader.fields["general.architecture"].contents()))
+        if number == 0:
+            for key, field in reader.fields.items():
+                if not key.startswith(("GGUF.", "general.architecture")):
+                    of_items = field.types[-1] if len(field.types) > 1 else None
+                    writer.add_key_value(key, field.contents(), field.types[0], of_items)
+        writer.add_uint16("split.no", number)
+        writer.add_uint16("split.count", parts)
+        writer.add_int32("split.tensors.count", count or len(reader.tensors))
+        for tensor in reader.tensors[number::parts]:
+            writer.add_tensor(tensor.name, np.array(tensor.data))
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+    return paths
+
+
+def test_a_model_in_several_files(tmp_path):
+    whole = write_gguf(folder_of("qwen3", tmp_path), tmp_path / "m.gguf")
+    first, second, third = split(whole, parts=3)
+    file, expected = GGUFCheckpoint(first), GGUFCheckpoint(whole)
+    assert file.config == expected.config
+    assert file.shapes().keys() == expected.shapes().keys()
+    for name in file.shapes():
+        np.testing.assert_array_equal(file.tensor(name), expected.tensor(name))
+    with pytest.raises(RefusedError, match="is file 2 of 3; give the first one"):
+        GGUFCheckpoint(second)
+    third.unlink()
+    with pytest.raises(RefusedError, match=r"lacks 1 of 3 files: m-00003-of-00003\.gguf"):
+        GGUFCheckpoint(first)
+    renamed = first.rename(tmp_path / "renamed.gguf")
+    with pytest.raises(RefusedError, match=r"is the first of 3 files; its name has to end in '-00001-of-00003.gguf'"):
+        GGUFCheckpoint(renamed)
+
+
+def test_files_that_do_not_add_up(tmp_path):
+    first, _ = split(write_gguf(folder_of("qwen3", tmp_path), tmp_path / "m.gguf"), parts=2, count=99)
+    with pytest.raises(RefusedError, match="tells of 99 tensors, its 2 files hold others"):
+        GGUFCheckpoint(first)
+
+
+@pytest.mark.parametrize(
+    ("control", "eos_id", "stops"),
+    [
+        (("<|endoftext|>", "<|im_start|>", "<|im_end|>"), 256, {256, 258}),
+        (("<|end_of_text|>", "<|eot_id|>", "<|eom_id|>"), 256, {256, 257, 258}),
+        (("<eos>", "<end_of_turn>"), 256, {256, 257}),
+        (("<|endoftext|>", "<|end|>", "<|user|>"), 256, {256, 257}),
+        (("<s>", "</s>"), 257, {257}),
+    ],
+)
+def test_an_answer_ends_where_the_chat_form_ends_a_turn(control, eos_id, stops, tmp_path):
+    path = write_gguf(folder_of("qwen3", tmp_path), tmp_path / "m.gguf", control=control, eos_id=eos_id)
+    assert GGUFCheckpoint(path).tokenizer().stop_ids == stops
