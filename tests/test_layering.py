@@ -56,7 +56,7 @@ SUB_ROOMS: dict[str, dict[str, set[str]]] = {
         "quantization": {"errors", "config", "bridge", "models", "checkpoints"},
         "weights": {"errors", "forward", "models", "checkpoints", "quantization"},
         "compiler": {
-            *("errors", "config", "sampling", "forward", "state", "programs", "engine"),
+            *("errors", "config", "sizes", "sampling", "forward", "state", "programs", "engine"),
             *("models", "checkpoints", "quantization", "weights"),
         },
         "jetstream": {"errors", "config", "api", "text", "sampling", "forward", "state", "engine", "loading"},

@@ -1,5 +1,6 @@
 """What is timed: decode steps with every slot live, ours and the baselines', behind one face."""
 
+import functools
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -69,15 +70,10 @@ class EngineStepper:
         slots, head_dim = self._engine.max_concurrent_decodes, shape.head_dim
         q_BNH, k_BKH = (jnp.ones((slots, heads, head_dim), dtype) for heads in (shape.num_heads, shape.num_kv_heads))
         if self._attention is None:
-            self._attention = jax.jit(self._attend)
+            # Not a method: it and the stepper would hold each other, and the cache with them, beside the next engine's.
+            self._attention = jax.jit(functools.partial(_attend, self._engine))
         us = timed(lambda: self._attention(self._state, q_BNH, k_BKH), repeats)
         return [each / 1000 for each in us]
-
-    def _attend(self, state: DecodeState, q_BNH: jax.Array, k_BKH: jax.Array) -> jax.Array:
-        attend = self._engine.programs.attend(state, jnp.asarray(self._engine.page_BJ))
-        for layer, kind in enumerate(attend.kind_of_layer):
-            q_BNH = attend.call(jnp.int32(layer), kind, q_BNH, k_BKH, k_BKH)  # the next layer waits for this one
-        return q_BNH
 
     def block(self, steps: int) -> Block:
         """As the server runs it: a step is started before the tokens of the one before are read."""
@@ -91,6 +87,13 @@ class EngineStepper:
             pending = result.token_BW
         _read(pending, tokens, ms, last)
         return Block(ms, tokens)
+
+
+def _attend(engine: Engine, state: DecodeState, q_BNH: jax.Array, k_BKH: jax.Array) -> jax.Array:
+    attend = engine.programs.attend(state, jnp.asarray(engine.page_BJ))
+    for layer, kind in enumerate(attend.kind_of_layer):
+        q_BNH = attend.call(jnp.int32(layer), kind, q_BNH, k_BKH, k_BKH)  # the next layer waits for this one
+    return q_BNH
 
 
 def _read(token_BW: Any, tokens: list[list[int]], ms: list[float], last: float) -> float:

@@ -87,7 +87,7 @@ def attention_rows() -> Iterator[str]:
             layout, heads = engine.layout, engine.model.config.num_heads
             page_bytes = layout.slots * math.prod(layout.shape[2:]) * layout.dtype.itemsize
             R, J = layout.page_rows, layout.pages_per_slot
-            rows = {"slipstream (xla_gpu)": R * pages_a_block(page_bytes, J), "slipstream (xla)": R}
+            rows = {"slipstream (xla_gpu)": R * pages_a_block(page_bytes, R, J), "slipstream (xla)": R}
             for attention in attentions("gpu", "xla_gpu", mesh):
                 if attention.name in rows:
                     compiled = _compile_attention(attention, layout, heads, mesh)

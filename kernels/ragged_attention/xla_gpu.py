@@ -5,9 +5,11 @@ import jax.numpy as jnp
 
 from ..scores import cap_scores, rows_seen
 
-BLOCK_BYTES = 128 * 2**20
-"""Rows of all slots that one iteration reads (bytes): 40 us of an H100's bandwidth. An iteration also costs the launch
-of a dozen kernels and a look of the host at the loop's condition, so few long ones are better than many short ones."""
+BLOCK_BYTES, BLOCK_ROWS = 128 * 2**20, 1024
+"""What one turn of the loop reads at most: bytes of all slots' rows, and rows of a slot. A turn costs a dozen kernels
+and a look of the host at the loop's condition beside them, so short ones waste time; but half of the last one is dead
+rows. Microseconds a layer on an H100 in a CUDA graph, four heads a group, 8 slots of 256 and of 4000 tokens: turns of
+1024 rows 169, 324; of 2048 254, 297; of 4096 372, 359."""
 
 
 def ragged_attention_gpu(
@@ -26,15 +28,18 @@ def ragged_attention_gpu(
 
     What XLA's GPU compiler makes of a block of pages decides its form (docs/gpu-evidence.md has the numbers):
 
-    - Layers and pages are one axis, so that what is gathered has no axis of size 1.
+    - Layers and pages are one axis, so that what is gathered has no axis of size 1. A slice with one, and as many kv
+      heads as query heads, made the compiler transpose the whole cache, at every step.
     - Products are multiplied and summed, not dots. A dot wants its operand in memory: a block that is gathered and
       masked for it would be written and read again. A sum reads rows, mask and all, straight from the cache.
-    - k and v are read apart, each once: a gather takes the half of a row that its sum wants. The heads of a group
-      follow one another in the scores' last axis, so that a row is still in the L1 cache for the next of them; over v
-      there is a sum a head, which the compiler joins.
+    - k and v are read apart: sums take the half of a row that they want. Each query head of a group has a sum of its
+      own, and a barrier behind them, so that the compiler joins them: a row that was read serves several heads. One sum
+      with an axis of heads read it again for each, and was bound by that: twice the time with four heads.
+    - The layer's number is made unknown. A constant would give every layer kernels of its own to compile.
     """
     (B, N, H), (L, pool, K, R, C), J = q_BNH.shape, cache_LPKRC.shape, page_BJ.shape[1]
-    G, pages = N // K, pages_a_block(B * R * K * C * cache_LPKRC.dtype.itemsize, J)
+    G, pages = N // K, pages_a_block(B * R * K * C * cache_LPKRC.dtype.itemsize, R, J)
+    layer = jax.lax.optimization_barrier(layer)
     pages_KRC = cache_LPKRC.reshape(L * pool, K, R, C)
     q_BKGH = q_BNH.reshape(B, K, G, H).astype(jnp.float32) * H**-0.5
     new_BKC = new_BKC.astype(jnp.float32)
@@ -46,29 +51,31 @@ def ragged_attention_gpu(
 
     def add_block(index, carry):
         m_BKG, l_BKG, acc_BKGH = carry
-        row_JR = (index * pages * R + jnp.arange(pages * R)).reshape(pages, R)
-        live_BJR = (row_JR[None] >= first_B[:, None, None]) & (row_JR[None] < end_B[:, None, None])
-        ids_BJ = layer * pool + jax.lax.dynamic_slice_in_dim(page_BJ, index * pages, pages, axis=1)
+        start = jnp.minimum(index * pages, J - pages)  # the last block may reach back into the one before
+        row_1MR = (start * R + jnp.arange(pages * R)).reshape(1, pages, R)
+        live_BMR = (row_1MR >= first_B[:, None, None]) & (row_1MR < end_B[:, None, None])
+        live_BMR = live_BMR & (row_1MR >= index * pages * R)
+        page_BM = layer * pool + jax.lax.dynamic_slice_in_dim(page_BJ, start, pages, axis=1)
 
         def half(lane):
-            return _gather(pages_KRC, ids_BJ, (K, R, H), lane).astype(jnp.float32)
+            return _gather(pages_KRC, page_BM, (K, R, H), lane).astype(jnp.float32)
 
-        score_BJKRG = (half(0)[..., None, :] * q_BKGH[:, None, :, None]).sum(-1)
-        scale_BJK2R = None
+        k_BMKRH = half(0)
+        score_BMKGR = _joined([(k_BMKRH * q_BKGH[:, None, :, g, None]).sum(-1) for g in range(G)], axis=3)
+        scale_BMK2R = None
         if scale_LPK2R is not None:
-            scale_BJK2R = _gather(scale_LPK2R.reshape(L * pool, K, 2, R), ids_BJ, (K, 2, R), 0)
-            scale_BJK2R = jnp.where(live_BJR[:, :, None, None], scale_BJK2R, 0)
-            score_BJKRG = score_BJKRG * scale_BJK2R[:, :, :, 0, :, None]
-        live_BJ1R1 = live_BJR[:, :, None, :, None]
-        score_BJKRG = jnp.where(live_BJ1R1, cap_scores(score_BJKRG, soft_cap), -jnp.inf)
-        m_next_BKG = jnp.maximum(m_BKG, score_BJKRG.max(axis=(1, 3)))
-        p_BJKRG = jnp.exp(score_BJKRG - m_next_BKG[:, None, :, None])
+            scale_BMK2R = _gather(scale_LPK2R.reshape(L * pool, K, 2, R), page_BM, (K, 2, R), 0)
+            scale_BMK2R = jnp.where(live_BMR[:, :, None, None], scale_BMK2R, 0)
+            score_BMKGR = score_BMKGR * scale_BMK2R[:, :, :, :1]
+        score_BMKGR = jnp.where(live_BMR[:, :, None, None], cap_scores(score_BMKGR, soft_cap), -jnp.inf)
+        m_next_BKG = jnp.maximum(m_BKG, score_BMKGR.max(axis=(1, 4)))
+        p_BMKGR = jnp.exp(score_BMKGR - m_next_BKG[:, None, :, :, None])
         decay_BKG = jnp.exp(m_BKG - m_next_BKG)
-        l_BKG = l_BKG * decay_BKG + p_BJKRG.sum(axis=(1, 3))
-        weight_BJKRG = p_BJKRG if scale_BJK2R is None else p_BJKRG * scale_BJK2R[:, :, :, 1, :, None]
+        l_BKG = l_BKG * decay_BKG + p_BMKGR.sum(axis=(1, 4))
+        weight_BMKGR = p_BMKGR if scale_BMK2R is None else p_BMKGR * scale_BMK2R[:, :, :, 1:]
         # Dead rows may hold NaN, and 0 * NaN is NaN: masking the scores alone is not enough.
-        v_BJKRH = jnp.where(live_BJ1R1, half(H), 0)
-        seen_BKGH = jnp.stack([(v_BJKRH * weight_BJKRG[..., g, None]).sum((1, 3)) for g in range(G)], axis=2)
+        v_BMKRH = jnp.where(live_BMR[:, :, None, :, None], half(H), 0)
+        seen_BKGH = _joined([(v_BMKRH * weight_BMKGR[:, :, :, g, :, None]).sum((1, 3)) for g in range(G)], axis=2)
         return m_next_BKG, l_BKG, acc_BKGH * decay_BKG[..., None] + seen_BKGH
 
     rows = pages * R
@@ -78,14 +85,21 @@ def ragged_attention_gpu(
     return (acc_BKGH / l_BKG[..., None]).reshape(B, N, H).astype(q_BNH.dtype)
 
 
-def _gather(pages: jax.Array, page_BJ: jax.Array, sizes: tuple[int, int, int], lane: int) -> jax.Array:
-    """[B, J, *sizes]: of each page the lanes from `lane` on. A page outside the pool is the nearest in it."""
-    start_BJ2 = jnp.stack([page_BJ, jnp.full_like(page_BJ, lane)], axis=-1)
+def _gather(pages: jax.Array, page_BM: jax.Array, sizes: tuple[int, int, int], lane: int) -> jax.Array:
+    """[B, M, *sizes]: of each page the lanes from `lane` on. A page outside the pool is the nearest in it."""
+    start_BM2 = jnp.stack([page_BM, jnp.full_like(page_BM, lane)], axis=-1)
     numbers = jax.lax.GatherDimensionNumbers(offset_dims=(2, 3, 4), collapsed_slice_dims=(0,), start_index_map=(0, 3))
-    return jax.lax.gather(pages, start_BJ2, numbers, (1, *sizes), mode="clip")
+    return jax.lax.gather(pages, start_BM2, numbers, (1, *sizes), mode="clip")
 
 
-def pages_a_block(bytes_of_all_slots: int, pages_of_a_slot: int) -> int:
-    """The most pages, a divisor of a slot's, that keep to BLOCK_BYTES, `bytes_of_all_slots` for one of each slot."""
-    most = max(1, BLOCK_BYTES // bytes_of_all_slots)
-    return max(part for part in range(1, pages_of_a_slot + 1) if pages_of_a_slot % part == 0 and part <= most)
+def _joined(of_heads: list[jax.Array], axis: int) -> jax.Array:
+    """The arrays of a group's heads along an axis of their own, none of them fused with what takes them."""
+    return jnp.stack(jax.lax.optimization_barrier(of_heads), axis=axis)
+
+
+def pages_a_block(page_bytes: int, page_rows: int, pages_of_a_slot: int) -> int:
+    """The most pages of a slot that keep to BLOCK_BYTES and BLOCK_ROWS; at least one, at most all.
+
+    `page_bytes` is one page of each slot, all heads.
+    """
+    return max(1, min(BLOCK_BYTES // page_bytes, BLOCK_ROWS // page_rows, pages_of_a_slot))

@@ -81,6 +81,19 @@ def test_large_pages(mesh, backend):
     oracle.assert_close(out_BNH, oracle.ragged_attention(*args[:3], LAYER, args[3]))
 
 
+@pytest.mark.parametrize("window", [None, 100, 300])
+def test_the_last_gpu_block_reaches_back(mesh, monkeypatch, window):
+    """Blocks of 256 over 640 rows: the third starts within the second, and rows of both must count once."""
+    monkeypatch.setattr(xla_gpu, "BLOCK_BYTES", 2**40)
+    monkeypatch.setattr(xla_gpu, "BLOCK_ROWS", 256)
+    args = inputs([0, 255, 511, 513, 640], 640, 2, 2, 64, jnp.float32, window=window)
+    ATTEND.clear_cache()  # to be traced with these blocks
+    window_of_call = None if window is None else jnp.int32(window)
+    out_BNH = attend(*args[:3], LAYER, args[3], window=window_of_call, mesh=mesh, backend="xla_gpu")
+    ATTEND.clear_cache()
+    oracle.assert_close(out_BNH, oracle.ragged_attention(*args[:3], LAYER, args[3], window=window))
+
+
 @pytest.mark.parametrize("backend", ["xla", "xla_gpu", "pallas_interpret"])
 def test_by_hand(mesh, backend):
     """Scores 0 for the cached row and log 3 for the new one: weights 1/4 and 3/4."""
@@ -363,12 +376,12 @@ def test_sharded_equals_one_device(mesh, mesh_of_8):
 
 @pytest.mark.parametrize(
     ("slots", "cache_length", "pages"),
-    [(8, 4096, 32), (8, 16384, 32), (32, 4096, 8), (128, 4096, 2), (1024, 4096, 1), (32, 4224, 3)],
+    [(8, 4096, 8), (8, 768, 6), (32, 4096, 8), (128, 4096, 2), (2048, 4096, 1), (48, 4224, 5)],
 )
 def test_pages_of_a_gpu_block(monkeypatch, slots, cache_length, pages):
-    """8 kv heads of 128 lanes in bf16, 4 KiB a row of a slot: a power of two but where a slot's pages are none."""
+    """8 kv heads of 256 lanes in bf16, 4 KiB a row of a slot."""
     monkeypatch.undo()
-    assert xla_gpu.pages_a_block(slots * R * 8 * 256 * 2, cache_length // R) == pages
+    assert xla_gpu.pages_a_block(slots * R * 8 * 256 * 2, R, cache_length // R) == pages
 
 
 TPUS = ["TPU v4", "TPU v5", "TPU v5 lite", "TPU v6 lite"]
