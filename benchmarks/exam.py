@@ -98,11 +98,12 @@ def _forced_step(engine: Engine) -> Callable[..., Any]:
     """`Engine.score_step` that tells the log-probability of every token, not of the given one alone."""
     programs = engine.programs
 
-    def step(params: Params, state: DecodeState, next_token_B: jax.Array) -> tuple[DecodeState, jax.Array]:
+    def step(params: Params, state: DecodeState, page_BJ, next_token_B) -> tuple[DecodeState, jax.Array]:
         def choose(logits_BV: jax.Array, state: DecodeState, live_B: jax.Array) -> Chosen:
             logprob_BV = jax.nn.log_softmax(logits_BV.astype(jnp.float32))
             return Chosen(given(next_token_B, logprob_BV[:, 0]), state.count_BV, logprob_BV)
 
-        return programs.step(params, state, choose)
+        return programs.step(params, state, page_BJ, choose)
 
-    return jax.jit(step, donate_argnums=1, out_shardings=(programs.state_sharding(), None))
+    jitted = jax.jit(step, donate_argnums=1, out_shardings=(programs.state_sharding(), None))
+    return lambda params, state, next_token_B: jitted(params, state, engine.page_BJ, next_token_B)

@@ -10,7 +10,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ..cache_manager import CacheLayout
 from ..engine_impl.loading import choose_devices, choose_dtype
 from ..engine_impl.weights.sharding import make_mesh
 from ..kernels import Backend, backend_for, cache_flush
@@ -54,23 +53,17 @@ class KernelBench:
         self.dtype = choose_dtype(options.dtype, self.platform)
         self._options, self._mesh = options, mesh
         self._backend: Backend = backend
-        self._layout = CacheLayout(
-            layers=options.layers,
-            slots=options.slots,
-            kv_heads=options.kv_heads,
-            length=options.cache_length,
-            head_dim=options.head_dim,
-            dtype=self.dtype,
-        )
+        length, lanes = options.cache_length, 2 * options.head_dim
+        self._cache_shape = (options.layers, options.slots, options.kv_heads, length, lanes)
 
     def case(self, live_tokens: int) -> Case:
         """Every slot holds `live_tokens` rows."""
-        _, slots, kv_heads, _, lanes = self._layout.shape
+        _, slots, kv_heads, _, lanes = self._cache_shape
         keys = jax.random.split(jax.random.key(0), 3)
         return Case(
             q_BNH=jax.random.normal(keys[0], (slots, self._options.heads, lanes // 2), self.dtype),
             new_BKC=jax.random.normal(keys[1], (slots, kv_heads, lanes), self.dtype),
-            cache_LBKSC=jax.random.normal(keys[2], self._layout.shape, self.dtype),
+            cache_LBKSC=jax.random.normal(keys[2], self._cache_shape, self.dtype),
             length_B=jnp.full(slots, live_tokens, jnp.int32),
             mesh=self._mesh,
         )
@@ -78,7 +71,8 @@ class KernelBench:
     def attention_rows(self, live_tokens: int, bandwidth: float) -> Iterator[dict[str, Any]]:
         """One row an implementation; one that refuses the shape says why instead of a time."""
         progress, case, expected_BNH = Progress(), self.case(live_tokens), None
-        nbytes = round(self._layout.bytes * (live_tokens + 1) / self._options.cache_length)
+        L, B, K, _, C = self._cache_shape
+        nbytes = L * B * K * (live_tokens + 1) * C * self.dtype.itemsize
         for attention in attentions(self.platform, self._backend, self._mesh):
             progress.show(f"{attention.name}, {live_tokens} live tokens ...")
             row: dict[str, Any] = {"name": attention.name, "live_tokens": live_tokens, "bytes": nbytes}
@@ -134,7 +128,10 @@ class KernelBench:
 
     def _flushes(self) -> Iterator[tuple[str, Flush]]:
         def ours(backend: Backend) -> Flush:
-            return lambda cache, new, position: cache_flush(cache, new, position, mesh=self._mesh, backend=backend)
+            page_B1 = jnp.arange(self._options.slots, dtype=jnp.int32)[:, None]  # one page holds all of a slot's rows
+            return lambda cache, new, position: cache_flush(
+                cache, new, position, page_B1, mesh=self._mesh, backend=backend
+            )
 
         yield f"slipstream ({self._backend})", ours(self._backend)
         if self._backend != "xla":

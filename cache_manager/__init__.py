@@ -1,9 +1,10 @@
-"""The stacked KV cache: its layout, and the two places where it changes, insert and flush."""
+"""The stacked KV cache in pages: its layout, who has which page, and the two places where it changes, insert and
+flush."""
 
-from .cache import insert, prompt_rows
 from .codec import KV, Codec, Int8, Plain, codec_for
-from .layout import CACHE_SPEC, PREFIX_SPEC, CacheLayout
-from .new_tokens import flush, rows
+from .flush import flush, rows
+from .insert import insert, prompt_rows
+from .layout import CACHE_SPEC, PREFIX_SPEC, CacheLayout, tuned_page_rows
 
 __all__ = [
     "CACHE_SPEC",
@@ -18,4 +19,5 @@ __all__ = [
     "insert",
     "prompt_rows",
     "rows",
+    "tuned_page_rows",
 ]

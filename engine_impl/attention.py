@@ -33,6 +33,7 @@ def stored_head_dim(head_dim: int, backend: Backend) -> int:
 def attend_cache(
     cache: KV,
     length_B: jax.Array,
+    page_BJ: jax.Array,
     *,
     window_of_layer: Sequence[int | None] = (None,),
     soft_cap: float | None = None,
@@ -42,18 +43,22 @@ def attend_cache(
     """Rows are slots: each attends to its first `length` cached tokens and to its own new one.
 
     Args:
+        page_BJ: i32, the page table.
         window_of_layer: how many tokens each layer sees, the new one included; None is all.
         soft_cap: scores become cap * tanh(score / cap).
     """
-    S, C = cache.rows.shape[3:]
-    windows, kind_of_layer = _kinds(window_of_layer, S)
-    steps = [attention_steps(cache.rows, length_B, window=window, mesh=mesh, backend=backend) for window in windows]
+    R, C = cache.rows.shape[3:]
+    reach = page_BJ.shape[1] * R
+    windows, kind_of_layer = _kinds(window_of_layer, reach)
+    steps = [
+        attention_steps(cache.rows, length_B, page_BJ, window=window, mesh=mesh, backend=backend) for window in windows
+    ]
 
     def attend(layer, kind, q_BNH, k_BKH, v_BKH):
-        window, of_window = _chosen(windows, kind, S + 1), steps[0] if len(steps) == 1 else _one_of(steps, kind)
+        window, of_window = _chosen(windows, kind, reach + 1), steps[0] if len(steps) == 1 else _one_of(steps, kind)
         out_BNH = ragged_attention(
-            _queries(q_BNH, C // 2), stored(k_BKH, v_BKH), cache.rows, layer, length_B, of_window,
-            scale_LBK2S=cache.scales, window=window, soft_cap=soft_cap, mesh=mesh, backend=backend,
+            _queries(q_BNH, C // 2), stored(k_BKH, v_BKH), cache.rows, layer, length_B, page_BJ, of_window,
+            scale_LPK2R=cache.scales, window=window, soft_cap=soft_cap, mesh=mesh, backend=backend,
         )  # fmt: skip
         return out_BNH[..., : q_BNH.shape[-1]]
 

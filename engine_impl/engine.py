@@ -19,7 +19,7 @@ once per bucket.
 import copy
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -58,15 +58,21 @@ class Engine:
         platform = mesh.devices.flat[0].platform
         self.layer_loop: LayerLoop = forward.layer_loop_for(platform)
         backend = kernels.backend_for(platform)
+        of_slot: dict[str, Any] = {
+            "kv_heads": model.config.num_kv_heads,
+            "length": cache_length,
+            "head_dim": stored_head_dim(model.config.head_dim, backend),
+            "dtype": dtype,
+            "codec": cache_manager.codec_for(config.quantize_kv),
+        }
         self.layout = cache_manager.CacheLayout(
             layers=model.config.num_layers,
             slots=slots,
-            kv_heads=model.config.num_kv_heads,
-            length=cache_length,
-            head_dim=stored_head_dim(model.config.head_dim, backend),
-            dtype=dtype,
-            codec=cache_manager.codec_for(config.quantize_kv),
+            page_rows=cache_manager.tuned_page_rows(**of_slot, mesh=mesh, backend=backend),
+            **of_slot,
         )
+        self.page_BJ = self.layout.own_pages()
+        """The page table (i32): every slot has the pages of its longest request for itself."""
         quantize(model, config, dtype, mesh, backend)
         self.model = model
         """The modules, with their linear ones as quantisation left them; they hold no weights."""
@@ -166,11 +172,11 @@ class Engine:
 
     def insert(self, prefix: Prefix, decode_state: DecodeState, slot: int) -> DecodeState:
         """Put a prefix into a slot; whatever was there is gone. The state is donated, the prefix is not."""
-        return self.jitted.insert(prefix, decode_state, np.int32(slot))
+        return self.jitted.insert(prefix, decode_state, np.int32(slot), self.page_BJ[slot])
 
     def generate(self, params: Params, decode_state: DecodeState) -> tuple[DecodeState, StepResult]:
         """One decode step: every slot that is neither empty nor full gets its next token. The state is donated."""
-        return self.jitted.generate(params, decode_state)
+        return self.jitted.generate(params, decode_state, self.page_BJ)
 
     def score_step(
         self, params: Params, decode_state: DecodeState, next_token_B: np.ndarray
@@ -180,7 +186,7 @@ class Engine:
         The same pass over the cache, the same flush; sampling parameters play no part. What is told of an empty or
         full slot is without meaning. Compiled when first called; the state is donated.
         """
-        return self.jitted.score_step(params, decode_state, np.asarray(next_token_B, np.int32))
+        return self.jitted.score_step(params, decode_state, self.page_BJ, np.asarray(next_token_B, np.int32))
 
     def free(self, decode_state: DecodeState, slot: int) -> DecodeState:
         """Empty a slot. The state is donated."""

@@ -49,7 +49,8 @@ Choose = Callable[[jax.Array, DecodeState, jax.Array], Chosen]
 class Programs:
     """One model on one mesh. The five methods behind "The cache" decide how rows are stored; a baseline overrides them.
 
-    All programs but prefill, resample and force donate the state.
+    All programs but prefill, resample and force donate the state. Those that touch the cache take the page table, or a
+    slot's row of it: whose pages are whose is the host's knowledge.
     """
 
     model: Decoder
@@ -64,18 +65,18 @@ class Programs:
 
     # A decode step
 
-    def step(self, params: Params, state: DecodeState, choose: Choose) -> tuple[DecodeState, Any]:
+    def step(self, params: Params, state: DecodeState, page_BJ: jax.Array, choose: Choose) -> tuple[DecodeState, Any]:
         """One token for every live slot, a slot that is neither empty nor full: (state, what `choose` tells)."""
         live_B = (state.length_B > 0) & (state.length_B < self.cache_length)
-        logits_BV, new = self.decode(params, state, live_B)
+        logits_BV, new = self.decode(params, state, page_BJ, live_B)
         chosen_B, count_BV, told = choose(logits_BV, state, live_B)
         token_B = jnp.where(live_B, chosen_B, state.token_B)
         # No token is negative, but XLA does not know: so the flush waits for the last layer's attention too. Nothing
         # else orders the two, and to keep that read safe XLA:CPU would copy the whole cache, every step.
-        cache = self.store(state.cache, new, state.length_B, live_B & (token_B >= 0))
+        cache = self.store(state.cache, new, state.length_B, live_B & (token_B >= 0), page_BJ)
         return DecodeState(cache, token_B, state.length_B + live_B, state.sampling, count_BV), told
 
-    def generate(self, params: Params, state: DecodeState) -> tuple[DecodeState, StepResult]:
+    def generate(self, params: Params, state: DecodeState, page_BJ: jax.Array) -> tuple[DecodeState, StepResult]:
         """The step that serves: each slot's token is chosen by its own sampling parameters."""
 
         def choose(logits_BV: jax.Array, state: DecodeState, live_B: jax.Array) -> Chosen:
@@ -84,16 +85,18 @@ class Programs:
             token_B = sample(logits_BV, count_BV, state.sampling, state.length_B + 1)
             return Chosen(token_B, count_BV, self._result(logits_BV, token_B, live_B, state.sampling))
 
-        return self.step(params, state, choose)
+        return self.step(params, state, page_BJ, choose)
 
-    def score_step(self, params: Params, state: DecodeState, next_token_B: jax.Array) -> tuple[DecodeState, jax.Array]:
+    def score_step(
+        self, params: Params, state: DecodeState, page_BJ: jax.Array, next_token_B: jax.Array
+    ) -> tuple[DecodeState, jax.Array]:
         """The step with given tokens: (state, logprob_B f32, each given token's)."""
 
         def choose(logits_BV: jax.Array, state: DecodeState, live_B: jax.Array) -> Chosen:
             logprob_B = logprob_of(logits_BV, next_token_B)
             return Chosen(given(next_token_B, logprob_B), state.count_BV, logprob_B)
 
-        return self.step(params, state, choose)
+        return self.step(params, state, page_BJ, choose)
 
     # A prompt
 
@@ -131,10 +134,10 @@ class Programs:
         count_BV = jnp.zeros((slots, self.model.config.vocab_size), jnp.uint16)
         return DecodeState(self.empty_cache(), nothing_B, nothing_B, SlotSampling.greedy(slots), count_BV)
 
-    def insert(self, prefix: Prefix, state: DecodeState, slot: jax.Array) -> DecodeState:
-        """A prefix into a slot."""
+    def insert(self, prefix: Prefix, state: DecodeState, slot: jax.Array, page_J: jax.Array) -> DecodeState:
+        """A prefix into a slot, whose pages are `page_J`."""
         return DecodeState(
-            self.store_prompt(state.cache, prefix.kv, slot),
+            self.store_prompt(state.cache, prefix.kv, page_J, prefix.length),
             state.token_B.at[slot].set(prefix.token),
             state.length_B.at[slot].set(prefix.length),
             _with_slot(state.sampling, slot, prefix.sampling),
@@ -159,25 +162,27 @@ class Programs:
         """A sharding for each of the cache's arrays."""
         return self.layout.shardings(self.mesh)[0]
 
-    def decode(self, params: Params, state: DecodeState, live_B: jax.Array) -> tuple[jax.Array, Any]:
+    def decode(
+        self, params: Params, state: DecodeState, page_BJ: jax.Array, live_B: jax.Array
+    ) -> tuple[jax.Array, Any]:
         """The model on each slot's last token: (logits_BV, new_LBKC, the rows to be stored)."""
-        return forward.decode(self.model, params, state.token_B, state.length_B, self.attend(state))
+        return forward.decode(self.model, params, state.token_B, state.length_B, self.attend(state, page_BJ))
 
-    def store(self, cache: KV, new: Any, length_B: jax.Array, live_B: jax.Array) -> KV:
+    def store(self, cache: KV, new: Any, length_B: jax.Array, live_B: jax.Array, page_BJ: jax.Array) -> KV:
         """The cache with what `decode` left to be stored, in the live slots alone."""
         return cache_manager.flush(
-            cache, new, length_B, live_B, codec=self.layout.codec, mesh=self.mesh, backend=self.backend
+            cache, new, length_B, live_B, page_BJ, codec=self.layout.codec, mesh=self.mesh, backend=self.backend
         )
 
-    def store_prompt(self, cache: KV, kv: KV, slot: jax.Array) -> KV:
-        """The cache with a prefix's rows in a slot."""
-        return cache_manager.insert(cache, kv, slot)
+    def store_prompt(self, cache: KV, kv: KV, page_J: jax.Array, length: jax.Array) -> KV:
+        """The cache with a prefix's rows in a slot's pages."""
+        return cache_manager.insert(cache, kv, page_J, length)
 
     # What the programs share
 
-    def attend(self, state: DecodeState) -> Attend:
+    def attend(self, state: DecodeState, page_BJ: jax.Array) -> Attend:
         """How the layers of a decode step attend to this state."""
-        return attend_cache(state.cache, state.length_B, **self._attention)
+        return attend_cache(state.cache, state.length_B, page_BJ, **self._attention)
 
     def state_sharding(self) -> DecodeState:
         """A sharding for each array of a state."""

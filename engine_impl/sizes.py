@@ -119,7 +119,7 @@ class Demand:
         width = next(parameter.shape[1] for parameter in model.embed_tokens.parameters())
         quantize(model, config, dtype, mesh, backend)
         tile = CacheLayout(
-            layers=shape.num_layers, slots=1, kv_heads=shape.num_kv_heads, length=TILE,
+            layers=shape.num_layers, slots=1, kv_heads=shape.num_kv_heads, length=TILE, page_rows=TILE,
             head_dim=stored_head_dim(shape.head_dim, backend), dtype=dtype, codec=codec_for(config.quantize_kv),
         )  # fmt: skip
         self.is_xla = is_xla(backend)

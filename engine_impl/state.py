@@ -35,11 +35,11 @@ class DecodeState:
     """All slots between two steps."""
 
     cache: KV
-    """k and v of all layers, [L, B, K, S, C], see cache_manager/layout.py"""
+    """k and v of all layers in pages, [L, P, K, R, C], see cache_manager/layout.py"""
     token_B: jax.Array
     """i32, last sampled token, not yet in the cache"""
     length_B: jax.Array
-    """i32, tokens in the cache; 0 = empty slot, S = full slot"""
+    """i32, tokens in the cache; 0 = empty slot, the cache length = full slot"""
     sampling: SlotSampling
     """[B] each"""
     count_BV: jax.Array

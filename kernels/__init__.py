@@ -9,7 +9,7 @@ from .backend import AXIS, Backend, backend_for, is_xla
 from .blockwise_matmul import Blockwise, Split, blockwise_matmul
 from .cache_flush import cache_flush
 from .prefill_attention import prefill_attention
-from .ragged_attention import attention_steps, ragged_attention
+from .ragged_attention import attention_steps, page_rows, ragged_attention
 
 __all__ = [
     "AXIS",
@@ -21,6 +21,7 @@ __all__ = [
     "blockwise_matmul",
     "cache_flush",
     "is_xla",
+    "page_rows",
     "prefill_attention",
     "ragged_attention",
 ]

@@ -45,8 +45,8 @@ def nbytes(array: jax.ShapeDtypeStruct) -> int:
     return math.prod(array.sharding.shard_shape(array.shape)) * jnp.dtype(array.dtype).itemsize
 
 
-def layer_sized_copies(compiled: jax.stages.Compiled, cache_LBKSC: jax.ShapeDtypeStruct) -> list[str]:
+def layer_sized_copies(compiled: jax.stages.Compiled, cache: jax.ShapeDtypeStruct) -> list[str]:
     """What copies a layer of the cache or more; see `Program.copies_of`."""
-    assert cache_LBKSC.sharding is not None
-    shard = cache_LBKSC.sharding.shard_shape(cache_LBKSC.shape)
-    return Program(compiled.as_text() or "").copies_of(shard, nbytes(cache_LBKSC) // shard[0])
+    assert cache.sharding is not None
+    shard = cache.sharding.shard_shape(cache.shape)
+    return Program(compiled.as_text() or "").copies_of(shard, nbytes(cache) // shard[0])

@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from ...cache_manager import KV
+from ...cache_manager import KV, Plain, tuned_page_rows
 from ...engine_impl.attention import attend_cache
 from ...kernels import Backend
 
@@ -69,15 +69,22 @@ def attentions(platform: str, backend: Backend, mesh: jax.sharding.Mesh) -> list
 
 
 def ours(backend: Backend, mesh: jax.sharding.Mesh, name: str) -> Attention:
-    """The engine's own over the stacked cache."""
+    """The engine's own over the stacked cache in pages."""
+
+    def prepare(case: Case) -> Any:
+        L, B, K, S, C = case.cache_LBKSC.shape
+        of_slot: Any = {"kv_heads": K, "head_dim": C // 2, "length": S, "dtype": case.cache_LBKSC.dtype}
+        R = tuned_page_rows(**of_slot, codec=Plain(), mesh=mesh, backend=backend)
+        cache_LPKRC = case.cache_LBKSC.reshape(L, B, K, S // R, R, C).swapaxes(2, 3).reshape(L, -1, K, R, C)
+        return case.new_BKC, cache_LPKRC, case.length_B, _page_table(B, S, R)
 
     def attend(q_BNH: jax.Array, layer: int, arrays: Any) -> jax.Array:
-        new_BKC, cache_LBKSC, length_B = arrays
+        new_BKC, cache_LPKRC, length_B, page_BJ = arrays
         k_BKH, v_BKH = jnp.split(new_BKC, 2, axis=-1)
-        attend = attend_cache(KV(cache_LBKSC), length_B, mesh=mesh, backend=backend)
+        attend = attend_cache(KV(cache_LPKRC), length_B, page_BJ, mesh=mesh, backend=backend)
         return attend.call(jnp.int32(layer), 0, q_BNH, k_BKH, v_BKH)
 
-    return Attention(name, lambda case: (case.new_BKC, case.cache_LBKSC, case.length_B), attend)
+    return Attention(name, prepare, attend)
 
 
 def _per_layer(case: Case, arrange: Callable[[jax.Array, jax.Array], Any]) -> Any:
@@ -164,6 +171,6 @@ def _attend_ragged_paged(q_BNH: jax.Array, layer: int, arrays: Any) -> jax.Array
     )
 
 
-def _page_table(slots: int, cache_length: int) -> jax.Array:
+def _page_table(slots: int, cache_length: int, rows: int = PAGE) -> jax.Array:
     """i32[B, pages of a slot]."""
-    return jnp.arange(slots * cache_length // PAGE, dtype=jnp.int32).reshape(slots, -1)
+    return jnp.arange(slots * cache_length // rows, dtype=jnp.int32).reshape(slots, -1)

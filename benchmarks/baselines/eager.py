@@ -57,7 +57,7 @@ def eager_twin(engine: Engine, form: CacheForm, scatter: Scatter = "indexed") ->
 class EagerPrograms(Programs):
     """`Programs` whose decode step stores rows layer by layer, while it goes.
 
-    Its state's cache.rows are a cache_LBKSC ("stacked") or a tuple with one cache_1BKSC per layer ("per_layer").
+    Its state's cache.rows are a cache_LPKRC ("stacked") or a tuple with one cache_1PKRC per layer ("per_layer").
     """
 
     form: CacheForm
@@ -73,19 +73,22 @@ class EagerPrograms(Programs):
         stacked = super().cache_sharding()
         return stacked if self.form == "stacked" else _kv((stacked.rows,) * self.layout.layers)
 
-    def decode(self, params: Params, state: DecodeState, live_B: jax.Array) -> tuple[jax.Array, KV]:
-        layers = EagerLayers(self.model, state.length_B, live_B, self.mesh, self.backend, self.scatter)
+    def decode(self, params: Params, state: DecodeState, page_BJ: jax.Array, live_B: jax.Array) -> tuple[jax.Array, KV]:
+        layers = EagerLayers(self.model, state.length_B, page_BJ, live_B, self.mesh, self.backend, self.scatter)
         logits_BV, cache = layers.decode(params, state.token_B, state.cache.rows)
         return logits_BV, KV(cache)
 
-    def store(self, cache: KV, new: KV, length_B: jax.Array, live_B: jax.Array) -> KV:
+    def store(self, cache: KV, new: KV, length_B: jax.Array, live_B: jax.Array, page_BJ: jax.Array) -> KV:
         return new  # the cache as the last layer left it
 
-    def store_prompt(self, cache: KV, kv: KV, slot: jax.Array) -> KV:
+    def store_prompt(self, cache: KV, kv: KV, page_J: jax.Array, length: jax.Array) -> KV:
         if self.form == "stacked":
-            return super().store_prompt(cache, kv, slot)
-        of_layers = enumerate(cache.rows)
-        return _kv(tuple(insert(KV(rows), KV(kv.rows[layer : layer + 1]), slot).rows for layer, rows in of_layers))
+            return super().store_prompt(cache, kv, page_J, length)
+
+        def store_layer(layer: int, rows: jax.Array) -> jax.Array:
+            return insert(KV(rows), KV(kv.rows[layer : layer + 1]), page_J, length).rows
+
+        return _kv(tuple(store_layer(layer, rows) for layer, rows in enumerate(cache.rows)))
 
 
 def _kv(of_layers: Any) -> KV:
@@ -100,13 +103,14 @@ class EagerLayers:
         self,
         model: Decoder,
         length_B: jax.Array,
+        page_BJ: jax.Array,
         live_B: jax.Array,
         mesh: Mesh,
         backend: Backend,
         scatter: Scatter,
     ) -> None:
-        """Dead and full slots are not written: their position is outside the cache."""
-        self._model, self._length_B, self._live_B = model, length_B, live_B
+        """Dead and full slots are not written: their row is outside their page."""
+        self._model, self._length_B, self._page_BJ, self._live_B = model, length_B, page_BJ, live_B
         self._mesh = mesh
         self._backend: Backend = backend
         self._scatter: Scatter = scatter
@@ -117,7 +121,7 @@ class EagerLayers:
         x_BD = bridge.run(self._model.after_embedding, {}, x_BD)
         (rope,) = bridge.run(self._model.rope, {}, self._length_B)
         one_cache = cache[0] if isinstance(cache, tuple) else cache
-        steps = attention_steps(one_cache, self._length_B, mesh=self._mesh, backend=self._backend)
+        steps = attention_steps(one_cache, self._length_B, self._page_BJ, mesh=self._mesh, backend=self._backend)
 
         @jax.jit  # traced once; XLA inlines the calls
         def layer(*args):
@@ -140,49 +144,50 @@ class EagerLayers:
         layers = [{**weights, **forward.numbered(one, jnp.int32(0))} for weights in layers]
         if isinstance(cache, tuple):
             per_layer = []
-            for weights, cache_1BKSC in zip(layers, cache, strict=True):
-                x_BD, cache_1BKSC = layer(x_BD, cache_1BKSC, rope, weights, jnp.int32(0))
-                per_layer.append(cache_1BKSC)
+            for weights, cache_1PKRC in zip(layers, cache, strict=True):
+                x_BD, cache_1PKRC = layer(x_BD, cache_1PKRC, rope, weights, jnp.int32(0))
+                per_layer.append(cache_1PKRC)
             cache = tuple(per_layer)
         else:
             for index, weights in enumerate(layers):
                 x_BD, cache = layer(x_BD, cache, rope, weights, jnp.int32(index))
         return forward.logits(self._model, params, x_BD), cache
 
-    def _layer(self, steps, x_BD, cache_LBKSC, rope, weights, index) -> tuple[jax.Array, jax.Array]:
+    def _layer(self, steps, x_BD, cache_LPKRC, rope, weights, index) -> tuple[jax.Array, jax.Array]:
         """One layer: its new rows go into the cache first, and attention reads the cache that holds them."""
 
         def attend(q_BNH, k_BKH, v_BKH):
-            nonlocal cache_LBKSC
+            nonlocal cache_LPKRC
             new_BKC = rows(k_BKH, v_BKH)
-            cache_LBKSC = self._insert(cache_LBKSC, new_BKC, index)
+            cache_LPKRC = self._insert(cache_LPKRC, new_BKC, index)
             # The op takes the step's own row apart, so of the updated cache it reads the rows before it: the same
             # arithmetic as ours, hence equal tokens, and one row less to read.
-            return ragged_attention(
-                q_BNH, new_BKC, cache_LBKSC, index, self._length_B, steps, mesh=self._mesh, backend=self._backend
-            )
+            args = (q_BNH, new_BKC, cache_LPKRC, index, self._length_B, self._page_BJ, steps)
+            return ragged_attention(*args, mesh=self._mesh, backend=self._backend)
 
         x_BD, _, _ = bridge.run(
             self._model.layers[0], weights, x_BD, rope, lambda q, k, v: bridge.call_kernel(attend, q, k, v)
         )
-        return x_BD, cache_LBKSC
+        return x_BD, cache_LPKRC
 
-    def _insert(self, cache_LBKSC: jax.Array, new_BKC: jax.Array, layer: jax.Array) -> jax.Array:
+    def _insert(self, cache_LPKRC: jax.Array, new_BKC: jax.Array, layer: jax.Array) -> jax.Array:
         """The cache with every live slot's new row in one layer, in place when XLA sees that nobody needs the old."""
-
-        outside = cache_LBKSC.shape[3]
-        position_B = jnp.where(self._live_B, self._length_B, outside)
+        R = cache_LPKRC.shape[3]
+        block_B1 = jnp.minimum(self._length_B // R, self._page_BJ.shape[1] - 1)[:, None]
+        page_B = jnp.take_along_axis(self._page_BJ, block_B1, axis=1)[:, 0]
+        row_B = jnp.where(self._live_B, self._length_B % R, R)
         heads = P(None, None, AXIS)
         scatter = functools.partial(scatter_rows, scatter=self._scatter)
-        sharded = jax.shard_map(scatter, mesh=self._mesh, in_specs=(heads, P(None, AXIS), P(), P()), out_specs=heads)
-        return sharded(cache_LBKSC, new_BKC, layer, position_B)
+        sharded = jax.shard_map(
+            scatter, mesh=self._mesh, in_specs=(heads, P(None, AXIS), P(), P(), P()), out_specs=heads
+        )
+        return sharded(cache_LPKRC, new_BKC, layer, page_B, row_B)
 
 
-def scatter_rows(cache_LBKSC, new_BKC, layer, position_B, scatter: Scatter = "indexed") -> jax.Array:
-    """One layer's rows at each slot's position, by one XLA scatter; a position outside [0, S) writes nothing."""
-    b_B1, k_1K = jnp.ogrid[: new_BKC.shape[0], : new_BKC.shape[1]]
+def scatter_rows(cache_LPKRC, new_BKC, layer, page_B, row_B, scatter: Scatter = "indexed") -> jax.Array:
+    """One layer's rows at each slot's page and row, by one XLA scatter; a row outside [0, R) writes nothing."""
     if scatter == "sliced":
-        cells = cache_LBKSC.at[layer, b_B1[:, 0], :, position_B]
+        cells = cache_LPKRC.at[layer, page_B, :, row_B]
     else:
-        cells = cache_LBKSC.at[layer, b_B1, k_1K, position_B[:, None]]
+        cells = cache_LPKRC.at[layer, page_B[:, None], jnp.arange(new_BKC.shape[1])[None], row_B[:, None]]
     return cells.set(new_BKC, mode="drop", unique_indices=True)

@@ -90,7 +90,7 @@ class EngineStepper:
 
 
 def _attend(engine: Engine, state: DecodeState, q_BNH: jax.Array, k_BKH: jax.Array) -> jax.Array:
-    attend = engine.programs.attend(state)
+    attend = engine.programs.attend(state, jnp.asarray(engine.page_BJ))
     for layer, kind in enumerate(attend.kind_of_layer):
         q_BNH = attend.call(jnp.int32(layer), kind, q_BNH, k_BKH, k_BKH)  # the next layer waits for this one
     return q_BNH

@@ -23,9 +23,8 @@ from ...engine_impl.config import EngineConfig
 from ...engine_impl.engine import Engine
 from ...engine_impl.forward import LayerLoop
 from ...engine_impl.weights.sharding import make_mesh
-from ...kernels.ragged_attention.reference import BLOCK
-from ...kernels.ragged_attention.xla_gpu import rows_a_block
-from ..baselines.attentions import Attention, Case, attentions
+from ...kernels.ragged_attention.xla_gpu import pages_a_block
+from ..baselines.attentions import Attention, attentions
 from ..measure.table import print_tables
 
 GIB, MIB = 2**30, 2**20
@@ -86,8 +85,9 @@ def attention_rows() -> Iterator[str]:
         for slots in (8, 32):
             engine = _engine(model, slots=slots, cache_length=2048)
             layout, heads = engine.layout, engine.model.config.num_heads
-            row_bytes = math.prod(layout.shape) // (layout.layers * layout.length) * layout.dtype.itemsize
-            rows = {"slipstream (xla_gpu)": rows_a_block(row_bytes, layout.length), "slipstream (xla)": BLOCK}
+            page_bytes = layout.slots * math.prod(layout.shape[2:]) * layout.dtype.itemsize
+            R, J = layout.page_rows, layout.pages_per_slot
+            rows = {"slipstream (xla_gpu)": R * pages_a_block(page_bytes, R, J), "slipstream (xla)": R}
             for attention in attentions("gpu", "xla_gpu", mesh):
                 if attention.name in rows:
                     compiled = _compile_attention(attention, layout, heads, mesh)
@@ -97,20 +97,20 @@ def attention_rows() -> Iterator[str]:
 
 
 def _compile_attention(attention: Attention, layout: CacheLayout, heads: int, mesh: jax.sharding.Mesh) -> Any:
-    layers, slots, kv_heads, length, lanes = layout.shape
+    kv_heads, slots, lanes = layout.kv_heads, layout.slots, 2 * layout.head_dim
     sharding = jax.NamedSharding(mesh, jax.sharding.PartitionSpec())
 
     def abstract(shape: tuple[int, ...], dtype: Any = layout.dtype) -> Any:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
 
-    case = Case(
-        q_BNH=abstract((slots, heads, lanes // 2)),
-        new_BKC=abstract((slots, kv_heads, lanes)),
-        cache_LBKSC=abstract((layers, slots, kv_heads, length, lanes)),
-        length_B=abstract((slots,), jnp.int32),
-        mesh=mesh,
+    prepared = (
+        abstract((slots, kv_heads, lanes)),
+        abstract(layout.shape),
+        abstract((slots,), jnp.int32),
+        abstract((slots, layout.pages_per_slot), jnp.int32),
     )
-    return jax.jit(attention.attend, static_argnums=1).lower(case.q_BNH, 0, attention.prepare(case)).compile()
+    q_BNH = abstract((slots, heads, lanes // 2))
+    return jax.jit(attention.attend, static_argnums=1).lower(q_BNH, 0, prepared).compile()
 
 
 def _copied_matrices(hlo: Program, engine: Engine) -> int:

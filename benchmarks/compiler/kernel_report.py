@@ -1,24 +1,25 @@
-"""Which block size keeps the attention kernel bound by HBM, and what a flush costs: the compiler's schedule, no TPU.
+"""Which page size keeps the attention kernel bound by HBM, and what a flush costs: the compiler's schedule, no TPU.
 
     python -m slipstream.benchmarks.compiler.kernel_report --chips v5e --json
+    python -m slipstream.benchmarks.compiler.kernel_report --write
 
 Compiles the real kernels with libtpu and counts the VLIW bundles, one a cycle, of each kind of grid step, against the
 cycles that the step's bytes take at the chip's full bandwidth. A step takes the larger of the two, since the pipeline
-fetches a block while it computes on the one before.
+fetches a page while it computes on the one before.
 
 Attention, bundles by kind of step:
 
     pipeline    of a step that computes nothing: fetching, waiting, storing
-    whole       a block full of live rows, the pipeline included
-    boundary    the block with the slot's last row, which masks scores and v; the pipeline included
-    slot        once a slot, on top: the start from the new token, the division at the end
+    whole       a page full of live rows, the pipeline included
+    boundary    the page with the slot's last row, which masks scores and v; the pipeline included
+    slot        per slot, on top: the start from the new token, the division at the end
     bound       what a whole step waits for
-    cycles      of one layer, for a slot of 1024 tokens, on average over where in a block it ends
-    excess      of cycles, over the best block's
+    cycles      of one layer, for a slot of 1024 tokens, on average over where in a page it ends
+    excess      of cycles, over the best page's
 
-Cycles hold the trade-off: a larger block reads more that the slot does not use, half a block on average; a smaller one
-pays for the pipeline more often. Of all blocks,
-`kernels/ragged_attention` takes the one whose excess is least on the chip where it is largest.
+Cycles hold the trade-off: a larger page holds more that the slot does not use, half a page on average; a smaller one
+pays for the pipeline more often. `--write` puts the smallest page within 5 % of the fewest cycles into the chip's file
+in `kernels/ragged_attention/page_sizes/`: what a page does not use is also memory that no other slot gets.
 
 Asked for by name (`Setting("scatter", ...)`), not in the command's tables: what XLA makes of a scatter of one layer's
 new rows, the way to write them without a kernel of one's own (`eager.py`). It goes through the rows in rounds of
@@ -41,14 +42,16 @@ from typing import Any
 
 from ...engine_impl.compiler.chips import CHIPS
 from ...kernels.cache_flush.pallas_tpu import LANES, tile_rows
+from ...kernels.ragged_attention.page_sizes import path_of, shape_key, tuned_rows
 from ..measure.table import table
 from .llo import parse, programs
 
 KV_HEADS, HEAD_DIMS, DTYPES = (1, 4, 8), (64, 128), ("bfloat16", "float32", "int8")  # of the cache's rows
-BLOCK_BYTES = (64 * 1024, 2 * 1024 * 1024)  # smaller is hopeless, of larger ones two do not fit into v5e's VMEM
-BLOCK_ROWS = (128, 256, 512, 1024, 2048)
+PAGE_BYTES = (64 * 1024, 2 * 1024 * 1024)  # smaller is hopeless, of larger ones two do not fit into v5e's VMEM
+PAGE_ROWS = (128, 256, 512, 1024)
 QUERY_GROUP = 4  # query heads a kv head; up to 8 share a tile of 8 rows
 LIVE_ROWS = 1024  # of the slot that `cycles` is about
+MOST_EXCESS = 0.05
 
 FLUSH_LAYERS = 32
 
@@ -91,8 +94,8 @@ class Setting:
     """of one chip"""
     head_dim: int
     dtype: str
-    block: int = 0
-    """rows a step; attention only"""
+    page: int = 0
+    """rows of a page, those of a step; attention only"""
     window: bool = False
     """whether there is one; attention only, as is the cap"""
     soft_cap: float | None = None
@@ -104,7 +107,7 @@ class AttentionRow:
 
     chip: str
     setting: Setting
-    block_bytes: int
+    page_bytes: int
     pipeline: int
     whole: int
     boundary: int
@@ -119,8 +122,8 @@ class AttentionRow:
     @property
     def cycles(self) -> int:
         """See the module's docstring."""
-        boundary = 1 - 1 / self.setting.block  # a slot may end with its block
-        whole = (LIVE_ROWS + (self.setting.block - 1) / 2) / self.setting.block - boundary
+        boundary = 1 - 1 / self.setting.page  # a slot may end with its page
+        whole = (LIVE_ROWS + (self.setting.page - 1) / 2) / self.setting.page - boundary
         return round(
             whole * max(self.whole, self.dma_cycles) + boundary * max(self.boundary, self.dma_cycles) + self.slot
         )
@@ -161,9 +164,9 @@ def settings(all_kv_heads: Iterable[int] = KV_HEADS) -> list[Setting]:
             for dtype in DTYPES:
                 row_bytes = _row_bytes(kv_heads, head_dim, dtype)
                 found += [
-                    Setting("attention", kv_heads, head_dim, dtype, block)
-                    for block in BLOCK_ROWS
-                    if BLOCK_BYTES[0] <= block * row_bytes <= BLOCK_BYTES[1]
+                    Setting("attention", kv_heads, head_dim, dtype, rows)
+                    for rows in PAGE_ROWS
+                    if PAGE_BYTES[0] <= rows * row_bytes <= PAGE_BYTES[1]
                 ]
                 found.append(Setting("flush", kv_heads, head_dim, dtype))
         found.append(Setting("scales", kv_heads, 0, "float32"))
@@ -218,7 +221,8 @@ def _compile(topology: str, setting: Setting) -> None:
 
     from ...engine_impl.compiler.topology import devices_of
     from ...kernels.cache_flush.pallas_tpu import cache_flush_tpu
-    from ...kernels.ragged_attention.pallas_tpu import live_steps, ragged_attention_tpu
+    from ...kernels.ragged_attention.pallas_tpu import ragged_attention_tpu
+    from ...kernels.ragged_attention.steps import live_steps
     from ..baselines.eager import scatter_rows
 
     mesh = Mesh(np.array(devices_of(topology)[:1]), ("tensor",))
@@ -229,29 +233,31 @@ def _compile(topology: str, setting: Setting) -> None:
     def array(*shape: int, dtype: Any = rows) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, everywhere))
 
-    def attend(q_BNH, new_BKC, cache_LBKSC, scale_LBK2S, layer, length_B, window):
-        steps = live_steps(length_B, window, cache_LBKSC.shape[3], setting.block)
-        args = (q_BNH, new_BKC, cache_LBKSC, scale_LBK2S, layer, length_B, window, steps)
+    def attend(q_BNH, new_BKC, cache_LPKRC, scale_LPK2R, layer, length_B, page_BJ, window):
+        pool, rows = cache_LPKRC.shape[1], cache_LPKRC.shape[3]
+        steps = live_steps(length_B, window, page_BJ, rows=rows, max_pages=pool)
+        args = (q_BNH, new_BKC, cache_LPKRC, scale_LPK2R, layer, length_B, page_BJ, window, steps)
         return ragged_attention_tpu(*args, soft_cap=setting.soft_cap)
 
-    layer, length_B = array(dtype=jnp.int32), array(B, dtype=jnp.int32)
+    layer, slot_B = array(dtype=jnp.int32), array(B, dtype=jnp.int32)
     kernel: Callable[..., jax.Array]
     if setting.kernel == "attention":
         kernel, donated = attend, ()
-        S = 2 * BLOCK_ROWS[-1]
+        J = 2 * PAGE_ROWS[-1] // setting.page
         q_BNH, new_BKC = array(B, K * QUERY_GROUP, H, dtype=model), array(B, K, 2 * H, dtype=model)
-        scale_LBK2S = array(2, B, K, 2, S, dtype=jnp.float32) if setting.dtype == "int8" else None
+        cache_LPKRC = array(2, B * J, K, setting.page, 2 * H)
+        scale_LPK2R = array(2, B * J, K, 2, setting.page, dtype=jnp.float32) if setting.dtype == "int8" else None
         window = layer if setting.window else None
-        args = q_BNH, new_BKC, array(2, B, K, S, 2 * H), scale_LBK2S, layer, length_B, window
+        args = q_BNH, new_BKC, cache_LPKRC, scale_LPK2R, layer, slot_B, array(B, J, dtype=jnp.int32), window
     elif setting.kernel == "scales":
-        kernel, donated = partial(cache_flush_tpu, token_axis=4), (0,)
-        args = array(FLUSH_LAYERS, B, K, 2, 256), array(FLUSH_LAYERS, B, K, 2), length_B
+        kernel, donated = partial(cache_flush_tpu, row_axis=4), (0,)
+        args = array(FLUSH_LAYERS, B, K, 2, 256), array(FLUSH_LAYERS, B, K, 2), slot_B, slot_B
     elif setting.kernel == "scatter":
         kernel, donated = scatter_rows, (0,)
-        args = array(FLUSH_LAYERS, B, K, 1024, 2 * H), array(B, K, 2 * H), layer, length_B
+        args = array(FLUSH_LAYERS, 4 * B, K, 256, 2 * H), array(B, K, 2 * H), layer, slot_B, slot_B
     else:
-        kernel, donated = partial(cache_flush_tpu, token_axis=3), (0,)
-        args = array(FLUSH_LAYERS, B, K, 256, 2 * H), array(FLUSH_LAYERS, B, K, 2 * H), length_B
+        kernel, donated = partial(cache_flush_tpu, row_axis=3), (0,)
+        args = array(FLUSH_LAYERS, B, K, 256, 2 * H), array(FLUSH_LAYERS, B, K, 2 * H), slot_B, slot_B
     sharded = jax.shard_map(kernel, mesh=mesh, in_specs=everywhere, out_specs=everywhere, check_vma=False)
     jax.jit(sharded, donate_argnums=donated).lower(*args).compile()
 
@@ -275,22 +281,22 @@ def read(chip: str, setting: Setting, text: str) -> Row:
         return FlushRow(chip, setting, program.issued(program.regions), dma)
     products = program.of("vmat")
     if len(products) != 2:
-        raise ValueError(f"{len(products)} regions with matrix products, not a whole block's and a boundary's")
+        raise ValueError(f"{len(products)} regions with matrix products, not a whole page's and a boundary's")
     stages = program.stages()
     return AttentionRow(
         chip,
         setting,
-        block_bytes=setting.block * row_bytes,
+        page_bytes=setting.page * row_bytes,
         pipeline=program.issued(stages),
         whole=program.issued(stages | {products[0]}),
         boundary=program.issued(stages | {products[1]}),
         slot=program.issued(program.regions) - program.issued(stages | set(products)),
-        dma_cycles=core.dma_cycles(chip, setting.block * row_bytes),
+        dma_cycles=core.dma_cycles(chip, setting.page * row_bytes),
     )
 
 
 def excess(rows: list[AttentionRow]) -> dict[AttentionRow, float]:
-    """Each row's cycles over those of the best block for its chip, kv heads, head dim and dtype; 0 for the best."""
+    """Each row's cycles over those of the best page for its chip, kv heads, head dim and dtype; 0 for the best."""
     fewest: dict[tuple[Any, ...], int] = {}
     for row in rows:
         fewest[_shape(row)] = min(row.cycles, fewest.get(_shape(row), row.cycles))
@@ -298,12 +304,28 @@ def excess(rows: list[AttentionRow]) -> dict[AttentionRow, float]:
 
 
 def choose(rows: list[AttentionRow]) -> dict[tuple[Any, ...], tuple[int, float]]:
-    """By (kv heads, head dim, dtype) the block whose excess on its worst chip is least, and that excess."""
-    worst: dict[tuple[Any, ...], dict[int, float]] = {}
+    """By (chip, kv heads, head dim, dtype) the smallest page whose excess is at most MOST_EXCESS, and that excess."""
+    near: dict[tuple[Any, ...], dict[int, float]] = {}
     for row, over in excess(rows).items():
-        blocks = worst.setdefault(_shape(row)[1:], {})
-        blocks[row.setting.block] = max(over, blocks.get(row.setting.block, 0))
-    return {shape: min(blocks.items(), key=lambda item: item[1]) for shape, blocks in worst.items()}
+        if over <= MOST_EXCESS:
+            near.setdefault(_shape(row), {})[row.setting.page] = over
+    return {shape: min(pages.items()) for shape, pages in near.items()}
+
+
+def write(rows: list[AttentionRow]) -> list[Path]:
+    """Put what `choose` finds into the chips' files; sizes of other shapes stay in them. Returns the files."""
+    from ...engine_impl.compiler.topology import devices_of
+
+    written = []
+    for chip in dict.fromkeys(row.chip for row in rows):
+        device_kind = devices_of(CORES[chip].topology)[0].device_kind
+        chosen = choose([row for row in rows if row.chip == chip])
+        sizes = {shape_key(K, H, dtype): page for (_, K, H, dtype), (page, _) in chosen.items()}
+        path = path_of(device_kind)
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(json.dumps(dict(sorted((tuned_rows(device_kind) | sizes).items())), indent=2) + "\n")
+        written.append(path)
+    return written
 
 
 def _shape(row: Row) -> tuple[Any, ...]:
@@ -316,22 +338,22 @@ def report(rows: list[Row]) -> str:
     over = excess(attention)
     lines = [
         (
-            *_shape(row), row.setting.block, row.block_bytes // 1024, row.pipeline, row.whole, row.boundary, row.slot,
+            *_shape(row), row.setting.page, row.page_bytes // 1024, row.pipeline, row.whole, row.boundary, row.slot,
             row.dma_cycles, "DMA" if row.is_dma_bound else "bundles", row.cycles, f"+{over[row]:.0%}",
         )
         for row in attention
     ]  # fmt: skip
     headers = (
-        "chip", "K", "H", "dtype", "block", "KiB", "pipeline", "whole", "boundary", "slot", "DMA", "bound", "cycles",
+        "chip", "K", "H", "dtype", "page", "KiB", "pipeline", "whole", "boundary", "slot", "DMA", "bound", "cycles",
         "excess",
     )  # fmt: skip
-    chosen = [(*shape, block, f"+{worst:.0%}") for shape, (block, worst) in choose(attention).items()]
+    chosen = [(*shape, page, f"+{over:.0%}") for shape, (page, over) in choose(attention).items()]
     flush = [(*_shape(row), row.step, row.dma_cycles) for row in rows if isinstance(row, FlushRow)]
     return "\n\n".join([
-        "Attention: bundles a grid step, by block of rows",
+        "Attention: bundles a grid step, by rows of a page",
         table(headers, lines),
-        "The block with the least excess on the worst of these chips",
-        table(("K", "H", "dtype", "block", "excess"), chosen),
+        f"The smallest page with at most {MOST_EXCESS:.0%} of excess",
+        table(("chip", "K", "H", "dtype", "page", "excess"), chosen),
         f"Flush: bundles a grid step (a slot, {FLUSH_LAYERS} layers)",
         table(("chip", "K", "H", "dtype", "step", "DMA"), flush),
     ])  # fmt: skip
@@ -345,15 +367,15 @@ def as_json(rows: list[Row]) -> dict[str, Any]:
         fields |= fields.pop("setting")
         if isinstance(row, AttentionRow):
             return fields | {"is_dma_bound": row.is_dma_bound, "cycles": row.cycles}
-        return {name: value for name, value in fields.items() if name not in ("block", "window", "soft_cap")}
+        return {name: value for name, value in fields.items() if name not in ("page", "window", "soft_cap")}
 
     return {
         "clock_hz": {chip: core.clock for chip, core in CORES.items()},
         "live_rows": LIVE_ROWS,
         "kernels": [plain(row) for row in rows],
-        "blocks": [
-            {"kv_heads": K, "head_dim": H, "dtype": dtype, "block": block, "worst_excess": round(worst, 3)}
-            for (K, H, dtype), (block, worst) in choose([r for r in rows if isinstance(r, AttentionRow)]).items()
+        "pages": [
+            {"chip": chip, "kv_heads": K, "head_dim": H, "dtype": dtype, "page": page, "excess": round(over, 3)}
+            for (chip, K, H, dtype), (page, over) in choose([r for r in rows if isinstance(r, AttentionRow)]).items()
         ],
     }
 
@@ -367,6 +389,7 @@ def main() -> None:
     )
     parser.add_argument("--chips", default=",".join(CORES), help=f"comma-separated, of {', '.join(CORES)} (all)")
     parser.add_argument("--kv-heads", default=",".join(map(str, KV_HEADS)), help="kv heads a chip, comma-separated")
+    parser.add_argument("--write", action="store_true", help="store the chosen page sizes for the kernels to use")
     parser.add_argument("--json", action="store_true", help="print the JSON object only")
     parser.add_argument("--into", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -377,6 +400,9 @@ def main() -> None:
         _child(chips[0], args.into)
         return
     rows = [row for chip in chips for row in measure(chip, settings(map(int, args.kv_heads.split(","))))]
+    if args.write:
+        for path in write([row for row in rows if isinstance(row, AttentionRow)]):
+            print(f"wrote {path}", file=sys.stderr)
     if not args.json:
         print(report(rows), end="\n\n")
     print(json.dumps(as_json(rows)))

@@ -26,20 +26,19 @@ def lower_resample(engine: Engine) -> jax.stages.Lowered:
 
 def lower_insert(engine: Engine, bucket: int) -> jax.stages.Lowered:
     """The insert of a bucket's prefix."""
-    return engine.jitted.insert.lower(
-        abstract_prefix(engine, bucket), abstract_state(engine), _array(engine, (), jnp.int32)
-    )
+    slot, page_J = _array(engine, (), jnp.int32), _array(engine, engine.page_BJ.shape[1:], jnp.int32)
+    return engine.jitted.insert.lower(abstract_prefix(engine, bucket), abstract_state(engine), slot, page_J)
 
 
 def lower_generate(engine: Engine) -> jax.stages.Lowered:
     """The decode step."""
-    return engine.jitted.generate.lower(abstract_params(engine), abstract_state(engine))
+    return engine.jitted.generate.lower(*_step_arguments(engine))
 
 
 def lower_score_step(engine: Engine) -> jax.stages.Lowered:
     """The decode step with given tokens."""
     given_B = _array(engine, (engine.max_concurrent_decodes,), jnp.int32)
-    return engine.jitted.score_step.lower(abstract_params(engine), abstract_state(engine), given_B)
+    return engine.jitted.score_step.lower(*_step_arguments(engine), given_B)
 
 
 def abstract_params(engine: Engine) -> Params:
@@ -56,6 +55,10 @@ def abstract_prefix(engine: Engine, bucket: int) -> Prefix:
     """Those of a bucket's prefix."""
     prefix, _ = jax.eval_shape(engine.programs.prefill, *_prefill_arguments(engine, bucket))
     return _placed(prefix, engine.programs.prefix_sharding())
+
+
+def _step_arguments(engine: Engine) -> tuple[Params, DecodeState, jax.ShapeDtypeStruct]:
+    return abstract_params(engine), abstract_state(engine), _array(engine, engine.page_BJ.shape, jnp.int32)
 
 
 def _prefill_arguments(engine: Engine, bucket: int) -> tuple[Params, Any, Any, SlotSampling, Any]:

@@ -1,7 +1,7 @@
-"""Flush on TPU: a Mosaic kernel that rewrites, for each slot, the one tile of rows that holds its position.
+"""Flush on TPU: a Mosaic kernel that rewrites, for each slot with a new row, the one tile of rows that it belongs to.
 
 A row is less than a tile and cannot be written alone, so a step reads a slot's aligned tile in a group of layers, puts
-the new rows in and writes it back. The cache is input and output in one.
+the new rows in and writes it back. The cache is input and output in one. Slots with nothing to write have no step.
 
 The compiler's schedule for v5e (`kernel_report.py`), bf16, H = 128, the 32 layers of a slot: 340 bundles with 1
 kv head, 964 with 4, 1,151 with 8, while the tiles take 480, 1,920 and 3,841 cycles there and back. So HBM is what a
@@ -15,8 +15,6 @@ compiler refuses it in bf16 (offsets must be multiples of 8). It allows it with 
 [L, B, S, K, C], but there attention has to pick each head's rows apart: 6,678 bundles for a block of 256 rows of 4
 heads (here 513), 4,386 for 8 (817); and with 1 head the whole cache is copied, twice.
 """
-
-import functools
 
 import jax
 import jax.numpy as jnp
@@ -47,93 +45,123 @@ def _largest_divisor(num_layers: int, at_most: int) -> int:
 
 
 def _write_row(
-    position_ref,  # [B], scalars
+    slot_ref,  # [B], scalars
+    page_ref,  # [B]
+    row_ref,  # [B]
     new_ref,  # [layers, K, C]
     tile_ref,  # [layers, K, rows, C]
     out_ref,  # [layers, K, rows, C], the tile's own place
-    *,
-    cache_len: int,
 ):
+    del slot_ref, page_ref
     layers, K, rows, C = tile_ref.shape
-    row = _place_in_tile(position_ref[pl.program_id(1)], rows, cache_len)
-    here_SC = jax.lax.broadcasted_iota(jnp.int32, (rows, C), 0) == row
+    row = _place_in_tile(row_ref[pl.program_id(1)], rows)
+    here_RC = jax.lax.broadcasted_iota(jnp.int32, (rows, C), 0) == row
     for layer in range(layers):
         for k in range(K):
-            out_ref[layer, k] = jnp.where(here_SC, new_ref[layer, k : k + 1], tile_ref[layer, k])
+            out_ref[layer, k] = jnp.where(here_RC, new_ref[layer, k : k + 1], tile_ref[layer, k])
 
 
 def _write_lane(
-    position_ref,  # [B], scalars
-    new_ref,  # [layers, K, R, slots], of all slots: one on the lanes would be padded to 128 of them
-    tile_ref,  # [layers, K, R, LANES]
-    out_ref,  # [layers, K, R, LANES], the tile's own place
-    *,
-    cache_len: int,
+    slot_ref,  # [B], scalars
+    page_ref,  # [B]
+    row_ref,  # [B]
+    new_ref,  # [layers, K, 2, slots], of all slots: one on the lanes would be padded to 128 of them
+    tile_ref,  # [layers, K, 2, LANES]
+    out_ref,  # [layers, K, 2, LANES], the tile's own place
 ):
-    b = pl.program_id(1)
-    layers, K, R, lanes = tile_ref.shape
-    lane_RS = jax.lax.broadcasted_iota(jnp.int32, (R, lanes), 1)
-    here_RS = lane_RS == _place_in_tile(position_ref[b], lanes, cache_len)
-    mine_RB = lane_RS == (b & (LANES - 1))
-    slots = pl.ds(pl.multiple_of(b & -LANES, LANES), LANES)
+    del page_ref
+    i = pl.program_id(1)
+    layers, K, both, lanes = tile_ref.shape
+    lane_2R = jax.lax.broadcasted_iota(jnp.int32, (both, lanes), 1)
+    here_2R = lane_2R == _place_in_tile(row_ref[i], lanes)
+    slot = slot_ref[i]
+    mine_2B = lane_2R == (slot & (LANES - 1))
+    slots = pl.ds(pl.multiple_of(slot & -LANES, LANES), LANES)
     for layer in range(layers):
         for k in range(K):
-            new_R1 = jnp.sum(jnp.where(mine_RB, new_ref[layer, k, :, slots], 0), axis=1, keepdims=True)
-            out_ref[layer, k] = jnp.where(here_RS, new_R1, tile_ref[layer, k])
+            new_21 = jnp.sum(jnp.where(mine_2B, new_ref[layer, k, :, slots], 0), axis=1, keepdims=True)
+            out_ref[layer, k] = jnp.where(here_2R, new_21, tile_ref[layer, k])
 
 
-def _place_in_tile(position: jax.Array, tile: int, cache_len: int) -> jax.Array:
+def _place_in_tile(row: jax.Array, tile: int) -> jax.Array:
     """-1 where there is nothing to write."""
-    return jnp.where((position >= 0) & (position < cache_len), position & (tile - 1), -1)
+    return jnp.where(row >= 0, row & (tile - 1), -1)
+
+
+def slots_to_write(page_B: jax.Array, row_B: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    """The grid's steps: i32 (count, slot_B, page_B, row_B), those with a row first, in their order.
+
+    At least one: where no slot has a row to write, one gives a tile back as it was.
+    """
+    slot_B = jnp.arange(page_B.size, dtype=jnp.int32)
+    live_B = row_B >= 0
+    place_B = jnp.cumsum(live_B, dtype=jnp.int32) - 1
+    is_slot_BB = live_B[None, :] & (place_B[None, :] == slot_B[:, None])
+
+    def of_slot(value_B: jax.Array) -> jax.Array:  # a gather, but of one-hot rows: TPUs gather scalars one by one
+        return jnp.sum(jnp.where(is_slot_BB, value_B[None, :], 0), axis=1, dtype=jnp.int32)
+
+    count = jnp.sum(live_B, dtype=jnp.int32)
+    row_B = jnp.where(slot_B < count, of_slot(row_B), -1)
+    return jnp.maximum(count, 1), of_slot(slot_B), of_slot(page_B), row_B
 
 
 def cache_flush_tpu(
     cache: jax.Array,
     new: jax.Array,
-    position_B: jax.Array,
+    page_B: jax.Array,
+    row_B: jax.Array,
     *,
-    token_axis: int,
+    row_axis: int,
+    cores: int | None = None,
     interpret: pltpu.InterpretParams | bool = False,
     vmem_bytes: int = VMEM_BYTES,
 ) -> jax.Array:
-    """`op.cache_flush` on one chip's heads."""
-    L, B, K = cache.shape[:3]
-    S = cache.shape[token_axis]
-    if token_axis == 3:
+    """`op.cache_flush` on one chip's heads: new[:, b] goes to row row_B[b] of page page_B[b]; row -1 writes nothing.
+
+    `cores`: TensorCores that share the layers; None: all of a JAX device (two on v5p), where they divide the layers.
+    """
+    (L, P, K), B, R = cache.shape[:3], new.shape[1], cache.shape[row_axis]
+    if cores is None:
+        cores = pltpu.get_tpu_info().num_cores
+        cores = cores if L % cores == 0 else 1
+    if row_axis == 3:
         kernel, tile_shape = _write_row, (tile_rows(cache.dtype), cache.shape[4])
-        layers = layer_group(L, K, cache.shape[4], cache.dtype, vmem_bytes)
-        new_spec = pl.BlockSpec((layers, None, K, cache.shape[4]), lambda group, b, position_ref: (group, b, 0, 0))
+        layers = layer_group(L // cores, K, cache.shape[4], cache.dtype, vmem_bytes)
+        new_spec = pl.BlockSpec(
+            (layers, None, K, cache.shape[4]), lambda group, i, slot_ref, *_: (group, slot_ref[i], 0, 0)
+        )
     else:
         kernel, tile_shape = _write_lane, (cache.shape[3], LANES)
         slots = -(-B // LANES) * LANES
         new = jnp.pad(new.transpose(0, 2, 3, 1), ((0, 0), (0, 0), (0, 0), (0, slots - B)))
         layer_bytes = 8 * LANES * cache.dtype.itemsize * K * (4 + 2 * slots // LANES)  # at most 8 rows: one tile
-        layers = _largest_divisor(L, vmem_bytes // layer_bytes)
-        new_spec = pl.BlockSpec((layers, *new.shape[1:]), lambda group, b, position_ref: (group, 0, 0, 0))
-    tile = tile_shape[token_axis - 3]
+        layers = _largest_divisor(L // cores, vmem_bytes // layer_bytes)
+        new_spec = pl.BlockSpec((layers, *new.shape[1:]), lambda group, *_: (group, 0, 0, 0))
+    tile = tile_shape[row_axis - 3]
     tile_bits = tile.bit_length() - 1
 
-    def tile_index(group, b, position_ref):
-        # A slot with nothing to write gets its nearest tile back as it was.
+    def tile_index(group, i, slot_ref, page_ref, row_ref):
         # Shifted, since // would look for a sign in each of the pipeline's calls: 50 bundles a step.
-        at = jnp.clip(position_ref[b], 0, S - 1) >> tile_bits
-        return (group, b, 0, at, 0) if token_axis == 3 else (group, b, 0, 0, at)
+        at = jnp.maximum(row_ref[i], 0) >> tile_bits
+        return (group, page_ref[i], 0, at, 0) if row_axis == 3 else (group, page_ref[i], 0, 0, at)
 
     tile_spec = pl.BlockSpec((layers, None, K, *tile_shape), tile_index)
+    count, *scalars = slots_to_write(page_B, row_B)
     flushed = pl.pallas_call(
-        functools.partial(kernel, cache_len=S),
+        kernel,
         grid_spec=pltpu.PrefetchScalarGridSpec(
-            num_scalar_prefetch=1, grid=(L // layers, B), in_specs=[new_spec, tile_spec], out_specs=tile_spec
+            num_scalar_prefetch=3, grid=(L // layers, count), in_specs=[new_spec, tile_spec], out_specs=tile_spec
         ),
         # Else XLA moves a cache that VMEM could hold there and back, whole, for the few tiles that change.
         out_shape=pltpu.HBM(cache.shape, cache.dtype),
-        input_output_aliases={2: 0},  # counting the scalars: the cache is the third operand
-        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel")),
+        input_output_aliases={4: 0},  # counting the scalars: the cache is the fifth operand
+        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary")),
         cost_estimate=pl.CostEstimate(
-            flops=0, transcendentals=0, bytes_accessed=new.nbytes + 2 * tile * cache.nbytes // S
+            flops=0, transcendentals=0, bytes_accessed=new.nbytes + 2 * B * tile * cache.nbytes // (P * R)
         ),
         interpret=interpret,
         name=f"cache_flush_{K}x{'x'.join(map(str, tile_shape))}_layers{layers}",
-    )(position_B, new, cache)
+    )(*scalars, new, cache)
     # libtpu 0.0.42 refuses a program of which this is the only result; a barrier, which costs nothing, hides that.
     return jax.lax.optimization_barrier(flushed)

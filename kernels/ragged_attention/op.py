@@ -1,4 +1,4 @@
-"""Decode attention: one query per slot over the slot's rows of the stacked cache, plus the step's own token."""
+"""Decode attention: one query per slot over the slot's pages of the stacked cache, plus the step's own token."""
 
 import functools
 
@@ -12,50 +12,56 @@ from ..backend import (
     Backend,
     check_backend,
     check_dtypes,
+    check_pages,
     check_shape,
     heads_per_shard,
     interpret_params,
     is_xla,
 )
 from ..scores import check_soft_cap, check_window
-from .block_sizes import block_size
-from .pallas_tpu import Steps, live_steps, ragged_attention_tpu
+from .pallas_tpu import ragged_attention_tpu
 from .reference import ragged_attention_reference
+from .steps import Steps, live_steps
 from .xla_gpu import ragged_attention_gpu
 
 
 def ragged_attention(
     q_BNH: jax.Array,
     new_BKC: jax.Array,
-    cache_LBKSC: jax.Array,
+    cache_LPKRC: jax.Array,
     layer: jax.Array | int,
     length_B: jax.Array,
+    page_BJ: jax.Array,
     steps: Steps | None = None,
     *,
-    scale_LBK2S: jax.Array | None = None,
+    scale_LPK2R: jax.Array | None = None,
     window: jax.Array | int | None = None,
     soft_cap: float | None = None,
     mesh: Mesh,
     backend: Backend,
 ) -> jax.Array:
-    """Softmax attention (scale H**-0.5) over rows [0, length) of one layer of the cache and over the new token.
+    """Softmax attention (scale H**-0.5) over rows [0, length) of a slot in one layer, and over the slot's new token.
 
-    The new token is not in the cache: each layer returns its k and v, and `cache_flush` writes them all at the step's
-    end. So the cache is only read here, and the softmax starts from the new token: m, l, acc = q . k_new, 1, v_new.
+    Row s of slot b is row s % R of page page_BJ[b, s // R]. The new token is not in the cache: each layer returns its
+    k and v, and `cache_flush` writes them all at the step's end. So the cache is only read here, and the softmax starts
+    from the new token: m, l, acc = q . k_new, 1, v_new.
 
     Args:
         q_BNH: queries, rope applied; bf16 or f32. Query head n uses kv head n // (N / K). Sharded on N, as K.
         new_BKC: the step's own k and v side by side (C = 2 H), q's dtype. Sharded on K.
-        cache_LBKSC: all layers' k and v, q's dtype, or int8 codes with scales; S a multiple of 128. Sharded on K. Rows
-            at or past a slot's length are never used, whatever they hold, NaN included; nor their scales.
+        cache_LPKRC: all layers' pages of k and v, q's dtype, or int8 codes with scales; R a multiple of 128. Sharded on
+            K. Rows at or past a slot's length are never used, whatever they hold, NaN included; nor their scales, nor
+            pages that are in no table.
         layer: which layer to read, a Python int or an i32 scalar, traced or not.
-        length_B: i32, rows in use, 0 <= length <= S. 0 gives exactly v_new.
-        steps: `attention_steps` of this cache, these lengths and this window. None lists them here, once a call.
-        scale_LBK2S: f32, what an int8 row's k and v are to be multiplied by. Sharded on K. The scores and the softmax's
+        length_B: i32, rows in use, 0 <= length <= J R. 0 gives exactly v_new.
+        page_BJ: i32, the pages of each slot, its first tokens' first. Entries behind the last row are not used. Slots
+            may share pages.
+        steps: `attention_steps` of these lengths and pages, and of this window. None lists them here, once a call.
+        scale_LPK2R: f32, what an int8 row's k and v are to be multiplied by. Sharded on K. The scores and the softmax's
             weights are multiplied instead, so that k and v are nowhere stored dequantised.
         window: how many tokens a query sees, itself included: rows [length - window + 1, length) and the new token.
-            An i32 scalar, traced or not: layers under one scan may differ, S + 1 and above being everything. None is
-            everything too, by a program that has no windows. Only the window's blocks are read.
+            An i32 scalar, traced or not: layers under one scan may differ, J R + 1 and above being everything. None is
+            everything too, by a program that has no windows. Only the window's pages are read.
         soft_cap: scores become cap * tanh(score / cap), after scaling (arXiv:2408.00118). None: they do not.
         mesh: heads are sharded on its axis "tensor".
         backend: see `Backend`.
@@ -70,19 +76,19 @@ def ragged_attention(
     check_backend(backend)
     check_window(window)
     check_soft_cap(soft_cap)
-    (L, B, K, S, C), (N, H) = cache_LBKSC.shape, q_BNH.shape[1:]
+    (L, pool, K, R, C), (B, N, H) = cache_LPKRC.shape, q_BNH.shape
     heads_per_shard(mesh, K, N)
-    if scale_LBK2S is None:
-        check_dtypes(q_BNH=q_BNH, new_BKC=new_BKC, cache_LBKSC=cache_LBKSC)
+    if scale_LPK2R is None:
+        check_dtypes(q_BNH=q_BNH, new_BKC=new_BKC, cache_LPKRC=cache_LPKRC)
     else:
         check_dtypes(q_BNH=q_BNH, new_BKC=new_BKC)
-        check_shape("scale_LBK2S", scale_LBK2S, (L, B, K, 2, S), "LBK2S")
-        if (cache_LBKSC.dtype, scale_LBK2S.dtype) != (jnp.int8, jnp.float32):
-            raise ValueError(f"a cache with scales has int8 codes and float32 scales, got {cache_LBKSC.dtype=} and "
-                             f"{scale_LBK2S.dtype=}")  # fmt: skip
-    check_shape("q_BNH", q_BNH, (B, N, H), "BNH")
+        check_shape("scale_LPK2R", scale_LPK2R, (L, pool, K, 2, R), "LPK2R")
+        if (cache_LPKRC.dtype, scale_LPK2R.dtype) != (jnp.int8, jnp.float32):
+            raise ValueError(f"a cache with scales has int8 codes and float32 scales, got {cache_LPKRC.dtype=} and "
+                             f"{scale_LPK2R.dtype=}")  # fmt: skip
     check_shape("new_BKC", new_BKC, (B, K, C), "BKC")
     check_shape("length_B", length_B, (B,), "B")
+    check_pages(page_BJ, slots=B, rows=R)
     if C != 2 * H:
         raise ValueError(f"the cache's rows have {C=} lanes, but k and v side by side need 2 * {H=}")
     if not is_xla(backend) and C % 128:
@@ -91,59 +97,75 @@ def ragged_attention(
             f"{H=} makes rows of {C=} lanes, not whole tiles of 128, and the TPU compiler would copy the cache at "
             f"every call; pad heads to {padded} with zeros and scale q by ({padded} / {H})**0.5"
         )
-    if S % 128:
-        raise ValueError(f"cache length {S=} must be a multiple of 128; nearest above: {-(-S // 128) * 128}")
     if isinstance(layer, int) and not 0 <= layer < L:
         raise ValueError(f"{layer=} must be in [0, {L=})")
 
-    heads, length_B = P(None, AXIS), length_B.astype(jnp.int32)
+    heads, length_B, page_BJ = P(None, AXIS), length_B.astype(jnp.int32), page_BJ.astype(jnp.int32)
     window = None if window is None else jnp.asarray(window, jnp.int32)
     if is_xla(backend):
         attention, operands = ragged_attention_gpu if backend == "xla_gpu" else ragged_attention_reference, ()
     else:
         attention = functools.partial(ragged_attention_tpu, interpret=interpret_params(backend))
-        operands = (steps or _list_steps(cache_LBKSC, length_B, window, mesh, backend),)
+        operands = (steps or _list_steps(cache_LPKRC, length_B, page_BJ, window, None, mesh, backend),)
     sharded = jax.shard_map(
         functools.partial(attention, soft_cap=soft_cap),
         mesh=mesh,
-        in_specs=(heads, heads, P(None, None, AXIS), P(None, None, AXIS), P(), P(), P(), *(P() for _ in operands)),
+        in_specs=(heads, heads, P(None, None, AXIS), P(None, None, AXIS), P(), P(), P(), P(), *(P() for _ in operands)),
         out_specs=heads,
         check_vma=False,  # pallas_call's results carry no varying-axes type
     )
     layer = jnp.asarray(layer, jnp.int32)
-    return sharded(q_BNH, new_BKC, cache_LBKSC, scale_LBK2S, layer, length_B, window, *operands)
+    return sharded(q_BNH, new_BKC, cache_LPKRC, scale_LPK2R, layer, length_B, page_BJ, window, *operands)
 
 
 def attention_steps(
-    cache_LBKSC: jax.Array,
+    cache_LPKRC: jax.Array,
     length_B: jax.Array,
+    page_BJ: jax.Array,
     *,
     window: jax.Array | int | None = None,
+    max_pages: int | None = None,
     mesh: Mesh,
     backend: Backend,
 ) -> Steps | None:
-    """What all layers of a window have in common in a decode step, for `ragged_attention`: which blocks to read.
+    """What all layers of a window have in common in a decode step, for `ragged_attention`: which pages to read.
 
-    Depends on lengths and window only, but a scan over layers would list them anew for each: XLA leaves there what is
-    larger than it is made of. Has the same shapes whatever the window: where layers differ, list once for each window
-    (S + 1 for all) and pick. None where the backend has no use for it.
+    Depends on lengths, page table and window only, but a scan over layers would list them anew for each: XLA leaves
+    there what is larger than it is made of. Has the same shapes whatever the window: where layers differ, list once for
+    each window (J R + 1 for all) and pick. None where the backend has no use for it.
+
+    `max_pages`: entries of the page table that hold live rows at once, at most. None: the pool's P, which is right
+    while no page is in two slots' tables; else it is the sum of the references.
     """
     check_window(window)
+    check_pages(page_BJ, slots=length_B.shape[0], rows=cache_LPKRC.shape[3])
+    if is_xla(backend):
+        return None
     window = None if window is None else jnp.asarray(window, jnp.int32)
-    return None if is_xla(backend) else _list_steps(cache_LBKSC, length_B, window, mesh, backend)
+    return _list_steps(cache_LPKRC, length_B, page_BJ, window, max_pages, mesh, backend)
 
 
 def _list_steps(
-    cache_LBKSC: jax.Array, length_B: jax.Array, window: jax.Array | None, mesh: Mesh, backend: Backend
+    cache_LPKRC: jax.Array,
+    length_B: jax.Array,
+    page_BJ: jax.Array,
+    window: jax.Array | None,
+    max_pages: int | None,
+    mesh: Mesh,
+    backend: Backend,
 ) -> Steps:
-    K, S, C = cache_LBKSC.shape[2:]
-    block = block_size(heads_per_shard(mesh, K), C // 2, S, cache_LBKSC.dtype)
-    cores = None if backend == "pallas" else 1
-    listing = jax.shard_map(
-        functools.partial(live_steps, cache_len=S, block=block, cores=cores),
+    listing = functools.partial(
+        live_steps,
+        rows=cache_LPKRC.shape[3],
+        max_pages=max_pages or cache_LPKRC.shape[1],
+        cores=None if backend == "pallas" else 1,
+        interpret=interpret_params(backend),
+    )
+    sharded = jax.shard_map(
+        listing,
         mesh=mesh,  # tells what chip it is
         in_specs=P(),
         out_specs=P(),
         check_vma=False,
     )
-    return listing(length_B.astype(jnp.int32), window)
+    return sharded(length_B.astype(jnp.int32), window, page_BJ.astype(jnp.int32))

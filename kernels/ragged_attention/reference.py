@@ -5,33 +5,29 @@ import jax.numpy as jnp
 
 from ..scores import cap_scores, rows_seen
 
-BLOCK = 64
-"""Rows of the cache per loop iteration. A whole step of the embedded model on 2 CPU cores with 64 / 128 / 256 rows, in
-turns: 39 / 38 / 38 ms (8 slots of 160 tokens), 102 / 105 / 99 ms (32 of 160), 93 / 89 / 91 ms (8 of 900)."""
-
 
 def ragged_attention_reference(
     q_BNH: jax.Array,
     new_BKC: jax.Array,
-    cache_LBKSC: jax.Array,
-    scale_LBK2S: jax.Array | None,
+    cache_LPKRC: jax.Array,
+    scale_LPK2R: jax.Array | None,
     layer: jax.Array,
     length_B: jax.Array,
+    page_BJ: jax.Array,
     window: jax.Array | None,
     *,
     soft_cap: float | None = None,
 ) -> jax.Array:
     """`op.ragged_attention` on one shard's heads; `layer` and `window` are i32 scalars.
 
-    An online softmax over blocks of rows that starts from the new token. The loop goes from the first row that any slot
-    sees to the longest slot's last, so that neither rows outside nor other layers are read. Accumulates in f32.
+    Slot after slot, an online softmax over the slot's pages that starts from its new token. The loop goes from the
+    first page that the slot sees to its last, so that a slot costs its own rows, whatever the others hold. Accumulates
+    in f32.
 
     k and v are not cut apart, which would copy them: q padded with zeros makes q . row = q . k, and of p @ row the last
-    H lanes are p @ v. SmolLM2-135M's 30 layers on 2 CPU cores, 8 slots, S = 1024, lengths ~200, f32: 11 ms a step;
-    cut apart 23, over all S rows without a loop 177. Use f32 there: XLA:CPU slices bf16 by way of an f32 copy of the
-    whole cache.
+    H lanes are p @ v. Use f32 on CPUs: XLA:CPU slices bf16 by way of an f32 copy of the whole cache.
     """
-    (B, N, H), (K, S, C) = q_BNH.shape, cache_LBKSC.shape[2:]
+    (B, N, H), (K, R, C), J = q_BNH.shape, cache_LPKRC.shape[2:], page_BJ.shape[1]
     q_BKGH = q_BNH.reshape(B, K, N // K, H).astype(jnp.float32) * H**-0.5
     q_BKGC = jnp.pad(q_BKGH, ((0, 0), (0, 0), (0, 0), (0, C - H)))
     new_BKC = new_BKC.astype(jnp.float32)
@@ -39,35 +35,39 @@ def ragged_attention_reference(
     l_BKG = jnp.ones_like(m_BKG)
     acc_BKGC = jnp.broadcast_to(new_BKC[:, :, None], q_BKGC.shape)
     first_B, end_B = rows_seen(length_B, window)
-    first_B = jnp.broadcast_to(first_B, end_B.shape)
+    first_B, end_B = jnp.broadcast_to(first_B, end_B.shape), jnp.minimum(end_B, J * R)
 
-    def add_block(block, carry):
-        m_BKG, l_BKG, acc_BKGC = carry
-        row_S = block * BLOCK + jnp.arange(BLOCK)
-        live_BS = (row_S[None, :] >= first_B[:, None]) & (row_S[None, :] < end_B[:, None])
-        start = (layer, jnp.int32(0), jnp.int32(0), block * BLOCK, jnp.int32(0))
-        rows_BKSC = jax.lax.dynamic_slice(cache_LBKSC, start, (1, B, K, BLOCK, C))[0]
-        # Dead rows may hold NaN, and 0 * NaN is NaN: masking the scores alone is not enough.
-        rows_BKSC = jnp.where(live_BS[:, None, :, None], rows_BKSC, 0).astype(jnp.float32)
-        scale_BK2S = jnp.ones((1, 1, 2, 1))
-        if scale_LBK2S is not None:
-            start = (layer, jnp.int32(0), jnp.int32(0), jnp.int32(0), block * BLOCK)
-            scale_BK2S = jax.lax.dynamic_slice(scale_LBK2S, start, (1, B, K, 2, BLOCK))[0]
-            scale_BK2S = jnp.where(live_BS[:, None, None, :], scale_BK2S, 0)
+    def attend_slot(slot, out_BKGC):
+        q_KGC, first, end = q_BKGC[slot], first_B[slot], end_B[slot]
 
-        # Rows first, and the barrier keeps it so: XLA:CPU turns the second operand around, and q is the small one.
-        score_BKSG = jax.lax.optimization_barrier(jnp.einsum("BKSC,BKGC->BKSG", rows_BKSC, q_BKGC))
-        score_BKGS = score_BKSG.swapaxes(2, 3) * scale_BK2S[:, :, :1]
-        score_BKGS = jnp.where(live_BS[:, None, None, :], cap_scores(score_BKGS, soft_cap), -jnp.inf)
-        m_next_BKG = jnp.maximum(m_BKG, score_BKGS.max(axis=-1))
-        p_BKGS = jnp.exp(score_BKGS - m_next_BKG[..., None])
-        decay_BKG = jnp.exp(m_BKG - m_next_BKG)
-        l_BKG = l_BKG * decay_BKG + p_BKGS.sum(axis=-1)
-        weight_BKGS = p_BKGS * scale_BK2S[:, :, 1:]
-        acc_BKGC = acc_BKGC * decay_BKG[..., None] + jnp.einsum("BKGS,BKSC->BKGC", weight_BKGS, rows_BKSC)
-        return m_next_BKG, l_BKG, acc_BKGC
+        def add_page(block, carry):
+            m_KG, l_KG, acc_KGC = carry
+            row_R = block * R + jnp.arange(R)
+            live_R = (row_R >= first) & (row_R < end)
+            start = (layer, page_BJ[slot, block], jnp.int32(0), jnp.int32(0), jnp.int32(0))
+            rows_KRC = jax.lax.dynamic_slice(cache_LPKRC, start, (1, 1, K, R, C))[0, 0]
+            # Dead rows may hold NaN, and 0 * NaN is NaN: masking the scores alone is not enough.
+            rows_KRC = jnp.where(live_R[None, :, None], rows_KRC, 0).astype(jnp.float32)
+            scale_K2R = jnp.ones((1, 2, 1))
+            if scale_LPK2R is not None:
+                scale_K2R = jax.lax.dynamic_slice(scale_LPK2R, start, (1, 1, K, 2, R))[0, 0]
+                scale_K2R = jnp.where(live_R[None, None, :], scale_K2R, 0)
 
-    first_block = jnp.min(first_B, where=end_B > 0, initial=S) // BLOCK
-    end_block = (jnp.clip(end_B.max(), 0, S) + BLOCK - 1) // BLOCK
-    _, l_BKG, acc_BKGC = jax.lax.fori_loop(first_block, end_block, add_block, (m_BKG, l_BKG, acc_BKGC))
-    return (acc_BKGC[..., H:] / l_BKG[..., None]).reshape(B, N, H).astype(q_BNH.dtype)
+            # Rows first, and the barrier keeps it so: XLA:CPU turns the second operand around, and q is the small one.
+            score_KRG = jax.lax.optimization_barrier(jnp.einsum("KRC,KGC->KRG", rows_KRC, q_KGC))
+            score_KGR = score_KRG.swapaxes(1, 2) * scale_K2R[:, :1]
+            score_KGR = jnp.where(live_R[None, None, :], cap_scores(score_KGR, soft_cap), -jnp.inf)
+            m_next_KG = jnp.maximum(m_KG, score_KGR.max(axis=-1))
+            p_KGR = jnp.exp(score_KGR - m_next_KG[..., None])
+            decay_KG = jnp.exp(m_KG - m_next_KG)
+            l_KG = l_KG * decay_KG + p_KGR.sum(axis=-1)
+            seen_KGC = jnp.einsum("KGR,KRC->KGC", p_KGR * scale_K2R[:, 1:], rows_KRC)
+            return m_next_KG, l_KG, acc_KGC * decay_KG[..., None] + seen_KGC
+
+        _, l_KG, acc_KGC = jax.lax.fori_loop(
+            first // R, (end + R - 1) // R, add_page, (m_BKG[slot], l_BKG[slot], acc_BKGC[slot])
+        )
+        return jax.lax.dynamic_update_index_in_dim(out_BKGC, acc_KGC / l_KG[..., None], slot, 0)
+
+    out_BKGC = jax.lax.fori_loop(0, B, attend_slot, jnp.zeros_like(acc_BKGC))
+    return out_BKGC[..., H:].reshape(B, N, H).astype(q_BNH.dtype)

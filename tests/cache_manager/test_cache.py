@@ -7,10 +7,22 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import Mesh
-from slipstream.cache_manager import KV, CacheLayout, Int8, Plain, codec_for, flush, insert, prompt_rows, rows
+from slipstream.cache_manager import (
+    KV,
+    CacheLayout,
+    Int8,
+    Plain,
+    codec_for,
+    flush,
+    insert,
+    prompt_rows,
+    rows,
+    tuned_page_rows,
+)
 
-LAYOUT = CacheLayout(layers=2, slots=3, kv_heads=2, length=128, head_dim=4, dtype=jnp.dtype("bfloat16"))
+LAYOUT = CacheLayout(layers=2, slots=3, kv_heads=2, length=256, head_dim=4, dtype=jnp.dtype("bfloat16"), page_rows=128)
 INT8 = replace(LAYOUT, codec=Int8())
+PAGES = np.array([[4, 0], [5, 2], [1, 3]], np.int32)  # of three slots
 
 
 @pytest.fixture
@@ -25,7 +37,13 @@ def noise(*shape, seed=0):
 def int8_noise(layout, seed=0):
     """A cache of random codes and scales."""
     codes = np.random.default_rng(seed).integers(-127, 128, layout.shape)
-    return KV(jnp.asarray(codes, jnp.int8), jnp.abs(noise(*layout.shape[:3], 2, layout.length, seed=seed)))
+    return KV(jnp.asarray(codes, jnp.int8), jnp.abs(noise(*layout.shape[:3], 2, layout.page_rows, seed=seed)))
+
+
+def int8_prefix(bucket, seed=1):
+    """A prompt's codes and scales."""
+    codes = np.random.default_rng(seed).integers(-127, 128, (2, 2, bucket, 8))
+    return KV(jnp.asarray(codes, jnp.int8), jnp.abs(noise(2, 2, 2, bucket, seed=seed)))
 
 
 def meant(kv):
@@ -39,9 +57,32 @@ def assert_same(actual, expected):
 
 
 def test_shape_and_bytes():
-    assert LAYOUT.shape == (2, 3, 2, 128, 8)
-    assert LAYOUT.bytes == 2 * 3 * 2 * 128 * 8 * 2
-    assert INT8.bytes == 2 * 3 * 2 * 128 * (8 + 8)  # codes, and two f32 scales
+    assert LAYOUT.shape == (2, 6, 2, 128, 8)
+    assert LAYOUT.bytes == 2 * 6 * 2 * 128 * 8 * 2
+    assert INT8.bytes == 2 * 6 * 2 * 128 * (8 + 8)  # codes, and two f32 scales
+
+
+def test_pages_for_tokens():
+    assert [LAYOUT.pages_for(tokens) for tokens in (0, 1, 128, 129, 256)] == [0, 1, 1, 2, 2]
+    assert (LAYOUT.pages_per_slot, LAYOUT.pages) == (2, 6)
+    assert LAYOUT.own_pages().tolist() == [[0, 1], [2, 3], [4, 5]]
+
+
+@pytest.mark.parametrize(
+    ("kv_heads", "length", "codec", "backend", "rows"),
+    [
+        (2, 4096, Plain(), "xla", 128),
+        (2, 4096, Int8(), "xla_gpu", 128),
+        (8, 4096, Plain(), "pallas", 128),
+        (1, 4096, Plain(), "pallas", 1024),
+        (1, 4096, Int8(), "pallas", 1024),
+        (1, 384, Plain(), "pallas", 128),
+    ],
+)
+def test_page_rows_of_a_chip_that_was_not_tuned(mesh, kv_heads, length, codec, backend, rows):
+    """By the bytes of a chip's heads; pages of 128 rows where no kernel reads them."""
+    sizes = {"kv_heads": kv_heads, "head_dim": 128, "length": length, "dtype": jnp.dtype("bfloat16"), "codec": codec}
+    assert tuned_page_rows(**sizes, mesh=mesh, backend=backend) == rows
 
 
 def test_codecs_by_name():
@@ -52,7 +93,7 @@ def test_codecs_by_name():
 def test_a_device_holds_its_heads(layout):
     mesh = Mesh(np.array(jax.devices()[:2]), ("tensor",))
     shards = [leaf.sharding.shard_shape(leaf.shape) for leaf in jax.tree.leaves(layout.abstract(mesh))]
-    assert shards == [(2, 3, 1, 128, 8), (2, 3, 1, 2, 128)][: len(shards)]
+    assert shards == [(2, 6, 1, 128, 8), (2, 6, 1, 2, 128)][: len(shards)]
     empty = layout.empty()
     assert [(x.shape, x.dtype) for x in jax.tree.leaves(empty)] == [
         (x.shape, x.dtype) for x in jax.tree.leaves(layout.abstract(mesh))
@@ -120,40 +161,63 @@ def test_a_prompts_rows_are_encoded_token_by_token():
 
 
 @pytest.mark.parametrize("slot", [0, 2])
-@pytest.mark.parametrize("bucket", [16, 128])
-def test_insert_is_left_aligned_and_touches_one_slot(slot, bucket):
-    cache, prefix = int8_noise(INT8), int8_noise(INT8, seed=1)
-    prefix = KV(prefix.rows[:, 0, :, :bucket], prefix.scales[:, 0, :, :, :bucket])
+@pytest.mark.parametrize(
+    ("bucket", "length"), [(16, 1), (16, 16), (128, 128), (256, 100), (256, 128), (256, 129), (256, 256), (192, 192)]
+)
+def test_insert_is_left_aligned_and_touches_the_slots_pages(slot, bucket, length):
+    """Row by row over the slot's pages; padding may come along into the last page, and no page further."""
+    cache, prefix = int8_noise(INT8), int8_prefix(bucket)
     expected = jax.tree.map(np.array, cache)
-    expected.rows[:, slot, :, :bucket] = prefix.rows
-    expected.scales[:, slot, :, :, :bucket] = prefix.scales
-    assert_same(insert(cache, prefix, jnp.int32(slot)), expected)
-    assert_same(insert(KV(cache.rows), KV(prefix.rows), jnp.int32(slot)), KV(expected.rows))
+    for row in range(min(bucket, -(-length // 128) * 128)):
+        page = PAGES[slot, row // 128]
+        expected.rows[:, page, :, row % 128] = prefix.rows[:, :, row]
+        expected.scales[:, page, :, :, row % 128] = prefix.scales[:, :, :, row]
+    args = jnp.asarray(PAGES[slot]), jnp.int32(length)
+    assert_same(jax.jit(insert)(cache, prefix, *args), expected)
+    assert_same(insert(KV(cache.rows), KV(prefix.rows), *args), KV(expected.rows))
 
 
-def test_insert_refuses_a_bucket_longer_than_the_cache():
-    with pytest.raises(ValueError, match="bucket=256 does not fit into cache_length=128"):
-        insert(LAYOUT.empty(), KV(jnp.zeros((2, 2, 256, 8), jnp.bfloat16)), jnp.int32(0))
+@pytest.mark.parametrize("codec", [Plain(), Int8()])
+def test_insert_is_in_place(codec):
+    layout = replace(LAYOUT, layers=8, slots=16, dtype=jnp.dtype("float32"), codec=codec)
+    cache = layout.empty()
+    prefix = jax.tree.map(lambda leaf: leaf[:, 0], cache)  # of one page
+    args = cache, prefix, jnp.arange(2, dtype=jnp.int32), jnp.int32(5)
+    memory = jax.jit(insert, donate_argnums=0).lower(*args).compile().memory_analysis()
+    assert memory.alias_size_in_bytes == layout.bytes
+    assert memory.temp_size_in_bytes < layout.bytes / 10
+
+
+def test_insert_refuses_a_bucket_longer_than_the_slots_pages():
+    prefix = KV(jnp.zeros((2, 2, 512, 8), jnp.bfloat16))
+    with pytest.raises(ValueError, match="bucket=512 does not fit into 2 pages of 128; use a bucket of at most 256"):
+        insert(LAYOUT.empty(), prefix, jnp.zeros(2, jnp.int32), jnp.int32(512))
+
+
+LENGTHS, LIVE = jnp.array([0, 5, 255]), jnp.array([True, False, True])
+WRITTEN = ((0, 4, 0), (2, 3, 127))  # slot, page, row
 
 
 def test_flush_writes_live_slots_behind_their_last_row(mesh):
     """A dead slot keeps its row 5, though its stale length says 5."""
     cache, new = noise(*LAYOUT.shape), noise(2, 3, 2, 8, seed=1)
-    length, live = jnp.array([0, 5, 127]), jnp.array([True, False, True])
     expected = np.array(cache)
-    expected[:, 0, :, 0] = new[:, 0]
-    expected[:, 2, :, 127] = new[:, 2]
-    flushed = flush(KV(cache), new, length, live, codec=Plain(), mesh=mesh, backend="xla")
+    for slot, page, row in WRITTEN:
+        expected[:, page, :, row] = new[:, slot]
+    flushed = flush(KV(cache), new, LENGTHS, LIVE, jnp.asarray(PAGES), codec=Plain(), mesh=mesh, backend="xla")
     assert_same(flushed, KV(expected))
+    full = jnp.array([256, 256, 256])
+    flushed = flush(KV(cache), new, full, LIVE, jnp.asarray(PAGES), codec=Plain(), mesh=mesh, backend="xla")
+    assert_same(flushed, KV(cache))
 
 
 def test_flush_encodes_and_leaves_all_else_as_it_is(mesh):
     """Poison: scales of all other tokens are NaN, and stay so."""
     cache, new = int8_noise(INT8), noise(2, 3, 2, 8, seed=1)
     cache = cache._replace(scales=jnp.full_like(cache.scales, jnp.nan))
-    length, live = jnp.array([0, 5, 127]), jnp.array([True, False, True])
     expected, encoded = jax.tree.map(np.array, cache), Int8().encode(new)
-    for slot, position in ((0, 0), (2, 127)):
-        expected.rows[:, slot, :, position] = encoded.rows[:, slot]
-        expected.scales[:, slot, :, :, position] = encoded.scales[:, slot]
-    assert_same(flush(cache, new, length, live, codec=Int8(), mesh=mesh, backend="xla"), expected)
+    for slot, page, row in WRITTEN:
+        expected.rows[:, page, :, row] = encoded.rows[:, slot]
+        expected.scales[:, page, :, :, row] = encoded.scales[:, slot]
+    flushed = flush(cache, new, LENGTHS, LIVE, jnp.asarray(PAGES), codec=Int8(), mesh=mesh, backend="xla")
+    assert_same(flushed, expected)

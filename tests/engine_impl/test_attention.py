@@ -9,6 +9,7 @@ from slipstream.engine_impl.attention import attend_cache, attend_prompt, stored
 from slipstream.engine_impl.weights.sharding import make_mesh
 
 LENGTHS, H = [0, 3, 70, 128], 6
+PAGES = np.array([[2], [0], [3], [1]], np.int32)
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +38,7 @@ def test_padded_heads_change_nothing(mesh):
     outs, stored = [], []
     for width in (H, 16):
         cache = jnp.concatenate([wide(cached_k, width), wide(cached_v, width)], axis=-1)
-        attend = attend_cache(KV(cache), jnp.asarray(LENGTHS), soft_cap=2.0, mesh=mesh, backend="xla")
+        attend = attend_cache(KV(cache), jnp.asarray(LENGTHS), PAGES, soft_cap=2.0, mesh=mesh, backend="xla")
         prompt = attend_prompt(4, head_dim=width, codec=Plain(), soft_cap=2.0, mesh=mesh, backend="xla")
         outs.append(tuple(jax.jit(one.call, static_argnums=(0, 1))(0, 0, q, k, v) for one in (attend, prompt)))
         stored.append((attend.stored(k, v), prompt.stored(k, v).rows))
@@ -54,7 +55,7 @@ def test_a_traced_kind_sees_what_a_known_one_sees(mesh, what):
     """Layers under a scan select among windows; those that cut nothing off are one kind."""
     windows = {"window_of_layer": (5, None, 40, 4000), "mesh": mesh, "backend": "xla"}
     if what == "cache":
-        attend = attend_cache(KV(random(4, 4, 2, 128, 2 * H)), jnp.asarray(LENGTHS), **windows)
+        attend = attend_cache(KV(random(4, 4, 2, 128, 2 * H)), jnp.asarray(LENGTHS), PAGES, **windows)
         qkv = random(4, 4, H), random(4, 2, H), random(4, 2, H)
     else:
         attend = attend_prompt(64, head_dim=H, codec=Plain(), **windows)

@@ -405,9 +405,11 @@ def test_no_step_nor_insert_copies_the_cache():
     engine, params = tiny_engine(cache_length=512)
     state = engine.init_decode_state()
     prefix, _ = engine.prefill(params, *engine.pad(PROMPT))
-    generate = engine.jitted.generate.lower(params, state).compile().memory_analysis()
-    insert = engine.jitted.insert.lower(prefix, state, np.int32(0)).compile().memory_analysis()
-    score = engine.jitted.score_step.lower(params, state, np.zeros(4, np.int32)).compile().memory_analysis()
+    generate = engine.jitted.generate.lower(params, state, engine.page_BJ).compile().memory_analysis()
+    insert = engine.jitted.insert.lower(prefix, state, np.int32(0), engine.page_BJ[0]).compile().memory_analysis()
+    score = (
+        engine.jitted.score_step.lower(params, state, engine.page_BJ, np.zeros(4, np.int32)).compile().memory_analysis()
+    )
     for memory in (generate, insert, score):
         assert memory.alias_size_in_bytes >= engine.layout.bytes + state.count_BV.nbytes
         assert memory.temp_size_in_bytes < engine.layout.bytes / 4

@@ -45,7 +45,8 @@ def check(engine: Engine, program: str) -> None:
     assert memory.argument_size_in_bytes + memory.temp_size_in_bytes + cache_beside < chip_of(TOPOLOGY).hbm_bytes
     if program == "generate":
         assert cache_copies(hlo, engine) == []
-        assert hlo.pallas_calls() == {"ragged_attention": layout.layers, "cache_flush": 1}
+        lists = len({*engine.model.config.window_of_layer})
+        assert hlo.pallas_calls() == {"live_steps": lists, "ragged_attention": layout.layers, "cache_flush": 1}
         assert memory.alias_size_in_bytes >= cache_bytes
     else:
         kinds = {min(window or BUCKET, BUCKET) for window in engine.model.config.window_of_layer}

@@ -130,7 +130,7 @@ def test_a_program_on_real_chips(program, kv_heads, head_dim, topology, quantize
         assert state_bytes <= memory.alias_size_in_bytes < state_bytes + 64 * 1024  # the rest, and what tiles pad
         assert copies_of_counts(hlo, engine) == []
         flushes = len(jax.tree.leaves(engine.layout.abstract(engine.mesh)))
-        kernels = {"ragged_attention": LAYERS, "cache_flush": flushes} if program == "generate" else {}
+        kernels = {"live_steps": 1, "ragged_attention": LAYERS, "cache_flush": flushes} if program == "generate" else {}
         assert hlo.pallas_calls() == kernels
 
 
@@ -160,8 +160,8 @@ def test_what_one_program_leaves_the_next_takes_as_it_lies(kv_heads, head_dim, q
 
     engine = small_engine(kv_heads, head_dim, "v5e:2x4", quantize_kv=quantize_kv)
     prefill, insert, generate = (compiled(engine, program) for program in ("prefill", "insert", "generate"))
-    (prefix, state_in, _), _ = insert.input_formats
-    (_, state), _ = generate.input_formats
+    (prefix, state_in, *_), _ = insert.input_formats
+    (_, state, _), _ = generate.input_formats
     state_out, _ = generate.output_formats
     made, _ = prefill.output_formats
     for leaf in ("kv", "count_V"):
@@ -178,7 +178,7 @@ def test_the_programs_beside_the_step():
     scoring = lower_score_step(engine).compile()
     hlo = Program(scoring.as_text())
     assert cache_copies(hlo, engine) == []
-    assert hlo.pallas_calls() == {"ragged_attention": LAYERS, "cache_flush": 1}
+    assert hlo.pallas_calls() == {"live_steps": 1, "ragged_attention": LAYERS, "cache_flush": 1}
     assert scoring.memory_analysis().alias_size_in_bytes >= engine.layout.bytes // engine.mesh.size
 
     again = Program(lower_resample(engine).compile().as_text())

@@ -60,3 +60,24 @@ def bits(array):
     """The array's bits as unsigned integers, so that NaNs compare."""
     array = np.asarray(array)
     return array.view({1: np.uint8, 2: np.uint16, 4: np.uint32}[array.dtype.itemsize])
+
+
+def paged(leaf, page_BJ, pool, rows, row_axis=3):
+    """A contiguous [L, B, K, S, C] (or [L, B, K, 2, S] with `row_axis` 4) in the pages [L, P, K, R, C] of a pool of P:
+    NaN, or 99 in codes, in all others; what the table does not have (-1) is left out."""
+    leaf = np.moveaxis(np.asarray(leaf), row_axis, 3)
+    L, B, K, S, C = leaf.shape
+    pages = np.full((L, pool, K, rows, C), 99 if leaf.dtype == np.int8 else np.nan, leaf.dtype)
+    for b in range(B):
+        for j in range(S // rows):
+            if page_BJ[b, j] >= 0:
+                pages[:, page_BJ[b, j]] = leaf[:, b, :, j * rows : (j + 1) * rows]
+    return jnp.asarray(np.moveaxis(pages, 3, row_axis))
+
+
+def table(lengths, S, rows, seed=0):
+    """(page_BJ scattered over a pool, the pool's pages): -1 where no row of a slot is, and 2 pages in no table."""
+    J = S // rows
+    pool = len(lengths) * J + 2
+    page_BJ = np.random.default_rng(seed).permutation(pool)[: len(lengths) * J].reshape(-1, J).astype(np.int32)
+    return np.where(np.arange(J) * rows < np.asarray(lengths)[:, None], page_BJ, -1), pool

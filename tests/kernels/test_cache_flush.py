@@ -6,31 +6,44 @@ import numpy as np
 import pytest
 from slipstream.kernels import cache_flush
 from slipstream.kernels.backend import interpret_params
-from slipstream.kernels.cache_flush.pallas_tpu import VMEM_BYTES, cache_flush_tpu, layer_group, tile_rows
+from slipstream.kernels.cache_flush.pallas_tpu import (
+    VMEM_BYTES,
+    cache_flush_tpu,
+    layer_group,
+    slots_to_write,
+    tile_rows,
+)
 
 from . import oracle
 
-S = 128
-FLUSH = jax.jit(cache_flush, static_argnames=("token_axis", "mesh", "backend"))
+R = 128
+FLUSH = jax.jit(cache_flush, static_argnames=("row_axis", "mesh", "backend"))
+
+
+def pages_of(B, J=2, seed=3):
+    """(page_BJ scattered over a pool, the pool's pages), two of which are in no table."""
+    pool = B * J + 2
+    return np.random.default_rng(seed).permutation(pool)[: B * J].reshape(B, J).astype(np.int32), pool
 
 
 def inputs(L, K, C, dtype, positions):
-    """A cache with NaN in half of its rows, new rows, positions."""
+    """A cache with NaN in half of its rows, new rows, positions, pages."""
     B = len(positions)
-    cache_LBKSC = oracle.normal(0, L, B, K, S, C, dtype=jnp.float32) * 50
+    page_BJ, pool = pages_of(B)
+    cache_LPKRC = oracle.normal(0, L, pool, K, R, C, dtype=jnp.float32) * 50
     if jnp.issubdtype(dtype, jnp.floating):
-        cache_LBKSC = jnp.where(jnp.arange(S)[None, None, None, :, None] % 2 == 0, jnp.nan, cache_LBKSC)
+        cache_LPKRC = jnp.where(jnp.arange(R)[None, None, None, :, None] % 2 == 0, jnp.nan, cache_LPKRC)
     new_LBKC = oracle.normal(1, L, B, K, C, dtype=jnp.float32) * 50
-    return cache_LBKSC.astype(dtype), new_LBKC.astype(dtype), jnp.array(positions, jnp.int32)
+    return cache_LPKRC.astype(dtype), new_LBKC.astype(dtype), jnp.array(positions, jnp.int32), jnp.asarray(page_BJ)
 
 
-def expected(cache_LBKSC, new_LBKC, position_B):
+def expected(cache_LPKRC, new_LBKC, position_B, page_BJ):
     """Row by row."""
-    cache_LBKSC = np.array(cache_LBKSC)
+    cache_LPKRC = np.array(cache_LPKRC)
     for b, position in enumerate(position_B):
-        if 0 <= position < S:
-            cache_LBKSC[:, b, :, position] = new_LBKC[:, b]
-    return cache_LBKSC
+        if 0 <= position < page_BJ.shape[1] * R:
+            cache_LPKRC[:, page_BJ[b, position // R], :, position % R] = new_LBKC[:, b]
+    return cache_LPKRC
 
 
 @pytest.mark.parametrize("backend", ["xla", "pallas_interpret"])
@@ -44,11 +57,18 @@ def expected(cache_LBKSC, new_LBKC, position_B):
     ],
 )
 def test_writes_its_rows_and_nothing_else(mesh, backend, K, C, dtype):
-    """A dead slot (-1) or a full one (S) that wrote anywhere, or a tile's neighbour that changed, even a NaN's bits."""
+    """A dead slot (-1) or a full one (2 R) that wrote anywhere, or a neighbour that changed, even a NaN's bits."""
     tile = tile_rows(dtype)
-    args = inputs(3, K, C, dtype, [0, 1, tile - 1, tile, S - 1, S, -1, S + tile, -S])
-    out_LBKSC = FLUSH(*args, mesh=mesh, backend=backend)
-    assert np.array_equal(oracle.bits(out_LBKSC), oracle.bits(expected(*args)))
+    positions = [-1, 0, 1, tile - 1, tile, R - 1, R, 2 * R, -1, 2 * R - 1, R + tile, 2 * R + tile, -R]
+    args = inputs(3, K, C, dtype, positions)
+    out_LPKRC = FLUSH(*args, mesh=mesh, backend=backend)
+    assert np.array_equal(oracle.bits(out_LPKRC), oracle.bits(expected(*args)))
+
+
+@pytest.mark.parametrize("backend", ["xla", "pallas_interpret"])
+def test_nothing_to_write_changes_nothing(mesh, backend):
+    args = inputs(2, 1, 128, jnp.float32, [-1, 2 * R, -5])
+    assert np.array_equal(oracle.bits(FLUSH(*args, mesh=mesh, backend=backend)), oracle.bits(args[0]))
 
 
 @pytest.mark.parametrize("backend", ["xla", "pallas_interpret"])
@@ -56,27 +76,43 @@ def test_writes_its_rows_and_nothing_else(mesh, backend, K, C, dtype):
     ("K", "B"), [(1, 9), pytest.param(3, 9, marks=pytest.mark.slow), pytest.param(1, 130, marks=pytest.mark.slow)]
 )
 def test_scales_are_written_on_the_lanes(mesh, backend, K, B):
-    """Tokens last: a lane's neighbours keep their bits, and a slot gets its own scales, the 129th too."""
-    S, positions = 256, ([0, 1, 127, 128, 255, 256, -1, 300, -256] * 15)[:B]
-    scale_LBK2S, new_LBK2 = oracle.normal(0, 2, B, K, 2, S), oracle.normal(1, 2, B, K, 2)
-    scale_LBK2S = jnp.where(jnp.arange(S) % 2 == 0, jnp.nan, scale_LBK2S)
-    out = FLUSH(scale_LBK2S, new_LBK2, jnp.array(positions), token_axis=4, mesh=mesh, backend=backend)
-    expected_LBK2S = np.array(scale_LBK2S)
+    """Rows last: a lane's neighbours keep their bits, and a slot gets its own scales, the 129th too."""
+    rows, positions = 256, ([0, 1, 127, 128, 255, 256, -1, 511, 512] * 15)[:B]
+    page_BJ, pool = pages_of(B)
+    scale_LPK2R, new_LBK2 = oracle.normal(0, 2, pool, K, 2, rows), oracle.normal(1, 2, B, K, 2)
+    scale_LPK2R = jnp.where(jnp.arange(rows) % 2 == 0, jnp.nan, scale_LPK2R)
+    args = (scale_LPK2R, new_LBK2, jnp.array(positions), jnp.asarray(page_BJ))
+    out = FLUSH(*args, row_axis=4, mesh=mesh, backend=backend)
+    expected_LPK2R = np.array(scale_LPK2R)
     for b, position in enumerate(positions):
-        if 0 <= position < S:
-            expected_LBK2S[:, b, :, :, position] = new_LBK2[:, b]
-    assert np.array_equal(oracle.bits(out), oracle.bits(expected_LBK2S))
+        if 0 <= position < 2 * rows:
+            expected_LPK2R[:, page_BJ[b, position // rows], :, :, position % rows] = new_LBK2[:, b]
+    assert np.array_equal(oracle.bits(out), oracle.bits(expected_LPK2R))
 
 
-def test_several_layer_groups(mesh):
-    """Layers in groups that the budget cuts: 6 layers, room for 4, so 3 a step."""
+def test_several_layer_groups():
+    """Layers in groups that the budget cuts: 6 layers, room for 4, so 3 a step. Two cores have 3 layers each."""
     layer_bytes = 4 * 8 * 128 * 4
     assert layer_group(6, 1, 128, jnp.float32, 4 * layer_bytes) == 3
-    args = inputs(6, 1, 128, jnp.float32, [5, S, 127])
-    out_LBKSC = cache_flush_tpu(
-        *args, token_axis=3, interpret=interpret_params("pallas_interpret"), vmem_bytes=4 * layer_bytes
-    )
-    assert np.array_equal(oracle.bits(out_LBKSC), oracle.bits(expected(*args)))
+    cache_LPKRC, new_LBKC, position_B, page_BJ = inputs(6, 1, 128, jnp.float32, [5, 2 * R, 127])
+    page_B, row_B = page_BJ[:, 0], jnp.where(position_B < R, position_B, -1)
+    for cores, vmem_bytes in ((1, 4 * layer_bytes), (2, VMEM_BYTES)):
+        out_LPKRC = cache_flush_tpu(
+            *(cache_LPKRC, new_LBKC, page_B, row_B), row_axis=3, cores=cores,
+            interpret=interpret_params("pallas_interpret"), vmem_bytes=vmem_bytes,
+        )  # fmt: skip
+        assert np.array_equal(oracle.bits(out_LPKRC), oracle.bits(expected(cache_LPKRC, new_LBKC, position_B, page_BJ)))
+
+
+@pytest.mark.parametrize(
+    ("row_B", "count", "slots"), [([-1, 3, -1, 9], 2, [1, 3]), ([0, 1, 2, 3], 4, [0, 1, 2, 3]), ([-1] * 4, 1, [])]
+)
+def test_slots_with_nothing_to_write_have_no_step(row_B, count, slots):
+    page_B = jnp.array([40, 41, 42, 43], jnp.int32)
+    listed, slot_B, pages_B, rows_B = slots_to_write(page_B, jnp.array(row_B, jnp.int32))
+    n = len(slots)
+    assert (int(listed), slot_B.tolist()[:n], pages_B.tolist()[:n]) == (count, slots, [40 + b for b in slots])
+    assert rows_B.tolist() == [row_B[b] for b in slots] + [-1] * (4 - n)
 
 
 @pytest.mark.parametrize(
@@ -98,33 +134,35 @@ def test_tile_rows():
 
 
 @pytest.mark.parametrize(
-    ("dtype", "token_axis", "shape"),
-    [(jnp.float32, 3, (8, 4, 3, S, 128)), (jnp.int8, 3, (8, 4, 3, S, 128)), (jnp.float32, 4, (8, 4, 3, 2, 8 * S))],
+    ("dtype", "row_axis", "shape"),
+    [(jnp.float32, 3, (8, 9, 3, R, 128)), (jnp.int8, 3, (8, 9, 3, R, 128)), (jnp.float32, 4, (8, 9, 3, 2, 8 * R))],
 )
-def test_xla_is_in_place(mesh, dtype, token_axis, shape):
+def test_xla_is_in_place(mesh, dtype, row_axis, shape):
     """A copy of the cache per step would cost more than the step."""
-    cache, position_B = jnp.zeros(shape, dtype), jnp.array([0, 5, 99, S])
-    new = jnp.take(cache, 0, axis=token_axis)
-    flush = jax.jit(functools.partial(cache_flush, token_axis=token_axis, mesh=mesh, backend="xla"), donate_argnums=0)
-    memory = flush.lower(cache, new, position_B).compile().memory_analysis()
+    cache, position_B, page_BJ = jnp.zeros(shape, dtype), jnp.array([0, 5, 99, 2 * R]), jnp.asarray(pages_of(4)[0])
+    new = jnp.take(cache[:, :4], 0, axis=row_axis)
+    flush = jax.jit(functools.partial(cache_flush, row_axis=row_axis, mesh=mesh, backend="xla"), donate_argnums=0)
+    memory = flush.lower(cache, new, position_B, page_BJ).compile().memory_analysis()
     assert memory.alias_size_in_bytes == cache.nbytes
     assert memory.temp_size_in_bytes < cache.nbytes / 20
 
 
 def test_sharded_equals_one_device(mesh, mesh_of_8):
-    args = inputs(2, 8, 128, jnp.float32, [0, S, 77])
+    args = inputs(2, 8, 128, jnp.float32, [0, 2 * R, 77])
     one, eight = FLUSH(*args, mesh=mesh, backend="xla"), FLUSH(*args, mesh=mesh_of_8, backend="xla")
     assert np.array_equal(oracle.bits(one), oracle.bits(eight))
 
 
 @pytest.mark.parametrize(
-    ("new_shape", "new_dtype", "message"),
+    ("new_shape", "new_dtype", "page_shape", "message"),
     [
-        ((2, 1, 1, 64), jnp.float32, r"new must be \[L, B, K, C\]"),
-        ((2, 1, 1, 128), jnp.bfloat16, "encode the new rows first"),
+        ((2, 1, 1, 64), jnp.float32, (1, 2), r"new must be \[L, B, K, C\]"),
+        ((2, 1, 1, 128), jnp.bfloat16, (1, 2), "encode the new rows first"),
+        ((2, 1, 1, 128), jnp.float32, (2, 2), r"page_BJ must be \[B, J\]"),
     ],
 )
-def test_refuses(mesh, new_shape, new_dtype, message):
-    cache_LBKSC, new_LBKC = jnp.zeros((2, 1, 1, S, 128)), jnp.zeros(new_shape, new_dtype)
+def test_refuses(mesh, new_shape, new_dtype, page_shape, message):
+    cache_LPKRC, new_LBKC = jnp.zeros((2, 3, 1, R, 128)), jnp.zeros(new_shape, new_dtype)
+    page_BJ = jnp.zeros(page_shape, jnp.int32)
     with pytest.raises(ValueError, match=message):
-        cache_flush(cache_LBKSC, new_LBKC, jnp.zeros(1, jnp.int32), mesh=mesh, backend="xla")
+        cache_flush(cache_LPKRC, new_LBKC, jnp.zeros(1, jnp.int32), page_BJ, mesh=mesh, backend="xla")

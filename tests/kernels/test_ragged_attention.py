@@ -7,17 +7,27 @@ import pytest
 from slipstream.kernels import attention_steps, ragged_attention
 from slipstream.kernels.backend import interpret_params
 from slipstream.kernels.ragged_attention import xla_gpu
-from slipstream.kernels.ragged_attention.block_sizes import TARGET_BYTES, TUNED, block_size
-from slipstream.kernels.ragged_attention.pallas_tpu import live_steps, ragged_attention_tpu
+from slipstream.kernels.ragged_attention.page_sizes import TARGET_BYTES, page_rows, path_of, shape_key, tuned_rows
+from slipstream.kernels.ragged_attention.pallas_tpu import ragged_attention_tpu
+from slipstream.kernels.ragged_attention.steps import live_steps
 
 from . import oracle
 
-L, LAYER = 3, 1
+L, LAYER, R = 3, 1, 128
 ATTEND = jax.jit(ragged_attention, static_argnames=("soft_cap", "mesh", "backend"))
 
 
+def attend(q_BNH, new_BKC, cache_LBKSC, layer, length_B, *, rows=R, scale_LBK2S=None, **options):
+    """The op over a cache that is first scattered over a pool of pages; in every page of no slot there is NaN."""
+    page_BJ, pool = oracle.table(length_B, cache_LBKSC.shape[3], rows)
+    cache_LPKRC = oracle.paged(cache_LBKSC, page_BJ, pool, rows)
+    if scale_LBK2S is not None:
+        options["scale_LPK2R"] = oracle.paged(scale_LBK2S, page_BJ, pool, rows, row_axis=4)
+    return ATTEND(q_BNH, new_BKC, cache_LPKRC, layer, length_B, jnp.asarray(page_BJ), **options)
+
+
 @pytest.fixture(autouse=True)
-def blocks_of_128(monkeypatch):
+def blocks_of_a_page(monkeypatch):
     """So that small caches have borders of blocks on GPUs too."""
     monkeypatch.setattr(xla_gpu, "BLOCK_BYTES", 1)
 
@@ -49,14 +59,12 @@ def inputs(lengths, S, K, G, H, dtype, seed=0, window=None):
         pytest.param(1, 4, 128, jnp.float32, marks=pytest.mark.slow),
     ],
 )
-def test_every_length_around_a_block(mesh, backend, K, G, H, dtype):
+def test_every_length_around_a_page(mesh, backend, K, G, H, dtype):
     """One row too many or too few, or a NaN that a mask lets through."""
-    S = 384
-    block = block_size(K, H, S, dtype)
-    assert block == 128
-    args = inputs([0, 1, block - 1, 0, block, block + 1, S, 2 * block, 0], S, K, G, H, dtype)
+    S = 3 * R
+    args = inputs([0, 1, R - 1, 0, R, R + 1, S, 2 * R, 0], S, K, G, H, dtype)
     q_BNH, new_BKC, cache_LBKSC, length_B = args
-    out_BNH = ATTEND(q_BNH, new_BKC, cache_LBKSC, LAYER, length_B, mesh=mesh, backend=backend)
+    out_BNH = attend(q_BNH, new_BKC, cache_LBKSC, LAYER, length_B, mesh=mesh, backend=backend)
     assert out_BNH.dtype == dtype
     oracle.assert_close(out_BNH, oracle.ragged_attention(q_BNH, new_BKC, cache_LBKSC, LAYER, length_B))
     v_BNH = jnp.repeat(new_BKC[..., H:], G, axis=1)
@@ -65,13 +73,11 @@ def test_every_length_around_a_block(mesh, backend, K, G, H, dtype):
 
 
 @pytest.mark.parametrize("backend", ["xla", "xla_gpu", pytest.param("pallas_interpret", marks=pytest.mark.slow)])
-def test_large_blocks(mesh, backend):
-    """The blocks that real cache lengths get, of more than one lane tile of rows."""
-    K, G, H, S = 1, 3, 128, 1024
-    block = block_size(K, H, S, jnp.bfloat16)
-    assert block == 512
-    args = inputs([block - 1, block + 1, 200, S], S, K, G, H, jnp.bfloat16)
-    out_BNH = ATTEND(*args[:3], LAYER, args[3], mesh=mesh, backend=backend)
+def test_large_pages(mesh, backend):
+    """The pages that real cache lengths get, of more than one lane tile of rows."""
+    K, G, H, S, rows = 1, 3, 128, 1024, 512
+    args = inputs([rows - 1, rows + 1, 200, S], S, K, G, H, jnp.bfloat16)
+    out_BNH = attend(*args[:3], LAYER, args[3], rows=rows, mesh=mesh, backend=backend)
     oracle.assert_close(out_BNH, oracle.ragged_attention(*args[:3], LAYER, args[3]))
 
 
@@ -81,8 +87,10 @@ def test_the_last_gpu_block_reaches_back(mesh, monkeypatch, window):
     monkeypatch.setattr(xla_gpu, "BLOCK_BYTES", 2**40)
     monkeypatch.setattr(xla_gpu, "BLOCK_ROWS", 256)
     args = inputs([0, 255, 511, 513, 640], 640, 2, 2, 64, jnp.float32, window=window)
-    attend = jax.jit(functools.partial(ragged_attention, mesh=mesh, backend="xla_gpu"))  # traced with these blocks
-    out_BNH = attend(*args[:3], LAYER, args[3], window=None if window is None else jnp.int32(window))
+    ATTEND.clear_cache()  # to be traced with these blocks
+    window_of_call = None if window is None else jnp.int32(window)
+    out_BNH = attend(*args[:3], LAYER, args[3], window=window_of_call, mesh=mesh, backend="xla_gpu")
+    ATTEND.clear_cache()
     oracle.assert_close(out_BNH, oracle.ragged_attention(*args[:3], LAYER, args[3], window=window))
 
 
@@ -93,14 +101,14 @@ def test_by_hand(mesh, backend):
     q_BNH = jnp.zeros((1, 1, H)).at[0, 0, 0].set(8.0)  # times H**-0.5 is 1
     new_BKC = jnp.zeros((1, 1, 2 * H)).at[0, 0, 0].set(np.log(3.0)).at[0, 0, H:].set(4.0)
     cache_LBKSC = jnp.full((1, 1, 1, S, 2 * H), jnp.nan).at[0, 0, 0, 0].set(0.0).at[0, 0, 0, 0, H:].set(8.0)
-    out_BNH = ATTEND(q_BNH, new_BKC, cache_LBKSC, 0, jnp.array([1]), mesh=mesh, backend=backend)
+    out_BNH = attend(q_BNH, new_BKC, cache_LBKSC, 0, jnp.array([1]), mesh=mesh, backend=backend)
     np.testing.assert_allclose(out_BNH, np.full((1, 1, H), 5.0), rtol=1e-6)
 
 
 @pytest.mark.parametrize("backend", ["xla", "xla_gpu", "pallas_interpret"])
 def test_all_slots_dead(mesh, backend):
     q_BNH, new_BKC, cache_LBKSC, length_B = inputs([0, 0, 0], 128, 1, 3, 64, jnp.float32)
-    out_BNH = ATTEND(q_BNH, new_BKC, cache_LBKSC, LAYER, length_B, mesh=mesh, backend=backend)
+    out_BNH = attend(q_BNH, new_BKC, cache_LBKSC, LAYER, length_B, mesh=mesh, backend=backend)
     assert np.array_equal(out_BNH, jnp.repeat(new_BKC[..., 64:], 3, axis=1))
 
 
@@ -108,7 +116,7 @@ def test_all_slots_dead(mesh, backend):
 def test_large_scores_do_not_overflow(mesh, backend):
     """exp of a score that is not taken relative to the largest so far is inf."""
     q_BNH, new_BKC, cache_LBKSC, length_B = inputs([100, 300], 384, 1, 2, 64, jnp.float32)
-    out_BNH = ATTEND(q_BNH * 300, new_BKC, cache_LBKSC, LAYER, length_B, mesh=mesh, backend=backend)
+    out_BNH = attend(q_BNH * 300, new_BKC, cache_LBKSC, LAYER, length_B, mesh=mesh, backend=backend)
     expected_BNH = oracle.ragged_attention(q_BNH * 300, new_BKC, cache_LBKSC, LAYER, length_B)
     np.testing.assert_allclose(out_BNH, expected_BNH, rtol=1e-3, atol=1e-3)
 
@@ -126,18 +134,17 @@ WINDOWS = [1, 2, 127, 128, 129, 300, 385, 2**31 - 1]
         pytest.param("pallas_interpret", 3, 1, 64, jnp.float32, WINDOWS[1:5], marks=pytest.mark.slow),
     ],
 )
-def test_every_length_and_window_around_a_block(mesh, backend, K, G, H, dtype, windows):
+def test_every_length_and_window_around_a_page(mesh, backend, K, G, H, dtype, windows):
     """One row too many or too few on the window's other side, where there is NaN, too."""
-    S, block = 384, 128
-    assert block_size(K, H, S, dtype) == block
-    lengths = [0, 1, block - 1, 0, block, block + 1, S, 2 * block, 0]
+    S = 3 * R
+    lengths = [0, 1, R - 1, 0, R, R + 1, S, 2 * R, 0]
     for window in windows:  # one compilation: the window is traced
         q_BNH, new_BKC, cache_LBKSC, length_B = inputs(lengths, S, K, G, H, dtype, window=window)
         args = (q_BNH, new_BKC, cache_LBKSC, LAYER, length_B)
-        out_BNH = ATTEND(*args, window=jnp.int32(window), mesh=mesh, backend=backend)
+        out_BNH = attend(*args, window=jnp.int32(window), mesh=mesh, backend=backend)
         oracle.assert_close(out_BNH, oracle.ragged_attention(*args, window=window))
         if window > S:
-            everything = ATTEND(*args, mesh=mesh, backend=backend)
+            everything = attend(*args, mesh=mesh, backend=backend)
             np.testing.assert_allclose(out_BNH, everything, rtol=1e-6, atol=1e-6)
         v_BNH = jnp.repeat(new_BKC[..., H:], G, axis=1)
         for alone in range(len(lengths)) if window == 1 else (0, 3, 8):
@@ -151,24 +158,24 @@ def test_layers_of_one_scan_have_windows_of_their_own(mesh, backend):
     of_layers = [inputs(lengths, S, 1, 2, 64, jnp.float32, window=window) for window in windows]
     q_BNH, new_BKC, _, length_B = of_layers[0]
     cache_LBKSC = jnp.stack([cache_LBKSC[LAYER] for _, _, cache_LBKSC, _ in of_layers])
+    page_BJ, pool = oracle.table(lengths, S, R)
+    cache_LPKRC = oracle.paged(cache_LBKSC, page_BJ, pool, R)
 
     @jax.jit
-    def attend(window_L):
+    def attend_layers(window_L, page_BJ):
         def list_steps(window):
-            return attention_steps(cache_LBKSC, length_B, window=window, mesh=mesh, backend=backend)
+            return attention_steps(cache_LPKRC, length_B, page_BJ, window=window, mesh=mesh, backend=backend)
 
         listed = jax.tree.map(lambda *steps: jnp.stack(steps), *(list_steps(window) for window in windows))
 
         def of_layer(_, layer):
             steps = jax.tree.map(lambda steps_L: steps_L[layer], listed)
-            out_BNH = ragged_attention(
-                q_BNH, new_BKC, cache_LBKSC, layer, length_B, steps, window=window_L[layer], mesh=mesh, backend=backend
-            )
-            return None, out_BNH
+            args = (q_BNH, new_BKC, cache_LPKRC, layer, length_B, page_BJ, steps)
+            return None, ragged_attention(*args, window=window_L[layer], mesh=mesh, backend=backend)
 
         return jax.lax.scan(of_layer, None, jnp.arange(3))[1]
 
-    out_LBNH = attend(jnp.array(windows))
+    out_LBNH = attend_layers(jnp.array(windows), jnp.asarray(page_BJ))
     for layer, window in enumerate(windows):
         expected_BNH = oracle.ragged_attention(q_BNH, new_BKC, cache_LBKSC, layer, length_B, window=window)
         oracle.assert_close(out_LBNH[layer], expected_BNH)
@@ -188,7 +195,7 @@ def test_soft_cap(mesh, backend, window):
     """Gemma 2 caps at 50, which scores of 300 notice; the new token's own score is capped, too."""
     q_BNH, new_BKC, cache_LBKSC, length_B = inputs([0, 1, 100, 256], 256, 1, 2, 64, jnp.float32, window=window)
     args = (q_BNH * 100, new_BKC, cache_LBKSC, LAYER, length_B)
-    out_BNH = ATTEND(*args, window=window, soft_cap=50.0, mesh=mesh, backend=backend)
+    out_BNH = attend(*args, window=window, soft_cap=50.0, mesh=mesh, backend=backend)
     expected_BNH = oracle.ragged_attention(*args, window=window, soft_cap=50.0)
     np.testing.assert_allclose(out_BNH, expected_BNH, rtol=1e-3, atol=1e-4)
     uncapped_BNH = oracle.ragged_attention(*args, window=window)
@@ -203,7 +210,7 @@ def test_soft_cap_by_hand(mesh, backend):
     new_BKC = jnp.zeros((1, 1, 2 * H)).at[0, 0, 0].set(1000.0).at[0, 0, H:].set(4.0)
     cache_LBKSC = jnp.full((1, 1, 1, S, 2 * H), jnp.nan).at[0, 0, 0, 0].set(0.0).at[0, 0, 0, 0, H:].set(8.0)
     args = (q_BNH, new_BKC, cache_LBKSC, 0, jnp.array([1]))
-    out_BNH = ATTEND(*args, soft_cap=float(np.log(3.0)), mesh=mesh, backend=backend)
+    out_BNH = attend(*args, soft_cap=float(np.log(3.0)), mesh=mesh, backend=backend)
     np.testing.assert_allclose(out_BNH, np.full((1, 1, H), 5.0), rtol=1e-6)
 
 
@@ -239,7 +246,7 @@ def test_int8_rows_mean_code_times_scale(mesh, backend, K, G, H, dtype, window, 
     codes, scales, meant = quantised(
         np.asarray(cache_LBKSC, np.float32) * np.where(np.arange(2 * H) < H, 1, spread_1S1)
     )
-    out_BNH = ATTEND(
+    out_BNH = attend(
         *(q_BNH, new_BKC, codes, LAYER, length_B),
         scale_LBK2S=scales, window=window, soft_cap=soft_cap, mesh=mesh, backend=backend,
     )  # fmt: skip
@@ -260,13 +267,13 @@ def test_int8_by_hand(mesh, backend):
     codes = jnp.full((1, 1, 1, S, 2 * H), 77, jnp.int8).at[0, 0, 0, 0].set(0)
     codes = codes.at[0, 0, 0, 0, 0].set(4).at[0, 0, 0, 0, H:].set(8)
     scales = jnp.full((1, 1, 1, 2, S), jnp.nan).at[0, 0, 0, :, 0].set(jnp.array([0.25, 0.5]))
-    out_BNH = ATTEND(
+    out_BNH = attend(
         q_BNH, new_BKC, codes, 0, jnp.array([1]), scale_LBK2S=scales, mesh=mesh, backend=backend
     )  # fmt: skip
     np.testing.assert_allclose(out_BNH, np.full((1, 1, H), 6.0), rtol=1e-6)
 
 
-LIST = jax.jit(live_steps, static_argnames=("cache_len", "block", "cores"))
+LIST = jax.jit(functools.partial(live_steps, rows=R, interpret=True), static_argnames=("max_pages", "cores"))
 
 
 @pytest.mark.parametrize(
@@ -275,83 +282,137 @@ LIST = jax.jit(live_steps, static_argnames=("cache_len", "block", "cores"))
 @pytest.mark.parametrize(
     "lengths", [[0, 1, 127, 0, 0, 128, 129, 384], [0, 0, 300, 0], [384, 0, 384, 0], [1, 1, 1, 1], [5, 0, 0, 0], [0] * 4]
 )
-def test_the_steps_are_the_live_blocks(lengths, cores, window):
-    """The pipeline fetches a block when its index differs from the last step's: those must be the live ones, once each.
+def test_the_steps_are_the_live_pages(lengths, cores, window):
+    """The pipeline fetches a page when its index differs from the last step's: those must be the live ones, once each.
 
     A dead slot's step that moved the index would read HBM for nothing; a dead slot without a step has no answer.
     """
-    block, S = 128, 384
-    steps = LIST(jnp.array(lengths, jnp.int32), window, cache_len=S, block=block, cores=cores)
-    N = len(lengths) // cores * (S // block)
+    page_BJ, pool = oracle.table(lengths, 3 * R, R)
+    steps = LIST(
+        jnp.array(lengths, jnp.int32), None if window is None else jnp.int32(window), jnp.asarray(page_BJ),
+        max_pages=pool, cores=cores,
+    )  # fmt: skip
+    N = steps.slot.size // cores
+    longest = int(steps.count.max())
     for core in range(cores):
         count = int(steps.count[core])
         listed = [
-            (int(steps.slot[i]), int(steps.source[i]), int(steps.block[i])) for i in range(core * N, core * N + N)
+            (int(steps.slot[i]), int(steps.block[i]), int(steps.page[i])) for i in range(core * N, core * N + longest)
         ]
         slots = range(core, len(lengths), cores)
         rows = {b: [j for j in range(lengths[b]) if window is None or j > lengths[b] - window] for b in slots}
-        live = [(b, s) for b in slots for s in sorted({j // block for j in rows[b]})]
-        fetched = [fetch for i, (_, *fetch) in enumerate(listed) if i == 0 or fetch != list(listed[i - 1][1:])]
-        assert [tuple(fetch) for fetch in fetched[:1]] == live[:1] or not live, "the pipeline always fetches one block"
-        assert [tuple(fetch) for fetch in fetched[1:]] == live[1:]
-        answered = [b for b in slots for _ in range(max(1, len({j // block for j in rows[b]})))]
+        live = [(b, j) for b in slots for j in sorted({row // R for row in rows[b]})]
+        pages = [page for _, _, page in listed]
+        fetched = [page for i, page in enumerate(pages) if i == 0 or page != pages[i - 1]]
+        assert fetched == [page_BJ[b, j] for b, j in live] or (not live and fetched == [0])
+        answered = [b for b in slots for _ in range(max(1, len({row // R for row in rows[b]})))]
         assert [slot for slot, *_ in listed[:count]] == answered
+        assert [(slot, block) for slot, block, _ in listed[:count] if rows[slot]] == live
+        assert [block for slot, block, _ in listed[:count] if not rows[slot]] == [0] * sum(not rows[b] for b in slots)
         assert set(listed[count:]) <= {listed[count - 1]}, "the longer core's steps beyond this one's move nothing"
+
+
+def test_lists_are_as_long_as_the_pool_allows():
+    """Not as slots times pages of the longest: 512 slots of 32,768 tokens must fit into 1 MiB."""
+    page_BJ = jnp.zeros((512, 128), jnp.int32)
+    listed = functools.partial(live_steps, jnp.zeros(512, jnp.int32), None, page_BJ, rows=256, cores=1)
+    steps = jax.eval_shape(functools.partial(listed, max_pages=2816))
+    assert steps.page.shape == (2816 + 512,)
+    few = jax.eval_shape(functools.partial(listed, max_pages=10**6))
+    assert few.page.shape == (512 * 128 + 512,)
 
 
 def test_two_cores():
     """On a chip with two cores the shorter list of steps is padded; a padded step must change nothing."""
     lengths, S, H = [200, 1, 0, 0, 256, 130], 256, 128
     q_BNH, new_BKC, cache_LBKSC, length_B = inputs(lengths, S, 1, 2, H, jnp.float32)
-    steps = live_steps(length_B, None, S, 128, cores=2)
+    page_BJ, pool = oracle.table(lengths, S, R)
+    interpret = interpret_params("pallas_interpret")
+    steps = live_steps(length_B, None, jnp.asarray(page_BJ), rows=R, max_pages=pool, cores=2, interpret=interpret)
     assert steps.count.tolist() == [5, 4]
+    cache_LPKRC = oracle.paged(cache_LBKSC, page_BJ, pool, R)
     out_BNH = ragged_attention_tpu(
-        *(q_BNH, new_BKC, cache_LBKSC, None, jnp.int32(LAYER), length_B, None, steps),
-        interpret=interpret_params("pallas_interpret"),
+        *(q_BNH, new_BKC, cache_LPKRC, None, jnp.int32(LAYER), length_B, jnp.asarray(page_BJ), None, steps),
+        interpret=interpret,
     )
+    oracle.assert_close(out_BNH, oracle.ragged_attention(q_BNH, new_BKC, cache_LBKSC, LAYER, length_B))
+
+
+@pytest.mark.parametrize("backend", ["xla", "xla_gpu", "pallas_interpret"])
+def test_slots_share_pages(mesh, backend):
+    """Two slots with one first page, of which the second sees less; more references than the pool has pages."""
+    lengths, S = [R + 9, R - 5, R + 3, R], 2 * R
+    q_BNH, new_BKC, cache_LBKSC, length_B = inputs(lengths, S, 1, 2, 64, jnp.float32)
+    first_LKRC = jnp.nan_to_num(cache_LBKSC[:, 0, :, :R])
+    cache_LBKSC = cache_LBKSC.at[:, :, :, :R].set(first_LKRC[:, None])
+    page_BJ = np.array([[2, 0], [2, -1], [2, 1], [2, -1]], np.int32)
+    cache_LPKRC = oracle.paged(cache_LBKSC, page_BJ, 4, R)
+    args, where = (length_B, jnp.asarray(page_BJ)), {"mesh": mesh, "backend": backend}
+    steps = attention_steps(cache_LPKRC, *args, max_pages=6, **where)
+    out_BNH = ATTEND(q_BNH, new_BKC, cache_LPKRC, LAYER, *args, steps, **where)
     oracle.assert_close(out_BNH, oracle.ragged_attention(q_BNH, new_BKC, cache_LBKSC, LAYER, length_B))
 
 
 @pytest.mark.slow
 def test_steps_listed_once_for_all_layers(mesh):
     """What the engine does: the steps come from outside the layer loop."""
-    args = inputs([0, 3, 200], 256, 1, 2, 64, jnp.float32)
-    steps = attention_steps(args[2], args[3], mesh=mesh, backend="pallas_interpret")
-    out_BNH = ATTEND(*args[:3], LAYER, args[3], steps, mesh=mesh, backend="pallas_interpret")
-    assert np.array_equal(out_BNH, ATTEND(*args[:3], LAYER, args[3], mesh=mesh, backend="pallas_interpret"))
-    assert attention_steps(args[2], args[3], mesh=mesh, backend="xla") is None
+    q_BNH, new_BKC, cache_LBKSC, length_B = inputs([0, 3, 200], 256, 1, 2, 64, jnp.float32)
+    page_BJ, pool = oracle.table(length_B, 256, R)
+    cache_LPKRC, page_BJ = oracle.paged(cache_LBKSC, page_BJ, pool, R), jnp.asarray(page_BJ)
+    args, where = (q_BNH, new_BKC, cache_LPKRC, LAYER, length_B, page_BJ), {"mesh": mesh, "backend": "pallas_interpret"}
+    steps = attention_steps(cache_LPKRC, length_B, page_BJ, **where)
+    assert np.array_equal(ATTEND(*args, steps, **where), ATTEND(*args, **where))
+    assert attention_steps(cache_LPKRC, length_B, page_BJ, mesh=mesh, backend="xla") is None
 
 
 def test_sharded_equals_one_device(mesh, mesh_of_8):
     """Query heads and the kv heads they use must land on the same chip."""
     q_BNH, new_BKC, cache_LBKSC, length_B = inputs([0, 3, 200], 256, 8, 2, 64, jnp.float32)
     args = (q_BNH, new_BKC, cache_LBKSC, jnp.int32(LAYER), length_B)
-    one = ATTEND(*args, mesh=mesh, backend="xla")
-    eight = ATTEND(*args, mesh=mesh_of_8, backend="xla")
+    one = attend(*args, mesh=mesh, backend="xla")
+    eight = attend(*args, mesh=mesh_of_8, backend="xla")
     np.testing.assert_allclose(eight, one, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize(
-    ("slots", "cache_length", "rows"),
-    [(8, 4096, 1024), (8, 768, 768), (32, 4096, 1024), (128, 4096, 256), (2048, 4096, 128), (48, 4224, 640)],
+    ("slots", "cache_length", "pages"),
+    [(8, 4096, 8), (8, 768, 6), (32, 4096, 8), (128, 4096, 2), (2048, 4096, 1), (48, 4224, 5)],
 )
-def test_rows_of_a_gpu_block(monkeypatch, slots, cache_length, rows):
+def test_pages_of_a_gpu_block(monkeypatch, slots, cache_length, pages):
     """8 kv heads of 256 lanes in bf16, 4 KiB a row of a slot."""
     monkeypatch.undo()
-    assert xla_gpu.rows_a_block(slots * 8 * 256 * 2, cache_length) == rows
+    assert xla_gpu.pages_a_block(slots * R * 8 * 256 * 2, R, cache_length // R) == pages
 
 
+TPUS = ["TPU v4", "TPU v5", "TPU v5 lite", "TPU v6 lite"]
+
+
+@pytest.mark.parametrize("device_kind", [*TPUS, "TPU v99", None])
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32, jnp.int8])
 @pytest.mark.parametrize("H", [64, 128, 256])
 @pytest.mark.parametrize("K", [1, 2, 3, 4, 8])
-def test_block_size(K, H, dtype):
+def test_page_rows(K, H, dtype, device_kind):
+    """Tuned or not, known device or not: pages are whole tiles, divide the slot, and two of them fit into VMEM."""
     for S in (128, 384, 512, 640, 1024, 8192):
-        block = block_size(K, H, S, dtype)
-        block_bytes = block * K * 2 * H * jnp.dtype(dtype).itemsize
-        assert S % block == 0
-        assert block % 128 == 0
-        assert block == 128 or block_bytes <= TARGET_BYTES or (K, H, jnp.dtype(dtype).name) in TUNED
-        assert 2 * block_bytes <= 4 * 1024 * 1024, "two of them must fit in VMEM beside the rest"
+        rows = page_rows(K, H, S, dtype, device_kind)
+        page_bytes = rows * K * 2 * H * jnp.dtype(dtype).itemsize
+        assert S % rows == 0
+        assert rows % R == 0
+        is_tuned = device_kind is not None and shape_key(K, H, jnp.dtype(dtype).name) in tuned_rows(device_kind)
+        assert rows == R or page_bytes <= TARGET_BYTES or is_tuned
+        assert 2 * page_bytes <= 4 * 1024 * 1024, "two of them must fit in VMEM beside the rest"
+        assert device_kind or rows == R
+
+
+def test_tuned_sizes_are_there():
+    assert [path_of(kind).name for kind in TPUS] == [
+        "tpu_v4.json",
+        "tpu_v5.json",
+        "tpu_v5_lite.json",
+        "tpu_v6_lite.json",
+    ]
+    assert all(tuned_rows(kind) for kind in TPUS)
+    assert tuned_rows("TPU v99") == {}
 
 
 @pytest.mark.parametrize(
@@ -360,9 +421,11 @@ def test_block_size(K, H, dtype):
         ({"q_BNH": (2, 5, 64)}, "num_q_heads=5 must be divisible by num_kv_heads=2"),
         ({"q_BNH": (2, 4, 128)}, "C=128 lanes"),
         ({"new_BKC": (2, 1, 128)}, r"new_BKC must be \[B, K, C\] = \(2, 2, 128\), got \(2, 1, 128\)"),
-        ({"cache_LBKSC": (3, 2, 2, 130, 128)}, "nearest above: 256"),
+        ({"cache_LPKRC": (3, 5, 2, 130, 128)}, "rows=130 must have a multiple of 128; nearest above: 256"),
+        ({"page_BJ": (3, 4)}, r"page_BJ must be \[B, J\] = \(2, pages of a slot\), got \(3, 4\)"),
+        ({"page_BJ": (2,)}, r"page_BJ must be \[B, J\]"),
         (
-            {"q_BNH": (2, 4, 80), "new_BKC": (2, 2, 160), "cache_LBKSC": (3, 2, 2, 128, 160), "backend": "pallas"},
+            {"q_BNH": (2, 4, 80), "new_BKC": (2, 2, 160), "cache_LPKRC": (3, 5, 2, 128, 160), "backend": "pallas"},
             "pad heads to 128",
         ),
         ({"length_B": (3,)}, "length_B must be"),
@@ -371,8 +434,8 @@ def test_block_size(K, H, dtype):
         ({"window": jnp.ones(2, jnp.int32)}, r"integer scalar, got int32\[2\]"),
         ({"window": 7.0}, r"integer scalar, got float32\[\]"),
         ({"soft_cap": 0.0}, "soft_cap=0.0 must be above 0"),
-        ({"scale": (3, 2, 2, 128, 2)}, r"scale_LBK2S must be \[L, B, K, 2, S\] = \(3, 2, 2, 2, 128\)"),
-        ({"scale": (3, 2, 2, 2, 128)}, "has int8 codes and float32 scales"),
+        ({"scale": (3, 5, 2, 128, 2)}, r"scale_LPK2R must be \[L, P, K, 2, R\] = \(3, 5, 2, 2, 128\)"),
+        ({"scale": (3, 5, 2, 2, 128)}, "has int8 codes and float32 scales"),
         ({"dtype": jnp.bfloat16}, "cast before the call"),
         ({"backend": "cuda"}, "backend='cuda'"),
         ({"chips": 8}, "num_kv_heads=2 must be divisible by shards=8"),
@@ -382,18 +445,20 @@ def test_refuses(mesh, mesh_of_8, change, message):
     shapes = {
         "q_BNH": (2, 4, 64),
         "new_BKC": (2, 2, 128),
-        "cache_LBKSC": (3, 2, 2, 128, 128),
+        "cache_LPKRC": (3, 5, 2, 128, 128),
         "length_B": (2,),
+        "page_BJ": (2, 4),
     } | change
     args = {
         "q_BNH": jnp.zeros(shapes["q_BNH"], change.get("dtype", jnp.float32)),
         "new_BKC": jnp.zeros(shapes["new_BKC"]),
-        "cache_LBKSC": jnp.zeros(shapes["cache_LBKSC"]),
+        "cache_LPKRC": jnp.zeros(shapes["cache_LPKRC"]),
+        "page_BJ": jnp.zeros(shapes["page_BJ"], jnp.int32),
         "layer": change.get("layer", 0),
         "length_B": jnp.zeros(shapes["length_B"], jnp.int32),
         "window": change.get("window"),
         "soft_cap": change.get("soft_cap"),
-        "scale_LBK2S": jnp.zeros(change["scale"]) if "scale" in change else None,
+        "scale_LPK2R": jnp.zeros(change["scale"]) if "scale" in change else None,
     }
     with pytest.raises(ValueError, match=message):
         ragged_attention(**args, mesh=mesh_of_8 if "chips" in change else mesh, backend=change.get("backend", "xla"))

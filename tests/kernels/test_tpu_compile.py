@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 from slipstream.cache_manager.codec import Int8
-from slipstream.kernels import cache_flush, prefill_attention, ragged_attention
+from slipstream.kernels import attention_steps, cache_flush, page_rows, prefill_attention, ragged_attention
 
 from ..tpu import abstract, compile_for, layer_sized_copies, nbytes, tpu_mesh
 
@@ -31,71 +31,82 @@ def quick(*chosen):
 HEADS = pytest.mark.parametrize(("K", "G", "H", "dtype"), quick(1, 5))
 
 
+def page_shape(mesh, K, H, dtype):
+    """(P, R) of a pool that holds all slots' longest requests; K is per chip."""
+    rows = page_rows(K, H, S, dtype, mesh.devices.flat[0].device_kind)
+    return B * S // rows, rows
+
+
 def arrays(mesh, K, G, H, dtype):
-    """q, new (of a step), cache, layer, length; K is per chip."""
+    """q, new (of a step), cache, layer, length, pages; K is per chip."""
+    pool, rows = page_shape(mesh, K, H, dtype)
     K *= mesh.size
     return (
         abstract(mesh, (B, K * G, H), dtype, None, "tensor"),
         abstract(mesh, (L, B, K, 2 * H), dtype, None, None, "tensor"),
-        abstract(mesh, (L, B, K, S, 2 * H), dtype, None, None, "tensor"),
+        abstract(mesh, (L, pool, K, rows, 2 * H), dtype, None, None, "tensor"),
         abstract(mesh, (), jnp.int32),
         abstract(mesh, (B,), jnp.int32),
+        abstract(mesh, (B, S // rows), jnp.int32),
     )
 
 
-def assert_no_copy_of(cache_LBKSC, compiled):
-    assert compiled.memory_analysis().temp_size_in_bytes < nbytes(cache_LBKSC) / 20
-    assert layer_sized_copies(compiled, cache_LBKSC) == []
+def assert_no_copy_of(cache, compiled):
+    assert compiled.memory_analysis().temp_size_in_bytes < nbytes(cache) / 20
+    assert layer_sized_copies(compiled, cache) == []
 
 
 @CHIPS
 @HEADS
 def test_ragged_attention(chips, K, G, H, dtype):
     mesh = tpu_mesh(chips=chips)
-    q_BNH, new_LBKC, cache_LBKSC, layer, length_B = arrays(mesh, K, G, H, dtype)
+    args = arrays(mesh, K, G, H, dtype)
 
-    def attend(q_BNH, new_LBKC, cache_LBKSC, layer, length_B):
-        return ragged_attention(q_BNH, new_LBKC[0], cache_LBKSC, layer, length_B, mesh=mesh, backend="pallas")
+    def attend(q_BNH, new_LBKC, cache_LPKRC, layer, length_B, page_BJ):
+        args = (q_BNH, new_LBKC[0], cache_LPKRC, layer, length_B, page_BJ)
+        return ragged_attention(*args, mesh=mesh, backend="pallas")
 
-    compiled = compile_for(mesh, attend, q_BNH, new_LBKC, cache_LBKSC, layer, length_B)
-    assert_no_copy_of(cache_LBKSC, compiled)
+    assert_no_copy_of(args[2], compile_for(mesh, attend, *args))
 
 
 @CHIPS
 @HEADS
 def test_cache_flush(chips, K, G, H, dtype):
     mesh = tpu_mesh(chips=chips)
-    _, new_LBKC, cache_LBKSC, _, position_B = arrays(mesh, K, G, H, dtype)
+    _, new_LBKC, cache_LPKRC, _, position_B, page_BJ = arrays(mesh, K, G, H, dtype)
     flush = functools.partial(cache_flush, mesh=mesh, backend="pallas")
-    compiled = compile_for(mesh, flush, cache_LBKSC, new_LBKC, position_B, donate=(0,))
-    assert_no_copy_of(cache_LBKSC, compiled)
-    assert compiled.memory_analysis().alias_size_in_bytes == nbytes(cache_LBKSC)
+    compiled = compile_for(mesh, flush, cache_LPKRC, new_LBKC, position_B, page_BJ, donate=(0,))
+    assert_no_copy_of(cache_LPKRC, compiled)
+    assert compiled.memory_analysis().alias_size_in_bytes == nbytes(cache_LPKRC)
 
 
-def decode_step(mesh, flush, weight_LDD, token_BD, cache_LBKSC, length_B):
+def decode_step(mesh, flush, weight_LDD, token_BD, cache_LPKRC, length_B, page_BJ):
     """A step's shape: every layer reads the cache and returns its new row; one flush at the end."""
-    K, C = cache_LBKSC.shape[2], cache_LBKSC.shape[4]
+    K, C = cache_LPKRC.shape[2], cache_LPKRC.shape[4]
+    steps = attention_steps(cache_LPKRC, length_B, page_BJ, mesh=mesh, backend="pallas")
 
     def layer(x_BD, weight_and_layer):
         weight_DD, layer = weight_and_layer
         y_BD = x_BD @ weight_DD
         q_BNH = y_BD.reshape(B, -1, C // 2)
         new_BKC = y_BD[:, : K * C].reshape(B, K, C)
-        out_BNH = ragged_attention(q_BNH, new_BKC, cache_LBKSC, layer, length_B, mesh=mesh, backend="pallas")
+        args = (q_BNH, new_BKC, cache_LPKRC, layer, length_B, page_BJ, steps)
+        out_BNH = ragged_attention(*args, mesh=mesh, backend="pallas")
         return x_BD + out_BNH.reshape(B, -1), new_BKC
 
     token_BD, new_LBKC = jax.lax.scan(layer, token_BD, (weight_LDD, jnp.arange(L)))
-    return token_BD, flush(cache_LBKSC, new_LBKC, length_B)
+    return token_BD, flush(cache_LPKRC, new_LBKC, length_B, page_BJ)
 
 
 def compile_step(chips, K, G, H, dtype, flush_of):
     mesh = tpu_mesh(chips=chips)
-    cache_LBKSC, length_B = arrays(mesh, K, G, H, dtype)[2::2]
+    _, _, cache_LPKRC, _, length_B, page_BJ = arrays(mesh, K, G, H, dtype)
     D = max(K * G * H, 2 * K * H) * mesh.size
     weight_LDD = abstract(mesh, (L, D, D), dtype, None, None, "tensor")
     step = functools.partial(decode_step, mesh, flush_of(mesh))
     token_BD = abstract(mesh, (B, D), dtype)
-    return cache_LBKSC, compile_for(mesh, step, weight_LDD, token_BD, cache_LBKSC, length_B, donate=(2,))
+    args = (weight_LDD, token_BD, cache_LPKRC, length_B, page_BJ)
+    return cache_LPKRC, compile_for(mesh, step, *args, donate=(2,))
 
 
 @CHIPS
@@ -106,9 +117,9 @@ def test_step(chips, K, G, H, dtype):
     def flush_of(mesh):
         return functools.partial(cache_flush, mesh=mesh, backend="pallas")
 
-    cache_LBKSC, compiled = compile_step(chips, K, G, H, dtype, flush_of)
-    assert_no_copy_of(cache_LBKSC, compiled)
-    assert compiled.memory_analysis().alias_size_in_bytes == nbytes(cache_LBKSC)
+    cache_LPKRC, compiled = compile_step(chips, K, G, H, dtype, flush_of)
+    assert_no_copy_of(cache_LPKRC, compiled)
+    assert compiled.memory_analysis().alias_size_in_bytes == nbytes(cache_LPKRC)
 
 
 def test_the_gate_sees_copies():
@@ -117,13 +128,31 @@ def test_the_gate_sees_copies():
     def flush_of(mesh):
         del mesh
 
-        def write(slot_LKSC, new_LKC, position):
-            return jax.lax.dynamic_update_slice(slot_LKSC, new_LKC[:, :, None], (0, 0, position, 0))
+        def write(page_LKRC, new_LKC, row):
+            return jax.lax.dynamic_update_slice(page_LKRC, new_LKC[:, :, None], (0, 0, row, 0))
 
-        return jax.vmap(write, in_axes=(1, 1, 0), out_axes=1)
+        def flush(cache_LPKRC, new_LBKC, length_B, page_BJ):
+            new_LPKC, row_P = (jnp.repeat(x, page_BJ.shape[1], axis) for x, axis in ((new_LBKC, 1), (length_B, 0)))
+            return jax.vmap(write, in_axes=(1, 1, 0), out_axes=1)(cache_LPKRC, new_LPKC, row_P)
 
-    cache_LBKSC, compiled = compile_step(1, 4, 2, 128, jnp.bfloat16, flush_of)
-    assert layer_sized_copies(compiled, cache_LBKSC)
+        return flush
+
+    cache_LPKRC, compiled = compile_step(1, 4, 2, 128, jnp.bfloat16, flush_of)
+    assert layer_sized_copies(compiled, cache_LPKRC)
+
+
+@pytest.mark.parametrize(
+    ("slots", "length", "pool"),
+    [(512, 32768, 4096), pytest.param(16, 131072, 8192, marks=pytest.mark.slow)],
+)
+def test_lists_of_many_slots_and_of_long_ones_fit_into_scalar_memory(slots, length, pool):
+    """1 MiB for the page table while the lists are made, and for the lists while attention runs."""
+    mesh, rows = tpu_mesh(chips=1), 256
+    shapes = ((slots, 4, 128), (slots, 1, 256), (1, pool, 1, rows, 256))
+    args = [abstract(mesh, shape, jnp.bfloat16) for shape in shapes]
+    scalars = [abstract(mesh, shape, jnp.int32) for shape in ((), (slots,), (slots, length // rows))]
+    attend = functools.partial(ragged_attention, mesh=mesh, backend="pallas")
+    assert_no_copy_of(args[2], compile_for(mesh, attend, *args, *scalars))
 
 
 @pytest.mark.parametrize(
@@ -132,12 +161,13 @@ def test_the_gate_sees_copies():
 def test_other_chips(topology):
     mesh = tpu_mesh(topology, chips=1)
     for K, G, H, dtype in CASES:
-        q_BNH, new_LBKC, cache_LBKSC, layer, length_B = arrays(mesh, K, G, H, dtype)
+        q_BNH, new_LBKC, cache_LPKRC, layer, length_B, page_BJ = arrays(mesh, K, G, H, dtype)
         new_BKC = abstract(mesh, new_LBKC.shape[1:], dtype)
         attend = functools.partial(ragged_attention, mesh=mesh, backend="pallas")
-        compile_for(mesh, attend, q_BNH, new_BKC, cache_LBKSC, layer, length_B)
+        compile_for(mesh, attend, q_BNH, new_BKC, cache_LPKRC, layer, length_B, page_BJ)
         flush = functools.partial(cache_flush, mesh=mesh, backend="pallas")
-        compile_for(mesh, flush, cache_LBKSC, new_LBKC, length_B, donate=(0,))
+        compiled = compile_for(mesh, flush, cache_LPKRC, new_LBKC, length_B, page_BJ, donate=(0,))
+        assert_no_copy_of(cache_LPKRC, compiled)
 
 
 @pytest.mark.parametrize(
@@ -160,22 +190,24 @@ def test_other_chips(topology):
 def test_int8(topology, chips, K, G, H):
     """Codes and scales: neither is copied, and the scales take the 8 bytes a token that they should."""
     mesh = tpu_mesh(topology, chips=chips)
-    q_BNH, new_LBKC, _, layer, length_B = arrays(mesh, K, G, H, jnp.bfloat16)
-    code_LBKSC = abstract(mesh, (L, B, K * chips, S, 2 * H), jnp.int8, None, None, "tensor")
-    scale_LBK2S = abstract(mesh, (L, B, K * chips, 2, S), jnp.float32, None, None, "tensor")
+    q_BNH, new_LBKC, code_LPKRC, layer, length_B, page_BJ = arrays(mesh, K, G, H, jnp.int8)
+    q_BNH, new_LBKC = (jax.ShapeDtypeStruct(x.shape, jnp.bfloat16, sharding=x.sharding) for x in (q_BNH, new_LBKC))
+    pool, rows = page_shape(mesh, K, H, jnp.int8)
+    scale_LPK2R = abstract(mesh, (L, pool, K * chips, 2, rows), jnp.float32, None, None, "tensor")
 
-    def step(q_BNH, new_LBKC, code_LBKSC, scale_LBK2S, layer, length_B):
-        args = (q_BNH, new_LBKC[0], code_LBKSC, layer, length_B)
-        out_BNH = ragged_attention(*args, scale_LBK2S=scale_LBK2S, mesh=mesh, backend="pallas")
+    def step(q_BNH, new_LBKC, code_LPKRC, scale_LPK2R, layer, length_B, page_BJ):
+        args = (q_BNH, new_LBKC[0], code_LPKRC, layer, length_B, page_BJ)
+        out_BNH = ragged_attention(*args, scale_LPK2R=scale_LPK2R, mesh=mesh, backend="pallas")
         new = Int8().encode(new_LBKC + out_BNH[0, 0, 0])  # the flush comes after the attention
-        code_LBKSC = cache_flush(code_LBKSC, new.rows, length_B, mesh=mesh, backend="pallas")
-        scale_LBK2S = cache_flush(scale_LBK2S, new.scales, length_B, token_axis=4, mesh=mesh, backend="pallas")
-        return code_LBKSC, scale_LBK2S, out_BNH
+        flush = functools.partial(cache_flush, mesh=mesh, backend="pallas")
+        code_LPKRC = flush(code_LPKRC, new.rows, length_B, page_BJ)
+        return code_LPKRC, flush(scale_LPK2R, new.scales, length_B, page_BJ, row_axis=4), out_BNH
 
-    compiled = compile_for(mesh, step, q_BNH, new_LBKC, code_LBKSC, scale_LBK2S, layer, length_B, donate=(2, 3))
-    assert_no_copy_of(code_LBKSC, compiled)
-    assert layer_sized_copies(compiled, scale_LBK2S) == []
-    cache_bytes = nbytes(code_LBKSC) + nbytes(scale_LBK2S)
+    args = (q_BNH, new_LBKC, code_LPKRC, scale_LPK2R, layer, length_B, page_BJ)
+    compiled = compile_for(mesh, step, *args, donate=(2, 3))
+    assert_no_copy_of(code_LPKRC, compiled)
+    assert layer_sized_copies(compiled, scale_LPK2R) == []
+    cache_bytes = nbytes(code_LPKRC) + nbytes(scale_LPK2R)
     assert cache_bytes == L * B * K * S * (2 * H + 8)
     assert compiled.memory_analysis().alias_size_in_bytes == cache_bytes
 
@@ -187,14 +219,14 @@ def test_int8(topology, chips, K, G, H):
 def test_window_and_soft_cap(topology, K, G, H, dtype):
     """A window that is known at run time only, as under a scan over layers of two kinds."""
     mesh = tpu_mesh(topology, chips=1)
-    q_BNH, new_LBKC, cache_LBKSC, layer, length_B = arrays(mesh, K, G, H, dtype)
+    args = arrays(mesh, K, G, H, dtype)
 
-    def attend(q_BNH, new_LBKC, cache_LBKSC, layer, length_B, window):
-        args = (q_BNH, new_LBKC[0], cache_LBKSC, layer, length_B)
+    def attend(q_BNH, new_LBKC, cache_LPKRC, layer, length_B, page_BJ, window):
+        args = (q_BNH, new_LBKC[0], cache_LPKRC, layer, length_B, page_BJ)
         return ragged_attention(*args, window=window, soft_cap=50.0, mesh=mesh, backend="pallas")
 
-    compiled = compile_for(mesh, attend, q_BNH, new_LBKC, cache_LBKSC, layer, length_B, layer)
-    assert_no_copy_of(cache_LBKSC, compiled)
+    compiled = compile_for(mesh, attend, *args, args[3])
+    assert_no_copy_of(args[2], compiled)
     q_TNH, k_TKH, v_TKH = (abstract(mesh, (1024, heads, H), dtype) for heads in (K * G, K, K))
     prompt = functools.partial(prefill_attention, window=300, soft_cap=50.0, mesh=mesh, backend="pallas")
     assert "tpu_custom_call" in compile_for(mesh, prompt, q_TNH, k_TKH, v_TKH).as_text()

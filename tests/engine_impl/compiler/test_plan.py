@@ -91,7 +91,7 @@ def test_the_report_names_kernels_collectives_and_no_copies(small_plan):
     assert report.fits
     assert set(report.programs) == {"generate", "insert", "prefill_256"}
     generate = report.programs["generate"]
-    assert generate.pallas_calls == {"ragged_attention": 2, "cache_flush": 1}
+    assert generate.pallas_calls == {"live_steps": 1, "ragged_attention": 2, "cache_flush": 1}
     assert generate.collectives["all-reduce"] == 2 * 2 + 1  # o_proj and down_proj a layer, and the embedding
     assert all(program.cache_sized_copies == [] for program in report.programs.values())
     assert json.loads(json.dumps(report.as_json()))["programs"]["insert"]["alias_bytes"] >= report.cache_bytes_per_chip

@@ -17,6 +17,7 @@ def flush(
     new_LBKC: jax.Array,
     length_B: jax.Array,
     live_B: jax.Array,
+    page_BJ: jax.Array,
     *,
     codec: Codec,
     mesh: jax.sharding.Mesh,
@@ -24,11 +25,11 @@ def flush(
 ) -> KV:
     """Store every live slot's new token behind its last row, for all layers at once; in place when donated.
 
-    A dead slot, and one that is full, is not written at all: its position is put outside the cache.
+    A dead slot, and one whose pages are full, is not written at all: its position is put outside.
     """
-    outside = cache.rows.shape[3]
-    position_B, new = jnp.where(live_B, length_B, outside), codec.encode(new_LBKC)
-    rows = cache_flush(cache.rows, new.rows, position_B, mesh=mesh, backend=backend)
+    position_B, new = jnp.where(live_B, length_B, -1), codec.encode(new_LBKC)
+    rows = cache_flush(cache.rows, new.rows, position_B, page_BJ, mesh=mesh, backend=backend)
     if cache.scales is None or new.scales is None:
         return KV(rows)
-    return KV(rows, cache_flush(cache.scales, new.scales, position_B, token_axis=4, mesh=mesh, backend=backend))
+    scales = cache_flush(cache.scales, new.scales, position_B, page_BJ, row_axis=4, mesh=mesh, backend=backend)
+    return KV(rows, scales)
