@@ -22,7 +22,7 @@ from .load.caller import Record
 from .load.grpc_caller import GrpcCaller
 from .load.loops import closed
 from .load.report import Slo, report
-from .load.workload import Ask, make_requests
+from .load.workload import LoadRequest, make_requests
 from .measure.machine import warn_if_busy
 from .measure.stats import percentile
 from .measure.table import Progress, table
@@ -68,7 +68,7 @@ class JetStreamCaller(GrpcCaller):
         )
         return self
 
-    def message(self, ask: Ask) -> pb.DecodeRequest:
+    def message(self, ask: LoadRequest) -> pb.DecodeRequest:
         return message(ask.prompt_ids, ask.max_tokens)
 
 
@@ -128,7 +128,7 @@ def counted(progress: Progress, total: int, text: str) -> Callable[[Record], Non
     return on_done
 
 
-async def check_alike(callers: dict[str, JetStreamCaller], asks: list[Ask]) -> None:
+async def check_alike(callers: dict[str, JetStreamCaller], asks: list[LoadRequest]) -> None:
     """Also warms both up. Raises FailedError unless all answers are the same, token by token."""
     answers = {name: [await token_ids(caller, ask) for ask in asks] for name, caller in callers.items()}
     for ask, ours, theirs in zip(asks, *answers.values(), strict=True):
@@ -136,7 +136,7 @@ async def check_alike(callers: dict[str, JetStreamCaller], asks: list[Ask]) -> N
             raise FailedError(f"{ask.prompt_ids[:8]}... is answered {ours} by us and {theirs} under JetStream")
 
 
-async def token_ids(caller: JetStreamCaller, ask: Ask) -> list[int]:
+async def token_ids(caller: JetStreamCaller, ask: LoadRequest) -> list[int]:
     """One whole answer."""
     return [
         token_id

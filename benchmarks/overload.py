@@ -24,7 +24,7 @@ from .load.caller import Record
 from .load.grpc_caller import GrpcCaller
 from .load.hosted import hosted, metric
 from .load.loops import closed, opened
-from .load.workload import Ask, arrivals, lengths, make_requests
+from .load.workload import LoadRequest, arrivals, lengths, make_requests
 from .measure import machine
 from .measure.stats import percentile
 from .measure.table import Progress, table
@@ -81,7 +81,7 @@ def measure_cost(engine: Any, params: Any, serving: Serving, options: OverloadOp
     }
 
 
-async def _served_speed(serving: Serving, ask: Ask, slots: int, steps: int) -> float:
+async def _served_speed(serving: Serving, ask: LoadRequest, slots: int, steps: int) -> float:
     """Tokens a second while every slot is live: between the last first token and the first last one."""
     content = pb.DecodeRequest.TokenContent(token_ids=ask.prompt_ids)
     request = pb.DecodeRequest(token_content=content, max_tokens=steps + 2 * slots, ignore_eos=True)
@@ -145,7 +145,7 @@ async def measure_reuse(serving: Serving, options: OverloadOptions, slots: int) 
     return {"steps_p50": statistics.median(steps), "steps_max": max(steps)}
 
 
-def _asks(options: OverloadOptions, count: int) -> list[Ask]:
+def _asks(options: OverloadOptions, count: int) -> list[LoadRequest]:
     prompt, answer = (lengths(f"fixed:{n}", 0) for n in (options.prompt_tokens, options.answer_tokens))
     return make_requests(count, prompt, answer, ids=options.ids, max_length=None, seed=options.seed)
 

@@ -18,7 +18,7 @@ from .load.grpc_caller import GrpcCaller
 from .load.http_caller import HttpCaller
 from .load.loops import closed, opened
 from .load.report import Slo, report
-from .load.workload import OUTPUT, PROMPT, Ask, arrivals, lengths, make_requests
+from .load.workload import OUTPUT, PROMPT, LoadRequest, arrivals, lengths, make_requests
 from .measure.machine import cpu_name, version, warn_if_busy
 from .measure.stats import Ratio
 from .measure.table import Progress, table
@@ -79,7 +79,7 @@ def caller_of(options: ServeOptions, side: Side) -> Caller:
     return GrpcCaller(side.target, **common)
 
 
-async def run_load(options: ServeOptions, asks: list[Ask], load: float) -> dict[str, Any]:
+async def run_load(options: ServeOptions, asks: list[LoadRequest], load: float) -> dict[str, Any]:
     """The first side's numbers, and with a second one its numbers and the ratios, pair by pair."""
     blocks: list[list[Block]] = [[] for _ in options.sides]
     async with AsyncExitStack() as stack:
@@ -108,7 +108,7 @@ def numbers_of(blocks: list[Block], slo: Slo) -> dict[str, Any]:
     return numbers | {"client_cpu_share": round(max(block.client_cpu_share for block in blocks), 4)}
 
 
-async def run_block(options: ServeOptions, side: Side, caller: Caller, asks: list[Ask], load: float) -> Block:
+async def run_block(options: ServeOptions, side: Side, caller: Caller, asks: list[LoadRequest], load: float) -> Block:
     """Raises FailedError when nothing can be said of it."""
     progress, done = Progress(), []
 

@@ -11,7 +11,7 @@ import tyro
 from ..engine_impl.config import EngineConfig
 
 if TYPE_CHECKING:
-    from ..engine_impl.compiler.plan import Plan as Report
+    from ..engine_impl.compiler.plan import PlanReport as Report
 
 DOES_NOT_FIT = 1
 GIB, MIB = 2**30, 2**20

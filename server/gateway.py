@@ -1,4 +1,4 @@
-"""The desk behind both fronts, gRPC and HTTP: they hand requests in and get batches of events back."""
+"""The gateway behind both fronts, gRPC and HTTP: they hand requests in and get batches of events back."""
 
 import asyncio
 import secrets
@@ -29,7 +29,7 @@ Read = Callable[[AnyEngine, Callable[[int], Deliver]], list[Request]]
 called in a thread. Raises RefusedError."""
 
 
-class Desk:
+class Gateway:
     """One server's, of one event loop. Refuses with UnavailableError until `open()`."""
 
     def __init__(self, on_call: Callable[[], object] = lambda: None) -> None:
@@ -55,7 +55,7 @@ class Desk:
 
     @property
     def engine(self) -> AnyEngine:
-        """Raises UnavailableError while the desk is closed."""
+        """Raises UnavailableError while the gateway is closed."""
         return self._open()[0]
 
     @contextmanager

@@ -23,10 +23,10 @@ from ..engine_impl.runtime import timeline
 from ..engine_impl.runtime.compilations import programs
 from .config import ServerConfig, join_address
 from .errors import UnavailableError
-from .gateway import Desk
+from .gateway import Gateway
 from .grpc.interceptors import interceptors
-from .grpc.service import JETSTREAM_SERVICE, SERVICE, Front, add_to
-from .http.door import Door
+from .grpc.service import JETSTREAM_SERVICE, SERVICE, GrpcService, add_to
+from .http.server import HttpServer
 from .net import tls
 from .net.ports import FLUSH_S, check_port_is_free
 from .net.security import Guard, warn_if_open
@@ -72,9 +72,11 @@ class Serving:
         self._load, self._config, self._line = load, config, line
         if config.watch.profile is not None:
             self.profile = Profile(config.watch.profile, config.watch.profile_s)
-        self._desk = Desk() if self.profile is None else Desk(self.profile.on_call)
-        self._front, guard = Front(self._desk), Guard(config.security)
-        self._http = None if config.http_port is None else Door(self._desk, guard, config, lambda: self.is_ready)
+        self._gateway = Gateway() if self.profile is None else Gateway(self.profile.on_call)
+        self._grpc, guard = GrpcService(self._gateway), Guard(config.security)
+        self._http = (
+            None if config.http_port is None else HttpServer(self._gateway, guard, config, lambda: self.is_ready)
+        )
         self._health = health.aio.HealthServicer()  # pyright: ignore[reportAttributeAccessIssue]
         self._watchers: list[asyncio.Task[None]] = []
         self._credentials = tls.credentials(config.security)
@@ -113,7 +115,7 @@ class Serving:
         await self._stop_watchers()
         self.is_ready = False
         await self._health.enter_graceful_shutdown()
-        self._desk.close("the server is stopping")
+        self._gateway.close("the server is stopping")
         await self._drain()
         await self._close_orchestrator()
         if self.profile is not None:
@@ -124,7 +126,7 @@ class Serving:
     async def _listen(self) -> None:
         await self._set_ready(False)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
-        add_to(self._server, self._front)
+        add_to(self._server, self._grpc)
         names = (SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME)
         reflection.enable_server_reflection(names, self._server)
         check_port_is_free(self._config)
@@ -188,7 +190,7 @@ class Serving:
         if self.dead_reason is not None:
             raise UnavailableError(self.dead_reason)
         self.metrics.watch_devices(list(engine.devices), lambda: programs().made)
-        self._desk.open(engine, self.orchestrator)
+        self._gateway.open(engine, self.orchestrator)
         startup = timeline.THIS_PROCESS.startup()
         self.metrics.started(startup.stages)
         log.info(
@@ -201,7 +203,7 @@ class Serving:
 
     def _on_dead(self, reason: str) -> None:
         self.dead_reason = reason
-        self._desk.close(reason)
+        self._gateway.close(reason)
         self.stop_requested.set()
 
     def _start_watchers(self) -> None:
@@ -236,10 +238,10 @@ class Serving:
     async def _drain(self) -> None:
         """Until the calls in flight are answered, the grace is over or somebody forces."""
         deadline = time.monotonic() + self._config.grace_s
-        while self._desk.calls and time.monotonic() < deadline and not self.force_requested.is_set():
+        while self._gateway.calls and time.monotonic() < deadline and not self.force_requested.is_set():
             await asyncio.sleep(0.01)
-        if self._desk.calls:
-            log.warning("cancelling %d requests that are not finished", self._desk.calls)
+        if self._gateway.calls:
+            log.warning("cancelling %d requests that are not finished", self._gateway.calls)
 
     async def _set_ready(self, is_ready: bool) -> None:
         self.is_ready = is_ready

@@ -28,7 +28,7 @@ class Region:
 
 
 @dataclass(frozen=True)
-class Program:
+class LloProgram:
     """One kernel. The loop, over the grid of a Pallas kernel, is its bundles [start, end)."""
 
     bundles: tuple[str, ...]
@@ -64,7 +64,7 @@ class Program:
         return count
 
 
-def parse(text: str, delay_slots: int, loop_of: str = "") -> Program:
+def parse(text: str, delay_slots: int, loop_of: str = "") -> LloProgram:
     """The program in the text of a `*-final_bundles.txt`, for a chip with so many delay slots behind a branch.
 
     Of several loops the innermost that issues the operation `loop_of`.
@@ -96,7 +96,7 @@ def parse(text: str, delay_slots: int, loop_of: str = "") -> Program:
         for at, name in branches
         if start <= at and at + 1 + delay_slots < targets[name] <= end
     ]
-    return Program(tuple(bundles), start, end, tuple(regions))
+    return LloProgram(tuple(bundles), start, end, tuple(regions))
 
 
 def _start_of(bundles: list[str], region: str) -> int:

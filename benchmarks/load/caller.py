@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Literal, Protocol, Self
 
-from .workload import Ask
+from .workload import LoadRequest
 
 Status = Literal["completed", "rejected", "failed"]
 CONNECT_S = 5.0
@@ -56,6 +56,6 @@ class Caller(Protocol):
 
     async def __aexit__(self, *exc_info: object) -> None: ...
 
-    async def call(self, ask: Ask, due: float) -> Record:
+    async def call(self, ask: LoadRequest, due: float) -> Record:
         """Sends it now and reads its answer to the end. A refusal is a result, not an error. `due`: Record's."""
         ...

@@ -11,7 +11,7 @@ from ...protos.orchestrator_pb2_grpc import OrchestratorStub
 from ...server.errors import UnavailableError
 from ...server.grpc.channel import PLAIN, ChannelConfig, aio_channel, metadata
 from .caller import CONNECT_S, Record
-from .workload import Ask
+from .workload import LoadRequest
 
 
 class GrpcCaller:
@@ -36,14 +36,14 @@ class GrpcCaller:
     async def __aexit__(self, *exc_info: object) -> None:
         await self._channel.close()
 
-    def message(self, ask: Ask) -> pb.DecodeRequest:
+    def message(self, ask: LoadRequest) -> pb.DecodeRequest:
         """The prompt as it is: no BOS is put before it, so that its length is what the plan says."""
         content = pb.DecodeRequest.TokenContent(token_ids=ask.prompt_ids)
         return pb.DecodeRequest(
             token_content=content, max_tokens=ask.max_tokens, has_bos=True, ignore_eos=self._ignore_eos
         )
 
-    async def call(self, ask: Ask, due: float) -> Record:
+    async def call(self, ask: LoadRequest, due: float) -> Record:
         """See Caller. RESOURCE_EXHAUSTED is a rejection, any other status a failure."""
         record = Record(due=due)
         try:

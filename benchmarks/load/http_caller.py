@@ -18,7 +18,7 @@ from ...engine_impl.errors import RefusedError
 from ...server.errors import UnavailableError
 from ...server.grpc.channel import PLAIN, ChannelConfig, metadata
 from .caller import CONNECT_S, Record
-from .workload import Ask
+from .workload import LoadRequest
 
 KEEP_S = 4.0
 """An idle connection is given up after this (seconds): uvicorn, which rivals run on, closes its end after 5 s, and a
@@ -63,7 +63,7 @@ class HttpCaller:
     async def __aexit__(self, *exc_info: object) -> None:
         await self._session.close()
 
-    async def call(self, ask: Ask, due: float) -> Record:
+    async def call(self, ask: LoadRequest, due: float) -> Record:
         """See Caller. 429 is a rejection, any other status a failure."""
         record = Record(due=due)
         body = {

@@ -9,10 +9,12 @@ import time
 from collections.abc import Callable
 
 from .caller import Caller, Record
-from .workload import Ask
+from .workload import LoadRequest
 
 
-async def closed(caller: Caller, asks: list[Ask], in_flight: int, on_done: Callable[[Record], None]) -> list[Record]:
+async def closed(
+    caller: Caller, asks: list[LoadRequest], in_flight: int, on_done: Callable[[Record], None]
+) -> list[Record]:
     """Records in the order of `asks`."""
     records: dict[int, Record] = {}
     waiting = iter(enumerate(asks))
@@ -26,11 +28,13 @@ async def closed(caller: Caller, asks: list[Ask], in_flight: int, on_done: Calla
     return [records[index] for index in range(len(asks))]
 
 
-async def opened(caller: Caller, asks: list[Ask], due: list[float], on_done: Callable[[Record], None]) -> list[Record]:
+async def opened(
+    caller: Caller, asks: list[LoadRequest], due: list[float], on_done: Callable[[Record], None]
+) -> list[Record]:
     """Request i is sent `due[i]` seconds from now. Records in the order of `asks`."""
     start = time.perf_counter()
 
-    async def send(ask: Ask, due: float) -> Record:
+    async def send(ask: LoadRequest, due: float) -> Record:
         await asyncio.sleep(due - time.perf_counter())
         record = await caller.call(ask, due)
         on_done(record)

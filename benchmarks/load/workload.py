@@ -22,7 +22,7 @@ Draw = Callable[[np.random.Generator, int], int]
 
 
 @dataclass(frozen=True)
-class Ask:
+class LoadRequest:
     """One request to be sent."""
 
     prompt_ids: list[int]
@@ -55,7 +55,7 @@ def lengths(spec: str, column: int) -> Draw:
 
 def make_requests(
     count: int, prompt: Draw, output: Draw, *, ids: tuple[int, int], max_length: int | None, seed: int
-) -> list[Ask]:
+) -> list[LoadRequest]:
     """Random prompts of token ids in [ids[0], ids[1]); prompt and answer together cut to `max_length`, if given.
 
     The same seed gives the same requests, the first ones too when `count` is larger.
@@ -67,7 +67,7 @@ def make_requests(
         if max_length is not None:
             prompt_tokens = min(prompt_tokens, max_length - 1)
             output_tokens = min(output_tokens, max_length - prompt_tokens)
-        asks.append(Ask(rng.integers(*ids, prompt_tokens).tolist(), output_tokens))
+        asks.append(LoadRequest(rng.integers(*ids, prompt_tokens).tolist(), output_tokens))
     return asks
 
 

@@ -47,7 +47,7 @@ class Saving:
 
 
 @dataclass(frozen=True)
-class Plan:
+class PlanReport:
     """A model on a topology at a serving shape."""
 
     model: str
@@ -84,7 +84,7 @@ def plan(
     all_buckets: bool = False,
     dump: Path | None = None,
     report: Callable[[str], None] = lambda line: None,
-) -> Plan:
+) -> PlanReport:
     """Compile generate, insert and prefill (the largest bucket, or all) for a topology.
 
     `stored` is how the checkpoint keeps its weights (see `quantization_of`); `dump` gets each program's optimised HLO
@@ -121,7 +121,7 @@ def plan(
             dump.mkdir(parents=True, exist_ok=True)
             (dump / f"{program}.hlo.txt").write_text(compiled.as_text() or "")
         misfit = budget.program_misfit(program, programs[program])
-    return Plan(
+    return PlanReport(
         model=config.model,
         topology=topology,
         chips=engine.mesh.size,
@@ -153,7 +153,7 @@ def _saving(config: EngineConfig, shape: ModelConfig, topology: str, budget: Bud
     return Saving(quantized, floats.resident - budget.resident, floats.slots_with_room)
 
 
-def largest_slots(config: EngineConfig, shape: ModelConfig, topology: str, **options: Any) -> Plan:
+def largest_slots(config: EngineConfig, shape: ModelConfig, topology: str, **options: Any) -> PlanReport:
     """The plan with the most slots that fit; with one slot, if not even that fits.
 
     A slot costs its cache and a little more: each guess comes from what a slot cost between the last two plans and the

@@ -9,7 +9,7 @@ COMPILED, FOUND = "/jax/core/compile/backend_compile_duration", "/jax/compilatio
 
 
 @dataclass(frozen=True)
-class Programs:
+class Compilations:
     """Programs made since keep_in(), by JAX's own report."""
 
     compiled: int = 0
@@ -39,10 +39,10 @@ def keep_in(folder: Path) -> None:
         jax.monitoring.register_event_listener(_on_event)
 
 
-def programs() -> Programs:
+def programs() -> Compilations:
     """So far."""
     with _lock:
-        return Programs(_made - _found, _found)
+        return Compilations(_made - _found, _found)
 
 
 def _on_duration(event: str, duration_secs: float, **about: str | int) -> None:

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from .compilations import Programs, programs
+from .compilations import Compilations, programs
 
 TRACE = ("/jax/core/compile/jaxpr_trace_duration", "/jax/core/compile/jaxpr_to_mlir_module_duration")
 COMPILE = "/jax/core/compile/backend_compile_duration"
@@ -34,7 +34,7 @@ class Startup:
     without these two. imports: until the engine's loading begins. loading: devices, tokenizer, weights. rest: behind
     loading: the first steps, threads, ports.
     """
-    programs: Programs
+    programs: Compilations
     """Made on the way."""
 
     @property

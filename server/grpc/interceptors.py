@@ -1,4 +1,4 @@
-"""The guard at gRPC's door. Health checks stay open."""
+"""The guard at the gRPC server's entrance. Health checks stay open."""
 
 from collections.abc import Awaitable, Callable, Iterator
 from typing import Any

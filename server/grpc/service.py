@@ -11,7 +11,7 @@ from google.protobuf.message import DecodeError, Message
 from ...engine_impl.errors import RefusedError
 from ...protos import orchestrator_pb2 as pb
 from ..errors import CancelledError, DeadlineError, FailedError, QueueFullError, UnavailableError
-from ..gateway import MAX_REQUEST_ID, REQUEST_ID, RETRY_AFTER, Deliver, Desk, check_id, new_id
+from ..gateway import MAX_REQUEST_ID, REQUEST_ID, RETRY_AFTER, Deliver, Gateway, check_id, new_id
 from ..request.request import Request
 from .messages import read_request, write_reply
 
@@ -39,13 +39,13 @@ ENDLESS_S = 10 * 365 * 86400.0
 """A deadline further off than this is none (seconds); gRPC tells so of calls without one."""
 
 
-class Front:
+class GrpcService:
     """Both methods. They take a message's bytes, so that those that are no message are refused like any bad request.
     The request's id is in the initial metadata when the request is accepted, in the trailing metadata when it is
     refused or fails."""
 
-    def __init__(self, desk: Desk) -> None:
-        self._desk = desk
+    def __init__(self, gateway: Gateway) -> None:
+        self._gateway = gateway
 
     async def HealthCheck(self, data: bytes, context: grpc.aio.ServicerContext) -> pb.HealthCheckResponse:
         """JetStream's own health check; grpc.health.v1 says the same."""
@@ -54,12 +54,12 @@ class Front:
         except RefusedError as error:
             await context.abort(status(error), str(error), trailing_metadata=trailers(error, own_id(context)))
         await context.send_initial_metadata(((REQUEST_ID, own_id(context)),))
-        return pb.HealthCheckResponse(is_live=self._desk.is_open)
+        return pb.HealthCheckResponse(is_live=self._gateway.is_open)
 
     async def Decode(self, data: bytes, context: grpc.aio.ServicerContext) -> None:
         """Streams the answers. Leaving early, at whoever's wish, cancels the request."""
         request_id = own_id(context)
-        with self._desk.call():
+        with self._gateway.call():
             try:
                 check_id(request_id)
                 await self._answer(data, context, request_id)
@@ -68,7 +68,7 @@ class Front:
 
     async def _answer(self, data: bytes, context: grpc.aio.ServicerContext, request_id: str) -> None:
         read = partial(read_one, data, request_id, deadline_of(context))
-        async with self._desk.admit(read) as admitted:
+        async with self._gateway.admit(read) as admitted:
             # Not before: a client's retry policy only applies to answers that are nothing but trailers.
             await context.send_initial_metadata(((REQUEST_ID, request_id),))
             num_samples = admitted.requests[0].num_samples
@@ -83,7 +83,7 @@ def read_one(
     engine: "Engine",
     deliver_to: Callable[[int], Deliver],
 ) -> list[Request]:
-    """For Desk.admit(): a message is one request. Raises RefusedError."""
+    """For Gateway.admit(): a message is one request. Raises RefusedError."""
     message = parse(pb.DecodeRequest, data)
     return [read_request(message, engine, deliver_to(0), request_id=request_id, deadline=deadline)]
 
@@ -126,14 +126,14 @@ def status(error: Exception) -> grpc.StatusCode:
     return next(code for kind, code in STATUS.items() if isinstance(error, kind))
 
 
-def add_to(server: grpc.aio.Server, front: Front) -> None:
-    """Serves the front under our own name, and under JetStream's for its clients."""
+def add_to(server: grpc.aio.Server, service: GrpcService) -> None:
+    """Serves it under our own name, and under JetStream's for its clients."""
     handlers = {
         "Decode": grpc.unary_stream_rpc_method_handler(
-            front.Decode, response_serializer=pb.DecodeResponse.SerializeToString
+            service.Decode, response_serializer=pb.DecodeResponse.SerializeToString
         ),
         "HealthCheck": grpc.unary_unary_rpc_method_handler(
-            front.HealthCheck, response_serializer=pb.HealthCheckResponse.SerializeToString
+            service.HealthCheck, response_serializer=pb.HealthCheckResponse.SerializeToString
         ),
     }
     server.add_generic_rpc_handlers(

@@ -7,8 +7,8 @@ from typing import Any
 from aiohttp import web
 
 from ..delivery.mailbox import Batch
-from .answers import Answer
 from .errors import told
+from .replies import Reply
 
 HEADERS = {"content-type": "text/event-stream", "cache-control": "no-cache", "x-accel-buffering": "no"}
 """The last one is for nginx, which would hold chunks back."""
@@ -17,7 +17,7 @@ DONE = b"data: [DONE]\n\n"
 
 
 async def stream(
-    request: web.Request, answer: Answer, batches: AsyncIterator[Batch], request_id: str
+    request: web.Request, answer: Reply, batches: AsyncIterator[Batch], request_id: str
 ) -> web.StreamResponse:
     """One event for each batch that has something to show. Raises what goes wrong before the first; later, it is the
     last event."""

@@ -1,4 +1,4 @@
-"""Who may ask, by whichever door: bearer tokens, and how many answers one client may have under way."""
+"""Who may ask, by whichever protocol: bearer tokens, and how many answers one client may have under way."""
 
 import hmac
 import ipaddress
@@ -118,7 +118,7 @@ class Streams:
 
 
 class Guard:
-    """Whom a server lets in, by whichever door, and how much it lets one client have under way."""
+    """Whom a server lets in, by whichever protocol, and how much it lets one client have under way."""
 
     def __init__(self, config: SecurityConfig) -> None:
         """Raises RefusedError for a token file that cannot be used."""

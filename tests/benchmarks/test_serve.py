@@ -4,7 +4,7 @@ import json
 
 import pytest
 from slipstream.benchmarks.load.grpc_caller import GrpcCaller
-from slipstream.benchmarks.load.workload import Ask
+from slipstream.benchmarks.load.workload import LoadRequest
 from slipstream.cli import main as cli
 
 from tests.fakes import FakeEngine
@@ -69,7 +69,7 @@ def test_stop_tokens_can_be_ignored(bench):
 
 def test_prompts_are_sent_as_they_are():
     """Without a BOS before them, which would be another length."""
-    message = GrpcCaller("localhost:1", 1.0).message(Ask([5, 6], 7))
+    message = GrpcCaller("localhost:1", 1.0).message(LoadRequest([5, 6], 7))
     assert (list(message.token_content.token_ids), message.max_tokens, message.has_bos) == ([5, 6], 7, True)
 
 

@@ -10,7 +10,7 @@ import trustme
 from slipstream.benchmarks.load.caller import Record
 from slipstream.benchmarks.load.hosted import hosted
 from slipstream.benchmarks.load.http_caller import HttpCaller
-from slipstream.benchmarks.load.workload import Ask
+from slipstream.benchmarks.load.workload import LoadRequest
 from slipstream.benchmarks.serve import Block, ratios
 from slipstream.cli import main as cli
 from slipstream.server.config import ServerConfig
@@ -67,7 +67,7 @@ def test_every_chunk_with_tokens_has_its_time(sends_ids):
 
     async def call(url):
         async with HttpCaller(url, 10.0) as caller:
-            return await caller.call(Ask([97], 5), time.perf_counter())
+            return await caller.call(LoadRequest([97], 5), time.perf_counter())
 
     with OpenAiFake(sends_ids=sends_ids).serving() as url:
         record = asyncio.run(call(url))

@@ -10,8 +10,8 @@ import aiohttp
 import pytest
 from openai import APIError, BadRequestError, InternalServerError, NotFoundError, RateLimitError
 from slipstream.server.config import SecurityConfig, ServerConfig
-from slipstream.server.http import door
-from slipstream.server.http.answers import Completion
+from slipstream.server.http import server as http_server
+from slipstream.server.http.replies import CompletionReply
 from slipstream.server.lifecycle import Serving
 
 from tests.fakes import FakeEngine
@@ -178,11 +178,11 @@ def test_a_bug_of_ours_is_told_and_logged_and_the_server_goes_on(is_stream, monk
     async def scenario():
         async with serving() as (server, client):
             with monkeypatch.context() as broken:
-                broken.setattr(Completion, "chunk" if is_stream else "whole", lambda *args: 1 / 0)
+                broken.setattr(CompletionReply, "chunk" if is_stream else "whole", lambda *args: 1 / 0)
                 with pytest.raises(InternalServerError, match="the server failed; its log tells why"):
                     await client.completions.create(model="fake", **A, stream=is_stream)
             assert (await client.completions.create(model="fake", **A)).choices[0].text == "bcd"
-            assert server._desk.calls == server.orchestrator.slots_in_use == 0
+            assert server._gateway.calls == server.orchestrator.slots_in_use == 0
 
     asyncio.run(scenario())
     (record,) = [record for record in caplog.records if record.levelname == "ERROR"]
@@ -191,7 +191,7 @@ def test_a_bug_of_ours_is_told_and_logged_and_the_server_goes_on(is_stream, monk
 
 
 def test_a_body_that_does_not_come_is_given_up(monkeypatch):
-    monkeypatch.setattr(door, "BODY_S", 0.05)
+    monkeypatch.setattr(http_server, "BODY_S", 0.05)
 
     async def scenario():
         async with serving() as (server, _):

@@ -1,4 +1,4 @@
-"""The HTTP door behind TLS."""
+"""The HTTP server behind TLS."""
 
 import asyncio
 import socket

@@ -1,6 +1,6 @@
-"""The door: OpenAI's paths, who may pass, how a call begins and ends. It shares its event loop with gRPC's.
+"""The HTTP server: OpenAI's paths, who may pass, how a call begins and ends. It shares its event loop with gRPC's.
 
-A call is answered as gRPC's are: parsed, admitted at the desk, then one chunk for whatever has come since the one
+A call is answered as gRPC's are: parsed, admitted at the gateway, then one chunk for whatever has come since the one
 before. A stream's status and headers wait for its first tokens, so that what fails before has a status of its own.
 """
 
@@ -16,13 +16,13 @@ from aiohttp.web_protocol import RequestPayloadError
 
 from ..config import ServerConfig
 from ..errors import UnavailableError
-from ..gateway import REQUEST_ID, Desk, check_id, new_id
+from ..gateway import REQUEST_ID, Gateway, check_id, new_id
 from ..net import tls
 from ..net.ports import Listener, address_of, listening
 from ..net.security import AUTHORIZATION, UNKNOWN, Guard
-from .answers import Answer, Chat, Completion
 from .bodies import Body, ChatBody, CompletionBody
 from .errors import HttpError, UnknownModelError, told
+from .replies import ChatReply, CompletionReply, Reply
 from .stream import stream
 from .token_names import TokenNames
 
@@ -44,12 +44,12 @@ NAME = web.RequestKey("name", str)
 """What a request is called, by its caller or by us."""
 
 
-class Door:
+class HttpServer:
     """`open()` it, `close()` it."""
 
-    def __init__(self, desk: Desk, guard: Guard, config: ServerConfig, is_ready: Callable[[], bool]) -> None:
+    def __init__(self, gateway: Gateway, guard: Guard, config: ServerConfig, is_ready: Callable[[], bool]) -> None:
         """`is_ready` decides /health. Raises RefusedError for certificates that cannot be used."""
-        self._desk, self._guard, self._config, self._is_ready = desk, guard, config, is_ready
+        self._gateway, self._guard, self._config, self._is_ready = gateway, guard, config, is_ready
         self._tls = tls.context(config.security)
         self._listener: Listener | None = None
         self._names: TokenNames | None = None
@@ -127,21 +127,21 @@ class Door:
         return web.json_response({"status": "ready"})
 
     async def _models(self, request: web.Request) -> web.Response:
-        return web.json_response({"object": "list", "data": [model_card(self._desk.engine, self._created)]})
+        return web.json_response({"object": "list", "data": [model_card(self._gateway.engine, self._created)]})
 
     async def _model(self, request: web.Request) -> web.Response:
-        engine, asked = self._desk.engine, request.match_info["model"]
+        engine, asked = self._gateway.engine, request.match_info["model"]
         if asked != engine.model_name:
             raise UnknownModelError(f"model {asked!r} is not served; {engine.model_name!r} is")
         return web.json_response(model_card(engine, self._created))
 
     async def _completions(self, request: web.Request) -> web.StreamResponse:
-        return await self._answer(request, CompletionBody, Completion)
+        return await self._answer(request, CompletionBody, CompletionReply)
 
     async def _chat_completions(self, request: web.Request) -> web.StreamResponse:
-        return await self._answer(request, ChatBody, Chat)
+        return await self._answer(request, ChatBody, ChatReply)
 
-    async def _answer(self, request: web.Request, kind: type[Body], form: type[Answer]) -> web.StreamResponse:
+    async def _answer(self, request: web.Request, kind: type[Body], form: type[Reply]) -> web.StreamResponse:
         """Leaving early, at whoever's wish, cancels the requests."""
         raw = await read_body(request)
         body = kind.read(raw) if len(raw) <= SMALL else await asyncio.to_thread(kind.read, raw)
@@ -150,8 +150,8 @@ class Door:
         def read(engine: "Engine", deliver_to: Any):
             return body.requests(request[NAME], engine, deliver_to)
 
-        with self._desk.call(), held:
-            async with self._desk.admit(read) as admitted:
+        with self._gateway.call(), held:
+            async with self._gateway.admit(read) as admitted:
                 names = self._token_names(admitted.engine)
                 answer = form(body, admitted.requests, request[NAME], admitted.engine.model_name, names)
                 if body.stream:

@@ -17,7 +17,7 @@ LEAST = -9999.0
 Json = dict[str, Any]
 
 
-class Answer(ABC):
+class Reply(ABC):
     """To one call. Choices are numbered prompt * n + sample."""
 
     prefix: ClassVar[str]
@@ -114,7 +114,7 @@ class Answer(ABC):
         }
 
 
-class Completion(Answer):
+class CompletionReply(Reply):
     """Of raw text."""
 
     prefix, whole_kind, chunk_kind = "cmpl", "text_completion", "text_completion"
@@ -143,7 +143,7 @@ class Completion(Answer):
         return top
 
 
-class Chat(Answer):
+class ChatReply(Reply):
     """A turn of the assistant's."""
 
     prefix, whole_kind, chunk_kind = "chatcmpl", "chat.completion", "chat.completion.chunk"

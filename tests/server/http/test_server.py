@@ -70,7 +70,7 @@ def test_a_client_that_leaves_frees_what_it_held(stage, is_stream, caplog):
             await until(lambda: server.orchestrator.slots_in_use == 0)
             assert (await client.completions.create(**A)).choices[0].text == "bcd"
             assert outcomes(server) == {**expected, "ok": expected.get("ok", 0.0) + 1}
-            assert server._desk.calls == 0
+            assert server._gateway.calls == 0
 
     asyncio.run(scenario())
     assert [record for record in caplog.records if record.levelname == "ERROR"] == []
@@ -141,8 +141,8 @@ def test_a_client_that_does_not_read_holds_nobody_up_and_is_cut_in_the_end(monke
                     0
                 ].text == "bcd"
                 assert server.orchestrator.slots_in_use == 0
-                assert server._desk.calls == 1, "still being written"
-                await until(lambda: server._desk.calls == 0)
+                assert server._gateway.calls == 1, "still being written"
+                await until(lambda: server._gateway.calls == 0)
 
     asyncio.run(asyncio.wait_for(scenario(), 30))
 
@@ -200,7 +200,7 @@ def test_both_doors_count_one_clients_answers(by_token, tmp_path):
                     await client.completions.create(**dict(A, prompt=["a"] * 3))
                 call.cancel()
                 await stream.close()
-                await until(lambda: server._desk.calls == 0)
+                await until(lambda: server._gateway.calls == 0)
                 answer = await client.completions.create(**dict(A, prompt=["a"] * 2))
                 assert [choice.text for choice in answer.choices] == ["bcd", "bcd"]
 
