@@ -118,7 +118,7 @@ def test_a_server_that_sees_the_deadline_first_says_so():
                 context.aborted.append((code, details))
 
             context.send_initial_metadata, context.write, context.abort = note, write, abort
-            await server._front.Decode(text_request("\x01", 200).SerializeToString(), context)
+            await server._grpc.Decode(text_request("\x01", 200).SerializeToString(), context)
             last = context.written[-1]
             assert last.stream_content.samples[0].finish_reason == pb.FINISH_REASON_DEADLINE
             assert 0 < last.usage.generated_tokens < 60
