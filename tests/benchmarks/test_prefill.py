@@ -3,6 +3,7 @@
 import json
 from dataclasses import replace
 from types import SimpleNamespace
+from typing import Any
 
 import jax.numpy as jnp
 import pytest
@@ -69,7 +70,7 @@ def test_dtypes_and_quantisation_get_an_engine_each(monkeypatch, last_line, tiny
 
 def test_blocks_alternate_and_each_pair_has_its_own_prompts():
     calls = []
-    sides = [
+    sides: list[Any] = [
         SimpleNamespace(first_token=lambda prompt, side=side: calls.append(f"{side}{prompt[0]}") or prompt[0])
         for side in "ab"
     ]

@@ -297,9 +297,12 @@ def test_chat_outlives_the_server(monkeypatch, capsys):
 def test_ctrl_c_stops_the_answer_and_not_the_chat(target, fake_engine, monkeypatch, capsys):
     fake_engine.step_s, fake_engine.max_prefill_length = 0.01, 64
 
+    main_thread = threading.main_thread().ident
+    assert main_thread is not None
+
     def press_ctrl_c(step):
         if step == 5:
-            signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+            signal.pthread_kill(main_thread, signal.SIGINT)
 
     fake_engine.on_generate = press_ctrl_c
     Keyboard(monkeypatch, "!", "w")
@@ -339,7 +342,9 @@ def test_demo_without_a_server(monkeypatch, capfd):
 
 def test_demo_passes_the_engines_flags_on():
     engine = EngineConfig(slots=3, model="a b.gguf", tensor_parallel=2, quantize_exclude=("*.o_proj", "lm_head"))
-    assert cli.parse(["serve", *child.flags(engine)]).engine == engine
+    command = cli.parse(["serve", *child.flags(engine)])
+    assert isinstance(command, Serve)
+    assert command.engine == engine
 
 
 def test_ctrl_c_is_no_traceback(monkeypatch, capsys):

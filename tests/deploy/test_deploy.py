@@ -14,6 +14,13 @@ DOCKERFILE = (ROOT / "deploy" / "Dockerfile").read_text()
 MANIFESTS = sorted((ROOT / "deploy" / "kubernetes").glob("*.yaml"))
 
 
+def in_dockerfile(pattern: str) -> str:
+    """The group of the first match."""
+    match = re.search(pattern, DOCKERFILE, flags=re.M)
+    assert match is not None
+    return match[1]
+
+
 @pytest.fixture(params=MANIFESTS, ids=lambda path: path.stem)
 def pod_template(request):
     return yaml.safe_load(request.param.read_text())["spec"]["template"]
@@ -44,7 +51,7 @@ def test_probes_and_ports_are_the_servers(container, command):
 
 def test_the_http_port_is_the_containers_and_the_images(container, command):
     assert {"name": "http", "containerPort": command.server.http_port} in container["ports"]
-    assert str(command.server.http_port) in re.search(r"^EXPOSE (.*)$", DOCKERFILE, flags=re.M)[1].split()
+    assert str(command.server.http_port) in in_dockerfile(r"^EXPOSE (.*)$").split()
 
 
 def test_prometheus_finds_the_metrics(container, command, pod_template):
@@ -73,13 +80,14 @@ def test_the_chips_are_those_of_the_topology(pod, container, command):
 def test_model_and_cache_are_on_volumes(pod, container, command):
     mounts = {mount["mountPath"]: mount["name"] for mount in container["volumeMounts"]}
     assert str(PurePosixPath(command.engine.model).parent) in mounts
-    assert re.search(r"SLIPSTREAM_HOME=(\S+)", DOCKERFILE)[1] in mounts
+    assert in_dockerfile(r"SLIPSTREAM_HOME=(\S+)") in mounts
     assert set(mounts.values()) == {volume["name"] for volume in pod["volumes"]}
 
 
 def test_the_images_command_parses():
-    words = re.search(r"^CMD \[(.*)\]$", DOCKERFILE, flags=re.M)[1]
+    words = in_dockerfile(r"^CMD \[(.*)\]$")
     command = parse(re.findall(r'"([^"]*)"', words))
+    assert isinstance(command, Serve)
     assert command.server.host == "0.0.0.0"
     assert f"EXPOSE {command.server.port}" in DOCKERFILE
 

@@ -1,5 +1,7 @@
 """How a layer's window reaches the kernels, and heads that the cache pads."""
 
+from typing import cast
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -34,14 +36,15 @@ def test_tpu_rows_are_whole_tiles(head_dim, stored):
 def test_padded_heads_change_nothing(mesh):
     """Neither what the model gets back nor, but for zeros, what is stored."""
     q, k, v = random(4, 4, H), random(4, 2, H), random(4, 2, H)
+    pages = jnp.asarray(PAGES)
     cached_k, cached_v = random(1, 4, 2, 128, H), random(1, 4, 2, 128, H)
     outs, stored = [], []
     for width in (H, 16):
         cache = jnp.concatenate([wide(cached_k, width), wide(cached_v, width)], axis=-1)
-        attend = attend_cache(KV(cache), jnp.asarray(LENGTHS), PAGES, soft_cap=2.0, mesh=mesh, backend="xla")
+        attend = attend_cache(KV(cache), jnp.asarray(LENGTHS), pages, soft_cap=2.0, mesh=mesh, backend="xla")
         prompt = attend_prompt(4, head_dim=width, codec=Plain(), soft_cap=2.0, mesh=mesh, backend="xla")
         outs.append(tuple(jax.jit(one.call, static_argnums=(0, 1))(0, 0, q, k, v) for one in (attend, prompt)))
-        stored.append((attend.stored(k, v), prompt.stored(k, v).rows))
+        stored.append((attend.stored(k, v), cast(KV, prompt.stored(k, v)).rows))
     for plain, padded in zip(*outs, strict=True):
         np.testing.assert_allclose(padded, plain, rtol=1e-5, atol=1e-6)
     for plain, padded in zip(*stored, strict=True):
@@ -55,7 +58,7 @@ def test_a_traced_kind_sees_what_a_known_one_sees(mesh, what):
     """Layers under a scan select among windows; those that cut nothing off are one kind."""
     windows = {"window_of_layer": (5, None, 40, 4000), "mesh": mesh, "backend": "xla"}
     if what == "cache":
-        attend = attend_cache(KV(random(4, 4, 2, 128, 2 * H)), jnp.asarray(LENGTHS), PAGES, **windows)
+        attend = attend_cache(KV(random(4, 4, 2, 128, 2 * H)), jnp.asarray(LENGTHS), jnp.asarray(PAGES), **windows)
         qkv = random(4, 4, H), random(4, 2, H), random(4, 2, H)
     else:
         attend = attend_prompt(64, head_dim=H, codec=Plain(), **windows)

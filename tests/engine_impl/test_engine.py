@@ -194,9 +194,9 @@ def test_everything_is_compiled_once():
     engine.get_tokenizer = lambda: NoTokenizer("tiny", vocab_size=101, bos_id=None, stop_ids=frozenset({3}))
     compilations = []
 
-    def listen(event: str, seconds: float, **_) -> None:
+    def listen(event: str, duration_secs: float, **_: str | int) -> None:
         if event == "/jax/core/compile/backend_compile_duration":
-            compilations.append(seconds)
+            compilations.append(duration_secs)
 
     jax.monitoring.register_event_duration_secs_listener(listen)
     try:
@@ -411,5 +411,6 @@ def test_no_step_nor_insert_copies_the_cache():
         engine.jitted.score_step.lower(params, state, engine.page_BJ, np.zeros(4, np.int32)).compile().memory_analysis()
     )
     for memory in (generate, insert, score):
+        assert memory is not None
         assert memory.alias_size_in_bytes >= engine.layout.bytes + state.count_BV.nbytes
         assert memory.temp_size_in_bytes < engine.layout.bytes / 4

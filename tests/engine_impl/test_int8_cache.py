@@ -50,6 +50,7 @@ def test_steps_store_what_prefill_stores():
     after = jax.tree.map(np.array, state.cache)
     longer, _ = engine.prefill(params, *engine.pad([*prompt, int(first.token_BW[0, 0])]))
     row = len(prompt)
+    assert longer.kv.scales is not None
     np.testing.assert_allclose(after.scales[:, 1, :, :, row], longer.kv.scales[:, :, :, row], rtol=0.05)
     codes = after.rows[:, 1, :, row].astype(int)
     assert np.abs(codes - np.asarray(longer.kv.rows[:, :, row], int)).max() <= 4

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from types import SimpleNamespace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -66,7 +67,8 @@ def test_a_model_too_short_for_any_prompt_is_refused():
 def test_what_is_given_is_left_as_it_is():
     config = EngineConfig(slots=3, cache_length=384)
     assert sized(config, TINY, mesh(), F32, 2**30) is config
-    for given in ({"slots": 3}, {"cache_length": 384}, {"max_prefill_length": 64}):
+    choices: tuple[dict[str, Any], ...] = ({"slots": 3}, {"cache_length": 384}, {"max_prefill_length": 64})
+    for given in choices:
         for memory in (None, 2**30):
             config = chosen(memory, **given)
             assert {name: getattr(config, name) for name in given} == given
@@ -92,16 +94,18 @@ def test_slots_fill_the_memory_and_one_more_would_not_fit(megabytes):
     memory = megabytes * 2**20
     config = chosen(memory, LONG, cache_length=1024)
     assert needed(config) <= usable(memory)
-    assert config.slots == 256 or needed(config, slots=config.slots + 1) > usable(memory)
-    assert 8 < config.slots <= 256
+    slots, _ = config.chosen
+    assert slots == 256 or needed(config, slots=slots + 1) > usable(memory)
+    assert 8 < slots <= 256
 
 
 def test_a_length_that_memory_bounds_leaves_room_for_eight_slots():
     config = chosen(2**30, LONG)
-    assert config.slots == 8
-    assert config.cache_length % 1024 == 0
+    slots, length = config.chosen
+    assert slots == 8
+    assert length % 1024 == 0
     assert needed(config) <= usable(2**30)
-    assert needed(replace(config, cache_length=config.cache_length + 1024)) > usable(2**30)
+    assert needed(replace(config, cache_length=length + 1024)) > usable(2**30)
     assert chosen(2**30, LONG, slots=1).cache_length == 131072
     assert chosen(2**30, LONG, slots=300).slots == 300
 
@@ -109,15 +113,16 @@ def test_a_length_that_memory_bounds_leaves_room_for_eight_slots():
 def test_a_length_below_a_block_is_a_multiple_of_128():
     memory = 9 * 2**20
     config = chosen(memory, LONG)
-    assert config.cache_length < 1024
-    assert config.cache_length % 128 == 0
-    assert config.slots >= 8
+    slots, length = config.chosen
+    assert length < 1024
+    assert length % 128 == 0
+    assert slots >= 8
     assert needed(config) <= usable(memory)
 
 
 def test_two_devices_hold_more_than_one():
-    one, two = (chosen(2**30, LONG, devices, slots=64) for devices in (1, 2))
-    assert two.cache_length > 1.5 * one.cache_length
+    (_, one), (_, two) = (chosen(2**30, LONG, devices, slots=64).chosen for devices in (1, 2))
+    assert two > 1.5 * one
 
 
 def test_a_prefill_takes_no_more_than_its_share():

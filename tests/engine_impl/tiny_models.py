@@ -14,6 +14,7 @@ from slipstream.engine_impl.config import EngineConfig
 from slipstream.engine_impl.engine import Engine
 from slipstream.engine_impl.loading import load_engine
 from slipstream.engine_impl.models import registry
+from slipstream.engine_impl.models.decoder import ModelConfig
 from slipstream.engine_impl.models.llama import Llama, LlamaConfig
 from slipstream.engine_impl.weights.load import needed_shapes
 from slipstream.engine_impl.weights.sharding import make_mesh
@@ -28,7 +29,7 @@ TINY = LlamaConfig(
 class RandomCheckpoint:
     """Normal weights, seeded by the parameter's name and large enough that greedy tokens vary; norms are near one."""
 
-    config: LlamaConfig
+    config: ModelConfig
     name: str = "random"
     quantization: Quantization | None = None
 

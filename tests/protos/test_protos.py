@@ -13,6 +13,8 @@ PROTOS = Path(__file__).parents[2] / "protos"
 
 def generator():
     spec = importlib.util.spec_from_file_location("generate", PROTOS / "generate.py")
+    assert spec is not None
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module

@@ -1,28 +1,46 @@
 """Calls over real gRPC to a real server in this process, with a fake engine."""
 
 import asyncio
+import threading
 from contextlib import asynccontextmanager
-from typing import Any
+from typing import Any, cast
 
 import grpc
 import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 from slipstream.protos import orchestrator_pb2 as pb
 from slipstream.protos.orchestrator_pb2_grpc import OrchestratorStub
 from slipstream.server.config import ServerConfig
 from slipstream.server.grpc.messages import read_reply
-from slipstream.server.lifecycle import Serving
+from slipstream.server.lifecycle import Load, Serving
+from slipstream.server.observe.endpoint import Endpoint
+from slipstream.server.observe.metrics import Metrics
+from slipstream.server.observe.profile import Profile
 from slipstream.server.scheduler.orchestrator import Orchestrator
 
 from tests.fakes import FakeEngine
 
 WAIT_S = 10
+EOF = grpc.aio.EOF  # pyright: ignore[reportAttributeAccessIssue]  # the stubs leave it out
 
 
 class LoadedServing(Serving):
-    """Between its first request and its end the engine is there."""
+    """Between its first request and its end the engine is there, and what the config asks for beside it."""
 
     orchestrator: Orchestrator[Any, Any, Any]
     http_address: str
+    endpoint: Endpoint
+    profile: Profile
+
+
+def load_after(may_load: threading.Event) -> Load:
+    """A load that waits for the event."""
+
+    def load() -> tuple[FakeEngine, None]:
+        assert may_load.wait(WAIT_S)
+        return FakeEngine(), None
+
+    return load
 
 
 @asynccontextmanager
@@ -70,7 +88,20 @@ async def failure(channel, request, **more):
 async def refusal(channel, request):
     """(code, details)"""
     error = await failure(channel, request)
-    return error.code(), error.details()
+    return error.code(), details_of(error)
+
+
+def details_of(error: grpc.aio.AioRpcError) -> str:
+    """Its message."""
+    details = error.details()
+    assert details is not None
+    return details
+
+
+async def health(channel, service=""):
+    """The status that grpc.health.v1 tells of a service; "" is the server."""
+    stub = cast(Any, health_pb2_grpc.HealthStub(channel))  # its stubs name no method
+    return (await stub.Check(health_pb2.HealthCheckRequest(service=service), timeout=WAIT_S)).status
 
 
 async def events(channel, request, **more):
@@ -83,6 +114,13 @@ async def until(condition):
     async with asyncio.timeout(WAIT_S):
         while not condition():
             await asyncio.sleep(0.005)
+
+
+def sample(metrics: Metrics, name: str, **labels: str) -> float:
+    """A metric's value; it must be there."""
+    value = metrics.registry.get_sample_value(name, labels)
+    assert value is not None, f"no {name} with {labels}"
+    return value
 
 
 def outcomes(server):

@@ -1,7 +1,10 @@
 """Server flags that refuse what cannot be meant."""
 
+from typing import Any, cast
+
 import pytest
 from slipstream.cli import main as cli
+from slipstream.cli.serve import Serve
 from slipstream.engine_impl.errors import RefusedError
 from slipstream.server.config import SecurityConfig, ServerConfig, WatchConfig
 from slipstream.server.grpc.channel import ChannelConfig
@@ -35,6 +38,7 @@ def test_bad_values_name_the_flag_and_the_remedy(words, message, capsys):
 
 def test_flags_reach_the_nested_groups():
     command = cli.parse(["serve", "--metrics-port", "9100", "--log-format", "json", "--max-streams-per-client", "4"])
+    assert isinstance(command, Serve)
     assert command.server == ServerConfig(
         watch=WatchConfig(metrics_port=9100, log_format="json"), security=SecurityConfig(max_streams_per_client=4)
     )
@@ -51,7 +55,7 @@ def test_who_can_reach_the_server(host, is_local):
 @pytest.mark.parametrize("words", [["ask", "hi"], ["chat"], ["bench", "serve"]], ids=lambda words: " ".join(words))
 def test_every_client_takes_the_channels_flags(words, tmp_path):
     command = cli.parse([*words, "--tls-ca", "ca.pem", "--token-file", "token"])
-    command = getattr(command, "what", command)
+    command = cast(Any, getattr(command, "what", command))  # any of the clients
     assert (str(command.channel.tls_ca), str(command.channel.token_file)) == ("ca.pem", "token")
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import grpc
 import pytest
-from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_health.v1 import health_pb2
 from slipstream.engine_impl.errors import RefusedError
 from slipstream.engine_impl.runtime.timeline import STAGES
 from slipstream.protos import orchestrator_pb2 as pb
@@ -22,8 +22,8 @@ from slipstream.server.lifecycle import Serving
 from slipstream.server.scheduler.orchestrator import Orchestrator
 
 from tests.fakes import FakeEngine
+from tests.server.calls import EOF, WAIT_S, LoadedServing, health, load_after, sample
 
-WAIT_S = 10
 SERVING, NOT_SERVING = health_pb2.HealthCheckResponse.SERVING, health_pb2.HealthCheckResponse.NOT_SERVING
 
 
@@ -34,13 +34,9 @@ def ask(channel, text="a", max_tokens=3):
 
 async def whole(call):
     text = ""
-    while (reply := await call.read()) is not grpc.aio.EOF:
+    while (reply := await call.read()) is not EOF:
         text += reply.stream_content.samples[0].text
     return text
-
-
-async def health(channel):
-    return (await health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(), timeout=WAIT_S)).status
 
 
 async def code_of(call):
@@ -62,7 +58,7 @@ def test_not_serving_until_warm():
 
     async def scenario():
         may_load = threading.Event()
-        serving = Serving(lambda: (may_load.wait(WAIT_S) and FakeEngine(), None), ServerConfig(port=0))
+        serving = Serving(load_after(may_load), ServerConfig(port=0))
         task, channel = await entering(serving)
         assert await health(channel) == NOT_SERVING
         assert await code_of(ask(channel)) is grpc.StatusCode.UNAVAILABLE
@@ -81,10 +77,7 @@ def test_a_start_tells_where_its_time_went(caplog):
 
     async def scenario():
         async with Serving(lambda: (FakeEngine(), None), ServerConfig(port=0)) as serving:
-            return [
-                serving.metrics.registry.get_sample_value("slipstream_startup_seconds", {"stage": stage})
-                for stage in STAGES
-            ]
+            return [sample(serving.metrics, "slipstream_startup_seconds", stage=stage) for stage in STAGES]
 
     with caplog.at_level("INFO", "slipstream"):
         told = asyncio.run(scenario())
@@ -164,9 +157,9 @@ def test_a_load_that_is_refused_closes_the_port():
     asyncio.run(scenario())
 
 
-def test_a_warm_up_that_fails_is_told():
+def test_a_warm_up_that_fails_is_told(monkeypatch):
     engine = FakeEngine()
-    engine.warm_up = lambda params, state: 1 / 0
+    monkeypatch.setattr(engine, "warm_up", lambda params, state: 1 / 0)
 
     async def scenario():
         with pytest.raises(UnavailableError, match="ZeroDivisionError"):
@@ -180,11 +173,11 @@ def test_a_start_that_fails_leaves_no_thread(failing, monkeypatch):
     """Whatever has been started by then: the engine's loop would hold the device, and the process its memory."""
     engine, is_warming_up, before = FakeEngine(), threading.Event(), set(threading.enumerate())
     if failing == "warm-up":
-        engine.warm_up = lambda params, state: 1 / 0
+        monkeypatch.setattr(engine, "warm_up", lambda params, state: 1 / 0)
     elif failing == "metrics":
         monkeypatch.setattr(lifecycle.Metrics, "watch_devices", lambda *args: 1 / 0)
     else:
-        engine.warm_up = lambda params, state: is_warming_up.set() or time.sleep(0.05) or state
+        monkeypatch.setattr(engine, "warm_up", lambda params, state: is_warming_up.set() or time.sleep(0.05) or state)
 
     async def scenario():
         start = asyncio.create_task(Serving(lambda: (engine, None), ServerConfig(port=0)).__aenter__())
@@ -209,6 +202,7 @@ def test_a_dead_engine_asks_for_the_stop():
                 for _ in range(3):
                     assert await code_of(ask(channel)) is grpc.StatusCode.INTERNAL
                 await asyncio.wait_for(serving.stop_requested.wait(), WAIT_S)
+            assert serving.dead_reason is not None
             assert "no device" in serving.dead_reason
 
     asyncio.run(scenario())
@@ -228,7 +222,7 @@ def test_a_peer_that_vanishes_without_a_word_gives_its_slot_back(monkeypatch):
     async def scenario():
         is_cut, engine = asyncio.Event(), FakeEngine(step_s=0.02, cache_length=10_000)
         config = ServerConfig(port=0, grace_s=0, probe_interval_s=0)
-        async with Serving(lambda: (engine, None), config) as serving:
+        async with LoadedServing(lambda: (engine, None), config) as serving:
 
             async def through(reader, writer):
                 to_server = await asyncio.open_connection(*serving.address.split(":"))
@@ -353,6 +347,18 @@ sys.exit(asyncio.run(serve(load, ServerConfig(port=0, grace_s=30))))
 """
 
 
+def address_of(process: subprocess.Popen[str]) -> str:
+    """host:port, when it serves."""
+    assert process.stdout is not None
+    return process.stdout.readline().removeprefix("SERVING on ").strip()
+
+
+def errors_of(process: subprocess.Popen[str]) -> str:
+    """All that it wrote to stderr."""
+    assert process.stderr is not None
+    return process.stderr.read()
+
+
 def start(mode):
     root = Path(__file__).parents[2]
     command = [sys.executable, "-W", "error", "-c", SERVER, mode]
@@ -362,7 +368,7 @@ def start(mode):
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_drains_and_exits_0(number):
     with start("serve") as process:
-        address = process.stdout.readline().removeprefix("SERVING on ").strip()
+        address = address_of(process)
         with grpc.insecure_channel(address) as channel:
             request = pb.DecodeRequest(token_content=pb.DecodeRequest.TokenContent(token_ids=[64]), max_tokens=10)
             call = OrchestratorStub(channel).Decode(request, timeout=WAIT_S)
@@ -371,12 +377,12 @@ def test_a_signal_drains_and_exits_0(number):
             text += "".join(reply.stream_content.samples[0].text for reply in call)
         assert text == "ABCDEFGHIJ"
         assert process.wait(WAIT_S) == 0
-        assert process.stderr.read() == ""
+        assert errors_of(process) == ""
 
 
 def test_a_second_signal_forces():
     with start("serve") as process:
-        address = process.stdout.readline().removeprefix("SERVING on ").strip()
+        address = address_of(process)
         with grpc.insecure_channel(address) as channel:
             request = pb.DecodeRequest(token_content=pb.DecodeRequest.TokenContent(token_ids=[130]), max_tokens=250)
             call = OrchestratorStub(channel).Decode(request, timeout=WAIT_S)
@@ -392,18 +398,19 @@ def test_a_second_signal_forces():
 
 def test_a_dead_engine_ends_the_process_with_the_reason():
     with start("broken") as process:
-        address = process.stdout.readline().removeprefix("SERVING on ").strip()
+        address = address_of(process)
         request = pb.DecodeRequest(token_content=pb.DecodeRequest.TokenContent(token_ids=[64]), max_tokens=10)
         with grpc.insecure_channel(address) as channel:
             for _ in range(3):
                 with pytest.raises(grpc.RpcError):
                     list(OrchestratorStub(channel).Decode(request, timeout=WAIT_S))
         assert process.wait(WAIT_S) == 1
-        assert "the engine is given up: DeadError: 3 failures in a row" in process.stderr.read()
+        assert "the engine is given up: DeadError: 3 failures in a row" in errors_of(process)
 
 
 def test_a_signal_during_the_load_ends_it():
     with start("never") as process:
+        assert process.stdout is not None
         assert process.stdout.readline() == "loading\n"
         process.terminate()
         assert process.wait(WAIT_S) == 0

@@ -58,6 +58,7 @@ class OpenAiFake:
         chunks = [ids[:1]] + [ids[i : i + 2] for i in range(1, len(ids), 2)]
         for index, chunk in enumerate(chunks):
             if index == self.breaks_after:
+                assert request.transport is not None
                 request.transport.close()
                 return response
             if index == self.error_after:

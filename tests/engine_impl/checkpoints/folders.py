@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import DTypeLike
 from safetensors.numpy import save_file
 from slipstream.engine_impl.checkpoints.hf_config import read_hf_config
 from slipstream.engine_impl.models import registry
@@ -16,7 +17,7 @@ CONFIG = {
 }  # fmt: skip
 
 
-def random_tensors(config=CONFIG, dtype=np.float32):
+def random_tensors(config=CONFIG, dtype: DTypeLike = np.float32):
     """What a checkpoint of this config holds, by its Hugging Face names."""
     rng, fields = np.random.default_rng(0), registry.read_config(config, "test")
     shapes = needed_shapes(registry.build(fields), fields.num_kv_heads)

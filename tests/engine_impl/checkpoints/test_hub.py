@@ -1,6 +1,7 @@
 """The Hugging Face hub without a network: a fabricated cache, and the library's own errors."""
 
 from types import SimpleNamespace
+from typing import Any
 
 import huggingface_hub
 import huggingface_hub.constants
@@ -9,6 +10,7 @@ from huggingface_hub import errors
 from huggingface_hub.utils import filter_repo_objects
 from slipstream.engine_impl.checkpoints import hub
 from slipstream.engine_impl.checkpoints.open import open_checkpoint
+from slipstream.engine_impl.checkpoints.safetensors import SafetensorsCheckpoint
 from slipstream.engine_impl.compiler.plan import shape_of
 from slipstream.engine_impl.errors import RefusedError
 
@@ -32,9 +34,15 @@ def snapshot(cache, name="org/tiny", revision="main", commit=COMMIT, **options):
     return write_folder(repository / "snapshots" / commit, **options)
 
 
+def opened(model: str) -> SafetensorsCheckpoint:
+    checkpoint = open_checkpoint(model)
+    assert isinstance(checkpoint, SafetensorsCheckpoint)
+    return checkpoint
+
+
 def test_a_cached_model_needs_no_network(cache):
     folder = snapshot(cache, files=2)
-    checkpoint = open_checkpoint("org/tiny")
+    checkpoint = opened("org/tiny")
     assert (checkpoint.name, checkpoint.folder) == ("org/tiny", folder)
     assert set(checkpoint.shapes()) == {name.removeprefix("model.") for name in random_tensors()}
     assert shape_of("org/tiny") == checkpoint.config
@@ -43,7 +51,7 @@ def test_a_cached_model_needs_no_network(cache):
 def test_a_revision_can_be_named(cache):
     snapshot(cache)
     other = snapshot(cache, revision="v2", commit="d" * 40, config=CONFIG | {"num_hidden_layers": 1})
-    assert open_checkpoint("org/tiny@v2").folder == other
+    assert opened("org/tiny@v2").folder == other
     assert shape_of("org/tiny@v2").num_layers == 1
     assert shape_of("org/tiny").num_layers == 2
 
@@ -71,7 +79,8 @@ def test_what_is_not_cached_and_out_of_reach_is_told(cache):
 @pytest.fixture
 def online(cache, monkeypatch):
     """What a download does: set `online["error"]`, or it makes the folder; `online["asked"]` is what it was asked."""
-    told, local = {"asked": []}, huggingface_hub.snapshot_download
+    told: dict[str, Any] = {"asked": []}
+    local = huggingface_hub.snapshot_download
 
     def snapshot_download(name, *, revision, allow_patterns, local_files_only=False):
         if local_files_only:
@@ -86,9 +95,9 @@ def online(cache, monkeypatch):
 
 
 def test_fetched_once_and_then_found(online):
-    first = open_checkpoint("org/tiny")
+    first = opened("org/tiny")
     assert [(name, revision) for name, revision, _ in online["asked"]] == [("org/tiny", None)]
-    assert open_checkpoint("org/tiny").folder == first.folder
+    assert opened("org/tiny").folder == first.folder
     assert len(online["asked"]) == 1
     assert hub.fetch("org/tiny") == first.folder, "fetch looks for news"
     assert len(online["asked"]) == 2
@@ -109,7 +118,7 @@ def test_pickles_are_not_even_fetched(online):
     ]  # fmt: skip
 
 
-def response(status):
+def response(status) -> Any:
     return SimpleNamespace(headers={}, request=None, status_code=status)
 
 

@@ -3,6 +3,7 @@
 import json
 import tracemalloc
 import weakref
+from typing import Any
 
 import jax.numpy as jnp
 import ml_dtypes
@@ -19,8 +20,8 @@ TIED = CONFIG | {"tie_word_embeddings": True}
 
 
 def load(folder, **options):
-    config = EngineConfig(model=str(folder), cache_length=128, slots=2, **({"tensor_parallel": 1} | options))
-    return load_engine(config)
+    settings: dict[str, Any] = {"tensor_parallel": 1, **options}
+    return load_engine(EngineConfig(model=str(folder), cache_length=128, slots=2, **settings))
 
 
 def parameters(params, layers=2):

@@ -279,8 +279,8 @@ def test_pieces_with_control_tokens_equal_transformers(tmp_path, llama_pieces, l
 
 def test_byte_pieces_are_held_back_until_they_are_a_character(tmp_path, llama_pieces):
     tokenizer = read_tokenizer(pieces_folder(tmp_path, llama_pieces), "m", 999)
-    ids = {f"<0x{byte:02X}>": tokenizer._backend.token_to_id(f"<0x{byte:02X}>") for byte in range(256)}
-    egg = [ids[f"<0x{byte:02X}>"] for byte in "🥚".encode()]
+    pieces = [f"<0x{byte:02X}>" for byte in "🥚".encode()]
+    egg = [token for piece in pieces if (token := tokenizer._backend.token_to_id(piece)) is not None]
     stream = tokenizer.stream()
     assert [stream.feed(token) for token in egg] == ["", "", "", "🥚"]
     assert stream.feed(egg[0]) == ""

@@ -14,6 +14,7 @@ from slipstream.engine_impl.compiler.presets import PRESETS, preset
 from slipstream.engine_impl.config import EngineConfig
 from slipstream.engine_impl.errors import RefusedError
 from slipstream.engine_impl.models import registry
+from slipstream.engine_impl.models.llama import LlamaConfig
 from slipstream.engine_impl.models.rope import frequencies
 
 from ..tiny_models import embedded_engine
@@ -75,6 +76,7 @@ def test_what_quantisation_saves_by_hand():
     assert (report.fits, report.programs) == (False, {})
     scales = 2 * 4 * ((2048 + 2 * 512 + 2 * 8192) // 8 + 2 * 2048)
     cache = 2 * 10**6 * 4096 * (2 * 128 - (128 + 8))
+    assert report.saving is not None
     assert report.saving.quantized == "int8 weights and int8 cache"
     assert report.saving.bytes_per_chip == LAYERS // 8 - scales + cache
     plain = planned(slots=10**6)
@@ -111,6 +113,7 @@ def test_a_misfit_says_which_by_how_much_and_what_would_help():
     shape, config = preset("llama-3.2-1b"), EngineConfig(slots=64, cache_length=131072, max_prefill_length=256)
     report = plan(config, shape, "v5e:2x4")
     assert not report.fits
+    assert report.misfit is not None
     assert report.misfit.program == "weights and cache"
     total = report.weights_bytes_per_chip + report.cache_bytes_per_chip
     assert report.misfit.over_bytes == total - int(15.75 * 2**30)
@@ -129,6 +132,7 @@ def test_the_compilers_own_refusal_is_a_misfit_too():
     slots = (first.hbm_bytes_per_chip - first.weights_bytes_per_chip) // first.cache_bytes_per_chip
     report = planned(slots=slots)
     assert not report.fits
+    assert report.misfit is not None
     assert report.misfit.program in ("generate", "insert", "prefill_256")
 
 
@@ -221,6 +225,7 @@ def test_hf_configs_of_both_forms_are_read(tmp_path, old_form):
         fields["rope_theta"] = fields.pop("rope_parameters")["rope_theta"]
         path.write_text(json.dumps(fields | {"rope_scaling": None}))
     shape = read_hf_config(tmp_path)
+    assert isinstance(shape, LlamaConfig)
     assert (shape.num_layers, shape.num_heads, shape.num_kv_heads, shape.head_dim) == (3, 4, 2, 16)
     assert (shape.rope_theta, shape.rope_factors, shape.tied_embeddings) == (777.0, None, True)
     assert read_hf_config(path) == shape
@@ -264,5 +269,6 @@ def test_llama3_rope_scaling_equals_transformers(tmp_path):
     config = hf_config(tmp_path, rope_parameters=scaling, head_dim=128)
     expected, factor = ROPE_INIT_FUNCTIONS["llama3"](config, device="cpu")
     shape = read_hf_config(tmp_path)
+    assert isinstance(shape, LlamaConfig)
     assert factor == 1.0
     assert frequencies(128, 500000.0, shape.rope_factors) == pytest.approx(expected.tolist(), rel=1e-6)

@@ -29,7 +29,8 @@ def native():
 @pytest.fixture(scope="module")
 def expected(native):
     """The same prompts through our engine's own verbs."""
-    return greedy(*native, PROMPTS, STEPS)
+    own, params = native
+    return greedy(own, params, PROMPTS, STEPS)
 
 
 @pytest.fixture(scope="module")

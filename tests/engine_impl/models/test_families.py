@@ -286,7 +286,9 @@ def test_a_name_is_taken_once():
 
 def test_all_ways_through_the_experts_agree(monkeypatch):
     """Sorted by expert, all through all, one by one: under the bridge, and in torch alone."""
-    shape = replace(PRESETS["mixtral-8x7b"], model_dim=16, ffn_dim=24)
+    mixtral_8x7b = PRESETS["mixtral-8x7b"]
+    assert isinstance(mixtral_8x7b, mixtral.MixtralConfig)
+    shape = replace(mixtral_8x7b, model_dim=16, ffn_dim=24)
     experts = mixtral.MixtureOfExperts(shape)
     weights = {name: 0.3 * torch.randn(p.shape) for name, p in experts.named_parameters()}
     x_RD = torch.randn(12, shape.model_dim)

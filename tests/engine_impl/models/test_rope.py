@@ -15,6 +15,7 @@ from slipstream.engine_impl.engine import Engine
 from slipstream.engine_impl.errors import RefusedError
 from slipstream.engine_impl.models import registry
 from slipstream.engine_impl.models.rope_scaling import FIXED, SCALINGS, UNREAD, DynamicNTK
+from slipstream.engine_impl.models.transformer import TransformerConfig
 from slipstream.engine_impl.weights.sharding import make_mesh
 
 from ..tiny_models import greedy
@@ -77,12 +78,19 @@ def reference_angles(config, length):
     return frequencies.tolist(), scale
 
 
+def read(fields: dict[str, Any]) -> TransformerConfig:
+    """A `config.json`'s fields as the family's config."""
+    config = registry.read_config(fields, "config.json")
+    assert isinstance(config, TransformerConfig)
+    return config
+
+
 @pytest.mark.parametrize("length", [64, 128, 129, 256, 500])
 @pytest.mark.parametrize("name", [name for name in ROPES if name != "partial"])
 def test_angles_equal_transformers(name, length):
     config = hf_config(name)
     frequencies, scale = reference_angles(config, length)
-    angles = registry.read_config(config.to_dict(), "config.json").for_length(length).angles
+    angles = read(config.to_dict()).for_length(length).angles
     assert angles.frequencies == pytest.approx(frequencies, rel=1e-5)
     assert angles.scale == pytest.approx(scale, rel=1e-6)
 
@@ -175,11 +183,13 @@ def test_layers_with_a_window_scale_a_rope_of_their_own():
 
 def test_a_length_decides_once_for_all_requests():
     """At the trained length the short list, one token more the long one; the trained length is no scaling at all."""
-    longrope = registry.read_config(hf_config("longrope").to_dict(), "config.json")
+    longrope = read(hf_config("longrope").to_dict())
     assert longrope.for_length(128) == longrope
-    assert list(longrope.for_length(129).rope_factors) == LISTS["long_factor"]
+    long = longrope.for_length(129).rope_factors
+    assert long is not None
+    assert list(long) == LISTS["long_factor"]
     assert longrope.for_length(129) == longrope.for_length(512)
-    dynamic = registry.read_config(hf_config("dynamic").to_dict(), "config.json")
+    dynamic = read(hf_config("dynamic").to_dict())
     assert dynamic.for_length(128).rope_factors is None
     assert DynamicNTK(128, 2.0, 16).factors(128) == (1.0,) * 8
     assert dynamic.for_length(129) != dynamic.for_length(130)
@@ -193,9 +203,9 @@ def test_a_rope_scaling_beside_rope_parameters_takes_their_place():
     fields = hf_config("linear").to_dict()
     alone = {name: value for name, value in fields.items() if name != "rope_parameters"} | THETA
     added = fields | {"rope_scaling": YARN, "rope_theta": 1000.0}
-    expected = registry.read_config(alone | {"rope_scaling": YARN}, "config.json")
+    expected = read(alone | {"rope_scaling": YARN})
     assert registry.read_config(added, "config.json") == expected
-    assert expected.rope_factors != registry.read_config(fields, "config.json").rope_factors
+    assert expected.rope_factors != read(fields).rope_factors
     with pytest.raises(RefusedError, match="rope_scaling beside rope_parameters, without rope_theta; move it into"):
         registry.read_config(fields | {"rope_scaling": YARN}, "config.json")
 

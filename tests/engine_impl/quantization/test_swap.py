@@ -68,8 +68,9 @@ def test_int8_codes_of_another_tool_are_kept(extreme):
 def test_int8_rows_of_another_tool_need_not_reach_127():
     """Row 0 does; the others are then looked at more closely. Nor does a row of zeros disturb."""
     rng = np.random.default_rng(1)
-    largest = np.array([127, -128, 126, -100, 65, 33, 1, 0])[:, None]
-    code_OI = rng.integers(-abs(largest) + 1, np.maximum(abs(largest), 1 - abs(largest) + 1), (8, 64))
+    largest = np.array([127, -128, 126, -100, 65, 33, 1, 0], np.int64)[:, None]
+    size = np.abs(largest)
+    code_OI = rng.integers(1 - size, np.maximum(size, 2 - size), (8, 64))
     code_OI[:, 5], code_OI[-1] = largest[:, 0], 0
     scale_O1 = rng.uniform(1e-4, 1e-2, (8, 1)).astype(np.float16).astype(np.float64)
     encoded = encode_int8(jnp.asarray(code_OI * scale_O1, jnp.float32))

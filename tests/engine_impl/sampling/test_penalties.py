@@ -62,7 +62,7 @@ def test_repetition_is_transformers(penalty):
     texts = [PROMPT + ANSWER, ANSWER + PROMPT]
     # A penalty of 1 counts nothing, and need not.
     count_BV = counted(sampling, [PROMPT, ANSWER], [ANSWER, PROMPT])
-    expected = RepetitionPenaltyLogitsProcessor(penalty)(torch.tensor(texts), torch.tensor(logits_BV))
+    expected = RepetitionPenaltyLogitsProcessor(penalty)(torch.LongTensor(texts), torch.tensor(logits_BV))
     np.testing.assert_allclose(penalise(jnp.asarray(logits_BV), count_BV, sampling), expected, rtol=1e-6)
 
 

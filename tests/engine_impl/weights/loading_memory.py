@@ -7,6 +7,7 @@ import json
 import os
 import sys
 from pathlib import Path
+from typing import cast
 
 os.environ.update(JAX_PLATFORMS="cpu", XLA_FLAGS="--xla_force_host_platform_device_count=4")
 
@@ -15,6 +16,7 @@ import numpy as np
 from safetensors.numpy import save_file
 from slipstream.engine_impl.checkpoints.safetensors import INDEX, SafetensorsCheckpoint
 from slipstream.engine_impl.config import EngineConfig
+from slipstream.engine_impl.forward import LayerLoop
 from slipstream.engine_impl.loading import build_engine
 
 LAYERS, VOCABULARY, DIM, FFN = 16, 32768, 1024, 8192
@@ -60,7 +62,7 @@ def memory(field: str) -> int:
     return int(line.split()[1]) * 1024
 
 
-def measure(loop: str, folder: Path) -> dict[str, int]:
+def measure(loop: LayerLoop, folder: Path) -> dict[str, int]:
     """On a CPU the weights stay in this process: the peak counts, mapped file pages included, less all that remains."""
     largest = write(folder)
     checkpoint = SafetensorsCheckpoint(folder, "test")
@@ -76,4 +78,4 @@ def measure(loop: str, folder: Path) -> dict[str, int]:
 
 
 if __name__ == "__main__":
-    print(json.dumps(measure(sys.argv[1], Path(sys.argv[2]))))
+    print(json.dumps(measure(cast(LayerLoop, sys.argv[1]), Path(sys.argv[2]))))

@@ -3,6 +3,7 @@
 import asyncio
 import threading
 from types import SimpleNamespace
+from typing import Any, cast
 
 import grpc
 import pytest
@@ -104,8 +105,9 @@ def test_a_server_that_sees_the_deadline_first_says_so():
     async def scenario():
         engine = FakeEngine(step_s=0.005)
         async with serving(engine) as (server, _):
-            context = SimpleNamespace(
-                time_remaining=lambda: 0.1, invocation_metadata=lambda: (), written=[], aborted=[]
+            context = cast(
+                Any,
+                SimpleNamespace(time_remaining=lambda: 0.1, invocation_metadata=lambda: (), written=[], aborted=[]),
             )
 
             async def note(*args, **more):

@@ -3,12 +3,11 @@
 import asyncio
 import threading
 
-import grpc
 from slipstream.protos import orchestrator_pb2 as pb
 from slipstream.protos.orchestrator_pb2_grpc import OrchestratorStub
 
 from tests.fakes import FakeEngine
-from tests.server.calls import WAIT_S, answer, events, serving, text_request, token_request, until
+from tests.server.calls import EOF, WAIT_S, answer, events, serving, text_request, token_request, until
 
 
 def test_stop_strings_stop_tokens_and_ignore_eos_over_the_wire():
@@ -68,7 +67,7 @@ def test_a_sample_without_news_is_an_empty_entry():
         async with serving(engine) as (_, channel):
             call = OrchestratorStub(channel).Decode(text_request("p", 4, num_samples=2), timeout=WAIT_S)
             read = []
-            while (reply := await call.read()) is not grpc.aio.EOF:
+            while (reply := await call.read()) is not EOF:
                 read.append(reply)
                 engine.pace.release()
             over = [r.stream_content.samples[1].finish_reason for r in read].index(pb.FINISH_REASON_STOP)

@@ -11,12 +11,14 @@ from tests.fakes import BEFORE_LONG, LONG_TEXT, FakeEngine
 from tests.server.calls import WAIT_S, until
 from tests.server.http.serving import serving
 
+Prompt = str | list[str] | list[int] | list[list[int]]
 
-async def complete(client, prompt="a", **more):
+
+async def complete(client, prompt: Prompt = "a", **more):
     return await client.completions.create(**{"model": "fake", "prompt": prompt, "max_tokens": 3} | more)
 
 
-async def chunks(client, prompt="a", **more):
+async def chunks(client, prompt: Prompt = "a", **more):
     return [chunk async for chunk in await complete(client, prompt, stream=True, **more)]
 
 
@@ -185,6 +187,7 @@ def test_parameters_reach_the_engine_and_the_defaults_are_openais():
         engine = FakeEngine()
         async with serving(engine) as (_, client):
             answer = await client.completions.create(model="fake", prompt="\x01")
+            assert answer.usage is not None
             assert answer.usage.completion_tokens == 16
             await complete(
                 client, temperature=0.5, top_p=0.25, seed=7, presence_penalty=1, frequency_penalty=-0.5,

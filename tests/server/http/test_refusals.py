@@ -15,7 +15,7 @@ from slipstream.server.http.replies import CompletionReply
 from slipstream.server.lifecycle import Serving
 
 from tests.fakes import FakeEngine
-from tests.server.calls import WAIT_S, until
+from tests.server.calls import WAIT_S, load_after, until
 from tests.server.http.serving import client_of, serving, url
 
 A: dict[str, Any] = {"prompt": "a", "max_tokens": 3}
@@ -290,8 +290,7 @@ def test_a_batch_waits_as_a_whole_or_not_at_all():
 def test_a_server_that_loads_is_not_available():
     async def scenario():
         may_load = threading.Event()
-        load = lambda: (may_load.wait(WAIT_S) and FakeEngine(), None)  # noqa: E731
-        server = Serving(load, ServerConfig(port=0, http_port=0))
+        server = Serving(load_after(may_load), ServerConfig(port=0, http_port=0))
         entering = asyncio.create_task(server.__aenter__())
         await until(lambda: not server.address.endswith(":0"))
         async with client_of(server) as client, aiohttp.ClientSession() as session:
@@ -320,18 +319,18 @@ def test_request_ids_are_the_callers_or_ours_and_come_back_whatever_happens():
     async def scenario():
         engine = FakeEngine()
         async with serving(engine) as (server, client):
-            mine = {"extra_headers": {"x-request-id": "mine-1"}}
-            answer = await client.completions.with_raw_response.create(model="fake", **A, **mine)
+            mine = {"x-request-id": "mine-1"}
+            answer = await client.completions.with_raw_response.create(model="fake", **A, extra_headers=mine)
             assert answer.headers["x-request-id"] == "mine-1"
             assert answer.parse().id == "cmpl-mine-1"
-            stream = await client.completions.create(model="fake", **A, stream=True, **mine)
+            stream = await client.completions.create(model="fake", **A, stream=True, extra_headers=mine)
             assert stream.response.headers["x-request-id"] == "mine-1"
             await stream.close()
             ids = {(await client.completions.create(model="fake", **A)).id for _ in range(2)}
             assert len(ids) == 2
             engine.on_prefill = lambda prompt: 1 / 0
             with pytest.raises(InternalServerError, match="request mine-1 failed in the engine") as caught:
-                await client.completions.create(model="fake", **A, **mine)
+                await client.completions.create(model="fake", **A, extra_headers=mine)
             assert caught.value.request_id == "mine-1"
             for bad in ("x" * 129, "na\u00efve"):
                 named = aiohttp.ClientSession(headers={"x-request-id": bad})

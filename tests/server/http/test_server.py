@@ -24,7 +24,7 @@ from slipstream.server.net import ports
 from slipstream.server.net.security import plain_ip
 
 from tests.fakes import FakeEngine
-from tests.server.calls import WAIT_S, outcomes, until
+from tests.server.calls import WAIT_S, LoadedServing, outcomes, until
 from tests.server.http.serving import client_of, serving, url
 
 A: dict[str, Any] = {"model": "fake", "prompt": "a", "max_tokens": 3}
@@ -79,7 +79,7 @@ def test_a_client_that_leaves_frees_what_it_held(stage, is_stream, caplog):
 def test_draining_finishes_what_runs_and_refuses_what_is_new():
     async def scenario():
         engine = FakeEngine(pace=threading.Semaphore(0))
-        server = Serving(lambda: (engine, None), ServerConfig(port=0, http_port=0, grace_s=WAIT_S))
+        server = LoadedServing(lambda: (engine, None), ServerConfig(port=0, http_port=0, grace_s=WAIT_S))
         await server.__aenter__()
         async with client_of(server) as client:
             stream = await client.completions.create(**dict(A, max_tokens=5), stream=True)
@@ -103,7 +103,7 @@ def test_the_grace_has_an_end(caplog):
 
     async def scenario():
         engine = FakeEngine(step_s=0.005)
-        server = Serving(lambda: (engine, None), ServerConfig(port=0, http_port=0, grace_s=0.05))
+        server = LoadedServing(lambda: (engine, None), ServerConfig(port=0, http_port=0, grace_s=0.05))
         await server.__aenter__()
         async with client_of(server) as client:
             stream = aiter(await client.completions.create(**LONG, stream=True))
@@ -218,7 +218,7 @@ def test_a_port_in_use_is_refused_before_the_load_and_frees_the_others():
     async def scenario():
         with socket.create_server(("127.0.0.1", 0)) as taken:
             port = taken.getsockname()[1]
-            server = Serving(
+            server = LoadedServing(
                 lambda: pytest.fail("loaded"), ServerConfig(port=0, http_port=port, watch=WatchConfig(metrics_port=0))
             )
             with pytest.raises(RefusedError, match=rf"HTTP on 127\.0\.0\.1:{port}.*in use.*another --http-port"):
@@ -281,6 +281,8 @@ def test_a_signal_drains_and_exits_0():
     command = [sys.executable, "-W", "error", "-c", SERVER]
     root = Path(__file__).parents[3]
     with subprocess.Popen(command, cwd=root, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
         line = process.stderr.readline()
         base_url = line.split("OpenAI's endpoints on ")[1].strip()
         assert process.stdout.readline().startswith("SERVING on 127.0.0.1:")

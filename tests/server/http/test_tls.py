@@ -103,7 +103,9 @@ def test_a_renewed_certificate_serves_the_next_connection_and_a_damaged_one_does
             def served() -> bytes:
                 sock = socket.create_connection((host, int(port)))
                 with sock, context.wrap_socket(sock, server_hostname=name) as encrypted:
-                    return encrypted.getpeercert(binary_form=True)
+                    certificate = encrypted.getpeercert(binary_form=True)
+                    assert certificate is not None
+                    return certificate
 
             first = await asyncio.to_thread(served)
             issue(authority, tmp_path)

@@ -5,6 +5,7 @@ called `benchmarks`, and imports pandas, nltk and evaluate for datasets and scor
 """
 
 import asyncio
+import importlib
 import json
 import sys
 from types import ModuleType
@@ -12,15 +13,16 @@ from types import ModuleType
 
 def stand_ins() -> dict[str, ModuleType]:
     """Packages that it imports and does not use."""
-    seqio, eval_accuracy = ModuleType("seqio.vocabularies"), ModuleType("eval_accuracy")
-    seqio.SentencePieceVocabulary = seqio.Vocabulary = object
-    eval_accuracy.eval_accuracy = None
-    return {
-        "pandas": ModuleType("pandas"),
-        "eval_accuracy": eval_accuracy,
-        "seqio": ModuleType("seqio"),
-        "seqio.vocabularies": seqio,
+    members = {
+        "pandas": {},
+        "eval_accuracy": {"eval_accuracy": None},
+        "seqio": {},
+        "seqio.vocabularies": {"SentencePieceVocabulary": object, "Vocabulary": object},
     }
+    modules = {name: ModuleType(name) for name in members}
+    for name, module in modules.items():
+        vars(module).update(members[name])
+    return modules
 
 
 class Ascii:
@@ -37,8 +39,7 @@ def main(target: str, prompts: list[str], output_len: int) -> None:
     """Its `benchmark`, all prompts at once."""
     sys.modules.update(stand_ins())
     sys.path.pop(0)  # this file's folder
-    from benchmarks import benchmark_serving
-
+    benchmark_serving = importlib.import_module("benchmarks.benchmark_serving")
     requests = [
         benchmark_serving.InputRequest(prompt=prompt, prompt_len=len(prompt), output_len=output_len)
         for prompt in prompts

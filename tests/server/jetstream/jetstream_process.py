@@ -8,6 +8,7 @@ import sys
 
 import jax
 from slipstream.cli.main import parse
+from slipstream.cli.serve import Serve
 from slipstream.engine_impl.jetstream.engine import JetStreamEngine
 from slipstream.server.jetstream import host as jetstream_host
 
@@ -22,6 +23,7 @@ def main() -> int:
         *text_engine(devices, byte_tokenizer(), slots=config.slots)
     )
     command = parse(["serve", "--orchestrator", "jetstream", "--port", "0", *sys.argv[2:]])
+    assert isinstance(command, Serve)
     return asyncio.run(jetstream_host.host(command.engine, command.server))
 
 

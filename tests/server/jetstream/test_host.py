@@ -6,13 +6,14 @@ import sys
 import threading
 import urllib.request
 from contextlib import contextmanager
+from typing import Any, cast
 
 import grpc
 import jax
 import pytest
 import trustme
 from grpc_health.v1 import health_pb2, health_pb2_grpc
-from jetstream.core.proto import jetstream_pb2 as pb
+from jetstream.core.proto import jetstream_pb2
 from jetstream.core.proto.jetstream_pb2_grpc import OrchestratorStub
 from slipstream.cli import main as cli
 from slipstream.cli import offline
@@ -23,6 +24,9 @@ from slipstream.server.request.options import AnswerOptions
 
 from tests.engine_impl.text_models import one_device_engine
 from tests.engine_impl.tiny_models import embedded_engine
+
+pb = cast(Any, jetstream_pb2)
+"""Its classes are made when it is imported."""
 
 pytestmark = pytest.mark.slow
 
@@ -40,6 +44,8 @@ def running(command):
     """(process, address) of a server."""
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     try:
+        assert process.stdout is not None
+        assert process.stderr is not None
         line = process.stdout.readline()
         assert line.startswith("SERVING on 127.0.0.1:"), process.stderr.read()
         yield process, line.split()[-1]
@@ -121,7 +127,8 @@ def test_both_health_checks(interleaved):
     assert OrchestratorStub(channel).HealthCheck(pb.HealthCheckRequest(), timeout=WAIT_S).is_live
     for service in ("", "jetstream_proto.Orchestrator"):
         request = health_pb2.HealthCheckRequest(service=service)
-        reply = health_pb2_grpc.HealthStub(channel).Check(request, timeout=WAIT_S)
+        stub = cast(Any, health_pb2_grpc.HealthStub(channel))  # its stubs name no method
+        reply = stub.Check(request, timeout=WAIT_S)
         assert reply.status == health_pb2.HealthCheckResponse.SERVING
 
 

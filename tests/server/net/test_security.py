@@ -10,7 +10,7 @@ from pathlib import Path
 import grpc
 import pytest
 import trustme
-from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_health.v1 import health_pb2
 from slipstream.cli import main as cli
 from slipstream.engine_impl.errors import RefusedError
 from slipstream.protos import orchestrator_pb2 as pb
@@ -21,8 +21,9 @@ from slipstream.server.lifecycle import Serving
 from slipstream.server.net.security import Tokens, warn_if_open
 
 from tests.fakes import FakeEngine
+from tests.server import calls
+from tests.server.calls import WAIT_S
 
-WAIT_S = 10
 SERVING = health_pb2.HealthCheckResponse.SERVING
 REQUEST = pb.DecodeRequest(text_content=pb.DecodeRequest.TextContent(text="a"), max_tokens=3)
 
@@ -85,8 +86,7 @@ async def code_of(target: str, config: ChannelConfig = PLAIN) -> grpc.StatusCode
 
 async def health(target: str, config: ChannelConfig = PLAIN):
     async with aio_channel(target, config) as channel:
-        stub = health_pb2_grpc.HealthStub(channel)
-        return (await stub.Check(health_pb2.HealthCheckRequest(), timeout=WAIT_S)).status
+        return await calls.health(channel)
 
 
 def test_tls_is_for_those_who_trust_the_authority(files):

@@ -11,13 +11,12 @@ from slipstream.engine_impl.errors import RefusedError
 from slipstream.protos import orchestrator_pb2 as pb
 from slipstream.protos.orchestrator_pb2_grpc import OrchestratorStub
 from slipstream.server.config import ServerConfig, WatchConfig
-from slipstream.server.lifecycle import Serving
 from slipstream.server.observe.endpoint import Endpoint
 from slipstream.server.observe.metrics import Metrics
 
 from tests.fakes import FakeEngine
+from tests.server.calls import WAIT_S, LoadedServing
 
-WAIT_S = 10
 CONFIG = ServerConfig(port=0, watch=WatchConfig(metrics_port=0))
 
 
@@ -33,7 +32,7 @@ def get(address: str, path: str) -> tuple[int, str]:
 
 def test_a_request_is_in_the_metrics_when_it_is_answered():
     async def scenario():
-        async with Serving(lambda: (FakeEngine(), None), CONFIG) as serving:
+        async with LoadedServing(lambda: (FakeEngine(), None), CONFIG) as serving:
             async with grpc.aio.insecure_channel(serving.address) as channel:
                 text = pb.DecodeRequest.TextContent(text="a")
                 request = pb.DecodeRequest(text_content=text, max_tokens=3)
@@ -54,7 +53,7 @@ def test_a_request_is_in_the_metrics_when_it_is_answered():
 
 def test_ready_means_serving():
     async def scenario():
-        serving = Serving(lambda: (FakeEngine(), None), CONFIG)
+        serving = LoadedServing(lambda: (FakeEngine(), None), CONFIG)
         async with serving:
             address = serving.endpoint.address
             assert await asyncio.to_thread(get, address, "/readyz") == (200, "ready\n")
@@ -74,7 +73,7 @@ def test_a_port_in_use_is_refused_before_the_load():
             port = taken.getsockname()[1]
             config = ServerConfig(port=0, watch=WatchConfig(metrics_port=port))
             with pytest.raises(RefusedError, match=rf"metrics on 127\.0\.0\.1:{port}.*in use.*another --metrics-port"):
-                await Serving(lambda: pytest.fail("loaded"), config).__aenter__()
+                await LoadedServing(lambda: pytest.fail("loaded"), config).__aenter__()
 
     asyncio.run(scenario())
 
@@ -84,7 +83,7 @@ def test_a_load_that_is_refused_closes_the_port():
         raise RefusedError("no such model")
 
     async def scenario():
-        serving = Serving(refuse, CONFIG)
+        serving = LoadedServing(refuse, CONFIG)
         with pytest.raises(RefusedError, match="no such model"):
             await serving.__aenter__()
         with pytest.raises(urllib.error.URLError, match="refused"):

@@ -14,6 +14,7 @@ from slipstream.server.config import ServerConfig, WatchConfig
 from slipstream.server.lifecycle import Serving
 
 from tests.fakes import FakeEngine
+from tests.server.calls import LoadedServing, load_after
 
 WAIT_S = 60
 REQUEST = pb.DecodeRequest(text_content=pb.DecodeRequest.TextContent(text="a"), max_tokens=3)
@@ -57,7 +58,7 @@ def test_a_request_that_is_refused_during_the_load_is_not_traced(monkeypatch, tm
     config = ServerConfig(port=0, watch=WatchConfig(profile=tmp_path))
 
     async def scenario():
-        serving = Serving(lambda: (may_load.wait(WAIT_S) and FakeEngine(), None), config)
+        serving = Serving(load_after(may_load), config)
         entering = asyncio.create_task(serving.__aenter__())
         while serving.address.endswith(":0"):
             await asyncio.sleep(0.005)
@@ -79,7 +80,7 @@ def test_a_window_ends_by_itself_and_can_be_opened_again(monkeypatch, tmp_path, 
 
     async def scenario():
         async with (
-            Serving(lambda: (FakeEngine(), None), config) as serving,
+            LoadedServing(lambda: (FakeEngine(), None), config) as serving,
             grpc.aio.insecure_channel(serving.address) as channel,
         ):
             await ask(channel)

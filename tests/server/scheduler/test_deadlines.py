@@ -26,6 +26,7 @@ def test_a_deadline_in_the_queue_is_answered_in_time_though_the_device_stands_st
         deadline = time.monotonic() + 0.05
         late = ask(orchestrator, "A", 3, deadline=deadline)
         events = late.all()
+        assert late.ended_at is not None
         assert deadline <= late.ended_at < deadline + 2
         assert [event.finish_reason for event in events] == [FinishReason.DEADLINE]
         assert (events[0].usage.queue_ms, events[0].usage.ttft_ms) == (None, None)

@@ -72,10 +72,10 @@ def test_failures_with_successes_between_them_are_survived():
         assert 4 < failed < 20
 
 
-def test_a_failing_warm_up_is_told():
+def test_a_failing_warm_up_is_told(monkeypatch):
     dead = queue.Queue()
     engine = FakeEngine()
-    engine.warm_up = lambda params, state: 1 / 0
+    monkeypatch.setattr(engine, "warm_up", lambda params, state: 1 / 0)
     with running(engine, warm_up=True, on_dead=dead.put):
         assert "ZeroDivisionError" in dead.get(timeout=WAIT_S)
 
@@ -143,11 +143,11 @@ def test_a_fault_before_insert_harms_no_running_answer(call, after):
     assert engine.states_made == 1
 
 
-def test_a_state_that_cannot_be_rebuilt_ends_the_engine():
+def test_a_state_that_cannot_be_rebuilt_ends_the_engine(monkeypatch):
     dead, engine = queue.Queue(), FakeEngine(on_generate=raise_on(0))
     with running(engine, on_dead=dead.put) as orchestrator:
         until(lambda: engine.states_made == 1)
-        engine.init_decode_state = lambda: 1 / 0
+        monkeypatch.setattr(engine, "init_decode_state", lambda: 1 / 0)
         assert isinstance(ask(orchestrator, "a").answer()[1].error, FailedError)
         assert "ZeroDivisionError" in dead.get(timeout=WAIT_S)
 

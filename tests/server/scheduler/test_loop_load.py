@@ -11,6 +11,7 @@ from slipstream.server.errors import DeadlineError, FailedError, QueueFullError
 from slipstream.server.observe.metrics import Metrics, Outcome
 
 from tests.fakes import FakeEngine
+from tests.server.calls import sample
 from tests.server.scheduler.loop import Asked, ask, running, texts, until
 
 
@@ -103,10 +104,7 @@ def test_any_mixture_answers_every_request_once_and_leaves_nothing_behind(seed, 
         assert not orchestrator._loop.live
         assert not orchestrator._loop.delivery._texts
     until(lambda: threading.active_count() <= threads)  # fewer: those of a test before may have ended
-    total = sum(
-        metrics.registry.get_sample_value("slipstream_requests_total", {"outcome": outcome.value})
-        for outcome in Outcome
-    )
+    total = sum(sample(metrics, "slipstream_requests_total", outcome=outcome.value) for outcome in Outcome)
     assert total == len(asked) + sum(isinstance(error, QueueFullError) for error in refused)
 
 

@@ -254,6 +254,7 @@ def test_overdue_wakes_for_the_nearest_deadline_also_of_one_that_comes_later():
     waiting.put(near)
     thread.join(10)
     assert found[0][0] == [near]
+    assert near.deadline is not None
     assert near.deadline <= found[0][1] < near.deadline + 5
 
 
