@@ -32,8 +32,9 @@ class JetStreamOptions(Hosted):
         check_positive(
             self, "in_flight", "requests", "prompt_tokens", "output_tokens", "pairs", "cancels", "cancelled_tokens"
         )
+        _ = self.engine  # refused before the slow import
         longest = self.prompt_tokens + max(self.output_tokens, self.cancelled_tokens)
-        if longest > self.engine.cache_length:
+        if longest > self.cache_length:
             raise RefusedError(
                 f"prompt and answer of {longest} tokens exceed cache_length={self.cache_length}; raise --cache-length"
             )

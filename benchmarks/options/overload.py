@@ -31,8 +31,9 @@ class OverloadOptions(Hosted):
 
     def __post_init__(self) -> None:
         check_positive(self, "prompt_tokens", "answer_tokens", "requests", "factor", "max_queued", "steps", "pairs")
+        _ = self.engine  # refused before the slow import
         longest = self.prompt_tokens + self.steps + 2 * self.slots
-        if longest > self.engine.cache_length:
+        if longest > self.cache_length:
             raise RefusedError(
                 f"cache_length={self.cache_length} must hold prompt_tokens + steps + 2 * slots = {longest} tokens"
             )

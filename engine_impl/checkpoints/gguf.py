@@ -11,7 +11,7 @@ from ..errors import RefusedError
 from ..text.chat_template import ChatTemplate
 from ..text.pre_tokenizers import pre_tokenizer
 from ..text.tokenizer import Tokenizer, byte_level_bpe
-from .gguf_architectures import MODULES
+from .gguf_architectures import EXPERT_STACKS, MODULES
 from .gguf_config import LONG_FACTORS, ROPE_FACTORS, SHORT_FACTORS, GGUFFields, dequantised, read_gguf_config
 from .gguf_parts import GGUFParts
 from .pieces import CONTROL, USER_DEFINED, Pieces, backend_of
@@ -32,18 +32,21 @@ class GGUFCheckpoint:
         self._field = GGUFFields(self._file, str(path))
         self._architecture = self._field.architecture()
         of_rope = (ROPE_FACTORS, LONG_FACTORS, SHORT_FACTORS)
-        self._stored_names = {self._parameter(name): name for name in self._file.tensors if name not in of_rope}
+        names = [name for name in self._file.tensors if name not in of_rope]
+        self._stored = {parameter: at for name in names for parameter, at in self._parameters(name).items()}
         self.name = self._field("general.name", path.stem)
         self.config = read_gguf_config(self._file, str(path))
         self.quantization = None  # its weights count as floats: exact, and on a CPU faster than codes
 
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
         """The shape of every tensor there is, by its parameter's name; one that we do not know keeps the file's."""
-        return {name: self._file.tensors[stored].shape for name, stored in self._stored_names.items()}
+        shapes = {name: (self._file.tensors[stored].shape, index) for name, (stored, index) in self._stored.items()}
+        return {name: shape if index is None else shape[1:] for name, (shape, index) in shapes.items()}
 
     def tensor(self, name: str) -> np.ndarray:
         """One tensor by its parameter's name, float32, dequantised."""
-        value = dequantised(self._file, self._stored_names[name], str(self.path))
+        stored, index = self._stored[name]
+        value = dequantised(self._file, stored, str(self.path), index)
         if self._architecture.pairs and ".q_proj." in name:
             return _halves_from_pairs(value, self.config.num_heads)
         if self._architecture.pairs and ".k_proj." in name:
@@ -105,13 +108,20 @@ class GGUFCheckpoint:
         )
         return backend_of(pieces, space_after_control=True)  # as llama.cpp
 
-    def _parameter(self, stored_name: str) -> str:
-        """`blk.3.attn_q.weight` is our `layers.3.self_attn.q_proj.weight`; what is in no table keeps its name."""
+    def _parameters(self, stored_name: str) -> dict[str, tuple[str, int | None]]:
+        """{parameter: (its tensor in the file, which entry along the first axis; None is all)}.
+
+        `blk.3.attn_q.weight` is our `layers.3.self_attn.q_proj.weight`; what is in no table keeps its name.
+        """
         of_layer = re.fullmatch(r"blk\.(\d+)\.(\w+)\.(\w+)", stored_name)
-        if of_layer and of_layer[2] in self._architecture.layer_modules:
-            return f"layers.{of_layer[1]}.{self._architecture.layer_modules[of_layer[2]]}.{of_layer[3]}"
-        module, _, kind = stored_name.rpartition(".")
-        return f"{MODULES[module]}.{kind}" if module in MODULES else stored_name
+        layer, module, kind = of_layer.groups() if of_layer else ("", *stored_name.rpartition(".")[::2])
+        if of_layer and module in self._architecture.layer_modules:
+            return {f"layers.{layer}.{self._architecture.layer_modules[module]}.{kind}": (stored_name, None)}
+        if of_layer and module in EXPERT_STACKS:
+            experts = f"layers.{layer}.block_sparse_moe.experts"
+            count = self._file.tensors[stored_name].shape[0]
+            return {f"{experts}.{e}.{EXPERT_STACKS[module]}.{kind}": (stored_name, e) for e in range(count)}
+        return {f"{MODULES[module]}.{kind}" if module in MODULES else stored_name: (stored_name, None)}
 
 
 def _halves_from_pairs(weight: np.ndarray, heads: int) -> np.ndarray:

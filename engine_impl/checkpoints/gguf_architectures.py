@@ -19,6 +19,9 @@ LAYER_MODULES = {
     "ffn_down": "mlp.down_proj",
 }
 _FUSED = {**LAYER_MODULES, "attn_qkv": "self_attn.qkv_proj", "ffn_up": "mlp.gate_up_proj"}
+_GATE = {**LAYER_MODULES, "ffn_gate_inp": "block_sparse_moe.gate"}
+EXPERT_STACKS = {"ffn_gate_exps": "w1", "ffn_down_exps": "w2", "ffn_up_exps": "w3"}
+"""A layer's experts in one tensor, the expert its first axis; a folder has `block_sparse_moe.experts.0.w1`, ..."""
 _SANDWICH = {
     **LAYER_MODULES,
     "ffn_norm": "pre_feedforward_layernorm",
@@ -46,6 +49,14 @@ class Architecture:
 
 def _silu(get: Get) -> dict[str, Any]:
     return {"hidden_act": "silu"}
+
+
+def _mixtral(get: Get) -> dict[str, Any]:
+    return {
+        "hidden_act": "silu",
+        "num_local_experts": get("expert_count"),
+        "num_experts_per_tok": get("expert_used_count"),
+    }
 
 
 def _gemma(get: Get) -> dict[str, Any]:
@@ -94,3 +105,6 @@ ARCHITECTURES = {
     "gemma3": Architecture(model_type="gemma3_text", layer_modules=_SANDWICH, norms_from_zero=True, fields=_gemma3),
 }
 """By `general.architecture`. docs/models.md lists them."""
+
+WITH_EXPERTS = {"llama": Architecture(model_type="mixtral", layer_modules=_GATE, pairs=True, fields=_mixtral)}
+"""What an architecture is when it has an `expert_count`."""

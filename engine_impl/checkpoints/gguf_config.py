@@ -10,7 +10,7 @@ from ..errors import RefusedError
 from ..models import registry
 from ..models.decoder import ModelConfig
 from ..models.transformer import TransformerConfig
-from .gguf_architectures import ARCHITECTURES, Architecture
+from .gguf_architectures import ARCHITECTURES, WITH_EXPERTS, Architecture
 from .gguf_parts import GGUFParts
 
 ROPE_FACTORS = "rope_freqs.weight"
@@ -20,7 +20,7 @@ LONG_FACTORS, SHORT_FACTORS = "rope_factors_long.weight", "rope_factors_short.we
 EMBEDDING, HEAD = "token_embd.weight", "output.weight"
 QUERY_BIAS = "blk.0.attn_q.bias"
 
-_UNREAD = ("rope.scaling.alpha", "rope.scaling.yarn_ext_factor", "rope.scaling.yarn_log_multiplier", "expert_count")
+_UNREAD = ("rope.scaling.alpha", "rope.scaling.yarn_ext_factor", "rope.scaling.yarn_log_multiplier")
 """Fields that change the answers and are not read, unless they are zero."""
 
 
@@ -47,7 +47,11 @@ class GGUFFields:
                 f"model file {self.where!r} is of the family {name!r}; the families there are: "
                 f"{', '.join(ARCHITECTURES)}"
             )
-        return ARCHITECTURES[name]
+        if not self(f"{name}.expert_count", 0):
+            return ARCHITECTURES[name]
+        if name not in WITH_EXPERTS:
+            raise RefusedError(f"{self.where!r} is a {name} with experts; those there are: {', '.join(WITH_EXPERTS)}")
+        return WITH_EXPERTS[name]
 
     def of_architecture(self, key: str, *default: Any) -> Any:
         """A field whose key begins with the architecture's name. One value for each layer has to be one for all."""
@@ -142,9 +146,9 @@ def _with_rope_factors(config: ModelConfig, file: GGUFParts, where: str) -> Mode
     return replace(config, rope_factors=tuple(dequantised(file, ROPE_FACTORS, where).tolist()))
 
 
-def dequantised(file: GGUFParts, stored_name: str, where: str) -> np.ndarray:
-    """One tensor, f32. Raises RefusedError for a kind that cannot be dequantised."""
+def dequantised(file: GGUFParts, stored_name: str, where: str, index: int | None = None) -> np.ndarray:
+    """One tensor, or one entry along its first axis, f32. Raises RefusedError for a kind that cannot be dequantised."""
     try:
-        return file.tensor(stored_name)
+        return file.tensor(stored_name, index)
     except ValueError as error:
         raise RefusedError(f"{where!r}: {error}; take another quantisation of the model") from error

@@ -47,10 +47,14 @@ class GGUFFile:
             except (struct.error, OverflowError, MemoryError) as error:
                 raise ValueError(f"it ends too early: {error}") from error
 
-    def tensor(self, name: str) -> np.ndarray:
-        """One tensor, dequantised, f32. Raises ValueError for a kind that the `gguf` package cannot dequantise."""
+    def tensor(self, name: str, index: int | None = None) -> np.ndarray:
+        """One tensor, or one entry along its first axis, dequantised, f32.
+
+        Raises ValueError for a kind that the `gguf` package cannot dequantise.
+        """
         at = self.tensors[name]
         stored = np.memmap(self.path, np.uint8, "r", at.offset, at.bytes_shape)
+        stored = stored if index is None else stored[index]
         try:
             return gguf.quants.dequantize(stored, at.kind).astype(np.float32, copy=False)
         except NotImplementedError as error:

@@ -31,9 +31,9 @@ class GGUFParts:
                 f"{str(path)!r} tells of {stated} tensors, its {count} files hold others; fetch them anew"
             )
 
-    def tensor(self, name: str) -> np.ndarray:
+    def tensor(self, name: str, index: int | None = None) -> np.ndarray:
         """As of `GGUFFile`."""
-        return self._file_of[name].tensor(name)
+        return self._file_of[name].tensor(name, index)
 
 
 def _open(path: Path) -> GGUFFile:

@@ -117,7 +117,7 @@ def _llama3(rope: RopeFields) -> Scaling:
         factor=rope["factor"],
         low=rope["low_freq_factor"],
         high=rope["high_freq_factor"],
-        trained_length=rope["original_max_position_embeddings"],
+        trained_length=_trained_length(rope.fields, rope, told=True),
     )
     return Scaling(factors)
 

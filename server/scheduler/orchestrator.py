@@ -4,7 +4,7 @@ import logging
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from typing import Generic
 
@@ -131,7 +131,7 @@ class Orchestrator(Generic[ParamsT, PrefixT, StateT]):
         return len(self._queue)
 
     @contextmanager
-    def _refusals_counted(self) -> Iterator[None]:
+    def _refusals_counted(self) -> Generator[None, None, None]:
         try:
             yield
         except (QueueFullError, UnavailableError):

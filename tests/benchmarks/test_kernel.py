@@ -1,6 +1,7 @@
 """The kernel benchmark's implementations compute one and the same thing."""
 
 import json
+from typing import Any
 
 import jax
 import numpy as np
@@ -11,7 +12,7 @@ from slipstream.benchmarks.options.kernel import KernelOptions
 from slipstream.cli import main as cli
 from slipstream.engine_impl.weights.sharding import make_mesh
 
-SHAPE = {"slots": 2, "cache_length": 128, "layers": 2, "heads": 4, "kv_heads": 2, "head_dim": 16}
+SHAPE: dict[str, Any] = {"slots": 2, "cache_length": 128, "layers": 2, "heads": 4, "kv_heads": 2, "head_dim": 16}
 
 
 @pytest.mark.slow

@@ -11,10 +11,12 @@ from tests.engine_impl.checkpoints.folders import write_folder
 
 
 def test_the_words_of_a_command():
-    options = StartOptions(slots=4, prompt="hi")
-    assert start.words(options) == ["generate", "--slots", "4", "--prompt", "hi", "--max-tokens", "1", "--json"]
-    options = StartOptions(slots=4, command="serve")
-    assert start.words(options) == ["serve", "--port", "0", "--log-format", "json", "--slots", "4"]
+    """The sizes are told to the process, which would choose others by itself on another device."""
+    size = ["--slots", "4", "--cache-length", "256"]
+    options = StartOptions(slots=4, cache_length=256, prompt="hi")
+    assert start.words(options) == ["generate", *size, "--prompt", "hi", "--max-tokens", "1", "--json"]
+    options = StartOptions(slots=4, cache_length=256, command="serve")
+    assert start.words(options) == ["serve", "--port", "0", "--log-format", "json", *size]
 
 
 def test_what_a_process_cannot_see_of_itself_is_the_rest():

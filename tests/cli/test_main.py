@@ -98,6 +98,8 @@ def test_help_loads_nothing_heavy(words):
         (["generate", "--prompt", "a", "--num-samples", "0"], "num_samples=0 must be at least 1"),
         (["generate", "--prompt", "a", "--stop", ""], "a stop string of 0 characters"),
         (["generate", "--prompt", "a", "--min-p", "2"], "min_p=2.0"),
+        (["ask", "hi", "--logit-bias", "5=101"], "logit_bias[5]=101.0 must be from -100 to 100"),
+        (["ask", "hi", "--min-tokens", "129"], "min_tokens=129 must be at most max_tokens=128"),
         (["ask", "hi", "--priority", "11"], "priority=11 must be from -10"),
         (["ask", "hi", "--logprobs", "21"], "logprobs=21"),
         (["ask", "hi", "--max-tokens", str(2**40), "--target", NEVER], "out of range"),
@@ -116,7 +118,9 @@ def test_bad_values_are_one_line_and_status_2(words, message, capsys):
     assert err.count("\n") == 1
 
 
-@pytest.mark.parametrize("words", [[], ["serve", "--no-such-flag"], ["serve", "--slots", "x"], ["ask"]])
+@pytest.mark.parametrize(
+    "words", [[], ["serve", "--no-such-flag"], ["serve", "--slots", "x"], ["ask"], ["ask", "a", "--logit-bias", "5"]]
+)
 def test_lines_that_cannot_be_read_are_status_2(words, capsys):
     with pytest.raises(SystemExit) as stop:
         cli.run(words)

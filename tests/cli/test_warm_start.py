@@ -45,6 +45,7 @@ async def main():
                 ask(stub, 3, num_samples=2), ask(stub, 3, logprobs=5, prompt_logprobs=True, priority=1),
                 ask(stub, 3, temperature=0.5, min_p=0.1, repetition_penalty=1.2, presence_penalty=0.1),
                 ask(stub, 3, stop_strings=["never"], stop_token_ids=[254], ignore_eos=True),
+                ask(stub, 3, logit_bias={5: 1.5, 7: -100}, min_tokens=3, stop_token_ids=[9], num_samples=2),
             ]
             tokens = await asyncio.gather(*asks)
             content = pb.DecodeRequest.TokenContent(token_ids=[1])
@@ -85,6 +86,7 @@ def test_a_second_start_compiles_nothing_and_traffic_nothing_at_all(tmp_path):
     assert (second["compiled"], second["found"]) == (0, first["compiled"] + first["found"])
     for run in (first, second):
         assert (run["late"], run["again"]) == (0, 0)
-        assert run["tokens"] == [4] * 8
+        assert run["tokens"] == [4] * 8 + [run["tokens"][-1]]
+        assert run["tokens"][-1] >= 3
     assert f"compiled {first['compiled']} programs, {first['found']} from the cache" in first_log
     assert f"compiled 0 programs, {second['found']} from the cache" in second_log

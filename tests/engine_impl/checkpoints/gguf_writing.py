@@ -7,7 +7,7 @@ import numpy as np
 from safetensors.numpy import load_file
 from tokenizers.pre_tokenizers import ByteLevel
 
-ARCHITECTURES = {"mistral": "llama", "gemma3_text": "gemma3"}
+ARCHITECTURES = {"mistral": "llama", "mixtral": "llama", "gemma3_text": "gemma3"}
 """Model types that have another name in GGUF."""
 
 
@@ -28,7 +28,23 @@ def add_shape(writer, fields):
         writer.add_attn_logit_softcapping(fields["attn_logit_softcapping"])
     if fields.get("final_logit_softcapping"):
         writer.add_final_logit_softcapping(fields["final_logit_softcapping"])
+    if "num_local_experts" in fields:
+        writer.add_expert_count(fields["num_local_experts"])
+        writer.add_expert_used_count(fields["num_experts_per_tok"])
     return head_dim
+
+
+def experts_together(tensors):
+    """`...experts.0.w1.weight`, ... as one tensor, `...experts.w1.weight`."""
+    stacks = {}
+    for name, value in tensors.items():
+        parts = name.split(".")
+        number = int(parts.pop(parts.index("experts") + 1)) if "experts" in parts else None
+        stacks.setdefault(".".join(parts), {})[number] = value
+    return {
+        name: of_number[None] if None in of_number else np.stack([of_number[e] for e in sorted(of_number)])
+        for name, of_number in stacks.items()
+    }
 
 
 def add_rope(writer, rope, head_dim):
@@ -77,7 +93,7 @@ def write_gguf(folder, path, *, extra=None, **tokenizer):
     add_byte_tokenizer(writer, vocab_size=fields["vocab_size"], **tokenizer)
     kinds = {name: kind for kind, name in gguf.MODEL_ARCH_NAMES.items()}
     names = gguf.get_tensor_name_map(kinds[architecture], fields["num_hidden_layers"])
-    for name, value in load_file(folder / "model.safetensors").items():
+    for name, value in experts_together(load_file(folder / "model.safetensors")).items():
         if architecture.startswith("gemma") and name == "lm_head.weight":
             continue  # tied
         writer.add_tensor(names.get_name(name, (".weight", ".bias")), stored(name, value, fields, architecture))

@@ -112,7 +112,8 @@ def test_the_rope_of_llama_3_comes_from_its_tensor(tmp_path):
         ),
         ({"family": "mamba"}, "family 'mamba'; the families there are: llama, qwen2, qwen3, phi3, gemma, gemma2"),
         ({"scaling": "longrope"}, "scales its rope by 'longrope'; those there are: none, linear, yarn"),
-        ({"fields": {"expert_count": 8}}, "has expert_count=8, which is not there yet"),
+        ({"family": "qwen2", "fields": {"expert_count": 8}}, "is a qwen2 with experts; those there are: llama"),
+        ({"fields": {"rope.scaling.alpha": 8.0}}, r"has rope.scaling.alpha=8.0, which is not there yet"),
         ({"fields": {"rope.dimension_count": 4}}, "turns only a part of each head"),
         ({"fields": {"attention.head_count_kv": [2, 4]}}, r"layers that differ in attention.head_count_kv: \[2, 4\]"),
         (

@@ -35,6 +35,10 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("Llama", {"rope_parameters": DEFAULT | {"rope_type": "linear", "factor": 4.0}}),
     "llama-biases": ("Llama", {"rope_parameters": DEFAULT, "attention_bias": True}),
     "mistral": ("Mistral", {"rope_parameters": DEFAULT, "sliding_window": None}),
+    "mixtral": (
+        "Mixtral",
+        {"rope_parameters": DEFAULT, "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": None},
+    ),
     "qwen2": ("Qwen2", {"rope_parameters": YARN, "tie_word_embeddings": True}),
     "qwen3": ("Qwen3", {"rope_parameters": DEFAULT}),
     "phi3": (
@@ -67,7 +71,7 @@ def folder_of(family, root):
 
 
 def test_every_architecture_is_tried():
-    assert set(FAMILIES) - {"mistral", "llama-biases"} == set(ARCHITECTURES)
+    assert set(FAMILIES) - {"mistral", "mixtral", "llama-biases"} == set(ARCHITECTURES)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -17,7 +17,7 @@ PAGE = (Path(__file__).parents[3] / "docs/models.md").read_text()
 def rows(column):
     """The lines of the table whose first column is called so."""
     table = PAGE.partition(f"| {column} |")[2].partition("\n\n")[0]
-    return table.strip("\n").split("\n")[1:]
+    return table.rstrip("\n").split("\n")[2:]
 
 
 def names(column):

@@ -1,5 +1,7 @@
 """What is added to single logits, against transformers and by hand."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -16,6 +18,11 @@ VOCABULARY = 400
 
 def logits(slots, seed=0):
     return np.random.default_rng(seed).normal(size=(slots, VOCABULARY)).astype(np.float32) * 4
+
+
+def text(slots: int, length: int) -> Any:
+    """Whatever has been said: the processors look at its length alone."""
+    return torch.zeros((slots, length), dtype=torch.long)
 
 
 def slots(*params, model_stop_ids=()):
@@ -44,7 +51,7 @@ def test_bias_is_transformers_and_others_keep_their_logits_to_the_bit():
         expected = torch.tensor(logits_BV[slot : slot + 1])
         if bias:
             processor = SequenceBiasLogitsProcessor([[[token_id], value] for token_id, value in bias.items()])
-            expected = processor(torch.zeros((1, 4), dtype=torch.long), expected)
+            expected = processor(text(1, 4), expected)
         np.testing.assert_allclose(biased_BV[slot], expected[0], rtol=1e-6)
     np.testing.assert_array_equal(biased_BV[1], logits_BV[1])
 
@@ -71,7 +78,7 @@ def test_the_least_length_is_transformers(min_tokens, generated):
     prompt, ends = 7, [5, 9, 399]
     logits_BV = logits(2)
     processor = MinNewTokensLengthLogitsProcessor(prompt, min_tokens, ends)
-    expected = processor(torch.zeros((2, prompt + generated), dtype=torch.long), torch.tensor(logits_BV))
+    expected = processor(text(2, prompt + generated), torch.tensor(logits_BV))
     params = SamplingParams(min_tokens=prompt + min_tokens, stop_token_ids=(5, 9))  # counted from the beginning
     sampling = slots(params, params, model_stop_ids=(9, 399))
     position_B = jnp.full(2, prompt + generated)

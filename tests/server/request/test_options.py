@@ -4,6 +4,7 @@ import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from google.protobuf.descriptor import FieldDescriptor as Field
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from slipstream.cli import main as cli
+from slipstream.cli.ask import Ask
 from slipstream.cli.options import OTHER_NAMES as FLAGS
 from slipstream.engine_impl.errors import RefusedError
 from slipstream.engine_impl.option import ByToken, Range, Rows, Texts, TokenIds, at_least, option, options_of
@@ -38,7 +40,7 @@ WITHOUT_ABSENCE = {"max_tokens", "num_samples"}
 """JetStream's: 0 samples are one, 0 tokens are refused."""
 
 
-def examples(one):
+def examples(one) -> list[Any]:
     """Sound values that a float32 holds, the ends among them; the fake has two slots and 256 tokens."""
     match one.allowed:
         case None:
@@ -63,7 +65,11 @@ CASES = [
 ]
 
 
-def values_of(options):
+def flag_of(name: str) -> str:
+    return "--" + str(FLAGS.get(name, name)).replace("_", "-")
+
+
+def values_of(options) -> dict[str, Any]:
     return {one.name: value for one, value in options.values()}
 
 
@@ -74,10 +80,10 @@ def through_wire(options):
     return read_request(received, FakeEngine(), print, request_id="x")
 
 
-def through_flags(values):
+def through_flags(values: dict[str, Any]) -> AnswerOptions:
     words = ["ask", "hi"]
     for name, value in values.items():
-        flag = "--" + FLAGS.get(name, name).replace("_", "-")
+        flag = flag_of(name)
         if isinstance(value, tuple):
             words += [word for item in value for word in (flag, str(item))]
         elif isinstance(value, dict):
@@ -86,7 +92,9 @@ def through_flags(values):
             words.append(flag)
         elif value is not False and value is not None:
             words += [flag, repr(value) if isinstance(value, float) else str(value)]
-    return cli.parse(words).answer
+    command = cli.parse(words)
+    assert isinstance(command, Ask)
+    return command.answer
 
 
 def as_json(name, value):
@@ -95,7 +103,7 @@ def as_json(name, value):
     return value  # json makes strings of a mapping's ids, as OpenAI wants them
 
 
-def through_http(values):
+def through_http(values: dict[str, Any]):
     fields = {field_of_option(name): as_json(name, value) for name, value in values.items()}
     raw = json.dumps({"prompt": "a", "max_tokens": 200} | fields).encode()
     (request,) = CompletionBody.read(raw).requests("x", FakeEngine(), lambda number: print)
@@ -233,10 +241,10 @@ def test_what_a_declaration_tells():
     weights.check({})
 
 
-def row(one):
+def row(one: Any) -> str:
     """The docs' line."""
-    flag, http = FLAGS.get(one.name, one.name).replace("_", "-"), field_of_option(one.name)
-    names = [f"`{one.name}`", f"`--{flag}`"] + [f"HTTP `{http}`"] * (http != one.name)
+    flag, http = flag_of(one.name), field_of_option(one.name)
+    names = [f"`{one.name}`", f"`{flag}`"] + [f"HTTP `{http}`"] * (http != one.name)
     default = "no" if one.default is False else "none" if one.default in (None, (), {}) else f"{one.default:g}"
     allowed = one.allowed.text if one.allowed else "yes or no"
     return f"| {', '.join(names)} | {default} | {allowed} | {one.doc()} |"
