@@ -81,9 +81,10 @@ def stored(name, value, fields, architecture):
 
 
 def write_gguf(folder, path, *, extra=None, **tokenizer):
-    """The folder's model with random-looking bytes for a tokenizer. `extra`: tensors beside the model's."""
+    """The folder's model with one token a byte for a tokenizer. `extra`: tensors beside the model's."""
     fields = json.loads((folder / "config.json").read_text())
-    architecture = ARCHITECTURES.get(fields["model_type"], fields["model_type"])
+    model_type: str = fields["model_type"]
+    architecture = ARCHITECTURES.get(model_type, model_type)
     writer = gguf.GGUFWriter(path, architecture)
     head_dim = add_shape(writer, fields)
     rope = fields["rope_parameters"]
@@ -91,12 +92,12 @@ def write_gguf(folder, path, *, extra=None, **tokenizer):
         writer.add_rope_freq_base_swa(rope["sliding_attention"]["rope_theta"])
     add_rope(writer, rope.get("full_attention", rope), head_dim)
     add_byte_tokenizer(writer, vocab_size=fields["vocab_size"], **tokenizer)
-    kinds = {name: kind for kind, name in gguf.MODEL_ARCH_NAMES.items()}
+    kinds: dict[str, gguf.MODEL_ARCH] = {name: kind for kind, name in gguf.MODEL_ARCH_NAMES.items()}
     names = gguf.get_tensor_name_map(kinds[architecture], fields["num_hidden_layers"])
     for name, value in experts_together(load_file(folder / "model.safetensors")).items():
         if architecture.startswith("gemma") and name == "lm_head.weight":
             continue  # tied
-        writer.add_tensor(names.get_name(name, (".weight", ".bias")), stored(name, value, fields, architecture))
+        writer.add_tensor(str(names.get_name(name, (".weight", ".bias"))), stored(name, value, fields, architecture))
     for name, value in (extra or {}).items():
         writer.add_tensor(name, value)
     writer.write_header_to_file()

@@ -1,5 +1,7 @@
 """GGUF files that are not what they should be."""
 
+from typing import Any
+
 import gguf
 import numpy as np
 import pytest
@@ -96,7 +98,8 @@ def test_the_rope_of_llama_3_comes_from_its_tensor(tmp_path):
     path = write_model(tmp_path / "m.gguf", extra={"rope_freqs.weight": (HEAD_DIM // 2,)})
     checkpoint = GGUFCheckpoint(path)
     stored = next(t for t in gguf.GGUFReader(path).tensors if t.name == "rope_freqs.weight")
-    assert checkpoint.config.rope_factors == pytest.approx(stored.data.tolist())
+    config: Any = checkpoint.config
+    assert config.rope_factors == pytest.approx(stored.data.tolist())
     load(path)
 
 
@@ -138,7 +141,8 @@ def test_weights_are_never_wrong_in_silence(tmp_path, change, message):
 )
 def test_a_factor_without_a_type_is_linear(fields, factors, tmp_path):
     """Two names of one thing, as in llama.cpp; 0 and 1 are no scaling."""
-    assert GGUFCheckpoint(write_model(tmp_path / "m.gguf", fields=fields)).config.rope_factors == factors
+    config: Any = GGUFCheckpoint(write_model(tmp_path / "m.gguf", fields=fields)).config
+    assert config.rope_factors == factors
 
 
 @pytest.mark.parametrize("key", ["eot", "eom"])
