@@ -21,6 +21,7 @@ from .forward import Params
 from .models import registry
 from .quantization.swap import resolved
 from .runtime import compilations, timeline
+from .sampling.params import MAX_MODEL_STOP_IDS
 from .sizes import longest_text, memory_of, sized
 from .weights.sharding import make_mesh
 
@@ -71,7 +72,13 @@ def build_engine(
     config = sized(config, model.config, mesh, dtype, memory_of(mesh.devices.flat))
     model = registry.build(model.config.for_length(longest_text(config, model.config)))
     log.info("%d slots of %d tokens, prompts of up to %d", *config.chosen, config.largest_bucket)
-    return Engine(model, mesh, config, dtype, checkpoint.tokenizer(), config.model)
+    tokenizer = checkpoint.tokenizer()
+    if tokenizer is not None and len(tokenizer.stop_ids) > MAX_MODEL_STOP_IDS:
+        raise RefusedError(
+            f"{checkpoint.name} has {len(tokenizer.stop_ids)} stop tokens, more than {MAX_MODEL_STOP_IDS}; "
+            "list fewer as eos_token_id in its generation_config.json"
+        )
+    return Engine(model, mesh, config, dtype, tokenizer, config.model)
 
 
 def _open(config: EngineConfig) -> Checkpoint:

@@ -28,6 +28,7 @@ from ..observe.metrics import Metrics
 from ..request.request import FinishReason, Request, Sample
 from .failures import DeadError, Failures, describe
 from .plan import StepPlan, plan
+from .prefill import start_samples
 from .probes import Probes
 from .queue import RequestQueue
 from .slots import Slots
@@ -115,7 +116,7 @@ class Loop(Generic[ParamsT, PrefixT, StateT]):
             return False
         self.live.add(request)
         try:
-            started = self._start_samples(request)
+            started = start_samples(self._engine, self._params, request, self._slots)
         except Exception as error:
             log.exception("the prefill of request %s failed", request.id)
             self._fail(request, error)
@@ -126,23 +127,6 @@ class Loop(Generic[ParamsT, PrefixT, StateT]):
             if request.max_tokens > 1:
                 self._state = self._engine.insert(prefix, self._state, self._slots.give(sample))
         return True
-
-    def _start_samples(self, request: Request) -> list[tuple[PrefixT, PendingResult]]:
-        """A prefix and a first token for each sample, all from one prefill."""
-        request.started_at = now = time.monotonic()
-        padded, length = self._engine.pad(request.prompt_ids)
-        prefix, result = self._engine.prefill(
-            self._params, padded, length, sampling=request.sampling, prompt_logprobs=request.prompt_logprobs
-        )
-        started: list[tuple[PrefixT, PendingResult]] = []
-        for sample in request.samples:
-            if sample.index:
-                prefix, result = self._engine.resample(prefix, sample.sampling)
-            asked = prefix.prompt_logprob_T if request.prompt_logprobs and not sample.index else None
-            roster = self._slots.alone(sample)
-            pending = PendingResult(result, roster, is_step=False, started=now, prompt_logprob_T=asked)
-            started.append((prefix, pending))
-        return started
 
     def _generate(self) -> list[PendingResult]:
         started = time.monotonic()

@@ -1,10 +1,16 @@
-"""How devices are chosen."""
+"""How devices are chosen, and what an engine refuses to be built of."""
 
 import os
 
 import pytest
 from slipstream.engine_impl import loading
 from slipstream.engine_impl.compiler.chips import GPU_MEMORY_SHARE
+from slipstream.engine_impl.config import EngineConfig
+from slipstream.engine_impl.errors import RefusedError
+from slipstream.engine_impl.sampling.params import MAX_MODEL_STOP_IDS
+from slipstream.engine_impl.text.tokenizer import NoTokenizer
+
+from tests.engine_impl.tiny_models import TINY, RandomCheckpoint
 
 
 @pytest.fixture
@@ -26,3 +32,19 @@ def test_another_share_is_respected(environment, name):
     environment.setenv(name, "0.5")
     assert loading.choose_devices("cpu")
     assert [os.environ.get(each) for each in loading.MEMORY_SHARES if each in os.environ] == ["0.5"]
+
+
+@pytest.mark.parametrize("stops", [MAX_MODEL_STOP_IDS, MAX_MODEL_STOP_IDS + 1])
+def test_a_model_has_room_for_so_many_stop_tokens(stops):
+    """The device keeps them in rows of a fixed length."""
+
+    class Checkpoint(RandomCheckpoint):
+        def tokenizer(self):
+            return NoTokenizer("random", vocab_size=101, bos_id=None, stop_ids=frozenset(range(stops)))
+
+    config = EngineConfig(platform="cpu", slots=1, cache_length=128, tensor_parallel=1)
+    if stops <= MAX_MODEL_STOP_IDS:
+        assert len(loading.build_engine(config, Checkpoint(TINY)).get_tokenizer().stop_ids) == stops
+    else:
+        with pytest.raises(RefusedError, match="random has 17 stop tokens, more than 16; list fewer"):
+            loading.build_engine(config, Checkpoint(TINY))

@@ -87,10 +87,11 @@ def test_the_last_gpu_block_reaches_back(mesh, monkeypatch, window):
     monkeypatch.setattr(xla_gpu, "BLOCK_BYTES", 2**40)
     monkeypatch.setattr(xla_gpu, "BLOCK_ROWS", 256)
     args = inputs([0, 255, 511, 513, 640], 640, 2, 2, 64, jnp.float32, window=window)
-    ATTEND.clear_cache()  # to be traced with these blocks
-    window_of_call = None if window is None else jnp.int32(window)
-    out_BNH = attend(*args[:3], LAYER, args[3], window=window_of_call, mesh=mesh, backend="xla_gpu")
-    ATTEND.clear_cache()
+    page_BJ, pool = oracle.table(args[3], 640, R)
+    cache_LPKRC = oracle.paged(args[2], page_BJ, pool, R)
+    of_window = {"window": None if window is None else jnp.int32(window)}
+    attend = jax.jit(functools.partial(ragged_attention, mesh=mesh, backend="xla_gpu"))  # traced with these blocks
+    out_BNH = attend(*args[:2], cache_LPKRC, LAYER, args[3], jnp.asarray(page_BJ), **of_window)
     oracle.assert_close(out_BNH, oracle.ragged_attention(*args[:3], LAYER, args[3], window=window))
 
 

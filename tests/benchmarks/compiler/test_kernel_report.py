@@ -177,12 +177,12 @@ def attention_row(page, dma_cycles, chip="v5e"):
 
 
 def test_chooses_the_smallest_page_that_loses_little():
-    """Each chip its own: on the first 512 rows win by far, on the second 256 cost 3 % more than 512."""
+    """Each chip its own: on the first 512 rows win by far, on the second 256 cost 2 % more than 512."""
     rows = [
         *(attention_row(page, dma) for page, dma in ((128, 100), (256, 150), (512, 240))),
         *(attention_row(page, dma, "v6e") for page, dma in ((128, 100), (256, 136), (512, 240))),
     ]
-    assert [round(over, 2) for over in excess(rows).values()] == [0.42, 0.11, 0, 0.42, 0.03, 0]
+    assert [round(over, 2) for over in excess(rows).values()] == [0.42, 0.12, 0, 0.42, 0.02, 0]
     chosen = {chip: page for (chip, *_), (page, _) in choose(rows).items()}
     assert chosen == {"v5e": 512, "v6e": 256}
 
