@@ -82,7 +82,7 @@ class Program:
                 if header and "->" in line:
                     current = self.computations[header[2]] = {}
                     self.entry = header[2] if header[1] else self.entry
-            elif line == "}":  # attributes may run over several lines and start one with a brace
+            elif line == "}" or line.startswith("}, execution_thread="):  # other lines may start with a brace, too
                 current = None
             elif parsed := _parse(line):
                 current[parsed.name] = parsed

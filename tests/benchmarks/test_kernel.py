@@ -51,7 +51,7 @@ def test_caches_of_the_paged_kernels_hold_the_same_rows(name):
 
 @pytest.mark.slow
 def test_a_flush_that_writes_nothing_is_seen(monkeypatch):
-    options = KernelOptions(**SHAPE, dtype="float32", repeats=1, platform="cpu")
+    options = KernelOptions(**SHAPE, live_tokens="5", dtype="float32", repeats=1, platform="cpu")
     bench = KernelBench(options, make_mesh(jax.devices()[:1], 4, 2, 1), "xla")
     good = next(bench._flushes())
     monkeypatch.setattr(bench, "_flushes", lambda: [good, ("lazy", lambda cache, new, position_B: cache)])

@@ -12,7 +12,7 @@ TEXT = """HloModule step
   %param_1 = f32[1,8,128]{2,1,0} parameter(1)
   %zero = s32[] constant(0)
   ROOT %dus = f32[4,8,128]{2,1,0} dynamic-update-slice(%param_0, %param_1, %zero, %zero, %zero)
-}
+}, execution_thread="sparsecore"
 
 %body (carry: (s32[], f32[4,8,128], f32[64,64])) -> (s32[], f32[4,8,128], f32[64,64]) {
   %carry = (s32[], f32[4,8,128]{2,1,0}, f32[64,64]{1,0}) parameter(0)
