@@ -35,7 +35,7 @@ class PrefixTree:
 
     def find(self, tokens: Sequence[int], key: str = "") -> list[int]:
         """The pages of the longest cached prefix of `tokens`, which are the youngest from now on."""
-        found = []
+        found: list[bytes] = []
         for name in self._names(tokens, key):
             if name not in self._page_of:
                 break

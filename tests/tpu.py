@@ -45,8 +45,22 @@ def nbytes(array: jax.ShapeDtypeStruct) -> int:
     return math.prod(array.sharding.shard_shape(array.shape)) * jnp.dtype(array.dtype).itemsize
 
 
+def text_of(compiled: jax.stages.Compiled) -> str:
+    """What the compiler made of it, as HLO."""
+    text = compiled.as_text()
+    assert text is not None
+    return text
+
+
+def memory_of(compiled: jax.stages.Compiled) -> Any:
+    """The compiler's account of its memory: argument_size_in_bytes, temp_size_in_bytes, alias_size_in_bytes, ..."""
+    memory = compiled.memory_analysis()
+    assert memory is not None
+    return memory
+
+
 def layer_sized_copies(compiled: jax.stages.Compiled, cache: jax.ShapeDtypeStruct) -> list[str]:
     """What copies a layer of the cache or more; see `Program.copies_of`."""
     assert cache.sharding is not None
     shard = cache.sharding.shard_shape(cache.shape)
-    return Program(compiled.as_text() or "").copies_of(shard, nbytes(cache) // shard[0])
+    return Program(text_of(compiled)).copies_of(shard, nbytes(cache) // shard[0])

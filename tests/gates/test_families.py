@@ -13,12 +13,15 @@ from slipstream.engine_impl.compiler.presets import PRESETS
 from slipstream.engine_impl.config import EngineConfig
 from slipstream.engine_impl.engine import Engine
 
+from tests.tpu import memory_of, text_of
+
 TOPOLOGY = "v5e:2x4"
 BUCKET = 1024
 
 SMALL = (
     "mistral-7b-v0.1", "qwen2.5-7b", "qwen3-8b", "gemma-7b", "gemma-2-9b", "gemma-3-12b", "mixtral-8x7b", "phi-3-mini",
 )  # fmt: skip
+
 REAL = {  # slots that fit with 4096 tokens each, bf16
     "mistral-7b": 64, "mistral-7b-v0.1": 64, "qwen2.5-7b": 64, "qwen3-8b": 64, "gemma-2-9b": 32, "gemma-3-12b": 32,
     "mixtral-8x7b": 16, "phi-3-mini": 16,
@@ -40,7 +43,7 @@ def check(engine: Engine, program: str) -> None:
     """It fits; the step reads the cache in place, by one kernel a layer, and writes it once."""
     executable = (lower_generate(engine) if program == "generate" else lower_prefill(engine, BUCKET)).compile()
     layout, cache_bytes = engine.layout, engine.layout.bytes // engine.mesh.size
-    memory, hlo = executable.memory_analysis(), Program(executable.as_text())
+    memory, hlo = memory_of(executable), Program(text_of(executable))
     cache_beside = 0 if program == "generate" else cache_bytes
     assert memory.argument_size_in_bytes + memory.temp_size_in_bytes + cache_beside < chip_of(TOPOLOGY).hbm_bytes
     if program == "generate":
@@ -50,7 +53,7 @@ def check(engine: Engine, program: str) -> None:
         assert memory.alias_size_in_bytes >= cache_bytes
     else:
         kinds = {min(window or BUCKET, BUCKET) for window in engine.model.config.window_of_layer}
-        assert executable.as_text().count('custom_call_target="tpu_custom_call"') == len(kinds)
+        assert text_of(executable).count('custom_call_target="tpu_custom_call"') == len(kinds)
 
 
 @pytest.mark.slow
@@ -78,7 +81,7 @@ def sliced_weights(name: str, program: str) -> list[str]:
     config = EngineConfig(model=name, slots=32, cache_length=4096, max_prefill_length=512)
     engine = abstract_engine(replace(PRESETS[name], num_layers=8), TOPOLOGY, config)
     executable = (lower_generate(engine) if program == "generate" else lower_prefill(engine, 512)).compile()
-    return Program(executable.as_text()).loop_slices(2**18)
+    return Program(text_of(executable)).loop_slices(2**18)
 
 
 @pytest.mark.parametrize(

@@ -28,6 +28,8 @@ from slipstream.engine_impl.engine import Engine
 from slipstream.engine_impl.models.llama import LlamaConfig
 from slipstream.engine_impl.sampling.params import MAX_LOGPROBS
 
+from tests.tpu import memory_of, text_of
+
 SLOTS, CACHE_LENGTH, BUCKET, LAYERS, VOCABULARY = 64, 4096, 256, 2, 32768
 PROGRAMS = ("generate", "insert", "prefill")
 TOPOLOGIES = ("v5e:2x4", "v6e:2x4", "v5p:2x2x2")
@@ -114,7 +116,7 @@ def test_a_program_on_real_chips(program, kv_heads, head_dim, topology, quantize
     """It compiles and fits, the donated cache and counts are updated in place, and nothing copies them."""
     engine = small_engine(kv_heads, head_dim, topology, quantize_kv=quantize_kv)
     executable = compiled(engine, program)
-    memory, hlo = executable.memory_analysis(), Program(executable.as_text())
+    memory, hlo = memory_of(executable), Program(text_of(executable))
     cache_bytes = engine.layout.bytes // engine.mesh.size
 
     assert cache_copies(hlo, engine) == []
@@ -142,7 +144,7 @@ def test_an_int8_cache_as_served(slots, cache_length):
         model="llama-3.1-8b", slots=slots, cache_length=cache_length, max_prefill_length=BUCKET, quantize_kv="int8"
     )
     engine = abstract_engine(PRESETS["llama-3.1-8b"], "v5e:2x4", config)
-    hlo = Program(lower_generate(engine).compile().as_text())
+    hlo = Program(text_of(lower_generate(engine).compile()))
     assert cache_copies(hlo, engine) == []
     assert moved_on_chip(hlo, engine) == []
 
@@ -176,12 +178,12 @@ def test_the_programs_beside_the_step():
     """Scoring flushes in place like a step; another first token leaves the logits where they lie."""
     engine = small_engine(4, 128, "v5e:2x4")
     scoring = lower_score_step(engine).compile()
-    hlo = Program(scoring.as_text())
+    hlo = Program(text_of(scoring))
     assert cache_copies(hlo, engine) == []
     assert hlo.pallas_calls() == {"live_steps": 1, "ragged_attention": LAYERS, "cache_flush": 1}
-    assert scoring.memory_analysis().alias_size_in_bytes >= engine.layout.bytes // engine.mesh.size
+    assert memory_of(scoring).alias_size_in_bytes >= engine.layout.bytes // engine.mesh.size
 
-    again = Program(lower_resample(engine).compile().as_text())
+    again = Program(text_of(lower_resample(engine).compile()))
     assert again.floats_of((VOCABULARY // engine.mesh.size,))  # a chip's share is there
     assert again.floats_of((VOCABULARY,)) == []
 
@@ -210,7 +212,7 @@ def test_no_chip_gathers_the_logits():
 @pytest.mark.slow
 def test_a_slot_that_asks_for_nothing_pays_for_nothing():
     """The step outside its conditionals has one pass over the logits: the argmax, and its two small gathers."""
-    generate = Program(compiled(small_engine(1, 64, "v5e:2x4"), "generate").as_text())
+    generate = Program(text_of(compiled(small_engine(1, 64, "v5e:2x4"), "generate")))
     assert generate.collectives() == {"all-reduce": 2 * LAYERS + 1, "all-gather": 2}
 
 
@@ -219,12 +221,12 @@ def test_prompt_logprobs_never_hold_all_logits():
     """T x V in float32 would be 16 MiB on each of eight chips."""
     bucket = 1024
     engine = small_engine(1, 64, "v5e:2x4", bucket)
-    memory = lower_prefill(engine, bucket).compile().memory_analysis()
+    memory = memory_of(lower_prefill(engine, bucket).compile())
     assert memory.temp_size_in_bytes < 4 * bucket * VOCABULARY // engine.mesh.size / 2
 
 
 def instructions_of(program: str) -> list[Instruction]:
-    hlo = Program(compiled(small_engine(1, 64, "v5e:2x4"), program).as_text())
+    hlo = Program(text_of(compiled(small_engine(1, 64, "v5e:2x4"), program)))
     return [instruction for computation in hlo.computations.values() for instruction in computation.values()]
 
 
@@ -233,8 +235,8 @@ def test_the_gate_sees_a_copy_where_there_is_one():
     """The eager design as one writes it first: an XLA scatter in each layer meets a Pallas call on one cache."""
     engine = small_engine(4, 128, "v5e:2x4")
     executable = lower_generate(eager_twin(engine, "stacked", scatter="sliced")).compile()
-    assert cache_copies(Program(executable.as_text()), engine) != []
-    assert executable.memory_analysis().temp_size_in_bytes > 0.5 * engine.layout.bytes // engine.mesh.size
+    assert cache_copies(Program(text_of(executable)), engine) != []
+    assert memory_of(executable).temp_size_in_bytes > 0.5 * engine.layout.bytes // engine.mesh.size
 
 
 @pytest.mark.slow

@@ -1,10 +1,12 @@
 """Attention written plainly in float64 numpy, one query at a time, and helpers that make inputs."""
 
+from typing import Any
+
 import jax.numpy as jnp
 import ml_dtypes  # noqa: F401  (lets numpy cast bf16)
 import numpy as np
 
-TOLERANCE = {
+TOLERANCE: dict[str, Any] = {
     "float32": {"rtol": 1e-5, "atol": 1e-5},
     "bfloat16": {"rtol": 8e-3, "atol": 4e-3},
 }  # bf16: 2 units of 2**-8

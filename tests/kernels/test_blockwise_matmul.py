@@ -1,6 +1,7 @@
 """int4 weights, unpacked on the way to the multiplier: against numpy, on one device and eight, and for real TPUs."""
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +10,7 @@ import pytest
 from slipstream.engine_impl.compiler.hlo import Program
 from slipstream.kernels.blockwise_matmul import Blockwise, blockwise_matmul, unpack
 
-from ..tpu import abstract, compile_for, tpu_mesh
+from ..tpu import abstract, compile_for, memory_of, text_of, tpu_mesh
 
 
 def draw(rng, L, I, O, block, dtype=np.float32):
@@ -104,17 +105,18 @@ def test_tpu_program_reads_the_stack_in_place(topology, R, I, O, split):
     mesh, L, block = tpu_mesh(topology), 4, 32
     x_axes = (None, "tensor") if split == "inputs" else ()
     weight_axes = (None, "tensor") if split == "inputs" else (None, None, "tensor")
-    weight = Blockwise(
+    leaves: list[Any] = [
         abstract(mesh, (L, I // 2, O), jnp.int8, *weight_axes),
         abstract(mesh, (L, I // block, O), jnp.bfloat16, *weight_axes),
         abstract(mesh, (L, I // block, O), jnp.bfloat16, *weight_axes),
-    )
+    ]
+    weight = Blockwise(*leaves)
     x_RI = abstract(mesh, (R, I), jnp.bfloat16, *x_axes)
     multiply = functools.partial(blockwise_matmul, split=split, mesh=mesh, backend="pallas")
     compiled = compile_for(mesh, multiply, x_RI, weight, abstract(mesh, (), jnp.int32))
-    program = Program(compiled.as_text() or "")
+    program = Program(text_of(compiled))
     assert program.pallas_calls() == {"blockwise_matmul": 1}
     assert weight.packed.sharding is not None
     of_chip = weight.packed.sharding.shard_shape(weight.packed.shape)
     assert program.copies_of(of_chip, of_chip[1] * of_chip[2]) == []
-    assert compiled.memory_analysis().temp_size_in_bytes < max(of_chip[1] * of_chip[2], 3 * 4 * R * O)
+    assert memory_of(compiled).temp_size_in_bytes < max(of_chip[1] * of_chip[2], 3 * 4 * R * O)

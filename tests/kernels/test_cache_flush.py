@@ -14,6 +14,8 @@ from slipstream.kernels.cache_flush.pallas_tpu import (
     tile_rows,
 )
 
+from tests.tpu import memory_of
+
 from . import oracle
 
 R = 128
@@ -142,7 +144,7 @@ def test_xla_is_in_place(mesh, dtype, row_axis, shape):
     cache, position_B, page_BJ = jnp.zeros(shape, dtype), jnp.array([0, 5, 99, 2 * R]), jnp.asarray(pages_of(4)[0])
     new = jnp.take(cache[:, :4], 0, axis=row_axis)
     flush = jax.jit(functools.partial(cache_flush, row_axis=row_axis, mesh=mesh, backend="xla"), donate_argnums=0)
-    memory = flush.lower(cache, new, position_B, page_BJ).compile().memory_analysis()
+    memory = memory_of(flush.lower(cache, new, position_B, page_BJ).compile())
     assert memory.alias_size_in_bytes == cache.nbytes
     assert memory.temp_size_in_bytes < cache.nbytes / 20
 

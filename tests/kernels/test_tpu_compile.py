@@ -8,7 +8,7 @@ import pytest
 from slipstream.cache_manager.codec import Int8
 from slipstream.kernels import attention_steps, cache_flush, page_rows, prefill_attention, ragged_attention
 
-from ..tpu import abstract, compile_for, layer_sized_copies, nbytes, tpu_mesh
+from ..tpu import abstract, compile_for, layer_sized_copies, memory_of, nbytes, text_of, tpu_mesh
 
 L, B, S = 4, 96, 4096
 CASES = [  # kv heads a chip, group, H, dtype
@@ -52,7 +52,7 @@ def arrays(mesh, K, G, H, dtype):
 
 
 def assert_no_copy_of(cache, compiled):
-    assert compiled.memory_analysis().temp_size_in_bytes < nbytes(cache) / 20
+    assert memory_of(compiled).temp_size_in_bytes < nbytes(cache) / 20
     assert layer_sized_copies(compiled, cache) == []
 
 
@@ -77,7 +77,7 @@ def test_cache_flush(chips, K, G, H, dtype):
     flush = functools.partial(cache_flush, mesh=mesh, backend="pallas")
     compiled = compile_for(mesh, flush, cache_LPKRC, new_LBKC, position_B, page_BJ, donate=(0,))
     assert_no_copy_of(cache_LPKRC, compiled)
-    assert compiled.memory_analysis().alias_size_in_bytes == nbytes(cache_LPKRC)
+    assert memory_of(compiled).alias_size_in_bytes == nbytes(cache_LPKRC)
 
 
 def decode_step(mesh, flush, weight_LDD, token_BD, cache_LPKRC, length_B, page_BJ):
@@ -119,7 +119,7 @@ def test_step(chips, K, G, H, dtype):
 
     cache_LPKRC, compiled = compile_step(chips, K, G, H, dtype, flush_of)
     assert_no_copy_of(cache_LPKRC, compiled)
-    assert compiled.memory_analysis().alias_size_in_bytes == nbytes(cache_LPKRC)
+    assert memory_of(compiled).alias_size_in_bytes == nbytes(cache_LPKRC)
 
 
 def test_the_gate_sees_copies():
@@ -200,6 +200,7 @@ def test_int8(topology, chips, K, G, H):
         out_BNH = ragged_attention(*args, scale_LPK2R=scale_LPK2R, mesh=mesh, backend="pallas")
         new = Int8().encode(new_LBKC + out_BNH[0, 0, 0])  # the flush comes after the attention
         flush = functools.partial(cache_flush, mesh=mesh, backend="pallas")
+        assert new.scales is not None
         code_LPKRC = flush(code_LPKRC, new.rows, length_B, page_BJ)
         return code_LPKRC, flush(scale_LPK2R, new.scales, length_B, page_BJ, row_axis=4), out_BNH
 
@@ -209,7 +210,7 @@ def test_int8(topology, chips, K, G, H):
     assert layer_sized_copies(compiled, scale_LPK2R) == []
     cache_bytes = nbytes(code_LPKRC) + nbytes(scale_LPK2R)
     assert cache_bytes == L * B * K * S * (2 * H + 8)
-    assert compiled.memory_analysis().alias_size_in_bytes == cache_bytes
+    assert memory_of(compiled).alias_size_in_bytes == cache_bytes
 
 
 @pytest.mark.parametrize(
@@ -229,7 +230,7 @@ def test_window_and_soft_cap(topology, K, G, H, dtype):
     assert_no_copy_of(args[2], compiled)
     q_TNH, k_TKH, v_TKH = (abstract(mesh, (1024, heads, H), dtype) for heads in (K * G, K, K))
     prompt = functools.partial(prefill_attention, window=300, soft_cap=50.0, mesh=mesh, backend="pallas")
-    assert "tpu_custom_call" in compile_for(mesh, prompt, q_TNH, k_TKH, v_TKH).as_text()
+    assert "tpu_custom_call" in text_of(compile_for(mesh, prompt, q_TNH, k_TKH, v_TKH))
 
 
 @pytest.mark.parametrize("T", [16, 128, 1024])
@@ -247,4 +248,4 @@ def test_prefill_attention(T, chips, N, K, H, dtype):
     q_TNH, k_TKH, v_TKH = (abstract(mesh, (T, heads, H), dtype, None, "tensor") for heads in (N, K, K))
     attend = functools.partial(prefill_attention, mesh=mesh, backend="pallas")
     compiled = compile_for(mesh, attend, q_TNH, k_TKH, v_TKH)
-    assert "tpu_custom_call" in compiled.as_text()
+    assert "tpu_custom_call" in text_of(compiled)
