@@ -21,6 +21,8 @@ SIZES = {"WINDOW": 128, "CONTEXT": 60, "FORCED": 6, "PROMPT": 40, "ANSWER": 8, "
 class Letters:
     """A tokenizer: a character's code within the tiny vocabulary."""
 
+    stop_ids = frozenset()
+
     def encode(self, text):
         return [ord(character) % TINY.vocab_size for character in text]
 
