@@ -81,18 +81,18 @@ def test_large_pages(mesh, backend):
     oracle.assert_close(out_BNH, oracle.ragged_attention(*args[:3], LAYER, args[3]))
 
 
-@pytest.mark.parametrize("window", [None, 100, 300])
-def test_the_last_gpu_block_reaches_back(mesh, monkeypatch, window):
+def test_the_last_gpu_block_reaches_back(mesh, monkeypatch):
     """Blocks of 256 over 640 rows: the third starts within the second, and rows of both must count once."""
     monkeypatch.setattr(xla_gpu, "BLOCK_BYTES", 2**40)
     monkeypatch.setattr(xla_gpu, "BLOCK_ROWS", 256)
-    args = inputs([0, 255, 511, 513, 640], 640, 2, 2, 64, jnp.float32, window=window)
-    page_BJ, pool = oracle.table(args[3], 640, R)
-    cache_LPKRC = oracle.paged(args[2], page_BJ, pool, R)
-    of_window = {"window": None if window is None else jnp.int32(window)}
     attend = jax.jit(functools.partial(ragged_attention, mesh=mesh, backend="xla_gpu"))  # traced with these blocks
-    out_BNH = attend(*args[:2], cache_LPKRC, LAYER, args[3], jnp.asarray(page_BJ), **of_window)
-    oracle.assert_close(out_BNH, oracle.ragged_attention(*args[:3], LAYER, args[3], window=window))
+    for window in (None, 100, 300):
+        args = inputs([0, 255, 511, 513, 640], 640, 2, 2, 64, jnp.float32, window=window)
+        page_BJ, pool = oracle.table(args[3], 640, R)
+        cache_LPKRC = oracle.paged(args[2], page_BJ, pool, R)
+        of_window = {"window": None if window is None else jnp.int32(window)}
+        out_BNH = attend(*args[:2], cache_LPKRC, LAYER, args[3], jnp.asarray(page_BJ), **of_window)
+        oracle.assert_close(out_BNH, oracle.ragged_attention(*args[:3], LAYER, args[3], window=window))
 
 
 def by_hand(k, v, H, dtype=np.float32):
@@ -340,14 +340,11 @@ def test_two_cores():
     lengths, S, H = [200, 1, 0, 0, 256, 130], 256, 128
     q_BNH, new_BKC, cache_LBKSC, length_B = inputs(lengths, S, 1, 2, H, jnp.float32)
     page_BJ, pool = oracle.table(lengths, S, R)
-    interpret = interpret_params("pallas_interpret")
-    steps = live_steps(length_B, None, jnp.asarray(page_BJ), rows=R, max_pages=pool, cores=2, interpret=interpret)
+    steps = LIST(length_B, None, jnp.asarray(page_BJ), max_pages=pool, cores=2)
     assert steps.count.tolist() == [5, 4]
     cache_LPKRC = oracle.paged(cache_LBKSC, page_BJ, pool, R)
-    out_BNH = ragged_attention_tpu(
-        *(q_BNH, new_BKC, cache_LPKRC, None, jnp.int32(LAYER), length_B, jnp.asarray(page_BJ), None, steps),
-        interpret=interpret,
-    )
+    attend = jax.jit(functools.partial(ragged_attention_tpu, interpret=interpret_params("pallas_interpret")))
+    out_BNH = attend(q_BNH, new_BKC, cache_LPKRC, None, jnp.int32(LAYER), length_B, jnp.asarray(page_BJ), None, steps)
     oracle.assert_close(out_BNH, oracle.ragged_attention(q_BNH, new_BKC, cache_LBKSC, LAYER, length_B))
 
 
@@ -356,12 +353,12 @@ def test_slots_share_pages(mesh, backend):
     """Two slots with one first page, of which the second sees less; more references than the pool has pages."""
     lengths, S = [R + 9, R - 5, R + 3, R], 2 * R
     q_BNH, new_BKC, cache_LBKSC, length_B = inputs(lengths, S, 1, 2, 64, jnp.float32)
-    first_LKRC = jnp.nan_to_num(cache_LBKSC[:, 0, :, :R])
-    cache_LBKSC = cache_LBKSC.at[:, :, :, :R].set(first_LKRC[:, None])
+    cache_LBKSC = np.array(cache_LBKSC)
+    cache_LBKSC[:, :, :, :R] = np.nan_to_num(cache_LBKSC[:, :1, :, :R])
     page_BJ = np.array([[2, 0], [2, -1], [2, 1], [2, -1]], np.int32)
     cache_LPKRC = oracle.paged(cache_LBKSC, page_BJ, 4, R)
     args, where = (length_B, jnp.asarray(page_BJ)), {"mesh": mesh, "backend": backend}
-    steps = attention_steps(cache_LPKRC, *args, max_pages=6, **where)
+    steps = jax.jit(functools.partial(attention_steps, max_pages=6, **where))(cache_LPKRC, *args)
     out_BNH = ATTEND(q_BNH, new_BKC, cache_LPKRC, LAYER, *args, steps, **where)
     oracle.assert_close(out_BNH, oracle.ragged_attention(q_BNH, new_BKC, cache_LBKSC, LAYER, length_B))
 
