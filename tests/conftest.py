@@ -1,11 +1,10 @@
 """What every test needs before JAX is imported: eight virtual CPUs, and a TPU compiler without a TPU. So whatever may
 import it is imported within a fixture."""
 
-import atexit
 import os
 import signal
 import sys
-import tempfile
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -19,17 +18,12 @@ os.environ.update(
     TPU_WORKER_HOSTNAMES="localhost",
     ALLOW_MULTIPLE_LIBTPU_LOAD="1",
     HF_HUB_OFFLINE="1",
+    # Two engines of one shape are two times the same programs. They are compiled once, by whichever process and run
+    # needs them first, and not kept among the user's own. What JAX reports as made counts those that it found, too, so
+    # tests see every program that is asked for anew; `make clean` forgets them.
+    JAX_COMPILATION_CACHE_DIR=str(Path(__file__).parents[1] / ".pytest_cache" / "programs"),
+    JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS="0.1",
 )
-
-if "PYTEST_XDIST_WORKER" not in os.environ:
-    # Two engines of one shape are two times the same programs: a run compiles each of them once, whichever of its
-    # processes needs it first. JAX reports a program that is found as one that was made, so tests count it as before.
-    of_this_run = tempfile.TemporaryDirectory(prefix="slipstream-tests-")
-    atexit.register(of_this_run.cleanup)
-    os.environ.update(
-        JAX_COMPILATION_CACHE_DIR=of_this_run.name,
-        JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS="0.1",
-    )
 
 # A shell that starts the suite in the background has it ignore Ctrl-C, which some tests press.
 signal.signal(signal.SIGINT, signal.default_int_handler)
