@@ -68,7 +68,7 @@ def test_a_prompts_logprobs_are_each_tokens_given_those_before(bucket, length):
     token_T = random.integers(0, 50, bucket)
     x_TD[length:] = np.nan
     token_T[length:] = 10**6
-    of_prompt = jax.jit(lambda *args: prompt_logprobs(*args, lambda x_RD: x_RD @ weight_DV))
+    of_prompt = jax.jit(lambda *args: prompt_logprobs(args[0], args[1], args[2], lambda x_RD: x_RD @ weight_DV))
     logprob_T = of_prompt(x_TD, token_T, jnp.int32(length))
     expected = torch.zeros(bucket)
     before = np.arange(length - 1)
