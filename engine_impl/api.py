@@ -233,9 +233,7 @@ class Engine(Protocol[ParamsT, PrefixT, StateT]):
         """
         ...
 
-    def insert(
-        self, prefix: PrefixT, decode_state: StateT, slots: Sequence[int | None], page_NJ: np.ndarray
-    ) -> StateT:
+    def insert(self, prefix: PrefixT, decode_state: StateT, slots: Sequence[int | None], page_NJ: np.ndarray) -> StateT:
         """Stores the pieces' rows from their `start` on in their texts' pages. A piece with a slot is its text's last:
         the slot takes over the token and the sampling of `first_tokens`, whatever was there.
 
