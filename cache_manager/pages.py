@@ -11,10 +11,10 @@ import numpy as np
 
 
 class OutOfPagesError(Exception):
-    """Fewer pages are free than were asked for."""
+    """Fewer pages are free, or fewer entries left in the tables, than were asked for."""
 
-    def __init__(self, wanted: int, free: int) -> None:
-        super().__init__(f"{wanted=} pages, but only {free=}; give cached prefixes or another slot's pages back")
+    def __init__(self, wanted: int, free: int, what: str = "pages") -> None:
+        super().__init__(f"{wanted=} {what}, but only {free=}; give cached prefixes or another slot's pages back")
         self.wanted = wanted
         self.free = free
 
@@ -22,7 +22,10 @@ class OutOfPagesError(Exception):
 class Pages:
     """A pool of pages and the tables of the slots that share it. Not safe to use from several threads."""
 
-    def __init__(self, *, pages: int, slots: int, pages_per_slot: int) -> None:
+    def __init__(self, *, pages: int, slots: int, pages_per_slot: int, max_entries: int | None = None) -> None:
+        """`max_entries`: the most pages that all tables may have together, one that several share counted for each;
+        None: no bound."""
+        self.entries_left = slots * pages_per_slot if max_entries is None else max_entries
         self._references_P = np.zeros(pages, np.int32)
         self._free = list(range(pages - 1, -1, -1))  # the next one last
         self._page_BJ = np.zeros((slots, pages_per_slot), np.int32)
@@ -38,6 +41,22 @@ class Pages:
         """The page table as it is now (i32, a copy); entries behind a slot's pages are 0."""
         return self._page_BJ.copy()
 
+    def rows(self, slots: Sequence[int] | np.ndarray) -> np.ndarray:
+        """The page table's rows of these slots (i32, a copy)."""
+        return self._page_BJ[np.asarray(slots, np.intp)]
+
+    def count(self, slots: Sequence[int] | np.ndarray) -> np.ndarray:
+        """How many pages each of these slots has (i32)."""
+        return self._count_B[np.asarray(slots, np.intp)]
+
+    def free_without(self, slots: Sequence[int], held: Iterable[int] = ()) -> int:
+        """Pages that would be free if these slots' tables were empty and nobody held `held`. Changes nothing."""
+        references_P = self._references_P.copy()
+        references_P[np.fromiter(held, np.intp)] -= 1
+        for slot in slots:
+            references_P[self._page_BJ[slot, : self._count_B[slot]]] -= 1
+        return int(np.count_nonzero(references_P == 0))
+
     def of_slot(self, slot: int) -> list[int]:
         """A slot's pages, its first tokens' first."""
         return self._page_BJ[slot, : self._count_B[slot]].tolist()
@@ -51,7 +70,7 @@ class Pages:
 
         Raises OutOfPagesError, and ValueError beyond the table's width; then nothing has changed.
         """
-        self._check_width(slot, count)
+        self._check_room(slot, count)
         if count > len(self._free):
             raise OutOfPagesError(count, len(self._free))
         taken = [self._free.pop() for _ in range(count)]
@@ -61,9 +80,10 @@ class Pages:
     def share(self, slot: int, pages: Sequence[int]) -> None:
         """Append pages that others refer to, too.
 
-        Raises ValueError for a free page and beyond the table's width; then nothing has changed.
+        Raises OutOfPagesError beyond `max_entries`, ValueError for a free page and beyond the table's width; then
+        nothing has changed.
         """
-        self._check_width(slot, len(pages))
+        self._check_room(slot, len(pages))
         self._check_referred(pages)
         self._append(slot, pages)
 
@@ -71,6 +91,7 @@ class Pages:
         """Empty a slot's table; pages that nobody else refers to are free."""
         pages = self.of_slot(slot)
         self._page_BJ[slot], self._count_B[slot] = 0, 0
+        self.entries_left += len(pages)
         self.drop(pages)
 
     def hold(self, pages: Sequence[int]) -> None:
@@ -110,12 +131,15 @@ class Pages:
         start = self._count_B[slot]
         self._page_BJ[slot, start : start + len(pages)] = pages
         self._count_B[slot] += len(pages)
+        self.entries_left -= len(pages)
         np.add.at(self._references_P, np.asarray(pages, np.intp), 1)
 
-    def _check_width(self, slot: int, count: int) -> None:
+    def _check_room(self, slot: int, count: int) -> None:
         width = self._page_BJ.shape[1]
         if count < 0 or self._count_B[slot] + count > width:
             raise ValueError(f"{slot=} has {self._count_B[slot]} pages and cannot have {count} more: at most {width}")
+        if count > self.entries_left:
+            raise OutOfPagesError(count, self.entries_left, "entries of the page tables")
 
     def _check_referred(self, pages: Sequence[int]) -> None:
         if free := [page for page in pages if not self._references_P[page]]:
