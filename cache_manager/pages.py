@@ -27,6 +27,7 @@ class Pages:
         None: no bound."""
         self.entries_left = slots * pages_per_slot if max_entries is None else max_entries
         self._references_P = np.zeros(pages, np.int32)
+        self._held_P = np.zeros(pages, np.int32)  # how many of them are no table's
         self._free = list(range(pages - 1, -1, -1))  # the next one last
         self._page_BJ = np.zeros((slots, pages_per_slot), np.int32)
         self._count_B = np.zeros(slots, np.int32)
@@ -49,10 +50,9 @@ class Pages:
         """How many pages each of these slots has (i32)."""
         return self._count_B[np.asarray(slots, np.intp)]
 
-    def free_without(self, slots: Sequence[int], held: Iterable[int] = ()) -> int:
-        """Pages that would be free if these slots' tables were empty and nobody held `held`. Changes nothing."""
-        references_P = self._references_P.copy()
-        references_P[np.fromiter(held, np.intp)] -= 1
+    def free_without(self, slots: Sequence[int]) -> int:
+        """Pages that would be free if these slots' tables were empty and nobody held any. Changes nothing."""
+        references_P = self._references_P - self._held_P
         for slot in slots:
             references_P[self._page_BJ[slot, : self._count_B[slot]]] -= 1
         return int(np.count_nonzero(references_P == 0))
@@ -64,6 +64,10 @@ class Pages:
     def references(self, page: int) -> int:
         """How many tables have a page, and one more if a cached prefix has it; 0: it is free."""
         return int(self._references_P[page])
+
+    def is_held_alone(self, page: int) -> bool:
+        """Whether it is in no table, but not free."""
+        return bool(self._references_P[page] == self._held_P[page] > 0)
 
     def extend(self, slot: int, count: int) -> list[int]:
         """Append so many free pages to a slot's table: the new ones.
@@ -92,20 +96,20 @@ class Pages:
         pages = self.of_slot(slot)
         self._page_BJ[slot], self._count_B[slot] = 0, 0
         self.entries_left += len(pages)
-        self.drop(pages)
+        self._release(pages)
 
     def hold(self, pages: Sequence[int]) -> None:
         """Refer to pages from outside the tables. Raises ValueError for a free page; then nothing has changed."""
         self._check_referred(pages)
-        np.add.at(self._references_P, np.asarray(pages, np.intp), 1)
+        for counts_P in (self._references_P, self._held_P):
+            np.add.at(counts_P, np.asarray(pages, np.intp), 1)
 
     def drop(self, pages: Sequence[int]) -> None:
-        """Take back one reference to each; the last one's page is free. Raises ValueError for a free page."""
-        self._check_referred(pages)
-        for page in pages:
-            self._references_P[page] -= 1
-            if not self._references_P[page]:
-                self._free.append(page)
+        """Take back what `hold` did; a page's last reference frees it. Raises ValueError for a page that is not held."""
+        if loose := [page for page in pages if not self._held_P[page]]:
+            raise ValueError(f"pages {loose} are not held; only held pages can be dropped")
+        np.subtract.at(self._held_P, np.asarray(pages, np.intp), 1)
+        self._release(pages)
 
     def check_integrity(self, held: Iterable[int] = ()) -> None:
         """Raises AssertionError with what is wrong: a page free and referred to, or neither; a count that is not that
@@ -134,6 +138,12 @@ class Pages:
         self.entries_left -= len(pages)
         np.add.at(self._references_P, np.asarray(pages, np.intp), 1)
 
+    def _release(self, pages: Sequence[int]) -> None:
+        for page in pages:
+            self._references_P[page] -= 1
+            if not self._references_P[page]:
+                self._free.append(page)
+
     def _check_room(self, slot: int, count: int) -> None:
         width = self._page_BJ.shape[1]
         if count < 0 or self._count_B[slot] + count > width:
@@ -143,4 +153,4 @@ class Pages:
 
     def _check_referred(self, pages: Sequence[int]) -> None:
         if free := [page for page in pages if not self._references_P[page]]:
-            raise ValueError(f"pages {free} are free; only pages in use can be shared, held or dropped")
+            raise ValueError(f"pages {free} are free; only pages in use can be shared or held")

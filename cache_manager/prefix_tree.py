@@ -69,7 +69,7 @@ class PrefixTree:
 
     def evict(self, wanted: int) -> int:
         """Free up to `wanted` pages that no slot shares, the one that was not asked for the longest first: how many."""
-        unshared = (name for name, page in self._page_of.items() if self._pages.references(page) == 1)
+        unshared = (name for name, page in self._page_of.items() if self._pages.is_held_alone(page))
         names = list(islice(unshared, max(0, wanted)))
         self._pages.drop([self._page_of.pop(name) for name in names])
         return len(names)

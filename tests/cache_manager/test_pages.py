@@ -38,9 +38,11 @@ def test_refuses_and_changes_nothing():
     assert (told.value.wanted, told.value.free) == (2, 1)
     with pytest.raises(ValueError, match="slot=0 has 2 pages and cannot have 1 more: at most 2"):
         pages.extend(0, 1)
-    for use_free in (lambda: pages.share(1, [2]), lambda: pages.hold([0, 2]), lambda: pages.drop([2])):
+    for use_free in (lambda: pages.share(1, [2]), lambda: pages.hold([0, 2])):
         with pytest.raises(ValueError, match=r"pages \[2\] are free"):
             use_free()
+    with pytest.raises(ValueError, match=r"pages \[0, 2\] are not held"):
+        pages.drop([0, 2])
     assert (pages.free, pages.of_slot(0), pages.of_slot(1)) == (1, [0, 1], [])
     pages.check_integrity()
 
@@ -65,10 +67,12 @@ def test_what_would_be_free_without_some():
     pages.share(1, first[:2])
     pages.extend(1, 1)
     pages.hold(first[1:])
-    assert [pages.free_without(slots) for slots in ((), (0,), (1,), (0, 1))] == [5, 5, 6, 7]
-    assert [pages.free_without(slots, first[1:]) for slots in ((), (0,), (1,), (0, 1))] == [5, 6, 6, 9]
-    assert (pages.free, pages.rows([1, 0]).tolist()) == (5, [[0, 1, 3, 0], [0, 1, 2, 0]])
-    assert pages.count([2, 0]).tolist() == [0, 3]
+    assert [pages.free_without(slots) for slots in ((), (0,), (1,), (0, 1))] == [5, 6, 6, 9]
+    pages.clear(0)
+    assert [pages.free_without(slots) for slots in ((), (1,))] == [6, 9], "one is held alone, and would be free"
+    pages.extend(0, 1)
+    assert (pages.free, pages.rows([1, 0]).tolist()) == (4, [[0, 1, 3, 0], [4, 0, 0, 0]])
+    assert pages.count([2, 0]).tolist() == [0, 1]
 
 
 @pytest.mark.parametrize(
