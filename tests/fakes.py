@@ -143,6 +143,8 @@ class FakeEngine:
     """Prompts of one piece that go into one prefill."""
     pool: int | None = None
     """Pages; None: as many as all slots' longest requests need."""
+    entries: int | None = None
+    """Of the page tables; None: likewise."""
     step_s: float = 0.0
     tokens_per_step: int = 1
     """The most that a step brings a slot, as speculation would."""
@@ -175,7 +177,7 @@ class FakeEngine:
 
     @property
     def table_entries(self) -> int:
-        return self.max_concurrent_decodes * self.pages_per_slot
+        return self.entries if self.entries is not None else self.max_concurrent_decodes * self.pages_per_slot
 
     @property
     def prefill_batch(self) -> tuple[int, int]:
@@ -261,9 +263,8 @@ class FakeEngine:
             page_N = page_NJ[np.arange(len(slot_N)), np.minimum(length_N // self.page_rows, page_NJ.shape[1] - 1)]
             state.row_PR[page_N[live_N], length_N[live_N] % self.page_rows] = token_N[live_N]
             state.length_B[slot_N] = length_N = length_N + live_N
-            next_N = self.next_tokens(state, token_N, length_N, page_NJ)
-            state.token_B[slot_N] = np.where(live_N, next_N, token_N)
-            token_NW[:, at] = np.where(live_N, next_N, -1)
+            next_N = self.next_tokens(state, token_N[live_N], length_N[live_N], page_NJ[live_N])
+            state.token_B[slot_N[live_N]] = token_NW[live_N, at] = next_N
         return state, self._result(token_NW, lambda: self._wait(step))
 
     def next_tokens(

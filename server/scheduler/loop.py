@@ -296,13 +296,13 @@ class Loop(Generic[ParamsT, PrefixT, StateT]):
         waiting = {prompt.request for prompt in self._parked}
         failed = [request for request in self.live if request not in waiting or self._has_part(request)]
         log.error("a step failed; requests %s fail with it", ", ".join(r.id for r in failed), exc_info=error)
+        for sample in (*self._slots.live.owner_B, *(sample for prompt in self._in_work for sample in prompt.samples)):
+            sample.slot = None
         self._pending, self._in_work, self._leaving = [], [], {}
         self._parked = [prompt for prompt in self._parked if prompt.request not in failed]
         self._slots, self._room = self._nothing_taken()
         del self._state  # before the new one is made: two may not fit the device
         for request in failed:
-            for sample in request.samples:
-                sample.slot = None
             self._fail(request, error)
         self.probes.answer(UnavailableError(f"a step of the engine failed: {describe(error)}"))
         self._failures.step_failed(error)

@@ -85,6 +85,8 @@ def store(
         state = engine.insert(prefix, state, [sample.slot], room.row(table)[None])
     for prompt, count, is_complete in zip(pieces.prompts, pieces.tokens, completes, strict=True):
         room.advance(prompt, count)
+        if prompt.wants_logprobs:
+            prompt.next_logprobs.append((first.logprob_NT, count))
         if is_complete:
             for sample in seated(prompt):
                 slots.seat(sample, prompt.token_T)
