@@ -156,7 +156,7 @@ def check_refused(error, message):
         (text_request(""), "the prompt is empty"),
         (pb.DecodeRequest(max_tokens=3), "the prompt is missing; set text_content, token_content or messages"),
         (chat_request(), "messages is empty"),
-        (text_request("a" * 17), "the prompt has 17 tokens, the largest prefill bucket 16"),
+        (text_request("a" * 17), "the prompt has 17 tokens, at most 16 are taken"),
         (text_request("a", 256), "ask for at most 255 tokens or serve with a larger --cache-length"),
         (text_request("a", 0), "max_tokens=0 must be at least 1"),
         (text_request("a", -5), "max_tokens=-5 must be at least 1"),

@@ -79,9 +79,12 @@ def test_openais_own_stream_helper_puts_the_answer_together():
     asyncio.run(scenario())
 
 
-def test_without_a_length_the_answer_may_fill_the_cache():
+@pytest.mark.parametrize(
+    "engine", [FakeEngine(cache_length=40), FakeEngine(page_rows=8, pages=5)], ids=["slot", "pool"]
+)
+def test_without_a_length_the_answer_may_fill_the_cache(engine):
     async def scenario():
-        async with serving(FakeEngine(cache_length=40)) as (_, client):
+        async with serving(engine) as (_, client):
             for more in ({"max_tokens": None}, {"max_tokens": 9, "max_completion_tokens": 36}):
                 answer = await chat(client, [{"role": "user", "content": "\x01"}], **more)
                 assert (answer.usage.prompt_tokens, answer.usage.completion_tokens) == (4, 36)
