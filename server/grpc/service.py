@@ -69,7 +69,7 @@ class GrpcService:
                 await context.abort(status(error), str(error), trailing_metadata=trailers(error, request_id))
 
     async def _answer(self, data: bytes, context: grpc.aio.ServicerContext, request_id: str) -> None:
-        token = self._guard.own_prefixes_of(authorizations(context.invocation_metadata()))
+        token = self._guard.prefix_owner(authorizations(context.invocation_metadata()))
         read = partial(read_one, data, request_id, deadline_of(context), token)
         async with self._gateway.admit(read) as admitted:
             # Not before: a client's retry policy only applies to answers that are nothing but trailers.

@@ -147,7 +147,7 @@ class HttpServer:
         raw = await read_body(request)
         body = kind.read(raw) if len(raw) <= SMALL else await asyncio.to_thread(kind.read, raw)
         held = self._guard.hold(authorizations(request), request.remote or "", body.num_prompts)
-        token = self._guard.own_prefixes_of(authorizations(request))
+        token = self._guard.prefix_owner(authorizations(request))
 
         def read(engine: "Engine", deliver_to: Any):
             return body.requests(request[NAME], engine, deliver_to, token)

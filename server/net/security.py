@@ -130,8 +130,8 @@ class Guard:
         """Whether they may ask. `authorizations`: what came as `authorization`, in metadata or headers."""
         return self.tokens is None or token_number(self.tokens, authorizations) is not None
 
-    def own_prefixes_of(self, authorizations: Iterable[str]) -> str | None:
-        """The token that its caller shares cached prefixes with; None: with everybody."""
+    def prefix_owner(self, authorizations: Iterable[str]) -> str | None:
+        """The token whose cached prefixes a call finds and adds to; None: those of everybody."""
         return bearer(authorizations) if self.tokens is not None and self._isolates_prefixes else None
 
     def hold(self, authorizations: Iterable[str], address: str, count: int = 1) -> AbstractContextManager[None]:

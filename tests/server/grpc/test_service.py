@@ -193,6 +193,21 @@ def test_the_longest_request_that_fits_is_answered():
     asyncio.run(scenario())
 
 
+def test_what_all_pages_cannot_hold_is_refused_and_what_fills_them_is_answered():
+    async def scenario():
+        async with serving(FakeEngine(page_rows=8, pages=4)) as (_, channel):
+            code, details = await refusal(channel, text_request("0" * 16, 17))
+            assert code is grpc.StatusCode.INVALID_ARGUMENT
+            assert details == (
+                "a prompt of 16 tokens and max_tokens=17 exceed cache_tokens=32; "
+                "ask for at most 16 tokens or serve with a larger --cache-tokens"
+            )
+            text, _, _ = await answer(channel, text_request("0" * 16, 16))
+            assert text == "123456789:;<=>?@"
+
+    asyncio.run(scenario())
+
+
 def test_sampling_defaults_are_greedy_and_an_absent_seed_is_drawn():
     async def scenario():
         engine = FakeEngine()

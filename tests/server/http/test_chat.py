@@ -93,6 +93,18 @@ def test_without_a_length_the_answer_may_fill_the_cache(engine):
     asyncio.run(scenario())
 
 
+def test_the_models_length_is_the_longest_request_that_fits():
+    """As vLLM tells it: clients cut their conversations to it."""
+
+    async def scenario():
+        for engine, longest in ((FakeEngine(cache_length=64), 64), (FakeEngine(page_rows=8, pages=5), 40)):
+            async with serving(engine) as (_, client):
+                (card,) = [model async for model in client.models.list()]
+                assert card.to_dict()["max_model_len"] == longest
+
+    asyncio.run(scenario())
+
+
 def test_logprobs():
     async def scenario():
         async with serving() as (_, client):
