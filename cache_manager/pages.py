@@ -50,6 +50,12 @@ class Pages:
         """How many pages each of these slots has (i32)."""
         return self._count_B[np.asarray(slots, np.intp)]
 
+    def census(self) -> dict[str, int]:
+        """Pages that are free, live (in a table), and held alone. May be asked from another thread."""
+        references_P, held_P = self._references_P.copy(), self._held_P.copy()
+        free, live = np.count_nonzero(references_P == 0), np.count_nonzero(references_P > held_P)
+        return {"free": int(free), "live": int(live), "cached": len(references_P) - int(free) - int(live)}
+
     def free_without(self, slots: Sequence[int]) -> int:
         """Pages that would be free if these slots' tables were empty and nobody held any. Changes nothing."""
         references_P = self._references_P - self._held_P
@@ -105,7 +111,7 @@ class Pages:
             np.add.at(counts_P, np.asarray(pages, np.intp), 1)
 
     def drop(self, pages: Sequence[int]) -> None:
-        """Take back what `hold` did; a page's last reference frees it. Raises ValueError for a page that is not held."""
+        """Take back what `hold` did; a page's last reference frees it. Raises ValueError for one that is not held."""
         if loose := [page for page in pages if not self._held_P[page]]:
             raise ValueError(f"pages {loose} are not held; only held pages can be dropped")
         np.subtract.at(self._held_P, np.asarray(pages, np.intp), 1)

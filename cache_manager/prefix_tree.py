@@ -18,6 +18,7 @@ from .pages import Pages
 
 NAME_BYTES = 32
 
+
 class PrefixTree:
     """The cached prefixes of one pool. Not safe to use from several threads."""
 

@@ -141,10 +141,10 @@ class FakeEngine:
     prefill_chunk: int = 16
     batch: int = 1
     """Prompts of one piece that go into one prefill."""
-    pool: int | None = None
-    """Pages; None: as many as all slots' longest requests need."""
-    entries: int | None = None
-    """Of the page tables; None: likewise."""
+    pages: int = 0
+    """0: as many as all slots' longest requests need."""
+    table_entries: int = 0
+    """Likewise."""
     step_s: float = 0.0
     tokens_per_step: int = 1
     """The most that a step brings a slot, as speculation would."""
@@ -171,13 +171,9 @@ class FakeEngine:
     def pages_per_slot(self) -> int:
         return -(-self.cache_length // self.page_rows)
 
-    @property
-    def pages(self) -> int:
-        return self.max_concurrent_decodes * self.pages_per_slot if self.pool is None else self.pool
-
-    @property
-    def table_entries(self) -> int:
-        return self.entries if self.entries is not None else self.max_concurrent_decodes * self.pages_per_slot
+    def __post_init__(self) -> None:
+        whole = self.max_concurrent_decodes * self.pages_per_slot
+        self.pages, self.table_entries = self.pages or whole, self.table_entries or whole
 
     @property
     def prefill_batch(self) -> tuple[int, int]:
@@ -218,9 +214,7 @@ class FakeEngine:
                 logprob_T[: len(next_T)] = -next_T / np.float32(8)
         return FakePrefix(pieces, texts, self._array(logprob_NT), [-1] * len(pieces))
 
-    def first_tokens(
-        self, prefix: FakePrefix, openings: Sequence[Opening | None]
-    ) -> tuple[FakePrefix, FakeResult]:
+    def first_tokens(self, prefix: FakePrefix, openings: Sequence[Opening | None]) -> tuple[FakePrefix, FakeResult]:
         """Each time that it is asked anew the token is ten later."""
         if prefix.times_chosen:
             self._call("first_tokens")

@@ -4,8 +4,8 @@
 
 - plan: plan.py decides what the turn does; nothing is decided here.
 - prefill, insert, generate are only started here: they run on the device, and what they give is copied back meanwhile.
-  A request for several samples is prefilled once; each further sample draws its own first token from that prefix. A long
-  prompt is prefilled piece by piece, a piece a turn, each with a step of the running answers behind it.
+  A request for several samples is prefilled once; each further sample draws its own first token from that prefix. A
+  long prompt is prefilled piece by piece, a piece a turn, each with a step of the running answers behind it.
 - deliver: reads the results of the turn before, so that the device never waits for the host, and hands them to the
   delivery thread, which makes text and events of them.
 - free: at max_tokens as soon as the last step is started; at a stop token when it is read, one step late; at a cancel,
@@ -14,8 +14,8 @@
 - A sample that is pre-empted leaves its slot and pages at once, and is parked when the step in flight is read: then all
   its tokens are known, and it goes on later as though they had been its prompt.
 
-The device runs what it is given in order. So pages can be given away while a step that reads or fills them is in flight:
-what their next owner does comes behind it.
+The device runs what it is given in order. So pages can be given away while a step that reads or fills them is in
+flight: what their next owner does comes behind it.
 
 Nothing is done once per slot in Python, and no text is seen. Requests are ended by delivery alone, so each gets exactly
 one last event.
@@ -272,7 +272,7 @@ class Loop(Generic[ParamsT, PrefixT, StateT]):
         (self._in_work if prompt.tables else self._parked).remove(prompt)
 
     def _free_slot(self, sample: Sample) -> None:
-        """Of a sample that decodes. What its text fills stays as a cached prefix; the last token's row may be missing."""
+        """Of a sample that decodes. What its text fills stays as a cached prefix; its last token may lack its row."""
         if sample.slot is not None:
             text_T = self._slots.text(sample)[:-1]
             self._room.leave_text(self._slots.take_back(sample), text_T, sample.request.prefix_key)

@@ -42,7 +42,6 @@ class Orchestrator(Generic[ParamsT, PrefixT, StateT]):
         *,
         max_queued: int,
         max_queued_tokens: int | None = None,
-        prefix_cache: bool = True,
         metrics: Metrics | None = None,
         prefix_cache: bool = True,
         warm_up: bool = True,
@@ -61,7 +60,10 @@ class Orchestrator(Generic[ParamsT, PrefixT, StateT]):
         self._deadlines = threading.Thread(target=self._end_overdue_waiters, name="deadlines", daemon=True)
         if metrics is not None:
             metrics.watch(
-                queue_depth=lambda: self.queue_depth, slots_in_use=lambda: self.slots_in_use, slots=self._slots
+                queue_depth=lambda: self.queue_depth,
+                slots_in_use=lambda: self.slots_in_use,
+                slots=self._slots,
+                pages=self._loop.pages,
             )
 
     def start(self) -> None:

@@ -1,4 +1,4 @@
-"""What the next turn does: policy alone, decided from the queue, the slots, the pages and the clock. Touches no device."""
+"""What the next turn does: policy alone, decided from queue, slots, pages and clock. Touches no device."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass

@@ -64,10 +64,8 @@ class Room:
         return self._pages.entries_left
 
     def states(self) -> dict[str, int]:
-        """Pages that are free, live (in a table), and cached alone."""
-        free = self._pages.free
-        unused = self._pages.free_without(())
-        return {"free": free, "live": self._size - unused, "cached": unused - free}
+        """Pages that are free, live (in a table), and cached alone. May be asked from another thread."""
+        return self._pages.census()
 
     def names(self, token_T: np.ndarray, key: str) -> list[bytes]:
         """Of a text's full pages; none where prefixes are not kept."""

@@ -55,8 +55,8 @@ class Slots:
         return sample.slot
 
     def seat(self, sample: Sample, text_T: np.ndarray) -> None:
-        """From now on the sample decodes in its slot. The rows of `text_T` (i32, its prompt and what of the answer there
-        is) are in the cache; the token behind them is chosen and will be read."""
+        """The sample decodes from now on. The rows of `text_T` (i32, prompt and what of the answer there is) are in
+        the cache; the token behind them is chosen and will be read."""
         slot, request, known = sample.slot, sample.request, len(text_T)
         assert slot is not None
         self._change(slot, sample)

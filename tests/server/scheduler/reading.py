@@ -1,4 +1,4 @@
-"""A fake engine whose tokens follow from what its pages hold: a page that is mixed up, or read too early, changes them."""
+"""A fake engine whose tokens follow from what its pages hold: one that is mixed up, or read too early, changes them."""
 
 import numpy as np
 from slipstream.engine_impl.sampling.params import SamplingParams

@@ -30,8 +30,8 @@ class AnyOrder(RuleBasedStateMachine):
     )
     def build(self, slots, pool, batch, chunk, width, prefix_cache, entries):
         self.engine = reading(
-            slots, cache_length=LONGEST, page_rows=ROWS, prefill_chunk=chunk, pool=pool, batch=batch,
-            tokens_per_step=width, entries=entries, count_of_step=lambda step: step * 7 % width + 1,
+            slots, cache_length=LONGEST, page_rows=ROWS, prefill_chunk=chunk, pages=pool, batch=batch,
+            tokens_per_step=width, table_entries=entries, count_of_step=lambda step: step * 7 % width + 1,
         )  # fmt: skip
         self.queue = RequestQueue(999)
         self.loop = Loop(self.engine, None, self.queue, None, prefix_cache=prefix_cache)

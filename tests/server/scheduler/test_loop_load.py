@@ -17,7 +17,10 @@ from tests.server.scheduler.loop import Asked, ask, running, texts, until
 
 def calls_per_step(slots, steps=20):
     """Calls, of Python and of C, that the loop makes in so many steps with every slot live."""
-    counted, engine = [], FakeEngine(max_concurrent_decodes=slots, cache_length=10_000, page_rows=10_000, pool=2 * slots)
+    counted, engine = (
+        [],
+        FakeEngine(max_concurrent_decodes=slots, cache_length=10_000, page_rows=10_000, pages=2 * slots),
+    )
     begin = slots + 20
 
     def on_generate(step):  # in the loop's thread

@@ -9,8 +9,9 @@ from slipstream.server.observe.metrics import Metrics
 from slipstream.server.request.request import FinishReason
 from slipstream.server.scheduler import loop as loop_module
 
-from tests.server.scheduler.reading import FREE, answer, expected, reading
 from tests.server.scheduler.loop import Asked, ask, running, until
+from tests.server.scheduler.reading import FREE, answer, expected, reading
+
 
 def pages(orchestrator):
     return orchestrator._loop.pages()
@@ -25,7 +26,12 @@ def test_a_long_prompt_is_computed_in_pieces_with_a_step_behind_each():
         assert long.answer()[0] == expected(prompt, 5)
         assert other.answer()[0] == expected("a", 50)[1:]
     at = [number for number, call in enumerate(engine.log) if call.startswith("prefill")][1:]
-    assert [engine.log[number] for number in at] == ["prefill the quic", "prefill k brown ", "prefill fox jump", "prefill s"]
+    assert [engine.log[number] for number in at] == [
+        "prefill the quic",
+        "prefill k brown ",
+        "prefill fox jump",
+        "prefill s",
+    ]
     for before, behind in itertools.pairwise(at):
         assert engine.log[before:behind].count("generate") == 1, "running answers wait for one piece"
 
@@ -103,7 +109,7 @@ def test_prompt_logprobs_of_several_pieces():
 def test_a_pool_that_is_too_small_for_all_pre_empts_and_loses_nothing(width):
     counts = itertools.cycle(range(1, width + 1))
     engine, metrics = (
-        reading(pool=16, tokens_per_step=width, count_of_step=lambda step: next(counts)),
+        reading(pages=16, tokens_per_step=width, count_of_step=lambda step: next(counts)),
         Counting(),
     )
     prompts = [f"{number} asks" for number in range(6)]
@@ -130,7 +136,7 @@ class Counting(Metrics):
 
 
 def test_the_oldest_is_never_pre_empted():
-    engine, metrics = reading(pool=16), Counting()
+    engine, metrics = reading(pages=16), Counting()
     with running(engine, metrics=metrics) as orchestrator:
         requests = [ask(orchestrator, "old", 60, sampling=FREE)]
         requests[0].next()
@@ -142,7 +148,7 @@ def test_the_oldest_is_never_pre_empted():
 
 
 def test_a_pre_empted_request_can_be_cancelled_and_can_expire():
-    engine = reading(2, pool=16, pace=threading.Semaphore(0))
+    engine = reading(2, pages=16, pace=threading.Semaphore(0))
     with running(engine) as orchestrator:
         old = ask(orchestrator, "o", 60, sampling=FREE)
         old.next()
@@ -157,7 +163,7 @@ def test_a_pre_empted_request_can_be_cancelled_and_can_expire():
 
 
 def test_a_failed_step_leaves_alone_who_is_parked():
-    engine = reading(2, pool=16, pace=threading.Semaphore(0))
+    engine = reading(2, pages=16, pace=threading.Semaphore(0))
     with running(engine) as orchestrator:
         old = ask(orchestrator, "o", 60, sampling=FREE)
         old.next()

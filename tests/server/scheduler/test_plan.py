@@ -16,9 +16,9 @@ ROWS = 4
 class House:
     """A server's tables."""
 
-    def __init__(self, slots=2, *, pool=None, batch=1, prefix_cache=True, table_entries=None):
+    def __init__(self, slots=2, *, pages=0, batch=1, prefix_cache=True):
         self.engine = FakeEngine(
-            max_concurrent_decodes=slots, cache_length=64, page_rows=ROWS, prefill_chunk=8, pool=pool, batch=batch
+            max_concurrent_decodes=slots, cache_length=64, page_rows=ROWS, prefill_chunk=8, pages=pages, batch=batch
         )
         self.slots = Slots(slots, [], cache_length=64)
         self.room = Room(self.engine, prefix_cache=prefix_cache)
@@ -150,7 +150,7 @@ def test_without_a_prefix_cache_nobody_waits_for_a_beginning():
 
 def test_slots_of_ended_and_overdue_samples_are_given_back_once():
     house = House(4)
-    (both,), (late,), (running,) = [house.decoding(deadline=deadline) for deadline in (5.0, 5.0, 6.0)]
+    (both,), (late,), _ = [house.decoding(deadline=deadline) for deadline in (5.0, 5.0, 6.0)]
     gone = house.prompt().samples[0]  # ended, and never had a slot, or has none any more
     decided = house.turn(ended=[both, gone, both], now=5.0)
     assert (set(decided.free), len(decided.free)) == ({both, late}, 2)
@@ -184,7 +184,7 @@ def test_a_slot_grows_where_the_next_step_leaves_its_pages():
 
 
 def test_the_youngest_of_the_lowest_priority_gives_way():
-    house = House(4, pool=3)
+    house = House(4, pages=3)
     (low,), (old,), (young,) = house.decoding(3, priority=-1), house.decoding(3), house.decoding(3)
     house.steps(1)  # each wants a second page, and none is left
     assert house.turn().preempt == (low, young)
@@ -193,7 +193,7 @@ def test_the_youngest_of_the_lowest_priority_gives_way():
 
 
 def test_a_prompt_in_work_gives_way_too():
-    house = House(4, pool=5)
+    house = House(4, pages=5)
     (old,) = house.decoding(3)
     prompt = house.working([7] * 15)
     house.steps(1)
@@ -201,7 +201,7 @@ def test_a_prompt_in_work_gives_way_too():
 
 
 def test_who_grows_may_be_the_one_who_gives_way():
-    house = House(4, pool=2)
+    house = House(4, pages=2)
     house.decoding(2)
     (young,) = house.decoding(3)
     house.steps(1)
@@ -209,7 +209,7 @@ def test_who_grows_may_be_the_one_who_gives_way():
 
 
 def test_cached_prefixes_go_before_anybody_gives_way():
-    house = House(4, pool=3)
+    house = House(4, pages=3)
     (gone,), (one,) = house.decoding([5] * 5), house.decoding(3)
     house.room.leave_text(house.slots.take_back(gone), np.array([5] * 5), "")
     assert house.room.states() == {"free": 1, "live": 1, "cached": 1}
@@ -219,7 +219,7 @@ def test_cached_prefixes_go_before_anybody_gives_way():
 
 
 def test_a_shared_page_is_nobodys_to_give():
-    house = House(4, pool=3)
+    house = House(4, pages=3)
     text = [5] * 7
     (first,), (second,) = house.decoding(text), house.decoding(text)
     assert house.room.states()["free"] == 0
@@ -240,7 +240,7 @@ def test_entries_of_the_tables_are_a_room_of_their_own():
 
 
 def test_parked_prompts_go_before_the_queue_and_leave_room_to_grow():
-    house = House(4, pool=8)
+    house = House(4, pages=8)
     house.decoding(2)
     house.decoding(2)
     back = house.prompt([7] * 15, answer=5)  # 4 pages
@@ -251,7 +251,7 @@ def test_parked_prompts_go_before_the_queue_and_leave_room_to_grow():
 
 
 def test_what_is_alone_needs_no_margin():
-    house = House(2, pool=4)
+    house = House(2, pages=4)
     whole = house.prompt(15)
     assert house.turn(whole).let_in == (whole,)
     house.decoding(1)
