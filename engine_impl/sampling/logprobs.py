@@ -6,6 +6,7 @@ logprobs 3.4 M more, and all its temporaries 2.1 MiB where the prompt's logits w
 """
 
 from collections.abc import Callable
+from math import gcd
 from typing import NamedTuple
 
 import jax
@@ -62,11 +63,11 @@ def prompt_logprobs(
 ) -> jax.Array:
     """logprob_R, f32: of the token `next_R` (i32) behind each row; 0 where that is -1.
 
-    `logits_of` turns rows of the last layer's output into logits. It sees PROMPT_CHUNK rows at a time, so that the
+    `logits_of` turns rows of the last layer's output into logits. It sees at most PROMPT_CHUNK rows at a time, so that the
     logits of a whole prompt never exist.
     """
     rows = next_R.shape[0]
-    chunks = -1, min(PROMPT_CHUNK, rows)
+    chunks = -1, gcd(PROMPT_CHUNK, rows)
     of_chunks = x_RD.reshape(*chunks, x_RD.shape[1]), next_R.reshape(chunks)
     logprob_R = jax.lax.map(lambda chunk: logprob_of(logits_of(chunk[0]), chunk[1]), of_chunks).reshape(rows)
     return jnp.where(next_R >= 0, logprob_R, 0)
