@@ -162,7 +162,7 @@ class Limits:
     cache_length: int
     """Prompt and answer of one sample together."""
     pool_tokens: int
-    """What all pages hold."""
+    """What all pages hold, or all page tables."""
     page_rows: int
     """Of a page."""
     slots: int
@@ -173,7 +173,7 @@ class Limits:
             engine.get_tokenizer().vocab_size,
             engine.max_prefill_length,
             engine.cache_length,
-            engine.pages * engine.page_rows,
+            min(engine.pages, engine.table_entries) * engine.page_rows,
             engine.page_rows,
             engine.max_concurrent_decodes,
         )
