@@ -142,6 +142,11 @@ class Engine(Protocol[ParamsT, PrefixT, StateT]):
         ...
 
     @property
+    def prefill_chunk(self) -> int:
+        """Most tokens of one piece; a multiple of `page_rows`, or the whole of the longest prompt."""
+        ...
+
+    @property
     def page_rows(self) -> int:
         """R: tokens of a page."""
         ...
@@ -149,6 +154,11 @@ class Engine(Protocol[ParamsT, PrefixT, StateT]):
     @property
     def pages(self) -> int:
         """P: pages of the pool."""
+        ...
+
+    @property
+    def table_entries(self) -> int:
+        """Most pages that the tables of one step's slots may have together, shared ones counted for each."""
         ...
 
     @property

@@ -107,6 +107,11 @@ class Engine:
         return self.programs.cache_length
 
     @property
+    def prefill_chunk(self) -> int:
+        """Most tokens of a prompt that are computed together: all of them."""
+        return self.max_prefill_length
+
+    @property
     def page_rows(self) -> int:
         """R: tokens of a page."""
         return self.layout.page_rows
@@ -115,6 +120,11 @@ class Engine:
     def pages(self) -> int:
         """P: pages of the pool."""
         return self.layout.pages
+
+    @property
+    def table_entries(self) -> int:
+        """Most pages that all slots' tables may have together."""
+        return self.pages
 
     @property
     def vocab_size(self) -> int:

@@ -128,7 +128,9 @@ class FakeEngine:
     max_prefill_length: int = 16
     cache_length: int = 256
     page_rows: int = 16
-    pages: int = 1024
+    prefill_chunk: int = 16
+    pool: int | None = None
+    """Pages; None: as many as all slots' longest requests need."""
     step_s: float = 0.0
     tokens_per_step: int = 1
     """The most that a step brings a slot, as speculation would."""
@@ -150,6 +152,18 @@ class FakeEngine:
     steps: int = 0
     states_made: int = 0
     devices: tuple[FakeDevice, ...] = (FakeDevice(),)
+
+    @property
+    def pages_per_slot(self) -> int:
+        return -(-self.cache_length // self.page_rows)
+
+    @property
+    def pages(self) -> int:
+        return self.max_concurrent_decodes * self.pages_per_slot if self.pool is None else self.pool
+
+    @property
+    def table_entries(self) -> int:
+        return self.max_concurrent_decodes * self.pages_per_slot
 
     def get_tokenizer(self) -> FakeTokenizer:
         return FakeTokenizer()
