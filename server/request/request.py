@@ -169,6 +169,8 @@ class Limits:
     pages: int
     table_entries: int
     """Of the page tables of all samples that run."""
+    tokens_per_step: int
+    """Most that a step brings a sample."""
 
     @classmethod
     def of(cls, engine: "Engine") -> "Limits":
@@ -181,6 +183,7 @@ class Limits:
             page_rows=engine.page_rows,
             pages=engine.pages,
             table_entries=engine.table_entries,
+            tokens_per_step=engine.tokens_per_step,
         )
 
     @property
@@ -207,27 +210,29 @@ class Limits:
             )
         check_room(length, max_tokens, "cache_length", self.cache_length)
         check_room(length, max_tokens, "cache_tokens", self.pool_tokens)
-        self._check_start(length, request.slots_needed)
+        self._check_start(length, max(1, request.slots_needed))
         for position, token_id in enumerate(request.prompt_ids):
             self._check_id(token_id, f"token id {token_id} at position {position}")
         for token_id in request.sampling.logit_bias:
             self._check_id(token_id, f"logit_bias: token id {token_id}")
 
     def _check_start(self, length: int, samples: int) -> None:
-        """Samples start together: they share the prompt's pages but for those of its last piece, and each has a page
-        for its first token. Later they may run one after the other."""
-        if samples <= 1:
-            return
-        each, shared = self._pages_for(min(length + 1, self.cache_length)), self._pages_for(length - self.prefill_chunk)
-        for needed, limit in (
-            (each + (samples - 1) * (each - shared), self.pages),
-            (samples * each, self.table_entries),
-        ):
-            if needed > limit:
-                raise RefusedError(
-                    f"num_samples={samples} of a prompt of {length} tokens need {needed} pages of {self.page_rows} "
-                    f"tokens to start, and there are {limit}; ask for fewer samples or shorten the prompt"
-                )
+        """Samples start together: they share the pages before the prompt's last piece, and each has the others and room
+        for a step. Later they may run one after the other."""
+        each = self._pages_for(min(length + self.tokens_per_step, self.cache_length))
+        shared = self._pages_for(length - self.prefill_chunk)
+        asked, less = f"num_samples={samples} of a prompt of {length} tokens need", "ask for fewer samples"
+        pages, entries = each + (samples - 1) * (each - shared), samples * each
+        if pages > self.pages:
+            raise RefusedError(
+                f"{asked} {pages * self.page_rows} tokens in whole pages to start and exceed "
+                f"cache_tokens={self.pool_tokens}; {less} or serve with a larger --cache-tokens"
+            )
+        if entries > self.table_entries:
+            raise RefusedError(
+                f"{asked} {entries} entries of page tables, and there are {self.table_entries}; "
+                f"{less} or shorten the prompt"
+            )
 
     def _pages_for(self, tokens: int) -> int:
         return max(0, -(-tokens // self.page_rows))

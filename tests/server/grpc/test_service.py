@@ -195,7 +195,7 @@ def test_the_longest_request_that_fits_is_answered():
 
 def test_what_all_pages_cannot_hold_is_refused_and_what_fills_them_is_answered():
     async def scenario():
-        async with serving(FakeEngine(page_rows=8, pool=4)) as (_, channel):
+        async with serving(FakeEngine(page_rows=8, pages=4)) as (_, channel):
             code, details = await refusal(channel, text_request("0" * 16, 17))
             assert code is grpc.StatusCode.INVALID_ARGUMENT
             assert details == (

@@ -8,7 +8,7 @@ from slipstream.server.request.request import Limits, Request
 
 from tests.fakes import FakeEngine
 
-LIMITS = Limits.of(FakeEngine(max_prefill_length=64, cache_length=64, page_rows=16, pool=8))
+LIMITS = Limits.of(FakeEngine(max_prefill_length=64, cache_length=64, page_rows=16, pages=8))
 SMALL_POOL = replace(LIMITS, pages=3)
 
 
@@ -71,7 +71,10 @@ def test_samples_share_the_pages_before_a_prompts_last_piece_when_they_start(len
     fitting, small = replace(LIMITS, pages=pages), replace(LIMITS, pages=pages - 1)
     most = fitting.longest - length
     fitting.check(asked(length, most, num_samples=2))
-    message = f"num_samples=2 of a prompt of {length} tokens need {pages} pages of 16 tokens to start, .* {pages - 1};"
+    message = (
+        f"^num_samples=2 of a prompt of {length} tokens need {16 * pages} tokens in whole pages to start and exceed "
+        f"cache_tokens={16 * pages - 16}; ask for fewer samples or serve with a larger --cache-tokens$"
+    )
     with pytest.raises(RefusedError, match=message):
         small.check(asked(length, min(2, small.longest - length), num_samples=2))
     small.check(asked(length, 1, num_samples=2))  # no sample decodes
@@ -80,5 +83,7 @@ def test_samples_share_the_pages_before_a_prompts_last_piece_when_they_start(len
 def test_samples_page_tables_have_a_bound_too():
     limits = replace(LIMITS, table_entries=5)
     limits.check(asked(8, 9, num_samples=2))
-    with pytest.raises(RefusedError, match=r"num_samples=2 of a prompt of 40 tokens need 6 pages .*, and there are 5"):
+    with pytest.raises(
+        RefusedError, match=r"2 of a prompt of 40 tokens need 6 entries of page tables, and there are 5; ask"
+    ):
         limits.check(asked(40, 9, num_samples=2))
