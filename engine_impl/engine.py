@@ -35,7 +35,6 @@ from .layout import chunk_of, layout_of
 from .models.decoder import Decoder
 from .programs import GREEDY, Programs
 from .quantization.swap import quantize
-from .sampling.params import SamplingParams
 from .sampling.penalties import counts_of_text, is_penalised
 from .sampling.slots import SlotSampling
 from .shapes import Shapes
