@@ -60,9 +60,9 @@ class Shapes:
     def pieces(self, pieces: Sequence[Piece]) -> PieceBatch:
         """The pieces in the smallest shape that holds them.
 
-        Raises ValueError for none, too many, one that is too long or empty, and one that does not start with a page.
+        Raises ValueError where no shape does, and for one that does not start with a page.
         """
-        N, T = self._prefill_of(pieces)
+        N, T = self.prefill_of([len(piece.token_T) for piece in pieces])
         token_NT, next_NT = np.zeros((N, T), np.int32), np.full((N, T), -1, np.int32)
         start_N, count_N = np.zeros(N, np.int32), np.zeros(N, np.int32)
         for n, piece in enumerate(pieces):
@@ -97,8 +97,11 @@ class Shapes:
             page_NJ[n, : len(page_J)] = page_J
         return page_NJ
 
-    def _prefill_of(self, pieces: Sequence[Piece]) -> tuple[int, int]:
-        lengths = [len(piece.token_T) for piece in pieces]
+    def prefill_of(self, lengths: Sequence[int]) -> tuple[int, int]:
+        """(pieces, tokens of each) of the smallest shape that holds pieces of so many tokens.
+
+        Raises ValueError where none does.
+        """
         if not lengths or not min(lengths):
             raise ValueError(f"pieces of {lengths} tokens: there must be one at least, and none empty")
         for N, T in self.prefills if len(lengths) == 1 else (self.burst,):

@@ -109,7 +109,7 @@ def test_shared_pages_give_the_tokens_of_own_ones_and_keep_their_bits(tiny, shar
     """One slot reads a prefix that another computed, and goes on behind it; both decode."""
     engine, params = tiny
     prompt = [n * 5 % 101 for n in range(shared * R)]
-    texts = [prompt + [3, 1, 4], prompt + [2, 7] * 40]
+    texts = [[*prompt, 3, 1, 4], prompt + [2, 7] * 40]
     expected = answers(Session(engine, params), texts, STEPS)
     session = scattered(engine, params)
     first = tokens(session.start(0, texts[0]))

@@ -12,6 +12,7 @@ from slipstream.engine_impl.checkpoints.pieces import read_pieces
 from slipstream.engine_impl.config import EngineConfig
 from slipstream.engine_impl.errors import RefusedError
 from slipstream.engine_impl.loading import load_engine
+from slipstream.engine_impl.session import Session
 from tokenizers.pre_tokenizers import ByteLevel
 
 from .vocabularies import CORPUS

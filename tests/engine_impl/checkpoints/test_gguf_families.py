@@ -19,6 +19,7 @@ from slipstream.engine_impl.weights.load import needed_shapes
 from slipstream.engine_impl.weights.sharding import make_mesh
 
 from ..models.test_families import DEFAULT, SIZES, draw_weights
+from ..tiny_models import logits_behind
 from .gguf_writing import write_gguf
 
 YARN = DEFAULT | {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}

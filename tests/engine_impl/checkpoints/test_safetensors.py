@@ -13,7 +13,9 @@ from slipstream.engine_impl.checkpoints.safetensors import SafetensorsCheckpoint
 from slipstream.engine_impl.config import EngineConfig
 from slipstream.engine_impl.errors import RefusedError
 from slipstream.engine_impl.loading import build_engine, load_engine
+from slipstream.engine_impl.session import Session
 
+from ..tiny_models import logits_behind
 from .folders import CONFIG, random_tensors, write_folder
 
 TIED = CONFIG | {"tie_word_embeddings": True}
