@@ -75,6 +75,7 @@ class Engine:
             pages_per_slot=self.layout.pages_per_slot,
             page_rows=self.layout.page_rows,
             chunk=chunk_of(config, self.layout, self.max_prefill_length, platform),
+            fewest=8 if platform == "tpu" else 1,
         )
 
     def twin(self, programs: Programs | None = None, layer_loop: LayerLoop | None = None) -> "Engine":

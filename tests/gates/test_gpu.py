@@ -11,7 +11,7 @@ from slipstream.engine_impl.config import EngineConfig
 from slipstream.engine_impl.models.llama import LlamaConfig
 from slipstream.kernels.ragged_attention.xla_gpu import BLOCK_BYTES
 
-from .test_programs import BUCKET, LAYERS, PROGRAMS, SLOTS, VOCABULARY, compiled
+from .test_programs import LAYERS, PROGRAMS, SLOTS, VOCABULARY, compiled
 
 pytestmark = pytest.mark.gpu_gates
 CACHE_LENGTH, FFN_DIM = 2048, 14336

@@ -11,7 +11,7 @@ from slipstream.engine_impl.compiler.plan import abstract_engine
 from slipstream.engine_impl.config import EngineConfig
 from slipstream.engine_impl.models.llama import LlamaConfig
 
-from .test_programs import BUCKET, CACHE_LENGTH, LAYERS, SLOTS, compiled
+from .test_programs import CACHE_LENGTH, LAYERS, SLOTS, compiled
 
 MODES = {
     "int8": {"quantize_weights": "int8"},
