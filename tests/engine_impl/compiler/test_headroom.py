@@ -1,5 +1,7 @@
 """Requests at once and their ceiling, against numbers worked out by hand."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 from slipstream.engine_impl.compiler.budget import Budget
@@ -12,7 +14,7 @@ from slipstream.engine_impl.config import EngineConfig
 from slipstream.engine_impl.errors import RefusedError
 
 COSTS = StepCosts(weights=0.01, row=1e-4, page=1e-6)
-SIZES = {"pages": 350, "page_rows": 4, "pages_per_slot": 5, "slots": 1000}
+SIZES: dict[str, Any] = {"pages": 350, "page_rows": 4, "pages_per_slot": 5, "slots": 1000}
 
 
 def test_a_mix_by_hand():
