@@ -142,6 +142,16 @@ class Engine(Protocol[ParamsT, PrefixT, StateT]):
         ...
 
     @property
+    def page_rows(self) -> int:
+        """R: tokens of a page."""
+        ...
+
+    @property
+    def pages(self) -> int:
+        """P: pages of the pool."""
+        ...
+
+    @property
     def devices(self) -> Iterable[Device]:
         """What it runs on."""
         ...

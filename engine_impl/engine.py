@@ -107,6 +107,16 @@ class Engine:
         return self.programs.cache_length
 
     @property
+    def page_rows(self) -> int:
+        """R: tokens of a page."""
+        return self.layout.page_rows
+
+    @property
+    def pages(self) -> int:
+        """P: pages of the pool."""
+        return self.layout.pages
+
+    @property
     def vocab_size(self) -> int:
         """Token ids are below this."""
         return self.model.config.vocab_size

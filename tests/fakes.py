@@ -127,6 +127,8 @@ class FakeEngine:
     max_concurrent_decodes: int = 2
     max_prefill_length: int = 16
     cache_length: int = 256
+    page_rows: int = 16
+    pages: int = 1024
     step_s: float = 0.0
     tokens_per_step: int = 1
     """The most that a step brings a slot, as speculation would."""

@@ -258,6 +258,7 @@ def usage_of(request: Request) -> Usage:
     assert total_s is not None
     return Usage(
         prompt_tokens=len(request.prompt_ids),
+        cached_tokens=request.cached_tokens,
         generated_tokens=request.delivered,
         queue_ms=milliseconds(seconds(request, request.started_at)),
         ttft_ms=milliseconds(seconds(request, request.first_token_at)),
@@ -273,6 +274,7 @@ def count(metrics: Metrics, request: Request, outcome: Outcome) -> None:
     metrics.ended(
         outcome,
         prompt_tokens=len(request.prompt_ids),
+        cached_tokens=request.cached_tokens,
         generated_tokens=request.delivered,
         queue_s=seconds(request, request.started_at),
         ttft_s=ttft_s,

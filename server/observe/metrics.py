@@ -3,6 +3,7 @@
 slipstream_requests_total{outcome}       ok | cancelled | deadline | rejected | failed
 slipstream_{queue,ttft,tpot,e2e}_seconds  of requests that were admitted
 slipstream_{prefill,decode_step}_seconds  of the engine
+slipstream_pages{state}                   free | live | cached
 slipstream_startup_seconds{stage}         imports | loading | tracing | compiling | rest
 slipstream_compilations_after_warmup_total must stay 0: a program compiled under traffic stalls every slot
 """
@@ -27,6 +28,10 @@ ANSWER_S = (0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 20.0, 30.0, 60.0, 120.0, 
 
 RECENT = 128
 """Times to first token that the status line's median is taken of (requests)."""
+
+
+PAGE_STATES = ("free", "live", "cached")
+"""A page is free, or a slot has it, alone or with others, or only a cached prefix has it: then it can be freed."""
 
 
 class Outcome(Enum):
@@ -67,15 +72,28 @@ class Metrics:
         self._slot_steps = self._counter(
             "decode_slot_steps", "Slots in use, summed over decode steps: tokens as they come"
         )
+        self._preemptions = self._counter("preemptions", "Requests that gave their pages back and go on later")
+        self._prefix_cached_tokens = self._counter(
+            "prefix_cached_tokens", "Tokens that were found in cached prefixes instead of computed"
+        )
         self._recent_ttft_s: deque[float] = deque(maxlen=RECENT)
         self._lock = threading.Lock()  # of the line above; Prometheus' own objects have theirs
         ProcessCollector(registry=self.registry)
 
-    def watch(self, *, queue_depth: Callable[[], int], slots_in_use: Callable[[], int], slots: int) -> None:
-        """Gauges, asked at every scrape, from whatever thread scrapes."""
+    def watch(
+        self,
+        *,
+        queue_depth: Callable[[], int],
+        slots_in_use: Callable[[], int],
+        slots: int,
+        pages: Callable[[], Mapping[str, int]] | None = None,
+    ) -> None:
+        """Gauges, asked at every scrape, from whatever thread scrapes. `pages()`: how many, by PAGE_STATES."""
         self._slots.set(slots)
         self._slots_in_use.set_function(slots_in_use)
         self._queue_depth.set_function(queue_depth)
+        if pages is not None:
+            self.registry.register(_Pages(pages))
 
     def watch_devices(self, devices: Sequence[Any], compilations: Callable[[], int]) -> None:
         """Called once, when all is warm. `devices` (JAX's) tell their memory from now on. `compilations()` counts the
@@ -96,6 +114,7 @@ class Metrics:
         outcome: Outcome,
         *,
         prompt_tokens: int,
+        cached_tokens: int,
         generated_tokens: int,
         queue_s: float | None,
         ttft_s: float | None,
@@ -121,12 +140,21 @@ class Metrics:
             "request_id": request_id,
             "outcome": outcome.value,
             "prompt_tokens": prompt_tokens,
+            "cached_tokens": cached_tokens,
             "generated_tokens": generated_tokens,
             "queue_ms": _ms(queue_s),
             "ttft_ms": _ms(ttft_s),
             "total_ms": _ms(e2e_s),
         }
         log.info("request ended", extra={"fields": fields})
+
+    def preempted(self) -> None:
+        """A request gave its pages back, and waits to go on."""
+        self._preemptions.inc()
+
+    def prefix_cached(self, tokens: int) -> None:
+        """So many tokens of a text were found in a cached prefix."""
+        self._prefix_cached_tokens.inc(tokens)
 
     def prefill(self, seconds: float) -> None:
         """One prompt was prefilled and its first token read."""
@@ -151,6 +179,20 @@ class Metrics:
 
     def _histogram(self, name: str, text: str, edges_s: Sequence[float]) -> Histogram:
         return Histogram(f"slipstream_{name}_seconds", text, buckets=edges_s, registry=self.registry)
+
+
+class _Pages(Collector):
+    """Asked once a scrape, so that the states add up to the pool."""
+
+    def __init__(self, pages: Callable[[], Mapping[str, int]]) -> None:
+        self._pages = pages
+
+    def collect(self) -> Iterable[GaugeMetricFamily]:
+        family = GaugeMetricFamily("slipstream_pages", "Pages of the cache by who has them", labels=["state"])
+        counts = self._pages()
+        for state in PAGE_STATES:
+            family.add_metric([state], counts[state])
+        yield family
 
 
 class _Devices(Collector):

@@ -45,6 +45,8 @@ class Usage:
     """What a request came to. Times are None when it never came so far."""
 
     prompt_tokens: int
+    cached_tokens: int = 0
+    """Of the prompt, those that came from a cached prefix."""
     generated_tokens: int
     """Of all samples together, without stop tokens."""
     queue_ms: float | None
@@ -115,6 +117,8 @@ class Request(AnswerOptions):
     deadline: float | None = None
     """When it is worth nothing any more (s of time.monotonic())."""
     id: str = field(default_factory=lambda: secrets.token_hex(6))
+    prefix_key: str = ""
+    """Cached prefixes are shared among requests of the same key, see prefix_key.py."""
 
     queued_at: float | None = None
     """s of time.monotonic(), like the stamps below; None: has not happened."""
@@ -123,6 +127,8 @@ class Request(AnswerOptions):
     first_token_at: float | None = None
     ended_at: float | None = None
     """Its last event is out."""
+    cached_tokens: int = 0
+    """Tokens of the prompt that came from a cached prefix, the orchestrator's note."""
     samples: list[Sample] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -152,7 +158,11 @@ class Limits:
 
     vocab_size: int
     max_prefill_length: int
+    """Longest prompt."""
     cache_length: int
+    """Prompt and answer of one sample together."""
+    pool_tokens: int
+    """What all pages hold."""
     slots: int
 
     @classmethod
@@ -161,8 +171,14 @@ class Limits:
             engine.get_tokenizer().vocab_size,
             engine.max_prefill_length,
             engine.cache_length,
+            engine.pages * engine.page_rows,
             engine.max_concurrent_decodes,
         )
+
+    @property
+    def longest(self) -> int:
+        """Prompt and answer of a sample that has the server for itself (tokens)."""
+        return min(self.cache_length, self.pool_tokens)
 
     def check(self, request: Request) -> None:
         """Raises RefusedError for a request that the engine cannot answer."""
@@ -172,14 +188,11 @@ class Limits:
             raise RefusedError("the prompt is empty; send at least one token")
         if length > self.max_prefill_length:
             raise RefusedError(
-                f"the prompt has {length} tokens, the largest prefill bucket {self.max_prefill_length}; "
-                "shorten the prompt or serve with a larger --max-prefill-length"
+                f"the prompt has {length} tokens, at most {self.max_prefill_length} are taken; "
+                "shorten the prompt or serve with a larger --cache-length"
             )
-        if length + max_tokens > self.cache_length:
-            raise RefusedError(
-                f"a prompt of {length} tokens and {max_tokens=} exceed cache_length={self.cache_length}; "
-                f"ask for at most {self.cache_length - length} tokens or serve with a larger --cache-length"
-            )
+        check_room(length, max_tokens, "cache_length", self.cache_length)
+        check_room(length, max_tokens, "cache_tokens", self.pool_tokens)
         for position, token_id in enumerate(request.prompt_ids):
             self._check_id(token_id, f"token id {token_id} at position {position}")
         for token_id in request.sampling.logit_bias:
@@ -188,6 +201,16 @@ class Limits:
     def _check_id(self, token_id: int, what: str) -> None:
         if not 0 <= token_id < self.vocab_size:
             raise RefusedError(f"{what} is outside the vocabulary; ids go from 0 to {self.vocab_size - 1}")
+
+
+def check_room(length: int, max_tokens: int, name: str, tokens: int) -> None:
+    """Raises RefusedError when prompt and answer exceed `tokens`; `name` is what bounds them, and its flag's."""
+    if length + max_tokens > tokens:
+        less = f"ask for at most {tokens - length} tokens" if length < tokens else "shorten the prompt"
+        raise RefusedError(
+            f"a prompt of {length} tokens and {max_tokens=} exceed {name}={tokens}; "
+            f"{less} or serve with a larger --{name.replace('_', '-')}"
+        )
 
 
 def check_slots(num_samples: int, slots: int) -> None:

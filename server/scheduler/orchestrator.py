@@ -42,6 +42,7 @@ class Orchestrator(Generic[ParamsT, PrefixT, StateT]):
         *,
         max_queued: int,
         max_queued_tokens: int | None = None,
+        prefix_cache: bool = True,
         metrics: Metrics | None = None,
         warm_up: bool = True,
         on_ready: Callable[[], object] = lambda: None,
