@@ -20,7 +20,6 @@ from .load.workload import LoadRequest, lengths, make_requests
 from .measure.machine import cpu_name, version, warn_if_busy
 from .measure.stats import Ratio
 from .measure.table import Progress, table
-from .options.flags import id_range
 from .options.mixed import MixedOptions
 
 LEAD = 8
@@ -143,7 +142,7 @@ def asks_of(options: MixedOptions, number: int) -> Asks:
     return Asks(
         *(
             make_requests(
-                count, lengths(f"fixed:{prompt}", 0), lengths(f"fixed:{answer}", 1), ids=id_range(options.token_ids),
+                count, lengths(f"fixed:{prompt}", 0), lengths(f"fixed:{answer}", 1), ids=options.ids,
                 max_length=None, seed=options.seed, block=2 * number + kind,
             )
             for kind, (count, prompt, answer) in enumerate(kinds)

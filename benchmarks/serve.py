@@ -22,7 +22,6 @@ from .load.workload import OUTPUT, PROMPT, LoadRequest, arrivals, lengths, make_
 from .measure.machine import cpu_name, version, warn_if_busy
 from .measure.stats import Ratio
 from .measure.table import Progress, table
-from .options.flags import id_range
 from .options.serve import ServeOptions
 from .options.targets import Side
 
@@ -70,11 +69,11 @@ def run(options: ServeOptions) -> dict[str, Any]:
 def requests_of(options: ServeOptions) -> list[list[list[LoadRequest]]]:
     """By load and block. Raises RefusedError for lengths that cannot be read."""
     prompt, output = lengths(options.prompt_lengths, PROMPT), lengths(options.output_lengths, OUTPUT)
-    ids, block = id_range(options.token_ids), itertools.count()
+    block = itertools.count()
     return [
         [
             make_requests(
-                options.warm_up + options.requests, prompt, output, ids=ids, max_length=options.max_length,
+                options.warm_up + options.requests, prompt, output, ids=options.ids, max_length=options.max_length,
                 seed=options.seed, block=next(block), prefix_share=options.prefix_share,
             )
             for _ in range(options.blocks)

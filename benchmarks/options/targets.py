@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 from ...engine_impl.errors import RefusedError
 from ...server.grpc.channel import DEFAULT_TARGET, PLAIN, ChannelConfig
-from .flags import Json, Seed, TokenIds, check_positive, facts
+from .flags import Json, Seed, TokenIds, check_positive, facts, id_range
 
 SCHEMES = ("http://", "https://")
 BLOCKS_OF_TWO = 3
@@ -44,10 +44,16 @@ class Targets:
 
     def __post_init__(self) -> None:
         check_positive(self, "pairs", "timeout_s")
+        _ = self.ids  # refused before anything is sent
         for side in self.sides:
             self._check(side)
         if self.versus_target is None and (self.pairs is not None or self.versus_model is not None):
             raise RefusedError("--pairs and --versus-model are for two servers: add --versus-target")
+
+    @property
+    def ids(self) -> tuple[int, int]:
+        """The lowest token id of prompts, and one above the highest."""
+        return id_range(self.token_ids)
 
     @property
     def sides(self) -> list[Side]:
