@@ -38,7 +38,7 @@ class Plan:
     uniform:LOW-HIGH,LOW-HIGH or fixed:PROMPT,ANSWER (prompts, then answers; tokens). sharegpt is log-normal around its
     published means, 161 and 338, each at most 1024."""
     all_buckets: bool = False
-    """Compile every prefill bucket, not only the largest."""
+    """Compile every program in all its shapes, not only in the largest."""
     dump: Path | None = None
     """Write the optimised HLO of each program there (folder), as <program>.hlo.txt."""
     as_json: Annotated[bool, tyro.conf.arg(name="json")] = False
@@ -69,7 +69,7 @@ class Plan:
             shape,
             self.topology,
             stored=stored,
-            all_buckets=self.all_buckets,
+            all_shapes=self.all_buckets,
             dump=self.dump,
             report=lambda line: print(line, file=sys.stderr, flush=True),
         )
@@ -85,7 +85,7 @@ def table(plan: "Report") -> str:
     """What a person reads."""
     lines = [
         f"{plan.model}, {plan.dtype}, on {plan.chips} x {plan.topology.split(':')[0]} ({plan.topology}): "
-        f"{plan.slots} slots x {plan.cache_length} tokens",
+        f"{plan.slots} slots, requests of up to {plan.cache_length:,} tokens, a cache of {plan.cache_tokens:,}",
         f"HBM a chip: weights {plan.weights_bytes_per_chip / GIB:.2f} + cache {plan.cache_bytes_per_chip / GIB:.2f}, "
         f"at most {plan.resident_bytes_per_chip / GIB:.2f} of {plan.hbm_bytes_per_chip / GIB:.2f} GiB",
         *saving(plan),
@@ -104,7 +104,7 @@ def table(plan: "Report") -> str:
     if plan.misfit is not None:
         return "\n".join([*lines, "", *misfit(plan)])
     ceiling = plan.programs["generate"].tokens_per_second_ceiling
-    return "\n".join([*lines, "", f"It fits. Ceiling of the decode step, all slots full: {ceiling:,.0f} tokens/s"])
+    return "\n".join([*lines, "", f"It fits. Ceiling of the decode step, all slots live and the cache full: {ceiling:,.0f} tokens/s"])
 
 
 def saving(plan: "Report") -> list[str]:
@@ -114,7 +114,7 @@ def saving(plan: "Report") -> list[str]:
     gained, chip = plan.saving, plan.topology.split(":")[0]
     return [
         f"{gained.quantized}: {gained.bytes_per_chip / GIB:.2f} GiB a chip less than {plan.dtype}; by arithmetic a "
-        f"{chip} has room for {plan.slots_with_room:,} instead of {gained.slots_unquantized:,} slots of this length"
+        f"{chip} has room for {plan.slots_with_room:,} instead of {gained.slots_unquantized:,} requests of this length"
     ]
 
 

@@ -22,7 +22,7 @@ from .models import registry
 from .quantization.swap import resolved
 from .runtime import compilations, timeline
 from .sampling.params import MAX_MODEL_STOP_IDS
-from .sizes import longest_text, memory_of, sized
+from .sizes import free_memory, longest_text, memory_of, sized
 from .weights.sharding import make_mesh
 
 log = logging.getLogger(__name__)
@@ -69,16 +69,24 @@ def build_engine(
     model = registry.build(replace(shape, num_kv_heads=max(shape.num_kv_heads, mesh.size)))
     dtype = choose_dtype(config.dtype, devices[0].platform)
     config = resolved(config, checkpoint.quantization, model, mesh)
-    config = sized(config, model.config, mesh, dtype, memory_of(mesh.devices.flat))
+    config = sized(config, model.config, mesh, dtype, memory_of(mesh.devices.flat), free_memory())
     model = registry.build(model.config.for_length(longest_text(config, model.config)))
-    log.info("%d slots of %d tokens, prompts of up to %d", *config.chosen, config.largest_bucket)
     tokenizer = checkpoint.tokenizer()
     if tokenizer is not None and len(tokenizer.stop_ids) > MAX_MODEL_STOP_IDS:
         raise RefusedError(
             f"{checkpoint.name} has {len(tokenizer.stop_ids)} stop tokens, more than {MAX_MODEL_STOP_IDS}; "
             "list fewer as eos_token_id in its generation_config.json"
         )
-    return Engine(model, mesh, config, dtype, tokenizer, config.model)
+    engine = Engine(model, mesh, config, dtype, tokenizer, config.model)
+    log.info(
+        "%d slots, requests of up to %d tokens, a cache of %d tokens (%d MiB), prompts in chunks of %d",
+        engine.max_concurrent_decodes,
+        engine.cache_length,
+        engine.pages * engine.page_rows,
+        engine.layout.bytes >> 20,
+        engine.prefill_chunk,
+    )
+    return engine
 
 
 def _open(config: EngineConfig) -> Checkpoint:

@@ -44,6 +44,7 @@ SUB_ROOMS: dict[str, dict[str, set[str]]] = {
     "kernels": {
         "blockwise_matmul": {"backend"},
         "cache_flush": {"backend"},
+        "chunk_attention": {"backend", "scores"},
         "prefill_attention": {"backend", "scores"},
         "ragged_attention": {"backend", "scores"},
     },

@@ -148,9 +148,9 @@ class Delivery:
         request, text = sample.request, self._text(sample)
         if request.first_token_at is None:
             request.first_token_at = time.monotonic()
-        if result.prompt_logprob_T is not None:
-            values = result.prompt_logprob_T[: len(request.prompt_ids)].tolist()
-            emit(request, Event(index=sample.index, prompt_logprobs=(0.0, *values[1:])))
+        if result.next_logprob_T is not None:
+            values = result.next_logprob_T[: len(request.prompt_ids) - 1].tolist()
+            emit(request, Event(index=sample.index, prompt_logprobs=(0.0, *values)))
         kept = min(int(result.kept_B[slot]), request.max_tokens - sample.delivered)
         token_ids, pieces = result.token_BW[slot, :kept].tolist(), []
         for token_id in token_ids:

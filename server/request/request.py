@@ -163,6 +163,8 @@ class Limits:
     """Prompt and answer of one sample together."""
     pool_tokens: int
     """What all pages hold."""
+    page_rows: int
+    """Of a page."""
     slots: int
 
     @classmethod
@@ -172,6 +174,7 @@ class Limits:
             engine.max_prefill_length,
             engine.cache_length,
             engine.pages * engine.page_rows,
+            engine.page_rows,
             engine.max_concurrent_decodes,
         )
 
@@ -193,6 +196,13 @@ class Limits:
             )
         check_room(length, max_tokens, "cache_length", self.cache_length)
         check_room(length, max_tokens, "cache_tokens", self.pool_tokens)
+        copies = request.num_samples * -(-(length + 1) // self.page_rows) * self.page_rows  # they begin together
+        if copies > self.pool_tokens:
+            raise RefusedError(
+                f"num_samples={request.num_samples} of a prompt of {length} tokens need {copies} tokens in whole pages "
+                f"and exceed cache_tokens={self.pool_tokens}; ask for fewer samples or serve with a larger "
+                "--cache-tokens"
+            )
         for position, token_id in enumerate(request.prompt_ids):
             self._check_id(token_id, f"token id {token_id} at position {position}")
         for token_id in request.sampling.logit_bias:
