@@ -65,14 +65,14 @@ class Metrics:
         self._ttft_s = self._histogram("ttft", "From admission to the first token", WAIT_S)
         self._tpot_s = self._histogram("tpot", "Mean time of the tokens after the first", STEP_S)
         self._e2e_s = self._histogram("e2e", "From admission to the request's end", ANSWER_S)
-        self._prefill_s = self._histogram("prefill", "Prefill of one request, until its first token is read", WAIT_S)
-        self._step_s = self._histogram("decode_step", "One decode step of all slots", STEP_S)
+        self._prefill_s = self._histogram("prefill", "A piece of a prompt, or several prompts together", WAIT_S)
+        self._step_s = self._histogram("decode_step", "One decode step of the slots in use", STEP_S)
         self._slot_steps = self._counter(
             "decode_slot_steps", "Slots in use, summed over decode steps: tokens as they come"
         )
         self._preemptions = self._counter("preemptions", "Requests that gave their pages back and go on later")
         self._prefix_cached_tokens = self._counter(
-            "prefix_cached_tokens", "Tokens that were found in cached prefixes instead of computed"
+            "prefix_cached_tokens", "Prompt tokens that came from cached prefixes instead of being computed"
         )
         self._recent_ttft_s: deque[float] = deque(maxlen=RECENT)
         self._lock = threading.Lock()  # of the line above; Prometheus' own objects have theirs
@@ -151,11 +151,11 @@ class Metrics:
         self._preemptions.inc()
 
     def prefix_cached(self, tokens: int) -> None:
-        """So many tokens of a text were found in a cached prefix."""
+        """So many tokens of a prompt came from a cached prefix."""
         self._prefix_cached_tokens.inc(tokens)
 
     def prefill(self, seconds: float) -> None:
-        """One prompt was prefilled and its first token read."""
+        """A piece of a prompt, or several prompts of a piece each, were computed together, and running answers waited."""
         self._prefill_s.observe(seconds)
 
     def step(self, seconds: float, slots: int) -> None:
