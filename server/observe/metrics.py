@@ -155,7 +155,7 @@ class Metrics:
         self._prefix_cached_tokens.inc(tokens)
 
     def prefill(self, seconds: float) -> None:
-        """A piece of a prompt, or several prompts of a piece each, were computed together, and running answers waited."""
+        """A piece of a prompt, or several short prompts together, were computed."""
         self._prefill_s.observe(seconds)
 
     def step(self, seconds: float, slots: int) -> None:
