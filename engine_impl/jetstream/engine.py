@@ -214,7 +214,8 @@ class JetStreamEngine(engine_api.Engine):
 
     def get_prefix_destination_sharding(self) -> Any:
         """The shardings that a prefix of another engine takes on this one: a tree like a JetStreamPrefix."""
-        return JetStreamPrefix(self._engine.programs.prefix_sharding(), self._everywhere)
+        everywhere: Any = self._everywhere
+        return JetStreamPrefix(self._engine.programs.prefix_sharding(), everywhere)
 
     def get_tokenizer(self) -> TokenizerParameters:
         """Names the model; what JetStream asks of a tokenizer is `build_tokenizer`'s."""
