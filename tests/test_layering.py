@@ -57,10 +57,12 @@ SUB_ROOMS: dict[str, dict[str, set[str]]] = {
         "quantization": {"errors", "config", "bridge", "models", "checkpoints"},
         "weights": {"errors", "forward", "models", "checkpoints", "quantization"},
         "compiler": {
-            *("errors", "config", "sizes", "sampling", "forward", "state", "programs", "engine"),
+            *("errors", "config", "sizes", "sampling", "forward", "state", "programs", "shapes", "engine"),
             *("models", "checkpoints", "quantization", "weights"),
         },
-        "jetstream": {"errors", "config", "api", "text", "sampling", "forward", "state", "engine", "loading"},
+        "jetstream": {
+            *("errors", "config", "api", "text", "sampling", "forward", "state", "programs", "engine", "loading"),
+        },
     },
     "server": {
         "request": {"errors"},

@@ -111,7 +111,7 @@ def load(folder, devices):
     checkpoint = SafetensorsCheckpoint(folder)
     mesh = make_mesh(jax.devices(), checkpoint.config.num_heads, checkpoint.config.num_kv_heads, devices)
     model = registry.build(replace(checkpoint.config, num_kv_heads=max(checkpoint.config.num_kv_heads, mesh.size)))
-    config = EngineConfig(slots=2, cache_length=128, cache_tokens=256, max_prefill_length=64)
+    config = EngineConfig(slots=2, cache_length=256, cache_tokens=512, prefill_chunk=128)
     tokenizer: Any = None
     engine = Engine(model, mesh, config, jnp.dtype("float32"), tokenizer, "tiny")
     if devices > 1:
@@ -119,7 +119,8 @@ def load(folder, devices):
     return engine, engine.load_params(checkpoint)
 
 
-PROMPTS = [[(7 * i * i + 3 * i) % 101 for i in range(n)] for n in (40, 57)]
+PROMPTS = [[(7 * i * i + 3 * i) % 101 for i in range(n)] for n in (40, 131)]
+"""The second one is computed in two pieces: the last tokens' windows reach back into the first."""
 
 QUICK = {("gemma3", 8)}  # it has whatever the others have, and eight devices scan over the layers
 
@@ -132,8 +133,9 @@ CASES = [
 
 @pytest.mark.parametrize(("family", "devices"), CASES)
 def test_logits_and_greedy_tokens_equal_transformers(family, devices, tmp_path_factory):
-    """Prompts longer than the windows, in one bucket and one batch; then 32 tokens, each what transformers would say
-    after the same text. Eight devices scan over the layers, one has them unrolled."""
+    """Prompts longer than the windows, in one piece and in two; then 32 tokens, each what transformers would say after
+    the same text, and the same where an answer goes on behind prompt and beginning. Eight devices scan over the layers,
+    one has them unrolled."""
     folder, reference = written_by_transformers(family, tmp_path_factory.getbasetemp())
     engine, params = load(folder, devices)
     answers = greedy(engine, params, PROMPTS, 32)
@@ -143,6 +145,8 @@ def test_logits_and_greedy_tokens_equal_transformers(family, devices, tmp_path_f
         np.testing.assert_allclose(logits_V, expected[0], atol=1e-4)
         assert expected.argmax(-1).tolist() == answer
         assert len(set(answer)) >= 5  # a model that repeats itself would prove little
+    texts = [prompt + answer[:9] for prompt, answer in zip(PROMPTS, answers, strict=True)]
+    assert greedy(engine, params, texts, 23) == [answer[9:] for answer in answers]
 
 
 def reference_logits(model, token_ids):
