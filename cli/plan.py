@@ -104,7 +104,9 @@ def table(plan: "Report") -> str:
     if plan.misfit is not None:
         return "\n".join([*lines, "", *misfit(plan)])
     ceiling = plan.programs["generate"].tokens_per_second_ceiling
-    return "\n".join([*lines, "", f"It fits. Ceiling of the decode step, all slots live and the cache full: {ceiling:,.0f} tokens/s"])
+    return "\n".join(
+        [*lines, "", f"It fits. Ceiling of the decode step, all slots live and the cache full: {ceiling:,.0f} tokens/s"]
+    )
 
 
 def saving(plan: "Report") -> list[str]:

@@ -33,7 +33,7 @@ def test_a_mix_by_hand():
 
 
 def test_slots_bound_what_runs():
-    room = headroom(length_mix("fixed:10,4"), COSTS, **SIZES | {"slots": 50})
+    room = headroom(length_mix("fixed:10,4"), COSTS, **{**SIZES, "slots": 50})
     assert (room.requests, room.running) == (96, 50)
     assert room.decode_tokens_per_second == pytest.approx(50 / (0.01 + 50 * 3.25e-6))
 
