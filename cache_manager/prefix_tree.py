@@ -38,7 +38,7 @@ class PrefixTree:
     def names(self, tokens: Sequence[int] | np.ndarray, key: str = "") -> list[bytes]:
         """Of the full pages of a text, below a key."""
         token_T = np.asarray(tokens, np.int32)
-        name, names = blake2b(key.encode(), digest_size=NAME_BYTES).digest(), []
+        name, names = blake2b(key.encode(), digest_size=NAME_BYTES).digest(), list[bytes]()
         for end in range(self._page_rows, len(token_T) + 1, self._page_rows):
             page_R = token_T[end - self._page_rows : end]
             name = blake2b(name + page_R.tobytes(), digest_size=NAME_BYTES).digest()

@@ -54,9 +54,7 @@ def attend_cache(
     reach = page_BJ.shape[1] * R
     windows, kind_of_layer = _kinds(window_of_layer, reach)
     steps = [
-        attention_steps(
-            cache.rows, length_B, page_BJ, window=window, max_pages=max_pages, mesh=mesh, backend=backend
-        )
+        attention_steps(cache.rows, length_B, page_BJ, window=window, max_pages=max_pages, mesh=mesh, backend=backend)
         for window in windows
     ]
 

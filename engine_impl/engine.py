@@ -35,7 +35,6 @@ from .layout import chunk_of, layout_of
 from .models.decoder import Decoder
 from .programs import GREEDY, Programs
 from .quantization.swap import quantize
-from .sampling.params import SamplingParams
 from .sampling.penalties import counts_of_text, is_penalised
 from .sampling.slots import SlotSampling
 from .shapes import Shapes
@@ -76,6 +75,7 @@ class Engine:
             pages_per_slot=self.layout.pages_per_slot,
             page_rows=self.layout.page_rows,
             chunk=chunk_of(config, self.layout, self.max_prefill_length, platform),
+            fewest=8 if platform == "tpu" else 1,
         )
 
     def twin(self, programs: Programs | None = None, layer_loop: LayerLoop | None = None) -> "Engine":

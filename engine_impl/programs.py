@@ -136,9 +136,7 @@ class Programs:
         """Padded pieces' keys and values; see `forward.prefill`. No token is chosen yet."""
         N = token_NT.shape[0]
         attend = attend_chunk(cache, start_N, page_NJ, codec=self.layout.codec, **self._attention)
-        logits_NV, kv, logprob_NT = forward.prefill(
-            self.model, params, token_NT, start_N, count_N, next_NT, attend
-        )
+        logits_NV, kv, logprob_NT = forward.prefill(self.model, params, token_NT, start_N, count_N, next_NT, attend)
         token_N, count_NV = jnp.full((N,), -1, jnp.int32), jnp.zeros((N, self.model.config.vocab_size), jnp.uint16)
         return Prefix(kv, start_N, count_N, logits_NV, logprob_NT, token_N, SlotSampling.greedy(N), count_NV)
 

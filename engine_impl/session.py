@@ -1,9 +1,9 @@
 """An engine's slots for a caller without a scheduler.
 
-    session = Session(engine, params)
-    first = session.start(0, prompt_ids)        # slot 0; a prompt of any length, in chunks
-    result = session.step()                     # a token for every slot in use
-    session.stop(0)
+session = Session(engine, params)
+first = session.start(0, prompt_ids)        # slot 0; a prompt of any length, in chunks
+result = session.step()                     # a token for every slot in use
+session.stop(0)
 """
 
 from collections.abc import Iterator, Sequence

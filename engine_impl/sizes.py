@@ -83,11 +83,17 @@ def sized(
     else:
         left = int(memory * (1 - SPARE)) - demand.weights_bytes
         slots = config.slots or min(max(1, int(left * STEP_SHARE) // demand.slot_bytes), MOST_SLOTS)
-        chunk = config.prefill_chunk or CHUNK
+        chunk = min(config.prefill_chunk or CHUNK, length)
         tokens = (left - demand.prefill_bytes(chunk) - slots * demand.slot_bytes) // demand.row_bytes
     rows = page_rows_of(config, shape, mesh, dtype, length)
     tokens = config.cache_tokens or max(1, tokens // rows) * rows
     return replace(config, slots=slots, cache_tokens=tokens)
+
+
+def with_pages_for_all(config: EngineConfig) -> EngineConfig:
+    """A config with no more slots than the cache has tokens for, each with its longest request's; at least one."""
+    slots, length, tokens = config.chosen
+    return replace(config, slots=min(slots, max(1, tokens // length)))
 
 
 class Demand:

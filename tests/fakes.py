@@ -185,7 +185,8 @@ class FakeEngine:
     def init_decode_state(self) -> FakeState:
         self.states_made += 1
         row_PR = np.full((self.pages, self.page_rows), -1)
-        return FakeState(row_PR, *np.full((2, self.max_concurrent_decodes), -1))
+        token_B, length_B = np.full((2, self.max_concurrent_decodes), -1)
+        return FakeState(row_PR, token_B, length_B)
 
     def warm_up(self, params: Any, decode_state: FakeState) -> FakeState:
         self.log.append("warm_up")

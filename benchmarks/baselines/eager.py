@@ -80,9 +80,7 @@ class EagerPrograms(Programs):
         return super().prefill(params, cache, *pieces)
 
     def decode(self, params: Params, cache: KV, rows: Rows, page_NJ: jax.Array) -> tuple[jax.Array, KV]:
-        layers = EagerLayers(
-            self.model, rows.length_N, page_NJ, rows.is_live_N, self.mesh, self.backend, self.scatter
-        )
+        layers = EagerLayers(self.model, rows.length_N, page_NJ, rows.is_live_N, self.mesh, self.backend, self.scatter)
         logits_NV, new = layers.decode(params, rows.token_N, cache.rows)
         return logits_NV, KV(new)
 

@@ -96,9 +96,7 @@ class EngineStepper:
         return Block(ms, tokens)
 
 
-def _attend(
-    engine: Engine, state: DecodeState, page_BJ: jax.Array, q_BNH: jax.Array, k_BKH: jax.Array
-) -> jax.Array:
+def _attend(engine: Engine, state: DecodeState, page_BJ: jax.Array, q_BNH: jax.Array, k_BKH: jax.Array) -> jax.Array:
     attend = engine.programs.attend(state.cache, state.length_B, page_BJ)
     for layer, kind in enumerate(attend.kind_of_layer):
         q_BNH = attend.call(jnp.int32(layer), kind, q_BNH, k_BKH, k_BKH)  # the next layer waits for this one

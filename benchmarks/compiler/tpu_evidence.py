@@ -76,8 +76,13 @@ def quantized_rows() -> Iterator[str]:
     yield "|---|---|---|---|---|---|---|---|"
     for (weights, of_weights), (cache, of_cache) in itertools.product(WEIGHTS.items(), CACHES.items()):
         config = EngineConfig(
-            model=model, slots=slots, cache_length=cache_length, cache_tokens=slots * cache_length,
-            max_prefill_length=256, **of_weights, **of_cache,
+            model=model,
+            slots=slots,
+            cache_length=cache_length,
+            cache_tokens=slots * cache_length,
+            max_prefill_length=256,
+            **of_weights,
+            **of_cache,
         )
         report = plan(config, shape_of(model), topology)
         step = report.programs["generate"]

@@ -58,13 +58,11 @@ def logprob_of(logits_RV: jax.Array, token_R: jax.Array) -> jax.Array:
     return _at(wide_RV, token_R) - jax.nn.logsumexp(wide_RV, axis=-1)
 
 
-def prompt_logprobs(
-    x_RD: jax.Array, next_R: jax.Array, logits_of: Callable[[jax.Array], jax.Array]
-) -> jax.Array:
+def prompt_logprobs(x_RD: jax.Array, next_R: jax.Array, logits_of: Callable[[jax.Array], jax.Array]) -> jax.Array:
     """logprob_R, f32: of the token `next_R` (i32) behind each row; 0 where that is -1.
 
-    `logits_of` turns rows of the last layer's output into logits. It sees at most PROMPT_CHUNK rows at a time, so that the
-    logits of a whole prompt never exist.
+    `logits_of` turns rows of the last layer's output into logits. It sees at most PROMPT_CHUNK rows at a time, so that
+    the logits of a whole prompt never exist.
     """
     rows = next_R.shape[0]
     chunks = -1, gcd(PROMPT_CHUNK, rows)

@@ -62,9 +62,7 @@ def count_answer(
     def counted() -> jax.Array:
         row_N = jnp.where(is_counted_N, slot_N, count_BV.shape[0])
         spec = P(None, AXIS) if is_shared else P()
-        sharded = jax.shard_map(
-            of_chip, mesh=mesh, in_specs=(spec, P(), P()), out_specs=spec, check_vma=False
-        )
+        sharded = jax.shard_map(of_chip, mesh=mesh, in_specs=(spec, P(), P()), out_specs=spec, check_vma=False)
         return sharded(count_BV, row_N, token_N)
 
     return jax.lax.cond(is_counted_N.any(), counted, lambda: count_BV)

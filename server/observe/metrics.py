@@ -30,10 +30,6 @@ RECENT = 128
 """Times to first token that the status line's median is taken of (requests)."""
 
 
-PAGE_STATES = ("free", "live", "cached")
-"""A page is free, or a slot has it, alone or with others, or only a cached prefix has it: then it can be freed."""
-
-
 class Outcome(Enum):
     """How a request ended."""
 
@@ -63,18 +59,20 @@ class Metrics:
         self._slots = self._gauge("slots", "Decode slots")
         self._slots_in_use = self._gauge("slots_in_use", "Decode slots that hold a request")
         self._queue_depth = self._gauge("queue_depth", "Requests that wait for a slot")
+        self._pages = _Pages()
+        self.registry.register(self._pages)
         self._queue_s = self._histogram("queue", "From admission to prefill", WAIT_S)
         self._ttft_s = self._histogram("ttft", "From admission to the first token", WAIT_S)
         self._tpot_s = self._histogram("tpot", "Mean time of the tokens after the first", STEP_S)
         self._e2e_s = self._histogram("e2e", "From admission to the request's end", ANSWER_S)
-        self._prefill_s = self._histogram("prefill", "Prefill of one request, until its first token is read", WAIT_S)
-        self._step_s = self._histogram("decode_step", "One decode step of all slots", STEP_S)
+        self._prefill_s = self._histogram("prefill", "A piece of a prompt, or several prompts together", WAIT_S)
+        self._step_s = self._histogram("decode_step", "One decode step of the slots in use", STEP_S)
         self._slot_steps = self._counter(
             "decode_slot_steps", "Slots in use, summed over decode steps: tokens as they come"
         )
         self._preemptions = self._counter("preemptions", "Requests that gave their pages back and go on later")
         self._prefix_cached_tokens = self._counter(
-            "prefix_cached_tokens", "Tokens that were found in cached prefixes instead of computed"
+            "prefix_cached_tokens", "Prompt tokens that came from cached prefixes instead of being computed"
         )
         self._recent_ttft_s: deque[float] = deque(maxlen=RECENT)
         self._lock = threading.Lock()  # of the line above; Prometheus' own objects have theirs
@@ -86,14 +84,14 @@ class Metrics:
         queue_depth: Callable[[], int],
         slots_in_use: Callable[[], int],
         slots: int,
-        pages: Callable[[], Mapping[str, int]] | None = None,
+        pages: Callable[[], Mapping[str, int]],
     ) -> None:
-        """Gauges, asked at every scrape, from whatever thread scrapes. `pages()`: how many, by PAGE_STATES."""
+        """Gauges, asked at every scrape, from whatever thread scrapes. `pages()`: how many are "free", how many "live",
+        in a slot's table, and how many "cached" alone."""
         self._slots.set(slots)
         self._slots_in_use.set_function(slots_in_use)
         self._queue_depth.set_function(queue_depth)
-        if pages is not None:
-            self.registry.register(_Pages(pages))
+        self._pages.ask = pages
 
     def watch_devices(self, devices: Sequence[Any], compilations: Callable[[], int]) -> None:
         """Called once, when all is warm. `devices` (JAX's) tell their memory from now on. `compilations()` counts the
@@ -153,11 +151,11 @@ class Metrics:
         self._preemptions.inc()
 
     def prefix_cached(self, tokens: int) -> None:
-        """So many tokens of a text were found in a cached prefix."""
+        """So many tokens of a prompt came from a cached prefix."""
         self._prefix_cached_tokens.inc(tokens)
 
     def prefill(self, seconds: float) -> None:
-        """One prompt was prefilled and its first token read."""
+        """A piece of a prompt, or several short prompts together, were computed."""
         self._prefill_s.observe(seconds)
 
     def step(self, seconds: float, slots: int) -> None:
@@ -184,14 +182,14 @@ class Metrics:
 class _Pages(Collector):
     """Asked once a scrape, so that the states add up to the pool."""
 
-    def __init__(self, pages: Callable[[], Mapping[str, int]]) -> None:
-        self._pages = pages
+    def __init__(self) -> None:
+        self.ask: Callable[[], Mapping[str, int]] = dict
+        """How many pages, by state."""
 
     def collect(self) -> Iterable[GaugeMetricFamily]:
         family = GaugeMetricFamily("slipstream_pages", "Pages of the cache by who has them", labels=["state"])
-        counts = self._pages()
-        for state in PAGE_STATES:
-            family.add_metric([state], counts[state])
+        for state, count in self.ask().items():
+            family.add_metric([state], count)
         yield family
 
 

@@ -152,31 +152,44 @@ class Request(AnswerOptions):
         return self.ended_at is not None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Limits:
-    """What the engine can take (tokens; slots)."""
+    """What the engine can take. A request within them can be answered, by a server that has nothing else to do."""
 
     vocab_size: int
     max_prefill_length: int
-    """Longest prompt."""
+    """Longest prompt (tokens)."""
     cache_length: int
-    """Prompt and answer of one sample together."""
-    pool_tokens: int
-    """What all pages hold."""
-    page_rows: int
-    """Of a page."""
+    """Prompt and answer of one sample together (tokens)."""
     slots: int
+    prefill_chunk: int
+    """Of a prompt, that are computed together (tokens)."""
+    page_rows: int
+    """Of a page (tokens)."""
+    pages: int
+    table_entries: int
+    """Of the page tables of all samples that run."""
+    tokens_per_step: int
+    """Most that a step brings a sample."""
 
     @classmethod
     def of(cls, engine: "Engine") -> "Limits":
         return cls(
-            engine.get_tokenizer().vocab_size,
-            engine.max_prefill_length,
-            engine.cache_length,
-            engine.pages * engine.page_rows,
-            engine.page_rows,
-            engine.max_concurrent_decodes,
+            vocab_size=engine.get_tokenizer().vocab_size,
+            max_prefill_length=engine.max_prefill_length,
+            cache_length=engine.cache_length,
+            slots=engine.max_concurrent_decodes,
+            prefill_chunk=engine.prefill_chunk,
+            page_rows=engine.page_rows,
+            pages=engine.pages,
+            table_entries=engine.table_entries,
+            tokens_per_step=engine.tokens_per_step,
         )
+
+    @property
+    def pool_tokens(self) -> int:
+        """What all pages hold."""
+        return self.pages * self.page_rows
 
     @property
     def longest(self) -> int:
@@ -190,23 +203,39 @@ class Limits:
         if not length:
             raise RefusedError("the prompt is empty; send at least one token")
         if length > self.max_prefill_length:
+            flag = "--max-prefill-length" if self.max_prefill_length < self.cache_length else "--cache-length"
             raise RefusedError(
                 f"the prompt has {length} tokens, at most {self.max_prefill_length} are taken; "
-                "shorten the prompt or serve with a larger --cache-length"
+                f"shorten the prompt or serve with a larger {flag}"
             )
         check_room(length, max_tokens, "cache_length", self.cache_length)
         check_room(length, max_tokens, "cache_tokens", self.pool_tokens)
-        copies = request.num_samples * -(-(length + 1) // self.page_rows) * self.page_rows  # they begin together
-        if copies > self.pool_tokens:
-            raise RefusedError(
-                f"num_samples={request.num_samples} of a prompt of {length} tokens need {copies} tokens in whole pages "
-                f"and exceed cache_tokens={self.pool_tokens}; ask for fewer samples or serve with a larger "
-                "--cache-tokens"
-            )
+        self._check_start(length, max(1, request.slots_needed))
         for position, token_id in enumerate(request.prompt_ids):
             self._check_id(token_id, f"token id {token_id} at position {position}")
         for token_id in request.sampling.logit_bias:
             self._check_id(token_id, f"logit_bias: token id {token_id}")
+
+    def _check_start(self, length: int, samples: int) -> None:
+        """Samples start together: they share the pages before the prompt's last piece, and each has the others and room
+        for a step. Later they may run one after the other."""
+        each = self._pages_for(min(length + self.tokens_per_step, self.cache_length))
+        shared = self._pages_for(length - self.prefill_chunk)
+        asked, less = f"num_samples={samples} of a prompt of {length} tokens need", "ask for fewer samples"
+        pages, entries = each + (samples - 1) * (each - shared), samples * each
+        if pages > self.pages:
+            raise RefusedError(
+                f"{asked} {pages * self.page_rows} tokens in whole pages to start and exceed "
+                f"cache_tokens={self.pool_tokens}; {less} or serve with a larger --cache-tokens"
+            )
+        if entries > self.table_entries:
+            raise RefusedError(
+                f"{asked} {entries} entries of page tables, and there are {self.table_entries}; "
+                f"{less} or shorten the prompt"
+            )
+
+    def _pages_for(self, tokens: int) -> int:
+        return max(0, -(-tokens // self.page_rows))
 
     def _check_id(self, token_id: int, what: str) -> None:
         if not 0 <= token_id < self.vocab_size:

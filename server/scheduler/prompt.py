@@ -21,12 +21,12 @@ class Prompt:
     """i32"""
     names: Sequence[bytes]
     """Of its full pages, by which cached prefixes are found; empty where none are kept."""
-    tables: list[int] = field(default_factory=list)
+    tables: list[int] = field(default_factory=list[int])
     """Rows of the page table: one for each slot that its samples reserved; else one that is no slot's. Empty while it
     waits."""
     done: int = 0
     """Tokens whose rows are in the cache."""
-    next_logprobs: list[tuple[DeviceArray, int]] = field(default_factory=list)
+    next_logprobs: list[tuple[DeviceArray, int]] = field(default_factory=list[tuple[DeviceArray, int]])
     """Of the pieces so far, where they are asked for."""
 
     @property

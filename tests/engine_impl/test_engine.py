@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from slipstream.cache_manager import KV
@@ -14,7 +13,7 @@ from slipstream.engine_impl.sampling.params import MAX_LOGPROBS, SamplingParams
 from slipstream.engine_impl.session import Session
 from slipstream.engine_impl.text.tokenizer import NoTokenizer
 
-from .tiny_models import TINY, greedy, tiny_engine
+from .tiny_models import TINY, greedy, logits_behind, tiny_engine
 
 PROMPT = [5, 17, 80, 3, 3, 99, 41]
 GREEDY = SamplingParams()
@@ -35,11 +34,6 @@ def start(engine, params, prompts, sampling=()):
 
 def opening(text: Sequence[int], sampling: SamplingParams = GREEDY) -> Opening:
     return Opening(text=text, prompt_length=len(text), sampling=sampling)
-
-
-def logits(engine, params, text):
-    """Behind a text, by prefill."""
-    return np.array(Session(engine, params).prefilled(0, text).logits_NV)[0]
 
 
 def rows_of(session, slot, length):
@@ -284,7 +278,8 @@ def test_everything_is_compiled_once():
             if round_ > 3:
                 session.stop(slot)
         pieces = [Piece(token_T=np.arange(n + 1), start=0, page_J=session.page_BJ[n]) for n in range(2)]
-        prefix, _ = engine.first_tokens(engine.prefill(params, session.state, pieces), [opening([0, 1], sampling), None])
+        prefix = engine.prefill(params, session.state, pieces)
+        prefix, _ = engine.first_tokens(prefix, [opening([0, 1], sampling), None])
         session.state = engine.insert(prefix, session.state, [1, None], session.page_BJ[:2])
         np.asarray(session.step().token_BW)
     finally:
@@ -316,7 +311,7 @@ def test_penalties_hold_over_prompt_and_answer(tiny):
     answer += [int(session.step().token_BW[0, 0]) for _ in range(24)]
     for position, token in enumerate(answer):
         said = answer[:position]
-        logits_V = logits(engine, params, PROMPT + said)
+        logits_V = logits_behind(engine, params, PROMPT + said)
         seen = list({*PROMPT, *said})
         logits_V[seen] = np.where(logits_V[seen] > 0, logits_V[seen] / 1.4, logits_V[seen] * 1.4)
         count_V = np.bincount(said, minlength=len(logits_V))
@@ -349,7 +344,7 @@ def test_no_answer_ends_before_its_least_length(tiny, monkeypatch, min_tokens, i
     assert first == second
     assert unasked == free
     for position, token in enumerate(first):
-        logits_V = logits(engine, params, PROMPT + first[:position])
+        logits_V = logits_behind(engine, params, PROMPT + first[:position])
         if position < min_tokens:
             logits_V[held_back] = -np.inf
         assert logits_V.argmax() == token
@@ -387,7 +382,7 @@ def test_a_step_tells_the_logprobs_that_a_slot_asks_for(tiny):
     session, text = Session(engine, params), list(PROMPT)
     results = [session.start(1, PROMPT, drawn), *(session.step() for _ in range(6))]
     for result in results:
-        logprob_V = jax.nn.log_softmax(logits(engine, params, text))
+        logprob_V = jax.nn.log_softmax(logits_behind(engine, params, text))
         token = int(result.token_BW[0, 0])
         np.testing.assert_allclose(result.logprob_BW[0, 0], logprob_V[token], rtol=1e-4, atol=1e-4)
         np.testing.assert_array_equal(result.top_token_BWP[0, 0], np.argsort(-logprob_V)[:MAX_LOGPROBS])
@@ -434,7 +429,7 @@ def test_the_token_behind_a_text_is_told_of_where_it_is_known(tiny):
     session = Session(*tiny)
     known, unknown = (prompt_logprobs(session, PROMPT, next_id) for next_id in (11, -1))
     np.testing.assert_array_equal(known[: len(PROMPT) - 1], unknown[: len(PROMPT) - 1])
-    expected = jax.nn.log_softmax(logits(*tiny, PROMPT))[11]
+    expected = jax.nn.log_softmax(logits_behind(*tiny, PROMPT))[11]
     np.testing.assert_allclose(known[len(PROMPT) - 1], expected, rtol=1e-5)
     assert unknown[len(PROMPT) - 1] == 0
 
@@ -497,6 +492,7 @@ def test_no_step_nor_insert_copies_the_cache():
         assert memory is not None
         assert memory.alias_size_in_bytes >= engine.layout.bytes + state.count_BV.nbytes
         assert memory.temp_size_in_bytes < engine.layout.bytes / 4
-    memory = jitted.prefill.lower(params, state.cache, *engine.shapes.pieces([Piece(token_T=np.zeros(16), start=0, page_J=texts[1][0])])).compile().memory_analysis()
+    piece = Piece(token_T=np.zeros(16), start=0, page_J=texts[1][0])
+    memory = jitted.prefill.lower(params, state.cache, *engine.shapes.pieces([piece])).compile().memory_analysis()
     assert memory is not None
     assert memory.temp_size_in_bytes < engine.layout.bytes / 4

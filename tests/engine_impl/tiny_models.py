@@ -79,6 +79,11 @@ def embedded_engine(tensor_parallel: int = 1) -> tuple[Engine, Any]:
     return load_engine(EngineConfig(slots=10, cache_length=256, tensor_parallel=tensor_parallel))
 
 
+def logits_behind(engine: Engine, params: Any, token_ids: list[int]) -> np.ndarray:
+    """logits_V of what follows a text, by prefill."""
+    return np.array(Session(engine, params).prefilled(0, token_ids).logits_NV)[0]
+
+
 def greedy(engine: Engine, params: Any, prompts: list[list[int]], steps: int) -> list[list[int]]:
     """Prompt i in slot i, all decoded together: `steps` tokens each."""
     session = Session(engine, params)

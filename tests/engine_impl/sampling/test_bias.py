@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from slipstream.engine_impl.sampling import choose
 from slipstream.engine_impl.sampling.bias import biased, without_ends
-from slipstream.engine_impl.sampling.choose import sample
 from slipstream.engine_impl.sampling.params import MAX_BIASES, SamplingParams
 from slipstream.engine_impl.sampling.slots import SlotSampling
 
@@ -30,9 +30,14 @@ def slots(*params, model_stop_ids=()):
     return jax.tree.map(lambda *values: jnp.stack(values), *rows)
 
 
+@jax.jit
+def sample(logits_BV, count_BV, sampling, position_B):
+    return choose.sample(logits_BV, lambda: count_BV, sampling, position_B)
+
+
 def chosen(logits_BV, sampling, position_B):
     nothing_said_BV = jnp.zeros(logits_BV.shape, jnp.uint16)
-    return jax.jit(sample)(logits_BV, nothing_said_BV, sampling, jnp.asarray(position_B)).tolist()
+    return sample(logits_BV, nothing_said_BV, sampling, jnp.asarray(position_B)).tolist()
 
 
 BIASES = [

@@ -51,7 +51,7 @@ def test_a_refusal_is_no_request_with_times(metrics):
 
 def test_gauges_are_read_when_they_are_scraped(metrics):
     waiting = []
-    metrics.watch(queue_depth=lambda: len(waiting), slots_in_use=lambda: 3, slots=8)
+    metrics.watch(queue_depth=lambda: len(waiting), slots_in_use=lambda: 3, slots=8, pages=dict)
     waiting += "ab"
     assert value(metrics, "queue_depth") == 2
     assert (value(metrics, "slots_in_use"), value(metrics, "slots")) == (3, 8)

@@ -22,7 +22,7 @@ class Terminal(io.StringIO):
 @pytest.fixture
 def metrics():
     metrics = Metrics()
-    metrics.watch(queue_depth=lambda: 7, slots_in_use=lambda: 3, slots=8)
+    metrics.watch(queue_depth=lambda: 7, slots_in_use=lambda: 3, slots=8, pages=dict)
     return metrics
 
 

@@ -1,5 +1,7 @@
 """A fake engine whose tokens follow from what its pages hold: one that is mixed up, or read too early, changes them."""
 
+from typing import Any
+
 import numpy as np
 from slipstream.engine_impl.sampling.params import SamplingParams
 
@@ -40,5 +42,5 @@ def expected(text, tokens):
 
 
 def reading(slots=4, **more):
-    sizes = {"page_rows": 4, "prefill_chunk": 8, "max_prefill_length": 64, "cache_length": 64}
+    sizes: dict[str, Any] = {"page_rows": 4, "prefill_chunk": 8, "max_prefill_length": 64, "cache_length": 64}
     return Reading(max_concurrent_decodes=slots, **sizes | more)

@@ -24,7 +24,7 @@ class House:
         self.room = Room(self.engine, prefix_cache=prefix_cache)
         self.in_work, self.parked, self.came = [], [], 0
 
-    def prompt(self, tokens=1, *, answer=0, **more):
+    def prompt(self, tokens: int | list[int] = 1, *, answer: int = 0, **more) -> Prompt:
         """Of one that has come just now; `tokens` with `answer` of them the answer's."""
         token_T = np.arange(tokens) if isinstance(tokens, int) else np.array(tokens)
         asked = {"prompt_ids": token_T[: len(token_T) - answer].tolist(), "max_tokens": 40, "deliver": print} | more
@@ -62,6 +62,11 @@ class House:
                 now=now, probe=probe, newcomers=newcomers, batch=self.engine.prefill_batch,
             )
         )  # fmt: skip
+
+
+def growing(sample, pages=1):
+    assert sample.slot is not None
+    return (sample.slot, pages)
 
 
 def entering(*prompts):
@@ -180,7 +185,7 @@ def test_a_slot_grows_where_the_next_step_leaves_its_pages():
     (one,) = house.decoding(3)  # its page, with room for the first step
     assert house.turn().grow == ()
     house.steps(1)
-    assert house.turn().grow == ((one.slot, 1),)
+    assert house.turn().grow == (growing(one),)
 
 
 def test_the_youngest_of_the_lowest_priority_gives_way():
@@ -188,8 +193,8 @@ def test_the_youngest_of_the_lowest_priority_gives_way():
     (low,), (old,), (young,) = house.decoding(3, priority=-1), house.decoding(3), house.decoding(3)
     house.steps(1)  # each wants a second page, and none is left
     assert house.turn().preempt == (low, young)
-    assert house.turn().grow == ((old.slot, 1),)
-    assert house.turn(ended=[low, young]) == StepPlan(free=(low, young), grow=((old.slot, 1),))
+    assert house.turn().grow == (growing(old),)
+    assert house.turn(ended=[low, young]) == StepPlan(free=(low, young), grow=(growing(old),))
 
 
 def test_a_prompt_in_work_gives_way_too():
@@ -197,7 +202,7 @@ def test_a_prompt_in_work_gives_way_too():
     (old,) = house.decoding(3)
     prompt = house.working([7] * 15)
     house.steps(1)
-    assert house.turn() == StepPlan(postpone=(prompt,), grow=((old.slot, 1),))
+    assert house.turn() == StepPlan(postpone=(prompt,), grow=(growing(old),))
 
 
 def test_who_grows_may_be_the_one_who_gives_way():
@@ -215,7 +220,7 @@ def test_cached_prefixes_go_before_anybody_gives_way():
     assert house.room.states() == {"free": 1, "live": 1, "cached": 1}
     house.decoding(1)
     house.steps(1)
-    assert house.turn() == StepPlan(grow=((one.slot, 1),))
+    assert house.turn() == StepPlan(grow=(growing(one),))
 
 
 def test_a_shared_page_is_nobodys_to_give():
@@ -225,7 +230,7 @@ def test_a_shared_page_is_nobodys_to_give():
     assert house.room.states()["free"] == 0
     house.steps(1)
     assert house.turn().preempt == (second,), "which frees its second page alone; the first is shared"
-    assert house.turn().grow == ((first.slot, 1),)
+    assert house.turn().grow == (growing(first),)
 
 
 def test_entries_of_the_tables_are_a_room_of_their_own():
@@ -236,7 +241,7 @@ def test_entries_of_the_tables_are_a_room_of_their_own():
     assert house.turn(house.prompt(2)).let_in != ()
     house.steps(1)
     assert house.turn().preempt == (young,)
-    assert house.turn().grow == ((old.slot, 1),)
+    assert house.turn().grow == (growing(old),)
 
 
 def test_parked_prompts_go_before_the_queue_and_leave_room_to_grow():

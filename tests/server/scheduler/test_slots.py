@@ -158,6 +158,7 @@ def test_only_what_somebody_asked_for_is_copied_from_the_device(logprobs, copied
     for asked in logprobs:
         give(slots, sample(sampling=SamplingParams(logprobs=asked)))
     result = PendingResult(engine._result(np.array([[1], [2]])), slots.roster, is_step=True, started=0.0).read()
+    assert result is not None
     assert copies == ["copy"] * copied
     assert (result.logprob_BW is None, result.top_token_BWP is None) == (copied < 3, copied < 5)
 
