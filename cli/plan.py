@@ -137,7 +137,7 @@ def mixed(room: "Headroom") -> list[str]:
         f"Lengths {room.lengths}: prompts of {room.prompt_tokens:,.0f} tokens, answers of {room.answer_tokens:,.0f}, "
         f"{room.live_tokens:,.0f} in the cache while they decode (means)",
         f"Pool: {room.pool_tokens:,} tokens in pages of {room.page_rows}. Requests at once: {room.requests:,}{bounded} "
-        f"(in 1 % of moments the pool is short); {room.whole_requests:,} if each kept the cache length",
+        f"(in 1 % of moments the pool is short); {room.whole_requests:,} if each kept room for the longest",
         f"Ceiling: {room.decode_tokens_per_second:,.0f} tokens/s of decoding, {room.step_ms:.2f} ms a step; "
         f"{room.tokens_per_second_ceiling:,.0f} tokens/s with their prompts' multiplications",
     ]

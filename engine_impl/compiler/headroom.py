@@ -68,7 +68,7 @@ class Headroom:
     requests: int
     """decode together in the pool, their pages given as they grow"""
     whole_requests: int
-    """had each the pages of the longest request from the start"""
+    """had each the pages of the mix's longest request from the start"""
     running: int
     """`requests`, at most the slots; the numbers below are of so many"""
     step_ms: float
@@ -85,7 +85,6 @@ def headroom(
     *,
     pages: int,
     page_rows: int,
-    pages_per_slot: int,
     slots: int,
     windows: tuple[int | None, ...] = (None,),
 ) -> Headroom:
@@ -106,7 +105,7 @@ def headroom(
         pool_tokens=pages * page_rows,
         page_rows=page_rows,
         requests=requests,
-        whole_requests=pages // pages_per_slot,
+        whole_requests=pages // -(-mix.longest // page_rows),
         running=running,
         step_ms=decoding * 1e3,
         decode_tokens_per_second=running / decoding,
@@ -130,7 +129,6 @@ def headroom_of(budget: Budget, mix: LengthMix) -> Headroom:
         StepCosts.of(budget),
         pages=layout.pages,
         page_rows=layout.page_rows,
-        pages_per_slot=layout.pages_per_slot,
         slots=layout.slots,
         windows=budget.engine.model.config.window_of_layer,
     )

@@ -36,14 +36,14 @@ def test_what_quantisation_saves_is_a_line(capsys):
     assert run(["plan", "--model", "llama-2-70b", "--topology", "v5e:2x2", "--quantize-weights", "int8"]) == 1
     line = capsys.readouterr().out.splitlines()[2]
     assert line.startswith("int8 weights: 15.")
-    assert "GiB a chip less than bfloat16; by arithmetic a v5e has room for 0 instead of 0 slots" in line
+    assert "GiB a chip less than bfloat16; by arithmetic a v5e has room for 0 instead of 0 requests" in line
     assert run(["plan", "--model", "llama-2-70b", "--topology", "v5e:2x2"]) == 1
     assert "less than" not in capsys.readouterr().out
 
 
 def test_a_quantised_cache_says_what_it_saves(capsys):
     """80 layers, 2 kv heads a chip, 100 x 1024 tokens of 512 bytes, or of 264: of 7.81 GiB 3.78."""
-    words = ["--model", "llama-2-70b", "--topology", "v5e:2x2", "--slots", "100", "--quantize-kv", "int8"]
+    words = ["--model", "llama-2-70b", "--topology", "v5e:2x2", "--cache-tokens", "102400", "--quantize-kv", "int8"]
     assert run(["plan", *words]) == 1
     assert capsys.readouterr().out.splitlines()[2].startswith("int8 cache: 3.78 GiB a chip less than bfloat16")
 

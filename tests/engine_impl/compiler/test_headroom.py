@@ -14,7 +14,7 @@ from slipstream.engine_impl.config import EngineConfig
 from slipstream.engine_impl.errors import RefusedError
 
 COSTS = StepCosts(weights=0.01, row=1e-4, page=1e-6)
-SIZES: dict[str, Any] = {"pages": 350, "page_rows": 4, "pages_per_slot": 5, "slots": 1000}
+SIZES: dict[str, Any] = {"pages": 350, "page_rows": 4, "slots": 1000}
 
 
 def test_a_mix_by_hand():
@@ -24,7 +24,7 @@ def test_a_mix_by_hand():
     3, 4 pages: 3.25. 96 rows are bound by the weights' bytes, 96 + 240 of prompts by their multiplications.
     """
     room = headroom(length_mix("fixed:10,4"), COSTS, **SIZES)
-    assert (room.requests, room.running, room.whole_requests, room.pool_tokens) == (96, 96, 70, 1400)
+    assert (room.requests, room.running, room.whole_requests, room.pool_tokens) == (96, 96, 87, 1400)
     assert (room.prompt_tokens, room.answer_tokens, room.live_tokens) == (10, 4, pytest.approx(11.5))
     attention = 96 * 3.25e-6
     assert room.step_ms == pytest.approx((0.01 + attention) * 1e3)
@@ -33,7 +33,7 @@ def test_a_mix_by_hand():
 
 
 def test_slots_bound_what_runs():
-    room = headroom(length_mix("fixed:10,4"), COSTS, **SIZES | {"slots": 50})
+    room = headroom(length_mix("fixed:10,4"), COSTS, **{**SIZES, "slots": 50})
     assert (room.requests, room.running) == (96, 50)
     assert room.decode_tokens_per_second == pytest.approx(50 / (0.01 + 50 * 3.25e-6))
 
@@ -86,7 +86,7 @@ def test_the_pool_and_its_pages_are_the_plans():
     layout = planned().engine.layout
     room = headroom_of(planned(), length_mix("fixed:1000,48"))
     assert (room.page_rows, room.pool_tokens) == (layout.page_rows, layout.pages * layout.page_rows)
-    assert room.whole_requests == layout.pages // layout.pages_per_slot
+    assert room.whole_requests == layout.pages // 5
     # 1,000 to 1,047 tokens, in pages of 256: 4 pages up to 1,023 tokens, 5 beyond.
     assert layout.page_rows == 256
     held = np.array([4] * 24 + [5] * 24)
