@@ -12,13 +12,13 @@ Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 """(q_RNH, k_RKH, v_RKH) -> out_RNH, softmax of q . k times H**-0.5"""
 
 
-class Rows(str):
+class RowRange(str):
     """The name of a checkpoint's tensor of which a parameter is rows [start, stop)."""
 
     start: int
     stop: int
 
-    def __new__(cls, name: str, start: int, stop: int) -> "Rows":
+    def __new__(cls, name: str, start: int, stop: int) -> "RowRange":
         rows = super().__new__(cls, name)
         rows.start, rows.stop = start, stop
         return rows
@@ -113,5 +113,5 @@ class Decoder(nn.Module):
 
     def sources(self, name: str) -> tuple[str, ...]:
         """The checkpoint's tensors that make up a parameter; several are stacked on a new leading axis; see also
-        `Rows` and `Transposed`."""
+        `RowRange` and `Transposed`."""
         return (name,)

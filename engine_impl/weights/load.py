@@ -17,7 +17,7 @@ from torch import nn
 from ..checkpoints.contract import WEIGHT, Checkpoint
 from ..errors import RefusedError
 from ..forward import LayerLoop, Params
-from ..models.decoder import Decoder, Rows, Transposed
+from ..models.decoder import Decoder, RowRange, Transposed
 from ..quantization.linear import QuantizedLinear
 from .sharding import parameter_spec
 
@@ -60,7 +60,7 @@ def needed_shapes(model: Decoder, kv_heads: int) -> dict[str, tuple[int, ...]]:
             of_source = shape if len(sources) == 1 else shape[1:]
             if isinstance(source, Transposed):
                 of_source = of_source[::-1]
-            if isinstance(source, Rows):  # other parameters take the others
+            if isinstance(source, RowRange):  # other parameters take the others
                 of_source = (max(source.stop, shapes.get(source, (0,))[0]), *of_source[1:])
             shapes[str(source)] = of_source
     return shapes
@@ -299,7 +299,7 @@ def _taken(tensor: np.ndarray, source: str) -> np.ndarray:
     """What the model takes of a checkpoint's tensor."""
     if isinstance(source, Transposed):
         return tensor.T
-    return tensor[source.start : source.stop] if isinstance(source, Rows) else tensor
+    return tensor[source.start : source.stop] if isinstance(source, RowRange) else tensor
 
 
 def _repeat_heads(weight: np.ndarray, heads: int, wanted: int) -> np.ndarray:
