@@ -57,8 +57,13 @@ class Granite(Transformer):
     @classmethod
     def read_config(cls, fields: Fields) -> GraniteConfig:
         fields.only("hidden_act", "silu")
+        fields.only("position_embedding_type", "rope")
         shape = read_shape(fields)
-        factors = ("embedding_multiplier", "attention_multiplier", "residual_multiplier", "logits_scaling")
         return GraniteConfig(
-            **shape, **read_rope(fields, shape["head_dim"]), **{name: float(fields.get(name, 1)) for name in factors}
+            **shape,
+            **read_rope(fields, shape["head_dim"]),
+            embedding_multiplier=float(fields.get("embedding_multiplier", 1)),
+            attention_multiplier=float(fields.get("attention_multiplier", 1)),
+            residual_multiplier=float(fields.get("residual_multiplier", 1)),
+            logits_scaling=float(fields.get("logits_scaling", 1)),
         )
