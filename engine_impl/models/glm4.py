@@ -33,7 +33,7 @@ class Glm4Config(GlmConfig):
 class Glm(Transformer):
     """The fused matrix is taken apart when it is loaded."""
 
-    config_type: ClassVar = GlmConfig
+    config_type: ClassVar[type[GlmConfig]] = GlmConfig
     turns_neighbours: ClassVar = True
 
     def layer(self, config: Any) -> nn.Module:
@@ -79,7 +79,7 @@ class Glm4Layer(nn.Module):
 class Glm4(Glm):
     """GLM-4-0414, GLM-Z1."""
 
-    config_type: ClassVar = Glm4Config
+    config_type: ClassVar[type[GlmConfig]] = Glm4Config
 
     def layer(self, config: Any) -> nn.Module:
         return Glm4Layer(config)
