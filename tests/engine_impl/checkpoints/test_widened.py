@@ -124,11 +124,12 @@ def test_damaged_float8_is_told(damage, tmp_path):
         load_engine(EngineConfig(model=str(folder), cache_length=128, slots=2, tensor_parallel=1))
 
 
-NF4_TABLE = np.float32(
+NF4_TABLE = np.array(
     [
         -1.0, -0.6961928, -0.52507305, -0.39491749, -0.28444138, -0.18477343, -0.09105004, 0.0, 0.0795803, 0.1609302,
         0.2461123, 0.33791524, 0.44070983, 0.562617, 0.72295684, 1.0,
-    ]
+    ],
+    np.float32,
 )  # fmt: skip
 BLOCKSIZE, NESTED = 64, 256
 
@@ -144,7 +145,9 @@ def nf4_folder(path, *, nested, damage=lambda tensors: None):
         code = rng.integers(0, 16, count)
         blocks = -(-count // BLOCKSIZE)
         state = {"quant_type": "nf4", "blocksize": BLOCKSIZE, "dtype": "bfloat16", "shape": list(value.shape)}
-        parts: dict[str, Any] = {"weight": np.uint8([[16 * a + b] for a, b in zip(code[::2], code[1::2], strict=True)])}
+        parts: dict[str, Any] = {
+            "weight": np.array([[16 * a + b] for a, b in zip(code[::2], code[1::2], strict=True)], np.uint8)
+        }
         if nested:
             scale_code, table = rng.integers(0, 256, blocks), np.linspace(-1, 1, 256, dtype=np.float32)
             above = rng.uniform(0.05, 0.1, -(-blocks // NESTED)).astype(np.float32)
@@ -161,7 +164,7 @@ def nf4_folder(path, *, nested, damage=lambda tensors: None):
         parts["weight.quant_state.bitsandbytes__nf4"] = np.frombuffer(json.dumps(state).encode(), np.uint8)
         tensors |= {name.removesuffix("weight") + part: array for part, array in parts.items()}
         values = [float(NF4_TABLE[c]) * scale[i // BLOCKSIZE] for i, c in enumerate(code)]
-        exact[name.removeprefix("model.")] = np.reshape(values, value.shape)
+        exact[name.removeprefix("model.")] = np.array(values).reshape(value.shape)
     described = {
         "quant_method": "bitsandbytes", "load_in_4bit": True, "load_in_8bit": False, "bnb_4bit_quant_type": "nf4",
         "bnb_4bit_use_double_quant": nested, "bnb_4bit_quant_storage": "uint8",
