@@ -14,6 +14,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from torch import nn
 
+from ..checkpoints.by_rows import copied, stacked
 from ..checkpoints.contract import WEIGHT, Checkpoint
 from ..errors import RefusedError
 from ..forward import LayerLoop, Params
@@ -221,10 +222,9 @@ class _Loader:
             sources = [_repeat_heads(source, *heads) for source in sources]
 
         def share(index: Any) -> np.ndarray:
-            with np.errstate(over="ignore"):  # the check for infinities tells it, with the tensor's name
-                if len(sources) == 1:
-                    return np.array(sources[0][index], dtype)
-                return np.stack([source[index[1:]].astype(dtype) for source in sources[index[0]]])
+            if len(sources) == 1:
+                return copied(sources[0][index], dtype)
+            return stacked([source[index[1:]] for source in sources[index[0]]], dtype)
 
         array = jax.make_array_from_callback(leaf.shape, leaf.of_one, share)
         self._finite.append((name, _all_finite(array)))
