@@ -25,7 +25,7 @@ from ..protos.orchestrator_pb2_grpc import OrchestratorStub
 from ..server.errors import FailedError
 from ..server.grpc.service import RETRY_AFTER
 from ..server.lifecycle import Serving
-from ..server.observe.metrics import PAGE_STATES, Outcome
+from ..server.observe.metrics import Outcome
 from .load.hosted import hosted, metric
 from .measure import machine
 from .measure.table import Progress, table
@@ -305,7 +305,7 @@ def _outcomes(serving: Serving) -> dict[str, float]:
 
 def page_counts(serving: Serving) -> dict[str, int]:
     """How many pages are free, live and cached now."""
-    return {state: int(metric(serving, "pages", state=state)) for state in PAGE_STATES}
+    return {state: int(metric(serving, "pages", state=state)) for state in ("free", "live", "cached")}
 
 
 def footprint() -> dict[str, float]:
