@@ -7,8 +7,11 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 import torch
 
+from ...engine_impl.api import Opening
 from ...engine_impl.engine import Engine
 from ...engine_impl.forward import Params
+from ...engine_impl.programs import GREEDY
+from ...engine_impl.session import Session
 
 PAUSE_S = 0.05
 """Before each block (seconds): the other's threads may still be spinning."""
@@ -23,13 +26,14 @@ class Prefiller(Protocol):
 
 
 class EnginePrefiller:
-    """Our engine: the prompt is padded to its bucket."""
+    """Our engine: the prompt in chunks, the last one padded."""
 
     def __init__(self, engine: Engine, params: Params) -> None:
-        self._engine, self._params = engine, params
+        self._session = Session(engine, params)
 
     def first_token(self, prompt: list[int]) -> int:
-        _, result = self._engine.prefill(self._params, *self._engine.pad(prompt))
+        opening = Opening(text=prompt, prompt_length=len(prompt), sampling=GREEDY)
+        _, result = self._session.engine.first_tokens(self._session.prefilled(0, prompt), [opening])
         return int(np.asarray(result.token_BW)[0, 0])
 
 

@@ -48,6 +48,23 @@ def prefill_attention(q_TNH, k_TKH, v_TKH, window=None, soft_cap=None):
     return out_TNH
 
 
+def chunk_attention(q_TNH, k_SKH, v_SKH, window=None, soft_cap=None):
+    """Causal attention of a text's last T tokens over all S."""
+    (T, N, H), (S, K, _) = q_TNH.shape, k_SKH.shape
+    before_TS = (S - T + np.arange(T))[:, None] - np.arange(S)[None, :]  # how far a key lies back
+    seen_TS = (before_TS >= 0) & (before_TS < (window or S + 1))
+    out_TNH = np.empty((T, N, H))
+    for n in range(N):
+        kv = n // (N // K)
+        score_TS = q_TNH[:, n] @ k_SKH[:, kv].T / np.sqrt(H)
+        if soft_cap is not None:
+            score_TS = soft_cap * np.tanh(score_TS / soft_cap)
+        score_TS = np.where(seen_TS, score_TS, -np.inf)
+        weight_TS = np.exp(score_TS - score_TS.max(axis=1, keepdims=True))
+        out_TNH[:, n] = weight_TS @ v_SKH[:, kv] / weight_TS.sum(axis=1, keepdims=True)
+    return out_TNH
+
+
 def normal(seed, *shape, dtype=jnp.float32):
     """Standard normal values."""
     return jnp.asarray(np.random.default_rng(seed).standard_normal(shape), dtype)

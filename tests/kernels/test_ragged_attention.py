@@ -432,7 +432,7 @@ def test_tuned_sizes_are_there():
         ({"q_BNH": (2, 4, 128)}, "C=128 lanes"),
         ({"new_BKC": (2, 1, 128)}, r"new_BKC must be \[B, K, C\] = \(2, 2, 128\), got \(2, 1, 128\)"),
         ({"cache_LPKRC": (3, 5, 2, 130, 128)}, "rows=130 must have a multiple of 128; nearest above: 256"),
-        ({"page_BJ": (3, 4)}, r"page_BJ must be \[B, J\] = \(2, pages of a slot\), got \(3, 4\)"),
+        ({"page_BJ": (3, 4)}, r"page_BJ must be \[B, J\] = \(2, pages of a text\), got \(3, 4\)"),
         ({"page_BJ": (2,)}, r"page_BJ must be \[B, J\]"),
         (
             {"q_BNH": (2, 4, 80), "new_BKC": (2, 2, 160), "cache_LPKRC": (3, 5, 2, 128, 160), "backend": "pallas"},

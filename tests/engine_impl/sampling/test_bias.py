@@ -13,7 +13,7 @@ from slipstream.engine_impl.sampling.params import MAX_BIASES, SamplingParams
 from slipstream.engine_impl.sampling.slots import SlotSampling
 
 VOCABULARY = 400
-biased, without_ends, sample = jax.jit(bias.biased), jax.jit(bias.without_ends), jax.jit(choose.sample)
+biased, without_ends = jax.jit(bias.biased), jax.jit(bias.without_ends)
 
 
 def logits(slots, seed=0):
@@ -28,6 +28,11 @@ def text(slots: int, length: int) -> Any:
 def slots(*params, model_stop_ids=()):
     rows = [SlotSampling.of(one, model_stop_ids) for one in params]
     return jax.tree.map(lambda *values: np.stack(values), *rows)
+
+
+@jax.jit
+def sample(logits_BV, count_BV, sampling, position_B):
+    return choose.sample(logits_BV, lambda: count_BV, sampling, position_B)
 
 
 def chosen(logits_BV, sampling, position_B):

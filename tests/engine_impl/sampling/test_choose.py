@@ -11,7 +11,12 @@ from slipstream.engine_impl.sampling.params import SamplingParams
 from slipstream.engine_impl.sampling.slots import SlotSampling
 
 VOCABULARY = 500
-cut, sample = jax.jit(choose.cut), jax.jit(choose.sample)
+cut = jax.jit(choose.cut)
+
+
+@jax.jit
+def sample(logits_BV, count_BV, sampling, position_B):
+    return choose.sample(logits_BV, lambda: count_BV, sampling, position_B)
 
 
 def logits(seed=0, slots=1):

@@ -60,17 +60,14 @@ def test_bfloat16_logits_are_normalised_in_float32():
     np.testing.assert_allclose(logprob_of(logits_BV, jnp.array([1, 2])), expected, rtol=1e-5)
 
 
-@pytest.mark.parametrize(("bucket", "length"), [(16, 1), (16, 16), (128, 100), (256, 130), (512, 512)])
-def test_a_prompts_logprobs_are_each_tokens_given_those_before(bucket, length):
-    """In chunks or not; padding, whatever it holds, and the first token are 0."""
-    random = np.random.default_rng(bucket)
-    x_TD, weight_DV = random.normal(size=(bucket, 8)).astype(np.float32), random.normal(size=(8, 50)).astype(np.float32)
-    token_T = random.integers(0, 50, bucket)
-    x_TD[length:] = np.nan
-    token_T[length:] = 10**6
-    of_prompt = jax.jit(lambda *args: prompt_logprobs(args[0], args[1], args[2], lambda x_RD: x_RD @ weight_DV))
-    logprob_T = of_prompt(x_TD, token_T, jnp.int32(length))
-    expected = torch.zeros(bucket)
-    before = np.arange(length - 1)
-    expected[1:length] = softmax(x_TD @ weight_DV)[before, token_T[before + 1]]
-    np.testing.assert_allclose(logprob_T, expected, rtol=1e-4, atol=1e-5)
+@pytest.mark.parametrize(("rows", "asked"), [(16, 1), (16, 16), (128, 100), (192, 130), (256, 130), (512, 512)])
+def test_a_prompts_logprobs_are_of_the_token_behind_each(rows, asked):
+    """In chunks or not; where nobody asks, whatever the row holds, it is 0."""
+    random = np.random.default_rng(rows)
+    x_RD, weight_DV = random.normal(size=(rows, 8)).astype(np.float32), random.normal(size=(8, 50)).astype(np.float32)
+    next_R = random.integers(0, 50, rows)
+    x_RD[asked:], next_R[asked:] = np.nan, -1
+    logprob_R = prompt_logprobs(jnp.asarray(x_RD), jnp.asarray(next_R), lambda some_RD: some_RD @ weight_DV)
+    expected_R = np.zeros(rows)
+    expected_R[:asked] = softmax(x_RD[:asked] @ weight_DV)[np.arange(asked), next_R[:asked]]
+    np.testing.assert_allclose(logprob_R, expected_R, rtol=1e-4, atol=1e-5)
