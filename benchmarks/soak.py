@@ -306,7 +306,7 @@ def _outcomes(serving: Serving) -> dict[str, float]:
 
 def page_counts(serving: Serving) -> dict[str, int]:
     """How many pages are free, live and cached now."""
-    return {state: int(metric(serving, "pages", state=state)) for state in PAGE_STATES}
+    return {state: int(metric(serving, "pages", state=state)) for state in ("free", "live", "cached")}
 
 
 def footprint() -> dict[str, float]:

@@ -122,14 +122,14 @@ class JetStreamEngine(engine_api.Engine):
         self._take_up = jax.jit(take_up, out_shardings=self._everywhere)
 
         at = engine.programs.cache_sharding()
-        store, no_start = engine.programs.store_texts, np.zeros(1, np.int32)
+        page_1J, start_1 = self._page_BJ[:1], np.zeros(1, np.int32)
         self._scratch: KV = jax.jit(replace(engine.layout, pages=pages).empty, out_shardings=at)()
         """One request's pages."""
-        self._store = jax.jit(
-            lambda cache, kv, count_N: store(cache, kv, self._page_BJ[:1], no_start, count_N),
-            donate_argnums=0,
-            out_shardings=at,
-        )
+
+        def store(cache: KV, kv: KV, count_1: jax.Array) -> KV:
+            return engine.programs.store_texts(cache, kv, jnp.asarray(page_1J), jnp.asarray(start_1), count_1)
+
+        self._store = jax.jit(store, donate_argnums=0, out_shardings=at)
         self._join = jax.jit(_joined, static_argnums=3, out_shardings=engine.programs.prefix_sharding().kv)
 
     def warm_up(self) -> None:
@@ -214,7 +214,8 @@ class JetStreamEngine(engine_api.Engine):
 
     def get_prefix_destination_sharding(self) -> Any:
         """The shardings that a prefix of another engine takes on this one: a tree like a JetStreamPrefix."""
-        return JetStreamPrefix(self._engine.programs.prefix_sharding(), self._everywhere)
+        everywhere: Any = self._everywhere
+        return JetStreamPrefix(self._engine.programs.prefix_sharding(), everywhere)
 
     def get_tokenizer(self) -> TokenizerParameters:
         """Names the model; what JetStream asks of a tokenizer is `build_tokenizer`'s."""

@@ -1,5 +1,7 @@
 """The engine's config checks itself."""
 
+from typing import Any
+
 import pytest
 from slipstream.engine_impl.config import EngineConfig
 from slipstream.engine_impl.errors import RefusedError
@@ -30,7 +32,8 @@ def test_prompts_may_have_any_length():
 
 @pytest.mark.parametrize("missing", ["slots", "cache_length", "cache_tokens"])
 def test_sizes_that_were_left_out_are_told_of_before_they_are_used(missing):
-    sizes = {"slots": 3, "cache_length": 256, "cache_tokens": 512}
+    sizes: dict[str, Any] = {"slots": 3, "cache_length": 256, "cache_tokens": 512}
     assert EngineConfig(**sizes).chosen == (3, 256, 512)
+    sizes[missing] = None
     with pytest.raises(ValueError, match=f"self.{missing}=None.* not all chosen yet"):
-        _ = EngineConfig(**sizes | {missing: None}).chosen
+        _ = EngineConfig(**sizes).chosen

@@ -429,7 +429,8 @@ def test_the_token_behind_a_text_is_told_of_where_it_is_known(tiny):
     session = Session(*tiny)
     known, unknown = (prompt_logprobs(session, PROMPT, next_id) for next_id in (11, -1))
     np.testing.assert_array_equal(known[: len(PROMPT) - 1], unknown[: len(PROMPT) - 1])
-    expected = jax.nn.log_softmax(logits_behind(*tiny, PROMPT))[11]
+    engine, params = tiny
+    expected = jax.nn.log_softmax(logits_behind(engine, params, PROMPT))[11]
     np.testing.assert_allclose(known[len(PROMPT) - 1], expected, rtol=1e-5)
     assert unknown[len(PROMPT) - 1] == 0
 

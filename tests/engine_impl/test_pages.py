@@ -172,7 +172,7 @@ def test_a_prompt_fills_its_own_pages_alone(tiny):
     session.page_BJ[0] = [5, 6, 0, 0]
     poisoned(session)
     session.start(0, [n * 7 % 101 for n in range(R + 12)])  # padded to 256
-    is_nan_P = np.isnan(np.asarray(session.state.cache.rows)).any(axis=(0, 2, 3, 4))
+    is_nan_P = np.asarray(jnp.isnan(session.state.cache.rows).any(axis=(0, 2, 3, 4)))
     assert set(np.flatnonzero(~is_nan_P).tolist()) <= {5, 6}
     assert not is_nan_P[5]
 

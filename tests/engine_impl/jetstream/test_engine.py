@@ -183,12 +183,16 @@ def test_a_prompt_that_cannot_be_answered_gets_an_empty_answer(engine, expected,
     assert "a request gets an empty answer" in caplog.text
 
 
-@pytest.fixture(scope="module", params=["none", "int8"])
-def long(request):
+def long_engine(quantize_kv):
     """Requests of four pages."""
-    engine, params = tiny_engine(CONFIG, slots=2, cache_length=512, prefill_chunk=512, quantize_kv=request.param)
+    engine, params = tiny_engine(CONFIG, slots=2, cache_length=512, prefill_chunk=512, quantize_kv=quantize_kv)
     engine.get_tokenizer = byte_tokenizer
     return JetStreamEngine(engine, params)
+
+
+@pytest.fixture(scope="module")
+def long():
+    return long_engine("none")
 
 
 @pytest.mark.parametrize(("before", "behind"), [(5, 3), (127, 1), (128, 1), (130, 200), (300, 5), (256, 256), (3, 0)])
@@ -205,6 +209,19 @@ def test_tokens_go_on_behind_an_existing_prefix(long, before, behind):
     (expected,), _, _ = decode(long, [prefill(long, text)], STEPS, STEPS)
     answers, _, _ = decode(long, extended, STEPS, STEPS)
     assert answers == [expected] * 2
+
+
+def test_codes_of_an_existing_prefix_are_kept():
+    """With their scales: what stands behind them reads the rounded rows, as a decode step does."""
+    long, text = long_engine("int8"), [7 * n % 250 for n in range(200)]
+    existing = prefill(long, text[:150])
+    extended = prefill(long, text[150:], existing)
+    assert length_of(extended) == 200
+    of_both = [jax.tree.map(lambda leaf: np.array(leaf), prefix.text.kv) for prefix in (existing, extended)]
+    np.testing.assert_array_equal(*(kv.rows[:, :, :128] for kv in of_both))
+    np.testing.assert_array_equal(*(kv.scales[..., :128] for kv in of_both))
+    whole = prefill(long, text).text.kv
+    np.testing.assert_allclose(of_both[1].scales[..., :200], np.asarray(whole.scales)[..., :200], rtol=0.2)
 
 
 def test_an_existing_prefix_that_cannot_be_answered_counts_as_none(engine, expected):

@@ -38,7 +38,7 @@ def calls_per_step(slots, steps=20):
 
 
 def test_a_step_costs_the_loop_the_same_however_many_slots_are_live():
-    """Counted, not timed: nothing in the loop is done once a slot, but where one comes to a page's border."""
+    """Counted, not timed: nothing in the loop is done once per slot, but where one comes to a page's border."""
     few, many = calls_per_step(2), calls_per_step(64)
     assert few == pytest.approx(many, abs=10)  # a wait may take a call more; work for each slot would take 62
     assert 10 < few < 180  # a third of it in the fake engine
