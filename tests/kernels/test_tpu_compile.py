@@ -6,7 +6,14 @@ import jax
 import jax.numpy as jnp
 import pytest
 from slipstream.cache_manager.codec import Int8
-from slipstream.kernels import attention_steps, cache_flush, page_rows, prefill_attention, ragged_attention
+from slipstream.kernels import (
+    attention_steps,
+    cache_flush,
+    chunk_attention,
+    page_rows,
+    prefill_attention,
+    ragged_attention,
+)
 
 from ..tpu import abstract, compile_for, layer_sized_copies, memory_of, nbytes, text_of, tpu_mesh
 
@@ -249,3 +256,53 @@ def test_prefill_attention(T, chips, N, K, H, dtype):
     attend = functools.partial(prefill_attention, mesh=mesh, backend="pallas")
     compiled = compile_for(mesh, attend, q_TNH, k_TKH, v_TKH)
     assert "tpu_custom_call" in text_of(compiled)
+
+
+CHUNKS = [  # texts, their tokens, kv heads a chip, group, H, dtype of rows, window, soft cap
+    (1, 512, 1, 4, 128, jnp.bfloat16, False, None),
+    (8, 64, 4, 3, 64, jnp.int8, True, 50.0),
+    (1, 16, 1, 4, 128, jnp.bfloat16, False, None),
+    (1, 2048, 8, 4, 128, jnp.bfloat16, False, None),
+    (1, 512, 4, 1, 128, jnp.bfloat16, True, None),
+    (1, 1024, 3, 3, 64, jnp.float32, False, None),
+    (1, 256, 8, 8, 256, jnp.bfloat16, False, None),
+    (1, 512, 1, 71, 64, jnp.bfloat16, False, None),
+    (1, 512, 8, 1, 64, jnp.int8, False, None),
+    (1, 512, 2, 2, 256, jnp.int8, True, 50.0),
+]
+
+
+@pytest.mark.parametrize(
+    ("topology", "chips", "chunk"),
+    [
+        ("v5e:2x4", 1, CHUNKS[0]),
+        ("v5e:2x4", 1, CHUNKS[1]),
+        *(
+            pytest.param(topology, chips, chunk, marks=pytest.mark.slow)
+            for topology, chips in (("v5e:2x4", 1), ("v5e:2x4", 8), ("v4:2x2x1", 1), ("v5p:2x2x1", 1), ("v6e:2x2", 1))
+            for chunk in (CHUNKS[2:] if (topology, chips) == ("v5e:2x4", 1) else CHUNKS[:3] if chips == 8 else CHUNKS)
+        ),
+    ],
+)
+def test_chunk_attention(topology, chips, chunk):
+    """Pages are read where they lie, a few heads of many too."""
+    texts, tokens, K, G, H, dtype, has_window, soft_cap = chunk
+    mesh, model = tpu_mesh(topology, chips=chips), jnp.bfloat16 if dtype == jnp.int8 else dtype
+    pool, rows = page_shape(mesh, K, H, dtype)
+    q_TNH, k_TKH, v_TKH = (
+        abstract(mesh, (texts * tokens, heads * chips, H), model, None, "tensor") for heads in (K * G, K, K)
+    )
+    cache_LPKRC = abstract(mesh, (L, pool, K * chips, rows, 2 * H), dtype, None, None, "tensor")
+    scale_LPK2R = None
+    if dtype == jnp.int8:
+        scale_LPK2R = abstract(mesh, (L, pool, K * chips, 2, rows), jnp.float32, None, None, "tensor")
+    layer, start_M, page_MJ = (abstract(mesh, at, jnp.int32) for at in ((), (texts,), (texts, S // rows)))
+
+    def attend(q_TNH, k_TKH, v_TKH, cache_LPKRC, scale_LPK2R, layer, start_M, page_MJ, window):
+        return chunk_attention(
+            q_TNH, k_TKH, v_TKH, cache_LPKRC, layer, start_M, page_MJ,
+            scale_LPK2R=scale_LPK2R, window=window, soft_cap=soft_cap, mesh=mesh, backend="pallas",
+        )  # fmt: skip
+
+    args = q_TNH, k_TKH, v_TKH, cache_LPKRC, scale_LPK2R, layer, start_M, page_MJ, layer if has_window else None
+    assert_no_copy_of(cache_LPKRC, compile_for(mesh, attend, *args))
