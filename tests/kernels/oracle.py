@@ -26,11 +26,11 @@ def ragged_attention(q_BNH, new_BKC, cache_LBKSC, layer, length_B, window=None, 
     q_BNH, new_BKC, cache_LBKSC = (np.asarray(x).astype(np.float64) for x in (q_BNH, new_BKC, cache_LBKSC))
     (B, N, H), K = q_BNH.shape, new_BKC.shape[1]
     out_BNH = np.empty((B, N, H))
-    for b in range(B):
+    for b, length in enumerate(np.asarray(length_B).tolist()):
+        first = 0 if window is None else max(0, length + 1 - window)
         for n in range(N):
             kv = n // (N // K)
-            seen = [j for j in range(length_B[b]) if window is None or j > length_B[b] - window]
-            rows_SC = np.concatenate([cache_LBKSC[layer, b, kv, seen], new_BKC[b, kv : kv + 1]])
+            rows_SC = np.concatenate([cache_LBKSC[layer, b, kv, first:length], new_BKC[b, kv : kv + 1]])
             out_BNH[b, n] = attend_one(q_BNH[b, n], rows_SC[:, :H], rows_SC[:, H:], soft_cap)
     return out_BNH
 
