@@ -45,7 +45,6 @@ SUB_ROOMS: dict[str, dict[str, set[str]]] = {
         "blockwise_matmul": {"backend"},
         "cache_flush": {"backend"},
         "chunk_attention": {"backend", "lanes", "scores"},
-        "prefill_attention": {"backend", "scores"},
         "ragged_attention": {"backend", "lanes", "scores"},
     },
     "engine_impl": {

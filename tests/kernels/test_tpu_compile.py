@@ -11,11 +11,10 @@ from slipstream.kernels import (
     cache_flush,
     chunk_attention,
     page_rows,
-    prefill_attention,
     ragged_attention,
 )
 
-from ..tpu import abstract, compile_for, layer_sized_copies, memory_of, nbytes, text_of, tpu_mesh
+from ..tpu import abstract, compile_for, layer_sized_copies, memory_of, nbytes, tpu_mesh
 
 L, B, S = 4, 96, 4096
 CASES = [  # kv heads a chip, group, H, dtype
@@ -235,27 +234,6 @@ def test_window_and_soft_cap(topology, K, G, H, dtype):
 
     compiled = compile_for(mesh, attend, *args, args[3])
     assert_no_copy_of(args[2], compiled)
-    q_TNH, k_TKH, v_TKH = (abstract(mesh, (1024, heads, H), dtype) for heads in (K * G, K, K))
-    prompt = functools.partial(prefill_attention, window=300, soft_cap=50.0, mesh=mesh, backend="pallas")
-    assert "tpu_custom_call" in text_of(compile_for(mesh, prompt, q_TNH, k_TKH, v_TKH))
-
-
-@pytest.mark.parametrize("T", [16, 128, 1024])
-@pytest.mark.parametrize(
-    ("chips", "N", "K", "H", "dtype"),
-    [
-        (1, 9, 3, 64, jnp.bfloat16),
-        (8, 32, 8, 128, jnp.bfloat16),
-        pytest.param(1, 9, 3, 64, jnp.float32, marks=pytest.mark.slow),
-        pytest.param(8, 64, 8, 64, jnp.bfloat16, marks=pytest.mark.slow),
-    ],
-)
-def test_prefill_attention(T, chips, N, K, H, dtype):
-    mesh = tpu_mesh(chips=chips)
-    q_TNH, k_TKH, v_TKH = (abstract(mesh, (T, heads, H), dtype, None, "tensor") for heads in (N, K, K))
-    attend = functools.partial(prefill_attention, mesh=mesh, backend="pallas")
-    compiled = compile_for(mesh, attend, q_TNH, k_TKH, v_TKH)
-    assert "tpu_custom_call" in text_of(compiled)
 
 
 CHUNKS = [  # texts, their tokens, kv heads a chip, group, H, dtype of rows, window, soft cap
