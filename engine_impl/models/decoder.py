@@ -18,13 +18,13 @@ def split_name(name: str) -> tuple[str, str, str]:
     return "".join(f"{part}." for part in path), module, parameter
 
 
-class Rows(str):
+class RowRange(str):
     """The name of a checkpoint's tensor of which a parameter is rows [start, stop)."""
 
     start: int
     stop: int
 
-    def __new__(cls, name: str, start: int, stop: int) -> "Rows":
+    def __new__(cls, name: str, start: int, stop: int) -> "RowRange":
         rows = super().__new__(cls, name)
         rows.start, rows.stop = start, stop
         return rows
@@ -142,5 +142,5 @@ class Decoder(nn.Module):
 
     def sources(self, name: str) -> tuple[str, ...]:
         """The checkpoint's tensors that make up a parameter; several are stacked on a new leading axis; see also
-        `Rows`, `Pairs` and `Transposed`."""
+        `RowRange`, `Pairs` and `Transposed`."""
         return (name,)

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from .decoder import Attend, Rows, split_name
+from .decoder import Attend, RowRange, split_name
 from .fields import Fields
 from .parts import RMSNorm
 from .transformer import Attention, GatedMLP, Layer, Transformer, TransformerConfig, read_rope, read_shape
@@ -45,7 +45,7 @@ class Glm(Transformer):
         path, module, parameter = split_name(name)
         if module not in rows:
             return super().sources(name)
-        return (Rows(f"{path}gate_up_proj.{parameter}", *rows[module]),)
+        return (RowRange(f"{path}gate_up_proj.{parameter}", *rows[module]),)
 
     @classmethod
     def read_config(cls, fields: Fields) -> GlmConfig:

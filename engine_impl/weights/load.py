@@ -18,7 +18,7 @@ from ..checkpoints.by_rows import copied, stacked
 from ..checkpoints.contract import WEIGHT, Checkpoint
 from ..errors import RefusedError
 from ..forward import LayerLoop, Params
-from ..models.decoder import Decoder, Pairs, Rows, Transposed
+from ..models.decoder import Decoder, Pairs, RowRange, Transposed
 from ..quantization.linear import QuantizedLinear
 from .sharding import parameter_spec
 
@@ -61,7 +61,7 @@ def needed_shapes(model: Decoder, kv_heads: int) -> dict[str, tuple[int, ...]]:
             of_source = shape if len(sources) == 1 else shape[1:]
             if isinstance(source, Transposed):
                 of_source = of_source[::-1]
-            if isinstance(source, Rows):  # other parameters take the others
+            if isinstance(source, RowRange):  # other parameters take the others
                 of_source = (max(source.stop, shapes.get(source, (0,))[0]), *of_source[1:])
             shapes[str(source)] = of_source
     return shapes
@@ -301,7 +301,7 @@ def _taken(tensor: np.ndarray, source: str) -> np.ndarray:
         return tensor.T
     if isinstance(source, Pairs):
         return tensor.take(source.order(tensor.shape[source.axis]), axis=source.axis)
-    return tensor[source.start : source.stop] if isinstance(source, Rows) else tensor
+    return tensor[source.start : source.stop] if isinstance(source, RowRange) else tensor
 
 
 def _repeat_heads(weight: np.ndarray, heads: int, wanted: int) -> np.ndarray:

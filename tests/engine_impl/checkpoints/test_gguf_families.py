@@ -19,6 +19,7 @@ from slipstream.engine_impl.weights.load import needed_shapes
 from slipstream.engine_impl.weights.sharding import make_mesh
 
 from ..models.test_families import DEFAULT, SIZES, draw_weights
+from ..tiny_models import logits_behind
 from .gguf_writing import write_gguf
 
 YARN = DEFAULT | {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
@@ -139,10 +140,10 @@ def logits(checkpoint):
     mesh = make_mesh(jax.devices(), checkpoint.config.num_heads, checkpoint.config.num_kv_heads, 1)
     model = registry.build(checkpoint.config.for_length(128))
     tokenizer: Any = None
-    config = EngineConfig(slots=1, cache_length=128)
+    config = EngineConfig(slots=1, cache_length=128, cache_tokens=128)
     engine = Engine(model, mesh, config, jnp.dtype("float32"), tokenizer, "tiny")
     params = engine.load_params(checkpoint)
-    return engine.prefill(params, *engine.pad([(7 * i * i) % 101 for i in range(30)]))[0].logits_V
+    return logits_behind(engine, params, [(7 * i * i) % 101 for i in range(30)])
 
 
 def test_logits_equal_the_folders(tmp_path):

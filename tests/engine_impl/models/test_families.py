@@ -26,7 +26,7 @@ from slipstream.engine_impl.models.fields import Fields
 from slipstream.engine_impl.models.transformer import windows_of_layers
 from slipstream.engine_impl.weights.sharding import make_mesh
 
-from ..tiny_models import greedy
+from ..tiny_models import greedy, logits_behind
 
 SIZES = {
     "num_hidden_layers": 2, "hidden_size": 32, "intermediate_size": 60, "num_attention_heads": 8,
@@ -167,7 +167,7 @@ def load(folder, devices):
     checkpoint = SafetensorsCheckpoint(folder)
     mesh = make_mesh(jax.devices(), checkpoint.config.num_heads, checkpoint.config.num_kv_heads, devices)
     model = registry.build(replace(checkpoint.config, num_kv_heads=max(checkpoint.config.num_kv_heads, mesh.size)))
-    config = EngineConfig(slots=2, cache_length=128, max_prefill_length=64)
+    config = EngineConfig(slots=2, cache_length=256, cache_tokens=512, prefill_chunk=128)
     tokenizer: Any = None
     engine = Engine(model, mesh, config, jnp.dtype("float32"), tokenizer, "tiny")
     if devices > 1:
@@ -175,7 +175,8 @@ def load(folder, devices):
     return engine, engine.load_params(checkpoint)
 
 
-PROMPTS = [[(7 * i * i + 3 * i) % 101 for i in range(n)] for n in (40, 57)]
+PROMPTS = [[(7 * i * i + 3 * i) % 101 for i in range(n)] for n in (40, 131)]
+"""The second one is computed in two pieces: the last tokens' windows reach back into the first."""
 
 QUICK = {("gemma3", 8)}  # it has whatever the others have, and eight devices scan over the layers
 
@@ -188,17 +189,20 @@ CASES = [
 
 @pytest.mark.parametrize(("family", "devices"), CASES)
 def test_logits_and_greedy_tokens_equal_transformers(family, devices, tmp_path_factory):
-    """Prompts longer than the windows, in one bucket and one batch; then 32 tokens, each what transformers would say
-    after the same text. Eight devices scan over the layers, one has them unrolled."""
+    """Prompts longer than the windows, in one piece and in two; then 32 tokens, each what transformers would say after
+    the same text, and the same where an answer goes on behind prompt and beginning. Eight devices scan over the layers,
+    one has them unrolled."""
     folder, reference = written_by_transformers(family, tmp_path_factory.getbasetemp())
     engine, params = load(folder, devices)
     answers = greedy(engine, params, PROMPTS, 32)
     for prompt, answer in zip(PROMPTS, answers, strict=True):
         expected = reference_logits(reference, prompt + answer[:-1])[len(prompt) - 1 :]
-        logits_V = engine.prefill(params, *engine.pad(prompt))[0].logits_V
+        logits_V = logits_behind(engine, params, prompt)
         np.testing.assert_allclose(logits_V, expected[0], atol=1e-4)
         assert expected.argmax(-1).tolist() == answer
         assert len(set(answer)) >= 5  # a model that repeats itself would prove little
+    texts = [prompt + answer[:9] for prompt, answer in zip(PROMPTS, answers, strict=True)]
+    assert greedy(engine, params, texts, 23) == [answer[9:] for answer in answers]
 
 
 def reference_logits(model, token_ids):
@@ -404,7 +408,7 @@ def test_a_family_from_outside_is_served(parrot):
         model=str(folder), model_module="parrots", slots=1, cache_length=128, max_prefill_length=64, tensor_parallel=1
     )
     engine, params = load_engine(config)
-    logits_V = engine.prefill(params, *engine.pad(PROMPTS[0]))[0].logits_V
+    logits_V = logits_behind(engine, params, PROMPTS[0])
     np.testing.assert_allclose(logits_V, reference_logits(reference, PROMPTS[0])[-1], atol=1e-4)
 
 
