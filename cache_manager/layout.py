@@ -17,15 +17,15 @@ table is an argument of every program that reads or writes the cache.
   rows it has is a matter of the chip and of a row's bytes (`tuned_page_rows`). To read several small pages a step costs
   more than one page of their size: with 1 head on v5e 341 bundles for two of 256 rows, 286 for one of 512.
 - Layers stand outside the pages. The other way round, a page of all layers would be one run, which helps who moves
-  pages between memories; attention costs the same (237 and 497 bundles a page of 256 rows, 1 and 4 heads, on v5e).
+  pages between memories; attention costs the same (237 and 497 bundles per page of 256 rows, 1 and 4 heads, on v5e).
 - Heads stand outside the rows, so that a head's rows come as whole tiles.
 - k and v share a row. At head dim 64 a row is then exactly one 128-lane vector: k alone would be padded to twice its
   size or make XLA choose a layout with R minor, which copies the whole cache at every kernel call. At head dim 128 the
   border falls between two vectors and slicing is free. One array also halves the DMAs of a page.
 - The price is paid at the flush: a row is smaller than the tile that memory is written in (8 rows in bf16 and f32, 32
-  in int8), so the flush reads, changes and writes one tile a head and slot. On v5e, 96 slots, 32 layers, bf16, H = 128,
-  by the bytes: 31, 123 and 246 us a step with 1, 4 and 8 heads a chip. With tokens outside the tile, `[..., R, K, C]`,
-  it would be one strided DMA a slot, 24 bundles; but each block of attention would cost 6678 bundles instead of 513
+  in int8), so the flush reads, changes and writes one tile per head and slot. On v5e (96 slots, 32 layers, bf16, H =
+  128), by the bytes: 31, 123 and 246 us with 1, 4 and 8 heads a chip. With tokens outside the tile, `[..., R, K, C]`,
+  it would be one strided DMA per slot, 24 bundles; but each block of attention would cost 6678 bundles instead of 513
   (4 heads) or 4386 instead of 817 (8 heads), and with one bf16 head XLA copies the cache twice.
 - Scales have their tokens last: XLA lays f32 [2, R] out in tiles of (2, 128), without a byte of padding, where a
   token's two would be padded to 128 lanes; and a page's scales are rows that multiply scores and weights as they lie.

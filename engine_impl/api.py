@@ -95,7 +95,7 @@ class Piece:
 class Opening:
     """How a text goes on behind its last piece."""
 
-    text: Sequence[int]
+    text: Sequence[int] | np.ndarray
     """All its tokens: the prompt, and what the answer has already."""
     prompt_length: int
     """How many of them are the prompt's."""

@@ -45,6 +45,10 @@ class SecurityConfig:
     max_message_bytes: int = 4 << 20
     """Largest message that is read (bytes)."""
 
+    isolate_prefixes: bool = True
+    """Callers with different tokens share no cached prefixes, so that timing tells no tenant what another asked.
+    --no-isolate-prefixes lets all tokens share them. Without --auth-token-file everybody does."""
+
     def __post_init__(self) -> None:
         if (self.tls_cert is None) != (self.tls_key is None):
             raise RefusedError("TLS takes both --tls-cert and --tls-key")
@@ -104,6 +108,10 @@ class ServerConfig:
 
     max_queued_tokens: int | None = None
     """Prompt tokens of all requests that wait (tokens); beyond it RESOURCE_EXHAUSTED. Default: no limit."""
+
+    prefix_cache: bool = True
+    """A prompt is computed from where its longest cached prefix ends. --no-prefix-cache computes it as a whole: to
+    measure without."""
 
     grace_s: Annotated[float, flag("grace")] = 30.0
     """Time that running requests get to finish after the first SIGTERM or Ctrl-C (seconds). A second one ends it."""

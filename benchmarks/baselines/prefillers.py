@@ -53,7 +53,7 @@ class TransformersPrefiller:
         return int(answer.logits[0, -1].argmax())
 
 
-class Block(NamedTuple):
+class PrefillBlock(NamedTuple):
     """Prompts timed one after another."""
 
     ms: list[float]
@@ -61,20 +61,20 @@ class Block(NamedTuple):
     """each prompt's first"""
 
 
-def timed(prefiller: Prefiller, prompts: Sequence[list[int]]) -> Block:
+def timed(prefiller: Prefiller, prompts: Sequence[list[int]]) -> PrefillBlock:
     """Each prompt once."""
     ms, tokens = [], []
     for prompt in prompts:
         start = time.perf_counter()
         tokens.append(prefiller.first_token(prompt))
         ms.append((time.perf_counter() - start) * 1000)
-    return Block(ms, tokens)
+    return PrefillBlock(ms, tokens)
 
 
-def in_turns(prefillers: Sequence[Prefiller], prompts: Sequence[list[int]], *, pairs: int) -> list[list[Block]]:
+def in_turns(prefillers: Sequence[Prefiller], prompts: Sequence[list[int]], *, pairs: int) -> list[list[PrefillBlock]]:
     """A B A B ...: each one's blocks, in which the prompts are shared out evenly. Before each block a pause and one
     untimed prompt."""
-    blocks: list[list[Block]] = [[] for _ in prefillers]
+    blocks: list[list[PrefillBlock]] = [[] for _ in prefillers]
     repeats = len(prompts) // pairs
     for pair in range(pairs):
         its_prompts = prompts[pair * repeats : (pair + 1) * repeats]

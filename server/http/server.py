@@ -20,6 +20,7 @@ from ..gateway import REQUEST_ID, Gateway, check_id, new_id
 from ..net import tls
 from ..net.ports import Listener, address_of, listening
 from ..net.security import AUTHORIZATION, UNKNOWN, Guard
+from ..request.request import Limits
 from .bodies import Body, ChatBody, CompletionBody
 from .errors import HttpError, UnknownModelError, told
 from .replies import ChatReply, CompletionReply, Reply
@@ -146,9 +147,10 @@ class HttpServer:
         raw = await read_body(request)
         body = kind.read(raw) if len(raw) <= SMALL else await asyncio.to_thread(kind.read, raw)
         held = self._guard.hold(authorizations(request), request.remote or "", body.num_prompts)
+        token = self._guard.prefix_owner(authorizations(request))
 
         def read(engine: "Engine", deliver_to: Any):
-            return body.requests(request[NAME], engine, deliver_to)
+            return body.requests(request[NAME], engine, deliver_to, token)
 
         with self._gateway.call(), held:
             async with self._gateway.admit(read) as admitted:
@@ -189,7 +191,7 @@ def model_card(engine: "Engine", created: int) -> dict[str, Any]:
         "object": "model",
         "created": created,
         "owned_by": "slipstream",
-        "max_model_len": engine.cache_length,
+        "max_model_len": Limits.of(engine).longest,
     }
 
 

@@ -57,6 +57,43 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
             "rope_parameters": GEMMA3_ROPES, "sliding_window": 7, "query_pre_attn_scalar": 16, "num_hidden_layers": 7,
         },
     ),
+    "qwen3moe": (
+        "Qwen3Moe",
+        {
+            "rope_parameters": DEFAULT, "num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 24,
+            "norm_topk_prob": True,
+        },
+    ),
+    "smollm3": ("SmolLM3", {"rope_parameters": YARN, "num_hidden_layers": 5}),
+    "olmo2": ("Olmo2", {"rope_parameters": DEFAULT, "hidden_size": 128}),
+    "granite": (
+        "Granite",
+        {
+            "rope_parameters": DEFAULT, "embedding_multiplier": 12.0, "attention_multiplier": 0.0625,
+            "residual_multiplier": 0.25, "logits_scaling": 8.0,
+        },
+    ),
+    "glm4": ("Glm4", {"rope_parameters": DEFAULT | {"partial_rotary_factor": 0.5}}),
+    "cohere2": (
+        "Cohere2",
+        {
+            "rope_parameters": DEFAULT, "hidden_size": 128, "sliding_window": 12, "logit_scale": 0.25,
+            "num_hidden_layers": 5,
+        },
+    ),
+    "stablelm": (
+        "StableLm",
+        {
+            "rope_parameters": DEFAULT | {"partial_rotary_factor": 0.25}, "hidden_size": 128, "use_qkv_bias": True,
+        },
+    ),
+    "stablelm-parallel": (
+        "StableLm",
+        {
+            "rope_parameters": DEFAULT | {"partial_rotary_factor": 0.25}, "hidden_size": 128, "qk_layernorm": True,
+            "use_parallel_residual": True,
+        },
+    ),
 }  # fmt: skip
 
 
@@ -72,7 +109,7 @@ def folder_of(family, root):
 
 
 def test_every_architecture_is_tried():
-    assert set(FAMILIES) - {"mistral", "mixtral", "llama-biases"} == set(ARCHITECTURES)
+    assert set(FAMILIES) - {"mistral", "mixtral", "llama-biases", "stablelm-parallel"} == set(ARCHITECTURES)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 from slipstream.engine_impl.checkpoints.hf_config import read_hf_config
+from slipstream.engine_impl.checkpoints.open import open_checkpoint
 from slipstream.engine_impl.compiler import topology
 from slipstream.engine_impl.compiler.budget import Budget
 from slipstream.engine_impl.compiler.chips import CHIPS, GPU_MEMORY_SHARE, GPUS
@@ -16,8 +17,6 @@ from slipstream.engine_impl.errors import RefusedError
 from slipstream.engine_impl.models import registry
 from slipstream.engine_impl.models.llama import LlamaConfig
 from slipstream.engine_impl.models.rope import frequencies
-
-from ..tiny_models import embedded_engine
 
 SMALL = replace(preset("llama-3.2-1b"), num_layers=2)
 PREFILL = "prefill_512"
@@ -180,8 +179,7 @@ def test_a_gpu_topology_is_so_many_devices_of_its_target(monkeypatch):
 
 def test_shapes_come_from_presets_configs_and_the_embedded_model(tmp_path):
     assert shape_of("llama-2-7b").num_kv_heads == 32
-    embedded, _ = embedded_engine()
-    assert shape_of("embedded") == replace(embedded.model.config, rms_norm_eps=1e-5)
+    assert shape_of("embedded") == replace(open_checkpoint("embedded").config, rms_norm_eps=1e-5)
     with pytest.raises(RefusedError, match="preset 'llama-7' is not there; those there are: llama-2-7b,"):
         shape_of("llama-7")
     with pytest.raises(RefusedError, match=r"give a config\.json or its folder"):

@@ -78,6 +78,50 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
     "phi3": ("Phi3", {"rope_parameters": DEFAULT, "sliding_window": 12, "num_key_value_heads": 2}),
+    "qwen3_moe": (
+        "Qwen3Moe",
+        {
+            "rope_parameters": DEFAULT, "num_experts": 12, "num_experts_per_tok": 3, "moe_intermediate_size": 24,
+        },
+    ),
+    "smollm3": ("SmolLM3", {"rope_parameters": DEFAULT, "num_hidden_layers": 3, "no_rope_layers": [1, 0, 1]}),
+    "smollm3-windows": (
+        "SmolLM3",
+        {
+            "rope_parameters": DEFAULT, "no_rope_layer_interval": 2, "use_sliding_window": True, "sliding_window": 9,
+        },
+    ),
+    "olmo2": ("Olmo2", {"rope_parameters": DEFAULT, "hidden_size": 128}),
+    "granite": (
+        "Granite",
+        {
+            "rope_parameters": DEFAULT, "embedding_multiplier": 3.0, "attention_multiplier": 0.2,
+            "residual_multiplier": 0.7, "logits_scaling": 1.7,
+        },
+    ),
+    "glm": ("Glm", {"rope_parameters": DEFAULT | {"partial_rotary_factor": 0.5}}),
+    "glm4": ("Glm4", {"rope_parameters": DEFAULT | {"partial_rotary_factor": 0.75}, "num_key_value_heads": 2}),
+    "cohere2": (
+        "Cohere2",
+        {
+            "rope_parameters": DEFAULT, "hidden_size": 128, "sliding_window": 12, "logit_scale": 0.3,
+            "layer_types": ["sliding_attention", "full_attention"],
+        },
+    ),
+    "stablelm": (
+        "StableLm",
+        {
+            "rope_parameters": DEFAULT | {"partial_rotary_factor": 0.25}, "hidden_size": 128,
+            "use_qkv_bias": True,
+        },
+    ),
+    "stablelm-parallel": (
+        "StableLm",
+        {
+            "rope_parameters": DEFAULT | {"partial_rotary_factor": 0.25}, "hidden_size": 128,
+            "use_parallel_residual": True, "qk_layernorm": True,
+        },
+    ),
 }  # fmt: skip
 
 
@@ -163,6 +207,15 @@ def reference_logits(model, token_ids):
         ("gemma3", {"sliding_window": 512}),
         ("gemma3", {"rope_parameters": {kind: DEFAULT for kind in GEMMA3_ROPES}}),
         ("mixtral", {"num_experts_per_tok": 1}),
+        ("qwen3_moe", {"norm_topk_prob": True}),
+        ("smollm3", {"no_rope_layers": [1, 1, 1]}),
+        ("smollm3-windows", {"sliding_window": 512}),
+        ("granite", {"embedding_multiplier": 1.0}),
+        ("granite", {"attention_multiplier": 0.25}),
+        ("granite", {"residual_multiplier": 1.0}),
+        ("granite", {"logits_scaling": 1.0}),
+        ("cohere2", {"sliding_window": 512}),
+        ("cohere2", {"logit_scale": 0.0625}),
     ],
 )
 def test_every_field_matters(family, change, tmp_path_factory):
@@ -215,7 +268,16 @@ def test_both_forms_of_a_config_say_the_same(family):
         ("gemma3", {"attn_logit_softcapping": 50.0}, "attn_logit_softcapping=50.0; those there are: None"),
         ("gemma3", {"use_bidirectional_attention": True}, "use_bidirectional_attention=True"),
         ("gemma3", {"rope_parameters": {"full_attention": DEFAULT}}, "rope_parameters without sliding_attention"),
-        ("mixtral", {"model_type": "mixtrol"}, "family 'mixtrol'; the families there are: gemma, gemma2"),
+        ("mixtral", {"model_type": "mixtrol"}, "family 'mixtrol'; the families there are: cohere2, gemma, gemma2"),
+        ("qwen3_moe", {"mlp_only_layers": [0]}, r"mlp_only_layers=\[0\]"),
+        ("qwen3_moe", {"decoder_sparse_step": 2}, "decoder_sparse_step=2"),
+        ("smollm3", {"no_rope_layers": [1, 0]}, "no_rope_layers for 2 of 3 layers"),
+        ("olmo2", {"clip_qkv": 8.0}, "clip_qkv=8.0; those there are: None"),
+        ("granite", {"mlp_bias": True}, "mlp_bias=True"),
+        ("glm4", {"hidden_act": "gelu"}, "hidden_act='gelu'"),
+        ("cohere2", {"use_qk_norm": True}, "use_qk_norm=True; those there are: False"),
+        ("cohere2", {"position_embedding_type": "rope_neox"}, "position_embedding_type='rope_neox'"),
+        ("stablelm", {"hidden_act": "gelu"}, "hidden_act='gelu'"),
     ],
 )
 def test_what_a_family_cannot_do_is_refused(family, change, message):
@@ -225,6 +287,32 @@ def test_what_a_family_cannot_do_is_refused(family, change, message):
     fields = getattr(transformers, f"{name}Config")(**(SIZES | changes)).to_dict()
     with pytest.raises(RefusedError, match=message):
         registry.read_config(fields | change, "config.json")
+
+
+@pytest.mark.parametrize(
+    ("family", "field", "published"),
+    [
+        ("glm4", "partial_rotary_factor", 0.5),
+        ("glm", "attention_bias", True),
+        ("stablelm", "partial_rotary_factor", 0.25),
+        ("smollm3", "no_rope_layer_interval", 4),
+        ("cohere2", "sliding_window_pattern", 4),
+        ("cohere2", "sliding_window", 4096),
+        ("cohere2", "logit_scale", 0.0625),
+        ("granite", "logits_scaling", 1.0),
+    ],
+)
+def test_what_a_config_leaves_out_is_what_transformers_takes(family, field, published):
+    import transformers
+
+    name, changes = FAMILIES[family]
+    config_type = getattr(transformers, f"{name}Config")
+    fields = in_old_form(config_type().to_dict() | SIZES | changes | {"rope_parameters": DEFAULT})
+    dropped = (field, "layer_types", "no_rope_layers")
+    fields = {said: value for said, value in fields.items() if said not in dropped} | {"num_hidden_layers": 8}
+    stated = fields | {field: published}
+    assert config_type(**fields).to_dict() == config_type(**stated).to_dict()
+    assert registry.read_config(fields, "config.json") == registry.read_config(stated, "config.json")
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from slipstream.engine_impl.sampling.logprobs import likeliest, logprob_of, logprobs, prompt_logprobs
 from slipstream.engine_impl.sampling.params import MAX_LOGPROBS
 
+LOGPROBS, LIKELIEST = jax.jit(logprobs, static_argnums=3), jax.jit(likeliest, static_argnums=1)
+
 
 def mesh(chips=1):
     return Mesh(np.array(jax.devices()[:chips]), ("tensor",))
@@ -25,7 +27,7 @@ def softmax(logits_BV):
 @pytest.mark.parametrize("asked", [[-1, -1, -1], [-1, 0, -1], [0, -1, 20]])
 def test_what_is_asked_for_is_torchs_and_the_rest_zero(asked):
     logits_BV, token_B = logits(3, 400), np.array([7, 399, 0])
-    told = jax.jit(logprobs, static_argnums=3)(logits_BV, token_B, np.array(asked), mesh())
+    told = LOGPROBS(logits_BV, token_B, np.array(asked), mesh())
     expected = softmax(logits_BV)
     top = expected.topk(MAX_LOGPROBS)
     wants, wants_top = max(asked) >= 0, max(asked) > 0
@@ -40,7 +42,7 @@ def test_chips_that_share_the_vocabulary_find_the_same(chips, vocabulary):
     logits_BV, devices = logits(3, vocabulary), mesh(chips)
     axis = "tensor" if vocabulary % chips == 0 else None
     shared = jax.device_put(logits_BV, NamedSharding(devices, PartitionSpec(None, axis)))
-    token_BP, logit_BP = jax.jit(likeliest, static_argnums=1)(shared, devices)
+    token_BP, logit_BP = LIKELIEST(shared, devices)
     expected = torch.tensor(logits_BV).topk(MAX_LOGPROBS)
     np.testing.assert_array_equal(token_BP, expected.indices)
     np.testing.assert_array_equal(logit_BP, expected.values)
@@ -49,7 +51,7 @@ def test_chips_that_share_the_vocabulary_find_the_same(chips, vocabulary):
 def test_equally_likely_tokens_come_by_their_id():
     logits_BV, devices = np.zeros((1, 400), np.float32), mesh(8)
     shared = jax.device_put(logits_BV, NamedSharding(devices, PartitionSpec(None, "tensor")))
-    assert likeliest(shared, devices)[0].tolist() == [list(range(MAX_LOGPROBS))]
+    assert LIKELIEST(shared, devices)[0].tolist() == [list(range(MAX_LOGPROBS))]
 
 
 def test_bfloat16_logits_are_normalised_in_float32():

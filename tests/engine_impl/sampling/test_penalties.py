@@ -20,7 +20,7 @@ PROMPT, ANSWER = [3, 7, 7, 20], [7, 11, 11, 49]
 
 
 def slots(*params):
-    return jax.tree.map(lambda *values: jnp.stack(values), *map(SlotSampling.of, params))
+    return jax.tree.map(lambda *values: np.stack(values), *map(SlotSampling.of, params))
 
 
 @functools.partial(jax.jit, static_argnames="mesh")
