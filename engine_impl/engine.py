@@ -238,7 +238,7 @@ class Engine:
             decode_state = self.insert(prefix, decode_state, [None] * count, pages)
         for size in self.shapes.steps:
             nobody = np.full(size, self.layout.slots, np.int32)
-            decode_state, result = self.generate(params, decode_state, nobody, self.shapes.table([], size))
+            decode_state, result = self.generate(params, decode_state, nobody, np.zeros((size, 0), np.int32))
         result.token_BW.block_until_ready()
         return decode_state
 

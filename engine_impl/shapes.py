@@ -75,7 +75,10 @@ class Shapes:
             token_NT[n, : count_N[n]] = piece.token_T
             if piece.wants_logprobs:
                 next_NT[n, : count_N[n]] = [*piece.token_T[1:], piece.next_id]
-        return PieceBatch(token_NT, start_N, count_N, next_NT, self.table([piece.page_J for piece in pieces], N))
+        page_NJ = np.zeros((N, self.pages_per_slot), np.int32)
+        for n, piece in enumerate(pieces):
+            page_NJ[n, : len(piece.page_J)] = piece.page_J
+        return PieceBatch(token_NT, start_N, count_N, next_NT, page_NJ)
 
     def step(self, slot_N: np.ndarray) -> np.ndarray:
         """The slots, filled up to the size of a step with a number that no slot has.
@@ -93,12 +96,11 @@ class Shapes:
         filled_N[: len(slots)] = slots
         return filled_N
 
-    def table(self, rows: Sequence[np.ndarray] | np.ndarray, size: int) -> np.ndarray:
-        """Rows of a page table, i32, filled up to so many."""
-        page_NJ = np.zeros((size, self.pages_per_slot), np.int32)
-        for n, page_J in enumerate(rows):
-            page_NJ[n, : len(page_J)] = page_J
-        return page_NJ
+    def table(self, page_NJ: np.ndarray, size: int) -> np.ndarray:
+        """Rows of a page table, i32, filled up to so many, each to the width of the longest request's."""
+        filled_NJ = np.zeros((size, self.pages_per_slot), np.int32)
+        filled_NJ[: len(page_NJ), : page_NJ.shape[1]] = page_NJ
+        return filled_NJ
 
     def prefill_of(self, lengths: Sequence[int]) -> tuple[int, int]:
         """(pieces, tokens of each) of the smallest shape that holds pieces of so many tokens.
