@@ -8,6 +8,7 @@ from tyro.conf import subcommand
 
 from ..benchmarks.options.accuracy import AccuracyOptions
 from ..benchmarks.options.growth import GrowthOptions
+from ..benchmarks.options.hostile import HostileOptions
 from ..benchmarks.options.jetstream import JetStreamOptions
 from ..benchmarks.options.kernel import KernelOptions
 from ..benchmarks.options.overload import OverloadOptions
@@ -20,7 +21,8 @@ from ..benchmarks.options.step import StepOptions
 
 @dataclass(frozen=True, kw_only=True)
 class Bench:
-    """Measure: steps, prefills, kernels, starts, servers, growing costs, quantisation, overload, soak, JetStream."""
+    """Measure: steps, prefills, kernels, starts, servers, growing costs, quantisation, overload, soak, hostile inputs,
+    JetStream."""
 
     what: (
         Annotated[StepOptions, subcommand("step")]
@@ -32,6 +34,7 @@ class Bench:
         | Annotated[AccuracyOptions, subcommand("accuracy")]
         | Annotated[OverloadOptions, subcommand("overload")]
         | Annotated[SoakOptions, subcommand("soak")]
+        | Annotated[HostileOptions, subcommand("hostile")]
         | Annotated[JetStreamOptions, subcommand("jetstream")]
     )
 
@@ -80,6 +83,10 @@ class Bench:
                 from ..benchmarks import soak
 
                 return soak.run(self.what)
+            case HostileOptions():
+                from ..benchmarks import hostile
+
+                return hostile.run(self.what)
             case JetStreamOptions():
                 from ..benchmarks import jetstream
 
@@ -87,6 +94,6 @@ class Bench:
 
 
 def is_sound(result: dict[str, Any]) -> bool:
-    """Whether every baseline gave our tokens, and a soak lost nothing."""
+    """Whether every baseline gave our tokens, a soak lost nothing, and nobody held up the others."""
     rows = result.get("sweep", [result])
     return not any(row.get("equal_tokens") is False or row.get("faults") for row in rows)
