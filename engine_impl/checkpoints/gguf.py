@@ -8,7 +8,7 @@ import numpy as np
 from tokenizers import Tokenizer as Backend
 
 from ..errors import RefusedError
-from ..text.chat_template import ChatTemplate
+from ..text.chat_template import checked_template
 from ..text.pre_tokenizers import pre_tokenizer
 from ..text.tokenizer import Tokenizer, byte_level_bpe
 from .gguf_architectures import EXPERT_STACKS, MODULES
@@ -79,7 +79,7 @@ class GGUFCheckpoint:
             stop_ids=self._stop_ids(tokens),
             first_ids=[bos_id] if adds_bos and bos_id is not None else [],
             text_prefix=prefix,
-            chat_template=ChatTemplate(template, special) if template else None,
+            chat_template=checked_template(template, special, str(self.path)) if template else None,
         )
 
     def _stop_ids(self, tokens: Sequence[str]) -> frozenset[int]:

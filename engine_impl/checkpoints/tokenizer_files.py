@@ -13,7 +13,7 @@ from tokenizers import AddedToken
 from tokenizers import Tokenizer as Backend
 
 from ..errors import RefusedError
-from ..text.chat_template import ChatTemplate
+from ..text.chat_template import checked_template
 from ..text.tokenizer import NoTokenizer, Tokenizer
 from .merges import MERGES, VOCABULARY, read_merges
 from .pieces import backend_of, read_pieces
@@ -63,7 +63,7 @@ def read_tokenizer(folder: Path, where: str, vocab_size: int) -> Tokenizer:
         stop_ids=frozenset(ends | _ids(eos_id)),
         first_ids=first_ids,
         text_prefix=prefix,
-        chat_template=None if template is None else ChatTemplate(template, special),
+        chat_template=None if template is None else checked_template(template, special, where),
     )
 
 
