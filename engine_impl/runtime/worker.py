@@ -61,11 +61,13 @@ def packed(kind: str, value: Any, goes_on: bool) -> bytes:
         reply = pickle.dumps((kind, value, goes_on), pickle.HIGHEST_PROTOCOL)
         if kind == "raised":
             pickle.loads(reply)
+            if not isinstance(value, Exception):
+                raise TypeError("a panic")
         return reply
     except MemoryError:
         error = WorkerError("takes too much memory")
     except Exception:
-        error = WorkerError(f"fails ({type(value).__name__}: {value})"[:500])
+        error = WorkerError(f"fails ({type(value).__name__}: {value})"[:500].replace("\n", " "))
     return pickle.dumps(("raised", error, goes_on), pickle.HIGHEST_PROTOCOL)
 
 

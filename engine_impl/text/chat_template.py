@@ -63,16 +63,6 @@ class ChatTemplate:
             pass
 
 
-def checked_template(source: str, special_tokens: Mapping[str, str], where: str) -> ChatTemplate:
-    """Of the model that messages call `where`. Raises RefusedError as `check` does."""
-    template = ChatTemplate(source, special_tokens)
-    try:
-        template.check()
-    except RefusedError as error:
-        raise RefusedError(f"{where}: {error}") from error
-    return template
-
-
 def render(source: str, special_tokens: tuple[tuple[str, str], ...], messages: Messages) -> str:
     """In a worker. Raises RefusedError, and WorkerError for a text that grows too long."""
     limit = MORE_CHARACTERS + FACTOR * sum(len(str(part)) for message in messages for part in message.values())

@@ -95,6 +95,11 @@ class Tokenizer:
             raise RefusedError("this model has no chat template; send raw text instead")
         return self._chat_template.render(messages)
 
+    def check_template(self) -> None:
+        """Raises RefusedError for a chat template that comes to no end with a short conversation."""
+        if self._chat_template is not None:
+            self._chat_template.check()
+
     def stream(self) -> "TextStream":
         """A decoder for one answer."""
         return TextStream(self)

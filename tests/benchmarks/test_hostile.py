@@ -22,14 +22,9 @@ def test_inputs_are_as_large_as_they_are_asked_to_be(name, size):
 
 
 def seen(**more: Any) -> Watched:
-    values: dict[str, Any] = {
-        "health_ms": [1.0],
-        "ttft_ms": [10.0],
-        "chunks": 10,
-        "memory_mib": [100.0],
-        "seconds": 1.0,
-    }
-    return Watched(**(values | {"answers_ms": [5.0]} | more))
+    values: dict[str, Any] = {"health_ms": [1.0], "ttft_ms": [10.0], "chunks": 10, "memory_mib": [100.0]}
+    values |= {"seconds": 1.0, "answers_ms": [5.0], **more}
+    return Watched(**values)
 
 
 @pytest.mark.parametrize(
