@@ -49,4 +49,4 @@ $(VENV)/.test: pyproject.toml | $(VENV)/bin/python
 	for room in $(ROOMS); do ln -sfn ../../$$room .pkg/slipstream/$$room; done
 
 clean:
-	rm -rf $(VENV) .pkg build *.egg-info
+	rm -rf $(VENV) .pkg .pytest_cache build *.egg-info

@@ -81,7 +81,8 @@ def measured(
     mode, before = MODES[name], _live_bytes()
     config = EngineConfig(
         model=options.model, platform=options.platform, tensor_parallel=options.tensor_parallel, dtype="float32",
-        slots=exam.SLOTS, cache_length=exam.WINDOW, quantize_exclude=_excluded(mode, checkpoint),
+        slots=exam.SLOTS, cache_length=exam.WINDOW, cache_tokens=exam.SLOTS * exam.WINDOW,
+        quantize_exclude=_excluded(mode, checkpoint),
         **{"quantize_weights": "none", **mode.options},
     )  # fmt: skip
     engine = build_engine(config, checkpoint)

@@ -16,7 +16,8 @@ from ..engine_impl.errors import RefusedError
 from ..engine_impl.forward import Params
 from ..engine_impl.programs import Chosen, given
 from ..engine_impl.scoring import score
-from ..engine_impl.state import DecodeState
+from ..engine_impl.session import Session
+from ..engine_impl.state import DecodeState, Rows
 
 WINDOW = 512
 """Tokens of one window of the text."""
@@ -54,56 +55,43 @@ class Exam:
     def prefilled(self, engine: Engine, params: Params, tokens: int) -> list[float]:
         """Log-probabilities of about so many of the text's tokens, by prefill."""
         windows = self.window_WT[:: max(1, len(self.window_WT) * WINDOW // max(tokens, WINDOW))]
-        return [logprob for window_T in windows for logprob in score(engine, params, window_T.tolist())]
+        session = Session(engine, params)
+        return [logprob for window_T in windows for logprob in score(session, window_T.tolist())]
 
     def forced(self, engine: Engine, params: Params) -> Iterator[tuple[jax.Array, np.ndarray]]:
-        """The decode step's (logprob_BV f32 on the devices, next_token_B): of each position behind the context all the
+        """The decode step's (logprob_NV f32 on the devices, next_token_N): of each position behind the context all the
         vocabulary's log-probabilities, and the token that the text has there."""
-        window_BT = self._of_slots()
-        step = _forced_step(engine)
-        state = self._prefilled_slots(engine, params, window_BT, CONTEXT)
+        window_NT = self._of_slots()
+        step, session = _forced_step(engine), Session(engine, params)
+        for slot, window_T in enumerate(window_NT):
+            session.start_given(slot, window_T[: CONTEXT + 1].tolist())
         for at in range(CONTEXT + 1, CONTEXT + 1 + FORCED):
-            state, logprob_BV = step(params, state, window_BT[:, at])
-            yield logprob_BV, window_BT[:, at]
+            slot_N = np.array(session.slots, np.int32)
+            session.state, logprob_NV = step(params, session.state, slot_N, session.page_BJ[slot_N], window_NT[:, at])
+            yield logprob_NV, window_NT[:, at]
 
     def continued(self, engine: Engine, params: Params) -> np.ndarray:
-        """Greedy answers to the windows' beginnings, token_BA [SLOTS, ANSWER]."""
-        window_BT = self._of_slots()
-        state = engine.init_decode_state()
-        first_B = []
-        for slot, window_T in enumerate(window_BT):
-            prefix, first = engine.prefill(params, *engine.pad(window_T[:PROMPT].tolist()))
-            state = engine.insert(prefix, state, slot)
-            first_B.append(int(first.token_BW[0, 0]))
-        answers = [np.array(first_B)]
+        """Greedy answers to the windows' beginnings, token_NA [SLOTS, ANSWER]."""
+        session = Session(engine, params)
+        firsts = [session.start(slot, window_T[:PROMPT].tolist()) for slot, window_T in enumerate(self._of_slots())]
+        answers = [np.array([int(np.asarray(first.token_BW)[0, 0]) for first in firsts])]
         for _ in range(ANSWER - 1):
-            state, result = engine.generate(params, state)
-            answers.append(np.asarray(result.token_BW)[:, 0])
+            answers.append(np.asarray(session.step().token_BW)[: len(firsts), 0])
         return np.stack(answers, axis=1)
 
     def _of_slots(self) -> np.ndarray:
         return self.window_WT[np.linspace(0, len(self.window_WT) - 1, SLOTS).astype(int)]
-
-    def _prefilled_slots(self, engine: Engine, params: Params, window_BT: np.ndarray, length: int) -> DecodeState:
-        """Each window's first tokens in its slot, and the one behind them as the next step's."""
-        state = engine.init_decode_state()
-        for slot, window_T in enumerate(window_BT):
-            prefix, _ = engine.prefill(params, *engine.pad(window_T[:length].tolist()))
-            prefix, _ = engine.force(prefix, int(window_T[length]))
-            state = engine.insert(prefix, state, slot)
-        return state
 
 
 def _forced_step(engine: Engine) -> Callable[..., Any]:
     """`Engine.score_step` that tells the log-probability of every token, not of the given one alone."""
     programs = engine.programs
 
-    def step(params: Params, state: DecodeState, page_BJ, next_token_B) -> tuple[DecodeState, jax.Array]:
-        def choose(logits_BV: jax.Array, state: DecodeState, live_B: jax.Array) -> Chosen:
-            logprob_BV = jax.nn.log_softmax(logits_BV.astype(jnp.float32))
-            return Chosen(given(next_token_B, logprob_BV[:, 0]), state.count_BV, logprob_BV)
+    def step(params: Params, state: DecodeState, slot_N, page_NJ, next_token_N) -> tuple[DecodeState, jax.Array]:
+        def choose(logits_NV: jax.Array, rows: Rows, count_BV: jax.Array) -> Chosen:
+            logprob_NV = jax.nn.log_softmax(logits_NV.astype(jnp.float32))
+            return Chosen(given(next_token_N, logprob_NV[:, 0]), count_BV, logprob_NV)
 
-        return programs.step(params, state, page_BJ, choose)
+        return programs.step(params, state, slot_N, page_NJ, choose)
 
-    jitted = jax.jit(step, donate_argnums=1, out_shardings=(programs.state_sharding(), None))
-    return lambda params, state, next_token_B: jitted(params, state, engine.page_BJ, next_token_B)
+    return jax.jit(step, donate_argnums=1, out_shardings=(programs.state_sharding(), None))

@@ -1,7 +1,7 @@
 """How costs grow, and whether they grow as the bytes do.
 
 Four curves: a step's ms against live tokens, one line for each cache length (they should lie on each other: nobody
-reads rows that are not live); against slots; an insert's ms against its bucket; and the host's ms per step against
+reads rows that are not live); against slots; an insert's ms against its tokens; and the host's ms per step against
 slots (host.py). A curve's points take turns, block by block, so that a machine that slows down bends none of them.
 Beside each point is what its bytes would take at the copy bandwidth measured in the same run.
 """
@@ -16,6 +16,7 @@ import numpy as np
 
 from ..engine_impl.engine import Engine
 from ..engine_impl.loading import build_engine
+from ..engine_impl.session import Session
 from .baselines.steppers import EngineStepper
 from .host import HostBench
 from .measure import machine
@@ -91,26 +92,27 @@ class Field:
         return self._steps([(slots, self._engine(slots, length), live) for slots in self._options.slot_counts])
 
     def insert_curve(self) -> Curve:
-        """Insert ms against the prompt's bucket (tokens), into the longest cache: rows are read once, written once."""
+        """Insert ms against the padded piece (tokens), into the longest cache: rows are read once, written once."""
         engine, params, _ = self._loaded
-        state, prefixes = engine.init_decode_state(), {}
-        for bucket in engine.buckets:
-            prefixes[bucket], _ = engine.prefill(params, np.zeros(bucket, np.int32), bucket)
-            state = engine.insert(prefixes[bucket], state, 0)  # compiles
+        session = Session(engine, params)
+        tokens = [length for pieces, length in engine.shapes.prefills if pieces == 1]
+        prefixes = {length: session.prefilled(0, [0] * length) for length in tokens}
+        for prefix in prefixes.values():
+            session.insert(prefix, 0)  # compiles
 
-        def block(bucket: int) -> list[float]:
-            nonlocal state
+        def block(length: int) -> list[float]:
             ms = []
             for _ in range(INSERTS):
-                jax.block_until_ready(state)
+                jax.block_until_ready(session.state)
                 start = time.perf_counter()
-                state = jax.block_until_ready(engine.insert(prefixes[bucket], state, 0))
+                session.insert(prefixes[length], 0)
+                jax.block_until_ready(session.state)
                 ms.append((time.perf_counter() - start) * 1000)
             return ms
 
-        row_bytes = engine.layout.bytes / engine.cache_length / engine.max_concurrent_decodes
-        floors = [2 * row_bytes * bucket / self.bandwidth * 1000 for bucket in engine.buckets]
-        return curve_of(engine.buckets, floors, in_turns([lambda b=b: block(b) for b in engine.buckets], self._options))
+        row_bytes = engine.layout.bytes / engine.pages / engine.page_rows
+        floors = [2 * row_bytes * length / self.bandwidth * 1000 for length in tokens]
+        return curve_of(tokens, floors, in_turns([lambda n=n: block(n) for n in tokens], self._options))
 
     def _engine(self, slots: int, cache_length: int) -> Engine:
         engine, _, checkpoint = self._loaded
@@ -189,7 +191,7 @@ def summary(result: dict[str, Any]) -> str:
     for cache_length, curve in result["live_tokens"].items():
         parts.append(_part(f"cache length {cache_length}", "live tokens", curve, result["live_slopes"][cache_length]))
     parts.append(_part(f"{result['slots_live_tokens']} live tokens per slot", "slots", result["slots"]))
-    parts.append(_part("insert", "bucket", result["insert"], result["insert_slope"]))
+    parts.append(_part("insert", "tokens", result["insert"], result["insert_slope"]))
     parts.append(_part("host, a model of no size", "slots", result["host"]))
     return "\n\n".join(parts)
 
@@ -222,7 +224,7 @@ def draw_curves(path: Path, result: dict[str, Any]) -> None:
         [
             Panel(title="Step against live tokens", x="live tokens per slot", y="ms", series=live),
             Panel(title="Step against slots", x="slots", y="ms", series=of("step", result["slots"])),
-            Panel(title="Insert", x="bucket (tokens)", y="ms", series=of("insert", result["insert"])),
+            Panel(title="Insert", x="tokens", y="ms", series=of("insert", result["insert"])),
             Panel(title="Host", x="slots", y="ms per step", series=of("behind the orchestrator", result["host"])),
         ],
     )

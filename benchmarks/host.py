@@ -35,7 +35,9 @@ class HostBench:
         # A turn admits one request and then steps: the first answer is `slots` tokens long when the last one begins.
         self._tokens = slots + HOST_STEPS + 2
         length = -(-(self._tokens + 2) // 128) * 128
-        config = EngineConfig(slots=slots, cache_length=length, platform=platform, tensor_parallel=1)
+        config = EngineConfig(
+            slots=slots, cache_length=length, cache_tokens=slots * length, platform=platform, tensor_parallel=1
+        )
         checkpoint = Textless(TINY, "tiny")
         self._engine = build_engine(config, checkpoint)
         self._params = self._engine.load_params(checkpoint)

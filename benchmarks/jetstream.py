@@ -91,20 +91,13 @@ def run(options: JetStreamOptions) -> dict[str, Any]:
 
 async def measure(options: JetStreamOptions, sides: dict[str, Side]) -> None:
     """Fills in the sides."""
-    asks = make_requests(
-        options.requests,
-        lambda rng, index: options.prompt_tokens,
-        lambda rng, index: options.output_tokens,
-        ids=IDS,
-        max_length=None,
-        seed=options.seed,
-    )
+    checked, *asks_of_pair = (_asks(options, block) for block in range(1 + options.pairs))
     progress = Progress()
     async with contextlib.AsyncExitStack() as callers:
         made = [JetStreamCaller(side.target, options.timeout_s) for side in sides.values()]
         by_name = {name: await callers.enter_async_context(caller) for name, caller in zip(sides, made, strict=True)}
-        await check_alike(by_name, asks[:CHECKED])
-        for pair in range(options.pairs):
+        await check_alike(by_name, checked[:CHECKED])
+        for pair, asks in enumerate(asks_of_pair):
             for name, caller in by_name.items():
                 records = await closed(caller, asks, options.in_flight, counted(progress, len(asks), f"{name}, {pair}"))
                 if not any(record.status == "completed" for record in records):
@@ -115,6 +108,19 @@ async def measure(options: JetStreamOptions, sides: dict[str, Side]) -> None:
                 progress.show(f"cancel {index}: {name}")
                 sides[name].reuse_ms.append(await reuse_ms(caller, options))
     progress.clear()
+
+
+def _asks(options: JetStreamOptions, block: int) -> list[LoadRequest]:
+    """New prompts in each block: one of the servers caches prefixes."""
+    return make_requests(
+        options.requests,
+        lambda rng, index: options.prompt_tokens,
+        lambda rng, index: options.output_tokens,
+        ids=IDS,
+        max_length=None,
+        seed=options.seed,
+        block=block,
+    )
 
 
 def counted(progress: Progress, total: int, text: str) -> Callable[[Record], None]:

@@ -13,7 +13,7 @@ import numpy as np
 from ..engine_impl.loading import choose_devices, choose_dtype
 from ..engine_impl.weights.sharding import make_mesh
 from ..kernels import Backend, backend_for, cache_flush
-from .baselines.attentions import Attention, Case, attentions
+from .baselines.attentions import AttentionVariant, Case, attentions
 from .measure import machine
 from .measure.stats import percentile
 from .measure.table import Progress, table
@@ -87,7 +87,7 @@ class KernelBench:
             progress.clear()
             yield row
 
-    def _time_attention(self, attention: Attention, case: Case) -> tuple[list[float], np.ndarray]:
+    def _time_attention(self, attention: AttentionVariant, case: Case) -> tuple[list[float], np.ndarray]:
         """(µs of each call, the first layer's output)."""
         arrays, layers = jax.block_until_ready(attention.prepare(case)), self._options.layers
 

@@ -99,12 +99,12 @@ async def _served_speed(serving: Serving, ask: LoadRequest, slots: int, steps: i
 
 async def measure_overload(serving: Serving, options: OverloadOptions, slots: int) -> dict[str, Any]:
     """First as many at once as there are slots, which gives the rate; then `factor` times that rate."""
-    asks = _asks(options, options.requests)
+    asks, more = (_asks(options, options.requests, block) for block in range(2))
     async with GrpcCaller(serving.address, CALL_S) as caller:
         usual = await closed(caller, asks, slots, lambda record: None)
         rate = len(usual) / _seconds(usual)
-        due = arrivals(len(asks), options.factor * rate, burst_size=1, seed=options.seed)
-        over = await opened(caller, asks, due, lambda record: None)
+        due = arrivals(len(more), options.factor * rate, burst_size=1, seed=options.seed)
+        over = await opened(caller, more, due, lambda record: None)
     failed = [record.detail for record in [*usual, *over] if record.status == "failed"]
     if failed:
         raise FailedError(f"{len(failed)} requests failed; the first: {failed[0]}")
@@ -145,9 +145,9 @@ async def measure_reuse(serving: Serving, options: OverloadOptions, slots: int) 
     return {"steps_p50": statistics.median(steps), "steps_max": max(steps)}
 
 
-def _asks(options: OverloadOptions, count: int) -> list[LoadRequest]:
+def _asks(options: OverloadOptions, count: int, block: int = 0) -> list[LoadRequest]:
     prompt, answer = (lengths(f"fixed:{n}", 0) for n in (options.prompt_tokens, options.answer_tokens))
-    return make_requests(count, prompt, answer, ids=options.ids, max_length=None, seed=options.seed)
+    return make_requests(count, prompt, answer, ids=options.ids, max_length=None, seed=options.seed, block=block)
 
 
 def _seconds(records: list[Record]) -> float:

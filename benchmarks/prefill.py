@@ -1,7 +1,7 @@
 """Milliseconds of a prompt until its first token is on the host, beside transformers' in turns.
 
-A point is one choice of prompt length, dtype and quantisation. Every prompt is random tokens, padded to its bucket as
-in the server; what the padding costs is in the time and not in the operations counted.
+A point is one choice of prompt length, dtype and quantisation. Every prompt is random tokens, in chunks of
+which the last is padded, as in the server; what the padding costs is in the time and not in the operations counted.
 """
 
 from collections.abc import Iterator, Sequence
@@ -74,7 +74,7 @@ class PrefillBench:
             | {
                 "dtype": self._engine.layout.dtype.name,
                 "quantize_weights": stored_as(self._engine),
-                "bucket": len(self._engine.pad(prompts[0])[0]),
+                "prefill_chunk": self._engine.prefill_chunk,
                 "compile_seconds": round(max(0.0, first_ms[0] - p50) / 1000, 3),
                 "prefill_ms_p50": round(p50, 4),
                 "prefill_ms_min": round(min(ms), 4),
@@ -134,7 +134,7 @@ def summary(results: Sequence[dict[str, Any]]) -> str:
         + (f"datasheet {peak / 1e9:.0f} GFLOP/s" if peak else "no datasheet peak for this device and type")
     )
     columns = {
-        "prompt_tokens": "tokens", "bucket": "bucket", "dtype": "dtype", "quantize_weights": "weights",
+        "prompt_tokens": "tokens", "prefill_chunk": "chunk", "dtype": "dtype", "quantize_weights": "weights",
         "compile_seconds": "compile s", "prefill_ms_p50": "p50 ms", "prefill_ms_min": "min ms",
         "prefill_ms_max": "max ms", "tokens_per_second": "tokens/s", "flops": "GFLOP", "mfu": "MFU",
         "mfu_datasheet": "of datasheet",

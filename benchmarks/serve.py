@@ -1,29 +1,29 @@
 """A running server under load: latencies, throughput, goodput, refusals.
 
-The first `warm_up` requests of each load run like the rest and are left out of every number.
+The first `warm_up` requests of each load run like the rest and are left out of every number. Every block has prompts of
+its own, so that no server finds them among its cached prefixes, but for the tokens that are shared on purpose.
 
 Two servers take turns (A B A B): each load is run at one while the other is idle, then at the other, several times.
 """
 
 import asyncio
+import itertools
 import sys
 import time
-from contextlib import AsyncExitStack
 from datetime import UTC, datetime
 from typing import Any, NamedTuple
 
 from ..server.errors import FailedError
 from .load.caller import Caller, Record
-from .load.grpc_caller import GrpcCaller
-from .load.http_caller import HttpCaller
 from .load.loops import closed, opened
 from .load.report import Slo, report
+from .load.sides import callers_of
 from .load.workload import OUTPUT, PROMPT, LoadRequest, arrivals, lengths, make_requests
 from .measure.machine import cpu_name, version, warn_if_busy
 from .measure.stats import Ratio
 from .measure.table import Progress, table
-from .options.flags import id_range
-from .options.serve import ServeOptions, Side
+from .options.serve import ServeOptions
+from .options.targets import Side
 
 CLIENT_BUSY = 0.9
 """Beyond this share of a core the client may be what is measured."""
@@ -48,21 +48,16 @@ def run(options: ServeOptions) -> dict[str, Any]:
         from .measure.plot import check_plot
 
         check_plot(options.plot)
-    asks = make_requests(
-        options.warm_up + options.requests,
-        lengths(options.prompt_lengths, PROMPT),
-        lengths(options.output_lengths, OUTPUT),
-        ids=id_range(options.token_ids),
-        max_length=options.max_length,
-        seed=options.seed,
-    )
+    asks = requests_of(options)
     client = {
         "cpu": cpu_name(),
         "load_average": warn_if_busy(),
         "slipstream-llm": version("slipstream-llm"),
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),
     }
-    results = [asyncio.run(run_load(options, asks, load)) for load in options.loads]
+    results = [
+        asyncio.run(run_load(options, of_blocks, load)) for load, of_blocks in zip(options.loads, asks, strict=True)
+    ]
     print(summary(options, results))
     if options.plot is not None:
         from .measure.plot import plot_loads
@@ -71,20 +66,27 @@ def run(options: ServeOptions) -> dict[str, Any]:
     return options.facts() | {"client": client, "loads": results}
 
 
-def caller_of(options: ServeOptions, side: Side) -> Caller:
-    """By the target's scheme: HTTP where it has one, else gRPC. Raises RefusedError for files that cannot be used."""
-    common = {"timeout_s": options.timeout_s, "security": options.channel, "ignore_eos": options.ignore_eos}
-    if "://" in side.target:
-        return HttpCaller(side.target, **common, model=side.model)
-    return GrpcCaller(side.target, **common)
+def requests_of(options: ServeOptions) -> list[list[list[LoadRequest]]]:
+    """By load and block. Raises RefusedError for lengths that cannot be read."""
+    prompt, output = lengths(options.prompt_lengths, PROMPT), lengths(options.output_lengths, OUTPUT)
+    block = itertools.count()
+    return [
+        [
+            make_requests(
+                options.warm_up + options.requests, prompt, output, ids=options.ids, max_length=options.max_length,
+                seed=options.seed, block=next(block), prefix_share=options.prefix_share,
+            )
+            for _ in range(options.blocks)
+        ]
+        for _ in options.loads
+    ]  # fmt: skip
 
 
-async def run_load(options: ServeOptions, asks: list[LoadRequest], load: float) -> dict[str, Any]:
+async def run_load(options: ServeOptions, of_blocks: list[list[LoadRequest]], load: float) -> dict[str, Any]:
     """The first side's numbers, and with a second one its numbers and the ratios, pair by pair."""
     blocks: list[list[Block]] = [[] for _ in options.sides]
-    async with AsyncExitStack() as stack:
-        callers = [await stack.enter_async_context(caller_of(options, side)) for side in options.sides]
-        for _ in range(options.blocks):
+    async with callers_of(options, ignore_eos=options.ignore_eos) as callers:
+        for asks in of_blocks:
             for side, caller, its_blocks in zip(options.sides, callers, blocks, strict=True):
                 its_blocks.append(await run_block(options, side, caller, asks, load))
     slo = Slo(**{f"{name}_ms": limit for name, limit in options.slo_ms.items()})
@@ -154,9 +156,13 @@ def ratios(ours: list[Block], theirs: list[Block]) -> dict[str, Any]:
 def summary(options: ServeOptions, results: list[dict[str, Any]]) -> str:
     """The results as tables; latencies are p50 / p90 / p99."""
     unit = "in flight" if options.pattern == "closed" else "requests/s"
-    headers = [unit, "done", "rejected", "failed", "tokens/s", "goodput/s", "TTFT ms", "TPOT ms", "ITL ms", "e2e ms"]
+    headers = [
+        unit, "done", "rejected", "failed", "cached", "tokens/s", "goodput/s", "TTFT ms", "TPOT ms", "ITL ms", "e2e ms"
+    ]  # fmt: skip
     head = f"{options.target}: {options.pattern}, {options.requests} requests a load, {options.warm_up} more to warm up"
-    head += f", prompts {options.prompt_lengths}, answers {options.output_lengths}; latencies p50 / p90 / p99"
+    shared = f"{options.prefix_share} shared tokens + " if options.prefix_share else ""
+    head += f", prompts {shared}{options.prompt_lengths}, answers {options.output_lengths}"
+    head += "; cached: share of the prompts' tokens; latencies p50 / p90 / p99"
     text = f"{head}\n{table(headers, [_cells(result['load'], result) for result in results])}"
     if options.versus_target is None:
         return text
@@ -174,8 +180,9 @@ def summary(options: ServeOptions, results: list[dict[str, Any]]) -> str:
 
 
 def _cells(load: float, row: dict[str, Any]) -> list[Any]:
+    cached = None if row["cached_tokens"] is None else row["cached_tokens"] / max(row["prompt_tokens"], 1)
     return [
-        load, row["completed"], row["rejected"], row["failed"], row["tokens_per_second"],
+        load, row["completed"], row["rejected"], row["failed"], cached, row["tokens_per_second"],
         row["goodput_requests_per_second"],
         *(_latencies(row[name]) for name in ("ttft_ms", "tpot_ms", "itl_ms", "e2e_ms")),
     ]  # fmt: skip

@@ -1,9 +1,10 @@
 """Thousands of mixed requests over real gRPC: answers read to the end, cancelled, out of time, cut off with their
 connection, and requests that make no sense. Everything is drawn from one seed.
 
-What must hold: every answer is the one that its prompt has when it is alone, or a beginning of it; every call ends
-once, with a status that its kind may have; at the end every slot is free and the queue empty; and memory, threads and
-file descriptors are those after a third of the requests, when all pools and caches are filled.
+What must hold: every answer is the one that its prompt has when it is alone, or a beginning of it, whether the request
+was pre-empted or not; every call ends once, with a status that its kind may have; at the end every slot is free, no
+page is anybody's but the cached prefixes', and the queue is empty; and memory, threads and file descriptors are those
+after a third of the requests, when all pools and caches are filled.
 """
 
 import asyncio
@@ -46,6 +47,8 @@ KINDS: dict[str, tuple[float, set[grpc.StatusCode]]] = {
 }
 QUIET_S = 30.0
 """How long the server may take to be idle after the last call (seconds)."""
+HELD = ("slots_in_use", "queue_depth")
+"""Metrics that are 0 when nobody is on the server; so is the number of live pages."""
 CALL_S = 300.0
 BACKOFF_S = (0.05, 5.0)
 """A caller that was refused waits as long as the server says, within these (seconds), before its next request."""
@@ -93,7 +96,7 @@ async def _measure(serving: Serving, options: SoakOptions) -> dict[str, Any]:
     async with grpc.aio.insecure_channel(serving.address) as channel:
         soak = Soak(serving, options, channel)
         await soak.learn()
-        before, start = _outcomes(serving), time.perf_counter()
+        before, start, pages = _outcomes(serving), time.perf_counter(), page_counts(serving)
         numbers = iter(range(options.requests))
 
         async def work(until: int) -> None:
@@ -114,8 +117,13 @@ async def _measure(serving: Serving, options: SoakOptions) -> dict[str, Any]:
         last = await batch(options.requests)
         progress.clear()
         seconds = time.perf_counter() - start
-        await soak.check_after(before)
+        await soak.check_after(before, sum(pages.values()))
     tally = soak.tally
+    preemptions = int(metric(serving, "preemptions_total"))
+    if preemptions < options.min_preemptions:
+        tally.faults.append(
+            f"{preemptions} requests were pre-empted, not the {options.min_preemptions} asked for; lower --cache-tokens"
+        )
     growth = {name: round(last[name] - first[name], 1) for name in first}
     tally.faults += [f"{name} grew by {growth[name]}" for name in growth if growth[name] > MAX_GROWTH[name]]
     done = sum(tally.ends.values())
@@ -124,6 +132,9 @@ async def _measure(serving: Serving, options: SoakOptions) -> dict[str, Any]:
         "seconds": round(seconds, 2),
         "requests_per_second": round(done / seconds, 1),
         "tokens": tally.tokens,
+        "preemptions": preemptions,
+        "prefix_cached_tokens": int(metric(serving, "prefix_cached_tokens_total")),
+        "pages": page_counts(serving),
         "ends": {kind: {code: n for (k, code), n in sorted(tally.ends.items()) if k == kind} for kind in KINDS},
         "first": first,
         "last": last,
@@ -248,17 +259,21 @@ class Soak:
     async def quiet(self) -> None:
         """Until nothing waits and nothing runs."""
         end = time.perf_counter() + QUIET_S
-        while metric(self._serving, "slots_in_use") or metric(self._serving, "queue_depth"):
+        while any(taken := (*(metric(self._serving, of) for of in HELD), page_counts(self._serving)["live"])):
             if time.perf_counter() > end:
+                slots, places, pages = taken
                 self.tally.faults.append(
-                    f"{metric(self._serving, 'slots_in_use'):.0f} slots and {metric(self._serving, 'queue_depth'):.0f} "
-                    f"places in the queue are still taken {QUIET_S:g} s after the last call"
+                    f"{slots:.0f} slots, {places:.0f} places in the queue and {pages:.0f} pages are still taken "
+                    f"{QUIET_S:g} s after the last call"
                 )
                 return
             await asyncio.sleep(0.02)
 
-    async def check_after(self, before: dict[str, float]) -> None:
-        """The server's own account must fit what was heard, and it must still serve."""
+    async def check_after(self, before: dict[str, float], pages: int) -> None:
+        """The server's own account must fit what was heard and the pool's `pages`, and it must still serve."""
+        now = page_counts(self._serving)
+        if sum(now.values()) != pages:
+            self.tally.faults.append(f"of {pages} pages {now} are left")
         counted = {name: value - before[name] for name, value in _outcomes(self._serving).items()}
         heard: Counter[str] = Counter()
         for (_, code), number in self.tally.ends.items():
@@ -288,6 +303,11 @@ def _outcomes(serving: Serving) -> dict[str, float]:
     return {outcome.value: metric(serving, "requests_total", outcome=outcome.value) for outcome in Outcome}
 
 
+def page_counts(serving: Serving) -> dict[str, int]:
+    """How many pages are free, live and cached now."""
+    return {state: int(metric(serving, "pages", state=state)) for state in ("free", "live", "cached")}
+
+
 def footprint() -> dict[str, float]:
     """Of this process, server and callers together."""
     gc.collect()
@@ -306,7 +326,8 @@ def _summary(result: dict[str, Any]) -> str:
     faults = [f"FAULT: {fault}" for fault in result["faults"][:20]] or ["no faults"]
     return "\n".join(
         [
-            f"{result['requests']} requests in {result['seconds']} s, {result['tokens']} tokens",
+            f"{result['requests']} requests in {result['seconds']} s, {result['tokens']} tokens, "
+            f"{result['preemptions']} pre-empted, {result['prefix_cached_tokens']} tokens from cached prefixes",
             table(["kind", *codes], rows),
             "",
             table(["of the process", "after a third", "at the end", "growth"], held),

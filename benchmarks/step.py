@@ -139,7 +139,9 @@ class PointBench:
         """Attention alone, and the step if it took no longer than its rows at this bandwidth."""
         self._ours.set_length(point.live_tokens)
         attention_ms = float(np.median(self._ours.attention_ms(self._options.steps)))
-        live_bytes = self.engine.layout.bytes * point.live_tokens / self.engine.cache_length
+        live_bytes = (
+            self.engine.layout.bytes / self.engine.pages / self.engine.page_rows * point.slots * point.live_tokens
+        )
         floor_ms = live_bytes / bandwidth * 1000
         best_ms = max(step_ms - attention_ms, 0.0) + floor_ms
         return {

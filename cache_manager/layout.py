@@ -2,13 +2,14 @@
 
 One letter per logical axis, used as suffix of every array's name (after Noam Shazeer's shape suffixes):
 
-    L layers   B decode slots   T prompt tokens in a bucket
+    L layers   B decode slots   T tokens of a piece of a text, padded
+    N pieces of a prefill, or slots of a step; within a layer N query heads
     P pages of the pool   R rows of a page   J pages of a slot, of its longest request
-    N query heads   K kv heads   H head dim   C = 2 H, k and v side by side in one row
+    K kv heads   H head dim   C = 2 H, k and v side by side in one row
     D model dim   F feed-forward dim   V vocabulary;   a digit is a size
 
-The cache is one array of rows in pages, `cache_LPKRC`. A slot's rows are left-aligned over its row of the page table
-`page_BJ`: its token s is row s % R of page page_BJ[b, s // R]. Stored as int8 it has a second leaf beside its codes,
+The cache is one array of rows in pages, `cache_LPKRC`. A text's rows are left-aligned over its row of the page table
+`page_NJ`: its token s is row s % R of page page_NJ[n, s // R]. Stored as int8 it has a second leaf beside its codes,
 the scales `scale_LPK2R`, of each token's k and v. Which page belongs to whom is the host's knowledge (`pages.py`); the
 table is an argument of every program that reads or writes the cache.
 
@@ -16,15 +17,15 @@ table is an argument of every program that reads or writes the cache.
   rows it has is a matter of the chip and of a row's bytes (`tuned_page_rows`). To read several small pages a step costs
   more than one page of their size: with 1 head on v5e 341 bundles for two of 256 rows, 286 for one of 512.
 - Layers stand outside the pages. The other way round, a page of all layers would be one run, which helps who moves
-  pages between memories; attention costs the same (237 and 497 bundles a page of 256 rows, 1 and 4 heads, on v5e).
+  pages between memories; attention costs the same (237 and 497 bundles per page of 256 rows, 1 and 4 heads, on v5e).
 - Heads stand outside the rows, so that a head's rows come as whole tiles.
 - k and v share a row. At head dim 64 a row is then exactly one 128-lane vector: k alone would be padded to twice its
   size or make XLA choose a layout with R minor, which copies the whole cache at every kernel call. At head dim 128 the
   border falls between two vectors and slicing is free. One array also halves the DMAs of a page.
 - The price is paid at the flush: a row is smaller than the tile that memory is written in (8 rows in bf16 and f32, 32
-  in int8), so the flush reads, changes and writes one tile a head and slot. On v5e, 96 slots, 32 layers, bf16, H = 128,
-  by the bytes: 31, 123 and 246 us a step with 1, 4 and 8 heads a chip. With tokens outside the tile, `[..., R, K, C]`,
-  it would be one strided DMA a slot, 24 bundles; but each block of attention would cost 6678 bundles instead of 513
+  in int8), so the flush reads, changes and writes one tile per head and slot. On v5e (96 slots, 32 layers, bf16, H =
+  128), by the bytes: 31, 123 and 246 us with 1, 4 and 8 heads a chip. With tokens outside the tile, `[..., R, K, C]`,
+  it would be one strided DMA per slot, 24 bundles; but each block of attention would cost 6678 bundles instead of 513
   (4 heads) or 4386 instead of 817 (8 heads), and with one bf16 head XLA copies the cache twice.
 - Scales have their tokens last: XLA lays f32 [2, R] out in tiles of (2, 128), without a byte of padding, where a
   token's two would be padded to 128 lanes; and a page's scales are rows that multiply scores and weights as they lie.
@@ -41,7 +42,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.sharding import PartitionSpec
 
 from ..kernels import Backend, is_xla, page_rows
@@ -50,6 +50,10 @@ from .codec import KV, Codec, Plain
 
 CACHE_SPEC = PartitionSpec(None, None, AXIS, None, None)  # [L, P, K, R, C] and [L, P, K, 2, R]
 PREFIX_SPEC = PartitionSpec(None, AXIS, None, None)  # [L, K, T, C] and [L, K, 2, T]
+
+
+MOST_TABLE_ENTRIES = 32768
+"""Of 12 bytes each in 1 MiB of scalar memory, where the page table has to stand too."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,6 +70,8 @@ class CacheLayout:
     """the model's, in which keys and values come and the codec `Plain` keeps them"""
     page_rows: int
     """tokens of a page"""
+    pages: int
+    """P: pages of the pool"""
     codec: Codec = field(default_factory=Plain)
 
     @property
@@ -74,9 +80,10 @@ class CacheLayout:
         return self.pages_for(self.length)
 
     @property
-    def pages(self) -> int:
-        """P: pages of the pool, as many as all slots' longest requests need."""
-        return self.slots * self.pages_per_slot
+    def table_entries(self) -> int:
+        """Most pages that the tables of one step's slots may have together, shared ones counted for each: they are
+        listed in a TPU's scalar memory."""
+        return min(self.slots * self.pages_per_slot, MOST_TABLE_ENTRIES)
 
     @property
     def shape(self) -> tuple[int, int, int, int, int]:
@@ -92,10 +99,6 @@ class CacheLayout:
     def pages_for(self, tokens: int) -> int:
         """Pages that hold so many tokens of one slot."""
         return -(-tokens // self.page_rows)
-
-    def own_pages(self) -> np.ndarray:
-        """page_BJ (i32) that gives every slot the pages of its longest request, in their order."""
-        return np.arange(self.pages, dtype=np.int32).reshape(self.slots, self.pages_per_slot)
 
     def empty(self) -> KV:
         """Zeros."""

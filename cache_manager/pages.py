@@ -11,10 +11,10 @@ import numpy as np
 
 
 class OutOfPagesError(Exception):
-    """Fewer pages are free than were asked for."""
+    """Fewer pages are free, or fewer entries left in the tables, than were asked for."""
 
-    def __init__(self, wanted: int, free: int) -> None:
-        super().__init__(f"{wanted=} pages, but only {free=}; give cached prefixes or another slot's pages back")
+    def __init__(self, wanted: int, free: int, what: str = "pages") -> None:
+        super().__init__(f"{wanted=} {what}, but only {free=}; give cached prefixes or another slot's pages back")
         self.wanted = wanted
         self.free = free
 
@@ -22,8 +22,12 @@ class OutOfPagesError(Exception):
 class Pages:
     """A pool of pages and the tables of the slots that share it. Not safe to use from several threads."""
 
-    def __init__(self, *, pages: int, slots: int, pages_per_slot: int) -> None:
+    def __init__(self, *, pages: int, slots: int, pages_per_slot: int, max_entries: int | None = None) -> None:
+        """`max_entries`: the most pages that all tables may have together, one that several share counted for each;
+        None: no bound."""
+        self.entries_left = slots * pages_per_slot if max_entries is None else max_entries
         self._references_P = np.zeros(pages, np.int32)
+        self._held_P = np.zeros(pages, np.int32)  # how many of them are no table's
         self._free = list(range(pages - 1, -1, -1))  # the next one last
         self._page_BJ = np.zeros((slots, pages_per_slot), np.int32)
         self._count_B = np.zeros(slots, np.int32)
@@ -38,6 +42,27 @@ class Pages:
         """The page table as it is now (i32, a copy); entries behind a slot's pages are 0."""
         return self._page_BJ.copy()
 
+    def rows(self, slots: Sequence[int] | np.ndarray) -> np.ndarray:
+        """The page table's rows of these slots (i32, a copy)."""
+        return self._page_BJ[np.asarray(slots, np.intp)]
+
+    def count(self, slots: Sequence[int] | np.ndarray) -> np.ndarray:
+        """How many pages each of these slots has (i32)."""
+        return self._count_B[np.asarray(slots, np.intp)]
+
+    def census(self) -> dict[str, int]:
+        """Pages that are free, live (in a table), and held alone. May be asked from another thread."""
+        references_P, held_P = self._references_P.copy(), self._held_P.copy()
+        free, live = np.count_nonzero(references_P == 0), np.count_nonzero(references_P > held_P)
+        return {"free": int(free), "live": int(live), "cached": len(references_P) - int(free) - int(live)}
+
+    def free_without(self, slots: Sequence[int]) -> int:
+        """Pages that would be free if these slots' tables were empty and nobody held any. Changes nothing."""
+        references_P = self._references_P - self._held_P
+        for slot in slots:
+            references_P[self._page_BJ[slot, : self._count_B[slot]]] -= 1
+        return int(np.count_nonzero(references_P == 0))
+
     def of_slot(self, slot: int) -> list[int]:
         """A slot's pages, its first tokens' first."""
         return self._page_BJ[slot, : self._count_B[slot]].tolist()
@@ -46,12 +71,16 @@ class Pages:
         """How many tables have a page, and one more if a cached prefix has it; 0: it is free."""
         return int(self._references_P[page])
 
+    def is_held_alone(self, page: int) -> bool:
+        """Whether it is in no table, but not free."""
+        return bool(self._references_P[page] == self._held_P[page] > 0)
+
     def extend(self, slot: int, count: int) -> list[int]:
         """Append so many free pages to a slot's table: the new ones.
 
         Raises OutOfPagesError, and ValueError beyond the table's width; then nothing has changed.
         """
-        self._check_width(slot, count)
+        self._check_room(slot, count)
         if count > len(self._free):
             raise OutOfPagesError(count, len(self._free))
         taken = [self._free.pop() for _ in range(count)]
@@ -61,9 +90,10 @@ class Pages:
     def share(self, slot: int, pages: Sequence[int]) -> None:
         """Append pages that others refer to, too.
 
-        Raises ValueError for a free page and beyond the table's width; then nothing has changed.
+        Raises OutOfPagesError beyond `max_entries`, ValueError for a free page and beyond the table's width; then
+        nothing has changed.
         """
-        self._check_width(slot, len(pages))
+        self._check_room(slot, len(pages))
         self._check_referred(pages)
         self._append(slot, pages)
 
@@ -71,20 +101,21 @@ class Pages:
         """Empty a slot's table; pages that nobody else refers to are free."""
         pages = self.of_slot(slot)
         self._page_BJ[slot], self._count_B[slot] = 0, 0
-        self.drop(pages)
+        self.entries_left += len(pages)
+        self._release(pages)
 
     def hold(self, pages: Sequence[int]) -> None:
         """Refer to pages from outside the tables. Raises ValueError for a free page; then nothing has changed."""
         self._check_referred(pages)
-        np.add.at(self._references_P, np.asarray(pages, np.intp), 1)
+        for counts_P in (self._references_P, self._held_P):
+            np.add.at(counts_P, np.asarray(pages, np.intp), 1)
 
     def drop(self, pages: Sequence[int]) -> None:
-        """Take back one reference to each; the last one's page is free. Raises ValueError for a free page."""
-        self._check_referred(pages)
-        for page in pages:
-            self._references_P[page] -= 1
-            if not self._references_P[page]:
-                self._free.append(page)
+        """Take back what `hold` did; a page's last reference frees it. Raises ValueError for one that is not held."""
+        if loose := [page for page in pages if not self._held_P[page]]:
+            raise ValueError(f"pages {loose} are not held; only held pages can be dropped")
+        np.subtract.at(self._held_P, np.asarray(pages, np.intp), 1)
+        self._release(pages)
 
     def check_integrity(self, held: Iterable[int] = ()) -> None:
         """Raises AssertionError with what is wrong: a page free and referred to, or neither; a count that is not that
@@ -110,13 +141,22 @@ class Pages:
         start = self._count_B[slot]
         self._page_BJ[slot, start : start + len(pages)] = pages
         self._count_B[slot] += len(pages)
+        self.entries_left -= len(pages)
         np.add.at(self._references_P, np.asarray(pages, np.intp), 1)
 
-    def _check_width(self, slot: int, count: int) -> None:
+    def _release(self, pages: Sequence[int]) -> None:
+        for page in pages:
+            self._references_P[page] -= 1
+            if not self._references_P[page]:
+                self._free.append(page)
+
+    def _check_room(self, slot: int, count: int) -> None:
         width = self._page_BJ.shape[1]
         if count < 0 or self._count_B[slot] + count > width:
             raise ValueError(f"{slot=} has {self._count_B[slot]} pages and cannot have {count} more: at most {width}")
+        if count > self.entries_left:
+            raise OutOfPagesError(count, self.entries_left, "entries of the page tables")
 
     def _check_referred(self, pages: Sequence[int]) -> None:
         if free := [page for page in pages if not self._references_P[page]]:
-            raise ValueError(f"pages {free} are free; only pages in use can be shared, held or dropped")
+            raise ValueError(f"pages {free} are free; only pages in use can be shared or held")

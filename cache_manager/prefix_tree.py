@@ -4,17 +4,19 @@ A tree of pages: a node is one full page of tokens behind those of its parent, b
 not be shared (an adapter, a tenant's salt). A node's name is a hash of its parent's name and its own tokens, so it
 stands for the key and for all tokens to the page's end. The tree holds one reference to each of its pages.
 
-Whoever finds a prefix makes its nodes younger, the deepest first, so that no node is younger than its parent: the
+Whoever uses a prefix makes its nodes younger, the deepest first, so that no node is younger than its parent: the
 oldest is always a leaf. Eviction takes unshared pages from the oldest on, so children before their parents.
 """
 
 from collections.abc import Iterator, Sequence
 from hashlib import blake2b
-from itertools import islice
+from itertools import islice, takewhile
 
 import numpy as np
 
 from .pages import Pages
+
+NAME_BYTES = 32
 
 
 class PrefixTree:
@@ -33,45 +35,42 @@ class PrefixTree:
         """The cached pages, the one that was not asked for the longest first."""
         return iter(self._page_of.values())
 
-    def find(self, tokens: Sequence[int], key: str = "") -> list[int]:
-        """The pages of the longest cached prefix of `tokens`, which are the youngest from now on."""
-        found: list[bytes] = []
-        for name in self._names(tokens, key):
-            if name not in self._page_of:
-                break
-            found.append(name)
-        self._refresh(found)
-        return [self._page_of[name] for name in found]
+    def names(self, tokens: Sequence[int] | np.ndarray, key: str = "") -> list[bytes]:
+        """Of the full pages of a text, below a key."""
+        token_T = np.asarray(tokens, np.int32)
+        name, names = blake2b(key.encode(), digest_size=NAME_BYTES).digest(), list[bytes]()
+        for end in range(self._page_rows, len(token_T) + 1, self._page_rows):
+            page_R = token_T[end - self._page_rows : end]
+            name = blake2b(name + page_R.tobytes(), digest_size=NAME_BYTES).digest()
+            names.append(name)
+        return names
 
-    def insert(self, tokens: Sequence[int], pages: Sequence[int], key: str = "") -> None:
-        """Keep the full pages of a text; `pages` are those of the slot that holds it. What is cached already stays.
+    def find(self, names: Sequence[bytes]) -> list[int]:
+        """The pages of the longest cached prefix of a text, given by its pages' names. Changes nothing."""
+        cached = takewhile(lambda page: page is not None, map(self._page_of.get, names))
+        return [page for page in cached if page is not None]
 
-        Raises ValueError when there are fewer pages than the text fills.
+    def refresh(self, names: Sequence[bytes]) -> None:
+        """These cached pages are the youngest from now on."""
+        for name in reversed(names):
+            self._page_of[name] = self._page_of.pop(name)
+
+    def insert(self, names: Sequence[bytes], pages: Sequence[int]) -> None:
+        """Keep a text's full pages; `pages` are those of the slot that holds it. What is cached already stays.
+
+        Raises ValueError when there are fewer pages than names.
         """
-        names = list(self._names(tokens, key))
         if len(names) > len(pages):
-            raise ValueError(f"{len(tokens)} tokens fill {len(names)} pages, got {len(pages)}")
+            raise ValueError(f"the text fills {len(names)} pages, got {len(pages)}")
         for name, page in zip(names, pages, strict=False):
             if name not in self._page_of:
                 self._pages.hold([page])
                 self._page_of[name] = page
-        self._refresh(names)
+        self.refresh(names)
 
     def evict(self, wanted: int) -> int:
         """Free up to `wanted` pages that no slot shares, the one that was not asked for the longest first: how many."""
-        unshared = (name for name, page in self._page_of.items() if self._pages.references(page) == 1)
+        unshared = (name for name, page in self._page_of.items() if self._pages.is_held_alone(page))
         names = list(islice(unshared, max(0, wanted)))
         self._pages.drop([self._page_of.pop(name) for name in names])
         return len(names)
-
-    def _names(self, tokens: Sequence[int], key: str) -> Iterator[bytes]:
-        """Of the full pages of `tokens`."""
-        token_T = np.asarray(tokens, np.int32)
-        name = blake2b(key.encode(), digest_size=32).digest()
-        for end in range(self._page_rows, len(token_T) + 1, self._page_rows):
-            name = blake2b(name + token_T[end - self._page_rows : end].tobytes(), digest_size=32).digest()
-            yield name
-
-    def _refresh(self, names: Sequence[bytes]) -> None:
-        for name in reversed(names):
-            self._page_of[name] = self._page_of.pop(name)

@@ -11,6 +11,7 @@ from ..benchmarks.options.growth import GrowthOptions
 from ..benchmarks.options.hostile import HostileOptions
 from ..benchmarks.options.jetstream import JetStreamOptions
 from ..benchmarks.options.kernel import KernelOptions
+from ..benchmarks.options.mixed import MixedOptions
 from ..benchmarks.options.overload import OverloadOptions
 from ..benchmarks.options.prefill import PrefillOptions
 from ..benchmarks.options.serve import ServeOptions
@@ -21,8 +22,9 @@ from ..benchmarks.options.step import StepOptions
 
 @dataclass(frozen=True, kw_only=True)
 class Bench:
-    """Measure: steps, prefills, kernels, starts, servers, growing costs, quantisation, overload, soak, hostile inputs,
-    JetStream."""
+    """Measure: steps, prefills, kernels, starts, servers, mixed load, growing costs, quantisation, overload, soak,
+    hostile inputs, JetStream.
+    """
 
     what: (
         Annotated[StepOptions, subcommand("step")]
@@ -30,6 +32,7 @@ class Bench:
         | Annotated[KernelOptions, subcommand("kernel")]
         | Annotated[StartOptions, subcommand("start")]
         | Annotated[ServeOptions, subcommand("serve")]
+        | Annotated[MixedOptions, subcommand("mixed")]
         | Annotated[GrowthOptions, subcommand("growth")]
         | Annotated[AccuracyOptions, subcommand("accuracy")]
         | Annotated[OverloadOptions, subcommand("overload")]
@@ -67,6 +70,10 @@ class Bench:
                 from ..benchmarks import serve
 
                 return serve.run(self.what)
+            case MixedOptions():
+                from ..benchmarks import mixed
+
+                return mixed.run(self.what)
             case GrowthOptions():
                 from ..benchmarks import growth
 

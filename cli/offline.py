@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..server.request.answer import Answer
 from ..server.request.options import AnswerOptions
+from ..server.request.prefix_key import prefix_key
 from ..server.request.request import Event, Limits, Request
 from ..server.scheduler.orchestrator import Orchestrator
 
@@ -49,4 +50,9 @@ def answer(
 
 def request(index: int, prompt_ids: Sequence[int], options: AnswerOptions, events: queue.SimpleQueue) -> Request:
     """Its events go to `events` with its index."""
-    return Request(prompt_ids=prompt_ids, deliver=lambda event: events.put((index, event)), **options.fields())
+    return Request(
+        prompt_ids=prompt_ids,
+        deliver=lambda event: events.put((index, event)),
+        prefix_key=prefix_key(options.cache_salt),
+        **options.fields(),
+    )

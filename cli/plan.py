@@ -2,15 +2,17 @@
 
 import json
 import sys
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
 from ..engine_impl.config import EngineConfig
+from ..engine_impl.errors import RefusedError
 
 if TYPE_CHECKING:
+    from ..engine_impl.compiler.headroom import Headroom
     from ..engine_impl.compiler.plan import PlanReport as Report
 
 DOES_NOT_FIT = 1
@@ -31,29 +33,51 @@ class Plan:
     --tensor-parallel uses a part of it."""
     max_slots: bool = False
     """Find the largest number of slots that fits, instead of planning for --slots."""
+    lengths: str | None = None
+    """Tell how many requests of such lengths the cache holds at once, and their tokens/s ceiling: sharegpt,
+    uniform:LOW-HIGH,LOW-HIGH or fixed:PROMPT,ANSWER (prompts, then answers; tokens). sharegpt is log-normal around its
+    published means, 161 and 338, each at most 1024."""
     all_buckets: bool = False
-    """Compile every prefill bucket, not only the largest."""
+    """Compile every program in all its shapes, not only in the largest."""
     dump: Path | None = None
     """Write the optimised HLO of each program there (folder), as <program>.hlo.txt."""
     as_json: Annotated[bool, tyro.conf.arg(name="json")] = False
     """Print one JSON object as the last line of stdout (bytes, ms)."""
 
+    def __post_init__(self) -> None:
+        if self.max_slots and self.lengths is not None:
+            raise RefusedError("--max-slots and --lengths ask for two plans: leave one of them out")
+
     def run(self) -> int:
-        from ..engine_impl.compiler.plan import largest_slots, plan, quantization_of, shape_of
+        from ..engine_impl.compiler.budget import Budget
+        from ..engine_impl.compiler.chips import chip_of
+        from ..engine_impl.compiler.headroom import headroom_of
+        from ..engine_impl.compiler.lengths import length_mix
+        from ..engine_impl.compiler.plan import abstract_engine, largest_slots, plan, quantization_of, shape_of
         from ..engine_impl.models.registry import use_module
 
+        mix = None if self.lengths is None else length_mix(self.lengths)
         use_module(self.engine.model_module)
+        shape, stored = shape_of(self.engine.model), quantization_of(self.engine.model)
+        room = None
+        if mix is not None:
+            engine = abstract_engine(shape, self.topology, self.engine, stored)
+            room = headroom_of(Budget(engine, chip_of(self.topology)), mix)
         compute = largest_slots if self.max_slots else plan
         report = compute(
             self.engine,
-            shape_of(self.engine.model),
+            shape,
             self.topology,
-            stored=quantization_of(self.engine.model),
-            all_buckets=self.all_buckets,
+            stored=stored,
+            all_shapes=self.all_buckets,
             dump=self.dump,
             report=lambda line: print(line, file=sys.stderr, flush=True),
         )
-        print(json.dumps(report.as_json()) if self.as_json else table(report), flush=True)
+        room = room if report.fits else None
+        if self.as_json:
+            print(json.dumps(report.as_json() | {"headroom": room and asdict(room)}), flush=True)
+        else:
+            print("\n".join([table(report), *([] if room is None else ["", *mixed(room)])]), flush=True)
         return 0 if report.fits else DOES_NOT_FIT
 
 
@@ -61,7 +85,7 @@ def table(plan: "Report") -> str:
     """What a person reads."""
     lines = [
         f"{plan.model}, {plan.dtype}, on {plan.chips} x {plan.topology.split(':')[0]} ({plan.topology}): "
-        f"{plan.slots} slots x {plan.cache_length} tokens",
+        f"{plan.slots} slots, requests of up to {plan.cache_length:,} tokens, a cache of {plan.cache_tokens:,}",
         f"HBM a chip: weights {plan.weights_bytes_per_chip / GIB:.2f} + cache {plan.cache_bytes_per_chip / GIB:.2f}, "
         f"at most {plan.resident_bytes_per_chip / GIB:.2f} of {plan.hbm_bytes_per_chip / GIB:.2f} GiB",
         *saving(plan),
@@ -80,7 +104,9 @@ def table(plan: "Report") -> str:
     if plan.misfit is not None:
         return "\n".join([*lines, "", *misfit(plan)])
     ceiling = plan.programs["generate"].tokens_per_second_ceiling
-    return "\n".join([*lines, "", f"It fits. Ceiling of the decode step, all slots full: {ceiling:,.0f} tokens/s"])
+    return "\n".join(
+        [*lines, "", f"It fits. Ceiling of the decode step, all slots live and the cache full: {ceiling:,.0f} tokens/s"]
+    )
 
 
 def saving(plan: "Report") -> list[str]:
@@ -90,7 +116,7 @@ def saving(plan: "Report") -> list[str]:
     gained, chip = plan.saving, plan.topology.split(":")[0]
     return [
         f"{gained.quantized}: {gained.bytes_per_chip / GIB:.2f} GiB a chip less than {plan.dtype}; by arithmetic a "
-        f"{chip} has room for {plan.slots_with_room:,} instead of {gained.slots_unquantized:,} slots of this length"
+        f"{chip} has room for {plan.slots_with_room:,} instead of {gained.slots_unquantized:,} requests of this length"
     ]
 
 
@@ -102,3 +128,16 @@ def misfit(plan: "Report") -> list[str]:
     lines = [f"It does not fit. {why.program}{over}."]
     lines += [f"The compiler: {why.compiler}"] if why.compiler else []
     return [*lines, "What would make room, each alone: " + "; ".join(why.remedies)]
+
+
+def mixed(room: "Headroom") -> list[str]:
+    """How many requests of a mix decode at once, and how fast they can."""
+    bounded = "" if room.running == room.requests else f", of which the slots take {room.running:,}"
+    return [
+        f"Lengths {room.lengths}: prompts of {room.prompt_tokens:,.0f} tokens, answers of {room.answer_tokens:,.0f}, "
+        f"{room.live_tokens:,.0f} in the cache while they decode (means)",
+        f"Pool: {room.pool_tokens:,} tokens in pages of {room.page_rows}. Requests at once: {room.requests:,}{bounded} "
+        f"(in 1 % of moments the pool is short); {room.whole_requests:,} if each kept room for the longest",
+        f"Ceiling: {room.decode_tokens_per_second:,.0f} tokens/s of decoding, {room.step_ms:.2f} ms a step; "
+        f"{room.tokens_per_second_ceiling:,.0f} tokens/s with their prompts' multiplications",
+    ]

@@ -29,11 +29,12 @@ class Score:
 
         from ..engine_impl.loading import load_engine
         from ..engine_impl.scoring import perplexity, score
+        from ..engine_impl.session import Session
 
         engine, params = load_engine(self.engine)
         tokenizer = engine.get_tokenizer()
         token_ids = tokenizer.encode(self.text or "") if given is None else given
-        logprobs = score(engine, params, token_ids, self.through)
+        logprobs = score(Session(engine, params), token_ids, self.through)
         total = perplexity(logprobs)
         if self.as_json:
             print(json.dumps({"token_ids": token_ids, "logprobs": [None, *logprobs], "perplexity": total}), flush=True)

@@ -1,15 +1,17 @@
 """The engine's face: what the server, the benchmarks and JetStream's adapter know of an engine. Protocols and values.
 
-    prefix, result = engine.prefill(params, *engine.pad(prompt_ids), sampling=...)
-    state = engine.insert(prefix, state, slot)
-    state, result = engine.generate(params, state)
-    state = engine.free(state, slot)
+    prefix = engine.prefill(params, state, [Piece(...)])            # a chunk of a text: its rows aside
+    prefix, result = engine.first_tokens(prefix, [Opening(...)])    # for its last chunk: how the text goes on
+    state = engine.insert(prefix, state, [slot], page_NJ)           # stores the rows
+    state, result = engine.generate(params, state, slot_N, page_NJ)
 
-State goes in and comes out; `insert`, `generate` and `free` donate it. Parameters, prefixes and states are handles:
-whoever holds them hands them back unopened. Nothing heavy is imported here.
+State goes in and comes out; `insert` and `generate` donate it, `prefill` reads it. Parameters, prefixes and states are
+handles: whoever holds them hands them back unopened. Whose pages are whose, and which slots are live, is the caller's
+knowledge: a slot that is not named does not take part in a step. Nothing heavy is imported here.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
 import numpy as np
@@ -65,12 +67,39 @@ class StepResult(Protocol):
 
 
 class Prefix(Protocol):
-    """A prompt after prefill, ready for any slot."""
+    """Pieces of texts after prefill."""
 
     @property
-    def prompt_logprob_T(self) -> DeviceArray:
-        """f32, log p(token t | tokens before it); 0 at the first token, at padding, and where nobody asked"""
+    def logprob_NT(self) -> DeviceArray:
+        """f32, log p(the token behind it | the text up to it) of each piece's tokens; 0 for padding, for the last
+        token of a piece without `next_id`, and where nobody asked"""
         ...
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Piece:
+    """Tokens of a text that are computed together."""
+
+    token_T: np.ndarray
+    """i32, at least one, at most the engine's `prefill_chunk`"""
+    start: int
+    """Tokens of the text before them, whose rows the cache has; a multiple of the page's rows."""
+    page_J: np.ndarray
+    """i32, the text's pages, its first tokens' first; read up to `start`"""
+    next_id: int = -1
+    """The token behind them, where it is known and `wants_logprobs` asks for its log-probability too."""
+    wants_logprobs: bool = False
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Opening:
+    """How a text goes on behind its last piece."""
+
+    text: Sequence[int] | np.ndarray
+    """All its tokens: the prompt, and what the answer has already."""
+    prompt_length: int
+    """How many of them are the prompt's."""
+    sampling: SamplingParams
 
 
 class TextStream(Protocol):
@@ -133,13 +162,48 @@ class Engine(Protocol[ParamsT, PrefixT, StateT]):
         ...
 
     @property
+    def cache_length(self) -> int:
+        """Prompt and answer of one request together (tokens)."""
+        ...
+
+    @property
     def max_prefill_length(self) -> int:
         """Longest prompt (tokens)."""
         ...
 
     @property
-    def cache_length(self) -> int:
-        """Prompt and answer of one request together (tokens)."""
+    def prefill_chunk(self) -> int:
+        """Most tokens of one piece; a multiple of `page_rows`, or the whole of the longest prompt."""
+        ...
+
+    @property
+    def prefill_batch(self) -> tuple[int, int]:
+        """(how many pieces go into one prefill, of how many tokens each at most); (1, `prefill_chunk`): only one."""
+        ...
+
+    @property
+    def tokens_per_step(self) -> int:
+        """W: most tokens that a step brings a slot."""
+        ...
+
+    @property
+    def page_rows(self) -> int:
+        """R: tokens of a page."""
+        ...
+
+    @property
+    def pages(self) -> int:
+        """P: pages of the pool."""
+        ...
+
+    @property
+    def pages_per_slot(self) -> int:
+        """J: pages of the longest request, the width of a page table."""
+        ...
+
+    @property
+    def table_entries(self) -> int:
+        """Most pages that the tables of one step's slots may have together, shared ones counted for each."""
         ...
 
     @property
@@ -159,36 +223,34 @@ class Engine(Protocol[ParamsT, PrefixT, StateT]):
         """Compiles every program of serving; slots are empty before and after."""
         ...
 
-    def pad(self, token_ids: Sequence[int]) -> tuple[np.ndarray, int]:
-        """A prompt as `prefill` takes it: (padded_T i32, true length). Raises RefusedError for one that is too long."""
+    def prefill(self, params: ParamsT, decode_state: StateT, pieces: Sequence[Piece]) -> PrefixT:
+        """The pieces' keys and values. The state is read, not donated; several pieces as `prefill_batch` allows."""
         ...
 
-    def prefill(
-        self,
-        params: ParamsT,
-        padded_tokens: np.ndarray,
-        true_length: int,
-        *,
-        sampling: SamplingParams = ...,
-        prompt_logprobs: bool = False,
-    ) -> tuple[PrefixT, StepResult]:
-        """A prompt's keys and values, and its first token."""
+    def first_tokens(self, prefix: PrefixT, openings: Sequence[Opening | None]) -> tuple[PrefixT, StepResult]:
+        """Chooses the token behind each piece; None for one whose text is not complete, of which nothing is told.
+
+        Called again on the prefix that it gave, it chooses anew: another sample of the same prompt.
+        """
         ...
 
-    def resample(self, prefix: PrefixT, sampling: SamplingParams) -> tuple[PrefixT, StepResult]:
-        """Another first token for the same prompt."""
+    def insert(self, prefix: PrefixT, decode_state: StateT, slots: Sequence[int | None], page_NJ: np.ndarray) -> StateT:
+        """Stores the pieces' rows from their `start` on in their texts' pages. A piece with a slot is its text's last:
+        the slot takes over the token and the sampling of `first_tokens`, whatever was there.
+
+        The state is donated, the prefix is not.
+        """
         ...
 
-    def insert(self, prefix: PrefixT, decode_state: StateT, slot: int) -> StateT:
-        """Puts a prefix into a slot, whatever was there. The state is donated, the prefix is not."""
-        ...
+    def generate(
+        self, params: ParamsT, decode_state: StateT, slot_N: np.ndarray, page_NJ: np.ndarray
+    ) -> tuple[StateT, StepResult]:
+        """One decode step of the slots named, in their order; one that is full gets no token. The state is donated.
 
-    def generate(self, params: ParamsT, decode_state: StateT) -> tuple[StateT, StepResult]:
-        """One decode step of every slot that is neither empty nor full. The state is donated."""
-        ...
-
-    def free(self, decode_state: StateT, slot: int) -> StateT:
-        """Empties a slot. The state is donated."""
+        Row n of the result belongs to slot_N[n]; rows behind them have a count of 0. `page_NJ` (i32) must have a page
+        for each row that the step may store: up to `tokens_per_step` behind a slot's length. No slot named: a step that
+        changes nothing.
+        """
         ...
 
 

@@ -1,4 +1,5 @@
-"""`attend` for both ways through the model: decode against the cache, prefill within the prompt.
+"""`attend` for both ways through the model: a step's tokens against the cache, and pieces of texts against the cache
+and themselves.
 
 A model hands over q, k, v of its rows and gets back what they attend to; where keys and values live, and how far back
 a layer sees, is decided here.
@@ -11,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from ..cache_manager import KV, Codec, prompt_rows, rows
-from ..kernels import Backend, attention_steps, is_xla, prefill_attention, ragged_attention
+from ..kernels import Backend, attention_steps, chunk_attention, is_xla, ragged_attention
 
 
 class Attend(NamedTuple):
@@ -35,6 +36,7 @@ def attend_cache(
     length_B: jax.Array,
     page_BJ: jax.Array,
     *,
+    max_pages: int | None = None,
     window_of_layer: Sequence[int | None] = (None,),
     soft_cap: float | None = None,
     mesh: jax.sharding.Mesh,
@@ -44,6 +46,7 @@ def attend_cache(
 
     Args:
         page_BJ: i32, the page table.
+        max_pages: entries of the table that hold live rows at once, at most; see `attention_steps`.
         window_of_layer: how many tokens each layer sees, the new one included; None is all.
         soft_cap: scores become cap * tanh(score / cap).
     """
@@ -51,7 +54,8 @@ def attend_cache(
     reach = page_BJ.shape[1] * R
     windows, kind_of_layer = _kinds(window_of_layer, reach)
     steps = [
-        attention_steps(cache.rows, length_B, page_BJ, window=window, mesh=mesh, backend=backend) for window in windows
+        attention_steps(cache.rows, length_B, page_BJ, window=window, max_pages=max_pages, mesh=mesh, backend=backend)
+        for window in windows
     ]
 
     def attend(layer, kind, q_BNH, k_BKH, v_BKH):
@@ -68,40 +72,41 @@ def attend_cache(
     return Attend(kind_of_layer, attend, stored)
 
 
-def attend_prompt(
-    num_tokens: int,
+def attend_chunk(
+    cache: KV,
+    start_N: jax.Array,
+    page_NJ: jax.Array,
     *,
-    head_dim: int,
     codec: Codec,
     window_of_layer: Sequence[int | None] = (None,),
     soft_cap: float | None = None,
     mesh: jax.sharding.Mesh,
     backend: Backend,
 ) -> Attend:
-    """Rows are one prompt's `num_tokens` tokens, padding included: each attends to itself and those before it.
+    """Rows are N pieces of texts, padding included, one piece behind another: each token attends to its text's first
+    `start` tokens, which the cache has, to those of its piece before it and to itself.
 
-    `head_dim` and `codec` are the cache's; the rest is as for `attend_cache`.
+    Args:
+        start_N: i32, whole pages.
+        page_NJ: i32, the texts' pages.
+        codec: the cache's.
+
+    The rest is as for `attend_cache`.
     """
-    windows, kind_of_layer = _kinds(window_of_layer, num_tokens)
+    R, C = cache.rows.shape[3:]
+    reach = page_NJ.shape[1] * R
+    windows, kind_of_layer = _kinds(window_of_layer, reach)
 
     def attend(layer, kind, q_TNH, k_TKH, v_TKH):
-        padded = _queries(q_TNH, head_dim), _padded(k_TKH, head_dim), _padded(v_TKH, head_dim)
-        of_windows = [
-            lambda *qkv, window=window: prefill_attention(
-                *qkv, window=window, soft_cap=soft_cap, mesh=mesh, backend=backend
-            )
-            for window in windows
-        ]
-        if len(windows) == 1:
-            out_TNH = of_windows[0](*padded)
-        elif isinstance(kind, int):
-            out_TNH = of_windows[kind](*padded)
-        else:
-            out_TNH = jax.lax.switch(kind, of_windows, *padded)  # a window's mask is known when it is compiled
+        out_TNH = chunk_attention(
+            _queries(q_TNH, C // 2), _padded(k_TKH, C // 2), _padded(v_TKH, C // 2), cache.rows, layer, start_N,
+            page_NJ, scale_LPK2R=cache.scales, window=_chosen(windows, kind, reach), soft_cap=soft_cap, mesh=mesh,
+            backend=backend,
+        )  # fmt: skip
         return out_TNH[..., : q_TNH.shape[-1]]
 
     def stored(k_TKH, v_TKH):
-        return prompt_rows(_padded(k_TKH, head_dim), _padded(v_TKH, head_dim), codec)
+        return prompt_rows(_padded(k_TKH, C // 2), _padded(v_TKH, C // 2), codec)
 
     return Attend(kind_of_layer, attend, stored)
 

@@ -5,9 +5,8 @@ from typing import Literal
 
 from .errors import RefusedError
 
-SMALLEST_BUCKET = 16
 TILE = 128
-"""A slot's rows in the cache are a multiple of it (tokens)."""
+"""The cache's rows are a multiple of it (tokens)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,15 +21,22 @@ class EngineConfig:
     """A Python module that registers a model family of your own (package.module), see docs/adding-a-model.md."""
 
     slots: int | None = None
-    """Requests decoded together (slots). Default: 8 on CPUs, else as many as memory holds, at most 256."""
+    """Requests decoded together (slots). Default: 8 on CPUs, else 256, or as many as the step's memory allows."""
 
     cache_length: int | None = None
     """Prompt and answer of one request together (tokens); a multiple of 128. Default: what the model was trained for,
-    at most 1024 on CPUs, else at most what memory holds."""
+    at most 1024 on CPUs."""
+
+    cache_tokens: int | None = None
+    """Tokens of all requests together that the cache holds; a multiple of its pages' rows. Default: on CPUs what all
+    slots can hold, at most a quarter of the free memory; else what weights and programs leave."""
 
     max_prefill_length: int | None = None
-    """Longest prompt (tokens), a power of two. Default: the largest one within the cache length. Where that is left out
-    too, at most 8192 on GPUs, and what memory holds."""
+    """Longest prompt (tokens). Default: the cache length."""
+
+    prefill_chunk: int | None = None
+    """Tokens of a prompt that are computed between two steps (tokens); a multiple of the cache's pages' rows. Default:
+    256 on CPUs, else 512, in whole pages."""
 
     tensor_parallel: int | None = None
     """Devices that share the model (devices). Default: the largest size that devices and head counts allow."""
@@ -72,34 +78,30 @@ class EngineConfig:
             raise RefusedError(
                 f"cache_length={length} must be a multiple of {TILE}; nearest: {max(TILE, round(length / TILE) * TILE)}"
             )
-        if longest is not None and (
-            longest < SMALLEST_BUCKET or longest & (longest - 1) or (length is not None and longest > length)
-        ):
+        if longest is not None and (longest < 1 or (length is not None and longest > length)):
             at_most = "the cache length" if length is None else f"cache_length={length}"
-            raise RefusedError(
-                f"max_prefill_length={longest} must be a power of two from {SMALLEST_BUCKET} to {at_most}"
-            )
+            raise RefusedError(f"max_prefill_length={longest} must be from 1 to {at_most}")
+        for name, tokens in {"cache_tokens": self.cache_tokens, "prefill_chunk": self.prefill_chunk}.items():
+            if tokens is not None:
+                check_whole(name, tokens, TILE, "pages have whole tiles of rows")
         if self.tensor_parallel is not None and self.tensor_parallel < 1:
             raise RefusedError(f"tensor_parallel={self.tensor_parallel} must be at least 1")
 
     @property
-    def chosen(self) -> tuple[int, int]:
-        """(slots, cache length). Raises ValueError where one was left out and `sizes.sized` has not filled it in."""
-        if self.slots is None or self.cache_length is None:
-            raise ValueError(f"{self.slots=} and {self.cache_length=} are not chosen yet; sizes.sized() does it")
-        return self.slots, self.cache_length
+    def chosen(self) -> tuple[int, int, int]:
+        """(slots, cache length, the cache's tokens). Raises ValueError where one was left out and `sizes.sized` has not
+        filled it in."""
+        if self.slots is None or self.cache_length is None or self.cache_tokens is None:
+            raise ValueError(
+                f"{self.slots=}, {self.cache_length=} and {self.cache_tokens=} are not all chosen yet; sizes.sized() "
+                "does it"
+            )
+        return self.slots, self.cache_length, self.cache_tokens
 
-    @property
-    def largest_bucket(self) -> int:
-        """Longest prompt (tokens). Raises ValueError where neither it nor the cache length is known."""
-        if self.max_prefill_length is not None:
-            return self.max_prefill_length
-        if self.cache_length is None:
-            raise ValueError(f"{self.cache_length=} is not chosen yet; sizes.sized() does it")
-        return 1 << (self.cache_length.bit_length() - 1)
 
-    @property
-    def buckets(self) -> tuple[int, ...]:
-        """Padded prompt lengths that prefill is compiled for (tokens): powers of two up to the largest bucket."""
-        first, last = SMALLEST_BUCKET.bit_length() - 1, self.largest_bucket.bit_length() - 1
-        return tuple(1 << power for power in range(first, last + 1))
+def check_whole(name: str, tokens: int, rows: int, why: str) -> None:
+    """Raises RefusedError for tokens that are no multiple of `rows`, with the nearest that are."""
+    if tokens < rows or tokens % rows:
+        below, above = tokens // rows * rows, (tokens // rows + 1) * rows
+        nearest = f"{below} and {above}" if below else f"{above}"
+        raise RefusedError(f"{name}={tokens} must be a multiple of {rows} ({why}); nearest: {nearest}")

@@ -1,43 +1,43 @@
-"""The engine: token ids in, token ids out, in JetStream's verbs. Knows nothing of text, requests or the network.
+"""The engine: token ids in, token ids out. Knows nothing of text, requests or the network. Its face is `api.Engine`.
 
-    prefix, first = engine.prefill(params, *engine.pad(prompt_ids), sampling=...)
-    state = engine.insert(prefix, state, slot)
-    state, result = engine.generate(params, state)      # one token for every live slot
-    state = engine.free(state, slot)
-
-    prefix, other = engine.resample(prefix, sampling)   # several answers to one prompt
+    prefix = engine.prefill(params, state, [Piece(token_T=..., start=0, page_J=pages)])
+    prefix, first = engine.first_tokens(prefix, [Opening(text=..., prompt_length=..., sampling=...)])
+    state = engine.insert(prefix, state, [slot], page_NJ)
+    state, result = engine.generate(params, state, slot_N, page_NJ)      # one token for every slot named
 
 Given texts are scored by the same steps, with tokens that the caller chooses:
 
-    prefix, logprob = engine.force(prefix, token)
-    state, logprob_B = engine.score_step(params, state, token_B)
+    prefix = engine.force(prefix, [token])
+    state, logprob_N = engine.score_step(params, state, slot_N, page_NJ, token_N)
 
-State in, state out, donated. Every program has one shape, so each is compiled once; prefill and insert are compiled
-once per bucket.
+State in, state out, donated. Every program has a few shapes (`shapes.py`), each compiled once. Whoever has no scheduler
+takes a `Session`, which knows the pages and the slots in use.
 """
 
 import copy
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from .. import cache_manager, kernels
+from .. import kernels
+from ..cache_manager import KV
 from . import api, forward
-from .attention import stored_head_dim
+from .api import Opening, Piece
 from .checkpoints.contract import Checkpoint
 from .config import EngineConfig
-from .errors import RefusedError
 from .forward import LayerLoop, Params
+from .layout import chunk_of, layout_of
 from .models.decoder import Decoder
 from .programs import GREEDY, Programs
 from .quantization.swap import quantize
-from .sampling.params import SamplingParams
+from .sampling.penalties import counts_of_text, is_penalised
 from .sampling.slots import SlotSampling
+from .shapes import Shapes
 from .state import DecodeState, Prefix, StepResult
 from .text.tokenizer import Tokenizer
 from .weights.load import load_params
@@ -50,29 +50,16 @@ class Engine:
         self, model: Decoder, mesh: Mesh, config: EngineConfig, dtype: jnp.dtype, tokenizer: Tokenizer, model_name: str
     ) -> None:
         """`model` may be on the meta device; its kv heads must be a multiple of the mesh's size (see `loading`). Its
-        linear modules are swapped here if the config asks for quantised weights."""
+        linear modules are swapped here if the config asks for quantised weights.
+
+        Raises RefusedError for a cache or a chunk that is not whole pages.
+        """
         self.model_name = model_name
         self.mesh = mesh
-        slots, cache_length = config.chosen
-        self.buckets = config.buckets
         platform = mesh.devices.flat[0].platform
         self.layer_loop: LayerLoop = forward.layer_loop_for(platform)
         backend = kernels.backend_for(platform)
-        of_slot: dict[str, Any] = {
-            "kv_heads": model.config.num_kv_heads,
-            "length": cache_length,
-            "head_dim": stored_head_dim(model.config.head_dim, backend),
-            "dtype": dtype,
-            "codec": cache_manager.codec_for(config.quantize_kv),
-        }
-        self.layout = cache_manager.CacheLayout(
-            layers=model.config.num_layers,
-            slots=slots,
-            page_rows=cache_manager.tuned_page_rows(**of_slot, mesh=mesh, backend=backend),
-            **of_slot,
-        )
-        self.page_BJ = self.layout.own_pages()
-        """The page table (i32): every slot has the pages of its longest request for itself."""
+        self.layout = layout_of(config, model.config, mesh, dtype)
         quantize(model, config, dtype, mesh, backend)
         self.model = model
         """The modules, with their linear ones as quantisation left them; they hold no weights."""
@@ -81,14 +68,23 @@ class Engine:
         """The device programs as functions: for whoever calls one within a program of his own."""
         self.jitted = self.programs.jitted()
         """The same, as they are run: for whoever lowers them."""
+        self.max_prefill_length = min(config.max_prefill_length or self.cache_length, self.cache_length)
+        """Longest prompt (tokens)."""
+        self.shapes = Shapes(
+            slots=self.layout.slots,
+            pages_per_slot=self.layout.pages_per_slot,
+            page_rows=self.layout.page_rows,
+            chunk=chunk_of(config, self.layout, self.max_prefill_length, platform),
+            fewest=8 if platform == "tpu" else 1,
+        )
 
     def twin(self, programs: Programs | None = None, layer_loop: LayerLoop | None = None) -> "Engine":
-        """This engine with other programs or another layer loop, to be compared with it; its prefill stays the same
-        program. With another layer loop the parameters have another form: load them anew."""
+        """This engine with other programs or another layer loop, to be compared with it. With another layer loop the
+        parameters have another form: load them anew."""
         twin = copy.copy(self)
         twin.programs = programs or self.programs
         twin.layer_loop = layer_loop or self.layer_loop
-        twin.jitted = twin.programs.jitted()._replace(prefill=self.jitted.prefill)
+        twin.jitted = twin.programs.jitted()
         return twin
 
     @property
@@ -97,14 +93,44 @@ class Engine:
         return self.layout.slots
 
     @property
-    def max_prefill_length(self) -> int:
-        """Longest prompt (tokens)."""
-        return self.buckets[-1]
-
-    @property
     def cache_length(self) -> int:
         """Prompt and answer of one request together (tokens)."""
         return self.programs.cache_length
+
+    @property
+    def prefill_chunk(self) -> int:
+        """Most tokens of one piece; a multiple of `page_rows`."""
+        return self.shapes.chunk
+
+    @property
+    def prefill_batch(self) -> tuple[int, int]:
+        """(how many pieces go into one prefill, of how many tokens each at most)."""
+        return self.shapes.burst
+
+    @property
+    def tokens_per_step(self) -> int:
+        """W."""
+        return 1
+
+    @property
+    def page_rows(self) -> int:
+        """R: tokens of a page."""
+        return self.layout.page_rows
+
+    @property
+    def pages(self) -> int:
+        """P: pages of the pool."""
+        return self.layout.pages
+
+    @property
+    def pages_per_slot(self) -> int:
+        """J: pages of the longest request."""
+        return self.layout.pages_per_slot
+
+    @property
+    def table_entries(self) -> int:
+        """Most pages that the tables of one step's slots may have together."""
+        return self.layout.table_entries
 
     @property
     def vocab_size(self) -> int:
@@ -128,83 +154,116 @@ class Engine:
         """All slots empty."""
         return self.jitted.empty_state()
 
-    def pad(self, token_ids: Sequence[int]) -> tuple[np.ndarray, int]:
-        """A prompt in the smallest bucket that holds it: (padded_T i32, true length).
+    def prefill(self, params: Params, decode_state: DecodeState, pieces: Sequence[Piece]) -> Prefix:
+        """Compute the pieces' keys and values; their texts' earlier tokens are read from the state's cache.
 
-        Raises RefusedError for an empty prompt and for one longer than the largest bucket.
+        Raises ValueError for pieces that no shape holds, see `Shapes.pieces`.
         """
-        length = len(token_ids)
-        if not 0 < length <= self.max_prefill_length:
-            raise RefusedError(f"a prompt of {length} tokens must have from 1 to {self.max_prefill_length}")
-        bucket = next(bucket for bucket in self.buckets if bucket >= length)
-        padded_T = np.zeros(bucket, np.int32)
-        padded_T[:length] = token_ids
-        return padded_T, length
+        return self.prefill_behind(params, decode_state.cache, pieces)
 
-    def prefill(
-        self,
-        params: Params,
-        padded_tokens: np.ndarray,
-        true_length: int,
-        *,
-        sampling: SamplingParams = GREEDY,
-        prompt_logprobs: bool = False,
-    ) -> tuple[Prefix, StepResult]:
-        """Compute a prompt's keys and values and choose its first token: (prefix, that token's result, B = 1).
+    def prefill_behind(self, params: Params, cache: KV, pieces: Sequence[Piece]) -> Prefix:
+        """`prefill` for whoever has the earlier tokens in a cache of his own; compiled for each size of a pool."""
+        return self.jitted.prefill(params, cache, *self.shapes.pieces(pieces))
 
-        `prompt_logprobs` fills the prefix's prompt_logprob_T, at the price of all the prompt's logits.
+    def first_tokens(self, prefix: Prefix, openings: Sequence[Opening | None]) -> tuple[Prefix, StepResult]:
+        """Choose the token behind each piece: (prefix, result); None for one whose text is not complete.
+
+        Raises ValueError for more openings than the prefix may have pieces.
         """
-        return self.jitted.prefill(
-            params, padded_tokens, np.int32(true_length), self._on_device(sampling), np.bool_(prompt_logprobs)
-        )
+        rows = prefix.token_N.shape[0]
+        if len(openings) > rows:
+            raise ValueError(f"{len(openings)} openings for a prefix of {rows}")
+        openings = [*openings, *[None] * (rows - len(openings))]
+        is_complete_N = np.array([opening is not None for opening in openings])
+        token_N, sampling, count_NV, result = self.jitted.first_tokens(
+            prefix.logits_NV, prefix.start_N, prefix.count_N, is_complete_N, self._sampling(openings),
+            self._counts(openings, prefix.count_NV),
+        )  # fmt: skip
+        return replace(prefix, token_N=token_N, sampling=sampling, count_NV=count_NV), result
 
-    def resample(self, prefix: Prefix, sampling: SamplingParams) -> tuple[Prefix, StepResult]:
-        """Another first token for the same prompt: what prefill would give with these parameters, without its work."""
-        token, chosen, result = self.jitted.resample(
-            prefix.logits_V, prefix.count_V, prefix.length, self._on_device(sampling)
-        )
-        return replace(prefix, token=token, sampling=chosen), result
+    def force(self, prefix: Prefix, tokens: Sequence[int]) -> Prefix:
+        """Given tokens behind the pieces instead of chosen ones, one for each."""
+        token_N = np.full(prefix.token_N.shape, -1, np.int32)
+        token_N[: len(tokens)] = tokens
+        return replace(prefix, token_N=jax.device_put(token_N, prefix.token_N.sharding))
 
-    def force(self, prefix: Prefix, token: int) -> tuple[Prefix, jax.Array]:
-        """A given first token instead of a chosen one: (prefix, its log-probability, an f32 scalar)."""
-        forced, logprob = self.jitted.force(prefix.logits_V, np.int32(token))
-        return replace(prefix, token=forced), logprob
+    def insert(
+        self, prefix: Prefix, decode_state: DecodeState, slots: Sequence[int | None], page_NJ: np.ndarray
+    ) -> DecodeState:
+        """Store the pieces' rows in their texts' pages; a text that has a slot is complete and the slot takes it over,
+        whatever was there. The state is donated, the prefix is not."""
+        rows = prefix.token_N.shape[0]
+        slot_N = self.shapes.filled([self.layout.slots if slot is None else slot for slot in slots], rows)
+        return self.jitted.insert(prefix, decode_state, slot_N, self.shapes.table(page_NJ, rows))
 
-    def insert(self, prefix: Prefix, decode_state: DecodeState, slot: int) -> DecodeState:
-        """Put a prefix into a slot; whatever was there is gone. The state is donated, the prefix is not."""
-        return self.jitted.insert(prefix, decode_state, np.int32(slot), self.page_BJ[slot])
+    def generate(
+        self, params: Params, decode_state: DecodeState, slot_N: np.ndarray, page_NJ: np.ndarray
+    ) -> tuple[DecodeState, StepResult]:
+        """One decode step: every slot named that is neither empty nor full gets its next token. The state is donated.
 
-    def generate(self, params: Params, decode_state: DecodeState) -> tuple[DecodeState, StepResult]:
-        """One decode step: every slot that is neither empty nor full gets its next token. The state is donated."""
-        return self.jitted.generate(params, decode_state, self.page_BJ)
+        Row n of the result belongs to slot_N[n]; rows behind them have a count of 0.
+
+        Raises ValueError for more slots than there are.
+        """
+        slot_N = self.shapes.step(slot_N)
+        return self.jitted.generate(params, decode_state, slot_N, self.shapes.table(page_NJ, len(slot_N)))
 
     def score_step(
-        self, params: Params, decode_state: DecodeState, next_token_B: np.ndarray
+        self,
+        params: Params,
+        decode_state: DecodeState,
+        slot_N: np.ndarray,
+        page_NJ: np.ndarray,
+        next_token_N: np.ndarray,
     ) -> tuple[DecodeState, jax.Array]:
-        """`generate` with the tokens given (i32) instead of chosen: (state, logprob_B f32, each given token's).
+        """`generate` with the tokens given (i32) instead of chosen: (state, logprob_N f32, each given token's).
 
         The same pass over the cache, the same flush; sampling parameters play no part. What is told of an empty or
         full slot is without meaning. Compiled when first called; the state is donated.
         """
-        return self.jitted.score_step(params, decode_state, self.page_BJ, np.asarray(next_token_B, np.int32))
-
-    def free(self, decode_state: DecodeState, slot: int) -> DecodeState:
-        """Empty a slot. The state is donated."""
-        return self.jitted.free(decode_state, np.int32(slot))
+        slot_N = self.shapes.step(slot_N)
+        given_N = np.zeros(len(slot_N), np.int32)
+        given_N[: len(next_token_N)] = next_token_N
+        page_NJ = self.shapes.table(page_NJ, len(slot_N))
+        return self.jitted.score_step(params, decode_state, slot_N, page_NJ, given_N)
 
     def warm_up(self, params: Params, decode_state: DecodeState) -> DecodeState:
-        """Compile every program of serving by running it once; slots must be empty and are empty again after."""
-        for bucket in self.buckets:
-            prefix, _ = self.prefill(params, np.zeros(bucket, np.int32), bucket)
-            decode_state = self.insert(prefix, decode_state, 0)
-        self.resample(prefix, GREEDY)
-        decode_state, result = self.generate(params, decode_state)
-        decode_state = self.free(decode_state, 0)
+        """Compile every program of serving by running it once; no slot may be in use, and none is after."""
+        for count, tokens in self.shapes.prefills:
+            pages = np.zeros((count, 0), np.int32)
+            pieces = [Piece(token_T=np.zeros(tokens, np.int32), start=0, page_J=page_J) for page_J in pages]
+            prefix = self.prefill(params, decode_state, pieces)
+            opening = Opening(text=[0], prompt_length=1, sampling=GREEDY)
+            prefix, _ = self.first_tokens(prefix, [opening] * count)
+            decode_state = self.insert(prefix, decode_state, [None] * count, pages)
+        for size in self.shapes.steps:
+            nobody = np.full(size, self.layout.slots, np.int32)
+            decode_state, result = self.generate(params, decode_state, nobody, self.shapes.table([], size))
         result.token_BW.block_until_ready()
         return decode_state
 
-    def _on_device(self, sampling: SamplingParams) -> SlotSampling:
-        return SlotSampling.of(sampling, self.get_tokenizer().stop_ids if sampling.min_tokens else ())
+    def _sampling(self, openings: Sequence[Opening | None]) -> SlotSampling:
+        """[N] each, on the host; `min_tokens` as a position in the text, as a step's tokens have."""
+
+        def of_one(opening: Opening | None) -> SlotSampling:
+            if opening is None:
+                return SlotSampling.of(GREEDY)
+            asked = opening.sampling
+            one = SlotSampling.of(asked, self.get_tokenizer().stop_ids if asked.min_tokens else ())
+            return replace(one, min_tokens=one.min_tokens + np.int32(opening.prompt_length))
+
+        return jax.tree.map(lambda *values: np.stack(values), *map(of_one, openings))
+
+    def _counts(self, openings: Sequence[Opening | None], made_NV: jax.Array) -> jax.Array:
+        """u16 count_NV of the texts, where one of them asks for a penalty; else what is there already, which nobody
+        reads."""
+        if not any(opening is not None and is_penalised(opening.sampling) for opening in openings):
+            return made_NV
+        count_NV = np.zeros(made_NV.shape, np.uint16)
+        for n, opening in enumerate(openings):
+            if opening is not None and is_penalised(opening.sampling):
+                count_NV[n] = counts_of_text(opening.text, opening.prompt_length, self.vocab_size)
+        return jax.device_put(count_NV, made_NV.sharding)
 
 
 if TYPE_CHECKING:

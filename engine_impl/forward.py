@@ -61,21 +61,29 @@ def decode(
 def prefill(
     model: Decoder,
     params: Params,
-    token_T: jax.Array,
-    true_length: jax.Array,
+    token_NT: jax.Array,
+    start_N: jax.Array,
+    count_N: jax.Array,
+    next_NT: jax.Array,
     attend: Attend,
-    wants_logprobs: jax.Array | bool = False,
 ) -> tuple[jax.Array, KV, jax.Array]:
-    """One padded prompt: (logits_V of its last real token, all its tokens' LKTC, their logprob_T or zeros)."""
-    position_T = jnp.arange(token_T.shape[0], dtype=jnp.int32)
-    x_TD, kv = _layers(model, params, token_T, position_T, attend)
-    last_1D = jax.lax.dynamic_slice_in_dim(x_TD, true_length - 1, 1)
-    logprob_T = jax.lax.cond(
-        wants_logprobs,
-        lambda: prompt_logprobs(x_TD, token_T, true_length, lambda x_RD: logits(model, params, x_RD)),
-        lambda: jnp.zeros(token_T.shape, jnp.float32),
+    """Pieces of texts, padded, at the positions from `start` on: (logits_NV of each one's last token, all their rows
+    [L, K, N T, C], logprob_NT).
+
+    `next_NT` is i32: the tokens behind them, whose log-probabilities are told; -1 where nobody asks, which gives 0.
+    """
+    N, T = token_NT.shape
+    position_NT = start_N[:, None] + jnp.arange(T, dtype=jnp.int32)
+    x_RD, kv = _layers(model, params, token_NT.reshape(-1), position_NT.reshape(-1), attend)
+    last_N = jnp.arange(N, dtype=jnp.int32) * T + jnp.maximum(count_N - 1, 0)
+    last_ND = jax.lax.dynamic_slice_in_dim(x_RD, last_N[0], 1) if N == 1 else x_RD[last_N]
+    next_R = next_NT.reshape(-1)
+    logprob_R = jax.lax.cond(
+        (next_R >= 0).any(),
+        lambda: prompt_logprobs(x_RD, next_R, lambda some_RD: logits(model, params, some_RD)),
+        lambda: jnp.zeros(next_R.shape, jnp.float32),
     )
-    return logits(model, params, last_1D)[0], kv, logprob_T
+    return logits(model, params, last_ND), kv, logprob_R.reshape(N, T)
 
 
 def _layers(model: Decoder, params: Params, token_R, position_R, attend: Attend) -> tuple[jax.Array, Any]:

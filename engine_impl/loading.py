@@ -22,7 +22,7 @@ from .models import registry
 from .quantization.swap import resolved
 from .runtime import compilations, timeline
 from .sampling.params import MAX_MODEL_STOP_IDS
-from .sizes import longest_text, memory_of, sized
+from .sizes import free_memory, longest_text, memory_of, sized, with_pages_for_all
 from .weights.sharding import make_mesh
 
 log = logging.getLogger(__name__)
@@ -31,8 +31,11 @@ MEMORY_SHARES = ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION")
 """JAX's variables for how much of a GPU's memory it takes when it starts; to set both is an error."""
 
 
-def load_engine(config: EngineConfig, devices: Sequence[Any] | None = None) -> tuple[Engine, Params]:
+def load_engine(
+    config: EngineConfig, devices: Sequence[Any] | None = None, *, reserves: bool = False
+) -> tuple[Engine, Params]:
     """Build the engine that the config describes and load its weights, on these devices or on all of the platform's.
+    See `build_engine` for `reserves`.
 
     Raises RefusedError for a model that is missing or damaged, a platform without devices, or sizes that the model does
     not allow.
@@ -40,18 +43,24 @@ def load_engine(config: EngineConfig, devices: Sequence[Any] | None = None) -> t
     with timeline.THIS_PROCESS.loading():
         devices = devices or choose_devices(config.platform)  # refused before a download
         checkpoint = _open(config)
-        engine = build_engine(config, checkpoint, devices)
+        engine = build_engine(config, checkpoint, devices, reserves=reserves)
         return engine, engine.load_params(checkpoint)
 
 
 def build_engine(
-    config: EngineConfig, checkpoint: Checkpoint | None = None, devices: Sequence[Any] | None = None
+    config: EngineConfig,
+    checkpoint: Checkpoint | None = None,
+    devices: Sequence[Any] | None = None,
+    *,
+    reserves: bool = False,
 ) -> Engine:
     """The engine that the config describes, with its tokenizer and without weights: `engine.load_params` reads them.
 
     Args:
         checkpoint: where shape and tokenizer come from; default: what `config.model` names.
         devices: default: all of the platform's.
+        reserves: every slot has its longest request's pages for itself: where slots were left out, no more of them than
+            the cache has pages for.
 
     Raises RefusedError as `load_engine` does.
     """
@@ -69,16 +78,26 @@ def build_engine(
     model = registry.build(replace(shape, num_kv_heads=max(shape.num_kv_heads, mesh.size)))
     dtype = choose_dtype(config.dtype, devices[0].platform)
     config = resolved(config, checkpoint.quantization, model, mesh)
-    config = sized(config, model.config, mesh, dtype, memory_of(mesh.devices.flat))
+    asked, config = config, sized(config, model.config, mesh, dtype, memory_of(mesh.devices.flat), free_memory())
+    if reserves and asked.slots is None:
+        config = with_pages_for_all(config)
     model = registry.build(model.config.for_length(longest_text(config, model.config)))
-    log.info("%d slots of %d tokens, prompts of up to %d", *config.chosen, config.largest_bucket)
     tokenizer = checkpoint.tokenizer()
     if tokenizer is not None and len(tokenizer.stop_ids) > MAX_MODEL_STOP_IDS:
         raise RefusedError(
             f"{checkpoint.name} has {len(tokenizer.stop_ids)} stop tokens, more than {MAX_MODEL_STOP_IDS}; "
             "list fewer as eos_token_id in its generation_config.json"
         )
-    return Engine(model, mesh, config, dtype, tokenizer, config.model)
+    engine = Engine(model, mesh, config, dtype, tokenizer, config.model)
+    log.info(
+        "%d slots, requests of up to %d tokens, a cache of %d tokens (%d MiB), prompts in chunks of %d",
+        engine.max_concurrent_decodes,
+        engine.cache_length,
+        engine.pages * engine.page_rows,
+        engine.layout.bytes >> 20,
+        engine.prefill_chunk,
+    )
+    return engine
 
 
 def _open(config: EngineConfig) -> Checkpoint:

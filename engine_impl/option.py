@@ -85,6 +85,21 @@ class Texts:
 
 
 @dataclass(frozen=True)
+class Text:
+    """One text, not empty (characters). A refusal does not repeat it: it may be a secret."""
+
+    longest: int
+
+    @property
+    def text(self) -> str:
+        return f"a text of 1 to {self.longest} characters"
+
+    def check(self, name: str, value: str) -> None:
+        if not 0 < len(value) <= self.longest:
+            raise RefusedError(f"{name}: {len(value)} characters, must be {self.text}")
+
+
+@dataclass(frozen=True)
 class TokenIds:
     """A few token ids. Whether a vocabulary has them is not known here."""
 

@@ -5,7 +5,7 @@ A decode step reads the cache, keeps its new rows aside, chooses tokens, and sto
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import jax
@@ -16,15 +16,15 @@ from .. import cache_manager
 from ..cache_manager import KV, CacheLayout
 from ..kernels import Backend
 from . import forward
-from .attention import Attend, attend_cache, attend_prompt
+from .attention import Attend, attend_cache, attend_chunk
 from .forward import Params
 from .models.decoder import Decoder
 from .sampling.choose import sample
 from .sampling.logprobs import logprob_of, logprobs
 from .sampling.params import SamplingParams
-from .sampling.penalties import count_answer, counts_of_prompt
+from .sampling.penalties import count_answer
 from .sampling.slots import SlotSampling
-from .state import DecodeState, Prefix, StepResult
+from .state import DecodeState, Prefix, Rows, StepResult
 from .weights.sharding import parameter_spec
 
 GREEDY = SamplingParams()
@@ -33,7 +33,7 @@ GREEDY = SamplingParams()
 class Chosen(NamedTuple):
     """What follows from a step's logits."""
 
-    token_B: jax.Array
+    token_N: jax.Array
     """i32, each slot's next token; must depend on the logits, see `Programs.step`"""
     count_BV: jax.Array
     """u16, as in DecodeState"""
@@ -41,16 +41,17 @@ class Chosen(NamedTuple):
     """what the step hands to its caller"""
 
 
-Choose = Callable[[jax.Array, DecodeState, jax.Array], Chosen]
-"""(logits_BV, the state before the step, live_B bool) -> Chosen"""
+Choose = Callable[[jax.Array, Rows, jax.Array], Chosen]
+"""(logits_NV, the step's slots, the state's count_BV before it) -> Chosen"""
 
 
 @dataclass(frozen=True, eq=False)
 class Programs:
     """One model on one mesh. The five methods behind "The cache" decide how rows are stored; a baseline overrides them.
 
-    All programs but prefill, resample and force donate the state. Those that touch the cache take the page table, or a
-    slot's row of it: whose pages are whose is the host's knowledge.
+    A step takes N slots by their numbers; a number that no slot has is nobody's, and nothing is stored for it. All
+    programs that store donate the state. Those that touch the cache take the texts' rows of the page table: whose pages
+    are whose is the host's knowledge.
     """
 
     model: Decoder
@@ -65,65 +66,93 @@ class Programs:
 
     # A decode step
 
-    def step(self, params: Params, state: DecodeState, page_BJ: jax.Array, choose: Choose) -> tuple[DecodeState, Any]:
-        """One token for every live slot, a slot that is neither empty nor full: (state, what `choose` tells)."""
-        live_B = (state.length_B > 0) & (state.length_B < self.cache_length)
-        logits_BV, new = self.decode(params, state, page_BJ, live_B)
-        chosen_B, count_BV, told = choose(logits_BV, state, live_B)
-        token_B = jnp.where(live_B, chosen_B, state.token_B)
+    def step(
+        self, params: Params, state: DecodeState, slot_N: jax.Array, page_NJ: jax.Array, choose: Choose
+    ) -> tuple[DecodeState, Any]:
+        """One token for every live slot of those named: (state, what `choose` tells)."""
+        rows = self.taken(state, slot_N)
+        logits_NV, new = self.decode(params, state.cache, rows, page_NJ)
+        chosen_N, count_BV, told = choose(logits_NV, rows, state.count_BV)
+        token_N = jnp.where(rows.is_live_N, chosen_N, rows.token_N)
         # No token is negative, but XLA does not know: so the flush waits for the last layer's attention too. Nothing
         # else orders the two, and to keep that read safe XLA:CPU would copy the whole cache, every step.
-        cache = self.store(state.cache, new, state.length_B, live_B & (token_B >= 0), page_BJ)
-        return DecodeState(cache, token_B, state.length_B + live_B, state.sampling, count_BV), told
+        cache = self.store(state.cache, new, rows.length_N, rows.is_live_N & (token_N >= 0), page_NJ)
+        token_B = state.token_B.at[slot_N].set(token_N, mode="drop")
+        length_B = state.length_B.at[slot_N].set(rows.length_N + rows.is_live_N, mode="drop")
+        return DecodeState(cache, token_B, length_B, state.sampling, count_BV), told
 
-    def generate(self, params: Params, state: DecodeState, page_BJ: jax.Array) -> tuple[DecodeState, StepResult]:
+    def generate(
+        self, params: Params, state: DecodeState, slot_N: jax.Array, page_NJ: jax.Array
+    ) -> tuple[DecodeState, StepResult]:
         """The step that serves: each slot's token is chosen by its own sampling parameters."""
 
-        def choose(logits_BV: jax.Array, state: DecodeState, live_B: jax.Array) -> Chosen:
-            count_BV = count_answer(state.count_BV, state.token_B, state.sampling)
+        def choose(logits_NV: jax.Array, rows: Rows, count_BV: jax.Array) -> Chosen:
+            count_BV = count_answer(count_BV, slot_N, rows.token_N, rows.sampling.is_penalised, self.mesh)
             # The text so far is `length` cached tokens and this step's own: the chosen token stands behind both.
-            token_B = sample(logits_BV, count_BV, state.sampling, state.length_B + 1)
-            return Chosen(token_B, count_BV, self._result(logits_BV, token_B, live_B, state.sampling))
+            token_N = sample(logits_NV, lambda: count_BV[slot_N], rows.sampling, rows.length_N + 1)
+            return Chosen(token_N, count_BV, self._result(logits_NV, token_N, rows.is_live_N, rows.sampling))
 
-        return self.step(params, state, page_BJ, choose)
+        return self.step(params, state, slot_N, page_NJ, choose)
 
     def score_step(
-        self, params: Params, state: DecodeState, page_BJ: jax.Array, next_token_B: jax.Array
+        self, params: Params, state: DecodeState, slot_N: jax.Array, page_NJ: jax.Array, next_token_N: jax.Array
     ) -> tuple[DecodeState, jax.Array]:
-        """The step with given tokens: (state, logprob_B f32, each given token's)."""
+        """The step with given tokens: (state, logprob_N f32, each given token's)."""
 
-        def choose(logits_BV: jax.Array, state: DecodeState, live_B: jax.Array) -> Chosen:
-            logprob_B = logprob_of(logits_BV, next_token_B)
-            return Chosen(given(next_token_B, logprob_B), state.count_BV, logprob_B)
+        def choose(logits_NV: jax.Array, rows: Rows, count_BV: jax.Array) -> Chosen:
+            logprob_N = logprob_of(logits_NV, next_token_N)
+            return Chosen(given(next_token_N, logprob_N), count_BV, logprob_N)
 
-        return self.step(params, state, page_BJ, choose)
+        return self.step(params, state, slot_N, page_NJ, choose)
 
-    # A prompt
+    def taken(self, state: DecodeState, slot_N: jax.Array) -> Rows:
+        """The small state of the slots named."""
+
+        def of(values_B: jax.Array) -> jax.Array:
+            return values_B.at[slot_N].get(mode="clip")
+
+        length_N = jnp.where(slot_N < self.layout.slots, of(state.length_B), 0)
+        is_live_N = (length_N > 0) & (length_N < self.cache_length)
+
+        def of_live(values_B: jax.Array, otherwise: jax.Array) -> jax.Array:
+            is_live = is_live_N.reshape(-1, *[1] * (values_B.ndim - 1))
+            return jnp.where(is_live, of(values_B), otherwise)
+
+        sampling = jax.tree.map(of_live, state.sampling, SlotSampling.of(GREEDY))
+        return Rows(slot_N, is_live_N, of(state.token_B), length_N, sampling)
+
+    # A text
 
     def prefill(
-        self, params: Params, token_T: jax.Array, length: jax.Array, sampling: SlotSampling, wants_logprobs: jax.Array
-    ) -> tuple[Prefix, StepResult]:
-        """A padded prompt's keys, values and first token. `sampling` is scalars."""
-        attend = attend_prompt(
-            token_T.shape[0], head_dim=self.layout.head_dim, codec=self.layout.codec, **self._attention
-        )
-        logits_V, kv, logprob_T = forward.prefill(self.model, params, token_T, length, attend, wants_logprobs)
-        count_V = counts_of_prompt(token_T, length, self.model.config.vocab_size)
-        token, sampling, result = self.resample(logits_V, count_V, length, sampling)
-        return Prefix(kv, length, token, sampling, logits_V, count_V, logprob_T), result
+        self,
+        params: Params,
+        cache: KV,
+        token_NT: jax.Array,
+        start_N: jax.Array,
+        count_N: jax.Array,
+        next_NT: jax.Array,
+        page_NJ: jax.Array,
+    ) -> Prefix:
+        """Padded pieces' keys and values; see `forward.prefill`. No token is chosen yet."""
+        N = token_NT.shape[0]
+        attend = attend_chunk(cache, start_N, page_NJ, codec=self.layout.codec, **self._attention)
+        logits_NV, kv, logprob_NT = forward.prefill(self.model, params, token_NT, start_N, count_N, next_NT, attend)
+        token_N, count_NV = jnp.full((N,), -1, jnp.int32), jnp.zeros((N, self.model.config.vocab_size), jnp.uint16)
+        return Prefix(kv, start_N, count_N, logits_NV, logprob_NT, token_N, SlotSampling.greedy(N), count_NV)
 
-    def resample(
-        self, logits_V: jax.Array, count_V: jax.Array, length: jax.Array, sampling: SlotSampling
-    ) -> tuple[jax.Array, SlotSampling, StepResult]:
-        """A prompt's first token: (token, the parameters as they go into the prefix, result)."""
-        sampling = replace(sampling, min_tokens=sampling.min_tokens + length)  # a position, as a step's tokens have
-        of_one = jax.tree.map(lambda value: value[None], sampling)
-        token_B = sample(logits_V[None], count_V[None], of_one, length[None])
-        return token_B[0], sampling, self._result(logits_V[None], token_B, jnp.ones((1,), bool), of_one)
-
-    def force(self, logits_V: jax.Array, token: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """A given first token: (token, its log-probability)."""
-        return token, logprob_of(logits_V[None], token[None])[0]
+    def first_tokens(
+        self,
+        logits_NV: jax.Array,
+        start_N: jax.Array,
+        count_N: jax.Array,
+        is_complete_N: jax.Array,
+        sampling: SlotSampling,
+        count_NV: jax.Array,
+    ) -> tuple[jax.Array, SlotSampling, jax.Array, StepResult]:
+        """The token behind each text that is complete: (token_N, sampling and count_NV as they go into the prefix,
+        result)."""
+        token_N = sample(logits_NV, lambda: count_NV, sampling, start_N + count_N)
+        return token_N, sampling, count_NV, self._result(logits_NV, token_N, is_complete_N, sampling)
 
     # Slots
 
@@ -134,22 +163,18 @@ class Programs:
         count_BV = jnp.zeros((slots, self.model.config.vocab_size), jnp.uint16)
         return DecodeState(self.empty_cache(), nothing_B, nothing_B, SlotSampling.greedy(slots), count_BV)
 
-    def insert(self, prefix: Prefix, state: DecodeState, slot: jax.Array, page_J: jax.Array) -> DecodeState:
-        """A prefix into a slot, whose pages are `page_J`."""
-        return DecodeState(
-            self.store_prompt(state.cache, prefix.kv, page_J, prefix.length),
-            state.token_B.at[slot].set(prefix.token),
-            state.length_B.at[slot].set(prefix.length),
-            _with_slot(state.sampling, slot, prefix.sampling),
-            state.count_BV.at[slot].set(prefix.count_V),
-        )
+    def insert(self, prefix: Prefix, state: DecodeState, slot_N: jax.Array, page_NJ: jax.Array) -> DecodeState:
+        """Pieces into their texts' pages; complete texts into their slots too."""
 
-    def free(self, state: DecodeState, slot: jax.Array) -> DecodeState:
-        """An empty slot. Its sampling goes back to greedy, so that it asks nothing of the sampler."""
-        return replace(
-            state,
-            length_B=state.length_B.at[slot].set(0),
-            sampling=_with_slot(state.sampling, slot, SlotSampling.of(GREEDY)),
+        def into(values_B: jax.Array, values_N: jax.Array) -> jax.Array:
+            return values_B.at[slot_N].set(values_N, mode="drop")
+
+        return DecodeState(
+            self.store_texts(state.cache, prefix.kv, page_NJ, prefix.start_N, prefix.count_N),
+            into(state.token_B, prefix.token_N),
+            into(state.length_B, prefix.start_N + prefix.count_N),
+            jax.tree.map(into, state.sampling, prefix.sampling),
+            into(state.count_BV, prefix.count_NV),
         )
 
     # The cache
@@ -162,27 +187,26 @@ class Programs:
         """A sharding for each of the cache's arrays."""
         return self.layout.shardings(self.mesh)[0]
 
-    def decode(
-        self, params: Params, state: DecodeState, page_BJ: jax.Array, live_B: jax.Array
-    ) -> tuple[jax.Array, Any]:
-        """The model on each slot's last token: (logits_BV, new_LBKC, the rows to be stored)."""
-        return forward.decode(self.model, params, state.token_B, state.length_B, self.attend(state, page_BJ))
+    def decode(self, params: Params, cache: KV, rows: Rows, page_NJ: jax.Array) -> tuple[jax.Array, Any]:
+        """The model on each slot's last token: (logits_NV, new_LNKC, the rows to be stored)."""
+        attend = self.attend(cache, rows.length_N, page_NJ)
+        return forward.decode(self.model, params, rows.token_N, rows.length_N, attend)
 
-    def store(self, cache: KV, new: Any, length_B: jax.Array, live_B: jax.Array, page_BJ: jax.Array) -> KV:
-        """The cache with what `decode` left to be stored, in the live slots alone."""
+    def store(self, cache: KV, new: Any, length_N: jax.Array, live_N: jax.Array, page_NJ: jax.Array) -> KV:
+        """The cache with what `decode` left to be stored, of the live slots alone."""
         return cache_manager.flush(
-            cache, new, length_B, live_B, page_BJ, codec=self.layout.codec, mesh=self.mesh, backend=self.backend
+            cache, new, length_N, live_N, page_NJ, codec=self.layout.codec, mesh=self.mesh, backend=self.backend
         )
 
-    def store_prompt(self, cache: KV, kv: KV, page_J: jax.Array, length: jax.Array) -> KV:
-        """The cache with a prefix's rows in a slot's pages."""
-        return cache_manager.insert(cache, kv, page_J, length)
+    def store_texts(self, cache: KV, kv: KV, page_NJ: jax.Array, start_N: jax.Array, count_N: jax.Array) -> KV:
+        """The cache with pieces' rows in their texts' pages."""
+        return cache_manager.insert(cache, kv, page_NJ, start_N, count_N)
 
     # What the programs share
 
-    def attend(self, state: DecodeState, page_BJ: jax.Array) -> Attend:
-        """How the layers of a decode step attend to this state."""
-        return attend_cache(state.cache, state.length_B, page_BJ, **self._attention)
+    def attend(self, cache: KV, length_N: jax.Array, page_NJ: jax.Array) -> Attend:
+        """How the layers of a decode step attend to texts of these lengths."""
+        return attend_cache(cache, length_N, page_NJ, max_pages=self.layout.table_entries, **self._attention)
 
     def state_sharding(self) -> DecodeState:
         """A sharding for each array of a state."""
@@ -191,9 +215,9 @@ class Programs:
 
     def prefix_sharding(self) -> Prefix:
         """A sharding for each array of a prefix: where `insert` takes it."""
-        everywhere, v = self.everywhere, self._at(*self._vocabulary)
+        everywhere, v = self.everywhere, self._at(None, *self._vocabulary)
         kv = self.layout.shardings(self.mesh)[1]
-        return Prefix(kv, everywhere, everywhere, self._sampling, v, v, everywhere)
+        return Prefix(kv, everywhere, everywhere, v, everywhere, everywhere, self._sampling, v)
 
     @property
     def everywhere(self) -> Any:
@@ -204,20 +228,20 @@ class Programs:
         """The programs, ready to be called or lowered; each is compiled when it is first called."""
         state, prefix, everywhere = self.state_sharding(), self.prefix_sharding(), self.everywhere
         return Jitted(
-            prefill=jax.jit(self.prefill, out_shardings=(prefix, everywhere)),
-            resample=jax.jit(self.resample, out_shardings=everywhere),
-            force=jax.jit(self.force, out_shardings=everywhere),
+            prefill=jax.jit(self.prefill, out_shardings=prefix),
+            first_tokens=jax.jit(
+                self.first_tokens, out_shardings=(prefix.token_N, prefix.sampling, prefix.count_NV, everywhere)
+            ),
             empty_state=jax.jit(self.empty_state, out_shardings=state),
             insert=jax.jit(self.insert, donate_argnums=1, out_shardings=state),
             generate=jax.jit(self.generate, donate_argnums=1, out_shardings=(state, everywhere)),
             score_step=jax.jit(self.score_step, donate_argnums=1, out_shardings=(state, everywhere)),
-            free=jax.jit(self.free, donate_argnums=0, out_shardings=state),
         )
 
     def _result(
         self, logits_BV: jax.Array, token_B: jax.Array, live_B: jax.Array, sampling: SlotSampling
     ) -> StepResult:
-        """One token of each live slot."""
+        """One token of each slot, or text, that is live."""
         logprob_B, top_token_BP, top_logprob_BP = logprobs(logits_BV, token_B, sampling.logprobs, self.mesh)
         token_B = jnp.where(live_B, token_B, -1)
         of_one = [values[:, None] for values in (token_B, logprob_B, top_token_BP, top_logprob_BP)]
@@ -250,13 +274,11 @@ class Jitted(NamedTuple):
     """The methods of `Programs` of the same names, as JAX calls, compiles and lowers them."""
 
     prefill: jax.stages.Wrapped
-    resample: jax.stages.Wrapped
-    force: jax.stages.Wrapped
+    first_tokens: jax.stages.Wrapped
     empty_state: jax.stages.Wrapped
     insert: jax.stages.Wrapped
     generate: jax.stages.Wrapped
     score_step: jax.stages.Wrapped
-    free: jax.stages.Wrapped
 
 
 def given(token_B: jax.Array, logprob_B: jax.Array) -> jax.Array:
@@ -265,8 +287,3 @@ def given(token_B: jax.Array, logprob_B: jax.Array) -> jax.Array:
     No log-probability is positive, but XLA does not know: so these tokens wait for the logits as chosen ones do.
     """
     return jnp.where(logprob_B > 0, -1, token_B)
-
-
-def _with_slot(sampling: SlotSampling, slot: jax.Array, one: SlotSampling) -> SlotSampling:
-    """All slots' parameters with one slot's replaced."""
-    return jax.tree.map(lambda values_B, value: values_B.at[slot].set(value), sampling, one)

@@ -6,15 +6,14 @@ from typing import Literal
 
 import numpy as np
 
-from .engine import Engine
 from .errors import RefusedError
-from .forward import Params
+from .session import Session
 
 Through = Literal["prefill", "decode"]
 
 
-def score(engine: Engine, params: Params, token_ids: Sequence[int], through: Through = "prefill") -> list[float]:
-    """log p(token | those before it), natural logarithm, of each token but the first.
+def score(session: Session, token_ids: Sequence[int], through: Through = "prefill") -> list[float]:
+    """log p(token | those before it), natural logarithm, of each token but the first. Takes the session's first slot.
 
     Args:
         through: "prefill" takes all tokens in one pass; "decode" takes them one by one through the cache, as an
@@ -22,6 +21,7 @@ def score(engine: Engine, params: Params, token_ids: Sequence[int], through: Thr
 
     Raises RefusedError for fewer than two tokens, for more than the engine takes, and for ids beyond its vocabulary.
     """
+    engine = session.engine
     longest = engine.max_prefill_length if through == "prefill" else engine.cache_length
     if not 2 <= len(token_ids) <= longest:
         flag = "--max-prefill-length" if through == "prefill" else "--cache-length"
@@ -30,9 +30,9 @@ def score(engine: Engine, params: Params, token_ids: Sequence[int], through: Thr
         if not 0 <= token_id < engine.vocab_size:
             raise RefusedError(f"token id {token_id} must be from 0 to {engine.vocab_size - 1}")
     if through == "decode":
-        return _through_decode(engine, params, token_ids)
-    prefix, _ = engine.prefill(params, *engine.pad(token_ids), prompt_logprobs=True)
-    return np.asarray(prefix.prompt_logprob_T)[1 : len(token_ids)].tolist()
+        return _through_decode(session, token_ids)
+    pieces = [np.asarray(prefix.logprob_NT)[0] for prefix in session.prefill(0, token_ids, next_id=-1)]
+    return np.concatenate(pieces)[: len(token_ids) - 1].tolist()
 
 
 def perplexity(logprobs: Sequence[float]) -> float:
@@ -40,13 +40,10 @@ def perplexity(logprobs: Sequence[float]) -> float:
     return math.exp(-math.fsum(logprobs) / len(logprobs))
 
 
-def _through_decode(engine: Engine, params: Params, token_ids: Sequence[int]) -> list[float]:
+def _through_decode(session: Session, token_ids: Sequence[int]) -> list[float]:
     first, second, *rest = token_ids
-    prefix, _ = engine.prefill(params, *engine.pad([first]))
-    prefix, logprob = engine.force(prefix, second)
-    state = engine.insert(prefix, engine.init_decode_state(), 0)
-    logprobs = [logprob]
-    for token_id in rest:
-        state, logprob_B = engine.score_step(params, state, np.full(engine.max_concurrent_decodes, token_id))
-        logprobs.append(logprob_B[0])
+    (prefix,) = session.prefill(0, [first], next_id=second)
+    session.insert(session.engine.force(prefix, [second]), 0)
+    logprobs = [prefix.logprob_NT[0, 0], *(session.score([token_id])[0] for token_id in rest)]
+    session.stop(0)
     return [float(logprob) for logprob in logprobs]

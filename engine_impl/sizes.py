@@ -1,7 +1,8 @@
-"""How many slots of which length, where nobody said: what the model was trained for, at most what memory holds.
+"""How many slots, how long a request and how large a cache, where nobody said: what the model was trained for, and what
+memory holds.
 
-All is arithmetic on abstract shapes and takes milliseconds. `slipstream plan --max-slots` asks the compiler instead,
-which is exact and takes minutes.
+All is arithmetic on abstract shapes and takes milliseconds. `slipstream plan` asks the compiler instead, which is exact
+and takes minutes.
 """
 
 import math
@@ -16,9 +17,9 @@ from jax.sharding import Mesh
 from ..cache_manager import CacheLayout, codec_for
 from ..kernels import backend_for, is_xla
 from .attention import stored_head_dim
-from .config import SMALLEST_BUCKET, TILE, EngineConfig
-from .errors import RefusedError
+from .config import TILE, EngineConfig
 from .forward import layer_loop_for
+from .layout import CHUNK, page_rows_of
 from .models import registry
 from .models.decoder import ModelConfig
 from .models.parts import ExpertLinear, Linear
@@ -26,19 +27,17 @@ from .quantization.swap import quantize
 from .weights import load as weights
 
 SLOTS = 8
-"""Where memory is not asked, and what a length that memory bounds leaves room for (slots)."""
+"""Where memory is not asked, as on CPUs: more would not be faster."""
 MOST_SLOTS = 256
 LENGTH = 1024
-"""The longest cache where memory is not asked (tokens)."""
-LONGEST_XLA_PROMPT = 8192
-"""XLA's prefill attention is unrolled over chunks of queries: beyond it a program takes minutes to compile (tokens)."""
-ROUND = 1024
-"""Longer caches are multiples of the largest block that decode attention reads (tokens)."""
+"""The longest request where memory is not asked (tokens)."""
+FREE_SHARE = 0.25
+"""The most that the cache takes of a host's free memory, on CPUs."""
 
 SPARE = 0.05
 """Share of the memory for code, collectives and what does not fit without gaps."""
-PROMPT_SHARE = 0.25
-"""The most that the longest prompt's prefill takes of what the weights leave."""
+STEP_SHARE = 0.25
+"""The most that a step's slots take of what the weights leave."""
 STREAM_COPIES = 6
 """Rows of the model's width that a prefill holds at once, residual stream and norms in float32 included."""
 LAYER_COPIES = 2
@@ -50,59 +49,51 @@ LOGITS_BYTES = 26
 float32 rows while a slot asks for cuts and noise."""
 
 
-def sized(config: EngineConfig, shape: ModelConfig, mesh: Mesh, dtype: jnp.dtype, memory: int | None) -> EngineConfig:
-    """The config with slots, cache length and longest prompt filled in where they were left out.
+def sized(
+    config: EngineConfig,
+    shape: ModelConfig,
+    mesh: Mesh,
+    dtype: jnp.dtype,
+    memory: int | None,
+    free: int | None = None,
+) -> EngineConfig:
+    """The config with slots, cache length and cache tokens filled in where they were left out.
 
-    The cache length is what the model was trained for (its rows are rounded up to whole tiles), at most what memory
-    holds for the slots asked for, or for SLOTS. Slots are as many as then fit, at most MOST_SLOTS. Where memory is not
-    asked: SLOTS, and at most LENGTH. Where nothing fits: one slot of that length, and whoever allocates it is told.
+    The cache length is what the model was trained for, in whole tiles of rows: it costs nothing by itself. Slots are
+    MOST_SLOTS, or as many as a step has memory for; the cache has what weights and programs then leave. Where memory is
+    not asked: SLOTS, at most LENGTH, and a cache that all slots can fill, of at most FREE_SHARE of the host's free
+    memory. The cache has one page at least, and whoever allocates it is told.
 
     Args:
         shape: kv heads as the mesh has them.
         memory: what a program may use on each device (bytes); None: not asked, as on CPUs.
-
-    Raises RefusedError for a model with fewer positions than the shortest prompt's bucket.
+        free: the host's free memory (bytes), of account on CPUs; None: unknown.
     """
     context = shape.context_length
-    if context < SMALLEST_BUCKET:
-        raise RefusedError(
-            f"the model was trained for {context} positions, and the shortest prompt that is compiled has "
-            f"{SMALLEST_BUCKET}; use a model with at least as many"
-        )
-    if config.slots is not None and config.cache_length is not None:
+    length = config.cache_length or tiles(context if memory is not None else min(LENGTH, context))
+    config = replace(config, cache_length=length)
+    if config.slots is not None and config.cache_tokens is not None:
         return config
-    if memory is None:
-        return _filled(config, SLOTS, min(LENGTH, context), context)
     demand = Demand(config, shape, mesh, dtype)
-    left = int(memory * (1 - SPARE)) - demand.weights_bytes
-    prompt = _prompt(config, demand, context, left)
-    room = left - demand.prefill_bytes(prompt)
-    fitting = _rounded(room // (config.slots or SLOTS) // demand.row_bytes)
-    length = config.cache_length or min(context, fitting if fitting >= TILE else LENGTH)
-    slots = room // demand.slot_bytes(tiles(length))
-    return _filled(config, min(max(1, slots), MOST_SLOTS), length, min(context, prompt))
+    if memory is None:
+        slots = config.slots or SLOTS
+        tokens = slots * length
+        if free is not None:
+            tokens = min(tokens, int(free * FREE_SHARE) // (demand.row_bytes * mesh.size))  # they share one memory
+    else:
+        left = int(memory * (1 - SPARE)) - demand.weights_bytes
+        slots = config.slots or min(max(1, int(left * STEP_SHARE) // demand.slot_bytes), MOST_SLOTS)
+        chunk = min(config.prefill_chunk or CHUNK, length)
+        tokens = (left - demand.prefill_bytes(chunk) - slots * demand.slot_bytes) // demand.row_bytes
+    rows = page_rows_of(config, shape, mesh, dtype, length)
+    tokens = config.cache_tokens or max(1, tokens // rows) * rows
+    return replace(config, slots=slots, cache_tokens=tokens)
 
 
-def _filled(config: EngineConfig, slots: int, length: int, longest_prompt: int) -> EngineConfig:
-    prompt = config.max_prefill_length
-    if prompt is None and config.cache_length is None:
-        prompt = power_of_two(min(length, longest_prompt))
-    return replace(
-        config,
-        slots=config.slots or slots,
-        cache_length=config.cache_length or tiles(length),
-        max_prefill_length=prompt,
-    )
-
-
-def _prompt(config: EngineConfig, demand: "Demand", context: int, left: int) -> int:
-    """The bucket to leave room for."""
-    if config.max_prefill_length is not None or config.cache_length is not None:
-        return config.largest_bucket
-    bucket = power_of_two(min(context, LONGEST_XLA_PROMPT) if demand.is_xla else context)
-    while bucket > SMALLEST_BUCKET and demand.prefill_bytes(bucket) > left * PROMPT_SHARE:
-        bucket //= 2
-    return bucket
+def with_pages_for_all(config: EngineConfig) -> EngineConfig:
+    """A config with no more slots than the cache has tokens for, each with its longest request's; at least one."""
+    slots, length, tokens = config.chosen
+    return replace(config, slots=min(slots, max(1, tokens // length)))
 
 
 class Demand:
@@ -119,7 +110,7 @@ class Demand:
         width = next(parameter.shape[1] for parameter in model.embed_tokens.parameters())
         quantize(model, config, dtype, mesh, backend)
         tile = CacheLayout(
-            layers=shape.num_layers, slots=1, kv_heads=shape.num_kv_heads, length=TILE, page_rows=TILE,
+            layers=shape.num_layers, slots=1, pages=1, kv_heads=shape.num_kv_heads, length=TILE, page_rows=TILE,
             head_dim=stored_head_dim(shape.head_dim, backend), dtype=dtype, codec=codec_for(config.quantize_kv),
         )  # fmt: skip
         self.is_xla = is_xla(backend)
@@ -132,14 +123,15 @@ class Demand:
         self._score_bytes = SCORE_COPIES * SCORE_CHUNK * 4 * shape.num_heads // mesh.size
         self._vocab_bytes = LOGITS_BYTES * shape.vocab_size // mesh.size
 
-    def prefill_bytes(self, bucket: int) -> int:
-        """A prefill's temporaries, its prefix and the one before it."""
+    def prefill_bytes(self, chunk: int) -> int:
+        """A prefill's temporaries, its rows and those of the one before it."""
         scores = self._score_bytes if self.is_xla else 0
-        return bucket * (self._token_bytes + scores + 2 * self.row_bytes)
+        return chunk * (self._token_bytes + scores + 2 * self.row_bytes)
 
-    def slot_bytes(self, length: int) -> int:
-        """A slot of so many rows, and its part of a step."""
-        return length * self.row_bytes + self._vocab_bytes
+    @property
+    def slot_bytes(self) -> int:
+        """A slot's part of the state and of a step."""
+        return self._vocab_bytes
 
 
 def device_bytes(arrays: Iterable[Any]) -> int:
@@ -157,22 +149,21 @@ def memory_of(devices: Iterable[Any]) -> int | None:
     return min((limit for limit in limits if limit), default=None) if all(limits) else None
 
 
+def free_memory() -> int | None:
+    """What the host's programs may take without anything being swapped out (bytes); None where it does not tell."""
+    try:
+        with open("/proc/meminfo") as lines:
+            told = dict(line.split(":") for line in lines)
+        return int(told["MemAvailable"].split()[0]) * 1024
+    except (OSError, KeyError):
+        return None
+
+
 def longest_text(config: EngineConfig, shape: ModelConfig) -> int:
     """Prompt and answer of one request together (tokens): the cache's rows, at most the model's positions."""
-    _, rows = config.chosen
-    return min(rows, shape.context_length)
+    return min(config.chosen[1], shape.context_length)
 
 
 def tiles(length: int) -> int:
     """Rounded up to the cache's whole tiles of rows."""
     return -(-length // TILE) * TILE
-
-
-def power_of_two(length: int) -> int:
-    """The largest within it."""
-    return 1 << (length.bit_length() - 1)
-
-
-def _rounded(length: int) -> int:
-    """Down."""
-    return length // ROUND * ROUND if length >= ROUND else length // TILE * TILE

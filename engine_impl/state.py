@@ -11,22 +11,24 @@ from .sampling.slots import SlotSampling
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Prefix:
-    """A prompt after prefill, ready for any slot."""
+    """Pieces of N texts after prefill, of T tokens each, padding included."""
 
     kv: KV
-    """[L, K, T, C], as the cache stores it; rows past `length` are padding"""
-    length: jax.Array
-    """i32 scalar, tokens of the prompt"""
-    token: jax.Array
-    """i32 scalar, the first token of the answer, not in kv"""
+    """[L, K, N * T, C], as the cache stores it, one piece behind another; rows past a piece's `count` are padding"""
+    start_N: jax.Array
+    """i32, tokens of the text before the piece"""
+    count_N: jax.Array
+    """i32, tokens of the piece; 0 = there is none"""
+    logits_NV: jax.Array
+    """the model's dtype, behind each piece's last token"""
+    logprob_NT: jax.Array
+    """f32, log p(the token behind it | the text up to it) of each token; 0 where nobody asked"""
+    token_N: jax.Array
+    """i32, the token chosen behind each piece, not in kv; -1 before `first_tokens`"""
     sampling: SlotSampling
-    """scalars"""
-    logits_V: jax.Array
-    """the model's dtype, what `token` was chosen from"""
-    count_V: jax.Array
-    """u16, what the prompt has, see penalties.py"""
-    prompt_logprob_T: jax.Array
-    """f32, log p(token t | tokens before it); 0 at the first token, at padding, and where nobody asked"""
+    """[N] each, what it was chosen by"""
+    count_NV: jax.Array
+    """u16, what the texts have, see penalties.py; made for texts with a penalty"""
 
 
 @jax.tree_util.register_dataclass
@@ -37,9 +39,9 @@ class DecodeState:
     cache: KV
     """k and v of all layers in pages, [L, P, K, R, C], see cache_manager/layout.py"""
     token_B: jax.Array
-    """i32, last sampled token, not yet in the cache"""
+    """i32, last chosen token, not yet in the cache"""
     length_B: jax.Array
-    """i32, tokens in the cache; 0 = empty slot, the cache length = full slot"""
+    """i32, tokens in the cache; the cache length = full slot"""
     sampling: SlotSampling
     """[B] each"""
     count_BV: jax.Array
@@ -48,13 +50,30 @@ class DecodeState:
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
+class Rows:
+    """The slots of one step, taken out of the state."""
+
+    slot_N: jax.Array
+    """i32, which; the number of slots = none"""
+    is_live_N: jax.Array
+    """bool, it gets a token: it is a slot, neither empty nor full"""
+    token_N: jax.Array
+    """i32, as in DecodeState"""
+    length_N: jax.Array
+    """i32, as in DecodeState; 0 where there is no slot"""
+    sampling: SlotSampling
+    """[N] each; greedy where no token is chosen, so that it asks nothing of the sampler"""
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
 class StepResult:
-    """What a decode step tells the host: up to W tokens per slot; W is 1. A prefill's result has one slot."""
+    """What a step tells the host: up to W tokens of each slot named; W is 1. A prefill's has a row for each piece."""
 
     token_BW: jax.Array
     """i32, the slot's tokens in order; -1 from `count` on"""
     count_B: jax.Array
-    """i32, how many of them are valid; 0 for a slot that is empty or full"""
+    """i32, how many of them are valid; 0 for no slot and for one that is empty or full"""
     logprob_BW: jax.Array
     """f32, each token's log-probability under the model itself; valid where the slot's sampling asks for it"""
     top_token_BWP: jax.Array

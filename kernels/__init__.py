@@ -8,6 +8,7 @@ there is no TPU; `pallas_tpu.py` is the TPU kernel. The axes' letters are explai
 from .backend import AXIS, Backend, backend_for, is_xla
 from .blockwise_matmul import Blockwise, Split, blockwise_matmul
 from .cache_flush import cache_flush
+from .chunk_attention import chunk_attention
 from .prefill_attention import prefill_attention
 from .ragged_attention import attention_steps, page_rows, ragged_attention
 
@@ -20,6 +21,7 @@ __all__ = [
     "backend_for",
     "blockwise_matmul",
     "cache_flush",
+    "chunk_attention",
     "is_xla",
     "page_rows",
     "prefill_attention",

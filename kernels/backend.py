@@ -44,12 +44,12 @@ def check_shape(name: str, array: jax.Array, shape: tuple[int, ...], axes: str) 
         raise ValueError(f"{name} must be [{', '.join(axes)}] = {shape}, got {array.shape}")
 
 
-def check_pages(page_BJ: jax.Array, *, slots: int, rows: int) -> None:
-    """Raises ValueError unless `page_BJ` has a row of pages for every slot, and a page whole tiles of rows."""
-    if page_BJ.ndim != 2 or page_BJ.shape[0] != slots or not page_BJ.shape[1]:
-        raise ValueError(f"page_BJ must be [B, J] = ({slots}, pages of a slot), got {page_BJ.shape}")
-    if not jnp.issubdtype(page_BJ.dtype, jnp.integer):
-        raise ValueError(f"page_BJ must have integers, got {page_BJ.dtype}")
+def check_pages(name: str, table: jax.Array, *, texts: int, rows: int) -> None:
+    """Raises ValueError unless `table` has a row of pages for every text, and a page whole tiles of rows."""
+    if table.ndim != 2 or table.shape[0] != texts or not table.shape[1]:
+        raise ValueError(f"{name} must be [{', '.join(name[-2:])}] = ({texts}, pages of a text), got {table.shape}")
+    if not jnp.issubdtype(table.dtype, jnp.integer):
+        raise ValueError(f"{name} must have integers, got {table.dtype}")
     if rows % 128:
         raise ValueError(f"a page of {rows=} must have a multiple of 128; nearest above: {-(-rows // 128) * 128}")
 

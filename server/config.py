@@ -50,6 +50,10 @@ class SecurityConfig:
     """Web pages that may use the HTTP port from a browser (SCHEME://HOST[:PORT], several with blanks between). Default:
     those of the server's own address."""
 
+    isolate_prefixes: bool = True
+    """Callers with different tokens share no cached prefixes, so that timing tells no tenant what another asked.
+    --no-isolate-prefixes lets all tokens share them. Without --auth-token-file everybody does."""
+
     def __post_init__(self) -> None:
         for origin in self.allow_origin:
             if not re.fullmatch(r"[a-z][a-z0-9+.-]*://[^/\s]+", origin, re.IGNORECASE):
@@ -112,6 +116,10 @@ class ServerConfig:
 
     max_queued_tokens: int | None = None
     """Prompt tokens of all requests that wait (tokens); beyond it RESOURCE_EXHAUSTED. Default: no limit."""
+
+    prefix_cache: bool = True
+    """A prompt is computed from where its longest cached prefix ends. --no-prefix-cache computes it as a whole: to
+    measure without."""
 
     grace_s: Annotated[float, flag("grace")] = 30.0
     """Time that running requests get to finish after the first SIGTERM or Ctrl-C (seconds). A second one ends it."""

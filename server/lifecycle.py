@@ -74,7 +74,8 @@ class Serving:
         if config.watch.profile is not None:
             self.profile = Profile(config.watch.profile, config.watch.profile_s)
         self._gateway = Gateway() if self.profile is None else Gateway(self.profile.on_call)
-        self._grpc, guard = GrpcService(self._gateway), Guard(config.security)
+        guard = Guard(config.security)
+        self._grpc = GrpcService(self._gateway, guard)
         self._http = (
             None if config.http_port is None else HttpServer(self._gateway, guard, config, lambda: self.is_ready)
         )
@@ -182,6 +183,7 @@ class Serving:
             params,
             max_queued=self._config.max_queued,
             max_queued_tokens=self._config.max_queued_tokens,
+            prefix_cache=self._config.prefix_cache,
             metrics=self.metrics,
             on_ready=partial(loop.call_soon_threadsafe, ready.set),
             on_dead=partial(loop.call_soon_threadsafe, self._on_dead),

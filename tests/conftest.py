@@ -4,6 +4,7 @@ import it is imported within a fixture."""
 import os
 import signal
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -17,6 +18,11 @@ os.environ.update(
     TPU_WORKER_HOSTNAMES="localhost",
     ALLOW_MULTIPLE_LIBTPU_LOAD="1",
     HF_HUB_OFFLINE="1",
+    # Two engines of one shape are two times the same programs. They are compiled once, by whichever process and run
+    # needs them first, and not kept among the user's own. What JAX reports as made counts those that it found, too, so
+    # tests see every program that is asked for anew; `make clean` forgets them.
+    JAX_COMPILATION_CACHE_DIR=str(Path(__file__).parents[1] / ".pytest_cache" / "programs"),
+    JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS="0.1",
 )
 
 # A shell that starts the suite in the background has it ignore Ctrl-C, which some tests press.

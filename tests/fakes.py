@@ -7,10 +7,11 @@ Text is one token per byte. The bytes of a few long characters follow one anothe
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
+from slipstream.engine_impl.api import Opening, Piece
 from slipstream.engine_impl.sampling.params import MAX_LOGPROBS
 
 STOP_ID = ord("z") + 1
@@ -86,13 +87,17 @@ class FakeDevice:
 
 @dataclass
 class FakeState:
-    token_B: np.ndarray  # last token; -1 = empty slot
+    row_PR: np.ndarray
+    """The cache: a row is its token; -1 until one is stored."""
+    token_B: np.ndarray
+    """The last token, not in the cache."""
+    length_B: np.ndarray
     donated: bool = False
 
-    def donate(self) -> np.ndarray:
+    def donate(self) -> "FakeState":
         assert not self.donated, "this state was donated"
         self.donated = True
-        return self.token_B.copy()
+        return FakeState(self.row_PR, self.token_B, self.length_B)
 
 
 @dataclass
@@ -109,8 +114,13 @@ class FakeResult:
 
 @dataclass
 class FakePrefix:
-    token: int
-    prompt_logprob_T: FakeArray
+    pieces: Sequence[Piece]
+    texts: list[list[int]]
+    """Of each piece, up to its end."""
+    logprob_NT: FakeArray
+    tokens: list[int]
+    """What follows each text, once chosen; -1 for one that is not complete."""
+    times_chosen: int = 0
 
 
 class Unpaced(threading.Semaphore):
@@ -127,6 +137,14 @@ class FakeEngine:
     max_concurrent_decodes: int = 2
     max_prefill_length: int = 16
     cache_length: int = 256
+    page_rows: int = 16
+    prefill_chunk: int = 16
+    batch: int = 1
+    """Prompts of one piece that go into one prefill."""
+    pages: int = 0
+    """0: as many as all slots' longest requests need."""
+    table_entries: int = 0
+    """Likewise."""
     step_s: float = 0.0
     tokens_per_step: int = 1
     """The most that a step brings a slot, as speculation would."""
@@ -149,61 +167,106 @@ class FakeEngine:
     states_made: int = 0
     devices: tuple[FakeDevice, ...] = (FakeDevice(),)
 
+    @property
+    def pages_per_slot(self) -> int:
+        return -(-self.cache_length // self.page_rows)
+
+    def __post_init__(self) -> None:
+        whole = self.max_concurrent_decodes * self.pages_per_slot
+        self.pages, self.table_entries = self.pages or whole, self.table_entries or whole
+
+    @property
+    def prefill_batch(self) -> tuple[int, int]:
+        return self.batch, self.prefill_chunk
+
     def get_tokenizer(self) -> FakeTokenizer:
         return FakeTokenizer()
 
     def init_decode_state(self) -> FakeState:
         self.states_made += 1
-        return FakeState(np.full(self.max_concurrent_decodes, -1))
+        row_PR = np.full((self.pages, self.page_rows), -1)
+        token_B, length_B = np.full((2, self.max_concurrent_decodes), -1)
+        return FakeState(row_PR, token_B, length_B)
 
     def warm_up(self, params: Any, decode_state: FakeState) -> FakeState:
         self.log.append("warm_up")
-        return FakeState(decode_state.donate())
+        return decode_state.donate()
 
-    def pad(self, token_ids: Sequence[int]) -> tuple[np.ndarray, int]:
-        padded = np.zeros(self.max_prefill_length, np.int32)
-        padded[: len(token_ids)] = token_ids
-        return padded, len(token_ids)
+    def next_token(self, text: Sequence[int]) -> int:
+        """What follows a text."""
+        return text[-1] + 1
 
-    def prefill(
-        self,
-        params: Any,
-        padded_tokens: np.ndarray,
-        true_length: int,
-        *,
-        sampling: Any = None,
-        prompt_logprobs: bool = False,
-    ) -> tuple[FakePrefix, FakeResult]:
-        prompt = padded_tokens[:true_length].tolist()
-        self._call(f"prefill {FakeTokenizer().decode(prompt)}")
-        self.samplings.append(sampling)
-        self.on_prefill(prompt)
-        logprob_T = -padded_tokens.astype(np.float32) / 8 if prompt_logprobs else np.zeros(len(padded_tokens))
-        return FakePrefix(prompt[-1] + 1, self._array(logprob_T)), self._result(np.array([[prompt[-1] + 1]]))
+    def prefill(self, params: Any, decode_state: FakeState, pieces: Sequence[Piece]) -> FakePrefix:
+        assert not decode_state.donated, "this state was donated"
+        assert len(pieces) <= self.batch
+        texts = []
+        for piece in pieces:
+            assert piece.start % self.page_rows == 0
+            assert 0 < len(piece.token_T) <= self.prefill_chunk
+            row_S = decode_state.row_PR[piece.page_J].reshape(-1)[: piece.start]
+            assert (row_S >= 0).all(), "rows are read that were never stored"
+            texts.append([*row_S.tolist(), *piece.token_T.tolist()])
+            self._call(f"prefill {FakeTokenizer().decode(piece.token_T.tolist())}")
+            self.on_prefill(piece.token_T.tolist())
+        logprob_NT = np.zeros((len(pieces), self.prefill_chunk), np.float32)
+        for logprob_T, piece in zip(logprob_NT, pieces, strict=True):
+            if piece.wants_logprobs:
+                next_T = np.append(piece.token_T[1:], piece.next_id)
+                logprob_T[: len(next_T)] = -next_T / np.float32(8)
+        return FakePrefix(pieces, texts, self._array(logprob_NT), [-1] * len(pieces))
 
-    def resample(self, prefix: FakePrefix, sampling: Any) -> tuple[FakePrefix, FakeResult]:
-        """The first token is ten later than that of the prefix."""
-        self._call("resample")
-        self.samplings.append(sampling)
-        return FakePrefix(prefix.token + 10, prefix.prompt_logprob_T), self._result(np.array([[prefix.token + 10]]))
+    def first_tokens(self, prefix: FakePrefix, openings: Sequence[Opening | None]) -> tuple[FakePrefix, FakeResult]:
+        """Each time that it is asked anew the token is ten later."""
+        if prefix.times_chosen:
+            self._call("first_tokens")
+        tokens = []
+        for text, opening in zip(prefix.texts, openings, strict=True):
+            if opening is not None:
+                assert list(opening.text) == text
+                self.samplings.append(opening.sampling)
+            tokens.append(-1 if opening is None else self.next_token(text) + 10 * prefix.times_chosen)
+        chosen = replace(prefix, tokens=tokens, times_chosen=prefix.times_chosen + 1)
+        return chosen, self._result(np.array(tokens)[:, None])
 
-    def insert(self, prefix: FakePrefix, decode_state: FakeState, slot: int) -> FakeState:
-        token_B = decode_state.donate()
-        assert token_B[slot] == -1, f"{slot=} is taken"
-        self._call(f"insert {slot}")
-        token_B[slot] = prefix.token
-        return FakeState(token_B)
+    def insert(
+        self, prefix: FakePrefix, decode_state: FakeState, slots: Sequence[int | None], page_NJ: np.ndarray
+    ) -> FakeState:
+        state = decode_state.donate()
+        for piece, text, token, slot, page_J in zip(
+            prefix.pieces, prefix.texts, prefix.tokens, slots, page_NJ, strict=True
+        ):
+            self._call("insert" if slot is None else f"insert {slot}")
+            at_T = np.arange(piece.start, len(text))
+            state.row_PR[page_J[at_T // self.page_rows], at_T % self.page_rows] = piece.token_T
+            if slot is not None:
+                assert token >= 0
+                state.token_B[slot], state.length_B[slot] = token, len(text)
+        return state
 
-    def generate(self, params: Any, decode_state: FakeState) -> tuple[FakeState, FakeResult]:
+    def generate(
+        self, params: Any, decode_state: FakeState, slot_N: np.ndarray, page_NJ: np.ndarray
+    ) -> tuple[FakeState, FakeResult]:
         step, self.steps = self.steps, self.steps + 1
-        token_B = decode_state.donate()
+        state = decode_state.donate()
         self._call("generate")
         self.on_generate(step)
         count = self.tokens_per_step if self.count_of_step is None else self.count_of_step(step)
-        live_B1, after_W = token_B[:, None] >= 0, np.arange(1, self.tokens_per_step + 1)
-        token_BW = np.where(live_B1 & (after_W <= count), (token_B[:, None] + after_W) % VOCAB_SIZE, -1)
-        token_B = np.where(token_B >= 0, (token_B + count) % VOCAB_SIZE, -1)
-        return FakeState(token_B), self._result(token_BW, lambda: self._wait(step))
+        token_NW = np.full((len(slot_N), self.tokens_per_step), -1)
+        for at in range(count):
+            token_N, length_N = state.token_B[slot_N], state.length_B[slot_N]
+            live_N = length_N < self.cache_length
+            page_N = page_NJ[np.arange(len(slot_N)), np.minimum(length_N // self.page_rows, page_NJ.shape[1] - 1)]
+            state.row_PR[page_N[live_N], length_N[live_N] % self.page_rows] = token_N[live_N]
+            state.length_B[slot_N] = length_N = length_N + live_N
+            next_N = self.next_tokens(state, token_N[live_N], length_N[live_N], page_NJ[live_N])
+            state.token_B[slot_N[live_N]] = token_NW[live_N, at] = next_N
+        return state, self._result(token_NW, lambda: self._wait(step))
+
+    def next_tokens(
+        self, state: FakeState, token_N: np.ndarray, length_N: np.ndarray, page_NJ: np.ndarray
+    ) -> np.ndarray:
+        """What follows the texts in the cache, without a look at the cache."""
+        return (token_N + 1) % VOCAB_SIZE
 
     def _result(self, token_BW: np.ndarray, wait: Callable[[], None] = lambda: None) -> FakeResult:
         logprob_BW, top = -token_BW / np.float32(8), np.arange(MAX_LOGPROBS)
@@ -227,10 +290,3 @@ class FakeEngine:
         time.sleep(self.step_s)
         if step in self.late_errors:
             raise self.late_errors[step]
-
-    def free(self, decode_state: FakeState, slot: int) -> FakeState:
-        token_B = decode_state.donate()
-        assert token_B[slot] != -1, f"{slot=} is free already"
-        self._call(f"free {slot}")
-        token_B[slot] = -1
-        return FakeState(token_B)

@@ -173,7 +173,7 @@ def test_stop_strings_samples_and_logprobs_on_the_real_model(server, offline):
         (chat("hi") | {"max_tokens": 0}, "max_tokens=0 must be at least 1"),
         (chat("hi") | {"max_tokens": -5}, "max_tokens=-5"),
         (chat("hi") | {"max_tokens": 250}, "exceed cache_length=256"),
-        (chat("long " * 100), "the largest prefill bucket 64"),
+        (chat("long " * 100), "tokens, at most 64 are taken"),
         (chat("hi") | {"temperature": -1.0}, "temperature=-1.0"),
         (chat("hi") | {"top_p": 1.5}, "top_p=1.5"),
         ({"token_content": pb.DecodeRequest.TokenContent(token_ids=[5, 49152])}, "ids go from 0 to 49151"),

@@ -28,7 +28,7 @@ MAY_IMPORT: dict[str, tuple[set[str], set[str]]] = {
         | {"safetensors", "sentencepiece", "huggingface_hub", "google"},
     ),
     "server": (
-        {"protos", "engine_impl"},
+        {"protos", "cache_manager", "engine_impl"},
         {"grpc", "grpc_health", "grpc_reflection", "google", "numpy", "jetstream", "prometheus_client"}
         | {"aiohttp", "pydantic", "pydantic_core", "tyro"},
     ),
@@ -44,6 +44,7 @@ SUB_ROOMS: dict[str, dict[str, set[str]]] = {
     "kernels": {
         "blockwise_matmul": {"backend"},
         "cache_flush": {"backend"},
+        "chunk_attention": {"backend", "scores"},
         "prefill_attention": {"backend", "scores"},
         "ragged_attention": {"backend", "scores"},
     },
@@ -56,10 +57,12 @@ SUB_ROOMS: dict[str, dict[str, set[str]]] = {
         "quantization": {"errors", "config", "bridge", "models", "checkpoints"},
         "weights": {"errors", "forward", "models", "checkpoints", "quantization"},
         "compiler": {
-            *("errors", "config", "sizes", "sampling", "forward", "state", "programs", "engine"),
+            *("errors", "config", "sizes", "sampling", "forward", "state", "programs", "shapes", "engine"),
             *("models", "checkpoints", "quantization", "weights"),
         },
-        "jetstream": {"errors", "config", "api", "text", "sampling", "forward", "state", "engine", "loading"},
+        "jetstream": {
+            *("errors", "config", "api", "text", "sampling", "forward", "state", "programs", "engine", "loading"),
+        },
     },
     "server": {
         "request": {"errors"},
@@ -74,7 +77,7 @@ SUB_ROOMS: dict[str, dict[str, set[str]]] = {
     "benchmarks": {
         "options": set(),
         "measure": set(),
-        "load": {"measure"},
+        "load": {"measure", "options"},
         "baselines": {"measure"},
         "compiler": {"measure", "baselines"},
     },
@@ -242,6 +245,11 @@ def test_the_server_knows_the_engines_face():
         if room(it.file) == "server" and room(it.name) == "engine_impl" and it.name.partition("/")[2] not in ENGINE_FACE
     ]
     assert other == []
+
+
+def test_the_server_knows_whose_pages_are_whose_and_nothing_else_of_the_cache():
+    names = {it.name for it in our_imports() if room(it.file) == "server" and room(it.name) == "cache_manager"}
+    assert names == {"cache_manager/pages", "cache_manager/prefix_tree"}
 
 
 @pytest.mark.parametrize("package", ONLY_IN)

@@ -39,7 +39,7 @@ class Case:
 
 
 @dataclass(frozen=True)
-class Attention:
+class AttentionVariant:
     """One way to attend."""
 
     name: str
@@ -49,26 +49,26 @@ class Attention:
     """(q_BNH, layer, arrays) -> out_BNH"""
 
 
-def attentions(platform: str, backend: Backend, mesh: jax.sharding.Mesh) -> list[Attention]:
+def attentions(platform: str, backend: Backend, mesh: jax.sharding.Mesh) -> list[AttentionVariant]:
     """Those that this platform is meant to run; the first is the engine's, the second XLA's definition of it."""
     found = [ours(backend, mesh, f"slipstream ({backend})")]
     if backend != "xla":
         found.append(ours("xla", mesh, "slipstream (xla)"))
     found += [
-        Attention("einsum over all rows", _prepare_dense, _attend_dense),
-        Attention("jax.nn.dot_product_attention", _prepare_jax_nn, _attend_jax_nn),
+        AttentionVariant("einsum over all rows", _prepare_dense, _attend_dense),
+        AttentionVariant("jax.nn.dot_product_attention", _prepare_jax_nn, _attend_jax_nn),
     ]
     if platform == "tpu":
         found += [
-            Attention("jax paged_attention (tpu)", _prepare_paged, _attend_paged_tpu),
-            Attention("jax ragged_paged_attention (tpu)", _prepare_ragged_paged, _attend_ragged_paged),
+            AttentionVariant("jax paged_attention (tpu)", _prepare_paged, _attend_paged_tpu),
+            AttentionVariant("jax ragged_paged_attention (tpu)", _prepare_ragged_paged, _attend_ragged_paged),
         ]
     if platform == "gpu":
-        found.append(Attention("jax paged_attention (gpu)", _prepare_paged, _attend_paged_gpu))
+        found.append(AttentionVariant("jax paged_attention (gpu)", _prepare_paged, _attend_paged_gpu))
     return found
 
 
-def ours(backend: Backend, mesh: jax.sharding.Mesh, name: str) -> Attention:
+def ours(backend: Backend, mesh: jax.sharding.Mesh, name: str) -> AttentionVariant:
     """The engine's own over the stacked cache in pages."""
 
     def prepare(case: Case) -> Any:
@@ -84,7 +84,7 @@ def ours(backend: Backend, mesh: jax.sharding.Mesh, name: str) -> Attention:
         attend = attend_cache(KV(cache_LPKRC), length_B, page_BJ, mesh=mesh, backend=backend)
         return attend.call(jnp.int32(layer), 0, q_BNH, k_BKH, v_BKH)
 
-    return Attention(name, prepare, attend)
+    return AttentionVariant(name, prepare, attend)
 
 
 def _per_layer(case: Case, arrange: Callable[[jax.Array, jax.Array], Any]) -> Any:

@@ -9,7 +9,7 @@ layer loop; "per_layer", an array for each.
 """
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import jax
@@ -24,7 +24,7 @@ from ...engine_impl.errors import RefusedError
 from ...engine_impl.forward import Params
 from ...engine_impl.models.decoder import Decoder
 from ...engine_impl.programs import Programs
-from ...engine_impl.state import DecodeState
+from ...engine_impl.state import Prefix, Rows
 from ...kernels import Backend, attention_steps, ragged_attention
 from ...kernels.backend import AXIS
 
@@ -36,7 +36,7 @@ the form one writes first, around which it copies the cache when a chip has seve
 
 
 def eager_twin(engine: Engine, form: CacheForm, scatter: Scatter = "indexed") -> Engine:
-    """`engine` with an eager decode step: on its mesh, with its sizes, its verbs and its prefill.
+    """`engine` with an eager decode step: on its mesh, with its sizes and its verbs.
 
     Takes the engine's own params; except "per_layer" on a TPU, whose layers are unrolled: load them anew.
 
@@ -73,20 +73,26 @@ class EagerPrograms(Programs):
         stacked = super().cache_sharding()
         return stacked if self.form == "stacked" else _kv((stacked.rows,) * self.layout.layers)
 
-    def decode(self, params: Params, state: DecodeState, page_BJ: jax.Array, live_B: jax.Array) -> tuple[jax.Array, KV]:
-        layers = EagerLayers(self.model, state.length_B, page_BJ, live_B, self.mesh, self.backend, self.scatter)
-        logits_BV, cache = layers.decode(params, state.token_B, state.cache.rows)
-        return logits_BV, KV(cache)
+    def prefill(self, params: Params, cache: KV, *pieces: jax.Array) -> Prefix:
+        """As ours; with a cache per layer of first pieces alone, which read nothing of it."""
+        if self.form == "per_layer":
+            cache = replace(self.layout, pages=1).empty()
+        return super().prefill(params, cache, *pieces)
 
-    def store(self, cache: KV, new: KV, length_B: jax.Array, live_B: jax.Array, page_BJ: jax.Array) -> KV:
+    def decode(self, params: Params, cache: KV, rows: Rows, page_NJ: jax.Array) -> tuple[jax.Array, KV]:
+        layers = EagerLayers(self.model, rows.length_N, page_NJ, rows.is_live_N, self.mesh, self.backend, self.scatter)
+        logits_NV, new = layers.decode(params, rows.token_N, cache.rows)
+        return logits_NV, KV(new)
+
+    def store(self, cache: KV, new: KV, length_N: jax.Array, live_N: jax.Array, page_NJ: jax.Array) -> KV:
         return new  # the cache as the last layer left it
 
-    def store_prompt(self, cache: KV, kv: KV, page_J: jax.Array, length: jax.Array) -> KV:
+    def store_texts(self, cache: KV, kv: KV, page_NJ: jax.Array, start_N: jax.Array, count_N: jax.Array) -> KV:
         if self.form == "stacked":
-            return super().store_prompt(cache, kv, page_J, length)
+            return super().store_texts(cache, kv, page_NJ, start_N, count_N)
 
         def store_layer(layer: int, rows: jax.Array) -> jax.Array:
-            return insert(KV(rows), KV(kv.rows[layer : layer + 1]), page_J, length).rows
+            return insert(KV(rows), KV(kv.rows[layer : layer + 1]), page_NJ, start_N, count_N).rows
 
         return _kv(tuple(store_layer(layer, rows) for layer, rows in enumerate(cache.rows)))
 

@@ -7,8 +7,11 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 import torch
 
+from ...engine_impl.api import Opening
 from ...engine_impl.engine import Engine
 from ...engine_impl.forward import Params
+from ...engine_impl.programs import GREEDY
+from ...engine_impl.session import Session
 
 PAUSE_S = 0.05
 """Before each block (seconds): the other's threads may still be spinning."""
@@ -23,13 +26,14 @@ class Prefiller(Protocol):
 
 
 class EnginePrefiller:
-    """Our engine: the prompt is padded to its bucket."""
+    """Our engine: the prompt in chunks, the last one padded."""
 
     def __init__(self, engine: Engine, params: Params) -> None:
-        self._engine, self._params = engine, params
+        self._session = Session(engine, params)
 
     def first_token(self, prompt: list[int]) -> int:
-        _, result = self._engine.prefill(self._params, *self._engine.pad(prompt))
+        opening = Opening(text=prompt, prompt_length=len(prompt), sampling=GREEDY)
+        _, result = self._session.engine.first_tokens(self._session.prefilled(0, prompt), [opening])
         return int(np.asarray(result.token_BW)[0, 0])
 
 
@@ -49,7 +53,7 @@ class TransformersPrefiller:
         return int(answer.logits[0, -1].argmax())
 
 
-class Block(NamedTuple):
+class PrefillBlock(NamedTuple):
     """Prompts timed one after another."""
 
     ms: list[float]
@@ -57,20 +61,20 @@ class Block(NamedTuple):
     """each prompt's first"""
 
 
-def timed(prefiller: Prefiller, prompts: Sequence[list[int]]) -> Block:
+def timed(prefiller: Prefiller, prompts: Sequence[list[int]]) -> PrefillBlock:
     """Each prompt once."""
     ms, tokens = [], []
     for prompt in prompts:
         start = time.perf_counter()
         tokens.append(prefiller.first_token(prompt))
         ms.append((time.perf_counter() - start) * 1000)
-    return Block(ms, tokens)
+    return PrefillBlock(ms, tokens)
 
 
-def in_turns(prefillers: Sequence[Prefiller], prompts: Sequence[list[int]], *, pairs: int) -> list[list[Block]]:
+def in_turns(prefillers: Sequence[Prefiller], prompts: Sequence[list[int]], *, pairs: int) -> list[list[PrefillBlock]]:
     """A B A B ...: each one's blocks, in which the prompts are shared out evenly. Before each block a pause and one
     untimed prompt."""
-    blocks: list[list[Block]] = [[] for _ in prefillers]
+    blocks: list[list[PrefillBlock]] = [[] for _ in prefillers]
     repeats = len(prompts) // pairs
     for pair in range(pairs):
         its_prompts = prompts[pair * repeats : (pair + 1) * repeats]

@@ -10,8 +10,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ...engine_impl.api import Opening
 from ...engine_impl.engine import Engine
 from ...engine_impl.forward import Params
+from ...engine_impl.programs import GREEDY
+from ...engine_impl.session import Session
 from ...engine_impl.state import DecodeState
 from ..measure.timing import timed
 
@@ -47,22 +50,26 @@ class EngineStepper:
 
     def __init__(self, engine: Engine, params: Params) -> None:
         self._engine, self._params = engine, params
-        self._state: Any = None
+        self._session = Session(engine, params)
         self._attention: Any = None
 
     def fill(self, prompts: Sequence[list[int]]) -> None:
-        state, prefixes = self._engine.init_decode_state(), {}
+        self._session = Session(self._engine, self._params)
+        prefixes = {}
         for slot, prompt in enumerate(prompts):
             if (key := tuple(prompt)) not in prefixes:
-                prefixes[key], _ = self._engine.prefill(self._params, *self._engine.pad(prompt))
-            state = self._engine.insert(prefixes[key], state, slot)
-        self._state = jax.block_until_ready(state)
+                opening = Opening(text=prompt, prompt_length=len(prompt), sampling=GREEDY)
+                prefixes[key], _ = self._engine.first_tokens(self._session.prefilled(slot, prompt), [opening])
+            self._session.insert(prefixes[key], slot)
+        jax.block_until_ready(self._session.state)
 
     def set_length(self, length: int) -> None:
         # The same sharding as before: another would be another program to compile.
-        lengths = np.full(self._engine.max_concurrent_decodes, length, np.int32)
-        self._state = replace(self._state, length_B=jax.device_put(lengths, self._state.length_B.sharding))
-        jax.block_until_ready(self._state)
+        state, slots = self._session.state, self._engine.max_concurrent_decodes
+        lengths = np.full(slots, length, np.int32)
+        self._session.state = replace(state, length_B=jax.device_put(lengths, state.length_B.sharding))
+        self._session.slots = list(range(slots))
+        jax.block_until_ready(self._session.state)
 
     def attention_ms(self, repeats: int) -> list[float]:
         """Decode attention alone, all layers one after another, over the slots as they are (ms per step)."""
@@ -72,7 +79,7 @@ class EngineStepper:
         if self._attention is None:
             # Not a method: it and the stepper would hold each other, and the cache with them, beside the next engine's.
             self._attention = jax.jit(functools.partial(_attend, self._engine))
-        us = timed(lambda: self._attention(self._state, q_BNH, k_BKH), repeats)
+        us = timed(lambda: self._attention(self._session.state, self._session.page_BJ, q_BNH, k_BKH), repeats)
         return [each / 1000 for each in us]
 
     def block(self, steps: int) -> Block:
@@ -80,7 +87,7 @@ class EngineStepper:
         ms, tokens, pending = [], [], None
         last = time.perf_counter()
         for _ in range(steps):
-            self._state, result = self._engine.generate(self._params, self._state)
+            result = self._session.step()
             result.token_BW.copy_to_host_async()
             if pending is not None:
                 last = _read(pending, tokens, ms, last)
@@ -89,8 +96,8 @@ class EngineStepper:
         return Block(ms, tokens)
 
 
-def _attend(engine: Engine, state: DecodeState, q_BNH: jax.Array, k_BKH: jax.Array) -> jax.Array:
-    attend = engine.programs.attend(state, jnp.asarray(engine.page_BJ))
+def _attend(engine: Engine, state: DecodeState, page_BJ: jax.Array, q_BNH: jax.Array, k_BKH: jax.Array) -> jax.Array:
+    attend = engine.programs.attend(state.cache, state.length_B, page_BJ)
     for layer, kind in enumerate(attend.kind_of_layer):
         q_BNH = attend.call(jnp.int32(layer), kind, q_BNH, k_BKH, k_BKH)  # the next layer waits for this one
     return q_BNH

@@ -47,7 +47,10 @@ def serving_rows() -> Iterator[str]:
     yield "| model | GPUs | slots | cache | fits | GiB a GPU | temp MiB | cache-sized copies | floor ms | tokens/s |"
     yield "|---|---|---|---|---|---|---|---|---|---|"
     for model, gpus, slots, cache_length in SERVING:
-        config = EngineConfig(model=model, slots=slots, cache_length=cache_length, max_prefill_length=256)
+        config = EngineConfig(
+            model=model, slots=slots, cache_length=cache_length, cache_tokens=slots * cache_length,
+            max_prefill_length=256,
+        )  # fmt: skip
         report = plan(config, shape_of(model), f"h100:{gpus}")
         there = f"{report.hbm_bytes_per_chip / GIB:.1f}"
         if report.misfit is not None:
@@ -123,7 +126,7 @@ def _copied_matrices(hlo: Program, engine: Engine) -> int:
 
 
 def _engine(model: str, slots: int, cache_length: int) -> Engine:
-    config = EngineConfig(model=model, slots=slots, cache_length=cache_length)
+    config = EngineConfig(model=model, slots=slots, cache_length=cache_length, cache_tokens=slots * cache_length)
     return abstract_engine(shape_of(model), TOPOLOGY, config)
 
 

@@ -350,11 +350,11 @@ def report(rows: list[Row]) -> str:
     chosen = [(*shape, page, f"+{over:.0%}") for shape, (page, over) in choose(attention).items()]
     flush = [(*_shape(row), row.step, row.dma_cycles) for row in rows if isinstance(row, FlushRow)]
     return "\n\n".join([
-        "Attention: bundles a grid step, by rows of a page",
+        "Attention: bundles per grid step, by rows of a page",
         table(headers, lines),
         f"The smallest page with at most {MOST_EXCESS:.0%} of excess",
         table(("chip", "K", "H", "dtype", "page", "excess"), chosen),
-        f"Flush: bundles a grid step (a slot, {FLUSH_LAYERS} layers)",
+        f"Flush: bundles per grid step (a slot, {FLUSH_LAYERS} layers)",
         table(("chip", "K", "H", "dtype", "step", "DMA"), flush),
     ])  # fmt: skip
 

@@ -53,7 +53,7 @@ def serving_rows() -> Iterator[str]:
     yield "| model | chips | slots | cache | fits | HBM GiB a chip | floor ms a step | ceiling tokens/s |"
     yield "|---|---|---|---|---|---|---|---|"
     for model, topology, slots, cache_length in SERVING:
-        config = EngineConfig(model=model, slots=slots, cache_length=cache_length)
+        config = EngineConfig(model=model, slots=slots, cache_length=cache_length, cache_tokens=slots * cache_length)
         report = plan(config, shape_of(model), topology)
         there = f"{report.hbm_bytes_per_chip / GIB:.2f}"
         if report.misfit is not None:
@@ -76,7 +76,13 @@ def quantized_rows() -> Iterator[str]:
     yield "|---|---|---|---|---|---|---|---|"
     for (weights, of_weights), (cache, of_cache) in itertools.product(WEIGHTS.items(), CACHES.items()):
         config = EngineConfig(
-            model=model, slots=slots, cache_length=cache_length, max_prefill_length=256, **of_weights, **of_cache
+            model=model,
+            slots=slots,
+            cache_length=cache_length,
+            cache_tokens=slots * cache_length,
+            max_prefill_length=256,
+            **of_weights,
+            **of_cache,
         )
         report = plan(config, shape_of(model), topology)
         step = report.programs["generate"]
@@ -92,7 +98,7 @@ def design_rows(topology: str = "v5e:2x4") -> Iterator[str]:
     yield "| model | design | temp MiB a chip | cache-sized copies | operations a step | static Mcycles |"
     yield "|---|---|---|---|---|---|"
     for model, slots, cache_length in DESIGNS:
-        config = EngineConfig(model=model, slots=slots, cache_length=cache_length)
+        config = EngineConfig(model=model, slots=slots, cache_length=cache_length, cache_tokens=slots * cache_length)
         lazy = abstract_engine(shape_of(model), topology, config)
         eager = {
             "lazy: one flush a step (ours)": lazy,
@@ -119,7 +125,7 @@ def write_rows(topology: str = "v5e:2x4") -> Iterator[str]:
     yield "| model | where rows are written | DMAs | MiB over HBM | issuing ms | HBM ms | the longer, of the floor |"
     yield "|---|---|---|---|---|---|---|"
     for model, slots, cache_length in DESIGNS:
-        config = EngineConfig(model=model, slots=slots, cache_length=cache_length)
+        config = EngineConfig(model=model, slots=slots, cache_length=cache_length, cache_tokens=slots * cache_length)
         engine = abstract_engine(shape_of(model), topology, config)
         budget, layout = Budget(engine, chip_of(topology)), engine.layout
         floor_ms = (budget.read_bytes + budget.cache_bytes) / bandwidth * 1e3

@@ -19,6 +19,9 @@ class Record:
     token_times: list[float] = field(default_factory=list)
     """One for each message that carried tokens."""
     tokens: int = 0
+    prompt_tokens: int = 0
+    cached_tokens: int | None = None
+    """Of the prompt, what the server found in a cached prefix; None where it does not tell."""
     end: float = 0.0
     status: Status = "failed"
     detail: str = ""
@@ -56,6 +59,7 @@ class Caller(Protocol):
 
     async def __aexit__(self, *exc_info: object) -> None: ...
 
-    async def call(self, ask: LoadRequest, due: float) -> Record:
-        """Sends it now and reads its answer to the end. A refusal is a result, not an error. `due`: Record's."""
+    async def call(self, ask: LoadRequest, record: Record) -> None:
+        """Sends it now, reads its answer to the end and fills in the record meanwhile. A refusal is a result, not an
+        error."""
         ...

@@ -43,18 +43,19 @@ class GrpcCaller:
             token_content=content, max_tokens=ask.max_tokens, has_bos=True, ignore_eos=self._ignore_eos
         )
 
-    async def call(self, ask: LoadRequest, due: float) -> Record:
+    async def call(self, ask: LoadRequest, record: Record) -> None:
         """See Caller. RESOURCE_EXHAUSTED is a rejection, any other status a failure."""
-        record = Record(due=due)
+        record.prompt_tokens = len(ask.prompt_ids)
         try:
             async for reply in self._decode(self.message(ask), timeout=self._timeout_s, metadata=self._metadata):
                 if tokens := len(reply.stream_content.samples[0].token_ids):
                     record.token_times.append(time.perf_counter())
                     record.tokens += tokens
+                if reply.HasField("usage"):
+                    record.cached_tokens = reply.usage.cached_tokens
             record.status = "completed"
         except grpc.aio.AioRpcError as error:
             is_full = error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
             record.status = "rejected" if is_full else "failed"
             record.detail = f"{error.code().name}: {error.details()}"
         record.end = time.perf_counter()
-        return record

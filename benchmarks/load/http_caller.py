@@ -63,9 +63,9 @@ class HttpCaller:
     async def __aexit__(self, *exc_info: object) -> None:
         await self._session.close()
 
-    async def call(self, ask: LoadRequest, due: float) -> Record:
+    async def call(self, ask: LoadRequest, record: Record) -> None:
         """See Caller. 429 is a rejection, any other status a failure."""
-        record = Record(due=due)
+        record.prompt_tokens = len(ask.prompt_ids)
         body = {
             "model": self._model,
             "prompt": ask.prompt_ids,
@@ -86,7 +86,6 @@ class HttpCaller:
         except (aiohttp.ClientError, TimeoutError, ValueError) as error:  # ValueError: no JSON, or a line without end
             record.status, record.detail = "failed", f"{type(error).__name__}: {error}"
         record.end = time.perf_counter()
-        return record
 
     async def _knock(self) -> str:
         """What GET /v1/models says, a refusal too."""
@@ -112,6 +111,7 @@ async def _read_answer(response: aiohttp.ClientResponse, record: Record) -> str:
             return f"in the stream: {_message(data.decode())}"
         if counted := chunk.get("usage"):
             usage = counted["completion_tokens"]
+            record.cached_tokens = (counted.get("prompt_tokens_details") or {}).get("cached_tokens")
         for choice in chunk["choices"]:
             ids = choice.get("token_ids")
             has_ids = has_ids or ids is not None

@@ -21,8 +21,9 @@ async def closed(
 
     async def work() -> None:
         for index, ask in waiting:
-            records[index] = await caller.call(ask, time.perf_counter())
-            on_done(records[index])
+            records[index] = record = Record(due=time.perf_counter())
+            await caller.call(ask, record)
+            on_done(record)
 
     await asyncio.gather(*(work() for _ in range(in_flight)))
     return [records[index] for index in range(len(asks))]
@@ -36,7 +37,8 @@ async def opened(
 
     async def send(ask: LoadRequest, due: float) -> Record:
         await asyncio.sleep(due - time.perf_counter())
-        record = await caller.call(ask, due)
+        record = Record(due=due)
+        await caller.call(ask, record)
         on_done(record)
         return record
 

@@ -29,11 +29,13 @@ class Slo:
 
 def report(blocks: Sequence[Sequence[Record]], slo: Slo) -> dict[str, Any]:
     """Numbers of one load, which was run in one block or in several. Latencies are those of completed requests; the
-    time is each block's, from its first request's due moment to its last one's end. Goodput is null without an SLO."""
+    time is each block's, from its first request's due moment to its last one's end. Goodput is null without an SLO,
+    cached tokens where the server does not tell them."""
     records = [record for block in blocks for record in block]
     completed = [record for record in records if record.status == "completed"]
     seconds = sum(max(record.end for record in block) - min(record.due for record in block) for block in blocks)
     tokens = sum(record.tokens for record in completed)
+    cached = [record.cached_tokens for record in completed if record.cached_tokens is not None]
     good = sum(slo.is_met(record) for record in completed)
     failed = [record for record in records if record.status == "failed"]
     return {
@@ -43,6 +45,8 @@ def report(blocks: Sequence[Sequence[Record]], slo: Slo) -> dict[str, Any]:
         "failed": len(failed),
         "first_failure": failed[0].detail if failed else None,
         "seconds": round(seconds, 4),
+        "prompt_tokens": sum(record.prompt_tokens for record in completed),
+        "cached_tokens": sum(cached) if cached else None,
         "output_tokens": tokens,
         "tokens_per_second": round(tokens / seconds, 2),
         "requests_per_second": round(len(completed) / seconds, 4),

@@ -7,15 +7,12 @@ from pathlib import Path
 
 import numpy as np
 
+from ...engine_impl.compiler.lengths import SHAREGPT_LIMITS, SHAREGPT_MEAN, SHAREGPT_SIGMA
 from ...engine_impl.errors import RefusedError
 
-SHAREGPT_MEAN = (161, 338)
-"""Mean prompt and answer of ShareGPT (tokens): Kwon et al., arXiv 2309.06180, figure 11."""
-SHAREGPT_SIGMA = (1.2, 0.9)
-"""Our log-normal stand-in for its spread: many short, few very long."""
-SHAREGPT_LIMITS = (4, 1024)
-
 PROMPT, OUTPUT = 0, 1
+LENGTHS, TOKENS, SHARED = 0, 1, 2
+"""What is drawn, each from random numbers of its own."""
 
 Draw = Callable[[np.random.Generator, int], int]
 """(random numbers, the request's index) -> tokens"""
@@ -54,20 +51,32 @@ def lengths(spec: str, column: int) -> Draw:
 
 
 def make_requests(
-    count: int, prompt: Draw, output: Draw, *, ids: tuple[int, int], max_length: int | None, seed: int
+    count: int,
+    prompt: Draw,
+    output: Draw,
+    *,
+    ids: tuple[int, int],
+    max_length: int | None,
+    seed: int,
+    block: int = 0,
+    prefix_share: int = 0,
 ) -> list[LoadRequest]:
     """Random prompts of token ids in [ids[0], ids[1]); prompt and answer together cut to `max_length`, if given.
 
-    The same seed gives the same requests, the first ones too when `count` is larger.
+    The same seed gives the same requests, the first ones too when `count` is larger. Another `block` has the same
+    lengths and other tokens, which no server can have cached. All prompts of a seed, whatever the block, begin with the
+    same `prefix_share` tokens, which come on top of what `prompt` says.
     """
+    shared = np.random.default_rng([seed, SHARED]).integers(*ids, prefix_share).tolist()
     asks = []
     for index in range(count):
-        rng = np.random.default_rng([seed, index])
+        rng = np.random.default_rng([seed, LENGTHS, index])
         prompt_tokens, output_tokens = prompt(rng, index), output(rng, index)
         if max_length is not None:
-            prompt_tokens = min(prompt_tokens, max_length - 1)
-            output_tokens = min(output_tokens, max_length - prompt_tokens)
-        asks.append(LoadRequest(rng.integers(*ids, prompt_tokens).tolist(), output_tokens))
+            prompt_tokens = min(prompt_tokens, max_length - prefix_share - 1)
+            output_tokens = min(output_tokens, max_length - prefix_share - prompt_tokens)
+        own = np.random.default_rng([seed, TOKENS, block, index]).integers(*ids, prompt_tokens).tolist()
+        asks.append(LoadRequest(shared + own, output_tokens))
     return asks
 
 

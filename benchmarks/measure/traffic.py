@@ -26,7 +26,8 @@ def bytes_per_step(engine: Engine, params: Params, live_tokens: int) -> int:
     )
     weights += sum(leaf.nbytes for part in ("norm", "lm_head") for leaf in jax.tree.leaves(params[part]))
     layout = replace(engine.layout, head_dim=engine.model.config.head_dim)
-    return round(weights + layout.bytes * (live_tokens + 1) / layout.length)
+    row_bytes = layout.bytes / layout.pages / layout.page_rows
+    return round(weights + row_bytes * layout.slots * (live_tokens + 1))
 
 
 def stored_as(engine: Engine) -> Literal["none", "int8", "int4"]:

@@ -74,7 +74,13 @@ class GrowthOptions:
 
     def config(self, slots: int, cache_length: int) -> EngineConfig:
         """Raises RefusedError for sizes that no engine has."""
-        return EngineConfig(model=self.model, slots=slots, cache_length=cache_length, platform=self.platform)
+        return EngineConfig(
+            model=self.model,
+            slots=slots,
+            cache_length=cache_length,
+            cache_tokens=slots * cache_length,
+            platform=self.platform,
+        )
 
     def facts(self) -> dict[str, Any]:
         """For the result's JSON, the lists as numbers."""

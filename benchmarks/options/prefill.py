@@ -26,9 +26,11 @@ class PrefillOptions(Timed):
     """
 
     prompt_tokens: str = "16,64,128,256,512,1000"
-    """Prompt lengths (tokens; a comma list sweeps); each is padded to its bucket, the next power of two."""
+    """Prompt lengths (tokens; a comma list sweeps)."""
     cache_length: int = 1024
-    """Cache length (tokens); the longest prompt is the largest power of two within it."""
+    """Cache length (tokens), and the longest prompt."""
+    prefill_chunk: int | None = None
+    """Tokens of a prompt that are computed together (tokens). Default: as the server's."""
     versus: Literal["none", "transformers"] = "none"
     """Time this baseline in turns (A B A B): Hugging Face transformers on the same weights, type and cores (CPU)."""
     repeats: int = 2
@@ -37,11 +39,11 @@ class PrefillOptions(Timed):
 
     def __post_init__(self) -> None:
         for point in self.points:
-            longest = self.config(point).largest_bucket
-            if point.prompt_tokens > longest:
+            self.config(point)
+            if point.prompt_tokens > self.cache_length:
                 raise RefusedError(
-                    f"prompt_tokens={point.prompt_tokens} must be at most {longest}, the largest bucket within "
-                    f"cache_length={self.cache_length}; raise --cache-length"
+                    f"prompt_tokens={point.prompt_tokens} must be at most cache_length={self.cache_length}; raise "
+                    "--cache-length"
                 )
             if self.versus != "none" and point.quantize_weights in ("int8", "int4"):
                 raise RefusedError(f"versus={self.versus!r} is given float weights; leave out --quantize-weights")
@@ -62,6 +64,8 @@ class PrefillOptions(Timed):
             model=self.model,
             slots=1,
             cache_length=self.cache_length,
+            cache_tokens=self.cache_length,
+            prefill_chunk=self.prefill_chunk,
             dtype=point.dtype,
             platform=self.platform,
             tensor_parallel=self.tensor_parallel,

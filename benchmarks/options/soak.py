@@ -1,7 +1,9 @@
 """The flags of `slipstream bench soak`."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+from ...engine_impl.config import EngineConfig
+from ...engine_impl.errors import RefusedError
 from ...server.config import ServerConfig
 from .flags import Hosted, Json, MaxQueued, Seed, TokenIds, check_positive, id_range
 
@@ -9,9 +11,14 @@ from .flags import Hosted, Json, MaxQueued, Seed, TokenIds, check_positive, id_r
 @dataclass(frozen=True, kw_only=True)
 class SoakOptions(Hosted):
     """Thousands of mixed requests against a server in this process: answers, cancels, deadlines, cut connections,
-    nonsense. Ends with status 1 if a slot, an answer or memory is lost.
+    nonsense. Ends with status 1 if a slot, a page, an answer or memory is lost.
     """
 
+    cache_tokens: int | None = None
+    """Tokens of all requests together that the cache holds (tokens). Default: what all slots can hold; with less,
+    requests are pre-empted, which their answers must not show."""
+    min_preemptions: int = 0
+    """Fewer are a fault: the pool was not as tight as it should have been (requests)."""
     requests: int = 3000
     """Requests in all (requests)."""
     in_flight: int = 42
@@ -31,7 +38,14 @@ class SoakOptions(Hosted):
 
     def __post_init__(self) -> None:
         check_positive(self, "requests", "in_flight", "max_seconds", "prompts", "prompt_tokens", "answer_tokens")
+        if self.min_preemptions < 0:
+            raise RefusedError(f"min_preemptions={self.min_preemptions} must be 0 or more")
         _ = self.engine, self.server, self.ids  # refused before the slow import
+
+    @property
+    def engine(self) -> EngineConfig:
+        """Raises RefusedError for sizes that no engine has."""
+        return replace(super().engine, cache_tokens=self.cache_tokens)
 
     @property
     def server(self) -> ServerConfig:

@@ -83,6 +83,7 @@ class StepOptions(Timed):
             model=self.model,
             slots=point.slots,
             cache_length=point.cache_length,
+            cache_tokens=point.slots * point.cache_length,
             dtype=point.dtype,
             platform=self.platform,
             tensor_parallel=self.tensor_parallel,

@@ -12,7 +12,7 @@ from ..text.chat_template import ChatTemplate
 from ..text.pre_tokenizers import pre_tokenizer
 from ..text.tokenizer import Tokenizer, byte_level_bpe
 from .damage import damage_told, try_out
-from .gguf_architectures import EXPERT_STACKS, MODULES
+from .gguf_architectures import MODULES
 from .gguf_config import LONG_FACTORS, ROPE_FACTORS, SHORT_FACTORS, GGUFFields, dequantised, read_gguf_config
 from .gguf_parts import GGUFParts
 from .pieces import CONTROL, USER_DEFINED, Pieces, backend_of
@@ -127,12 +127,11 @@ class GGUFCheckpoint:
         """
         of_layer = re.fullmatch(r"blk\.(\d+)\.(\w+)\.(\w+)", stored_name)
         layer, module, kind = of_layer.groups() if of_layer else ("", *stored_name.rpartition(".")[::2])
+        if of_layer and module in self._architecture.stacks:
+            several, count = self._architecture.stacks[module], self._file.tensors[stored_name].shape[0]
+            return {f"layers.{layer}.{several.format(i)}.{kind}": (stored_name, i) for i in range(count)}
         if of_layer and module in self._architecture.layer_modules:
             return {f"layers.{layer}.{self._architecture.layer_modules[module]}.{kind}": (stored_name, None)}
-        if of_layer and module in EXPERT_STACKS:
-            experts = f"layers.{layer}.block_sparse_moe.experts"
-            count = self._file.tensors[stored_name].shape[0]
-            return {f"{experts}.{e}.{EXPERT_STACKS[module]}.{kind}": (stored_name, e) for e in range(count)}
         return {f"{MODULES[module]}.{kind}" if module in MODULES else stored_name: (stored_name, None)}
 
 

@@ -1,6 +1,6 @@
 """The architectures of GGUF files, as their converter (llama.cpp's convert_hf_to_gguf.py) writes them."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,8 +20,30 @@ LAYER_MODULES = {
 }
 _FUSED = {**LAYER_MODULES, "attn_qkv": "self_attn.qkv_proj", "ffn_up": "mlp.gate_up_proj"}
 _GATE = {**LAYER_MODULES, "ffn_gate_inp": "block_sparse_moe.gate"}
-EXPERT_STACKS = {"ffn_gate_exps": "w1", "ffn_down_exps": "w2", "ffn_up_exps": "w3"}
-"""A layer's experts in one tensor, the expert its first axis; a folder has `block_sparse_moe.experts.0.w1`, ..."""
+_STACKS = {
+    "ffn_gate_exps": "block_sparse_moe.experts.{}.w1",
+    "ffn_down_exps": "block_sparse_moe.experts.{}.w2",
+    "ffn_up_exps": "block_sparse_moe.experts.{}.w3",
+}
+_QWEN3_GATE = {**LAYER_MODULES, "ffn_gate_inp": "mlp.gate"}
+_QWEN3_STACKS = {
+    "ffn_gate_exps": "mlp.experts.{}.gate_proj",
+    "ffn_down_exps": "mlp.experts.{}.down_proj",
+    "ffn_up_exps": "mlp.experts.{}.up_proj",
+}
+_POST_NORMS = {
+    **LAYER_MODULES,
+    "post_attention_norm": "post_attention_layernorm",
+    "post_ffw_norm": "post_feedforward_layernorm",
+}
+_GLM4 = {
+    **LAYER_MODULES,
+    "ffn_up": "mlp.gate_up_proj",
+    "post_attention_norm": "post_self_attn_layernorm",
+    "post_ffw_norm": "post_mlp_layernorm",
+}
+_HEAD_NORMS = {"attn_q_norm": "self_attn.q_layernorm.norms.{}", "attn_k_norm": "self_attn.k_layernorm.norms.{}"}
+QUERY_BIAS, QUERY_NORM, FFN_NORM = "blk.0.attn_q.bias", "blk.0.attn_q_norm.weight", "blk.0.ffn_norm.weight"
 _SANDWICH = {
     **LAYER_MODULES,
     "ffn_norm": "pre_feedforward_layernorm",
@@ -31,6 +53,8 @@ _SANDWICH = {
 
 Get = Callable[..., Any]
 """(key, default): a field of the file, without the architecture's name before it"""
+Tensors = Container[str]
+"""The names of the file's tensors."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,19 +63,28 @@ class Architecture:
 
     model_type: str
     layer_modules: Mapping[str, str] = field(default_factory=lambda: LAYER_MODULES)
+    stacks: Mapping[str, str] = field(default_factory=dict)
+    """Modules of which a layer has several, in one tensor whose first axis they are; {} is the number of each."""
     pairs: bool = False
-    """q and k are stored for a rope that turns neighbours (2i, 2i+1) instead of halves (i, i + H/2)"""
+    """q and k are stored for a rope that turns neighbours (2i, 2i+1), and a folder has them for one that turns halves
+    (i, i + H/2)"""
     norms_from_zero: bool = False
     """norm weights are stored with one added"""
-    fields: Callable[[Get], dict[str, Any]] = lambda get: {}
+    layer_norms: bool = False
+    """norms are layer norms"""
+    fields: Callable[[Get, Tensors], dict[str, Any]]
     """what else stands in the `config.json`"""
 
 
-def _silu(get: Get) -> dict[str, Any]:
+def _silu(get: Get, tensors: Tensors) -> dict[str, Any]:
     return {"hidden_act": "silu"}
 
 
-def _mixtral(get: Get) -> dict[str, Any]:
+def _llama(get: Get, tensors: Tensors) -> dict[str, Any]:
+    return {"hidden_act": "silu", "attention_bias": QUERY_BIAS in tensors}
+
+
+def _mixtral(get: Get, tensors: Tensors) -> dict[str, Any]:
     return {
         "hidden_act": "silu",
         "num_local_experts": get("expert_count"),
@@ -59,18 +92,65 @@ def _mixtral(get: Get) -> dict[str, Any]:
     }
 
 
-def _gemma(get: Get) -> dict[str, Any]:
+def _qwen3_moe(get: Get, tensors: Tensors) -> dict[str, Any]:
+    return {
+        "hidden_act": "silu",
+        "num_experts": get("expert_count"),
+        "num_experts_per_tok": get("expert_used_count"),
+        "moe_intermediate_size": get("expert_feed_forward_length"),
+        "norm_topk_prob": True,  # files do not tell; so in llama.cpp, and in all that was published
+    }
+
+
+def _smollm3(get: Get, tensors: Tensors) -> dict[str, Any]:
+    return {**_llama(get, tensors), "no_rope_layer_interval": 4}  # files do not tell; so in llama.cpp
+
+
+def _granite(get: Get, tensors: Tensors) -> dict[str, Any]:
+    return {
+        **_llama(get, tensors),
+        "embedding_multiplier": get("embedding_scale", 1.0),
+        "attention_multiplier": get("attention.scale"),
+        "residual_multiplier": get("residual_scale", 1.0),
+        "logits_scaling": get("logit_scale"),
+        "position_embedding_type": "rope" if get("rope.scaling.finetuned", True) else "nope",
+    }
+
+
+def _glm4(get: Get, tensors: Tensors) -> dict[str, Any]:
+    return {"hidden_act": "silu", "attention_bias": QUERY_BIAS in tensors}
+
+
+def _cohere2(get: Get, tensors: Tensors) -> dict[str, Any]:
+    return {
+        "hidden_act": "silu",
+        "logit_scale": get("logit_scale"),
+        "sliding_window": get("attention.sliding_window"),
+        "sliding_window_pattern": 4,  # files do not tell; so in llama.cpp
+    }
+
+
+def _stablelm(get: Get, tensors: Tensors) -> dict[str, Any]:
+    return {
+        "hidden_act": "silu",
+        "use_qkv_bias": QUERY_BIAS in tensors,
+        "qk_layernorm": QUERY_NORM in tensors,
+        "use_parallel_residual": FFN_NORM not in tensors,  # as llama.cpp; the field of this name is not heard
+    }
+
+
+def _gemma(get: Get, tensors: Tensors) -> dict[str, Any]:
     return {"hidden_activation": "gelu_pytorch_tanh"}
 
 
-def _phi3(get: Get) -> dict[str, Any]:
+def _phi3(get: Get, tensors: Tensors) -> dict[str, Any]:
     window = get("attention.sliding_window", 0)
     return {"hidden_act": "silu", "sliding_window": window or None}
 
 
-def _gemma2(get: Get) -> dict[str, Any]:
+def _gemma2(get: Get, tensors: Tensors) -> dict[str, Any]:
     return {
-        **_gemma(get),
+        **_gemma(get, tensors),
         "sliding_window": get("attention.sliding_window", 4096),
         "attn_logit_softcapping": get("attn_logit_softcapping", 50.0),
         "final_logit_softcapping": get("final_logit_softcapping", 30.0),
@@ -78,9 +158,9 @@ def _gemma2(get: Get) -> dict[str, Any]:
     }
 
 
-def _gemma3(get: Get) -> dict[str, Any]:
+def _gemma3(get: Get, tensors: Tensors) -> dict[str, Any]:
     return {
-        **_gemma(get),
+        **_gemma(get, tensors),
         "sliding_window": get("attention.sliding_window"),
         "sliding_window_pattern": get("attention.sliding_window_pattern", 6),
         "final_logit_softcapping": get("final_logit_softcapping", None),
@@ -96,15 +176,27 @@ def _query_scale(get: Get, layers_of_27b: int) -> int:
 
 
 ARCHITECTURES = {
-    "llama": Architecture(model_type="llama", pairs=True, fields=_silu),
+    "llama": Architecture(model_type="llama", pairs=True, fields=_llama),
     "qwen2": Architecture(model_type="qwen2", fields=_silu),
     "qwen3": Architecture(model_type="qwen3", fields=_silu),
+    "smollm3": Architecture(model_type="smollm3", pairs=True, fields=_smollm3),
+    "olmo2": Architecture(model_type="olmo2", layer_modules=_POST_NORMS, fields=_silu),
+    "granite": Architecture(model_type="granite", pairs=True, fields=_granite),
+    "glm4": Architecture(model_type="glm4", layer_modules=_GLM4, fields=_glm4),
+    "cohere2": Architecture(model_type="cohere2", layer_norms=True, fields=_cohere2),
+    "stablelm": Architecture(model_type="stablelm", stacks=_HEAD_NORMS, layer_norms=True, fields=_stablelm),
     "phi3": Architecture(model_type="phi3", layer_modules=_FUSED, fields=_phi3),
     "gemma": Architecture(model_type="gemma", norms_from_zero=True, fields=_gemma),
     "gemma2": Architecture(model_type="gemma2", layer_modules=_SANDWICH, norms_from_zero=True, fields=_gemma2),
     "gemma3": Architecture(model_type="gemma3_text", layer_modules=_SANDWICH, norms_from_zero=True, fields=_gemma3),
+    "qwen3moe": Architecture(
+        model_type="qwen3_moe", layer_modules=_QWEN3_GATE, stacks=_QWEN3_STACKS, fields=_qwen3_moe
+    ),
 }
 """By `general.architecture`. docs/models.md lists them."""
 
-WITH_EXPERTS = {"llama": Architecture(model_type="mixtral", layer_modules=_GATE, pairs=True, fields=_mixtral)}
+WITH_EXPERTS = {
+    "llama": Architecture(model_type="mixtral", layer_modules=_GATE, stacks=_STACKS, pairs=True, fields=_mixtral),
+    "qwen3moe": ARCHITECTURES["qwen3moe"],
+}
 """What an architecture is when it has an `expert_count`."""

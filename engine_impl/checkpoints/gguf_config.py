@@ -10,7 +10,7 @@ from ..errors import RefusedError
 from ..models import registry
 from ..models.decoder import ModelConfig
 from ..models.transformer import TransformerConfig
-from .gguf_architectures import ARCHITECTURES, WITH_EXPERTS, Architecture
+from .gguf_architectures import ARCHITECTURES, WITH_EXPERTS, Architecture, Get
 from .gguf_parts import GGUFParts
 
 ROPE_FACTORS = "rope_freqs.weight"
@@ -18,9 +18,13 @@ ROPE_FACTORS = "rope_freqs.weight"
 LONG_FACTORS, SHORT_FACTORS = "rope_factors_long.weight", "rope_factors_short.weight"
 """Phi-3: LongRoPE's lists."""
 EMBEDDING, HEAD = "token_embd.weight", "output.weight"
-QUERY_BIAS = "blk.0.attn_q.bias"
 
-_UNREAD = ("rope.scaling.alpha", "rope.scaling.yarn_ext_factor", "rope.scaling.yarn_log_multiplier")
+_UNREAD = (
+    "rope.dimension_sections",
+    "rope.scaling.alpha",
+    "rope.scaling.yarn_ext_factor",
+    "rope.scaling.yarn_log_multiplier",
+)
 """Fields that change the answers and are not read, unless they are zero."""
 
 
@@ -84,17 +88,22 @@ def read_gguf_config(file: GGUFParts, where: str) -> ModelConfig:
         "intermediate_size": get("feed_forward_length"),
         "vocab_size": file.tensors[EMBEDDING].shape[0],
         "max_position_embeddings": get("context_length"),
-        "rms_norm_eps": get("attention.layer_norm_rms_epsilon"),
+        **_eps(architecture, get),
         "tie_word_embeddings": HEAD not in file.tensors,
         "rope_parameters": _rope(fields, head_dim),
-        "attention_bias": QUERY_BIAS in file.tensors and architecture.pairs,
-        **architecture.fields(get),
+        **architecture.fields(get, file.tensors),
     }
     if architecture.model_type == "gemma3_text":
         local = {"rope_type": "default", "rope_theta": get("rope.freq_base_swa", 10000.0)}
         config["rope_parameters"] = {"full_attention": config["rope_parameters"], "sliding_attention": local}
     read = registry.read_config(config, where)
     return _with_rope_factors(read, file, where)
+
+
+def _eps(architecture: Architecture, get: Get) -> dict[str, Any]:
+    if architecture.layer_norms:
+        return {"layer_norm_eps": get("attention.layer_norm_epsilon")}
+    return {"rms_norm_eps": get("attention.layer_norm_rms_epsilon")}
 
 
 def _rope(fields: GGUFFields, head_dim: int) -> dict[str, Any]:

@@ -15,6 +15,8 @@ from typing import Any
 import gguf
 import numpy as np
 
+from .by_rows import by_rows
+
 _MAGIC, _VERSIONS = b"GGUF", (2, 3)
 _ALIGNMENT = 32
 _STRING, _ARRAY = 8, 9
@@ -56,7 +58,7 @@ class GGUFFile:
         stored = np.memmap(self.path, np.uint8, "r", at.offset, at.bytes_shape)
         stored = stored if index is None else stored[index]
         try:
-            return gguf.quants.dequantize(stored, at.kind).astype(np.float32, copy=False)
+            return _dequantised(stored, at.kind)
         except NotImplementedError as error:
             raise ValueError(f"tensor {name} is stored as {at.kind.name}, which cannot be dequantised") from error
 
@@ -79,6 +81,19 @@ class GGUFFile:
             raise ValueError("two of its tensors have one name")
         if end > reader.size:
             raise ValueError(f"it has {reader.size} bytes of {end}")
+
+
+def _dequantised(stored: np.ndarray, kind: gguf.GGMLQuantizationType) -> np.ndarray:
+    """Float32. Blocks lie within the last axis, so that rows are independent."""
+    rows = stored.reshape(-1, stored.shape[-1])
+    columns = gguf.quants.quant_shape_from_byte_shape(rows.shape, kind)[-1]
+    out = np.empty((len(rows), columns), np.float32)
+
+    def dequantise(some: slice) -> None:
+        out[some] = gguf.quants.dequantize(rows[some], kind)
+
+    by_rows(len(rows), out.nbytes, dequantise)
+    return out.reshape(*stored.shape[:-1], columns)
 
 
 def _stored(shape: tuple[int, ...], kind: int, offset: int) -> StoredTensor:

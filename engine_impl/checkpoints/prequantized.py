@@ -122,8 +122,8 @@ class Format:
     """one that may be missing: i32 [I], the group of each input"""
     read: Callable[[Arrays], Codes]
 
-    def matrices(self, shapes: Shapes) -> dict[str, Matrix]:
-        """Every quantised weight that these tensors make, by its parameter's name.
+    def matrices(self, shapes: Shapes, stored: Callable[[str], np.ndarray]) -> dict[str, Matrix]:
+        """Every quantised weight that these tensors make, by its parameter's name. `stored` reads one of them.
 
         Raises RefusedError when a module's tensors are not all there, or do not fit each other.
         """

@@ -9,11 +9,15 @@ from ..models.fields import Fields
 from . import prequantized
 from .contract import Quantization
 from .prequantized import PER_WORD, Format
+from .widened import NF4, Float8
 
 REMEDY = "take a copy of the model that is not quantised, and give --quantize-weights int8 or int4"
 
 
-def read_format(fields: Mapping[str, Any], where: str) -> Format | None:
+AnyFormat = Format | Float8 | NF4
+
+
+def read_format(fields: Mapping[str, Any], where: str) -> AnyFormat | None:
     """How quantised matrices lie in the files of a config.json with these fields; None if there are none.
 
     Raises RefusedError for what cannot be read, naming it.
@@ -45,6 +49,12 @@ class _Said(Fields):
         if not isinstance(value, int) or value == 0 or value < -1:
             raise self.refused(f"asks for group_size={value!r}")
         return None if value == -1 else value
+
+    def block(self, value: Any) -> tuple[int, int]:
+        """Outputs and inputs that share a scale."""
+        if not (isinstance(value, list) and len(value) == 2 and all(isinstance(n, int) and n > 0 for n in value)):
+            raise self.refused(f"asks for blocks of {value!r}")
+        return value[0], value[1]
 
 
 def _awq(said: _Said) -> Format:
@@ -91,8 +101,29 @@ def _gptq(said: _Said) -> Format:
     )
 
 
-def _compressed_tensors(said: _Said) -> Format:
-    said.only("format", "int-quantized", "naive-quantized", "pack-quantized")
+def _fp8(said: _Said) -> Float8:
+    said.only("fmt", "e4m3")
+    said.only("activation_scheme", "dynamic", "static")
+    fixed = said.get("activation_scheme") == "static"
+    if (block := said.get("weight_block_size")) is not None:
+        return Float8(where=said.where, strategy="block", block=said.block(block), fixed_activations=fixed)
+    return Float8(where=said.where, strategy="tensor", fixed_activations=fixed)
+
+
+def _fbgemm_fp8(said: _Said) -> Float8:
+    return Float8(where=said.where, strategy="channel")
+
+
+def _bitsandbytes(said: _Said) -> NF4:
+    said.only("load_in_8bit", False)
+    said.only("load_in_4bit", True)
+    said.only("bnb_4bit_quant_type", "nf4")
+    said.only("bnb_4bit_quant_storage", "uint8")
+    return NF4(where=said.where)
+
+
+def _compressed_tensors(said: _Said) -> Format | Float8:
+    said.only("format", "int-quantized", "naive-quantized", "pack-quantized", "float-quantized")
     if said.get("kv_cache_scheme"):
         raise said.refused("asks for kv_cache_scheme")
     if said.get("sparsity_config", {}).get("format", "dense") != "dense":
@@ -100,13 +131,25 @@ def _compressed_tensors(said: _Said) -> Format:
     groups = list(said["config_groups"].values())
     if any(group.get("weights") != groups[0].get("weights") for group in groups):
         raise said.refused("quantises some modules otherwise than the rest (config_groups)")
-    for group in groups:
-        if (group.get("input_activations") or {}).get("dynamic", True) is not True:
-            raise said.refused("asks for input_activations with fixed scales")
     weights = _Said(groups[0].get("weights") or {}, said.where)
+    fixed = any((group.get("input_activations") or {}).get("dynamic", True) is not True for group in groups)
+    if said["format"] == "float-quantized" or (said["format"] == "naive-quantized" and weights.get("type") == "float"):
+        return _float8(weights, fixed)
+    if fixed:
+        raise said.refused("asks for input_activations with fixed scales")
     weights.only("type", "int")
     floats = tuple(_pattern(name) for name in said.get("ignore", []))
     return (_packed if said["format"] == "pack-quantized" else _int8)(weights, floats)
+
+
+def _float8(weights: _Said, fixed_activations: bool) -> Float8:
+    weights.only("type", "float")
+    weights.only("num_bits", 8)
+    weights.only("strategy", "tensor", "channel", "block")
+    weights.only("symmetric", True)
+    strategy = weights["strategy"]
+    block = weights.block(weights["block_structure"]) if strategy == "block" else (1, 1)
+    return Float8(where=weights.where, strategy=strategy, block=block, fixed_activations=fixed_activations)
 
 
 def _packed(weights: _Said, floats: tuple[str, ...]) -> Format:
@@ -153,8 +196,11 @@ def _pattern(ignored: str) -> str:
     return f"(?:{ignored.removeprefix('re:')}).*" if ignored.startswith("re:") else re.escape(ignored)
 
 
-METHODS: dict[str, Callable[[_Said], Format]] = {
+METHODS: dict[str, Callable[[_Said], AnyFormat]] = {
     "awq": _awq,
     "gptq": _gptq,
     "compressed-tensors": _compressed_tensors,
+    "fp8": _fp8,
+    "fbgemm_fp8": _fbgemm_fp8,
+    "bitsandbytes": _bitsandbytes,
 }

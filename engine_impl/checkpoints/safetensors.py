@@ -5,6 +5,7 @@ asked for, and unmapped when it is dropped: a file's pages never add up.
 """
 
 import json
+import logging
 import math
 import re
 from collections.abc import Mapping
@@ -25,6 +26,8 @@ from .hf_config import config_path, read_fields, read_hf_config
 from .quantization_config import read_format
 from .tokenizer_files import read_tokenizer
 
+log = logging.getLogger(__name__)
+
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 COMPILED = "_orig_mod."
@@ -37,7 +40,13 @@ _DTYPES = {
     "F16": np.dtype(np.float16),
     "BF16": jnp.dtype("bfloat16"),
 }
-_CODES = {"I8": np.dtype(np.int8), "I32": np.dtype(np.int32), "I64": np.dtype(np.int64)}
+_CODES = {
+    "I8": np.dtype(np.int8),
+    "U8": np.dtype(np.uint8),
+    "I32": np.dtype(np.int32),
+    "I64": np.dtype(np.int64),
+    "F8_E4M3": jnp.dtype("float8_e4m3fn"),
+}
 
 
 @dataclass(frozen=True)
@@ -77,18 +86,23 @@ class SafetensorsCheckpoint:
                     raise RefusedError(f"{self.name} holds {stored_name} twice, again in {file.name}; fetch it anew")
                 self._tensors[parameter] = tensor
         shapes = {name: tensor.shape for name, tensor in self._tensors.items()}
-        self._matrices = {} if self._format is None else self._format.matrices(shapes)
+        self._matrices = {} if self._format is None else self._format.matrices(shapes, self._stored)
         parts = {part for matrix in self._matrices.values() for part in matrix.parts.values()}
         self._plain = {name: tensor for name, tensor in self._tensors.items() if name not in parts}
         kinds = {dtype: kind for kind, dtype in _CODES.items()}
         codes = {name: kinds[tensor.dtype] for name, tensor in self._plain.items() if tensor.dtype in kinds}
         if codes:
             raise _not_floats(self.name, codes)
+        if self._format is not None and self._format.quantization is None:
+            log.info(
+                "%s has %d matrices of %s, which are widened to floats; --quantize-weights int8 takes a byte for each",
+                self.name, len(self._matrices), self._format.codes,
+            )  # fmt: skip
 
     @property
     def quantization(self) -> Quantization | None:
         """As config.json says, but what was left as it is by the files."""
-        if self._format is None:
+        if self._format is None or self._format.quantization is None:
             return None
         plain = (name.removesuffix(f".{WEIGHT}") for name in self._plain if name.endswith(f".{WEIGHT}"))
         return replace(self._format.quantization, floats=tuple(map(re.escape, plain)))

@@ -36,7 +36,7 @@ class ProgramReport:
     collectives: dict[str, int]
     estimated_cycles: int
     hbm_floor_bytes: int
-    """what has to cross HBM: for generate the weights and a full cache, for prefill the weights and its prefix"""
+    """what has to cross HBM: for generate the weights and a full cache, for prefill the weights and its own rows"""
     floor_ms: float
     """hbm_floor_bytes over the chip's bandwidth"""
     compute_floor_ms: float
@@ -78,9 +78,10 @@ class Budget:
 
     @property
     def slots_with_room(self) -> int:
-        """Slots whose cache, beside the weights, fills the usable HBM: arithmetic, a plan of them is the proof."""
-        room = int(USABLE * self.chip.hbm_bytes) - self.weights_bytes
-        return max(0, room * self.engine.layout.slots // self.cache_bytes)
+        """Requests of the cache length whose rows, beside the weights, fill the usable HBM: arithmetic, a plan of them
+        is the proof."""
+        room, layout = int(USABLE * self.chip.hbm_bytes) - self.weights_bytes, self.engine.layout
+        return max(0, room * layout.pages // self.cache_bytes // layout.pages_per_slot)
 
     def report(self, program: str, compiled: jax.stages.Compiled, seconds: float) -> ProgramReport:
         layout, memory, text = self.engine.layout, compiled.memory_analysis(), compiled.as_text()
@@ -111,15 +112,16 @@ class Budget:
     def _floor(self, program: str) -> tuple[int, int]:
         """(bytes that must cross HBM, rows that pass through the weights)."""
         layout = self.engine.layout
-        if program == "generate":
-            return self.read_bytes + self.cache_bytes, layout.slots
-        bucket = int(program.removeprefix("prefill_")) if program != "insert" else self.engine.buckets[-1]
-        prefix_bytes = self.cache_bytes * bucket // (layout.slots * layout.length)
-        return (2 * prefix_bytes, 0) if program == "insert" else (self.read_bytes + prefix_bytes, bucket)
+        name, _, size = program.partition("_")
+        if name == "generate":
+            return self.read_bytes + self.cache_bytes, int(size or layout.slots)
+        tokens = math.prod(map(int, size.split("x"))) if name == "prefill" else self.engine.prefill_chunk
+        rows_bytes = self.cache_bytes * tokens // (layout.pages * layout.page_rows)
+        return (2 * rows_bytes, 0) if name == "insert" else (self.read_bytes + rows_bytes, tokens)
 
     def needed(self, program: str, report: ProgramReport) -> int:
         """All that is in HBM while the program runs: what it was given or not, weights and cache are there."""
-        given = {"generate": self.resident, "insert": self.cache_bytes}.get(program, self.weights_bytes)
+        given = self.cache_bytes if program == "insert" else self.resident
         new = report.temp_bytes + report.code_bytes + report.output_bytes - report.alias_bytes
         return self.resident + max(0, report.argument_bytes - given) + new
 
@@ -152,10 +154,8 @@ class Budget:
         layout, chips = self.engine.layout, self.engine.mesh.size
         room = self.cache_bytes - (needed - int(USABLE * self.chip.hbm_bytes))  # for the cache
         remedies = []
-        if (slots := room * layout.slots // self.cache_bytes) >= 1:
-            remedies.append(f"--slots {slots}")
-        if (length := room * layout.length // self.cache_bytes // 128 * 128) >= 128:
-            remedies.append(f"--cache-length {length}")
+        if (pages := room * layout.pages // self.cache_bytes) >= 1:
+            remedies.append(f"--cache-tokens {pages * layout.page_rows}")
         enough = max(math.ceil(needed * chips / self.chip.hbm_bytes), chips + 1)
         remedies.append(f"at least {enough} of these chips, or chips with more HBM")
         return remedies

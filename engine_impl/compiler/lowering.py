@@ -7,38 +7,39 @@ import jax.numpy as jnp
 
 from ..engine import Engine
 from ..forward import Params
-from ..programs import GREEDY
-from ..sampling.slots import SlotSampling
 from ..state import DecodeState, Prefix
 from ..weights import load
 
 
-def lower_prefill(engine: Engine, bucket: int) -> jax.stages.Lowered:
-    """The prefill of prompts padded to `bucket` tokens."""
-    return engine.jitted.prefill.lower(*_prefill_arguments(engine, bucket))
+def lower_prefill(engine: Engine, pieces: int, tokens: int) -> jax.stages.Lowered:
+    """The prefill of so many pieces, each padded to `tokens`."""
+    return engine.jitted.prefill.lower(*_prefill_arguments(engine, pieces, tokens))
 
 
-def lower_resample(engine: Engine) -> jax.stages.Lowered:
-    """Another first token."""
-    prefix = abstract_prefix(engine, engine.buckets[0])
-    return engine.jitted.resample.lower(prefix.logits_V, prefix.count_V, prefix.length, prefix.sampling)
+def lower_first_tokens(engine: Engine, pieces: int) -> jax.stages.Lowered:
+    """The tokens behind so many pieces."""
+    prefix = abstract_prefix(engine, pieces, engine.shapes.prefills[0][1])
+    is_complete_N = _array(engine, (pieces,), jnp.bool)
+    return engine.jitted.first_tokens.lower(
+        prefix.logits_NV, prefix.start_N, prefix.count_N, is_complete_N, prefix.sampling, prefix.count_NV
+    )
 
 
-def lower_insert(engine: Engine, bucket: int) -> jax.stages.Lowered:
-    """The insert of a bucket's prefix."""
-    slot, page_J = _array(engine, (), jnp.int32), _array(engine, engine.page_BJ.shape[1:], jnp.int32)
-    return engine.jitted.insert.lower(abstract_prefix(engine, bucket), abstract_state(engine), slot, page_J)
+def lower_insert(engine: Engine, pieces: int, tokens: int) -> jax.stages.Lowered:
+    """The insert of what such a prefill gives."""
+    prefix = abstract_prefix(engine, pieces, tokens)
+    return engine.jitted.insert.lower(prefix, abstract_state(engine), *_texts(engine, pieces))
 
 
-def lower_generate(engine: Engine) -> jax.stages.Lowered:
-    """The decode step."""
-    return engine.jitted.generate.lower(*_step_arguments(engine))
+def lower_generate(engine: Engine, slots: int | None = None) -> jax.stages.Lowered:
+    """The decode step of so many slots; None: of all."""
+    return engine.jitted.generate.lower(*_step_arguments(engine, slots))
 
 
-def lower_score_step(engine: Engine) -> jax.stages.Lowered:
+def lower_score_step(engine: Engine, slots: int | None = None) -> jax.stages.Lowered:
     """The decode step with given tokens."""
-    given_B = _array(engine, (engine.max_concurrent_decodes,), jnp.int32)
-    return engine.jitted.score_step.lower(*_step_arguments(engine), given_B)
+    given_N = _array(engine, (slots or engine.max_concurrent_decodes,), jnp.int32)
+    return engine.jitted.score_step.lower(*_step_arguments(engine, slots), given_N)
 
 
 def abstract_params(engine: Engine) -> Params:
@@ -51,20 +52,27 @@ def abstract_state(engine: Engine) -> DecodeState:
     return _placed(jax.eval_shape(engine.programs.empty_state), engine.programs.state_sharding())
 
 
-def abstract_prefix(engine: Engine, bucket: int) -> Prefix:
-    """Those of a bucket's prefix."""
-    prefix, _ = jax.eval_shape(engine.programs.prefill, *_prefill_arguments(engine, bucket))
+def abstract_prefix(engine: Engine, pieces: int, tokens: int) -> Prefix:
+    """Those of a prefix of so many pieces, each padded to `tokens`."""
+    prefix = jax.eval_shape(engine.programs.prefill, *_prefill_arguments(engine, pieces, tokens))
     return _placed(prefix, engine.programs.prefix_sharding())
 
 
-def _step_arguments(engine: Engine) -> tuple[Params, DecodeState, jax.ShapeDtypeStruct]:
-    return abstract_params(engine), abstract_state(engine), _array(engine, engine.page_BJ.shape, jnp.int32)
+def _step_arguments(engine: Engine, slots: int | None) -> tuple[Any, ...]:
+    slots = slots or engine.max_concurrent_decodes
+    return abstract_params(engine), abstract_state(engine), *_texts(engine, slots)
 
 
-def _prefill_arguments(engine: Engine, bucket: int) -> tuple[Params, Any, Any, SlotSampling, Any]:
-    sampling = jax.tree.map(lambda value: _array(engine, value.shape, value.dtype), SlotSampling.of(GREEDY))
-    token_T, length = _array(engine, (bucket,), jnp.int32), _array(engine, (), jnp.int32)
-    return abstract_params(engine), token_T, length, sampling, _array(engine, (), jnp.bool)
+def _prefill_arguments(engine: Engine, pieces: int, tokens: int) -> tuple[Any, ...]:
+    token_NT, start_N = _array(engine, (pieces, tokens), jnp.int32), _array(engine, (pieces,), jnp.int32)
+    page_NJ = _array(engine, (pieces, engine.pages_per_slot), jnp.int32)
+    cache = engine.layout.abstract(engine.mesh)
+    return abstract_params(engine), cache, token_NT, start_N, start_N, token_NT, page_NJ
+
+
+def _texts(engine: Engine, count: int) -> tuple[Any, Any]:
+    """(slot_N, page_NJ) of so many texts."""
+    return _array(engine, (count,), jnp.int32), _array(engine, (count, engine.pages_per_slot), jnp.int32)
 
 
 def _array(engine: Engine, shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:

@@ -55,6 +55,7 @@ class PlanReport:
     chips: int
     slots: int
     cache_length: int
+    cache_tokens: int
     dtype: str
     hbm_bytes_per_chip: int
     weights_bytes_per_chip: int
@@ -65,7 +66,7 @@ class PlanReport:
     fits: bool
     programs: dict[str, ProgramReport]
     slots_with_room: int
-    """slots of this cache length that the weights leave HBM for, by arithmetic"""
+    """requests of this cache length that the weights leave HBM for, by arithmetic"""
     misfit: Misfit | None = None
     saving: Saving | None = None
     """None where nothing is quantised"""
@@ -81,11 +82,11 @@ def plan(
     topology: str,
     *,
     stored: Quantization | None = None,
-    all_buckets: bool = False,
+    all_shapes: bool = False,
     dump: Path | None = None,
     report: Callable[[str], None] = lambda line: None,
 ) -> PlanReport:
-    """Compile generate, insert and prefill (the largest bucket, or all) for a topology.
+    """Compile generate (of all slots), insert and prefill (of a whole chunk) for a topology, or each in all its shapes.
 
     `stored` is how the checkpoint keeps its weights (see `quantization_of`); `dump` gets each program's optimised HLO
     as <program>.hlo.txt; `report` is told what is being compiled.
@@ -94,17 +95,10 @@ def plan(
     """
     chip = chip_of(topology)
     engine = abstract_engine(shape, topology, config, stored)
-    config = replace(config, slots=engine.layout.slots, cache_length=engine.layout.length)
     budget = Budget(engine, chip)
     programs: dict[str, ProgramReport] = {}
     misfit = budget.resident_misfit()
-    buckets = engine.buckets if all_buckets else engine.buckets[-1:]
-    lowered = {
-        "generate": lambda: lower_generate(engine),
-        "insert": lambda: lower_insert(engine, engine.buckets[-1]),
-        **{f"prefill_{bucket}": lambda bucket=bucket: lower_prefill(engine, bucket) for bucket in buckets},
-    }
-    for program, lower in lowered.items():
+    for program, lower in lowered(engine, all_shapes).items():
         if misfit is not None:
             break
         report(f"compiling {program} for {topology}")
@@ -127,6 +121,7 @@ def plan(
         chips=engine.mesh.size,
         slots=engine.layout.slots,
         cache_length=engine.layout.length,
+        cache_tokens=engine.pages * engine.page_rows,
         dtype=engine.layout.dtype.name,
         hbm_bytes_per_chip=chip.hbm_bytes,
         weights_bytes_per_chip=budget.weights_bytes,
@@ -139,6 +134,19 @@ def plan(
         misfit=misfit,
         saving=_saving(config, shape, topology, budget),
     )
+
+
+def lowered(engine: Engine, all_shapes: bool) -> dict[str, Callable[[], jax.stages.Lowered]]:
+    """The programs by name: `generate`, `insert` and `prefill_512`; of all shapes also `generate_8`, `prefill_8x64`."""
+    chunk = engine.prefill_chunk
+    found = {"generate": lambda: lower_generate(engine), "insert": lambda: lower_insert(engine, 1, chunk)}
+    if all_shapes:
+        steps = engine.shapes.steps[:-1]
+        found |= {f"generate_{slots}": lambda slots=slots: lower_generate(engine, slots) for slots in steps}
+    for pieces, tokens in engine.shapes.prefills if all_shapes else [(1, chunk)]:
+        name = f"prefill_{pieces}x{tokens}" if pieces > 1 else f"prefill_{tokens}"
+        found[name] = lambda pieces=pieces, tokens=tokens: lower_prefill(engine, pieces, tokens)
+    return found
 
 
 def _saving(config: EngineConfig, shape: ModelConfig, topology: str, budget: Budget) -> Saving | None:
@@ -154,14 +162,20 @@ def _saving(config: EngineConfig, shape: ModelConfig, topology: str, budget: Bud
 
 
 def largest_slots(config: EngineConfig, shape: ModelConfig, topology: str, **options: Any) -> PlanReport:
-    """The plan with the most slots that fit; with one slot, if not even that fits.
+    """The plan with the most slots that fit, each with the pages of its longest request; with one slot, if not even
+    that fits.
 
-    A slot costs its cache and a little more: each guess comes from what a slot cost between the last two plans and the
+    A slot costs its pages and a little more: each guess comes from what a slot cost between the last two plans and the
     room that the best one left, until two neighbours are known of which only the smaller fits.
     """
     engine = abstract_engine(shape, topology, config, options.get("stored"))
-    config = replace(config, cache_length=engine.layout.length, max_prefill_length=engine.buckets[-1])
-    best, fails = plan(replace(config, slots=1), shape, topology, **options), None
+    length = engine.layout.length
+
+    def plan_of(slots: int) -> PlanReport:
+        sizes = {"slots": slots, "cache_length": length, "cache_tokens": slots * length}
+        return plan(replace(config, **sizes), shape, topology, **options)
+
+    best, fails = plan_of(1), None
     if not best.fits:
         return best
     a_slot = best.cache_bytes_per_chip
@@ -169,7 +183,7 @@ def largest_slots(config: EngineConfig, shape: ModelConfig, topology: str, **opt
         room = best.hbm_bytes_per_chip - best.resident_bytes_per_chip
         guess = best.slots + max(1, room // a_slot)
         guess = guess if fails is None else min(guess, fails - 1)
-        tried = plan(replace(config, slots=guess), shape, topology, **options)
+        tried = plan_of(guess)
         needed = tried.misfit.needed_bytes if tried.misfit else tried.resident_bytes_per_chip
         grown = 2 * a_slot if needed is None else (needed - best.resident_bytes_per_chip) // (guess - best.slots)
         a_slot = max(a_slot, grown)

@@ -6,17 +6,24 @@ Source of each: the `config.json` that its authors publish on the Hugging Face h
 from typing import Any
 
 from ..errors import RefusedError
+from ..models.cohere2 import Cohere2Config
 from ..models.decoder import ModelConfig
 from ..models.gemma import GemmaConfig
 from ..models.gemma2 import Gemma2Config
 from ..models.gemma3 import Gemma3Config
+from ..models.glm4 import Glm4Config
+from ..models.granite import GraniteConfig
 from ..models.llama import LlamaConfig
 from ..models.mistral import MistralConfig
 from ..models.mixtral import MixtralConfig
+from ..models.olmo2 import Olmo2Config
 from ..models.phi3 import Phi3Config
 from ..models.qwen2 import Qwen2Config
 from ..models.qwen3 import Qwen3Config
+from ..models.qwen3_moe import Qwen3MoEConfig
 from ..models.rope_scaling import llama3_rope_factors
+from ..models.smollm3 import SmolLM3Config
+from ..models.stablelm import StableLMConfig
 
 
 def _shape(layers: int, heads: int, kv_heads: int, model_dim: int, ffn_dim: int, **rest: Any) -> dict[str, Any]:
@@ -102,6 +109,50 @@ PRESETS: dict[str, ModelConfig] = {
             stored_kv_heads=32,
         )
     ),  # microsoft/Phi-3-mini-4k-instruct
+    "phi-4": Phi3Config(
+        **_shape(
+            40, 40, 10, 5120, 17920, vocab_size=100352, context_length=16384, rope_theta=250000.0, stored_kv_heads=10
+        )
+    ),  # microsoft/phi-4
+    "qwen3-30b-a3b": Qwen3MoEConfig(
+        **_shape(48, 32, 4, 2048, 768, **_QWEN_3, num_experts=128, experts_per_token=8)
+    ),  # Qwen/Qwen3-30B-A3B
+    "smollm3-3b": SmolLM3Config(
+        **_shape(
+            36, 16, 4, 2048, 11008, vocab_size=128256, context_length=65536, rope_theta=5000000.0, rms_norm_eps=1e-6,
+            tied_embeddings=True, without_rope=(False, False, False, True),
+        )
+    ),  # HuggingFaceTB/SmolLM3-3B
+    "olmo-2-7b": Olmo2Config(
+        **_shape(
+            32, 32, 32, 4096, 11008, vocab_size=100352, context_length=4096, rope_theta=500000.0, rms_norm_eps=1e-6
+        )
+    ),  # allenai/OLMo-2-1124-7B
+    "granite-3.3-8b": GraniteConfig(
+        **_shape(
+            40, 32, 8, 4096, 12800, vocab_size=49159, context_length=131072, rope_theta=10000000.0,
+            tied_embeddings=True, embedding_multiplier=12.0, attention_multiplier=0.0078125, residual_multiplier=0.22,
+            logits_scaling=16.0,
+        )
+    ),  # ibm-granite/granite-3.3-8b-instruct
+    "glm-4-9b": Glm4Config(
+        **_shape(
+            40, 32, 2, 4096, 13696, vocab_size=151552, context_length=32768, rope_theta=10000.0, rope_width=64,
+            qkv_bias=True,
+        )
+    ),  # zai-org/GLM-4-9B-0414
+    "command-r7b": Cohere2Config(
+        **_shape(
+            32, 32, 8, 4096, 14336, vocab_size=256000, context_length=132096, rope_theta=50000.0, tied_embeddings=True,
+            windows=(4096, 4096, 4096, None), without_rope=(False, False, False, True), logit_scale=0.25,
+        )
+    ),  # CohereLabs/c4ai-command-r7b-12-2024
+    "stablelm-2-12b": StableLMConfig(
+        **_shape(
+            40, 32, 8, 5120, 13824, vocab_size=100352, context_length=4096, rope_theta=10000.0, rope_width=40,
+            qkv_bias=False, head_norms=True, parallel=True, stored_kv_heads=8,
+        )
+    ),  # stabilityai/stablelm-2-12b
 }  # fmt: skip
 
 

@@ -9,6 +9,10 @@ waiting for the step. A slot's answer ends with the first token that is marked i
 JetStream never frees a slot. One whose answer ended with a stop token is emptied here, and so is one that `idle_slots`
 names, where the host has set it. Without it a slot that reached max_tokens, which the engine is not told, decodes on
 unheard until it is inserted into anew or its cache is full.
+
+Nor can it take a slot's request away again, so every slot has the pages of its longest request for itself. A prompt is
+computed in one piece, on JetStream's thread for prefills and perhaps on other devices than the slots'. An existing
+prefix's rows are put into a cache of the adapter's own for it, which holds one request.
 """
 
 import logging
@@ -22,11 +26,14 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from ...cache_manager import KV
+from ..api import Opening, Piece
 from ..config import EngineConfig
 from ..engine import Engine
 from ..errors import RefusedError
 from ..forward import Params
 from ..loading import load_engine
+from ..programs import GREEDY
 from ..state import DecodeState, Prefix
 from ..text.tokenizer import Tokenizer
 from . import compat as jetstream_compat
@@ -55,6 +62,17 @@ NO_TOKEN = -2
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
+class JetStreamPrefix:
+    """A prompt after prefill."""
+
+    text: Prefix
+    """of one piece, which is the whole prompt"""
+    token_T: jax.Array
+    """i32, its tokens, padded: a prefix that goes on computes those behind its last whole page again"""
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
 class JetStreamState:
     """All slots between two calls of generate."""
 
@@ -69,7 +87,17 @@ class JetStreamEngine(engine_api.Engine):
     """Every method of JetStream's abstract engine over ours. Its threads may call it at the same time."""
 
     def __init__(self, engine: Engine, params: Params) -> None:
+        """Raises RefusedError for a cache that is too small for all slots' longest requests."""
         self._engine, self._params = engine, params
+        slots, pages = engine.max_concurrent_decodes, engine.pages_per_slot
+        if engine.pages < slots * pages:
+            rows = engine.page_rows
+            raise RefusedError(
+                f"cache_tokens={engine.pages * rows} must be at least {slots * pages * rows} under JetStream, where "
+                f"each of {slots} slots has {pages * rows} tokens for itself; use fewer --slots or a shorter "
+                "--cache-length"
+            )
+        self._page_BJ = np.arange(slots * pages, dtype=np.int32).reshape(slots, pages)
         self.idle_slots: Callable[[], Collection[int]] = tuple
         """Asked before every step: slots that nobody waits for."""
         self._tokenizer = JetStreamTokenizer(engine.get_tokenizer())
@@ -87,16 +115,33 @@ class JetStreamEngine(engine_api.Engine):
             data_B3 = jnp.stack([next_B, valid_B.astype(jnp.int32), handed_B], axis=1)
             return data_B3, handed_B, jnp.where(ended_B, 0, length_B)
 
-        def take_up(next_BW, handed_B, token, slot):
-            return next_BW.at[slot].set(token), handed_B.at[slot].set(0)
+        def take_up(next_BW, handed_B, token_N, slot):
+            return next_BW.at[slot].set(token_N), handed_B.at[slot].set(0)
 
         self._hand_out = jax.jit(hand_out, out_shardings=self._everywhere)
         self._take_up = jax.jit(take_up, out_shardings=self._everywhere)
 
+        at = engine.programs.cache_sharding()
+        page_1J, start_1 = self._page_BJ[:1], np.zeros(1, np.int32)
+        self._scratch: KV = jax.jit(replace(engine.layout, pages=pages).empty, out_shardings=at)()
+        """One request's pages."""
+
+        def store(cache: KV, kv: KV, count_1: jax.Array) -> KV:
+            return engine.programs.store_texts(cache, kv, jnp.asarray(page_1J), jnp.asarray(start_1), count_1)
+
+        self._store = jax.jit(store, donate_argnums=0, out_shardings=at)
+        self._join = jax.jit(_joined, static_argnums=3, out_shardings=engine.programs.prefix_sharding().kv)
+
     def warm_up(self) -> None:
-        """Compile every program. Without it a program compiles when its first request comes."""
-        state = self._engine.warm_up(self._params, self._engine.init_decode_state())
-        state = self.insert(self._refused(self._params), self._wrapped(state), 0)
+        """Compile every program, but for those of existing prefixes. Without it a program compiles when its first
+        request comes."""
+        state = self.init_decode_state()
+        for pieces, tokens in self._engine.shapes.prefills:
+            if pieces == 1:
+                with self._turn:
+                    prefix = self._prefilled(self._params, [0] * tokens, 0)
+                state = self.insert(prefix, state, 0)
+        state = self.insert(self._refused(self._params), state, 0)
         self.generate(self._params, state)[1].convert_to_numpy()
 
     def load_params(self, *args: Any, **kwargs: Any) -> Params:
@@ -107,33 +152,38 @@ class JetStreamEngine(engine_api.Engine):
         self,
         *,
         params: Params,
-        existing_prefix: Prefix | None = None,
+        existing_prefix: JetStreamPrefix | None = None,
         padded_tokens: jax.Array | np.ndarray,
         true_length: int,
-    ) -> Prefix:
-        """Compute a prompt's keys and values and choose its first token.
+    ) -> JetStreamPrefix:
+        """Compute a prompt's keys and values and choose its first token. The tokens go on behind those of an existing
+        prefix, which stays as it is; its whole pages are not computed again.
 
-        A prompt that cannot be answered (empty, or with ids outside the vocabulary) gives a prefix whose answer ends
-        before its first token: an exception here would take JetStream's thread, and the server, down.
-
-        Raises RefusedError for an existing prefix.
+        A prompt that cannot be answered (empty, too long, or with ids outside the vocabulary) gives a prefix whose
+        answer ends before its first token: an exception here would take JetStream's thread, and the server, down.
         """
-        if existing_prefix is not None:
-            raise RefusedError("existing_prefix must be None: prefixes are not extended here; give the whole prompt")
         prompt_ids = self._prompt(np.asarray(padded_tokens), true_length)
+        shared = 0
+        if existing_prefix is not None:
+            (length,) = np.asarray(existing_prefix.text.count_N)
+            prompt_ids = np.asarray(existing_prefix.token_T)[:length].tolist() + prompt_ids
+            shared = min(int(length), len(prompt_ids) - 1) // self._engine.page_rows * self._engine.page_rows
         try:
             self._check(prompt_ids)
         except RefusedError as error:
             log.warning("a request gets an empty answer: %s", error)
             return self._refused(params)
         with self._turn:
-            return self._engine.prefill(params, *self._engine.pad(prompt_ids))[0]
+            if not shared or existing_prefix is None:
+                return self._prefilled(params, prompt_ids, 0)
+            return self._behind(params, existing_prefix.text.kv, prompt_ids, shared)
 
-    def insert(self, prefix: Prefix, decode_state: JetStreamState, slot: int) -> JetStreamState:
+    def insert(self, prefix: JetStreamPrefix, decode_state: JetStreamState, slot: int) -> JetStreamState:
         """Put a prefix into a slot, whatever was there; the state is donated, the prefix is not."""
         with self._turn:
-            decode = self._engine.insert(prefix, decode_state.decode, slot)
-            taken_up = self._take_up(decode_state.next_BW, decode_state.handed_B, prefix.token, np.int32(slot))
+            decode = self._engine.insert(prefix.text, decode_state.decode, [slot], self._page_BJ[slot : slot + 1])
+            token_N = prefix.text.token_N
+            taken_up = self._take_up(decode_state.next_BW, decode_state.handed_B, token_N, np.int32(slot))
         return JetStreamState(decode, *taken_up)
 
     def generate(self, params: Params, decode_state: JetStreamState) -> tuple[JetStreamState, engine_api.ResultTokens]:
@@ -151,7 +201,8 @@ class JetStreamEngine(engine_api.Engine):
             data_B3, handed_B, length_B = self._hand_out(
                 decode_state.next_BW, decode_state.handed_B, decode.length_B, idle_B
             )
-            decode, result = self._engine.generate(params, replace(decode, length_B=length_B))
+            slot_N = np.arange(self.max_concurrent_decodes, dtype=np.int32)
+            decode, result = self._engine.generate(params, replace(decode, length_B=length_B), slot_N, self._page_BJ)
         tokens = engine_api.ResultTokens(
             data=data_B3, tokens_idx=(0, 1), valid_idx=(1, 2), length_idx=(2, 3), samples_per_slot=1
         )
@@ -162,8 +213,9 @@ class JetStreamEngine(engine_api.Engine):
         return self._wrapped(self._engine.init_decode_state())
 
     def get_prefix_destination_sharding(self) -> Any:
-        """The shardings that a prefix of another engine takes on this one: a tree like a Prefix."""
-        return self._engine.programs.prefix_sharding()
+        """The shardings that a prefix of another engine takes on this one: a tree like a JetStreamPrefix."""
+        everywhere: Any = self._everywhere
+        return JetStreamPrefix(self._engine.programs.prefix_sharding(), everywhere)
 
     def get_tokenizer(self) -> TokenizerParameters:
         """Names the model; what JetStream asks of a tokenizer is `build_tokenizer`'s."""
@@ -185,8 +237,9 @@ class JetStreamEngine(engine_api.Engine):
 
     @property
     def max_prefill_length(self) -> int:
-        """Longest prompt (tokens): a power of two from 16 to 32768, of which JetStream keeps a list."""
-        return min(self._engine.max_prefill_length, LONGEST_PREFILL)
+        """Longest prompt (tokens): a power of two up to 32768, of which JetStream keeps a list."""
+        longest = min(self._engine.max_prefill_length, self._engine.prefill_chunk, LONGEST_PREFILL)
+        return 1 << (longest.bit_length() - 1)
 
     @property
     def mesh(self) -> Mesh:
@@ -215,18 +268,60 @@ class JetStreamEngine(engine_api.Engine):
         return prompt_ids[1:] if is_doubled or prompt_ids[:1] == [NO_BOS] else prompt_ids
 
     def _check(self, prompt_ids: Sequence[int]) -> None:
-        if not prompt_ids:
-            raise RefusedError("the prompt is empty")
+        longest = min(self._engine.max_prefill_length, self._engine.prefill_chunk)
+        if not 0 < len(prompt_ids) <= longest:
+            raise RefusedError(f"a prompt of {len(prompt_ids)} tokens must have from 1 to {longest}")
         for token_id in prompt_ids:
             if not 0 <= token_id < self._engine.vocab_size:
                 raise RefusedError(f"{token_id=} is outside the vocabulary; ids go to {self._engine.vocab_size - 1}")
 
-    def _refused(self, params: Params) -> Prefix:
+    def _prefilled(self, params: Params, prompt_ids: Sequence[int], shared: int) -> JetStreamPrefix:
+        """A prompt, or what stands behind its first `shared` tokens, which are in the cache of the adapter's own."""
+        token_T = np.array(prompt_ids[shared:], np.int32)
+        piece = Piece(token_T=token_T, start=shared, page_J=self._page_BJ[0])
+        prefix = self._engine.prefill_behind(params, self._scratch, [piece])
+        opening = Opening(text=prompt_ids, prompt_length=len(prompt_ids), sampling=GREEDY)
+        prefix, _ = self._engine.first_tokens(prefix, [opening])
+        return JetStreamPrefix(prefix, self._tokens(prompt_ids))
+
+    def _behind(self, params: Params, before: KV, prompt_ids: Sequence[int], shared: int) -> JetStreamPrefix:
+        """A prompt whose first `shared` tokens, whole pages, are those of `before`."""
+        self._scratch = self._store(self._scratch, before, np.array([shared], np.int32))
+        made = self._prefilled(params, prompt_ids, shared)
+        _, tokens = self._engine.shapes.prefill_of([len(prompt_ids)])
+        kv = self._join(before, made.text.kv, np.int32(shared), tokens)
+        whole = jax.device_put((np.zeros(1, np.int32), np.array([len(prompt_ids)], np.int32)), self._everywhere)
+        logprob_NT = jax.device_put(np.zeros((1, tokens), np.float32), self._everywhere)
+        text = replace(made.text, kv=kv, start_N=whole[0], count_N=whole[1], logprob_NT=logprob_NT)
+        return JetStreamPrefix(text, made.token_T)
+
+    def _tokens(self, prompt_ids: Sequence[int]) -> jax.Array:
+        """Padded as its rows are."""
+        _, tokens = self._engine.shapes.prefill_of([len(prompt_ids)])
+        return jax.device_put(np.pad(np.array(prompt_ids, np.int32), (0, tokens - len(prompt_ids))), self._everywhere)
+
+    def _refused(self, params: Params) -> JetStreamPrefix:
         """A prefix that leaves its slot empty."""
         with self._turn:
-            prefix, _ = self._engine.prefill(params, *self._engine.pad([0]))
-        length, token = jax.device_put((np.int32(0), np.int32(-1)), self._everywhere)
-        return replace(prefix, length=length, token=token)
+            prefix = self._prefilled(params, [0], 0)
+        count_N, token_N = jax.device_put((np.zeros(1, np.int32), np.full(1, -1, np.int32)), self._everywhere)
+        return replace(prefix, text=replace(prefix.text, count_N=count_N, token_N=token_N))
+
+
+def _joined(before: KV, behind: KV, shared: jax.Array, tokens: int) -> KV:
+    """The first `shared` rows of a text and those behind them as the rows of one piece, padded to `tokens`."""
+
+    def join(before: jax.Array, behind: jax.Array, axis: int) -> jax.Array:
+        room = tokens + behind.shape[axis]  # so that the padding of what comes behind has room too
+        both = jax.lax.slice_in_dim(before, 0, min(room, before.shape[axis]), axis=axis)
+        padding = [(0, room - both.shape[axis] if i == axis else 0) for i in range(both.ndim)]
+        both = jax.lax.dynamic_update_slice_in_dim(jnp.pad(both, padding), behind, shared, axis)
+        return jax.lax.slice_in_dim(both, 0, tokens, axis=axis)
+
+    rows = join(before.rows, behind.rows, 2)
+    if before.scales is None or behind.scales is None:
+        return KV(rows)
+    return KV(rows, join(before.scales, behind.scales, 3))
 
 
 class JetStreamTokenizer(tokenizer_api.Tokenizer):
@@ -283,7 +378,14 @@ class JetStreamTokenizer(tokenizer_api.Tokenizer):
 
 
 def create_engine(devices: Sequence[Any], config: EngineConfig) -> JetStreamEngine:
-    """Load and compile the engine that `config` describes, on these devices. Raises RefusedError, see `load_engine`."""
-    engine = JetStreamEngine(*load_engine(config, devices))
+    """Load and compile the engine that `config` describes, on these devices, with fewer slots than its default where
+    the cache holds no more.
+
+    Raises RefusedError as `load_engine` does, and for a `prefill_chunk`.
+    """
+    if config.prefill_chunk is not None:
+        raise RefusedError("under JetStream a prompt is computed in one piece; leave --prefill-chunk out")
+    config = replace(config, prefill_chunk=LONGEST_PREFILL)
+    engine = JetStreamEngine(*load_engine(config, devices, reserves=True))
     engine.warm_up()
     return engine

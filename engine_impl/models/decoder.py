@@ -12,16 +12,41 @@ Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 """(q_RNH, k_RKH, v_RKH) -> out_RNH, softmax of q . k times H**-0.5"""
 
 
-class Rows(str):
+def split_name(name: str) -> tuple[str, str, str]:
+    """(path with its last dot, or nothing; module; parameter) of a parameter's name."""
+    *path, module, parameter = name.split(".")
+    return "".join(f"{part}." for part in path), module, parameter
+
+
+class RowRange(str):
     """The name of a checkpoint's tensor of which a parameter is rows [start, stop)."""
 
     start: int
     stop: int
 
-    def __new__(cls, name: str, start: int, stop: int) -> "Rows":
+    def __new__(cls, name: str, start: int, stop: int) -> "RowRange":
         rows = super().__new__(cls, name)
         rows.start, rows.stop = start, stop
         return rows
+
+
+class Pairs(str):
+    """The name of a checkpoint's tensor whose rows are heads for a rope that turns neighbours (2i, 2i+1), in the first
+    `width` of each head's `head_dim` dimensions. The model has these rows in the order of ours, which turns halves
+    (i, i + width/2): scores do not change when q and k are reordered alike."""
+
+    head_dim: int
+    width: int
+
+    def __new__(cls, name: str, head_dim: int, width: int) -> "Pairs":
+        pairs = super().__new__(cls, name)
+        pairs.head_dim, pairs.width = head_dim, width
+        return pairs
+
+    def order(self, rows: int) -> list[int]:
+        """Where each of the model's rows is in the checkpoint's tensor of so many rows."""
+        of_head = [*range(0, self.width, 2), *range(1, self.width, 2), *range(self.width, self.head_dim)]
+        return [first + i for first in range(0, rows, self.head_dim) for i in of_head]
 
 
 class Transposed(str):
@@ -72,6 +97,9 @@ class Decoder(nn.Module):
     """The family's own, by which `registry.build` finds it."""
     shard_axis: ClassVar[dict[str, int]]
     """Module name -> the axis of its weight [out, in] that the chips share; all else is replicated."""
+    of_kv_heads: ClassVar[tuple[str, ...]] = ("k_proj", "v_proj")
+    """Names of modules whose parameters have a part for each kv head along their first axis. With fewer kv heads than
+    chips, these parts are repeated."""
     prefixes: ClassVar[tuple[str, ...]] = ("model.",)
     """What may stand before the parameters' names in a Hugging Face checkpoint; the first that fits is taken off."""
     ignored: ClassVar[tuple[str, ...]] = ()
@@ -113,5 +141,5 @@ class Decoder(nn.Module):
 
     def sources(self, name: str) -> tuple[str, ...]:
         """The checkpoint's tensors that make up a parameter; several are stacked on a new leading axis; see also
-        `Rows` and `Transposed`."""
+        `RowRange`, `Pairs` and `Transposed`."""
         return (name,)

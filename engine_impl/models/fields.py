@@ -28,6 +28,13 @@ class Fields:
         value = self._fields.get(name)
         return default if value is None else value
 
+    def first(self, *names: str) -> Any:
+        """The value of the first of these that is there: older and newer names of one field.
+
+        Raises RefusedError when none is there.
+        """
+        return next((value for name in names if (value := self.get(name)) is not None), None) or self[names[0]]
+
     def unless_left_out(self, name: str, default: Any) -> Any:
         """The field's value, null too; the default where the config leaves it out."""
         return self._fields.get(name, default)
@@ -44,6 +51,12 @@ class Fields:
         given = {field: value for field, value in fields.items() if value is not None}
         first = {field: self.get(field) for field in beside if self.get(field) is not None}
         return Fields({**left_out, **given, **first}, f"{self._where}: {name}")
+
+    def filled(self, left_out: Mapping[str, Any]) -> "Fields":
+        """The same fields, and of those in `left_out` the ones that the config does not have or that are null: values
+        that the authors' own class gives them."""
+        given = {field: value for field, value in self._fields.items() if value is not None}
+        return Fields({**left_out, **given}, self._where)
 
     def only(self, name: str, *allowed: Any) -> None:
         """Raises RefusedError when the field is there, is not null and is none of these."""

@@ -10,7 +10,7 @@ from torch import nn
 from .fields import Fields
 from .gemma2 import Gemma2, Gemma2Config, SandwichLayer, read_gemma2
 from .parts import GemmaRMSNorm
-from .rope import Angles, Factors, Rope, frequencies
+from .rope import Angles, Factors, frequencies
 from .rope_scaling import FIXED
 from .transformer import read_rope
 
@@ -27,10 +27,10 @@ class Gemma3Config(Gemma2Config):
     """Likewise."""
 
     @property
-    def local_angles(self) -> Angles:
-        """The rope of layers with a window."""
+    def ropes(self) -> tuple[Angles, ...]:
         width = self.rope_width or self.head_dim
-        return Angles(frequencies(width, self.local_rope_theta, self.local_rope_factors), self.local_rope_scale)
+        local = Angles(frequencies(width, self.local_rope_theta, self.local_rope_factors), self.local_rope_scale)
+        return self.angles, local
 
     @property
     def rope_of_layer(self) -> tuple[int, ...]:
@@ -62,10 +62,6 @@ class Gemma3(Gemma2):
     prefixes: ClassVar = ("model.language_model.", "language_model.model.", "language_model.", "model.")
     """With images since transformers 5; with images as published (the third is the head's); without."""
     ignored: ClassVar = ("vision_tower.", "multi_modal_projector.")
-
-    def __init__(self, config: Gemma3Config) -> None:
-        super().__init__(config)
-        self.rope = Rope(config.angles, config.local_angles)
 
     def layer(self, config: Any) -> nn.Module:
         attention = self.attention(config)

@@ -14,11 +14,18 @@ from .transformer import Attention, Layer, Transformer, TransformerConfig, read_
 
 
 @dataclass(frozen=True, kw_only=True)
-class MixtralConfig(TransformerConfig):
-    """A Mixtral's shape; `ffn_dim` is one expert's."""
+class MixtureConfig(TransformerConfig):
+    """The shape of a model with experts; `ffn_dim` is one expert's."""
 
     num_experts: int
     experts_per_token: int
+    shares_sum_to_one: bool = True
+    """Whether the likelihoods of a token's experts are scaled to sum up to one."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MixtralConfig(MixtureConfig):
+    """A Mixtral's shape."""
 
 
 MANY_ROWS = 2048
@@ -46,10 +53,11 @@ class MixtureOfExperts(nn.Module):
     of them alone.
     """
 
-    def __init__(self, config: MixtralConfig) -> None:
+    def __init__(self, config: MixtureConfig) -> None:
         super().__init__()
         E, D, F = config.num_experts, config.model_dim, config.ffn_dim
         self.num_experts, self.experts_per_token = E, config.experts_per_token
+        self.shares_sum_to_one = config.shares_sum_to_one
         self.gate = Linear(D, E, bias=False)
         self.w1 = ExpertLinear(E, D, F)
         self.w2 = ExpertLinear(E, F, D)
@@ -58,7 +66,9 @@ class MixtureOfExperts(nn.Module):
     def forward(self, x_RD: Tensor) -> Tensor:
         likelihood_RE = functional.softmax(self.gate(x_RD).float(), dim=-1)
         share_RX, expert_RX = likelihood_RE.topk(self.experts_per_token)  # X: the experts of a token
-        share_RX = (share_RX / share_RX.sum(-1, keepdim=True)).to(x_RD.dtype)
+        if self.shares_sum_to_one:
+            share_RX = share_RX / share_RX.sum(-1, keepdim=True)
+        share_RX = share_RX.to(x_RD.dtype)
         if expert_RX.numel() <= self.num_experts // 2:
             return self._one_by_one(x_RD, share_RX, expert_RX)
         if len(x_RD) < MANY_ROWS:

@@ -78,6 +78,30 @@ class GemmaRMSNorm(RMSNorm):
         return (self.normed(x) * (1 + self.weight.float())).to(x.dtype)
 
 
+class WideRMSNorm(RMSNorm):
+    """Weights are multiplied in float32."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (self.normed(x) * self.weight.float()).to(x.dtype)
+
+
+class LayerNorm(nn.Module):
+    """Layer norm over the last axis (Ba et al., arXiv 1607.06450), computed in float32."""
+
+    def __init__(self, shape: int | tuple[int, ...], eps: float, *, bias: bool = False) -> None:
+        """`shape` is the weight's; the leading axes, where there are some, are axes of what is normalised too."""
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(shape))
+        self.bias = nn.Parameter(torch.empty(shape)) if bias else None
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = x.float()
+        apart = wide - wide.mean(-1, keepdim=True)
+        normed = apart * torch.rsqrt(apart.square().mean(-1, keepdim=True) + self.eps) * self.weight.float()
+        return (normed if self.bias is None else normed + self.bias.float()).to(x.dtype)
+
+
 class Scale(nn.Module):
     """Multiplies by a number, rounded to the type of what it multiplies."""
 

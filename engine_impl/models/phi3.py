@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
-from .decoder import Rows
+from .decoder import RowRange
 from .fields import Fields
 from .transformer import Transformer, TransformerConfig, read_rope, read_shape
 
@@ -41,7 +41,7 @@ class Phi3(Transformer):
         if module not in rows:
             return (name,)
         stored, start, stop = rows[module]
-        return (Rows(f"{path}.{stored}.{parameter}", start, stop),)
+        return (RowRange(f"{path}.{stored}.{parameter}", start, stop),)
 
     @classmethod
     def read_config(cls, fields: Fields) -> Phi3Config:

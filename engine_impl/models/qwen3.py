@@ -22,12 +22,17 @@ class Qwen3(Transformer):
     config_type: ClassVar = Qwen3Config
 
     def layer(self, config: Any) -> nn.Module:
-        attention = Attention(config)
-        attention.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
-        attention.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
-        return Layer(config, attention, GatedMLP(config))
+        return Layer(config, normed_attention(config), GatedMLP(config))
 
     @classmethod
     def read_config(cls, fields: Fields) -> Qwen3Config:
         fields["head_dim"]  # not model_dim // heads in this family
         return Qwen3Config(**read_qwen(fields))
+
+
+def normed_attention(config: TransformerConfig) -> Attention:
+    """Each head of q and k is normalised, all with the same weights."""
+    attention = Attention(config)
+    attention.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
+    attention.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
+    return attention

@@ -8,30 +8,45 @@ from typing import Any, TypeVar
 import torch
 
 from ..errors import RefusedError
+from .cohere2 import Cohere2
 from .decoder import Decoder, ModelConfig
 from .field_kinds import check_kinds
 from .fields import Fields
 from .gemma import Gemma
 from .gemma2 import Gemma2
 from .gemma3 import Gemma3
+from .glm4 import Glm, Glm4
+from .granite import Granite
 from .llama import Llama
 from .mistral import Mistral
 from .mixtral import Mixtral
+from .olmo2 import Olmo2
 from .phi3 import Phi3
 from .qwen2 import Qwen2
 from .qwen3 import Qwen3
+from .qwen3_moe import Qwen3MoE
+from .smollm3 import SmolLM3
+from .stablelm import StableLM
 
 FAMILIES: dict[str, type[Decoder]] = {
+    "cohere2": Cohere2,
     "gemma": Gemma,
     "gemma2": Gemma2,
     "gemma3": Gemma3,
     "gemma3_text": Gemma3,
+    "glm": Glm,
+    "glm4": Glm4,
+    "granite": Granite,
     "llama": Llama,
     "mistral": Mistral,
     "mixtral": Mixtral,
+    "olmo2": Olmo2,
     "phi3": Phi3,
     "qwen2": Qwen2,
     "qwen3": Qwen3,
+    "qwen3_moe": Qwen3MoE,
+    "smollm3": SmolLM3,
+    "stablelm": StableLM,
 }
 
 

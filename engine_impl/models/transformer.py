@@ -8,16 +8,18 @@ R rows; other axes as in cache_manager/layout.py.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Self, TypeVar
 
 from torch import Tensor, nn
 from torch.nn import functional
 
-from .decoder import Attend, Decoder, ModelConfig
+from .decoder import Attend, Decoder, ModelConfig, Pairs
 from .fields import Fields
 from .parts import Embedding, Linear, RMSNorm
 from .rope import Angles, Factors, Rope, frequencies, rotate
 from .rope_scaling import SCALINGS, Beyond, context_length, read_scaling
+
+Of = TypeVar("Of")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,6 +30,7 @@ class TransformerConfig(ModelConfig):
     ffn_dim: int
     rope_theta: float
     rms_norm_eps: float
+    """Of all norms, in families with layer norms of those."""
     attention_bias: bool = False
     """Whether all four matrices of attention have biases."""
     rope_factors: Factors | None = None
@@ -38,12 +41,24 @@ class TransformerConfig(ModelConfig):
     """What takes the factors' place when requests may become longer than the trained length."""
     rope_width: int | None = None
     """How many of a head's dimensions turn, the first ones; None is all."""
+    without_rope: tuple[bool, ...] = (False,)
+    """Which layers do not turn their heads. Layers take turns, as with `windows`."""
 
     @property
     def angles(self) -> Angles:
         """The rope of all layers, or of those that see all."""
         width = self.rope_width or self.head_dim
         return Angles(frequencies(width, self.rope_theta, self.rope_factors), self.rope_scale)
+
+    @property
+    def ropes(self) -> tuple[Angles, ...]:
+        """The ropes that there are; `rope_of_layer` picks. A rope that stands still is none."""
+        still = Angles((0.0,) * len(self.angles.frequencies))
+        return (self.angles, still) if any(self.without_rope) else (self.angles,)
+
+    @property
+    def rope_of_layer(self) -> tuple[int, ...]:
+        return tuple(int(self.without_rope[i % len(self.without_rope)]) for i in range(self.num_layers))
 
     def for_length(self, length: int) -> Self:
         if self.rope_beyond is None or length <= self.rope_beyond.trained_length:
@@ -114,6 +129,19 @@ class Layer(nn.Module):
         return x_RD + self.mlp(self.post_attention_layernorm(x_RD)), k_RKH, v_RKH
 
 
+class ParallelLayer(nn.Module):
+    """A layer whose attention and feed-forward read the same norm, and are added up."""
+
+    def __init__(self, input_layernorm: nn.Module, self_attn: nn.Module, mlp: nn.Module) -> None:
+        super().__init__()
+        self.input_layernorm, self.self_attn, self.mlp = input_layernorm, self_attn, mlp
+
+    def forward(self, x_RD: Tensor, rope: tuple[Tensor, Tensor], attend: Attend) -> tuple[Tensor, Tensor, Tensor]:
+        normed_RD = self.input_layernorm(x_RD)
+        out_RD, k_RKH, v_RKH = self.self_attn(normed_RD, rope, attend)
+        return x_RD + out_RD + self.mlp(normed_RD), k_RKH, v_RKH
+
+
 class Transformer(Decoder):
     """Heads, ffn and vocabulary are shared among the chips. A family says what its layers are."""
 
@@ -121,12 +149,14 @@ class Transformer(Decoder):
         **dict.fromkeys(["embed_tokens", "lm_head", "q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"], 0),
         **dict.fromkeys(["o_proj", "down_proj"], 1),
     }
+    turns_neighbours: ClassVar[bool] = False
+    """Whether checkpoints have q and k for a rope that turns neighbours (see `Pairs`)."""
     config: TransformerConfig
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__(config)
         self.embed_tokens = Embedding(config.vocab_size, config.model_dim)
-        self.rope = Rope(config.angles)
+        self.rope = Rope(*config.ropes)
         self.layers = nn.ModuleList(self.layer(config) for _ in range(config.num_layers))
         self.norm = RMSNorm(config.model_dim, config.rms_norm_eps)
         self.lm_head = Linear(config.model_dim, config.vocab_size, bias=False)
@@ -135,9 +165,18 @@ class Transformer(Decoder):
         """A layer, by default Llama's."""
         return Layer(config, Attention(config), GatedMLP(config))
 
+    def sources(self, name: str) -> tuple[str, ...]:
+        if self.turns_neighbours and name.split(".")[-2] in ("q_proj", "k_proj"):
+            return (Pairs(name, self.config.head_dim, self.config.rope_width or self.config.head_dim),)
+        return (name,)
 
-def read_shape(fields: Fields, *, tied_embeddings: bool = False) -> dict[str, Any]:
-    """The fields of `TransformerConfig` but for its rope; `tied_embeddings` is the family's, where it is left unsaid.
+
+def read_shape(fields: Fields, *, tied_embeddings: bool = False, eps: str = "rms_norm_eps") -> dict[str, Any]:
+    """The fields of `TransformerConfig` but for its rope.
+
+    Args:
+        tied_embeddings: the family's, where it is left unsaid.
+        eps: what the family calls that of its norms.
 
     Raises RefusedError for biases of the feed-forward.
     """
@@ -153,7 +192,7 @@ def read_shape(fields: Fields, *, tied_embeddings: bool = False) -> dict[str, An
         "tied_embeddings": fields.get("tie_word_embeddings", tied_embeddings),
         "model_dim": model_dim,
         "ffn_dim": fields["intermediate_size"],
-        "rms_norm_eps": fields["rms_norm_eps"],
+        "rms_norm_eps": fields[eps],
         "attention_bias": fields.get("attention_bias", False),
     }
 
@@ -189,8 +228,12 @@ def windows_of_layers(fields: Fields, layer_types: list[str], window: int | None
     kinds: dict[str, int | None] = {"sliding_attention": window, "full_attention": None}
     if unknown := set(layer_types) - set(kinds):
         raise fields.refused(f"has layers of type {', '.join(sorted(unknown))}; those there are: {', '.join(kinds)}")
-    windows = tuple(kinds[kind] for kind in layer_types)
-    for period in range(1, len(windows)):
-        if all(window == windows[i % period] for i, window in enumerate(windows)):
-            return windows[:period]
-    return windows
+    return shortest_turn(tuple(kinds[kind] for kind in layer_types))
+
+
+def shortest_turn(of_layers: tuple[Of, ...]) -> tuple[Of, ...]:
+    """One value for each layer, in as few entries as say it when layers take turns."""
+    for period in range(1, len(of_layers)):
+        if all(value == of_layers[i % period] for i, value in enumerate(of_layers)):
+            return of_layers[:period]
+    return of_layers

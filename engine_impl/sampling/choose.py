@@ -19,12 +19,15 @@ from .penalties import penalise
 from .slots import SlotSampling
 
 
-def sample(logits_BV: jax.Array, count_BV: jax.Array, sampling: SlotSampling, position_B: jax.Array) -> jax.Array:
+def sample(
+    logits_BV: jax.Array, counts: Callable[[], jax.Array], sampling: SlotSampling, position_B: jax.Array
+) -> jax.Array:
     """Choose one token a slot.
 
     Args:
         logits_BV: any float; compared in float32.
-        count_BV: u16, what the slots' texts have so far, see penalties.py; read only when a slot asks for a penalty.
+        counts: gives count_BV, u16, what the slots' texts have so far, see penalties.py; of use when a slot asks for a
+            penalty, and not before.
         sampling: [B] each.
         position_B: i32, where in the text the chosen token will stand.
 
@@ -39,7 +42,7 @@ def sample(logits_BV: jax.Array, count_BV: jax.Array, sampling: SlotSampling, po
         wanted_BV = logits_BV
         for asked_B, applied in (
             (sampling.is_biased, lambda wanted_BV: biased(wanted_BV, sampling)),
-            (sampling.is_penalised, lambda wanted_BV: penalise(wanted_BV, count_BV, sampling)),
+            (sampling.is_penalised, lambda wanted_BV: penalise(wanted_BV, counts(), sampling)),
             (goes_on_B, lambda wanted_BV: without_ends(wanted_BV, sampling, position_B)),
         ):
             wanted_BV = jax.lax.cond(asked_B.any(), applied, lambda wanted_BV: wanted_BV, wanted_BV)

@@ -6,6 +6,7 @@ logprobs 3.4 M more, and all its temporaries 2.1 MiB where the prompt's logits w
 """
 
 from collections.abc import Callable
+from math import gcd
 from typing import NamedTuple
 
 import jax
@@ -57,20 +58,17 @@ def logprob_of(logits_RV: jax.Array, token_R: jax.Array) -> jax.Array:
     return _at(wide_RV, token_R) - jax.nn.logsumexp(wide_RV, axis=-1)
 
 
-def prompt_logprobs(
-    x_TD: jax.Array, token_T: jax.Array, true_length: jax.Array, logits_of: Callable[[jax.Array], jax.Array]
-) -> jax.Array:
-    """logprob_T, f32: each prompt token's, given those before it; 0 for the first one and for padding.
+def prompt_logprobs(x_RD: jax.Array, next_R: jax.Array, logits_of: Callable[[jax.Array], jax.Array]) -> jax.Array:
+    """logprob_R, f32: of the token `next_R` (i32) behind each row; 0 where that is -1.
 
-    `logits_of` turns rows of the last layer's output into logits. It sees PROMPT_CHUNK rows at a time, so that the
-    logits of a whole prompt never exist.
+    `logits_of` turns rows of the last layer's output into logits. It sees at most PROMPT_CHUNK rows at a time, so that
+    the logits of a whole prompt never exist.
     """
-    bucket = token_T.shape[0]
-    chunks = -1, min(PROMPT_CHUNK, bucket)
-    rows = x_TD.reshape(*chunks, x_TD.shape[1]), jnp.roll(token_T, -1).reshape(chunks)
-    next_T = jax.lax.map(lambda of_chunk: logprob_of(logits_of(of_chunk[0]), of_chunk[1]), rows).reshape(bucket)
-    at_T = jnp.arange(bucket)
-    return jnp.where((at_T > 0) & (at_T < true_length), jnp.roll(next_T, 1), 0)
+    rows = next_R.shape[0]
+    chunks = -1, gcd(PROMPT_CHUNK, rows)
+    of_chunks = x_RD.reshape(*chunks, x_RD.shape[1]), next_R.reshape(chunks)
+    logprob_R = jax.lax.map(lambda chunk: logprob_of(logits_of(chunk[0]), chunk[1]), of_chunks).reshape(rows)
+    return jnp.where(next_R >= 0, logprob_R, 0)
 
 
 def _at(values_RV: jax.Array, token_R: jax.Array) -> jax.Array:

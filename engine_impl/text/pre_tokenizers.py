@@ -47,18 +47,26 @@ def _by(pattern: str) -> list[steps.PreTokenizer]:
 
 
 _GPT2 = steps.ByteLevel(add_prefix_space=False)
+_DIGITS = PreTokenizer([steps.Digits(individual_digits=True), _GPT2])
 _LLAMA3 = PreTokenizer(_by(LLAMA3), ignore_merges=True, adds_bos=True)
 _QWEN2 = PreTokenizer(_by(QWEN2), normalizer=normalizers.NFC())
 
 PRE_TOKENIZERS = {
     "gpt-2": PreTokenizer([_GPT2]),
-    "smollm": PreTokenizer([steps.Digits(individual_digits=True), _GPT2]),
+    "smollm": _DIGITS,
+    "starcoder": _DIGITS,
+    "refact": _DIGITS,
+    "command-r": PreTokenizer(_DIGITS.steps, normalizer=normalizers.NFC()),
     "llama-bpe": _LLAMA3,
     "llama3": _LLAMA3,
     "llama-v3": _LLAMA3,
     "dbrx": PreTokenizer(_by(LLAMA3)),
+    "smaug-bpe": PreTokenizer(_by(LLAMA3)),
+    "glm4": PreTokenizer(_by(LLAMA3)),
+    "chatglm-bpe": PreTokenizer(_by(LLAMA3)),
     "qwen2": _QWEN2,
     "deepseek-r1-qwen": _QWEN2,
+    "stablelm2": PreTokenizer(_by(QWEN2)),
     "tekken": PreTokenizer(_by(TEKKEN), ignore_merges=True, adds_bos=True),
     "gpt-4o": PreTokenizer(_by(O200K)),
 }

@@ -14,10 +14,11 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from torch import nn
 
+from ..checkpoints.by_rows import copied, stacked
 from ..checkpoints.contract import WEIGHT, Checkpoint
 from ..errors import RefusedError
 from ..forward import LayerLoop, Params
-from ..models.decoder import Decoder, Rows, Transposed
+from ..models.decoder import Decoder, Pairs, RowRange, Transposed
 from ..quantization.linear import QuantizedLinear
 from .sharding import parameter_spec
 
@@ -54,13 +55,13 @@ def needed_shapes(model: Decoder, kv_heads: int) -> dict[str, tuple[int, ...]]:
         if name == HEAD and model.config.tied_embeddings:
             continue
         sources = model.sources(name)
-        if _of_kv_heads(name):
+        if _of_kv_heads(model, name):
             shape = (shape[0] * kv_heads // model.config.num_kv_heads, *shape[1:])
         for source in sources:
             of_source = shape if len(sources) == 1 else shape[1:]
             if isinstance(source, Transposed):
                 of_source = of_source[::-1]
-            if isinstance(source, Rows):  # other parameters take the others
+            if isinstance(source, RowRange):  # other parameters take the others
                 of_source = (max(source.stop, shapes.get(source, (0,))[0]), *of_source[1:])
             shapes[str(source)] = of_source
     return shapes
@@ -139,8 +140,8 @@ def _check_tied(checkpoint: Checkpoint, shapes: Mapping[str, tuple[int, ...]]) -
         )
 
 
-def _of_kv_heads(name: str) -> bool:
-    return name.split(".")[-2] in ("k_proj", "v_proj")
+def _of_kv_heads(model: Decoder, name: str) -> bool:
+    return name.split(".")[-2] in model.of_kv_heads
 
 
 @dataclass(frozen=True)
@@ -216,15 +217,14 @@ class _Loader:
         if len(self._finite) > 1:
             self._finite[-2][1].block_until_ready()
         sources = [_taken(self._checkpoint.tensor(source), source) for source in self._model.sources(name)]
-        if _of_kv_heads(name):
+        if _of_kv_heads(self._model, name):
             heads = self._checkpoint.config.num_kv_heads, self._model.config.num_kv_heads
             sources = [_repeat_heads(source, *heads) for source in sources]
 
         def share(index: Any) -> np.ndarray:
-            with np.errstate(over="ignore"):  # the check for infinities tells it, with the tensor's name
-                if len(sources) == 1:
-                    return np.array(sources[0][index], dtype)
-                return np.stack([source[index[1:]].astype(dtype) for source in sources[index[0]]])
+            if len(sources) == 1:
+                return copied(sources[0][index], dtype)
+            return stacked([source[index[1:]] for source in sources[index[0]]], dtype)
 
         array = jax.make_array_from_callback(leaf.shape, leaf.of_one, share)
         self._finite.append((name, _all_finite(array)))
@@ -299,7 +299,9 @@ def _taken(tensor: np.ndarray, source: str) -> np.ndarray:
     """What the model takes of a checkpoint's tensor."""
     if isinstance(source, Transposed):
         return tensor.T
-    return tensor[source.start : source.stop] if isinstance(source, Rows) else tensor
+    if isinstance(source, Pairs):
+        return tensor[source.order(len(tensor))]
+    return tensor[source.start : source.stop] if isinstance(source, RowRange) else tensor
 
 
 def _repeat_heads(weight: np.ndarray, heads: int, wanted: int) -> np.ndarray:

@@ -49,7 +49,7 @@ def cache_flush(
     heads_per_shard(mesh, K)
     of_a_row = tuple(size for axis, size in enumerate(cache.shape) if axis not in (0, 1, row_axis))
     check_shape("new", new, (L, B, *of_a_row), "LBKC" if row_axis == 3 else "LBK2")
-    check_pages(page_BJ, slots=B, rows=R)
+    check_pages("page_BJ", page_BJ, texts=B, rows=R)
     if cache.dtype != new.dtype:
         raise ValueError(f"{new.dtype=} must be the cache's, {cache.dtype}; encode the new rows first")
 

@@ -10,8 +10,8 @@ flush waits for: for 96 slots 31, 123 and 246 us.
 In int8 a tile has 32 rows: 341 bundles for 960 cycles with 1 head, 902 for 3,841 with 4. A tile of scales is those of
 128 tokens, 1 KiB a head: 190 bundles and 120 cycles with 1 head, 426 and 480 with 4.
 
-Rows written alone, by one strided DMA a slot, would take 24 bundles and a sixteenth of those bytes. In this layout the
-compiler refuses it in bf16 (offsets must be multiples of 8). It allows it with the heads inside the tokens,
+Rows written alone, by one strided DMA per slot, would take 24 bundles and a sixteenth of those bytes. In this layout
+the compiler refuses it in bf16 (offsets must be multiples of 8). It allows it with the heads inside the tokens,
 [L, B, S, K, C], but there attention has to pick each head's rows apart: 6,678 bundles for a block of 256 rows of 4
 heads (here 513), 4,386 for 8 (817); and with 1 head the whole cache is copied, twice.
 """

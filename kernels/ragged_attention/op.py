@@ -88,7 +88,7 @@ def ragged_attention(
                              f"{scale_LPK2R.dtype=}")  # fmt: skip
     check_shape("new_BKC", new_BKC, (B, K, C), "BKC")
     check_shape("length_B", length_B, (B,), "B")
-    check_pages(page_BJ, slots=B, rows=R)
+    check_pages("page_BJ", page_BJ, texts=B, rows=R)
     if C != 2 * H:
         raise ValueError(f"the cache's rows have {C=} lanes, but k and v side by side need 2 * {H=}")
     if not is_xla(backend) and C % 128:
@@ -138,7 +138,7 @@ def attention_steps(
     while no page is in two slots' tables; else it is the sum of the references.
     """
     check_window(window)
-    check_pages(page_BJ, slots=length_B.shape[0], rows=cache_LPKRC.shape[3])
+    check_pages("page_BJ", page_BJ, texts=length_B.shape[0], rows=cache_LPKRC.shape[3])
     if is_xla(backend):
         return None
     window = None if window is None else jnp.asarray(window, jnp.int32)

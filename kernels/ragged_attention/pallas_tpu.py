@@ -14,7 +14,7 @@ A window is a second border: its steps begin at its first page, which is masked 
 to a whole page's step, a soft cap 2; a program with neither has nothing of them.
 
 Of an int8 cache a page's codes become bf16 in VMEM. Their scales are one number a row: k's multiplies the row's score,
-v's its weight. That is 404 bundles a page of 512 rows, whose bytes take 248 cycles to arrive.
+v's its weight. That is 404 bundles per page of 512 rows, whose bytes take 248 cycles to arrive.
 """
 
 import functools

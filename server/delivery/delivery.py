@@ -148,9 +148,9 @@ class Delivery:
         request, text = sample.request, self._text(sample)
         if request.first_token_at is None:
             request.first_token_at = time.monotonic()
-        if result.prompt_logprob_T is not None:
-            values = result.prompt_logprob_T[: len(request.prompt_ids)].tolist()
-            emit(request, Event(index=sample.index, prompt_logprobs=(0.0, *values[1:])))
+        if result.next_logprob_T is not None:
+            values = result.next_logprob_T[: len(request.prompt_ids) - 1].tolist()
+            emit(request, Event(index=sample.index, prompt_logprobs=(0.0, *values)))
         kept = min(int(result.kept_B[slot]), request.max_tokens - sample.delivered)
         token_ids, pieces = result.token_BW[slot, :kept].tolist(), []
         for token_id in token_ids:
@@ -258,6 +258,7 @@ def usage_of(request: Request) -> Usage:
     assert total_s is not None
     return Usage(
         prompt_tokens=len(request.prompt_ids),
+        cached_tokens=request.cached_tokens,
         generated_tokens=request.delivered,
         queue_ms=milliseconds(seconds(request, request.started_at)),
         ttft_ms=milliseconds(seconds(request, request.first_token_at)),
@@ -273,6 +274,7 @@ def count(metrics: Metrics, request: Request, outcome: Outcome) -> None:
     metrics.ended(
         outcome,
         prompt_tokens=len(request.prompt_ids),
+        cached_tokens=request.cached_tokens,
         generated_tokens=request.delivered,
         queue_s=seconds(request, request.started_at),
         ttft_s=ttft_s,

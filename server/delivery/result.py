@@ -1,5 +1,6 @@
 """A step's result on its way from the device to the host."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -26,37 +27,45 @@ class HostResult:
     top_token_BWP: np.ndarray | None
     """i32, the likeliest first; None when nobody asked"""
     top_logprob_BWP: np.ndarray | None
-    prompt_logprob_T: np.ndarray | None
-    """f32, likewise, for the owner's prompt"""
+    next_logprob_T: np.ndarray | None
+    """f32, likewise, of the token behind each of the owner's prompt"""
 
 
 class PendingResult:
-    """A result that is copied while the device goes on."""
+    """A result that is copied while the device goes on. One without tokens is waited for all the same."""
 
     def __init__(
         self,
-        result: StepResult,
+        result: StepResult | None,
         roster: Roster,
         *,
         is_step: bool,
         started: float,
-        prompt_logprob_T: DeviceArray | None = None,
+        is_timed: bool = True,
+        next_logprobs: Sequence[tuple[DeviceArray, int]] = (),
     ) -> None:
-        """`is_step`: of a decode step, not of a prefill. `started`: when it was asked for (s of time.monotonic())."""
-        self.roster, self.is_step, self.started = roster, is_step, started
-        self._arrays: dict[str, DeviceArray] = {"token_BW": result.token_BW, "count_B": result.count_B}
-        if roster.most_logprobs >= 0:
-            self._arrays["logprob_BW"] = result.logprob_BW
-        if roster.most_logprobs > 0:
-            self._arrays |= {"top_token_BWP": result.top_token_BWP, "top_logprob_BWP": result.top_logprob_BWP}
-        if prompt_logprob_T is not None:
-            self._arrays["prompt_logprob_T"] = prompt_logprob_T
-        for array in self._arrays.values():
+        """`is_step`: of a decode step, not of a prefill. `started`: when it was asked for (s of time.monotonic()).
+        `is_timed`: whether it is the first that a step or a prefill brings; further samples draw from the same prefill.
+        `next_logprobs`: of the pieces of a prompt, f32 [1, T] each, see `Prefix`, and how many count."""
+        self.roster, self.is_step, self.started, self.is_timed = roster, is_step, started, is_timed
+        self._arrays: dict[str, DeviceArray] = {}
+        self._next_logprobs = list(next_logprobs)
+        if result is not None:
+            self._arrays |= {"token_BW": result.token_BW, "count_B": result.count_B}
+            if roster.most_logprobs >= 0:
+                self._arrays["logprob_BW"] = result.logprob_BW
+            if roster.most_logprobs > 0:
+                self._arrays |= {"top_token_BWP": result.top_token_BWP, "top_logprob_BWP": result.top_logprob_BWP}
+        for array in (*self._arrays.values(), *(array for array, _ in self._next_logprobs)):
             array.copy_to_host_async()
 
-    def read(self) -> HostResult:
-        """Waits for the device. Raises what went wrong there."""
-        arrays = {name: np.asarray(array) for name, array in self._arrays.items()}
+    def read(self) -> HostResult | None:
+        """Waits for the device; None where it chose no tokens. Raises what went wrong there."""
+        rows = len(self.roster.owner_B)
+        of_pieces = [np.asarray(array)[0, :count] for array, count in self._next_logprobs]
+        arrays = {name: np.asarray(array)[:rows] for name, array in self._arrays.items()}
+        if not arrays:
+            return None
         token_BW, count_B = arrays["token_BW"], arrays["count_B"]
         return HostResult(
             self.roster,
@@ -66,5 +75,5 @@ class PendingResult:
             arrays.get("logprob_BW"),
             arrays.get("top_token_BWP"),
             arrays.get("top_logprob_BWP"),
-            arrays.get("prompt_logprob_T"),
+            np.concatenate(of_pieces) if of_pieces else None,
         )

@@ -1,4 +1,4 @@
-"""Who sits in which slot, as arrays: what a step costs the host does not grow with the slots."""
+"""Whose the rows of a step's result are, as arrays: what a step costs the host does not grow with the slots."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -14,11 +14,13 @@ NO_STOP = -2
 
 @dataclass(frozen=True)
 class Roster:
-    """The owner of each slot. Frozen: a step in flight keeps the one that it was started with.
+    """The owner of each slot, or of some of them. Frozen: a step in flight keeps the one that it was started with.
 
     E is the most stop ids that one request can have.
     """
 
+    slot_B: np.ndarray
+    """i32, which slots these are"""
     owner_B: np.ndarray
     """object: a Sample or None"""
     stop_BE: np.ndarray
@@ -30,6 +32,7 @@ class Roster:
     def empty(cls, slots: int, width: int) -> "Roster":
         """Of no owners; `width` is E."""
         return cls(
+            np.arange(slots, dtype=np.int32),
             np.full(slots, None, object),
             np.full((slots, width), NO_STOP, np.int32),
             np.full(slots, -1, np.int32),
@@ -44,6 +47,10 @@ class Roster:
         stop_BE[slot, : len(stop_ids)] = stop_ids
         logprobs_B[slot] = -1 if logprobs is None else logprobs
         return replace(self, owner_B=owner_B, stop_BE=stop_BE, logprobs_B=logprobs_B)
+
+    def of(self, slot_N: np.ndarray) -> "Roster":
+        """Of these slots alone, in their order."""
+        return Roster(*(values[slot_N] for values in (self.slot_B, self.owner_B, self.stop_BE, self.logprobs_B)))
 
     def ends(self, token_BW: np.ndarray, count_B: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Where answers meet a stop token among their step's tokens.
@@ -72,5 +79,5 @@ class Roster:
 
     @cached_property
     def seats(self) -> list[tuple[int, Sample]]:
-        """(slot, sample) of all that are taken: the only walk over the slots, once per roster, and not by the loop."""
-        return [(slot, sample) for slot, sample in enumerate(self.owner_B) if sample is not None]
+        """(row, sample) of all that are taken: the only walk over the rows, once per roster, and not by the loop."""
+        return [(row, sample) for row, sample in enumerate(self.owner_B) if sample is not None]

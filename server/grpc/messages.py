@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 from ...engine_impl.errors import RefusedError
 from ...protos import orchestrator_pb2 as pb
 from ..request.options import OPTIONS, AnswerOptions
+from ..request.prefix_key import prefix_key
 from ..request.request import Event, FinishReason, Limits, Request, TokenLogprob, Usage, check_messages, check_slots
 
 if TYPE_CHECKING:
@@ -31,15 +32,24 @@ def read_request(
     *,
     request_id: str,
     deadline: float | None = None,
+    token: str | None = None,
 ) -> Request:
-    """Raises RefusedError for what the engine cannot answer. `deadline`: s of time.monotonic()."""
+    """Raises RefusedError for what the engine cannot answer. `deadline`: s of time.monotonic(). `token`: the caller's,
+    if its cached prefixes are its own."""
     if message.lora_adapter_id:
         raise RefusedError(f"lora_adapter_id={message.lora_adapter_id!r} must be empty: there are no adapters")
     options = read_options(message)
     check_slots(options.num_samples, engine.max_concurrent_decodes)
     limits = Limits.of(engine)
     prompt_ids = read_prompt(message, engine.get_tokenizer(), limits)  # last: the text may be megabytes
-    request = Request(prompt_ids=prompt_ids, deliver=deliver, deadline=deadline, id=request_id, **options.fields())
+    request = Request(
+        prompt_ids=prompt_ids,
+        deliver=deliver,
+        deadline=deadline,
+        id=request_id,
+        prefix_key=prefix_key(options.cache_salt, token),
+        **options.fields(),
+    )
     limits.check(request)
     return request
 
@@ -108,8 +118,8 @@ def write_reply(events: Iterable[Event], num_samples: int) -> pb.DecodeResponse:
 
 
 def write_usage(message: pb.DecodeResponse.Usage, usage: Usage) -> None:
-    message.prompt_tokens, message.generated_tokens = usage.prompt_tokens, usage.generated_tokens
-    message.total_ms = usage.total_ms
+    message.prompt_tokens, message.cached_tokens = usage.prompt_tokens, usage.cached_tokens
+    message.generated_tokens, message.total_ms = usage.generated_tokens, usage.total_ms
     if usage.queue_ms is not None:
         message.queue_ms = usage.queue_ms
     if usage.ttft_ms is not None:
@@ -145,6 +155,7 @@ def read_logprob(token: pb.DecodeResponse.TokenLogprob) -> TokenLogprob:
 def read_usage(message: pb.DecodeResponse.Usage) -> Usage:
     return Usage(
         prompt_tokens=message.prompt_tokens,
+        cached_tokens=message.cached_tokens,
         generated_tokens=message.generated_tokens,
         queue_ms=message.queue_ms if message.HasField("queue_ms") else None,
         ttft_ms=message.ttft_ms if message.HasField("ttft_ms") else None,

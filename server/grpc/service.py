@@ -12,7 +12,9 @@ from ...engine_impl.errors import RefusedError
 from ...protos import orchestrator_pb2 as pb
 from ..errors import CancelledError, DeadlineError, FailedError, QueueFullError, UnavailableError, brief
 from ..gateway import LONG, MAX_REQUEST_ID, REQUEST_ID, RETRY_AFTER, Deliver, Gateway, Lane, check_id, new_id
+from ..net.security import Guard
 from ..request.request import Request
+from .interceptors import authorizations
 from .messages import read_request, write_reply
 
 if TYPE_CHECKING:
@@ -44,8 +46,8 @@ class GrpcService:
     The request's id is in the initial metadata when the request is accepted, in the trailing metadata when it is
     refused or fails."""
 
-    def __init__(self, gateway: Gateway) -> None:
-        self._gateway = gateway
+    def __init__(self, gateway: Gateway, guard: Guard) -> None:
+        self._gateway, self._guard = gateway, guard
 
     async def HealthCheck(self, data: bytes, context: grpc.aio.ServicerContext) -> pb.HealthCheckResponse:
         """JetStream's own health check; grpc.health.v1 says the same."""
@@ -67,13 +69,17 @@ class GrpcService:
                 await context.abort(status(error), brief(str(error)), trailing_metadata=trailers(error, request_id))
 
     async def _answer(self, data: bytes, context: grpc.aio.ServicerContext, request_id: str) -> None:
-        deadline = deadline_of(context)
+        known = (
+            request_id,
+            deadline_of(context),
+            self._guard.prefix_owner(authorizations(context.invocation_metadata())),
+        )
         if len(data) <= LONG:  # quicker than a thread begins
             message = parse(pb.DecodeRequest, data)
-            read = partial(read_one, lambda: message, request_id, deadline)
+            read = partial(read_one, lambda: message, *known)
             lane = Lane.of(len(data), is_chat=message.HasField("messages"))
         else:
-            read, lane = partial(read_one, partial(parse, pb.DecodeRequest, data), request_id, deadline), Lane.LONG
+            read, lane = partial(read_one, partial(parse, pb.DecodeRequest, data), *known), Lane.LONG
         async with self._gateway.admit(read, lane) as admitted:
             # Not before: a client's retry policy only applies to answers that are nothing but trailers.
             await context.send_initial_metadata(((REQUEST_ID, request_id),))
@@ -86,11 +92,12 @@ def read_one(
     message: Callable[[], pb.DecodeRequest],
     request_id: str,
     deadline: float | None,
+    token: str | None,
     engine: "Engine",
     deliver_to: Callable[[int], Deliver],
 ) -> list[Request]:
     """For Gateway.admit(): a message is one request. Raises RefusedError."""
-    return [read_request(message(), engine, deliver_to(0), request_id=request_id, deadline=deadline)]
+    return [read_request(message(), engine, deliver_to(0), request_id=request_id, deadline=deadline, token=token)]
 
 
 def parse(kind: type[M], data: bytes) -> M:

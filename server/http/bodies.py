@@ -12,6 +12,7 @@ from pydantic_core import from_json
 
 from ..gateway import Deliver
 from ..request.options import AnswerOptions
+from ..request.prefix_key import prefix_key
 from ..request.request import MAX_MESSAGES, Limits, Request, check_slots
 from .errors import BadFieldError, UnknownModelError, bad_body, shown
 from .fields import Message, Prompts, StreamOptions, few
@@ -98,19 +99,23 @@ class Body(DeclaredFields):
     def longest(self, room: int) -> int:
         """The answer's length at most (tokens), where the cache has `room` behind the prompt."""
 
-    def requests(self, request_id: str, engine: "Engine", deliver_to: Callable[[int], Deliver]) -> list[Request]:
-        """One for each prompt. Raises RefusedError, UnknownModelError."""
+    def requests(
+        self, request_id: str, engine: "Engine", deliver_to: Callable[[int], Deliver], token: str | None = None
+    ) -> list[Request]:
+        """One for each prompt. `token`: the caller's, if its cached prefixes are its own. Raises RefusedError,
+        UnknownModelError."""
         if self.model not in (None, engine.model_name):
             raise UnknownModelError(f"model={self.model!r} is not served; ask for {engine.model_name!r}, or for none")
         check_slots(self.n, engine.max_concurrent_decodes)
         limits, requests = Limits.of(engine), []
-        self._options(limits.cache_length)  # refused before the prompts are read: they may be megabytes
+        self._options(limits.longest)  # refused before the prompts are read: they may be megabytes
         for number, prompt_ids in enumerate(self.prompts(engine.get_tokenizer(), limits)):
             request = Request(
                 prompt_ids=prompt_ids,
                 deliver=deliver_to(number),
                 id=request_id if self.num_prompts == 1 else f"{request_id}-{number}",
-                **self._options(limits.cache_length - len(prompt_ids)).fields(),
+                prefix_key=prefix_key(self.cache_salt, token),
+                **self._options(limits.longest - len(prompt_ids)).fields(),
             )
             limits.check(request)
             requests.append(request)

@@ -31,7 +31,7 @@ class Reply(ABC):
         """Whether a stream ends with its usage."""
         self._body, self._requests, self._names = body, requests, names
         self._head: Json = {"id": f"{self.prefix}-{request_id}", "created": int(time.time()), "model": model}
-        self._prompt_tokens = self._completion_tokens = 0
+        self._prompt_tokens = self._cached_tokens = self._completion_tokens = 0
         self._pieces = no_pieces()
         self._shown: dict[int, int] = {}  # characters in earlier chunks, of the choices that had one
 
@@ -104,6 +104,7 @@ class Reply(ABC):
         for _, event in batch:
             if event.usage is not None:
                 self._prompt_tokens += event.usage.prompt_tokens
+                self._cached_tokens += event.usage.cached_tokens
                 self._completion_tokens += event.usage.generated_tokens
 
     def _usage(self) -> Json:
@@ -111,6 +112,7 @@ class Reply(ABC):
             "prompt_tokens": self._prompt_tokens,
             "completion_tokens": self._completion_tokens,
             "total_tokens": self._prompt_tokens + self._completion_tokens,
+            "prompt_tokens_details": {"cached_tokens": self._cached_tokens},
         }
 
 

@@ -159,9 +159,10 @@ class HttpServer:
         body = await self._reader.read(kind, raw, encoding, lambda: Limits.of(self._gateway.engine))
         lane = Lane.of(len(raw), is_chat=kind is ChatBody)
         held = self._guard.hold(authorizations(request), request.remote or "", body.num_prompts)
+        token = self._guard.prefix_owner(authorizations(request))
 
         def read(engine: "Engine", deliver_to: Any):
-            return body.requests(request[NAME], engine, deliver_to)
+            return body.requests(request[NAME], engine, deliver_to, token)
 
         with self._gateway.call(), held:
             async with self._gateway.admit(read, lane) as admitted:
@@ -209,7 +210,7 @@ def model_card(engine: "Engine", created: int) -> dict[str, Any]:
         "object": "model",
         "created": created,
         "owned_by": "slipstream",
-        "max_model_len": engine.cache_length,
+        "max_model_len": Limits.of(engine).longest,
     }
 
 

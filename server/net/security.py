@@ -124,10 +124,15 @@ class Guard:
         """Raises RefusedError for a token file that cannot be used."""
         self.tokens = None if config.auth_token_file is None else Tokens(config.auth_token_file)
         self.streams = None if config.max_streams_per_client is None else Streams(config.max_streams_per_client)
+        self._isolates_prefixes = config.isolate_prefixes
 
     def is_known(self, authorizations: Iterable[str]) -> bool:
         """Whether they may ask. `authorizations`: what came as `authorization`, in metadata or headers."""
         return self.tokens is None or token_number(self.tokens, authorizations) is not None
+
+    def prefix_owner(self, authorizations: Iterable[str]) -> str | None:
+        """The token whose cached prefixes a call finds and adds to; None: those of everybody."""
+        return bearer(authorizations) if self.tokens is not None and self._isolates_prefixes else None
 
     def hold(self, authorizations: Iterable[str], address: str, count: int = 1) -> AbstractContextManager[None]:
         """The client has `count` answers more under way. `address`: its IP. Raises as Streams.hold() does."""
@@ -140,10 +145,16 @@ class Guard:
 
 def token_number(tokens: Tokens, authorizations: Iterable[str]) -> int | None:
     """Which token was brought; None of none that is known."""
+    token = bearer(authorizations)
+    return None if token is None else tokens.number_of(token)
+
+
+def bearer(authorizations: Iterable[str]) -> str | None:
+    """The token that was brought, known or not."""
     for value in authorizations:
         scheme, _, token = value.partition(" ")
         if scheme.lower() == BEARER:
-            return tokens.number_of(token.strip())
+            return token.strip()
     return None
 
 

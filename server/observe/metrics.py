@@ -3,6 +3,7 @@
 slipstream_requests_total{outcome}       ok | cancelled | deadline | rejected | failed
 slipstream_{queue,ttft,tpot,e2e}_seconds  of requests that were admitted
 slipstream_{prefill,decode_step}_seconds  of the engine
+slipstream_pages{state}                   free | live | cached
 slipstream_startup_seconds{stage}         imports | loading | tracing | compiling | rest
 slipstream_compilations_after_warmup_total must stay 0: a program compiled under traffic stalls every slot
 """
@@ -58,24 +59,39 @@ class Metrics:
         self._slots = self._gauge("slots", "Decode slots")
         self._slots_in_use = self._gauge("slots_in_use", "Decode slots that hold a request")
         self._queue_depth = self._gauge("queue_depth", "Requests that wait for a slot")
+        self._pages = _Pages()
+        self.registry.register(self._pages)
         self._queue_s = self._histogram("queue", "From admission to prefill", WAIT_S)
         self._ttft_s = self._histogram("ttft", "From admission to the first token", WAIT_S)
         self._tpot_s = self._histogram("tpot", "Mean time of the tokens after the first", STEP_S)
         self._e2e_s = self._histogram("e2e", "From admission to the request's end", ANSWER_S)
-        self._prefill_s = self._histogram("prefill", "Prefill of one request, until its first token is read", WAIT_S)
-        self._step_s = self._histogram("decode_step", "One decode step of all slots", STEP_S)
+        self._prefill_s = self._histogram("prefill", "A piece of a prompt, or several prompts together", WAIT_S)
+        self._step_s = self._histogram("decode_step", "One decode step of the slots in use", STEP_S)
         self._slot_steps = self._counter(
             "decode_slot_steps", "Slots in use, summed over decode steps: tokens as they come"
+        )
+        self._preemptions = self._counter("preemptions", "Requests that gave their pages back and go on later")
+        self._prefix_cached_tokens = self._counter(
+            "prefix_cached_tokens", "Prompt tokens that came from cached prefixes instead of being computed"
         )
         self._recent_ttft_s: deque[float] = deque(maxlen=RECENT)
         self._lock = threading.Lock()  # of the line above; Prometheus' own objects have theirs
         ProcessCollector(registry=self.registry)
 
-    def watch(self, *, queue_depth: Callable[[], int], slots_in_use: Callable[[], int], slots: int) -> None:
-        """Gauges, asked at every scrape, from whatever thread scrapes."""
+    def watch(
+        self,
+        *,
+        queue_depth: Callable[[], int],
+        slots_in_use: Callable[[], int],
+        slots: int,
+        pages: Callable[[], Mapping[str, int]],
+    ) -> None:
+        """Gauges, asked at every scrape, from whatever thread scrapes. `pages()`: how many are "free", how many "live",
+        in a slot's table, and how many "cached" alone."""
         self._slots.set(slots)
         self._slots_in_use.set_function(slots_in_use)
         self._queue_depth.set_function(queue_depth)
+        self._pages.ask = pages
 
     def watch_devices(self, devices: Sequence[Any], compilations: Callable[[], int]) -> None:
         """Called once, when all is warm. `devices` (JAX's) tell their memory from now on. `compilations()` counts the
@@ -96,6 +112,7 @@ class Metrics:
         outcome: Outcome,
         *,
         prompt_tokens: int,
+        cached_tokens: int,
         generated_tokens: int,
         queue_s: float | None,
         ttft_s: float | None,
@@ -121,6 +138,7 @@ class Metrics:
             "request_id": request_id,
             "outcome": outcome.value,
             "prompt_tokens": prompt_tokens,
+            "cached_tokens": cached_tokens,
             "generated_tokens": generated_tokens,
             "queue_ms": _ms(queue_s),
             "ttft_ms": _ms(ttft_s),
@@ -128,8 +146,16 @@ class Metrics:
         }
         log.info("request ended", extra={"fields": fields})
 
+    def preempted(self) -> None:
+        """A request gave its pages back, and waits to go on."""
+        self._preemptions.inc()
+
+    def prefix_cached(self, tokens: int) -> None:
+        """So many tokens of a prompt came from a cached prefix."""
+        self._prefix_cached_tokens.inc(tokens)
+
     def prefill(self, seconds: float) -> None:
-        """One prompt was prefilled and its first token read."""
+        """A piece of a prompt, or several short prompts together, were computed."""
         self._prefill_s.observe(seconds)
 
     def step(self, seconds: float, slots: int) -> None:
@@ -151,6 +177,20 @@ class Metrics:
 
     def _histogram(self, name: str, text: str, edges_s: Sequence[float]) -> Histogram:
         return Histogram(f"slipstream_{name}_seconds", text, buckets=edges_s, registry=self.registry)
+
+
+class _Pages(Collector):
+    """Asked once a scrape, so that the states add up to the pool."""
+
+    def __init__(self) -> None:
+        self.ask: Callable[[], Mapping[str, int]] = dict
+        """How many pages, by state."""
+
+    def collect(self) -> Iterable[GaugeMetricFamily]:
+        family = GaugeMetricFamily("slipstream_pages", "Pages of the cache by who has them", labels=["state"])
+        for state, count in self.ask().items():
+            family.add_metric([state], count)
+        yield family
 
 
 class _Devices(Collector):

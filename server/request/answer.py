@@ -63,7 +63,11 @@ class Answer:
         if self.prompt_logprobs is not None:
             parts["prompt_logprobs"] = [None, *self.prompt_logprobs[1:]]
         if self.usage is not None:
-            parts |= {"ttft_ms": self.usage.ttft_ms, "total_ms": self.usage.total_ms}
+            parts |= {
+                "cached_tokens": self.usage.cached_tokens,
+                "ttft_ms": self.usage.ttft_ms,
+                "total_ms": self.usage.total_ms,
+            }
         return parts
 
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from ...engine_impl.errors import RefusedError
-from ...engine_impl.option import Option, Texts, at_least, between, check_options, option, options_of
+from ...engine_impl.option import Option, Text, Texts, at_least, between, check_options, option, options_of
 from ...engine_impl.sampling.params import SamplingParams
 
 MAX_PRIORITY = 10
@@ -36,6 +36,10 @@ class AnswerOptions:
         0, between(-MAX_PRIORITY, MAX_PRIORITY, means={-MAX_PRIORITY: "last", MAX_PRIORITY: "first"})
     )
     """Higher goes first where requests wait; a level is worth 5 seconds of waiting."""
+
+    cache_salt: str | None = option(None, Text(longest=256))
+    """Share cached prefixes only with requests of the same salt, so that nobody else can tell by the time to the first
+    token what was asked."""
 
     def __post_init__(self) -> None:
         check_options(self, AnswerOptions)

@@ -51,6 +51,8 @@ class Usage:
     """What a request came to. Times are None when it never came so far."""
 
     prompt_tokens: int
+    cached_tokens: int = 0
+    """Of the prompt, those that came from a cached prefix."""
     generated_tokens: int
     """Of all samples together, without stop tokens."""
     queue_ms: float | None
@@ -121,6 +123,8 @@ class Request(AnswerOptions):
     deadline: float | None = None
     """When it is worth nothing any more (s of time.monotonic())."""
     id: str = field(default_factory=lambda: secrets.token_hex(6))
+    prefix_key: str = ""
+    """Cached prefixes are shared among requests of the same key, see prefix_key.py."""
 
     queued_at: float | None = None
     """s of time.monotonic(), like the stamps below; None: has not happened."""
@@ -129,6 +133,8 @@ class Request(AnswerOptions):
     first_token_at: float | None = None
     ended_at: float | None = None
     """Its last event is out."""
+    cached_tokens: int = 0
+    """Tokens of the prompt that came from a cached prefix, the orchestrator's note."""
     samples: list[Sample] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -152,22 +158,38 @@ class Request(AnswerOptions):
         return self.ended_at is not None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Limits:
-    """What the engine can take (tokens; slots)."""
+    """What the engine can take. A request within them can be answered, by a server that has nothing else to do."""
 
     vocab_size: int
     max_prefill_length: int
+    """Longest prompt (tokens)."""
     cache_length: int
+    """Prompt and answer of one sample together (tokens)."""
     slots: int
+    prefill_chunk: int
+    """Of a prompt, that are computed together (tokens)."""
+    page_rows: int
+    """Of a page (tokens)."""
+    pages: int
+    table_entries: int
+    """Of the page tables of all samples that run."""
+    tokens_per_step: int
+    """Most that a step brings a sample."""
 
     @classmethod
     def of(cls, engine: "Engine") -> "Limits":
         return cls(
-            engine.get_tokenizer().vocab_size,
-            engine.max_prefill_length,
-            engine.cache_length,
-            engine.max_concurrent_decodes,
+            vocab_size=engine.get_tokenizer().vocab_size,
+            max_prefill_length=engine.max_prefill_length,
+            cache_length=engine.cache_length,
+            slots=engine.max_concurrent_decodes,
+            prefill_chunk=engine.prefill_chunk,
+            page_rows=engine.page_rows,
+            pages=engine.pages,
+            table_entries=engine.table_entries,
+            tokens_per_step=engine.tokens_per_step,
         )
 
     def ids_of_text(self, tokenizer: "Tokenizer", text: str) -> list[int]:
@@ -189,6 +211,16 @@ class Limits:
         if count > self.max_prefill_length:
             raise self._too_long(f"{count}")
 
+    @property
+    def pool_tokens(self) -> int:
+        """What all pages hold."""
+        return self.pages * self.page_rows
+
+    @property
+    def longest(self) -> int:
+        """Prompt and answer of a sample that has the server for itself (tokens)."""
+        return min(self.cache_length, self.pool_tokens)
+
     def check(self, request: Request) -> None:
         """Raises RefusedError for a request that the engine cannot answer."""
         check_slots(request.num_samples, self.slots)
@@ -196,21 +228,41 @@ class Limits:
         if not length:
             raise RefusedError("the prompt is empty; send at least one token")
         self.check_count(length)
-        if length + max_tokens > self.cache_length:
-            raise RefusedError(
-                f"a prompt of {length} tokens and {max_tokens=} exceed cache_length={self.cache_length}; "
-                f"ask for at most {self.cache_length - length} tokens or serve with a larger --cache-length"
-            )
+        check_room(length, max_tokens, "cache_length", self.cache_length)
+        check_room(length, max_tokens, "cache_tokens", self.pool_tokens)
+        self._check_start(length, max(1, request.slots_needed))
         for position, token_id in enumerate(request.prompt_ids):
             self._check_id(token_id, f"token id {token_id} at position {position}")
         for token_id in request.sampling.logit_bias:
             self._check_id(token_id, f"logit_bias: token id {token_id}")
 
     def _too_long(self, count: str) -> RefusedError:
+        flag = "--max-prefill-length" if self.max_prefill_length < self.cache_length else "--cache-length"
         return RefusedError(
-            f"the prompt has {count} tokens, the largest prefill bucket {self.max_prefill_length}; "
-            "shorten the prompt or serve with a larger --max-prefill-length"
+            f"the prompt has {count} tokens, at most {self.max_prefill_length} are taken; "
+            f"shorten the prompt or serve with a larger {flag}"
         )
+
+    def _check_start(self, length: int, samples: int) -> None:
+        """Samples start together: they share the pages before the prompt's last piece, and each has the others and room
+        for a step. Later they may run one after the other."""
+        each = self._pages_for(min(length + self.tokens_per_step, self.cache_length))
+        shared = self._pages_for(length - self.prefill_chunk)
+        asked, less = f"num_samples={samples} of a prompt of {length} tokens need", "ask for fewer samples"
+        pages, entries = each + (samples - 1) * (each - shared), samples * each
+        if pages > self.pages:
+            raise RefusedError(
+                f"{asked} {pages * self.page_rows} tokens in whole pages to start and exceed "
+                f"cache_tokens={self.pool_tokens}; {less} or serve with a larger --cache-tokens"
+            )
+        if entries > self.table_entries:
+            raise RefusedError(
+                f"{asked} {entries} entries of page tables, and there are {self.table_entries}; "
+                f"{less} or shorten the prompt"
+            )
+
+    def _pages_for(self, tokens: int) -> int:
+        return max(0, -(-tokens // self.page_rows))
 
     def _check_id(self, token_id: int, what: str) -> None:
         if not 0 <= token_id < self.vocab_size:
@@ -223,6 +275,16 @@ def check_messages(count: int) -> None:
         raise RefusedError("messages is empty; send at least one")
     if count > MAX_MESSAGES:
         raise RefusedError(f"messages has {count} entries and may have {MAX_MESSAGES}; send fewer")
+
+
+def check_room(length: int, max_tokens: int, name: str, tokens: int) -> None:
+    """Raises RefusedError when prompt and answer exceed `tokens`; `name` is what bounds them, and its flag's."""
+    if length + max_tokens > tokens:
+        less = f"ask for at most {tokens - length} tokens" if length < tokens else "shorten the prompt"
+        raise RefusedError(
+            f"a prompt of {length} tokens and {max_tokens=} exceed {name}={tokens}; "
+            f"{less} or serve with a larger --{name.replace('_', '-')}"
+        )
 
 
 def check_slots(num_samples: int, slots: int) -> None:

@@ -1,15 +1,21 @@
-"""The loop that runs the engine, in a thread of its own, which alone holds the decode state:
+"""The loop that runs the engine, in a thread of its own, which alone holds the decode state and the pages:
 
     plan -> free -> prefill -> insert -> generate -> deliver
 
 - plan: plan.py decides what the turn does; nothing is decided here.
 - prefill, insert, generate are only started here: they run on the device, and what they give is copied back meanwhile.
-  A request for several samples is prefilled once; each further sample draws its own first token from that prefix.
+  A request for several samples is prefilled once; each further sample draws its own first token from that prefix. A
+  long prompt is prefilled piece by piece, a piece a turn, each with a step of the running answers behind it.
 - deliver: reads the results of the turn before, so that the device never waits for the host, and hands them to the
   delivery thread, which makes text and events of them.
 - free: at max_tokens as soon as the last step is started; at a stop token when it is read, one step late; at a cancel,
   a deadline or a stop string before the next step. A step in flight may then still bring tokens for the old request:
   its result keeps the roster that it was started with, so the slot's next owner never sees them.
+- A sample that is pre-empted leaves its slot and pages at once, and is parked when the step in flight is read: then all
+  its tokens are known, and it goes on later as though they had been its prompt.
+
+The device runs what it is given in order. So pages can be given away while a step that reads or fills them is in
+flight: what their next owner does comes behind it.
 
 Nothing is done once per slot in Python, and no text is seen. Requests are ended by delivery alone, so each gets exactly
 one last event.
@@ -17,23 +23,32 @@ one last event.
 
 import logging
 import time
+from bisect import insort
 from collections import deque
 from typing import Generic
+from weakref import WeakKeyDictionary
+
+import numpy as np
 
 from ...engine_impl.api import Engine, ParamsT, PrefixT, StateT
 from ..delivery.delivery import Delivery
-from ..delivery.result import PendingResult
+from ..delivery.result import HostResult, PendingResult
 from ..errors import FailedError, UnavailableError
 from ..observe.metrics import Metrics
 from ..request.request import FinishReason, Request, Sample
 from .failures import DeadError, Failures, describe
-from .plan import StepPlan, plan
-from .prefill import start_samples
+from .plan import Scene, StepPlan, plan
+from .prefill import compute, store
 from .probes import Probes
+from .prompt import Prompt, victims_first
 from .queue import RequestQueue
+from .room import Room
 from .slots import Slots
 
 log = logging.getLogger(__name__)
+
+TURNS_A_CHECK = 1024
+"""Turns between two checks of the page tables (count)."""
 
 
 class Loop(Generic[ParamsT, PrefixT, StateT]):
@@ -45,9 +60,12 @@ class Loop(Generic[ParamsT, PrefixT, StateT]):
         params: ParamsT,
         queue: RequestQueue,
         metrics: Metrics | None,
+        *,
+        prefix_cache: bool = True,
     ) -> None:
         self._engine, self._params, self._queue, self._metrics = engine, params, queue, metrics
         self._stop_ids = sorted(engine.get_tokenizer().stop_ids)
+        self._prefix_cache = prefix_cache
         self.live: set[Request] = set()
         """Taken from the queue, last event not out yet."""
         self.ended: deque[Sample] = deque()
@@ -56,9 +74,15 @@ class Loop(Generic[ParamsT, PrefixT, StateT]):
         self.closing = False
         """Set to end the loop after its turn."""
         self.delivery = Delivery(engine.get_tokenizer(), metrics, free=self.ended.append, on_end=self.live.discard)
-        self._slots = self._no_slots_taken()
+        self._slots, self._room = self._nothing_taken()
+        self._in_work: list[Prompt] = []  # who is next stands first
+        self._parked: list[Prompt] = []  # likewise
+        self._leaving: dict[Sample, list[int]] = {}  # pre-empted, with tokens in flight; their texts so far
+        self._first_prompts: WeakKeyDictionary[Request, Prompt] = WeakKeyDictionary()  # of requests in the queue
+        self._newcomers = True  # whose turn it is, see Scene
         self._pending: list[PendingResult] = []  # what the next turn delivers
         self._failures = Failures()
+        self._turns = 0
         self._read_at = 0.0  # when the latest result was read (s of time.monotonic())
         self._state: StateT  # from start() on
 
@@ -68,7 +92,12 @@ class Loop(Generic[ParamsT, PrefixT, StateT]):
 
     @property
     def slots_free(self) -> int:
-        return self._slots.free
+        """For requests in the queue: those that are parked go first."""
+        return max(0, self._slots.free - len(self._parked))
+
+    def pages(self) -> dict[str, int]:
+        """How many are free, live and cached."""
+        return self._room.states()
 
     def start(self, *, warm_up: bool) -> None:
         """Makes the decode state; compiles everything if asked to."""
@@ -88,67 +117,165 @@ class Loop(Generic[ParamsT, PrefixT, StateT]):
                 self._recover(error)
 
     def _has_work(self) -> bool:
-        return self.closing or bool(self._slots.in_use or self._pending or self.probes)
+        return self.closing or bool(
+            self._slots.in_use or self._pending or self._in_work or self._parked or self._leaving or self.probes
+        )
 
     def _turn(self) -> None:
         turn = self._plan()
         self._free(turn)
-        if turn.prefill is not None and not self._prefill(turn.prefill):
-            return  # there is no such request any more: plan anew
-        earlier, self._pending = self._pending, self._generate() if turn.decode else []
+        self._let_in(turn)
+        earlier, self._pending = self._pending, []
+        if prompts := [prompt for prompt in turn.prefill if prompt in self._in_work]:
+            self._prefill(prompts)
+        if turn.idle_step or self._slots.live.taken:
+            self._generate()
         for pending in earlier:
             self._deliver(pending)
+        self._park()
 
     def _plan(self) -> StepPlan:
+        self._turns += 1
+        if self._turns % TURNS_A_CHECK == 0:
+            self._room.check_integrity()
         ended = [self.ended.popleft() for _ in range(len(self.ended))]
-        probe = bool(self.probes) and not any(pending.is_step for pending in self._pending)
-        return plan(waiting=self._queue.first(), slots=self._slots, ended=ended, now=time.monotonic(), probe=probe)
+        most, _ = self._engine.prefill_batch
+        return plan(
+            Scene(
+                slots=self._slots,
+                room=self._room,
+                in_work=self._in_work,
+                parked=self._parked,
+                queued=[self._first_prompt(request) for request in self._queue.first(most)],
+                ended=ended,
+                now=time.monotonic(),
+                probe=bool(self.probes) and not any(pending.is_step for pending in self._pending),
+                newcomers=self._newcomers,
+                batch=self._engine.prefill_batch,
+            )
+        )
+
+    def _first_prompt(self, request: Request) -> Prompt:
+        if request not in self._first_prompts:
+            token_T = np.asarray(request.prompt_ids, np.int32)
+            self._first_prompts[request] = Prompt(
+                tuple(request.samples), token_T, self._room.names(token_T, request.prefix_key)
+            )
+        return self._first_prompts[request]
 
     def _free(self, turn: StepPlan) -> None:
         for request in turn.expired:
             self.delivery.end(request, FinishReason.DEADLINE)
+        for prompt in turn.drop:
+            self._drop(prompt)
         for sample in turn.free:
             self._free_slot(sample)
+        for prompt in turn.postpone:
+            self._drop(prompt)
+            self._wait_again(Prompt(prompt.samples, prompt.token_T, prompt.names))
+        for sample in turn.preempt:
+            self._leaving[sample] = self._slots.text(sample).tolist()
+            self._free_slot(sample)
+        for _ in (*turn.postpone, *turn.preempt):
+            if self._metrics is not None:
+                self._metrics.preempted()
+        for slot, pages in turn.grow:
+            self._room.grow(slot, pages)
 
-    def _prefill(self, request: Request) -> bool:
-        """Prefill and insert. False: the request left the queue by itself, or failed; no other was touched."""
-        if not self._queue.take(request):
-            return False
-        self.live.add(request)
+    def _let_in(self, turn: StepPlan) -> None:
+        for prompt in turn.let_in:
+            if prompt in self._parked:
+                self._parked.remove(prompt)
+                self._give_room(prompt)
+            elif self._queue.take(prompt.request):  # else it left the queue by itself
+                self.live.add(prompt.request)
+                prompt.request.started_at = time.monotonic()
+                self._give_room(prompt)
+                prompt.request.cached_tokens = prompt.done
+                if self._metrics is not None:
+                    self._metrics.prefix_cached(prompt.done)
+
+    def _give_room(self, prompt: Prompt) -> None:
+        slots = [self._slots.reserve(sample) for sample in prompt.samples[: prompt.slots_needed]]
+        self._room.let_in(prompt, slots)
+        self._in_work.append(prompt)
+
+    def _prefill(self, prompts: list[Prompt]) -> None:
+        """The next pieces. What fails, fails alone: nothing that others have was touched."""
+        self._newcomers = not self._newcomers
         try:
-            started = start_samples(self._engine, self._params, request, self._slots)
+            pieces = compute(self._engine, self._params, self._state, prompts, self._room, self._slots)
         except Exception as error:
-            log.exception("the prefill of request %s failed", request.id)
-            self._fail(request, error)
+            log.exception("the prefill of requests %s failed", ", ".join(prompt.request.id for prompt in prompts))
+            if len(prompts) > 1:  # whose fault it was, shows when each goes alone
+                for prompt in prompts:
+                    self._prefill([prompt])
+                return
+            for prompt in prompts:
+                self._drop(prompt)
+                self._fail(prompt.request, error)
             self._failures.prefill_failed(error)
-            return False
-        for sample, (prefix, pending) in zip(request.samples, started, strict=True):
-            self._pending.append(pending)
-            if request.max_tokens > 1:
-                self._state = self._engine.insert(prefix, self._state, self._slots.give(sample))
-        return True
+            return
+        self._pending += pieces.pending
+        self._state = store(self._engine, self._state, pieces, self._room, self._slots)
+        for prompt in prompts:
+            self._in_work.remove(prompt)
+            if prompt.left:
+                self._in_work.append(prompt)  # the others first
+            elif not prompt.slots_needed:
+                self._room.leave(prompt.tables[0])
 
-    def _generate(self) -> list[PendingResult]:
-        started = time.monotonic()
-        self._state, result = self._engine.generate(self._params, self._state)
-        pending = PendingResult(result, self._slots.roster, is_step=True, started=started)
+    def _generate(self) -> None:
+        started, roster = time.monotonic(), self._slots.live
+        page_NJ = self._room.tables(roster.slot_B)
+        self._state, result = self._engine.generate(self._params, self._state, roster.slot_B, page_NJ)
+        self._pending.append(PendingResult(result, roster, is_step=True, started=started))
         for sample in self._slots.count_step():
             self._free_slot(sample)
-        return [pending]
 
     def _deliver(self, pending: PendingResult) -> None:
         result = pending.read()
         self._count(pending)
-        for sample in result.roster.owner_B[result.stopped_B]:
+        if result is None:
+            return
+        last = self._slots.read(result, is_step=pending.is_step)
+        self._read_leaving(result)
+        for sample in (*last, *result.roster.owner_B[result.stopped_B]):
             self._free_slot(sample)
-        if pending.is_step:
-            for sample in self._slots.settle(result.roster, result.count_B):
-                self._free_slot(sample)
         self.delivery.post(result)
 
+    def _read_leaving(self, result: HostResult) -> None:
+        for sample, text in list(self._leaving.items()):
+            for row in np.flatnonzero(result.roster.owner_B == sample):
+                text += result.token_BW[row, : result.count_B[row]].tolist()
+                if result.stopped_B[row]:
+                    del self._leaving[sample]
+
+    def _park(self) -> None:
+        """Those that left have all their tokens now."""
+        while self._leaving:
+            sample, text = self._leaving.popitem()
+            if len(text) - len(sample.request.prompt_ids) < sample.request.max_tokens:
+                token_T = np.asarray(text, np.int32)
+                self._wait_again(Prompt((sample,), token_T, self._room.names(token_T, sample.request.prefix_key)))
+
+    def _wait_again(self, prompt: Prompt) -> None:
+        insort(self._parked, prompt, key=lambda one: tuple(-value for value in victims_first(one.request)))
+
+    def _drop(self, prompt: Prompt) -> None:
+        """Gives back what a prompt has. Its full pages that are computed stay as a cached prefix."""
+        for table in prompt.tables:
+            self._room.leave(table)
+        for sample in prompt.samples:
+            if sample.slot is not None:
+                self._slots.take_back(sample)
+        (self._in_work if prompt.tables else self._parked).remove(prompt)
+
     def _free_slot(self, sample: Sample) -> None:
+        """Of a sample that decodes. What its text fills stays as a cached prefix; its last token may lack its row."""
         if sample.slot is not None:
-            self._state = self._engine.free(self._state, self._slots.take_back(sample))
+            text_T = self._slots.text(sample)[:-1]
+            self._room.leave_text(self._slots.take_back(sample), text_T, sample.request.prefix_key)
 
     def _count(self, pending: PendingResult) -> None:
         """A result that was read is a success. It took the device from the one before it until now."""
@@ -160,25 +287,41 @@ class Loop(Generic[ParamsT, PrefixT, StateT]):
         if self._metrics is not None:
             if pending.is_step:
                 self._metrics.step(duration_s, slots=pending.roster.taken)
-            elif pending.roster.owner_B[0].index == 0:  # the other samples' first tokens come from the same prefill
+            elif pending.is_timed:
                 self._metrics.prefill(duration_s)
 
     def _recover(self, error: Exception) -> None:
-        """A step failed, its state was donated and is lost: fail whoever was in it and start afresh."""
-        failed = list(self.live)
+        """A step failed, its state was donated and is lost: fail whoever was in it and start afresh. Who is parked had
+        nothing in it."""
+        waiting = {prompt.request for prompt in self._parked}
+        failed = [request for request in self.live if request not in waiting or self._has_part(request)]
         log.error("a step failed; requests %s fail with it", ", ".join(r.id for r in failed), exc_info=error)
-        self._pending, self._slots = [], self._no_slots_taken()
+        for sample in (*self._slots.live.owner_B, *(sample for prompt in self._in_work for sample in prompt.samples)):
+            sample.slot = None
+        self._pending, self._in_work, self._leaving = [], [], {}
+        self._parked = [prompt for prompt in self._parked if prompt.request not in failed]
+        self._slots, self._room = self._nothing_taken()
         del self._state  # before the new one is made: two may not fit the device
         for request in failed:
-            for sample in request.samples:
-                sample.slot = None
             self._fail(request, error)
         self.probes.answer(UnavailableError(f"a step of the engine failed: {describe(error)}"))
         self._failures.step_failed(error)
         self._state = self._engine.init_decode_state()
 
-    def _no_slots_taken(self) -> Slots:
-        return Slots(self._engine.max_concurrent_decodes, self._stop_ids)
+    def _has_part(self, request: Request) -> bool:
+        """Whether some sample of it is not parked and not over."""
+        parked = {sample for prompt in self._parked for sample in prompt.samples}
+        return any(sample not in parked and not sample.done for sample in request.samples)
+
+    def _nothing_taken(self) -> tuple[Slots, Room]:
+        engine = self._engine
+        slots = Slots(
+            engine.max_concurrent_decodes,
+            self._stop_ids,
+            cache_length=engine.cache_length,
+            tokens_per_step=engine.tokens_per_step,
+        )
+        return slots, Room(engine, prefix_cache=self._prefix_cache)
 
     def _fail(self, request: Request, error: Exception) -> None:
         self.delivery.end(request, FailedError(f"request {request.id} failed in the engine: {describe(error)}"))

@@ -43,6 +43,7 @@ class Orchestrator(Generic[ParamsT, PrefixT, StateT]):
         max_queued: int,
         max_queued_tokens: int | None = None,
         metrics: Metrics | None = None,
+        prefix_cache: bool = True,
         warm_up: bool = True,
         on_ready: Callable[[], object] = lambda: None,
         on_dead: Callable[[str], object] = lambda reason: None,
@@ -53,13 +54,16 @@ class Orchestrator(Generic[ParamsT, PrefixT, StateT]):
         self._queue = RequestQueue(
             max_queued, max_queued_tokens, slots=self._slots, free_slots=lambda: self._loop.slots_free
         )
-        self._loop = Loop(engine, params, self._queue, metrics)
+        self._loop = Loop(engine, params, self._queue, metrics, prefix_cache=prefix_cache)
         self._dead_reason: str | None = None
         self._thread = threading.Thread(target=self._run, name="orchestrator", daemon=True)
         self._deadlines = threading.Thread(target=self._end_overdue_waiters, name="deadlines", daemon=True)
         if metrics is not None:
             metrics.watch(
-                queue_depth=lambda: self.queue_depth, slots_in_use=lambda: self.slots_in_use, slots=self._slots
+                queue_depth=lambda: self.queue_depth,
+                slots_in_use=lambda: self.slots_in_use,
+                slots=self._slots,
+                pages=self._loop.pages,
             )
 
     def start(self) -> None:

@@ -1,45 +1,186 @@
-"""What the next turn does: policy alone, decided from the queue, the slots and the clock. Touches no device."""
+"""What the next turn does: policy alone, decided from queue, slots, pages and clock. Touches no device."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from ..request.request import Request, Sample
+from .prompt import Prompt, victims_first
+from .queue import is_overdue
+from .room import Room
 from .slots import Slots
+
+MOST_IN_WORK = 4
+"""Prompts of several pieces that are computed in turns (count): a short one waits for as few pieces of long ones."""
+
+MARGIN = 0.01
+"""Share of the pool that must stay available when a prompt is let in beside others: else the next page would pre-empt
+it again."""
 
 
 @dataclass(frozen=True)
 class StepPlan:
     """One turn of the loop, in this order."""
 
-    expired: tuple[Request, ...]
-    """Requests that hold slots past their deadline: to be ended."""
-    free: tuple[Sample, ...]
-    """Samples whose slots are given back."""
-    prefill: Request | None
-    """The request to prefill and insert. One a turn: running answers wait for one prefill at most."""
-    decode: bool
-    """Whether a step is started over all slots."""
+    expired: tuple[Request, ...] = ()
+    """Requests past their deadline: to be ended."""
+    drop: tuple[Prompt, ...] = ()
+    """Prompts that are not computed any more, as their samples have ended."""
+    free: tuple[Sample, ...] = ()
+    """Samples that decode no more, and whose slots and pages are given back."""
+    postpone: tuple[Prompt, ...] = ()
+    """Prompts in work whose pages others need: they wait again."""
+    preempt: tuple[Sample, ...] = ()
+    """Samples whose pages others need: they wait and go on later."""
+    grow: tuple[tuple[int, int], ...] = ()
+    """(slot, pages): what the step may fill."""
+    let_in: tuple[Prompt, ...] = ()
+    """Prompts that get slots and pages."""
+    prefill: tuple[Prompt, ...] = ()
+    """Whose next pieces are computed together: those let in, or one in work. One prefill a turn: running answers wait
+    for one piece at most."""
+    idle_step: bool = False
+    """Whether a step is started even if nobody decodes."""
 
 
-def plan(*, waiting: Request | None, slots: Slots, ended: Sequence[Sample], now: float, probe: bool) -> StepPlan:
-    """The next turn.
+@dataclass(frozen=True, kw_only=True)
+class Scene:
+    """What a plan is made from."""
 
-    Args:
-        waiting: whose turn it is in the queue. It is prefilled as soon as all its slots are free; nobody overtakes it,
-            or a request for many slots might wait for ever.
-        slots: as they are now, before this turn.
-        ended: samples that ended by themselves since the last turn: cancelled, or at a stop string.
-        now: s of time.monotonic().
-        probe: whether somebody waits for a step and none is on its way: one is run over empty slots, too.
-    """
-    overdue = slots.overdue(now)
-    free = tuple(dict.fromkeys(sample for sample in [*ended, *overdue] if sample.slot is not None))
-    room = slots.free + len(free)
-    prefill = waiting if waiting is not None and waiting.slots_needed <= room else None
-    in_use = slots.in_use - len(free) + (prefill.slots_needed if prefill is not None else 0)
+    slots: Slots
+    room: Room
+    in_work: Sequence[Prompt]
+    """Prompts that have slots and pages, and some pieces to go; who is next stands first."""
+    parked: Sequence[Prompt]
+    """Of pre-empted samples, who goes on first stands first."""
+    queued: Sequence[Prompt]
+    """Of requests in the queue, likewise."""
+    ended: Sequence[Sample]
+    """Samples that ended by themselves since the last turn: cancelled, or at a stop string."""
+    now: float
+    """s of time.monotonic()"""
+    probe: bool
+    """Whether somebody waits for a step and none is on its way: one is run over no slots, too."""
+    newcomers: bool
+    """Whether it is the turn of those who wait, rather than of those in work."""
+    batch: tuple[int, int]
+    """See `Engine.prefill_batch`."""
+
+
+def plan(scene: Scene) -> StepPlan:
+    """The next turn."""
+    slots, room = scene.slots, scene.room
+    overdue = slots.overdue(scene.now)
+    over = {*scene.ended, *overdue}
+    late = [prompt for prompt in (*scene.in_work, *scene.parked) if is_overdue(prompt.request, scene.now)]
+    drop = [p for p in (*scene.in_work, *scene.parked) if p in late or any(s in over for s in p.samples)]
+    computed = [prompt for prompt in scene.in_work if prompt not in drop]
+    in_prompts = {sample for prompt in scene.in_work for sample in prompt.samples}
+    free = [s for s in dict.fromkeys([*scene.ended, *overdue]) if s.slot is not None and s not in in_prompts]
+    gone = [*slots_of(free), *(table for prompt in drop for table in prompt.tables)]
+
+    grow = growth(slots, room, gone)
+    victims: list[Sample | Prompt] = []
+    if grow and not fits(room, grow, gone):
+        running = [*computed, *(sample for sample in slots.live.owner_B if sample not in over)]
+        victims = give_way(room, running, grow, gone)
+        gone += [table for victim in victims for table in tables_of(victim)]
+        computed = [prompt for prompt in computed if prompt not in victims]
+        grow = {slot: pages for slot, pages in grow.items() if slot not in gone}
+
+    let_in: list[Prompt] = []
+    waiting = [prompt for prompt in (*scene.parked, *scene.queued) if prompt not in drop]
+    if waiting and not victims and (scene.newcomers or not computed):
+        let_in = admitted(scene, waiting, computed, gone, sum(grow.values()))
+    prefill = let_in or computed[:1]
     return StepPlan(
-        expired=tuple(dict.fromkeys(sample.request for sample in overdue)),
-        free=free,
-        prefill=prefill,
-        decode=in_use > 0 or probe,
+        expired=tuple(dict.fromkeys([*(s.request for s in overdue), *(p.request for p in late)])),
+        drop=tuple(drop),
+        free=tuple(free),
+        postpone=tuple(victim for victim in victims if isinstance(victim, Prompt)),
+        preempt=tuple(victim for victim in victims if isinstance(victim, Sample)),
+        grow=tuple(grow.items()),
+        let_in=tuple(let_in),
+        prefill=tuple(prefill),
+        idle_step=scene.probe,
     )
+
+
+def growth(slots: Slots, room: Room, gone: Sequence[int]) -> dict[int, int]:
+    """{slot: pages} that the next step may fill and that it has not."""
+    slot_N = slots.live.slot_B
+    pages_N = room.growth(slot_N, slots.rows_wanted())
+    return {int(slot): int(pages) for slot, pages in zip(slot_N[pages_N > 0], pages_N[pages_N > 0], strict=True)
+            if slot not in gone}  # fmt: skip
+
+
+def fits(room: Room, grow: Mapping[int, int], gone: Sequence[int]) -> bool:
+    """Whether there are pages for the slots that grow and are not gone themselves."""
+    wanted = sum(pages for slot, pages in grow.items() if slot not in gone)
+    return wanted <= min(room.available(gone), room.entries_left + room.entries_of(gone))
+
+
+def give_way(
+    room: Room, running: Sequence[Sample | Prompt], grow: Mapping[int, int], gone: Sequence[int]
+) -> list[Sample | Prompt]:
+    """Who gives its pages back so that the others can grow: of the lowest priority, who came last."""
+    tables, victims = list(gone), list[Sample | Prompt]()
+    for one in sorted(running, key=lambda one: victims_first(one.request)):
+        if fits(room, grow, tables):
+            break
+        victims.append(one)
+        tables += tables_of(one)
+    return victims
+
+
+def admitted(
+    scene: Scene, waiting: Iterable[Prompt], in_work: Sequence[Prompt], gone: Sequence[int], grown: int
+) -> list[Prompt]:
+    """Who is let in: the first that waits, as soon as its slots and pages are there; nobody overtakes it, or a request
+    for many slots might wait for ever. Short prompts behind it come along, to be computed together with it.
+
+    A prompt waits while another computes what both begin with.
+    """
+    slots, room = scene.slots, scene.room
+    free_slots = slots.free + sum(table < len(slots.roster.owner_B) for table in gone)
+    spare_tables = room.spare_tables + sum(table >= len(slots.roster.owner_B) for table in gone)
+    pages, entries = room.available(gone) - grown, room.entries_left + room.entries_of(gone) - grown
+    on_its_way = {name for prompt in in_work for name in room.missing(prompt)}
+    is_alone = not in_work and {*slots.live.slot_B.tolist()} <= {*gone}
+    most, short = scene.batch
+    let_in: list[Prompt] = []
+    for prompt in waiting:
+        need, missing = room.need(prompt), room.missing(prompt)
+        left = len(prompt.token_T) - len(need.shared) * room.rows
+        fits_batch = left <= short and not prompt.stands_alone
+        margin = 0 if is_alone and not let_in else margin_for(prompt, scene)
+        if (
+            (let_in and (not fits_batch or len(let_in) == most))
+            or (left > room.chunk and len(in_work) >= MOST_IN_WORK)
+            or prompt.slots_needed > free_slots
+            or (not prompt.slots_needed and not spare_tables)
+            or need.pages + margin > pages
+            or need.entries > entries
+            or (missing and missing[0] in on_its_way)
+        ):
+            break
+        let_in.append(prompt)
+        free_slots -= prompt.slots_needed
+        spare_tables -= not prompt.slots_needed
+        pages, entries = pages - need.pages, entries - need.entries
+        on_its_way.update(missing)
+        if not fits_batch:
+            break
+    return let_in
+
+
+def margin_for(prompt: Prompt, scene: Scene) -> int:
+    """Pages that must stay available beside a prompt's: for one that was pre-empted, that all others can grow."""
+    return max(1, int(MARGIN * scene.room.size), 0 if prompt.is_fresh else len(scene.slots.live.slot_B))
+
+
+def slots_of(samples: Iterable[Sample]) -> list[int]:
+    return [sample.slot for sample in samples if sample.slot is not None]
+
+
+def tables_of(one: Sample | Prompt) -> list[int]:
+    return one.tables if isinstance(one, Prompt) else slots_of([one])

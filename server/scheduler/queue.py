@@ -5,7 +5,7 @@ import time
 from bisect import insort_right
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
-from itertools import accumulate, chain, takewhile
+from itertools import accumulate, chain, islice, takewhile
 
 from ...engine_impl.errors import RefusedError
 from ..errors import FIRST_RETRY_S, QueueFullError
@@ -72,11 +72,11 @@ class RequestQueue:
         with self._changed:
             self._check_room([1], 1)
 
-    def first(self) -> Request | None:
-        """Whose turn it is; None when nobody waits whose deadline has not passed."""
+    def first(self, count: int) -> list[Request]:
+        """Whose turn it is, and who comes then: up to so many of those whose deadline has not passed."""
         with self._changed:
             now = time.monotonic()
-            return next((request for request in self._waiting if not is_overdue(request, now)), None)
+            return list(islice((request for request in self._waiting if not is_overdue(request, now)), count))
 
     def take(self, request: Request) -> bool:
         """Whether it was still waiting; then it leaves, to be served."""

@@ -12,6 +12,7 @@ from slipstream.benchmarks.accuracy import agreement
 from slipstream.benchmarks.exam import Exam
 from slipstream.cli import main as cli
 from slipstream.engine_impl.scoring import score
+from slipstream.engine_impl.session import Session
 
 from tests.engine_impl.tiny_models import TINY, RandomCheckpoint, greedy, tiny_engine
 
@@ -53,7 +54,7 @@ def test_forced_and_continued_are_what_the_engine_says_itself():
     forced = list(questions.forced(engine, params))
     assert len(forced) == 6
     for slot, window_T in enumerate(window_WT):
-        expected = score(engine, params, window_T.tolist())[60:66]
+        expected = score(Session(engine, params), window_T.tolist())[60:66]
         told = [float(logprob_BV[slot, token_B[slot]]) for logprob_BV, token_B in forced]
         np.testing.assert_allclose(told, expected, atol=1e-4)
     assert np.exp(forced[0][0]).sum(axis=1) == pytest.approx(1, abs=1e-4)

@@ -36,7 +36,7 @@ def test_curves_and_plot(tiny_loaded, tmp_path, monkeypatch, capsys):
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert built == [(3, 128)]  # the first is there, with the weights that both use
     assert result["live_tokens"]["128"]["x"] == [8, 64]  # 1000 do not fit
-    assert result["insert"]["x"] == [16, 32, 64, 128]
+    assert result["insert"]["x"] == [16, 64, 128]
     assert result["slots"]["x"] == result["host"]["x"] == [2, 3]
     assert result["slots_live_tokens"] == 64
     for curve in (result["live_tokens"]["128"], result["insert"], result["slots"], result["host"]):

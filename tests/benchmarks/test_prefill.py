@@ -17,7 +17,7 @@ from tests.engine_impl.tiny_models import TINY
 
 QUICK = ["bench", "prefill", "--cache-length", "128", "--repeats", "1", "--pairs", "2", "--json"]
 KEYS = {
-    "model", "prompt_tokens", "bucket", "dtype", "quantize_weights", "compile_seconds", "prefill_ms_p50",
+    "model", "prompt_tokens", "prefill_chunk", "dtype", "quantize_weights", "compile_seconds", "prefill_ms_p50",
     "prefill_ms_min", "prefill_ms_max", "tokens_per_second", "prefills_timed", "flops", "flops_per_second",
     "matmul_flops_per_second", "mfu", "datasheet_flops_per_second", "mfu_datasheet", "threads", "versions",
     "load_average",
@@ -44,7 +44,7 @@ def test_one_point_is_one_flat_object(last_line):
     result = last_line("--prompt-tokens", "20")
     assert set(result) >= KEYS
     assert not VERSUS_KEYS & set(result)
-    assert (result["prompt_tokens"], result["bucket"], result["prefills_timed"]) == (20, 32, 2)
+    assert (result["prompt_tokens"], result["prefill_chunk"], result["prefills_timed"]) == (20, 128, 2)
     assert result["prefill_ms_min"] <= result["prefill_ms_p50"] <= result["prefill_ms_max"]
     assert result["tokens_per_second"] == pytest.approx(20_000 / result["prefill_ms_p50"], rel=1e-3)
     assert result["mfu"] == pytest.approx(result["flops_per_second"] / result["matmul_flops_per_second"], rel=1e-2)
@@ -54,7 +54,7 @@ def test_one_point_is_one_flat_object(last_line):
 @pytest.mark.slow
 def test_transformers_finds_the_same_token_behind_every_prompt(last_line):
     result = last_line("--prompt-tokens", "1,100", "--versus", "transformers")
-    assert [(row["prompt_tokens"], row["bucket"]) for row in result["sweep"]] == [(1, 16), (100, 128)]
+    assert [(row["prompt_tokens"], row["prefill_chunk"]) for row in result["sweep"]] == [(1, 128), (100, 128)]
     for row in result["sweep"]:
         assert set(row) >= KEYS | VERSUS_KEYS
         assert row["equal_tokens"] is True
@@ -128,7 +128,7 @@ def test_peaks_of_the_data_sheets():
     ("words", "message"),
     [
         (["--prompt-tokens", "0"], "prompt_tokens='0' must be positive"),
-        (["--prompt-tokens", "1025"], "prompt_tokens=1025 must be at most 1024, the largest bucket within"),
+        (["--prompt-tokens", "1025"], "prompt_tokens=1025 must be at most cache_length=1024; raise"),
         (["--cache-length", "100"], "cache_length=100 must be a multiple of 128"),
         (["--dtype", "float8"], "dtype='float8' is not known"),
         (["--versus", "transformers", "--quantize-weights", "int8"], "versus='transformers' is given float weights"),

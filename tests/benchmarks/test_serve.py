@@ -111,6 +111,9 @@ def test_a_full_queue_is_counted_as_rejected(capsys):
         (["--plot", "/nowhere/load.svg"], "the folder /nowhere does not exist"),
         (["--prompt-lengths", "many"], "lengths 'many' must be fixed:N"),
         (["--max-length", "1"], "max_length=1 must be at least 2"),
+        (["--max-length", "601", "--prefix-share", "600"], "max_length=601 must be at least 602: the shared prefix"),
+        (["--prefix-share", "-1"], "prefix_share=-1 must be 0 or more"),
+        (["--timeout-s", "0"], "timeout_s=0.0 must be at least 1"),
     ],
 )
 def test_refusals(words, message, capsys):

@@ -67,12 +67,36 @@ def test_every_chunk_with_tokens_has_its_time(sends_ids):
 
     async def call(url):
         async with HttpCaller(url, 10.0) as caller:
-            return await caller.call(LoadRequest([97], 5), time.perf_counter())
+            record = Record(due=time.perf_counter())
+            await caller.call(LoadRequest([97], 5), record)
+            return record
 
     with OpenAiFake(sends_ids=sends_ids).serving() as url:
         record = asyncio.run(call(url))
     assert (record.status, record.tokens, len(record.token_times)) == ("completed", 5, 3)
     assert record.due < record.token_times[0] < record.token_times[1] < record.token_times[2] <= record.end
+
+
+@pytest.mark.parametrize(("told", "total"), [(None, None), (0, 0), (2, 8)])
+def test_cached_tokens_are_summed_where_they_are_told(told, total, bench, capsys):
+    with OpenAiFake(cached_tokens=told).serving() as url:
+        row = bench(url)
+    assert (row["prompt_tokens"], row["cached_tokens"]) == (4 * 3, total)
+
+
+def test_every_block_has_prompts_of_its_own(capsys):
+    """Two loads, two blocks of each at each server: five prompts in each block. A pair of blocks has the same ones."""
+    fakes = OpenAiFake(), OpenAiFake()
+    words = ["bench", "serve", "--requests", "4", "--warm-up", "1", "--load", "1,2", "--pairs", "2", *LENGTHS]
+    with fakes[0].serving() as one, fakes[1].serving() as other:
+        words += ["--target", one, "--versus-target", other, "--prefix-share", "6", "--ignore-eos"]
+        assert cli.run(words) == 0
+    prompts, theirs = ([tuple(body["prompt"]) for body in fake.bodies] for fake in fakes)
+    assert len(set(prompts)) == len(prompts) == 2 * 2 * 5
+    assert sorted(theirs) == sorted(prompts)
+    assert len({prompt[:6] for prompt in prompts}) == 1
+    assert {len(prompt) for prompt in prompts} == {6 + 3}
+    assert "prompts 6 shared tokens + fixed:3" in capsys.readouterr().out
 
 
 def test_answers_end_at_stop_tokens_unless_those_are_ignored(bench):

@@ -6,6 +6,7 @@ import pytest
 from slipstream.benchmarks import soak
 from slipstream.benchmarks.load.hosted import hosted
 from slipstream.benchmarks.options.soak import SoakOptions
+from slipstream.engine_impl.errors import RefusedError
 from slipstream.server.config import ServerConfig
 
 from tests.fakes import FakeEngine
@@ -41,10 +42,8 @@ def test_wrong_tokens_are_found():
     class Confused(FakeEngine):
         """After a while, behind the first answers, every slot counts by two."""
 
-        def generate(self, params, state):
-            if self.steps > 80:
-                state.token_B[state.token_B >= 0] += 1
-            return super().generate(params, state)
+        def next_tokens(self, state, token_N, length_N, page_NJ):
+            return super().next_tokens(state, token_N, length_N, page_NJ) + (self.steps > 80)
 
     options = dataclasses.replace(OPTIONS, requests=60, prompts=2)
     with hosted(Confused(max_concurrent_decodes=2), None, CONFIG) as serving:
@@ -57,6 +56,54 @@ def test_a_slot_that_is_never_freed_is_found(monkeypatch):
     monkeypatch.setattr(soak, "QUIET_S", 0.2)
     options = dataclasses.replace(OPTIONS, requests=30, in_flight=4)
     with hosted(FakeEngine(), None, CONFIG) as serving:
-        serving.metrics.watch(queue_depth=int, slots_in_use=lambda: 1, slots=2)
+        serving.metrics.watch(queue_depth=int, slots_in_use=lambda: 1, slots=2, pages=dict)
         result = soak.measure(serving, options)
-    assert any("1 slots and 0 places in the queue are still taken" in fault for fault in result["faults"])
+    assert any("1 slots, 0 places in the queue and 0 pages are still taken" in fault for fault in result["faults"])
+
+
+def test_a_pool_that_is_too_small_is_soaked_by_preemptions(capsys):
+    """Prompts of up to 8 tokens and answers of up to 30: a request grows into its second or third page of 16, and there
+    are 4 pages for 4 slots."""
+    options = dataclasses.replace(OPTIONS, requests=120, answer_tokens=30, token_ids="10:40", min_preemptions=5)
+    with hosted(FakeEngine(max_concurrent_decodes=4, pages=4, cache_length=64), None, CONFIG) as serving:
+        result = soak.measure(serving, options)
+    assert result["faults"] == []
+    assert result["preemptions"] >= 5
+    assert result["pages"]["live"] == 0
+    assert sum(result["pages"].values()) == 4
+    assert f"{result['preemptions']} pre-empted" in capsys.readouterr().out
+
+
+def test_a_pool_that_is_not_tight_is_told():
+    options = dataclasses.replace(OPTIONS, requests=30, min_preemptions=1)
+    with hosted(FakeEngine(), None, CONFIG) as serving:
+        result = soak.measure(serving, options)
+    assert result["faults"] == ["0 requests were pre-empted, not the 1 asked for; lower --cache-tokens"]
+
+
+def test_lost_pages_are_found(monkeypatch):
+    """One is never given back, another is in no list."""
+    monkeypatch.setattr(soak, "QUIET_S", 0.2)
+    honest, first = soak.page_counts, []
+
+    def counts(serving):
+        pages = honest(serving)
+        if not first:
+            first.append(pages)
+            return pages
+        return pages | {"free": pages["free"] - 2, "live": pages["live"] + 1}
+
+    monkeypatch.setattr(soak, "page_counts", counts)
+    options = dataclasses.replace(OPTIONS, requests=30, in_flight=4)
+    with hosted(FakeEngine(), None, CONFIG) as serving:
+        result = soak.measure(serving, options)
+    assert any("0 places in the queue and 1 pages are still taken" in fault for fault in result["faults"])
+    assert any("of 32 pages {'free': " in fault for fault in result["faults"])
+
+
+def test_the_pool_is_the_engines_and_bad_numbers_are_refused():
+    assert SoakOptions(cache_tokens=1024).engine.cache_tokens == 1024
+    with pytest.raises(RefusedError, match="cache_tokens=100 must be a multiple of 128"):
+        SoakOptions(cache_tokens=100)
+    with pytest.raises(RefusedError, match="min_preemptions=-1 must be 0 or more"):
+        SoakOptions(min_preemptions=-1)

@@ -1,6 +1,7 @@
 """The cache's layout, its codecs, and its two writers."""
 
 from dataclasses import replace
+from math import gcd
 
 import jax
 import jax.numpy as jnp
@@ -22,9 +23,13 @@ from slipstream.cache_manager import (
 
 from tests.tpu import memory_of
 
-LAYOUT = CacheLayout(layers=2, slots=3, kv_heads=2, length=256, head_dim=4, dtype=jnp.dtype("bfloat16"), page_rows=128)
+LAYOUT = CacheLayout(
+    layers=2, slots=3, kv_heads=2, length=256, head_dim=4, dtype=jnp.dtype("bfloat16"), page_rows=128, pages=6
+)
 INT8 = replace(LAYOUT, codec=Int8())
 PAGES = np.array([[4, 0], [5, 2], [1, 3]], np.int32)  # of three slots
+INSERT = jax.jit(insert)
+FLUSH = jax.jit(flush, static_argnames=("codec", "mesh", "backend"))
 
 
 @pytest.fixture
@@ -66,8 +71,8 @@ def test_shape_and_bytes():
 
 def test_pages_for_tokens():
     assert [LAYOUT.pages_for(tokens) for tokens in (0, 1, 128, 129, 256)] == [0, 1, 1, 2, 2]
-    assert (LAYOUT.pages_per_slot, LAYOUT.pages) == (2, 6)
-    assert LAYOUT.own_pages().tolist() == [[0, 1], [2, 3], [4, 5]]
+    assert (LAYOUT.pages_per_slot, LAYOUT.table_entries) == (2, 6)
+    assert replace(LAYOUT, slots=512, length=32768).table_entries == 32768
 
 
 @pytest.mark.parametrize(
@@ -165,37 +170,53 @@ def test_a_prompts_rows_are_encoded_token_by_token():
 
 @pytest.mark.parametrize("slot", [0, 2])
 @pytest.mark.parametrize(
-    ("bucket", "length"), [(16, 1), (16, 16), (128, 128), (256, 100), (256, 128), (256, 129), (256, 256), (192, 192)]
-)
-def test_insert_is_left_aligned_and_touches_the_slots_pages(slot, bucket, length):
-    """Row by row over the slot's pages; padding may come along into the last page, and no page further."""
-    cache, prefix = int8_noise(INT8), int8_prefix(bucket)
-    assert prefix.scales is not None
+    ("bucket", "start", "count"),
+    [
+        (16, 0, 1), (16, 0, 16), (16, 128, 16), (128, 0, 128), (128, 128, 128), (256, 0, 100), (256, 0, 129),
+        (256, 0, 256), (256, 128, 100), (192, 0, 192), (64, 0, 0),
+    ],
+)  # fmt: skip
+def test_insert_is_left_aligned_and_touches_the_texts_pages(slot, bucket, start, count):
+    """Row by row over the text's pages from its start on; padding may come along into the last page, and no further."""
+    cache, texts = int8_noise(INT8), int8_prefix(bucket)
+    assert texts.scales is not None
     expected = jax.tree.map(np.array, cache)
-    for row in range(min(bucket, -(-length // 128) * 128)):
-        page = PAGES[slot, row // 128]
-        expected.rows[:, page, :, row % 128] = prefix.rows[:, :, row]
-        expected.scales[:, page, :, :, row % 128] = prefix.scales[:, :, :, row]
-    args = jnp.asarray(PAGES[slot]), jnp.int32(length)
-    assert_same(jax.jit(insert)(cache, prefix, *args), expected)
-    assert_same(insert(KV(cache.rows), KV(prefix.rows), *args), KV(expected.rows))
+    copy_text(expected, texts, slot, 0, bucket, start, count)
+    args = jnp.asarray(PAGES[slot : slot + 1]), jnp.array([start]), jnp.array([count])
+    assert_same(INSERT(cache, texts, *args), expected)
+    assert_same(INSERT(KV(cache.rows), KV(texts.rows), *args), KV(expected.rows))
 
 
+def copy_text(expected, texts, slot, first, bucket, start, count):
+    """As `insert` is to do it with the rows of one text, which stand from `first` on: in parts of a page or less."""
+    part = gcd(bucket, 128)
+    for row in range(-(-count // part) * part):
+        page, at = PAGES[slot, (start + row) // 128], (start + row) % 128
+        expected.rows[:, page, :, at] = texts.rows[:, :, first + row]
+        expected.scales[:, page, :, :, at] = texts.scales[:, :, :, first + row]
+
+
+def test_insert_of_several_texts():
+    """Each from its own start; one is padding, and has no pages."""
+    cache, texts = int8_noise(INT8), int8_prefix(4 * 64)
+    expected = jax.tree.map(np.array, cache)
+    places = [(2, 128, 64), (0, 0, 5), (0, 0, 0), (1, 128, 1)]
+    for n, (slot, start, count) in enumerate(places):
+        copy_text(expected, texts, slot, n * 64, 64, start, count)
+    slot_N, start_N, count_N = (np.array(column) for column in zip(*places, strict=True))
+    assert_same(INSERT(cache, texts, PAGES[slot_N], start_N, count_N), expected)
+
+
+@pytest.mark.parametrize("count", [1, 2])
 @pytest.mark.parametrize("codec", [Plain(), Int8()])
-def test_insert_is_in_place(codec):
-    layout = replace(LAYOUT, layers=8, slots=16, dtype=jnp.dtype("float32"), codec=codec)
+def test_insert_is_in_place(codec, count):
+    layout = replace(LAYOUT, layers=8, slots=16, pages=32, dtype=jnp.dtype("float32"), codec=codec)
     cache = layout.empty()
-    prefix = jax.tree.map(lambda leaf: leaf[:, 0], cache)  # of one page
-    args = cache, prefix, jnp.arange(2, dtype=jnp.int32), jnp.int32(5)
+    texts = jax.tree.map(lambda leaf: leaf[:, 0], cache)  # of one page
+    args = cache, texts, jnp.zeros((count, 2), jnp.int32), jnp.zeros(count, jnp.int32), jnp.zeros(count, jnp.int32)
     memory = memory_of(jax.jit(insert, donate_argnums=0).lower(*args).compile())
     assert memory.alias_size_in_bytes == layout.bytes
     assert memory.temp_size_in_bytes < layout.bytes / 10
-
-
-def test_insert_refuses_a_bucket_longer_than_the_slots_pages():
-    prefix = KV(jnp.zeros((2, 2, 512, 8), jnp.bfloat16))
-    with pytest.raises(ValueError, match="bucket=512 does not fit into 2 pages of 128; use a bucket of at most 256"):
-        insert(LAYOUT.empty(), prefix, jnp.zeros(2, jnp.int32), jnp.int32(512))
 
 
 LENGTHS, LIVE = jnp.array([0, 5, 255]), jnp.array([True, False, True])
@@ -207,11 +228,11 @@ def test_flush_writes_live_slots_behind_their_last_row(mesh):
     cache, new = noise(*LAYOUT.shape), noise(2, 3, 2, 8, seed=1)
     expected = np.array(cache)
     for slot, page, row in WRITTEN:
-        expected[:, page, :, row] = new[:, slot]
-    flushed = flush(KV(cache), new, LENGTHS, LIVE, jnp.asarray(PAGES), codec=Plain(), mesh=mesh, backend="xla")
+        expected[:, page, :, row] = np.asarray(new)[:, slot]
+    flushed = FLUSH(KV(cache), new, LENGTHS, LIVE, jnp.asarray(PAGES), codec=Plain(), mesh=mesh, backend="xla")
     assert_same(flushed, KV(jnp.asarray(expected)))
     full = jnp.array([256, 256, 256])
-    flushed = flush(KV(cache), new, full, LIVE, jnp.asarray(PAGES), codec=Plain(), mesh=mesh, backend="xla")
+    flushed = FLUSH(KV(cache), new, full, LIVE, jnp.asarray(PAGES), codec=Plain(), mesh=mesh, backend="xla")
     assert_same(flushed, KV(cache))
 
 
@@ -220,10 +241,9 @@ def test_flush_encodes_and_leaves_all_else_as_it_is(mesh):
     cache, new = int8_noise(INT8), noise(2, 3, 2, 8, seed=1)
     assert cache.scales is not None
     cache = cache._replace(scales=jnp.full_like(cache.scales, jnp.nan))
-    expected, encoded = jax.tree.map(np.array, cache), Int8().encode(new)
-    assert encoded.scales is not None
+    expected, encoded = jax.tree.map(np.array, (cache, jax.jit(Int8().encode)(new)))
     for slot, page, row in WRITTEN:
         expected.rows[:, page, :, row] = encoded.rows[:, slot]
         expected.scales[:, page, :, :, row] = encoded.scales[:, slot]
-    flushed = flush(cache, new, LENGTHS, LIVE, jnp.asarray(PAGES), codec=Int8(), mesh=mesh, backend="xla")
+    flushed = FLUSH(cache, new, LENGTHS, LIVE, jnp.asarray(PAGES), codec=Int8(), mesh=mesh, backend="xla")
     assert_same(flushed, expected)

@@ -38,11 +38,41 @@ def test_refuses_and_changes_nothing():
     assert (told.value.wanted, told.value.free) == (2, 1)
     with pytest.raises(ValueError, match="slot=0 has 2 pages and cannot have 1 more: at most 2"):
         pages.extend(0, 1)
-    for use_free in (lambda: pages.share(1, [2]), lambda: pages.hold([0, 2]), lambda: pages.drop([2])):
+    for use_free in (lambda: pages.share(1, [2]), lambda: pages.hold([0, 2])):
         with pytest.raises(ValueError, match=r"pages \[2\] are free"):
             use_free()
+    with pytest.raises(ValueError, match=r"pages \[0, 2\] are not held"):
+        pages.drop([0, 2])
     assert (pages.free, pages.of_slot(0), pages.of_slot(1)) == (1, [0, 1], [])
     pages.check_integrity()
+
+
+def test_tables_have_so_many_entries_together():
+    """However many pages are free, and those that are shared count for each."""
+    pages = Pages(pages=9, slots=3, pages_per_slot=4, max_entries=5)
+    first = pages.extend(0, 3)
+    pages.share(1, first[:1])
+    for more in (lambda: pages.extend(2, 2), lambda: pages.share(2, first[:2])):
+        with pytest.raises(OutOfPagesError, match="wanted=2 entries of the page tables, but only free=1"):
+            more()
+    pages.clear(0)
+    assert pages.entries_left == 4
+    pages.extend(2, 4)
+    pages.check_integrity()
+
+
+def test_what_would_be_free_without_some():
+    pages = Pages(pages=9, slots=3, pages_per_slot=4)
+    first = pages.extend(0, 3)
+    pages.share(1, first[:2])
+    pages.extend(1, 1)
+    pages.hold(first[1:])
+    assert [pages.free_without(slots) for slots in ((), (0,), (1,), (0, 1))] == [5, 6, 6, 9]
+    pages.clear(0)
+    assert [pages.free_without(slots) for slots in ((), (1,))] == [6, 9], "one is held alone, and would be free"
+    pages.extend(0, 1)
+    assert (pages.free, pages.rows([1, 0]).tolist()) == (4, [[0, 1, 3, 0], [4, 0, 0, 0]])
+    assert pages.count([2, 0]).tolist() == [0, 1]
 
 
 @pytest.mark.parametrize(

@@ -20,26 +20,40 @@ def pages():
     return Pages(pages=8, slots=3, pages_per_slot=6)
 
 
+class Texts(PrefixTree):
+    """Asked by tokens."""
+
+    def of(self, tokens, key=""):
+        """The pages that are cached, which are the youngest from now on."""
+        names = self.names(tokens, key)
+        found = self.find(names)
+        self.refresh(names[: len(found)])
+        return found
+
+    def keep(self, tokens, pages, key=""):
+        self.insert(self.names(tokens, key), pages)
+
+
 @pytest.fixture
 def tree(pages):
-    return PrefixTree(pages, R)
+    return Texts(pages, R)
 
 
 def cached(pages, tree, tokens, key=""):
     """A text that a slot computed, cached and left: its pages."""
     found = pages.extend(0, -(-len(tokens) // R))
-    tree.insert(tokens, found, key)
+    tree.keep(tokens, found, key)
     pages.clear(0)
     return found
 
 
 def test_finds_the_longest_prefix_of_full_pages(pages, tree):
     one, two, three = cached(pages, tree, text(1, 2, 3))
-    assert tree.find(text(1, 2, 3, 4)) == [one, two, three]
-    assert tree.find(text(1, 2, tail=3)) == [one, two]
-    assert tree.find(text(1, 3)) == [one]
-    assert tree.find(text(2, 3)) == [], "the same page behind other tokens is another page"
-    assert tree.find([1] * (R - 1)) == tree.find([]) == []
+    assert tree.of(text(1, 2, 3, 4)) == [one, two, three]
+    assert tree.of(text(1, 2, tail=3)) == [one, two]
+    assert tree.of(text(1, 3)) == [one]
+    assert tree.of(text(2, 3)) == [], "the same page behind other tokens is another page"
+    assert tree.of([1] * (R - 1)) == tree.of([]) == []
     pages.check_integrity(tree)
 
 
@@ -51,32 +65,32 @@ def test_the_last_page_is_not_cached_unless_it_is_full(pages, tree):
 def test_keys_keep_apart(pages, tree):
     mine = cached(pages, tree, text(1, 2), key="mine")
     yours = cached(pages, tree, text(1, 2), key="yours")
-    assert tree.find(text(1, 2), "mine") == mine
-    assert tree.find(text(1, 2), "yours") == yours
+    assert tree.of(text(1, 2), "mine") == mine
+    assert tree.of(text(1, 2), "yours") == yours
     assert not {*mine} & {*yours}
-    assert tree.find(text(1, 2)) == tree.find(text(1, 2), "min") == []
+    assert tree.of(text(1, 2)) == tree.of(text(1, 2), "min") == []
 
 
 def test_what_is_cached_stays_when_it_is_computed_again(pages, tree):
     first = cached(pages, tree, text(1, 2))
     again = cached(pages, tree, text(1, 2, 3))
-    assert tree.find(text(1, 2, 3)) == [*first, again[2]]
+    assert tree.of(text(1, 2, 3)) == [*first, again[2]]
     assert pages.free == 8 - 3
 
 
 def test_fewer_pages_than_the_text_fills_are_refused(pages, tree):
-    with pytest.raises(ValueError, match="12 tokens fill 3 pages, got 2"):
-        tree.insert(text(1, 2, 3), pages.extend(0, 2))
+    with pytest.raises(ValueError, match="the text fills 3 pages, got 2"):
+        tree.keep(text(1, 2, 3), pages.extend(0, 2))
 
 
 def test_the_least_recently_asked_for_leaf_goes_first(pages, tree):
     one, two, three = cached(pages, tree, text(1, 2, 3))
     other = cached(pages, tree, text(1, 4))[1]
-    tree.find(text(1, 2))
+    tree.of(text(1, 2))
     assert list(tree) == [three, other, two, one]
     assert tree.evict(2) == 2
-    assert tree.find(text(1, 2, 3)) == [one, two]
-    assert tree.find(text(1, 4)) == [one]
+    assert tree.of(text(1, 2, 3)) == [one, two]
+    assert tree.of(text(1, 4)) == [one]
     assert tree.evict(9) == 2
     assert (len(tree), pages.free) == (0, 8)
     pages.check_integrity(tree)
@@ -84,13 +98,13 @@ def test_the_least_recently_asked_for_leaf_goes_first(pages, tree):
 
 def test_shared_pages_are_not_evicted(pages, tree):
     one, two, three = cached(pages, tree, text(1, 2, 3))
-    pages.share(1, tree.find(text(1, 2)))
+    pages.share(1, tree.of(text(1, 2)))
     assert tree.evict(9) == 1
     assert list(tree) == [two, one]
     assert pages.references(three) == 0
     pages.clear(1)
     assert tree.evict(1) == 1
-    assert tree.find(text(1, 2)) == [one]
+    assert tree.of(text(1, 2)) == [one]
 
 
 TEXTS = st.lists(st.integers(0, 1), max_size=4).map(lambda bits: text(*bits))
@@ -103,13 +117,13 @@ class AnyOrder(RuleBasedStateMachine):
     def __init__(self):
         super().__init__()
         self.pages = Pages(pages=7, slots=2, pages_per_slot=4)
-        self.tree = PrefixTree(self.pages, R)
+        self.tree = Texts(self.pages, R)
         self.content = {}
 
     @rule(slot=st.integers(0, 1), tokens=TEXTS, key=st.sampled_from(["", "salt"]))
     def request(self, slot, tokens, key):
         self.pages.clear(slot)
-        shared = self.tree.find(tokens, key)
+        shared = self.tree.of(tokens, key)
         for index, page in enumerate(shared):
             assert self.content[page] == (key, tuple(tokens[: (index + 1) * R]))
         self.pages.share(slot, shared)
@@ -123,7 +137,7 @@ class AnyOrder(RuleBasedStateMachine):
             return
         for index, page in enumerate(new, len(shared)):
             self.content[page] = (key, tuple(tokens[: (index + 1) * R]))
-        self.tree.insert(tokens, self.pages.of_slot(slot), key)
+        self.tree.keep(tokens, self.pages.of_slot(slot), key)
 
     @rule(slot=st.integers(0, 1))
     def leave(self, slot):

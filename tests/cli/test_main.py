@@ -100,6 +100,7 @@ def test_help_loads_nothing_heavy(words):
         (["generate", "--prompt", "a", "--min-p", "2"], "min_p=2.0"),
         (["ask", "hi", "--logit-bias", "5=101"], "logit_bias[5]=101.0 must be from -100 to 100"),
         (["ask", "hi", "--min-tokens", "129"], "min_tokens=129 must be at most max_tokens=128"),
+        (["ask", "hi", "--cache-salt", ""], "cache_salt: 0 characters, must be a text of 1 to 256 characters, or left"),
         (["ask", "hi", "--priority", "11"], "priority=11 must be from -10"),
         (["ask", "hi", "--logprobs", "21"], "logprobs=21"),
         (["ask", "hi", "--max-tokens", str(2**40), "--target", NEVER], "out of range"),
@@ -140,7 +141,9 @@ def test_generate_json(fake_engine, capsys):
     assert answer["startup"].keys() > {"imports_s", "loading_s", "programs_compiled"}
     assert answer["model"] == "fake"
     first, second = answer["results"]
-    assert list(first) == ["prompt_token_ids", "token_ids", "text", "finish_reason", "ttft_ms", "total_ms"]
+    assert list(first) == [
+        "prompt_token_ids", "token_ids", "text", "finish_reason", "cached_tokens", "ttft_ms", "total_ms"
+    ]  # fmt: skip
     assert [first[key] for key in list(first)[:4]] == [[97], [98, 99, 100, 101], "bcde", "length"]
     assert [second[key] for key in list(second)[:4]] == [[119], [120, 121, 122], "xyz", "stop"]
     assert 0 < first["ttft_ms"] <= first["total_ms"]
@@ -196,7 +199,7 @@ def test_generate_json_with_everything_asked_for(fake_engine, capsys):
 def test_generate_json_with_several_samples(fake_engine, capsys):
     assert cli.run(["generate", "--raw", "--prompt", "A", "--num-samples", "2", "--max-tokens", "3", "--json"]) == 0
     (answer,) = results(capsys)["results"]
-    assert list(answer) == ["prompt_token_ids", "samples", "ttft_ms", "total_ms"]
+    assert list(answer) == ["prompt_token_ids", "samples", "cached_tokens", "ttft_ms", "total_ms"]
     assert [(s["text"], s["finish_reason"]) for s in answer["samples"]] == [("BCD", "length"), ("LMN", "length")]
 
 

@@ -36,14 +36,14 @@ def test_what_quantisation_saves_is_a_line(capsys):
     assert run(["plan", "--model", "llama-2-70b", "--topology", "v5e:2x2", "--quantize-weights", "int8"]) == 1
     line = capsys.readouterr().out.splitlines()[2]
     assert line.startswith("int8 weights: 15.")
-    assert "GiB a chip less than bfloat16; by arithmetic a v5e has room for 0 instead of 0 slots" in line
+    assert "GiB a chip less than bfloat16; by arithmetic a v5e has room for 0 instead of 0 requests" in line
     assert run(["plan", "--model", "llama-2-70b", "--topology", "v5e:2x2"]) == 1
     assert "less than" not in capsys.readouterr().out
 
 
 def test_a_quantised_cache_says_what_it_saves(capsys):
     """80 layers, 2 kv heads a chip, 100 x 1024 tokens of 512 bytes, or of 264: of 7.81 GiB 3.78."""
-    words = ["--model", "llama-2-70b", "--topology", "v5e:2x2", "--slots", "100", "--quantize-kv", "int8"]
+    words = ["--model", "llama-2-70b", "--topology", "v5e:2x2", "--cache-tokens", "102400", "--quantize-kv", "int8"]
     assert run(["plan", *words]) == 1
     assert capsys.readouterr().out.splitlines()[2].startswith("int8 cache: 3.78 GiB a chip less than bfloat16")
 
@@ -54,6 +54,26 @@ def test_the_table_is_for_people(capsys):
     out = capsys.readouterr().out
     assert "1 x cache_flush" in out
     assert "It fits. Ceiling of the decode step" in out
+    assert "Lengths" not in out
+
+
+@pytest.mark.slow
+def test_a_mix_of_lengths_has_lines_and_an_object(capsys):
+    command = ["plan", "--model", "embedded", "--topology", "v5e:2x2", "--tensor-parallel", "1", *SHAPE]
+    assert run([*command, "--lengths", "fixed:100,29"]) == 0
+    out = capsys.readouterr().out
+    assert "Lengths fixed:100,29: prompts of 100 tokens, answers of 29, 114 in the cache" in out
+    assert "Requests at once: " in out
+    assert " tokens/s with their prompts' multiplications" in out
+    assert run([*command, "--lengths", "fixed:100,29", "--json"]) == 0
+    room = json.loads(capsys.readouterr().out.splitlines()[-1])["headroom"]
+    assert f"Requests at once: {room['requests']:,}" in out
+    assert 0 < room["tokens_per_second_ceiling"] <= room["decode_tokens_per_second"]
+
+
+def test_what_does_not_fit_holds_no_requests(capsys):
+    assert run(["plan", "--model", "llama-2-70b", "--topology", "v5e:2x2", "--lengths", "fixed:1,1", "--json"]) == 1
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["headroom"] is None
 
 
 @pytest.mark.parametrize(
@@ -62,6 +82,9 @@ def test_the_table_is_for_people(capsys):
         (["--topology", "v5e:9x9"], "topology='v5e:9x9' does not exist; those that do: v4:"),
         (["--model", "llama-0"], "model preset 'llama-0' is not there"),
         (["--model", "llama-2-7b", "--tensor-parallel", "3"], "tensor_parallel=3 does not work"),
+        (["--lengths", "many"], "lengths='many' must be sharegpt, uniform:LOW-HIGH,LOW-HIGH or fixed:PROMPT,ANSWER"),
+        (["--model", "llama-2-7b", "--cache-length", "128", "--lengths", "fixed:128,1"], "requests of 129 tokens"),
+        (["--max-slots", "--lengths", "sharegpt"], "--max-slots and --lengths ask for two plans"),
     ],
 )
 def test_bad_input_exits_2_with_the_remedy(capsys, options, message):

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from slipstream.cache_manager import KV, Plain
-from slipstream.engine_impl.attention import attend_cache, attend_prompt, stored_head_dim
+from slipstream.engine_impl.attention import attend_cache, attend_chunk, stored_head_dim
 from slipstream.engine_impl.weights.sharding import make_mesh
 
 LENGTHS, H = [0, 3, 70, 128], 6
@@ -42,7 +42,8 @@ def test_padded_heads_change_nothing(mesh):
     for width in (H, 16):
         cache = jnp.concatenate([wide(cached_k, width), wide(cached_v, width)], axis=-1)
         attend = attend_cache(KV(cache), jnp.asarray(LENGTHS), pages, soft_cap=2.0, mesh=mesh, backend="xla")
-        prompt = attend_prompt(4, head_dim=width, codec=Plain(), soft_cap=2.0, mesh=mesh, backend="xla")
+        start_N = jnp.array([0, 128])
+        prompt = attend_chunk(KV(cache), start_N, pages[:2], codec=Plain(), soft_cap=2.0, mesh=mesh, backend="xla")
         outs.append(tuple(jax.jit(one.call, static_argnums=(0, 1))(0, 0, q, k, v) for one in (attend, prompt)))
         stored.append((attend.stored(k, v), cast(KV, prompt.stored(k, v)).rows))
     for plain, padded in zip(*outs, strict=True):
@@ -61,7 +62,9 @@ def test_a_traced_kind_sees_what_a_known_one_sees(mesh, what):
         attend = attend_cache(KV(random(4, 4, 2, 128, 2 * H)), jnp.asarray(LENGTHS), jnp.asarray(PAGES), **windows)
         qkv = random(4, 4, H), random(4, 2, H), random(4, 2, H)
     else:
-        attend = attend_prompt(64, head_dim=H, codec=Plain(), **windows)
+        attend = attend_chunk(
+            KV(random(4, 4, 2, 128, 2 * H)), jnp.array([128]), jnp.array([[2, 3]]), codec=Plain(), **windows
+        )
         qkv = random(64, 4, H), random(64, 2, H), random(64, 2, H)
     assert attend.kind_of_layer == (0, 1, 2, 1)
     traced, known_kind = jax.jit(attend.call), jax.jit(attend.call, static_argnums=1)

@@ -1,14 +1,10 @@
 """The engine's config checks itself."""
 
+from typing import Any
+
 import pytest
 from slipstream.engine_impl.config import EngineConfig
 from slipstream.engine_impl.errors import RefusedError
-
-
-def test_buckets_are_powers_of_two_up_to_the_longest_prompt():
-    assert EngineConfig(cache_length=128).buckets == (16, 32, 64, 128)
-    assert EngineConfig(cache_length=384).buckets == (16, 32, 64, 128, 256)
-    assert EngineConfig(max_prefill_length=16).buckets == (16,)
 
 
 @pytest.mark.parametrize(
@@ -17,10 +13,11 @@ def test_buckets_are_powers_of_two_up_to_the_longest_prompt():
         ({"slots": 0}, "slots=0 must be at least 1"),
         ({"cache_length": 1000}, "cache_length=1000 must be a multiple of 128; nearest: 1024"),
         ({"cache_length": 0}, "nearest: 128"),
-        ({"max_prefill_length": 100}, "max_prefill_length=100 must be a power of two"),
-        ({"cache_length": 1024, "max_prefill_length": 2048}, "to cache_length=1024"),
-        ({"max_prefill_length": 3000}, "from 16 to the cache length"),
-        ({"max_prefill_length": 8}, "from 16"),
+        ({"cache_tokens": 1000}, r"cache_tokens=1000 must be a multiple of 128 .*; nearest: 896 and 1024"),
+        ({"cache_tokens": 5}, r"cache_tokens=5 must be a multiple of 128 .*; nearest: 128$"),
+        ({"prefill_chunk": 64}, r"prefill_chunk=64 must be a multiple of 128 .*; nearest: 128$"),
+        ({"max_prefill_length": 0}, "max_prefill_length=0 must be from 1 to the cache length"),
+        ({"cache_length": 1024, "max_prefill_length": 1025}, "from 1 to cache_length=1024"),
         ({"tensor_parallel": 0}, "tensor_parallel=0 must be at least 1"),
     ],
 )
@@ -29,9 +26,14 @@ def test_what_cannot_work_is_refused_with_the_limit(options, message):
         EngineConfig(**options)
 
 
-def test_sizes_that_were_left_out_are_told_of_before_they_are_used():
-    config = EngineConfig()
-    for sizes in (lambda: config.chosen, lambda: config.buckets):
-        with pytest.raises(ValueError, match="not chosen yet"):
-            sizes()
-    assert EngineConfig(slots=3, cache_length=256).chosen == (3, 256)
+def test_prompts_may_have_any_length():
+    assert EngineConfig(cache_length=1024, max_prefill_length=1000).max_prefill_length == 1000
+
+
+@pytest.mark.parametrize("missing", ["slots", "cache_length", "cache_tokens"])
+def test_sizes_that_were_left_out_are_told_of_before_they_are_used(missing):
+    sizes: dict[str, Any] = {"slots": 3, "cache_length": 256, "cache_tokens": 512}
+    assert EngineConfig(**sizes).chosen == (3, 256, 512)
+    sizes[missing] = None
+    with pytest.raises(ValueError, match=f"self.{missing}=None.* not all chosen yet"):
+        _ = EngineConfig(**sizes).chosen

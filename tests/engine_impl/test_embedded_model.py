@@ -8,8 +8,9 @@ import pytest
 import torch
 from slipstream.engine_impl.checkpoints.embedded import embedded_model
 from slipstream.engine_impl.sampling.params import SamplingParams
+from slipstream.engine_impl.session import Session
 
-from .tiny_models import embedded_engine, greedy
+from .tiny_models import embedded_engine, greedy, logits_behind
 
 CHATS = [
     "What is the capital of France?",
@@ -61,22 +62,18 @@ def test_greedy_tokens_equal_transformers_in_one_batch_and_alone(prompts):
     for prompt, answer in zip(prompts, together, strict=True):
         check_greedy(prompt, answer)
     for i, prompt in enumerate(prompts):
-        state = engine.init_decode_state()
-        prefix, first = engine.prefill(params, *engine.pad(prompt))
-        slot = (i + 3) % 10
-        state, alone = engine.insert(prefix, state, slot), [int(first.token_BW[0, 0])]
-        for _ in range(63):
-            state, result = engine.generate(params, state)
-            alone.append(int(result.token_BW[slot, 0]))
+        session = Session(engine, params)
+        alone = [int(session.start((i + 3) % 10, prompt).token_BW[0, 0])]
+        alone += [int(session.step().token_BW[0, 0]) for _ in range(63)]
         assert alone == together[i]
 
 
 @pytest.mark.slow
 def test_prefill_logits_equal_transformers(prompts):
-    """Within 1e-3, in every bucket that the prompts fall into."""
+    """Within 1e-3, in every length of a piece that the prompts fall into."""
     engine, params = embedded_engine()
     for prompt in prompts:
-        logits_V = engine.prefill(params, *engine.pad(prompt))[0].logits_V
+        logits_V = logits_behind(engine, params, prompt)
         np.testing.assert_allclose(logits_V, reference_logits(prompt)[-1], atol=1e-3)
 
 
@@ -86,18 +83,16 @@ def test_logprobs_equal_transformers(prompts):
     engine, params = embedded_engine()
     prompt = max((prompt for prompt in prompts if len(prompt) <= 64), key=len)
     sampling = SamplingParams(temperature=1.0, top_p=0.9, repetition_penalty=1.2, seed=3, logprobs=5)
-    prefix, first = engine.prefill(params, *engine.pad(prompt), sampling=sampling, prompt_logprobs=True)
-    state, results = engine.insert(prefix, engine.init_decode_state(), 4), []
-    for _ in range(12):
-        state, result = engine.generate(params, state)
-        results.append(jax.tree.map(lambda values: values[4], result))
-    results.insert(0, jax.tree.map(lambda values: values[0], first))
+    session = Session(engine, params)
+    (prefix,) = session.prefill(4, prompt, next_id=-1)
+    results = [session.start(4, prompt, sampling), *(session.step() for _ in range(12))]
+    results = [jax.tree.map(lambda values: values[0], result) for result in results]
     answer = [int(result.token_BW[0]) for result in results]
 
     expected = torch.tensor(reference_logits(prompt + answer)).log_softmax(-1).numpy()
     before = np.arange(len(prompt) - 1)
     np.testing.assert_allclose(
-        prefix.prompt_logprob_T[1 : len(prompt)], expected[before, np.array(prompt[1:])], atol=1e-4
+        prefix.logprob_NT[0, : len(prompt) - 1], expected[before, np.array(prompt[1:])], atol=1e-4
     )
     for position, (result, token) in enumerate(zip(results, answer, strict=True), len(prompt) - 1):
         np.testing.assert_allclose(result.logprob_BW[0], expected[position, token], atol=1e-4)
@@ -113,7 +108,7 @@ def test_three_devices_give_the_tokens_of_one(prompts):
     def answers(engine, params):
         tokens = greedy(engine, params, prompts[:4], 24)
         sampling = SamplingParams(temperature=0.7, top_p=0.9, seed=5)
-        _, sampled = engine.prefill(params, *engine.pad(prompts[5]), sampling=sampling)
+        sampled = Session(engine, params).start(0, prompts[5], sampling)
         return [*tokens, int(sampled.token_BW[0, 0])]
 
     engine, params = embedded_engine(3)

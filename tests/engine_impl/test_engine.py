@@ -1,19 +1,22 @@
 """The engine's promises, on a model small enough to run hundreds of steps in a second."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from slipstream.cache_manager import KV
+from slipstream.engine_impl.api import Opening, Piece
 from slipstream.engine_impl.errors import RefusedError
 from slipstream.engine_impl.sampling.params import MAX_LOGPROBS, SamplingParams
+from slipstream.engine_impl.session import Session
 from slipstream.engine_impl.text.tokenizer import NoTokenizer
 
-from .tiny_models import TINY, greedy, tiny_engine
+from .tiny_models import TINY, greedy, logits_behind, tiny_engine
 
 PROMPT = [5, 17, 80, 3, 3, 99, 41]
+GREEDY = SamplingParams()
 
 
 @pytest.fixture(scope="module")
@@ -23,19 +26,32 @@ def tiny():
 
 def start(engine, params, prompts, sampling=()):
     """Slots given by the prompts' keys."""
-    state = engine.init_decode_state()
+    session = Session(engine, params)
     for slot, prompt in prompts.items():
-        chosen = dict(sampling).get(slot, SamplingParams())
-        prefix, _ = engine.prefill(params, *engine.pad(prompt), sampling=chosen)
-        state = engine.insert(prefix, state, slot)
-    return state
+        session.start(slot, prompt, dict(sampling).get(slot, GREEDY))
+    return session
 
 
-def poisoned(state):
+def opening(text: Sequence[int], sampling: SamplingParams = GREEDY) -> Opening:
+    return Opening(text=text, prompt_length=len(text), sampling=sampling)
+
+
+def rows_of(session, slot, length):
+    """A slot's first rows in the cache, [L, K, S, C]."""
+    rows = np.asarray(session.state.cache.rows)[:, session.page_BJ[slot]]
+    return rows.swapaxes(1, 2).reshape(rows.shape[0], rows.shape[2], -1, rows.shape[4])[:, :, :length]
+
+
+def poisoned(session):
     """NaN in every row that no slot has filled."""
-    row_S1 = jnp.arange(state.cache.rows.shape[3])[:, None]
-    live = row_S1 < state.length_B[None, :, None, None, None]
-    return replace(state, cache=KV(jnp.where(live, state.cache.rows, jnp.nan)))
+    state, R = session.state, session.engine.page_rows
+    rows = np.array(state.cache.rows)
+    live = np.zeros((rows.shape[1], R), bool)
+    for slot in session.slots:
+        for row in range(int(state.length_B[slot])):
+            live[session.page_BJ[slot, row // R], row % R] = True
+    rows[:, ~live[:, None, :].repeat(rows.shape[2], 1)] = np.nan
+    session.state = replace(state, cache=KV(jax.device_put(rows, state.cache.rows.sharding)))
 
 
 def host(state):
@@ -46,15 +62,14 @@ def test_steps_equal_one_prefill_of_the_same_tokens(tiny):
     """Decode and prefill are two programs for one function: same tokens, same cache, same successor."""
     engine, params = tiny
     (answer,) = greedy(engine, params, [PROMPT], 30)
-    state = start(engine, params, {0: PROMPT})
+    session = start(engine, params, {0: PROMPT})
     for _ in range(29):
-        state, _ = engine.generate(params, state)
+        session.step()
     text = PROMPT + answer[:-1]
-    prefix, successor = engine.prefill(params, *engine.pad(text))
-    assert int(state.length_B[0]) == len(text)
-    np.testing.assert_allclose(
-        state.cache.rows[:, 0, :, : len(text)], prefix.kv.rows[:, :, : len(text)], rtol=1e-4, atol=1e-5
-    )
+    other = Session(engine, params)
+    successor = other.start(0, text)
+    assert int(session.state.length_B[0]) == len(text)
+    np.testing.assert_allclose(rows_of(session, 0, len(text)), rows_of(other, 0, len(text)), rtol=1e-4, atol=1e-5)
     assert int(successor.token_BW[0, 0]) == answer[-1]
     assert len(set(answer)) > 5  # a model that repeats itself would prove little
 
@@ -62,11 +77,12 @@ def test_steps_equal_one_prefill_of_the_same_tokens(tiny):
 def test_the_step_writes_one_row_of_each_live_slot_and_reads_no_slack(tiny):
     """Everything beyond a slot's length is NaN before the step, and still is after it, but for the new row."""
     engine, params = tiny
-    state = poisoned(start(engine, params, {0: PROMPT, 2: PROMPT[:1], 3: PROMPT * 9}))
-    before = host(state)
-    state, result = engine.generate(params, state)
-    after = host(state)
-    assert result.count_B.tolist() == [1, 0, 1, 1]
+    session = start(engine, params, {0: PROMPT, 2: PROMPT[:1], 3: PROMPT * 9})
+    poisoned(session)
+    before = host(session.state)
+    result = session.step()
+    after = host(session.state)
+    assert result.count_B.tolist() == [1, 1, 1, 0]
     expected = before.cache.rows.copy()
     for slot in (0, 2, 3):
         row = before.length_B[slot]
@@ -77,31 +93,68 @@ def test_the_step_writes_one_row_of_each_live_slot_and_reads_no_slack(tiny):
     assert list(after.length_B) == [8, 0, 2, 64]
 
 
-def test_a_result_has_one_token_of_each_live_slot(tiny):
-    """Alike for a step, a prefill and another first token: count says how many of the W tokens are valid."""
+def test_a_slot_that_is_not_named_takes_no_part(tiny):
+    """Whatever it holds; and where none is named, nothing changes."""
     engine, params = tiny
-    prefix, first = engine.prefill(params, *engine.pad(PROMPT))
-    _, again = engine.resample(prefix, SamplingParams(logprobs=2))
-    state, step = engine.generate(params, engine.insert(prefix, engine.init_decode_state(), 2))
-    for result, slots, count_B in ((first, 1, [1]), (again, 1, [1]), (step, 4, [0, 0, 1, 0])):
+    session = start(engine, params, {0: PROMPT, 1: PROMPT[2:], 3: PROMPT * 2})
+    before = host(session.state)
+    for slots in ([], [3], [1, 0]):
+        page_NJ = session.page_BJ[slots]
+        session.state, result = engine.generate(params, session.state, np.array(slots, np.int32), page_NJ)
+        assert result.count_B.tolist()[: len(slots)] == [1] * len(slots)
+        assert not np.asarray(result.count_B)[len(slots) :].any()
+        after = host(session.state)
+        others = [slot for slot in range(4) if slot not in slots]
+        for leaf in ("token_B", "length_B"):
+            np.testing.assert_array_equal(getattr(after, leaf)[others], getattr(before, leaf)[others])
+        np.testing.assert_array_equal(after.cache.rows[:, others], before.cache.rows[:, others])
+        assert all(after.token_B[slot] == token for slot, token in zip(slots, result.token_BW[:, 0], strict=False))
+        before = after
+
+
+def test_a_result_has_one_token_of_each_slot(tiny):
+    """Alike for a step and for first tokens: count says how many of the W tokens are valid."""
+    engine, params = tiny
+    session = Session(engine, params)
+    prefix, first = engine.first_tokens(session.prefilled(2, PROMPT), [opening(PROMPT)])
+    _, again = engine.first_tokens(prefix, [opening(PROMPT, SamplingParams(logprobs=2))])
+    _, nothing = engine.first_tokens(prefix, [None])
+    session.insert(prefix, 2)
+    step = session.step()
+    session.start(0, PROMPT)
+    both = session.step()
+    told = ((first, [1]), (again, [1]), (nothing, [0]), (step, [1]), (both, [1, 1, 0, 0]))
+    for result, count_B in told:
+        rows = len(count_B)
         assert result.count_B.tolist() == count_B
-        assert (result.token_BW.shape, result.logprob_BW.shape) == ((slots, 1), (slots, 1))
-        assert (result.top_token_BWP.shape, result.top_logprob_BWP.shape) == ((slots, 1, MAX_LOGPROBS),) * 2
+        assert (result.token_BW.shape, result.logprob_BW.shape) == ((rows, 1), (rows, 1))
+        assert (result.top_token_BWP.shape, result.top_logprob_BWP.shape) == ((rows, 1, MAX_LOGPROBS),) * 2
         np.testing.assert_array_equal(np.asarray(result.token_BW) >= 0, np.array(count_B)[:, None] > 0)
-    assert step.token_BW[2, 0] == state.token_B[2]
+    assert both.token_BW[0, 0] == session.state.token_B[2]
 
 
 def test_insert_writes_its_slot_and_nothing_else(tiny):
     engine, params = tiny
-    state = start(engine, params, {0: PROMPT, 1: PROMPT, 3: PROMPT})
-    before = host(state)
-    prefix, first = engine.prefill(params, *engine.pad(PROMPT[:3]))
-    state = engine.insert(prefix, state, 1)
-    after = host(state)
+    session = start(engine, params, {0: PROMPT, 1: PROMPT, 3: PROMPT})
+    before = host(session.state)
+    first = session.start(1, PROMPT[:3])
+    after = host(session.state)
     others = [0, 2, 3]
     np.testing.assert_array_equal(after.cache.rows[:, others], before.cache.rows[:, others])
     np.testing.assert_array_equal(after.length_B[others], before.length_B[others])
     assert (after.length_B[1], after.token_B[1]) == (3, int(first.token_BW[0, 0]))
+
+
+def test_a_piece_whose_text_goes_on_leaves_the_slots_alone(tiny):
+    engine, params = tiny
+    session = start(engine, params, {0: PROMPT, 1: PROMPT})
+    before = host(session.state)
+    prefix, _ = engine.first_tokens(session.prefilled(2, PROMPT * 2), [opening(PROMPT)])
+    session.insert(prefix, 2, is_last=False)
+    after = host(session.state)
+    jax.tree.map(np.testing.assert_array_equal, replace(after, cache=before.cache), before)
+    assert (after.cache.rows[:, 2] != before.cache.rows[:, 2]).any()
+    np.testing.assert_array_equal(after.cache.rows[:, [0, 1, 3]], before.cache.rows[:, [0, 1, 3]])
 
 
 def test_a_full_slot_stops_and_nothing_is_written_past_its_end(tiny):
@@ -109,13 +162,11 @@ def test_a_full_slot_stops_and_nothing_is_written_past_its_end(tiny):
     engine, params = tiny
     length = engine.cache_length
     prompt = [n % 101 for n in range(length)]
-    state = start(engine, params, {0: prompt[: length - 1], 1: prompt, 2: PROMPT})
-    state, result = engine.generate(params, state)
-    assert result.count_B.tolist() == [1, 0, 1, 0]
-    before = host(state)
-    state, result = engine.generate(params, state)
-    after = host(state)
-    assert result.count_B.tolist() == [0, 0, 1, 0]
+    session = start(engine, params, {0: prompt[: length - 1], 1: prompt, 2: PROMPT})
+    assert session.step().count_B.tolist() == [1, 0, 1, 0]
+    before = host(session.state)
+    assert session.step().count_B.tolist() == [0, 0, 1, 0]
+    after = host(session.state)
     assert list(after.length_B) == [length, length, len(PROMPT) + 2, 0]
     np.testing.assert_array_equal(after.cache.rows[:, :2], before.cache.rows[:, :2])
 
@@ -130,21 +181,21 @@ def test_a_full_slot_stops_and_nothing_is_written_past_its_end(tiny):
     ids=["cut", "penalised", "all"],
 )
 def test_neither_slot_nor_batch_mates_change_a_request(tiny, asked):
-    """In another slot, with others beside that ask for other things, one of them joining late and one leaving."""
+    """Alone in a step of one slot, and in another slot of a step of all, with others beside that ask for other things,
+    one of them joining late and one leaving."""
     engine, params = tiny
 
     def answer(slot, others):
         beside = SamplingParams(temperature=2, presence_penalty=-1)
-        state = start(engine, params, {slot: PROMPT} | others, {slot: asked, (slot + 1) % 4: beside})
+        session = start(engine, params, others | {slot: PROMPT}, {slot: asked, (slot + 1) % 4: beside})
         tokens = []
         for step in range(20):
             if others and step == 5:
-                prefix, _ = engine.prefill(params, *engine.pad(PROMPT * 4))
-                state = engine.insert(prefix, state, (slot + 2) % 4)
+                session.start((slot + 2) % 4, PROMPT * 4)
             if others and step == 10:
-                state = engine.free(state, (slot + 1) % 4)
-            state, result = engine.generate(params, state)
-            tokens.append(int(result.token_BW[slot, 0]))
+                session.stop((slot + 1) % 4)
+            result = session.step()
+            tokens.append(int(result.token_BW[session.slots.index(slot), 0]))
         return tokens
 
     alone = answer(0, {})
@@ -157,40 +208,44 @@ def test_the_seed_decides_a_sampled_answer(tiny):
     engine, params = tiny
 
     def first_tokens(seed):
-        sampling = SamplingParams(temperature=1.0, seed=seed)
-        state = start(engine, params, {0: PROMPT}, {0: sampling})
-        tokens = [int(state.token_B[0])]
-        for _ in range(8):
-            state, result = engine.generate(params, state)
-            tokens.append(int(result.token_BW[0, 0]))
-        return tokens
+        session = Session(engine, params)
+        first = session.start(0, PROMPT, SamplingParams(temperature=1.0, seed=seed))
+        return [int(first.token_BW[0, 0]), *(int(session.step().token_BW[0, 0]) for _ in range(8))]
 
     assert first_tokens(1) == first_tokens(1)
     assert first_tokens(1) != first_tokens(2)
 
 
-def test_freed_slots_are_empty_and_greedy_again(tiny):
-    """Whatever their request asked for: the next steps would pay for it."""
+@pytest.mark.parametrize(
+    "asked",
+    [
+        GREEDY,
+        SamplingParams(temperature=0.9, top_p=0.9, seed=5),
+        SamplingParams(repetition_penalty=1.4, presence_penalty=0.7, frequency_penalty=0.3),
+        SamplingParams(min_tokens=9, stop_token_ids=(88, 69, 60, 48), logit_bias={27: 2.0}),
+    ],
+    ids=["greedy", "drawn", "penalised", "held"],
+)
+def test_an_answer_that_was_interrupted_goes_on_as_it_would_have(tiny, monkeypatch, asked):
+    """Its prompt and what it has of the answer are a text for another slot."""
     engine, params = tiny
-    everything = SamplingParams(
-        temperature=1.5, top_k=3, top_p=0.5, min_p=0.1, seed=3,
-        repetition_penalty=2, presence_penalty=1, frequency_penalty=1, logprobs=3,
-        logit_bias={3: 5.0, 9: -5.0}, stop_token_ids=(3,),
-    )  # fmt: skip
-    state = start(engine, params, {1: PROMPT}, {1: everything})
-    state = engine.free(state, 1)
-    assert not np.asarray(state.length_B).any()
-    jax.tree.map(np.testing.assert_array_equal, state.sampling, engine.init_decode_state().sampling)
-    before = host(state)
-    state, result = engine.generate(params, state)
-    assert result.token_BW.tolist() == [[-1]] * 4
-    assert result.count_B.tolist() == [0] * 4
-    np.testing.assert_array_equal(np.asarray(state.cache.rows), before.cache.rows)
+    own = NoTokenizer("tiny", vocab_size=101, bos_id=None, stop_ids=frozenset({3}))
+    monkeypatch.setattr(engine, "get_tokenizer", lambda: own)
+    session = Session(engine, params)
+    whole = [int(session.start(1, PROMPT, asked).token_BW[0, 0])]
+    whole += [int(session.step().token_BW[0, 0]) for _ in range(19)]
+    assert len({*whole}) > 5
+    for kept in (1, 7):
+        again = Session(engine, params)
+        text = PROMPT + whole[:kept]
+        answer = [int(again.start(3, text, asked, prompt_length=len(PROMPT)).token_BW[0, 0])]
+        answer += [int(again.step().token_BW[0, 0]) for _ in range(19 - kept)]
+        assert whole[:kept] + answer == whole
 
 
 def test_everything_is_compiled_once():
     """However slots fill, prompts vary and parameters change: warm_up compiles all there is to compile."""
-    engine, params = tiny_engine(slots=3)
+    engine, params = tiny_engine(slots=3, cache_length=256, prefill_chunk=128)
     engine.get_tokenizer = lambda: NoTokenizer("tiny", vocab_size=101, bos_id=None, stop_ids=frozenset({3}))
     compilations = []
 
@@ -200,37 +255,50 @@ def test_everything_is_compiled_once():
 
     jax.monitoring.register_event_duration_secs_listener(listen)
     try:
-        state = engine.warm_up(params, engine.init_decode_state())
-        assert len(compilations) >= len(engine.buckets) * 2 + 3
+        session = Session(engine, params)
         compilations.clear()
-        for round_, length in enumerate([1, 16, 17, 128, 3, 60]):
+        session.state = engine.warm_up(params, session.state)
+        assert engine.shapes.prefills == ((1, 16), (1, 64), (1, 128), (3, 64))
+        assert engine.shapes.steps == (1, 3)
+        assert len(compilations) == 4 + 4 + 2 + 2, "prefill and insert; first tokens of 1 and of 3; steps"
+        compilations.clear()
+        for round_, length in enumerate([1, 16, 17, 128, 3, 129, 250]):
             sampling = SamplingParams(
                 temperature=round_ / 2, top_k=round_, top_p=1 - round_ / 10, min_p=round_ / 10, seed=round_,
                 repetition_penalty=1 + round_ / 10, presence_penalty=round_ / 5, frequency_penalty=round_ / 6,
                 logprobs=round_ or None, logit_bias=dict.fromkeys(range(round_), 1.5), min_tokens=round_,
             )  # fmt: skip
-            prompt = engine.pad([1] * length)
-            prefix, _ = engine.prefill(params, *prompt, sampling=sampling, prompt_logprobs=round_ > 2)
+            slot = round_ % 3
+            for prefix in session.prefill(slot, [1] * length, next_id=7 if round_ > 2 else None):
+                prefix, _ = engine.first_tokens(prefix, [opening([1] * length, sampling)])
             if round_ % 2:
-                prefix, _ = engine.resample(prefix, replace(sampling, seed=99))
-            state = engine.insert(prefix, state, round_ % 3)
-            state, result = engine.generate(params, state)
-            np.asarray(result.token_BW)
-            state = engine.free(state, (round_ + 1) % 3)
+                prefix, _ = engine.first_tokens(prefix, [opening([1] * length, replace(sampling, seed=99))])
+            session.insert(prefix, slot)
+            np.asarray(session.step().token_BW)
+            if round_ > 3:
+                session.stop(slot)
+        pieces = [Piece(token_T=np.arange(n + 1), start=0, page_J=session.page_BJ[n]) for n in range(2)]
+        prefix = engine.prefill(params, session.state, pieces)
+        prefix, _ = engine.first_tokens(prefix, [opening([0, 1], sampling), None])
+        session.state = engine.insert(prefix, session.state, [1, None], session.page_BJ[:2])
+        np.asarray(session.step().token_BW)
     finally:
         jax.monitoring.unregister_event_duration_listener(listen)
     assert compilations == []
 
 
-def test_the_state_is_donated(tiny):
+def test_the_state_is_donated_but_not_to_a_prefill(tiny):
     """Or every step would need a second cache."""
     engine, params = tiny
-    state = engine.init_decode_state()
-    prefix, _ = engine.prefill(params, *engine.pad(PROMPT))
-    inserted = engine.insert(prefix, state, 0)
+    session = Session(engine, params)
+    state = session.state
+    prefix = session.prefilled(0, PROMPT)
+    assert not state.cache.rows.is_deleted()
+    session.insert(prefix, 0)
     assert state.cache.rows.is_deleted()
     assert not prefix.kv.rows.is_deleted()  # one prefill may serve several slots
-    engine.generate(params, inserted)
+    inserted = session.state
+    session.step()
     assert inserted.cache.rows.is_deleted()
 
 
@@ -238,14 +306,12 @@ def test_penalties_hold_over_prompt_and_answer(tiny):
     """Greedy with all penalties, token by token: prefill's own logits of the text so far, penalised by hand."""
     engine, params = tiny
     sampling = SamplingParams(repetition_penalty=1.4, presence_penalty=0.7, frequency_penalty=0.3)
-    prefix, first = engine.prefill(params, *engine.pad(PROMPT), sampling=sampling)
-    state, answer = engine.insert(prefix, engine.init_decode_state(), 2), [int(first.token_BW[0, 0])]
-    for _ in range(24):
-        state, result = engine.generate(params, state)
-        answer.append(int(result.token_BW[2, 0]))
+    session = Session(engine, params)
+    answer = [int(session.start(2, PROMPT, sampling).token_BW[0, 0])]
+    answer += [int(session.step().token_BW[0, 0]) for _ in range(24)]
     for position, token in enumerate(answer):
         said = answer[:position]
-        logits_V = np.array(engine.prefill(params, *engine.pad(PROMPT + said))[0].logits_V)
+        logits_V = logits_behind(engine, params, PROMPT + said)
         seen = list({*PROMPT, *said})
         logits_V[seen] = np.where(logits_V[seen] > 0, logits_V[seen] / 1.4, logits_V[seen] * 1.4)
         count_V = np.bincount(said, minlength=len(logits_V))
@@ -264,21 +330,21 @@ def test_no_answer_ends_before_its_least_length(tiny, monkeypatch, min_tokens, i
     monkeypatch.setattr(engine, "get_tokenizer", lambda: own)
     asked = SamplingParams(min_tokens=min_tokens, stop_token_ids=(free[0],), ignore_eos=ignores)
     held_back = list(ends - ({free[2]} if ignores else set()))
-    prefix, _ = engine.prefill(params, *engine.pad(PROMPT), sampling=asked)
-    again, _ = engine.resample(prefix, asked)
-    beside, _ = engine.prefill(params, *engine.pad(PROMPT))
-    state = engine.init_decode_state()
+    session = Session(engine, params)
+    prefix, _ = engine.first_tokens(session.prefilled(0, PROMPT), [opening(PROMPT, asked)])
+    again, _ = engine.first_tokens(prefix, [opening(PROMPT, asked)])
+    beside, _ = engine.first_tokens(prefix, [opening(PROMPT)])
     for slot, one in enumerate((prefix, again, beside)):
-        state = engine.insert(one, state, slot)
-    answers = [np.asarray(state.token_B)[:3]]
+        session.insert(one, slot)
+    answers = [np.asarray(session.state.token_B)[:3]]
     for _ in range(9):
-        state, _ = engine.generate(params, state)
-        answers.append(np.asarray(state.token_B)[:3])
+        session.step()
+        answers.append(np.asarray(session.state.token_B)[:3])
     first, second, unasked = np.array(answers).T.tolist()
     assert first == second
     assert unasked == free
     for position, token in enumerate(first):
-        logits_V = np.array(engine.prefill(params, *engine.pad(PROMPT + first[:position]))[0].logits_V)
+        logits_V = logits_behind(engine, params, PROMPT + first[:position])
         if position < min_tokens:
             logits_V[held_back] = -np.inf
         assert logits_V.argmax() == token
@@ -287,46 +353,49 @@ def test_no_answer_ends_before_its_least_length(tiny, monkeypatch, min_tokens, i
 
 
 def test_several_answers_come_from_one_prefill(tiny):
-    """A resampled prefix is that of a prefill with its parameters, and its answer too; the first stays as it was."""
+    """Another sample is what a prefill of its own would give, and its answer too; the first stays as it was."""
     engine, params = tiny
-    asked = [SamplingParams(), SamplingParams(temperature=1.2, repetition_penalty=1.5, logprobs=2, seed=4)]
-    prefix, _ = engine.prefill(params, *engine.pad(PROMPT), sampling=asked[0])
+    asked = [GREEDY, SamplingParams(temperature=1.2, repetition_penalty=1.5, logprobs=2, seed=4)]
+    session = Session(engine, params)
+    prefix, _ = engine.first_tokens(session.prefilled(0, PROMPT), [opening(PROMPT)])
     before = host(prefix)
     for sampling in asked:
-        again, told = engine.resample(prefix, sampling)
-        fresh, expected = engine.prefill(params, *engine.pad(PROMPT), sampling=sampling)
+        again, told = engine.first_tokens(prefix, [opening(PROMPT, sampling)])
+        fresh, expected = engine.first_tokens(session.prefilled(1, PROMPT), [opening(PROMPT, sampling)])
         jax.tree.map(np.testing.assert_array_equal, (again, told), (fresh, expected))
     jax.tree.map(np.testing.assert_array_equal, host(prefix), before)
 
     tokens = []
-    for slot, prefix in enumerate((again, fresh)):
-        state = engine.insert(prefix, engine.init_decode_state(), slot)
-        for _ in range(8):
-            state, result = engine.generate(params, state)
-            tokens.append(int(result.token_BW[slot, 0]))
-    assert tokens[:8] == tokens[8:]
-    assert len({int(engine.resample(prefix, replace(asked[1], seed=seed))[1].token_BW[0, 0]) for seed in range(8)}) > 2
+    for slot, one in enumerate((again, fresh)):
+        other = Session(engine, params)
+        other.insert(one, slot)
+        tokens.append([int(other.step().token_BW[0, 0]) for _ in range(8)])
+    assert tokens[0] == tokens[1]
+    samples = [engine.first_tokens(prefix, [opening(PROMPT, replace(asked[1], seed=n))])[1] for n in range(8)]
+    assert len({int(sample.token_BW[0, 0]) for sample in samples}) > 2
 
 
 def test_a_step_tells_the_logprobs_that_a_slot_asks_for(tiny):
     """Under the model itself: the same for a slot that draws, penalises and cuts."""
     engine, params = tiny
     drawn = SamplingParams(temperature=3, min_p=0.01, frequency_penalty=2, logprobs=5, seed=2)
-    prefix, first = engine.prefill(params, *engine.pad(PROMPT), sampling=drawn)
-    state, text, results = engine.insert(prefix, engine.init_decode_state(), 1), list(PROMPT), [(first, 0)]
-    for _ in range(6):
-        state, result = engine.generate(params, state)
-        results.append((result, 1))
-    for result, slot in results:
-        logits_V = engine.prefill(params, *engine.pad(text))[0].logits_V
-        logprob_V = jax.nn.log_softmax(logits_V)
-        token = int(result.token_BW[slot, 0])
-        np.testing.assert_allclose(result.logprob_BW[slot, 0], logprob_V[token], rtol=1e-4, atol=1e-4)
-        np.testing.assert_array_equal(result.top_token_BWP[slot, 0], np.argsort(-logprob_V)[:MAX_LOGPROBS])
+    session, text = Session(engine, params), list(PROMPT)
+    results = [session.start(1, PROMPT, drawn), *(session.step() for _ in range(6))]
+    for result in results:
+        logprob_V = jax.nn.log_softmax(logits_behind(engine, params, text))
+        token = int(result.token_BW[0, 0])
+        np.testing.assert_allclose(result.logprob_BW[0, 0], logprob_V[token], rtol=1e-4, atol=1e-4)
+        np.testing.assert_array_equal(result.top_token_BWP[0, 0], np.argsort(-logprob_V)[:MAX_LOGPROBS])
         np.testing.assert_allclose(
-            result.top_logprob_BWP[slot, 0], -np.sort(-logprob_V)[:MAX_LOGPROBS], rtol=1e-4, atol=1e-4
+            result.top_logprob_BWP[0, 0], -np.sort(-logprob_V)[:MAX_LOGPROBS], rtol=1e-4, atol=1e-4
         )
         text.append(token)
+
+
+def prompt_logprobs(session, text, next_id):
+    """Of all its tokens but the first, and of `next_id`."""
+    pieces = [np.asarray(prefix.logprob_NT)[0] for prefix in session.prefill(0, text, next_id)]
+    return np.concatenate(pieces)
 
 
 def test_two_ways_to_score_a_text_agree(tiny):
@@ -335,46 +404,53 @@ def test_two_ways_to_score_a_text_agree(tiny):
     engine, params = tiny
     texts = {0: PROMPT * 3, 2: [9, *PROMPT], 3: PROMPT[::-1] * 5}
     steps = min(map(len, texts.values())) - 2
-    whole = {slot: engine.prefill(params, *engine.pad(text), prompt_logprobs=True)[0] for slot, text in texts.items()}
-    state, scores = engine.init_decode_state(), {slot: [] for slot in texts}
+    session, scores = Session(engine, params), {}
     for slot, text in texts.items():
-        prefix, _ = engine.prefill(params, *engine.pad(text[:1]))
-        prefix, logprob = engine.force(prefix, text[1])
-        state = engine.insert(prefix, state, slot)
-        scores[slot].append(float(logprob))
-    state = poisoned(state)
+        (prefix,) = session.prefill(slot, text[:1], next_id=text[1])
+        scores[slot] = [float(prefix.logprob_NT[0, 0])]
+        session.insert(engine.force(prefix, text[1:2]), slot)
+    poisoned(session)
     for step in range(2, 2 + steps):
-        next_token_B = np.array([texts[slot][step] if slot in texts else 0 for slot in range(4)])
-        state, logprob_B = engine.score_step(params, state, next_token_B)
-        for slot in texts:
-            scores[slot].append(float(logprob_B[slot]))
-    assert state.length_B.tolist() == [steps + 1, 0, steps + 1, steps + 1]
-    for slot, prefix in whole.items():
-        expected_T = np.asarray(prefix.prompt_logprob_T)
-        np.testing.assert_allclose(scores[slot], expected_T[1 : steps + 2], rtol=1e-4, atol=1e-4)
-        assert expected_T[0] == 0
-        assert not expected_T[len(texts[slot]) :].any()
-        rows = np.s_[:, :, : steps + 1]
-        np.testing.assert_allclose(state.cache.rows[:, slot][rows], prefix.kv.rows[rows], rtol=1e-4, atol=1e-5)
+        logprob_N = session.score([texts[slot][step] for slot in session.slots])
+        for n, slot in enumerate(session.slots):
+            scores[slot].append(float(logprob_N[n]))
+    assert session.state.length_B.tolist() == [steps + 1, 0, steps + 1, steps + 1]
+    for slot, text in texts.items():
+        whole = Session(engine, params)
+        expected_T = prompt_logprobs(whole, text, -1)
+        whole.start(slot, text)
+        np.testing.assert_allclose(scores[slot], expected_T[: steps + 1], rtol=1e-4, atol=1e-4)
+        assert not expected_T[len(text) - 1 :].any()
+        rows = rows_of(session, slot, steps + 1), rows_of(whole, slot, steps + 1)
+        np.testing.assert_allclose(*rows, rtol=1e-4, atol=1e-5)
+
+
+def test_the_token_behind_a_text_is_told_of_where_it_is_known(tiny):
+    session = Session(*tiny)
+    known, unknown = (prompt_logprobs(session, PROMPT, next_id) for next_id in (11, -1))
+    np.testing.assert_array_equal(known[: len(PROMPT) - 1], unknown[: len(PROMPT) - 1])
+    engine, params = tiny
+    expected = jax.nn.log_softmax(logits_behind(engine, params, PROMPT))[11]
+    np.testing.assert_allclose(known[len(PROMPT) - 1], expected, rtol=1e-5)
+    assert unknown[len(PROMPT) - 1] == 0
 
 
 def test_nobody_asked_so_there_are_no_prompt_logprobs(tiny):
-    engine, params = tiny
-    assert not np.asarray(engine.prefill(params, *engine.pad(PROMPT))[0].prompt_logprob_T).any()
+    assert not np.asarray(Session(*tiny).prefilled(0, PROMPT).logprob_NT).any()
 
 
 @pytest.mark.parametrize("length", [0, 129])
-def test_pad_refuses_what_no_bucket_holds(tiny, length):
-    engine, _ = tiny
+def test_a_session_refuses_what_no_slot_holds(tiny, length):
     with pytest.raises(RefusedError, match=rf"prompt of {length} tokens .* from 1 to 128"):
-        engine.pad([1] * length)
+        Session(*tiny).start(0, [1] * length)
 
 
-@pytest.mark.parametrize(("length", "bucket"), [(1, 16), (16, 16), (17, 32), (128, 128)])
-def test_pad_takes_the_smallest_bucket(tiny, length, bucket):
-    padded_T, true_length = tiny[0].pad(range(1, length + 1))
-    assert (len(padded_T), true_length) == (bucket, length)
-    assert list(padded_T[:length]) == list(range(1, length + 1))
+def test_a_session_refuses_a_slot_that_the_pool_has_no_pages_for():
+    engine, params = tiny_engine(cache_tokens=256)
+    session = Session(engine, params)
+    with pytest.raises(RefusedError, match="slot=2: the cache has pages for 2 slots; raise --cache-tokens"):
+        session.start(2, PROMPT)
+    assert session.start(1, PROMPT).count_B.tolist() == [1]
 
 
 @pytest.mark.parametrize(
@@ -403,14 +479,21 @@ def test_devices_change_no_token(devices, kv_heads):
 def test_no_step_nor_insert_copies_the_cache():
     """With no order between the last layer's read and the flush, XLA:CPU would save the cache first."""
     engine, params = tiny_engine(cache_length=512)
-    state = engine.init_decode_state()
-    prefix, _ = engine.prefill(params, *engine.pad(PROMPT))
-    generate = engine.jitted.generate.lower(params, state, engine.page_BJ).compile().memory_analysis()
-    insert = engine.jitted.insert.lower(prefix, state, np.int32(0), engine.page_BJ[0]).compile().memory_analysis()
-    score = (
-        engine.jitted.score_step.lower(params, state, engine.page_BJ, np.zeros(4, np.int32)).compile().memory_analysis()
-    )
-    for memory in (generate, insert, score):
+    session = Session(engine, params)
+    prefix, texts = session.prefilled(0, PROMPT), (np.arange(4, dtype=np.int32), session.page_BJ)
+    jitted, state = engine.jitted, session.state
+    lowered = [
+        jitted.generate.lower(params, state, *texts),
+        jitted.generate.lower(params, state, texts[0][:1], texts[1][:1]),
+        jitted.insert.lower(prefix, state, texts[0][:1], texts[1][:1]),
+        jitted.score_step.lower(params, state, *texts, texts[0]),
+    ]
+    for each in lowered:
+        memory = each.compile().memory_analysis()
         assert memory is not None
         assert memory.alias_size_in_bytes >= engine.layout.bytes + state.count_BV.nbytes
         assert memory.temp_size_in_bytes < engine.layout.bytes / 4
+    piece = Piece(token_T=np.zeros(16), start=0, page_J=texts[1][0])
+    memory = jitted.prefill.lower(params, state.cache, *engine.shapes.pieces([piece])).compile().memory_analysis()
+    assert memory is not None
+    assert memory.temp_size_in_bytes < engine.layout.bytes / 4

@@ -5,6 +5,7 @@ from dataclasses import replace
 import jax
 import numpy as np
 import pytest
+from slipstream.engine_impl.session import Session
 
 from .tiny_models import TINY, greedy, tiny_engine
 
@@ -13,17 +14,12 @@ STEPS = 200
 
 
 def forced_logprobs(engine, params, steps):
-    """Log-probabilities [steps, slots] of the same pseudo-random text in every slot's tail, slot 3 empty."""
-    state = engine.init_decode_state()
+    """Log-probabilities [steps, slots] of pseudo-random texts in the slots' tails, slot 3 empty."""
+    session = Session(engine, params)
     for slot, prompt in enumerate(PROMPTS):
-        prefix, _ = engine.prefill(params, *engine.pad(prompt))
-        state = engine.insert(prefix, state, slot)
-    given = np.random.default_rng(5).integers(0, 101, (steps, 4)).astype(np.int32)
-    told = []
-    for token_B in given:
-        state, logprob_B = engine.score_step(params, state, token_B)
-        told.append(np.asarray(logprob_B)[:3])
-    return np.array(told), state
+        session.start(slot, prompt)
+    given = np.random.default_rng(5).integers(0, 101, (steps, 3)).astype(np.int32)
+    return np.array([np.asarray(session.score(token_N))[:3] for token_N in given]), session.state
 
 
 @pytest.mark.slow
@@ -43,12 +39,12 @@ def test_steps_store_what_prefill_stores():
     """The step's rows are encoded as the prompt's are; nothing but its row is written."""
     engine, params = tiny_engine(quantize_kv="int8")
     prompt = PROMPTS[0]
-    prefix, first = engine.prefill(params, *engine.pad(prompt))
-    state = engine.insert(prefix, engine.init_decode_state(), 1)
-    before = jax.tree.map(np.array, state.cache)
-    state, _ = engine.generate(params, state)
-    after = jax.tree.map(np.array, state.cache)
-    longer, _ = engine.prefill(params, *engine.pad([*prompt, int(first.token_BW[0, 0])]))
+    session = Session(engine, params)
+    first = session.start(1, prompt)
+    before = jax.tree.map(np.array, session.state.cache)
+    session.step()
+    after = jax.tree.map(np.array, session.state.cache)
+    longer = session.prefilled(1, [*prompt, int(first.token_BW[0, 0])])
     row = len(prompt)
     assert longer.kv.scales is not None
     np.testing.assert_allclose(after.scales[:, 1, :, :, row], longer.kv.scales[:, :, :, row], rtol=0.05)

@@ -1,77 +1,237 @@
-"""A request's tokens do not depend on which pages it has, nor on what lies in any other."""
+"""A request's tokens depend neither on which pages it has, nor on what lies in any other, nor on how its text came into
+them."""
 
-import copy
+import functools
 from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from slipstream.engine_impl.api import Opening, Piece
+from slipstream.engine_impl.sampling.params import SamplingParams
+from slipstream.engine_impl.session import Session
+from slipstream.engine_impl.shapes import Shapes
 
 from .tiny_models import TINY, greedy, tiny_engine
 
-LENGTH, R, SLOTS = 384, 128, 4
+LENGTH, R, SLOTS = 512, 128, 4
 PROMPTS = [[n * 7 % 101 for n in range(length)] for length in (120, 5, 250)]
 STEPS = 20  # the first slot and the last go over a page's border
 
 
-def on_pages(engine, page_BJ):
-    """The same engine, whose slots have other pages."""
-    other = copy.copy(engine)
-    other.page_BJ = np.asarray(page_BJ, np.int32)
-    return other
-
-
-def poisoned(engine):
-    """The engine, whose empty cache is NaN; codes, which know none, have NaN scales."""
+def poisoned(session):
+    """The session, whose cache is NaN but for the pages in use; codes, which know none, have NaN scales."""
+    used = [page for slot in session.slots for page in session.page_BJ[slot, : pages_of(session, slot)]]
 
     def poison(leaf):
-        return jnp.full_like(leaf, jnp.nan if jnp.issubdtype(leaf.dtype, jnp.floating) else 99)
+        is_free_P = np.ones(leaf.shape[1], bool)
+        is_free_P[used] = False
+        value = jnp.nan if jnp.issubdtype(leaf.dtype, jnp.floating) else 99
+        return jax.device_put(jnp.where(is_free_P[:, None, None, None], value, leaf).astype(leaf.dtype), leaf.sharding)
 
-    def init_decode_state():
-        state = engine.init_decode_state()
-        return replace(state, cache=jax.tree.map(poison, state.cache))
+    session.state = replace(session.state, cache=jax.tree.map(poison, session.state.cache))
+    return session
 
-    other = copy.copy(engine)
-    other.init_decode_state = init_decode_state
-    return other
+
+def pages_of(session, slot):
+    return -(-int(session.state.length_B[slot]) // R)
+
+
+def scattered(engine, params, seed=3):
+    """A poisoned session, whose slots have pages in no order."""
+    session = Session(engine, params)
+    session.page_BJ = np.random.default_rng(seed).permutation(session.page_BJ.reshape(-1)).reshape(SLOTS, -1)
+    return poisoned(session)
+
+
+def tokens(result):
+    return np.asarray(result.token_BW)[:, 0].tolist()
+
+
+def answers(session, prompts, steps, sampling=SamplingParams()):  # noqa: B008
+    """Prompt i in slot i, all decoded together."""
+    told = [[tokens(session.start(slot, prompt, sampling))[0] for slot, prompt in enumerate(prompts)]]
+    told += [tokens(session.step())[: len(prompts)] for _ in range(steps - 1)]
+    return np.array(told).T.tolist()
+
+
+def next_tokens(session, slot, steps):
+    """Of a slot alone."""
+    session.slots = [slot]
+    return [tokens(session.step())[0] for _ in range(steps)]
+
+
+def pages_at(session, pages):
+    return jax.tree.map(lambda leaf: np.asarray(leaf)[:, list(pages)], session.state.cache)
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    return tiny_engine(slots=SLOTS, cache_length=LENGTH, prefill_chunk=R)
 
 
 @pytest.mark.parametrize(("devices", "quantize_kv"), [(1, "none"), (1, "int8"), (8, "none")])
 def test_any_pages_give_the_same_tokens(devices, quantize_kv):
     """NaN in every page and row that no slot has filled."""
     config = replace(TINY, num_kv_heads=8) if devices > 1 else TINY
-    engine, params = tiny_engine(config, devices=devices, slots=SLOTS, cache_length=LENGTH, quantize_kv=quantize_kv)
+    engine, params = tiny_engine(config, devices=devices, slots=SLOTS, cache_length=384, quantize_kv=quantize_kv)
     assert engine.layout.shape[1:4:2] == (SLOTS * 3, R)
     expected = greedy(engine, params, PROMPTS, STEPS)
     assert len({*expected[0]}) > 5, "a model that repeats itself would prove little"
-    scattered = np.random.default_rng(3).permutation(SLOTS * 3).reshape(SLOTS, 3)
-    assert greedy(poisoned(on_pages(engine, scattered)), params, PROMPTS, STEPS) == expected
+    assert answers(scattered(engine, params), PROMPTS, STEPS) == expected
 
 
-def test_a_prompt_fills_its_own_pages_alone():
-    """A bucket's padding goes no further than the prompt's last page: the next may be another slot's."""
-    engine, params = tiny_engine(slots=SLOTS, cache_length=LENGTH)
-    engine = poisoned(on_pages(engine, [[5, 0, 0], [1, 2, 3], [4, 6, 7], [8, 9, 10]]))
-    prefix, _ = engine.prefill(params, *engine.pad(PROMPTS[0][:128] + [1] * 3))  # a bucket of 256
-    prefix = replace(prefix, length=jnp.int32(100))
-    state = engine.insert(prefix, engine.init_decode_state(), 0)
-    is_nan_P = np.isnan(np.asarray(state.cache.rows)).any(axis=(0, 2, 3, 4))
-    assert np.flatnonzero(~is_nan_P).tolist() == [5]
+@pytest.mark.parametrize("chunk", [128, 256, 384])
+@pytest.mark.parametrize("length", [1, 127, 128, 129, 256, 400])
+def test_chunks_of_any_size_give_the_tokens_of_one_piece(tiny, length, chunk):
+    """And the rows: of prompts within a page, of whole pages, and one token more or less."""
+    prompt = [n * 5 % 101 for n in range(length)]
+    whole = Session(*_engine(LENGTH))
+    expected = answers(whole, [prompt], STEPS)
+    session = scattered(*_engine(chunk))
+    assert answers(session, [prompt], STEPS) == expected
+    assert len({*expected[0]}) > 5
+    pages = -(-length // R)
+    ours, theirs = pages_at(session, session.page_BJ[0, :pages]).rows, pages_at(whole, whole.page_BJ[0, :pages]).rows
+    last = length - (pages - 1) * R
+    np.testing.assert_allclose(ours[:, :-1], theirs[:, :-1], rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(ours[:, -1, :, :last], theirs[:, -1, :, :last], rtol=1e-4, atol=1e-5)
 
 
-def test_a_step_writes_one_row_of_one_page_per_live_slot():
-    """And shared pages keep their bits: two slots with one first page, each with its own second."""
-    engine, params = tiny_engine(slots=SLOTS, cache_length=LENGTH)
-    engine = on_pages(engine, [[5, 2, 0], [5, 7, 0], [1, 3, 4], [8, 9, 10]])
+@functools.cache
+def _engine(chunk):
+    return tiny_engine(slots=SLOTS, cache_length=LENGTH, prefill_chunk=chunk)
+
+
+@pytest.mark.parametrize("shared", [1, 2])
+def test_shared_pages_give_the_tokens_of_own_ones_and_keep_their_bits(tiny, shared):
+    """One slot reads a prefix that another computed, and goes on behind it; both decode."""
+    engine, params = tiny
+    prompt = [n * 5 % 101 for n in range(shared * R)]
+    texts = [[*prompt, 3, 1, 4], prompt + [2, 7] * 40]
+    expected = answers(Session(engine, params), texts, STEPS)
+    session = scattered(engine, params)
+    first = tokens(session.start(0, texts[0]))
+    session.page_BJ[1, :shared] = session.page_BJ[0, :shared]
+    before = pages_at(session, session.page_BJ[0, :shared])
+    piece = Piece(token_T=np.array(texts[1][shared * R :]), start=shared * R, page_J=session.page_BJ[1])
+    prefix = engine.prefill(params, session.state, [piece])
+    opening = Opening(text=texts[1], prompt_length=len(texts[1]), sampling=SamplingParams())
+    prefix, second = engine.first_tokens(prefix, [opening])
+    session.insert(prefix, 1)
+    told = [first + tokens(second), *(tokens(session.step())[:2] for _ in range(STEPS - 1))]
+    assert np.array(told).T.tolist() == expected
+    jax.tree.map(np.testing.assert_array_equal, pages_at(session, session.page_BJ[0, :shared]), before)
+
+
+def test_the_pages_of_an_answer_serve_the_next_turn(tiny):
+    """Prompt and answer, then a new question: decoded rows are read as if they were the prompt's."""
+    engine, params = tiny
+    session = scattered(engine, params)
+    prompt = [n * 3 % 101 for n in range(100)]
+    answer = answers(session, [prompt], 60)[0]
+    text = prompt + answer[:-1] + [7, 8, 9]
+    (expected,) = answers(Session(engine, params), [text], STEPS)
+    session.page_BJ[2, 0] = session.page_BJ[0, 0]
+    piece = Piece(token_T=np.array(text[R:]), start=R, page_J=session.page_BJ[2])
+    opening = Opening(text=text, prompt_length=len(text), sampling=SamplingParams())
+    prefix, first = engine.first_tokens(engine.prefill(params, session.state, [piece]), [opening])
+    session.insert(prefix, 2)
+    assert [*tokens(first), *next_tokens(session, 2, STEPS - 1)] == expected
+
+
+@pytest.mark.parametrize("count", [2, 3, 4])
+def test_short_texts_prefilled_together_are_as_alone(tiny, count):
+    """Of different lengths; one of them goes on behind a page that is there, one is not complete."""
+    engine, params = tiny
+    assert engine.prefill_batch == (4, 64)
+    long = [n * 5 % 101 for n in range(R + 17)]
+    texts = [[5, 17, 80], long, [9] * 64, [1]][:count]
+    expected = answers(Session(engine, params), texts, STEPS)
+    session = scattered(engine, params)
+    session.insert(session.prefilled(1, long[:R]), 1, is_last=False)
+    pieces = [
+        Piece(token_T=np.array(text[start:]), start=start, page_J=session.page_BJ[slot])
+        for slot, (text, start) in enumerate(zip(texts, [0, R, 0, 0], strict=False))
+    ]
+    openings = [Opening(text=text, prompt_length=len(text), sampling=SamplingParams()) for text in texts]
+    prefix, first = engine.first_tokens(engine.prefill(params, session.state, pieces), openings[:-1])
+    assert first.count_B.tolist() == [1] * (count - 1) + [0] * (5 - count)
+    prefix, first = engine.first_tokens(prefix, openings)
+    session.state = engine.insert(prefix, session.state, range(count), session.page_BJ[:count])
+    session.slots = list(range(count))
+    told = [tokens(first)[:count], *(tokens(session.step())[:count] for _ in range(STEPS - 1))]
+    assert np.array(told).T.tolist() == expected
+
+
+def test_a_prompt_fills_its_own_pages_alone(tiny):
+    """A piece's padding goes no further than the text's last page: the next may be another's."""
+    engine, params = tiny_engine(slots=SLOTS, cache_length=LENGTH, prefill_chunk=512)
+    session = Session(engine, params)
+    session.page_BJ[0] = [5, 6, 0, 0]
+    poisoned(session)
+    session.start(0, [n * 7 % 101 for n in range(R + 12)])  # padded to 256
+    is_nan_P = np.asarray(jnp.isnan(session.state.cache.rows).any(axis=(0, 2, 3, 4)))
+    assert set(np.flatnonzero(~is_nan_P).tolist()) <= {5, 6}
+    assert not is_nan_P[5]
+
+
+def test_a_step_writes_one_row_of_one_page_per_live_slot(tiny):
+    """Two slots with one first page, each with its own second."""
+    engine, params = tiny
+    session = Session(engine, params)
+    session.page_BJ[:2] = [[5, 2, 0, 0], [5, 7, 0, 0]]
     prompt = [n * 7 % 101 for n in range(R)]
-    prefix, _ = engine.prefill(params, *engine.pad(prompt))
-    state = engine.init_decode_state()
     for slot in (0, 1):
-        state = engine.insert(prefix, state, slot)
-    before = np.array(state.cache.rows)
-    state, result = engine.generate(params, state)
-    after = np.array(state.cache.rows)
-    assert result.token_BW[0, 0] == result.token_BW[1, 0] >= 0
+        session.start(slot, prompt)
+    before = np.array(session.state.cache.rows)
+    told = tokens(session.step())
+    after = np.array(session.state.cache.rows)
+    assert told[0] == told[1] >= 0
     changed = np.argwhere((before != after).any(axis=(0, 2, 4)))
     assert changed.tolist() == [[2, 0], [7, 0]]
+
+
+@pytest.mark.parametrize(
+    ("starts", "lengths", "message"),
+    [
+        ([0], [R + 1], r"pieces of \[129\] tokens are not prefilled together: one has at most 128, 4 have at most 64"),
+        ([0, 0], [65, 1], r"pieces of \[65, 1\] tokens"),
+        ([0] * 5, [1] * 5, r"pieces of \[1, 1, 1, 1, 1\] tokens"),
+        ([0], [0], "and none empty"),
+        ([], [], "one at least"),
+        ([64], [3], "piece.start=64 must be a multiple of page_rows=128"),
+    ],
+)
+def test_pieces_that_no_program_takes_are_told(tiny, starts, lengths, message):
+    page_J = np.zeros(4, np.int32)
+    pieces = [
+        Piece(token_T=np.zeros(length, np.int32), start=start, page_J=page_J)
+        for start, length in zip(starts, lengths, strict=True)
+    ]
+    with pytest.raises(ValueError, match=message):
+        tiny[0].shapes.pieces(pieces)
+
+
+@pytest.mark.parametrize(
+    ("slots", "chunk", "prefills", "steps"),
+    [
+        (1, 128, ((1, 16), (1, 64), (1, 128)), (1,)),
+        (8, 256, ((1, 16), (1, 64), (1, 256), (8, 64)), (1, 8)),
+        (40, 512, ((1, 16), (1, 64), (1, 256), (1, 512), (8, 64)), (1, 8, 32, 40)),
+        (256, 8192, ((1, 16), (1, 64), (1, 256), (1, 1024), (1, 4096), (1, 8192), (8, 64)), (1, 8, 32, 128, 256)),
+    ],
+)
+def test_programs_have_few_shapes(slots, chunk, prefills, steps):
+    shapes = Shapes(slots=slots, pages_per_slot=4, page_rows=128, chunk=chunk)
+    assert (shapes.prefills, shapes.steps) == (prefills, steps)
+
+
+def test_a_step_has_the_smallest_size_that_holds_its_slots():
+    shapes = Shapes(slots=40, pages_per_slot=4, page_rows=128, chunk=256)
+    for count, size in ((0, 1), (1, 1), (2, 8), (8, 8), (9, 32), (33, 40), (40, 40)):
+        slot_N = shapes.step(np.arange(count))
+        assert slot_N.tolist() == [*range(count), *[40] * (size - count)]
+    with pytest.raises(ValueError, match="41 slots are named, there are 40"):
+        shapes.step(np.arange(41))

@@ -1,4 +1,4 @@
-"""Slots, cache length and longest prompt where nobody said."""
+"""Slots, cache length and the cache's tokens where nobody said."""
 
 from dataclasses import replace
 from types import SimpleNamespace
@@ -11,7 +11,8 @@ import pytest
 from slipstream.engine_impl.config import EngineConfig
 from slipstream.engine_impl.errors import RefusedError
 from slipstream.engine_impl.loading import build_engine
-from slipstream.engine_impl.sizes import SPARE, Demand, memory_of, sized
+from slipstream.engine_impl.session import Session
+from slipstream.engine_impl.sizes import SPARE, STEP_SHARE, Demand, free_memory, memory_of, sized
 from slipstream.engine_impl.weights.sharding import make_mesh
 
 from .tiny_models import TINY, RandomCheckpoint
@@ -34,49 +35,50 @@ def demand(devices=1, shape=LONG, **given):
     return Demand(EngineConfig(**given), shape, mesh(devices), F32)
 
 
-def needed(config, shape=LONG, *, slots=None, devices=1):
-    """What the sizes ask of each device by the same arithmetic (bytes)."""
-    asked = demand(devices, shape)
-    slots = config.slots if slots is None else slots
-    return (
-        asked.weights_bytes + asked.prefill_bytes(config.largest_bucket) + slots * asked.slot_bytes(config.cache_length)
-    )
-
-
 def usable(memory):
     return int(memory * (1 - SPARE))
 
 
+def needed(config, shape=LONG, *, devices=1):
+    """What the sizes ask of each device by the same arithmetic (bytes)."""
+    asked, (slots, _, tokens) = demand(devices, shape), config.chosen
+    return asked.weights_bytes + asked.prefill_bytes(512) + slots * asked.slot_bytes + tokens * asked.row_bytes
+
+
 @pytest.mark.parametrize(
-    ("context", "length", "prompt"),
-    [
-        (131072, 1024, 1024), (1024, 1024, 1024), (1000, 1024, 512), (256, 256, 256), (200, 256, 128), (128, 128, 128),
-        (100, 128, 64), (16, 128, 16),
-    ],
-)  # fmt: skip
-def test_where_memory_is_not_asked_the_model_decides(context, length, prompt):
+    ("context", "length"),
+    [(131072, 1024), (1024, 1024), (1000, 1024), (256, 256), (200, 256), (128, 128), (100, 128), (3, 128)],
+)
+def test_where_memory_is_not_asked_the_model_decides(context, length):
     config = chosen(shape=replace(TINY, context_length=context))
-    assert (config.slots, config.cache_length, config.largest_bucket) == (8, length, prompt)
+    assert config.chosen == (8, length, 8 * length)
 
 
-def test_a_model_too_short_for_any_prompt_is_refused():
-    with pytest.raises(RefusedError, match="trained for 15 positions, and the shortest prompt that is compiled has 16"):
-        chosen(shape=replace(TINY, context_length=15))
+def test_on_cpus_the_cache_takes_a_quarter_of_the_free_memory_at_most():
+    """All virtual devices share it."""
+    for devices in (1, 4):
+        assert sized(EngineConfig(), TINY, mesh(devices), F32, None, 4 * 2048 * ROW).chosen == (8, 512, 2048)
+        assert sized(EngineConfig(), TINY, mesh(devices), F32, None, 4 * 2047 * ROW).chosen == (8, 512, 1920)
+    assert sized(EngineConfig(), TINY, mesh(), F32, None, 2**40).chosen == (8, 512, 4096)
+    assert sized(EngineConfig(), TINY, mesh(), F32, None, 1).chosen == (8, 512, 128), "a page at least"
+    assert sized(EngineConfig(cache_tokens=4096), TINY, mesh(), F32, None, 1).cache_tokens == 4096
+
+
+def test_this_machine_tells_its_free_memory():
+    free = free_memory()
+    assert free is None or 2**20 < free < 2**50
 
 
 def test_what_is_given_is_left_as_it_is():
-    config = EngineConfig(slots=3, cache_length=384)
-    assert sized(config, TINY, mesh(), F32, 2**30) is config
-    choices: tuple[dict[str, Any], ...] = ({"slots": 3}, {"cache_length": 384}, {"max_prefill_length": 64})
+    config = EngineConfig(slots=3, cache_length=384, cache_tokens=640)
+    assert sized(config, TINY, mesh(), F32, 2**30) == config
+    choices: tuple[dict[str, Any], ...] = (
+        {"slots": 3}, {"cache_length": 384}, {"cache_tokens": 640}, {"max_prefill_length": 65}, {"prefill_chunk": 256},
+    )  # fmt: skip
     for given in choices:
         for memory in (None, 2**30):
             config = chosen(memory, **given)
             assert {name: getattr(config, name) for name in given} == given
-    assert chosen(2**30, cache_length=384).largest_bucket == 256
-    with pytest.raises(
-        RefusedError, match="max_prefill_length=2048 must be a power of two from 16 to cache_length=512"
-    ):
-        chosen(max_prefill_length=2048)
 
 
 def test_what_a_model_asks_by_hand():
@@ -90,52 +92,38 @@ def test_what_a_model_asks_by_hand():
 
 
 @pytest.mark.parametrize("megabytes", [60, 100, 1000, 5000])
-def test_slots_fill_the_memory_and_one_more_would_not_fit(megabytes):
+def test_the_cache_fills_the_memory_and_one_more_page_would_not_fit(megabytes):
     memory = megabytes * 2**20
-    config = chosen(memory, LONG, cache_length=1024)
-    assert needed(config) <= usable(memory)
-    slots, _ = config.chosen
-    assert slots == 256 or needed(config, slots=slots + 1) > usable(memory)
-    assert 8 < slots <= 256
-
-
-def test_a_length_that_memory_bounds_leaves_room_for_eight_slots():
-    config = chosen(2**30, LONG)
-    slots, length = config.chosen
-    assert slots == 8
-    assert length % 1024 == 0
-    assert needed(config) <= usable(2**30)
-    assert needed(replace(config, cache_length=length + 1024)) > usable(2**30)
-    assert chosen(2**30, LONG, slots=1).cache_length == 131072
-    assert chosen(2**30, LONG, slots=300).slots == 300
-
-
-def test_a_length_below_a_block_is_a_multiple_of_128():
-    memory = 9 * 2**20
     config = chosen(memory, LONG)
-    slots, length = config.chosen
-    assert length < 1024
-    assert length % 128 == 0
-    assert slots >= 8
+    assert (config.slots, config.cache_length) == (256, 131072)
     assert needed(config) <= usable(memory)
+    assert needed(replace(config, cache_tokens=config.chosen[2] + 128)) > usable(memory)
+
+
+def test_a_length_costs_no_cache():
+    long, short = (chosen(2**30, LONG, cache_length=length).cache_tokens for length in (131072, 1024))
+    assert long == short
+
+
+def test_slots_that_a_step_has_no_memory_for_are_left_out():
+    """Each needs rows of the vocabulary."""
+    wide = replace(LONG, vocab_size=200_000)
+    memory = 2**30
+    config, asked = chosen(memory, wide), demand(shape=wide)
+    left = usable(memory) - asked.weights_bytes
+    slots = config.chosen[0]
+    assert slots * asked.slot_bytes <= left * STEP_SHARE < (slots + 1) * asked.slot_bytes
+    assert 1 < slots < 256
+    assert chosen(memory, wide, slots=200).slots == 200
 
 
 def test_two_devices_hold_more_than_one():
-    (_, one), (_, two) = (chosen(2**30, LONG, devices, slots=64).chosen for devices in (1, 2))
+    (_, _, one), (_, _, two) = (chosen(2**30, LONG, devices, slots=64).chosen for devices in (1, 2))
     assert two > 1.5 * one
 
 
-def test_a_prefill_takes_no_more_than_its_share():
-    config, asked = chosen(2**30, LONG), demand()
-    left = usable(2**30) - asked.weights_bytes
-    assert asked.prefill_bytes(config.largest_bucket) <= left / 4
-    assert config.largest_bucket == 8192, "XLA's prefill attention would compile for minutes beyond"
-    assert chosen(2**27, LONG).largest_bucket < 8192
-
-
 def test_where_nothing_fits_whoever_allocates_is_told():
-    config = chosen(2**10, LONG)
-    assert (config.slots, config.cache_length) == (1, 1024)
+    assert chosen(2**10, LONG).chosen == (1, 131072, 128)
 
 
 def test_memory_is_that_of_the_device_that_has_least():
@@ -153,8 +141,12 @@ def engine_of(context, **given):
 def test_an_engine_takes_what_its_model_was_trained_for():
     engine, _ = engine_of(256)
     assert (engine.max_concurrent_decodes, engine.cache_length, engine.max_prefill_length) == (8, 256, 256)
+    assert (engine.pages, engine.page_rows, engine.pages_per_slot, engine.table_entries) == (16, 128, 2, 16)
+    assert (engine.prefill_chunk, engine.prefill_batch) == (256, (8, 64))
     engine, _ = engine_of(200)
-    assert (engine.layout.length, engine.cache_length, engine.max_prefill_length) == (256, 200, 128)
+    assert (engine.layout.length, engine.cache_length, engine.max_prefill_length) == (256, 200, 200)
+    engine, _ = engine_of(512, slots=1, max_prefill_length=100)
+    assert (engine.max_prefill_length, engine.prefill_chunk, engine.prefill_batch) == (100, 128, (1, 128))
 
 
 @pytest.mark.parametrize("name", ["cache_length", "max_prefill_length"])
@@ -167,11 +159,10 @@ def test_more_than_a_model_was_trained_for_is_refused(name):
 
 def test_a_model_shorter_than_a_tile_of_the_cache_answers_up_to_its_positions():
     engine, checkpoint = engine_of(20, slots=2)
-    params, state = engine.load_params(checkpoint), engine.init_decode_state()
-    prefix, _ = engine.prefill(params, *engine.pad([1] * 16))
-    state = engine.insert(prefix, state, 0)
+    session = Session(engine, engine.load_params(checkpoint))
+    session.start(0, [1] * 16)
     lengths = []
     for _ in range(6):
-        state, _ = engine.generate(params, state)
-        lengths.append(int(np.asarray(state.length_B)[0]))
+        session.step()
+        lengths.append(int(np.asarray(session.state.length_B)[0]))
     assert lengths == [17, 18, 19, 20, 20, 20]

@@ -16,6 +16,7 @@ from slipstream.engine_impl.loading import load_engine
 from slipstream.engine_impl.models import registry
 from slipstream.engine_impl.models.decoder import ModelConfig
 from slipstream.engine_impl.models.llama import Llama, LlamaConfig
+from slipstream.engine_impl.session import Session
 from slipstream.engine_impl.weights.load import needed_shapes
 from slipstream.engine_impl.weights.sharding import make_mesh
 
@@ -53,12 +54,20 @@ def tiny_engine(
     cache_length: int = 128,
     mesh: Mesh | None = None,
     quantize_kv: Literal["none", "int8"] = "none",
+    cache_tokens: int | None = None,
+    prefill_chunk: int | None = None,
 ) -> tuple[Engine, Any]:
     """A random Llama on virtual CPU devices, float32."""
     mesh = mesh or make_mesh(jax.devices(), config.num_heads, config.num_kv_heads, devices)
     with torch.device("meta"):
         model = Llama(replace(config, num_kv_heads=max(config.num_kv_heads, mesh.size)))
-    engine_config = EngineConfig(slots=slots, cache_length=cache_length, quantize_kv=quantize_kv)
+    engine_config = EngineConfig(
+        slots=slots,
+        cache_length=cache_length,
+        cache_tokens=cache_tokens or slots * cache_length,
+        prefill_chunk=prefill_chunk,
+        quantize_kv=quantize_kv,
+    )
     tokenizer: Any = None
     engine = Engine(model, mesh, engine_config, jnp.dtype("float32"), tokenizer, "tiny")
     return engine, engine.load_params(RandomCheckpoint(config))
@@ -70,15 +79,16 @@ def embedded_engine(tensor_parallel: int = 1) -> tuple[Engine, Any]:
     return load_engine(EngineConfig(slots=10, cache_length=256, tensor_parallel=tensor_parallel))
 
 
+def logits_behind(engine: Engine, params: Any, token_ids: list[int]) -> np.ndarray:
+    """logits_V of what follows a text, by prefill."""
+    return np.array(Session(engine, params).prefilled(0, token_ids).logits_NV)[0]
+
+
 def greedy(engine: Engine, params: Any, prompts: list[list[int]], steps: int) -> list[list[int]]:
     """Prompt i in slot i, all decoded together: `steps` tokens each."""
-    state, answers = engine.init_decode_state(), []
-    for slot, prompt in enumerate(prompts):
-        prefix, first = engine.prefill(params, *engine.pad(prompt))
-        state = engine.insert(prefix, state, slot)
-        answers.append([int(first.token_BW[0, 0])])
+    session = Session(engine, params)
+    answers = [[int(session.start(slot, prompt).token_BW[0, 0])] for slot, prompt in enumerate(prompts)]
     for _ in range(steps - 1):
-        state, result = engine.generate(params, state)
-        for answer, token in zip(answers, np.asarray(result.token_BW)[:, 0], strict=False):
+        for answer, token in zip(answers, np.asarray(session.step().token_BW)[:, 0], strict=False):
             answer.append(int(token))
     return answers

@@ -11,7 +11,7 @@ from slipstream.engine_impl.config import EngineConfig
 from slipstream.engine_impl.models.llama import LlamaConfig
 from slipstream.kernels.ragged_attention.xla_gpu import BLOCK_BYTES
 
-from .test_programs import BUCKET, LAYERS, PROGRAMS, SLOTS, VOCABULARY, compiled
+from .test_programs import LAYERS, PROGRAMS, SLOTS, VOCABULARY, compiled
 
 pytestmark = pytest.mark.gpu_gates
 CACHE_LENGTH, FFN_DIM = 2048, 14336
@@ -33,7 +33,8 @@ def test_a_program_on_a_gpu(program, group, head_dim, gpus, quantize_kv):
         vocab_size=VOCABULARY, context_length=8192, tied_embeddings=False, rope_theta=1e4, rms_norm_eps=1e-5,
     )  # fmt: skip
     config = EngineConfig(
-        slots=SLOTS, cache_length=CACHE_LENGTH, max_prefill_length=BUCKET, quantize_kv=quantize_kv
+        slots=SLOTS, cache_length=CACHE_LENGTH, cache_tokens=SLOTS * CACHE_LENGTH,
+        quantize_kv=quantize_kv,
     )  # fmt: skip
     engine = abstract_engine(shape, f"h100:{gpus}", config)
     executable = compiled(engine, program)

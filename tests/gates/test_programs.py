@@ -15,10 +15,10 @@ from slipstream.engine_impl.compiler.budget import cache_copies
 from slipstream.engine_impl.compiler.chips import CHIPS, chip_of
 from slipstream.engine_impl.compiler.hlo import Instruction, Program
 from slipstream.engine_impl.compiler.lowering import (
+    lower_first_tokens,
     lower_generate,
     lower_insert,
     lower_prefill,
-    lower_resample,
     lower_score_step,
 )
 from slipstream.engine_impl.compiler.plan import abstract_engine
@@ -32,9 +32,11 @@ from tests.tpu import memory_of, text_of
 
 SLOTS, CACHE_LENGTH, BUCKET, LAYERS, VOCABULARY = 64, 4096, 256, 2, 32768
 PROGRAMS = ("generate", "insert", "prefill")
+SHAPES = ("generate_8", "generate_32", "insert_8x64", "prefill_8x64")
+"""Further shapes of them: slots of a step, pieces of a prefill."""
 TOPOLOGIES = ("v5e:2x4", "v6e:2x4", "v5p:2x2x2")
 
-PRODUCT = [*itertools.product(PROGRAMS, (1, 4, 8), (64, 128), (*TOPOLOGIES, "v4:2x2x1"), ("none", "int8"))]
+PRODUCT = [*itertools.product((*PROGRAMS, *SHAPES), (1, 4, 8), (64, 128), (*TOPOLOGIES, "v4:2x2x1"), ("none", "int8"))]
 
 PAIRWISE = [  # every pair of program, kv heads a chip, head dim and topology; on v4 each program once, in int8 two
     *[
@@ -48,6 +50,11 @@ PAIRWISE = [  # every pair of program, kv heads a chip, head dim and topology; o
     ("prefill", 8, 64, "v4:2x2x1", "none"),
     ("generate", 1, 128, "v5e:2x4", "int8"),
     ("insert", 4, 128, "v5e:2x4", "int8"),
+    ("prefill", 4, 128, "v5e:2x4", "int8"),
+    ("generate_8", 4, 128, "v5e:2x4", "none"),
+    ("generate_32", 1, 64, "v6e:2x4", "int8"),
+    ("insert_8x64", 1, 128, "v5p:2x2x2", "none"),
+    ("prefill_8x64", 8, 128, "v5e:2x4", "none"),
 ]
 CASES = [
     pytest.param(*case, id="-".join(map(str, case)), marks=pytest.mark.slow if case in PAIRWISE else pytest.mark.gates)
@@ -56,26 +63,26 @@ CASES = [
 
 
 @functools.cache
-def small_engine(
-    kv_heads: int, head_dim: int, topology: str, bucket: int = BUCKET, quantize_kv: Literal["none", "int8"] = "none"
-) -> Engine:
+def small_engine(kv_heads: int, head_dim: int, topology: str, quantize_kv: Literal["none", "int8"] = "none") -> Engine:
     """Two layers of a Llama with so many kv heads on each of eight chips."""
     shape = LlamaConfig(
         num_layers=LAYERS, num_heads=16 * kv_heads, num_kv_heads=8 * kv_heads, head_dim=head_dim,
         model_dim=1024, ffn_dim=2048, vocab_size=VOCABULARY, context_length=8192, tied_embeddings=False,
         rope_theta=1e4, rms_norm_eps=1e-5,
     )  # fmt: skip
-    config = EngineConfig(slots=SLOTS, cache_length=CACHE_LENGTH, max_prefill_length=bucket, quantize_kv=quantize_kv)
+    config = EngineConfig(
+        slots=SLOTS, cache_length=CACHE_LENGTH, cache_tokens=SLOTS * CACHE_LENGTH, quantize_kv=quantize_kv
+    )
     return abstract_engine(shape, topology, config)
 
 
 def compiled(engine: Engine, program: str) -> Any:
-    lower = {
-        "generate": lambda: lower_generate(engine),
-        "insert": lambda: lower_insert(engine, BUCKET),
-        "prefill": lambda: lower_prefill(engine, BUCKET),
-    }
-    return lower[program]().compile()
+    """`generate` of all slots or `generate_8`; `prefill` and `insert` of one piece of BUCKET tokens or `..._8x64`."""
+    name, _, size = program.partition("_")
+    if name == "generate":
+        return lower_generate(engine, int(size or SLOTS)).compile()
+    pieces, tokens = map(int, size.split("x")) if size else (1, BUCKET)
+    return {"insert": lower_insert, "prefill": lower_prefill}[name](engine, pieces, tokens).compile()
 
 
 def copies_of_counts(hlo: Program, engine: Engine) -> list[str]:
@@ -122,8 +129,9 @@ def test_a_program_on_real_chips(program, kv_heads, head_dim, topology, quantize
     assert cache_copies(hlo, engine) == []
     assert moved_on_chip(hlo, engine) == []
     assert memory.argument_size_in_bytes + memory.temp_size_in_bytes + cache_bytes < chip_of(topology).hbm_bytes
-    if program == "prefill":
-        assert hlo.pallas_calls() == {"splash_mha_fwd_no_residuals": LAYERS}
+    if program.startswith("prefill"):
+        assert hlo.pallas_calls() == {"chunk_attention": LAYERS}
+        assert memory.temp_size_in_bytes < 0.05 * cache_bytes
     else:
         logits_bytes = 4 * SLOTS * VOCABULARY // engine.mesh.size  # a sampled step holds a few of these
         assert memory.temp_size_in_bytes < 0.01 * cache_bytes + 8 * logits_bytes
@@ -132,8 +140,8 @@ def test_a_program_on_real_chips(program, kv_heads, head_dim, topology, quantize
         assert state_bytes <= memory.alias_size_in_bytes < state_bytes + 64 * 1024  # the rest, and what tiles pad
         assert copies_of_counts(hlo, engine) == []
         flushes = len(jax.tree.leaves(engine.layout.abstract(engine.mesh)))
-        kernels = {"live_steps": 1, "ragged_attention": LAYERS, "cache_flush": flushes} if program == "generate" else {}
-        assert hlo.pallas_calls() == kernels
+        kernels = {"live_steps": 1, "ragged_attention": LAYERS, "cache_flush": flushes}
+        assert hlo.pallas_calls() == (kernels if program.startswith("generate") else {})
 
 
 @pytest.mark.gates
@@ -141,7 +149,11 @@ def test_a_program_on_real_chips(program, kv_heads, head_dim, topology, quantize
 def test_an_int8_cache_as_served(slots, cache_length):
     """Llama 3.1 8B on v5e-8: 64 and 8 MiB of scales a chip, which XLA once copied to VMEM and back in every step."""
     config = EngineConfig(
-        model="llama-3.1-8b", slots=slots, cache_length=cache_length, max_prefill_length=BUCKET, quantize_kv="int8"
+        model="llama-3.1-8b",
+        slots=slots,
+        cache_length=cache_length,
+        cache_tokens=slots * cache_length,
+        quantize_kv="int8",
     )
     engine = abstract_engine(PRESETS["llama-3.1-8b"], "v5e:2x4", config)
     hlo = Program(text_of(lower_generate(engine).compile()))
@@ -161,21 +173,26 @@ def test_what_one_program_leaves_the_next_takes_as_it_lies(kv_heads, head_dim, q
         return [leaf.layout for leaf in jax.tree.leaves(formats)]
 
     engine = small_engine(kv_heads, head_dim, "v5e:2x4", quantize_kv=quantize_kv)
-    prefill, insert, generate = (compiled(engine, program) for program in ("prefill", "insert", "generate"))
+    prefill, insert, generate, few = (
+        compiled(engine, program) for program in ("prefill", "insert", "generate", "generate_8")
+    )
+    (_, read, *_), _ = prefill.input_formats
     (prefix, state_in, *_), _ = insert.input_formats
-    (_, state, _), _ = generate.input_formats
-    state_out, _ = generate.output_formats
-    made, _ = prefill.output_formats
-    for leaf in ("kv", "count_V"):
-        assert layouts(getattr(made, leaf)) == layouts(getattr(prefix, leaf))
+    states = [state_in, insert.output_formats]
+    for step in (generate, few):
+        (_, state, *_), _ = step.input_formats
+        states += [state, step.output_formats[0]]
+    for leaf in ("kv", "count_NV"):
+        assert layouts(getattr(prefill.output_formats, leaf)) == layouts(getattr(prefix, leaf))
     for leaf in ("cache", "count_BV"):
-        of_states = [layouts(getattr(formats, leaf)) for formats in (state_in, insert.output_formats, state, state_out)]
-        assert of_states == of_states[:1] * 4
+        of_states = [layouts(getattr(formats, leaf)) for formats in states]
+        assert of_states == of_states[:1] * len(states)
+    assert layouts(read) == layouts(state_in.cache)
 
 
 @pytest.mark.slow
 def test_the_programs_beside_the_step():
-    """Scoring flushes in place like a step; another first token leaves the logits where they lie."""
+    """Scoring flushes in place like a step; first tokens leave the logits where they lie."""
     engine = small_engine(4, 128, "v5e:2x4")
     scoring = lower_score_step(engine).compile()
     hlo = Program(text_of(scoring))
@@ -183,9 +200,31 @@ def test_the_programs_beside_the_step():
     assert hlo.pallas_calls() == {"live_steps": 1, "ragged_attention": LAYERS, "cache_flush": 1}
     assert memory_of(scoring).alias_size_in_bytes >= engine.layout.bytes // engine.mesh.size
 
-    again = Program(text_of(lower_resample(engine).compile()))
-    assert again.floats_of((VOCABULARY // engine.mesh.size,))  # a chip's share is there
-    assert again.floats_of((VOCABULARY,)) == []
+    for pieces in (1, 8):
+        first = Program(text_of(lower_first_tokens(engine, pieces).compile()))
+        assert first.floats_of((pieces, VOCABULARY // engine.mesh.size))  # a chip's share is there
+        assert first.floats_of((pieces, VOCABULARY)) == []
+
+
+@pytest.mark.parametrize("program", ["generate", "generate_8", "prefill_512"])
+@pytest.mark.parametrize(
+    ("model", "topology", "slots", "cache_length"),
+    [
+        pytest.param("llama-3.1-8b", "v5e:2x4", 512, 32768, marks=pytest.mark.gates),
+        pytest.param("llama-3.1-8b", "v5e:2x4", 16, 131072, marks=pytest.mark.slow),
+        pytest.param("llama-3.1-8b", "v6e:2x4", 512, 32768, marks=pytest.mark.gates),
+    ],
+)
+def test_long_requests_share_what_memory_leaves(model, topology, slots, cache_length, program):
+    """Lists of live pages stand in scalar memory, whatever the table could hold; the cache is what is left."""
+    config = EngineConfig(model=model, slots=slots, cache_length=cache_length)
+    engine = abstract_engine(PRESETS[model], topology, config)
+    name, _, size = program.partition("_")
+    lowered = lower_generate(engine, int(size or slots)) if name == "generate" else lower_prefill(engine, 1, int(size))
+    executable = lowered.compile()
+    assert cache_copies(Program(text_of(executable)), engine) == []
+    memory = memory_of(executable)
+    assert memory.argument_size_in_bytes + memory.temp_size_in_bytes < chip_of(topology).hbm_bytes
 
 
 @pytest.mark.slow
@@ -220,8 +259,8 @@ def test_a_slot_that_asks_for_nothing_pays_for_nothing():
 def test_prompt_logprobs_never_hold_all_logits():
     """T x V in float32 would be 16 MiB on each of eight chips."""
     bucket = 1024
-    engine = small_engine(1, 64, "v5e:2x4", bucket)
-    memory = memory_of(lower_prefill(engine, bucket).compile())
+    engine = small_engine(1, 64, "v5e:2x4")
+    memory = memory_of(lower_prefill(engine, 1, bucket).compile())
     assert memory.temp_size_in_bytes < 4 * bucket * VOCABULARY // engine.mesh.size / 2
 
 

@@ -11,7 +11,7 @@ from slipstream.engine_impl.compiler.plan import abstract_engine
 from slipstream.engine_impl.config import EngineConfig
 from slipstream.engine_impl.models.llama import LlamaConfig
 
-from .test_programs import BUCKET, CACHE_LENGTH, LAYERS, SLOTS, compiled
+from .test_programs import CACHE_LENGTH, LAYERS, SLOTS, compiled
 
 MODES = {
     "int8": {"quantize_weights": "int8"},
@@ -33,7 +33,7 @@ PRODUCT = itertools.product(("v5e:2x4", "v6e:2x4", "v5p:2x2x2", "v4:2x2x1"), MOD
     [pytest.param(*case, marks=pytest.mark.slow if case in LOCAL else pytest.mark.gates) for case in PRODUCT],
 )
 def test_codes_stay_codes(topology, mode, program):
-    config = EngineConfig(slots=SLOTS, cache_length=CACHE_LENGTH, max_prefill_length=BUCKET, **MODES[mode])
+    config = EngineConfig(slots=SLOTS, cache_length=CACHE_LENGTH, cache_tokens=SLOTS * CACHE_LENGTH, **MODES[mode])
     engine = abstract_engine(SHAPE, topology, config)
     executable = compiled(engine, program)
     hlo, memory = Program(executable.as_text()), executable.memory_analysis()

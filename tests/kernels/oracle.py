@@ -26,11 +26,11 @@ def ragged_attention(q_BNH, new_BKC, cache_LBKSC, layer, length_B, window=None, 
     q_BNH, new_BKC, cache_LBKSC = (np.asarray(x).astype(np.float64) for x in (q_BNH, new_BKC, cache_LBKSC))
     (B, N, H), K = q_BNH.shape, new_BKC.shape[1]
     out_BNH = np.empty((B, N, H))
-    for b in range(B):
+    for b, length in enumerate(np.asarray(length_B).tolist()):
+        first = 0 if window is None else max(0, length + 1 - window)
         for n in range(N):
             kv = n // (N // K)
-            seen = [j for j in range(length_B[b]) if window is None or j > length_B[b] - window]
-            rows_SC = np.concatenate([cache_LBKSC[layer, b, kv, seen], new_BKC[b, kv : kv + 1]])
+            rows_SC = np.concatenate([cache_LBKSC[layer, b, kv, first:length], new_BKC[b, kv : kv + 1]])
             out_BNH[b, n] = attend_one(q_BNH[b, n], rows_SC[:, :H], rows_SC[:, H:], soft_cap)
     return out_BNH
 
@@ -45,6 +45,23 @@ def prefill_attention(q_TNH, k_TKH, v_TKH, window=None, soft_cap=None):
             kv = n // (N // K)
             seen = [j for j in range(t + 1) if window is None or j > t - window]
             out_TNH[t, n] = attend_one(q_TNH[t, n], k_TKH[seen, kv], v_TKH[seen, kv], soft_cap)
+    return out_TNH
+
+
+def chunk_attention(q_TNH, k_SKH, v_SKH, window=None, soft_cap=None):
+    """Causal attention of a text's last T tokens over all S."""
+    (T, N, H), (S, K, _) = q_TNH.shape, k_SKH.shape
+    before_TS = (S - T + np.arange(T))[:, None] - np.arange(S)[None, :]  # how far a key lies back
+    seen_TS = (before_TS >= 0) & (before_TS < (window or S + 1))
+    out_TNH = np.empty((T, N, H))
+    for n in range(N):
+        kv = n // (N // K)
+        score_TS = q_TNH[:, n] @ k_SKH[:, kv].T / np.sqrt(H)
+        if soft_cap is not None:
+            score_TS = soft_cap * np.tanh(score_TS / soft_cap)
+        score_TS = np.where(seen_TS, score_TS, -np.inf)
+        weight_TS = np.exp(score_TS - score_TS.max(axis=1, keepdims=True))
+        out_TNH[:, n] = weight_TS @ v_SKH[:, kv] / weight_TS.sum(axis=1, keepdims=True)
     return out_TNH
 
 

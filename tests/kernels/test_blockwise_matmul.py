@@ -12,6 +12,8 @@ from slipstream.kernels.blockwise_matmul import Blockwise, blockwise_matmul, unp
 
 from ..tpu import abstract, compile_for, memory_of, text_of, tpu_mesh
 
+MATMUL = jax.jit(blockwise_matmul, static_argnames=("split", "mesh", "backend"))
+
 
 def draw(rng, L, I, O, block, dtype=np.float32):
     """A stack of random weights, and what they stand for in float64 [L, I, O]."""
@@ -53,7 +55,7 @@ def test_equals_float64(mesh, backend, R, I, O, block):
     weight, weight_LIO = draw(rng, 3, I, O, block)
     x_RI = rng.normal(size=(R, I)).astype(np.float32)
     for layer in (0, 2):
-        out_RO = blockwise_matmul(jnp.asarray(x_RI), weight, layer, split=None, mesh=mesh, backend=backend)
+        out_RO = MATMUL(jnp.asarray(x_RI), weight, layer, split=None, mesh=mesh, backend=backend)
         np.testing.assert_allclose(out_RO, x_RI @ weight_LIO[layer], rtol=1e-4, atol=2e-4 * I**0.5)
 
 
@@ -63,7 +65,7 @@ def test_bfloat16_rounds_no_more_than_its_inputs_do(mesh):
     x_RI = rng.normal(size=(4, 256)).astype(jnp.bfloat16)
     exact_RO = x_RI.astype(np.float64) @ weight_LIO[0]
     for backend in ("xla", "pallas_interpret"):
-        out_RO = blockwise_matmul(jnp.asarray(x_RI), weight, split=None, mesh=mesh, backend=backend)
+        out_RO = MATMUL(jnp.asarray(x_RI), weight, split=None, mesh=mesh, backend=backend)
         np.testing.assert_allclose(np.asarray(out_RO, np.float64), exact_RO, rtol=0.02, atol=0.02 * exact_RO.std())
 
 
@@ -72,8 +74,8 @@ def test_eight_devices_equal_one(mesh_of_8, split):
     rng = np.random.default_rng(1)
     weight, weight_LIO = draw(rng, 2, 256, 64, 32)
     x_RI = rng.normal(size=(4, 256)).astype(np.float32)
-    matmul = jax.jit(functools.partial(blockwise_matmul, split=split, mesh=mesh_of_8, backend="xla"))
-    np.testing.assert_allclose(matmul(jnp.asarray(x_RI), weight, 1), x_RI @ weight_LIO[1], rtol=1e-4, atol=1e-3)
+    out_RO = MATMUL(jnp.asarray(x_RI), weight, 1, split=split, mesh=mesh_of_8, backend="xla")
+    np.testing.assert_allclose(out_RO, x_RI @ weight_LIO[1], rtol=1e-4, atol=1e-3)
 
 
 def test_refuses_what_does_not_fit_together(mesh, mesh_of_8):

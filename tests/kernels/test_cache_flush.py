@@ -41,8 +41,8 @@ def inputs(L, K, C, dtype, positions):
 
 def expected(cache_LPKRC, new_LBKC, position_B, page_BJ):
     """Row by row."""
-    cache_LPKRC = np.array(cache_LPKRC)
-    for b, position in enumerate(position_B):
+    cache_LPKRC, new_LBKC, page_BJ = np.array(cache_LPKRC), np.asarray(new_LBKC), np.asarray(page_BJ)
+    for b, position in enumerate(np.asarray(position_B).tolist()):
         if 0 <= position < page_BJ.shape[1] * R:
             cache_LPKRC[:, page_BJ[b, position // R], :, position % R] = new_LBKC[:, b]
     return cache_LPKRC
@@ -85,7 +85,7 @@ def test_scales_are_written_on_the_lanes(mesh, backend, K, B):
     scale_LPK2R = jnp.where(jnp.arange(rows) % 2 == 0, jnp.nan, scale_LPK2R)
     args = (scale_LPK2R, new_LBK2, jnp.array(positions), jnp.asarray(page_BJ))
     out = FLUSH(*args, row_axis=4, mesh=mesh, backend=backend)
-    expected_LPK2R = np.array(scale_LPK2R)
+    expected_LPK2R, new_LBK2 = np.array(scale_LPK2R), np.asarray(new_LBK2)
     for b, position in enumerate(positions):
         if 0 <= position < 2 * rows:
             expected_LPK2R[:, page_BJ[b, position // rows], :, :, position % rows] = new_LBK2[:, b]

@@ -67,7 +67,7 @@ def test_every_length_around_a_page(mesh, backend, K, G, H, dtype):
     out_BNH = attend(q_BNH, new_BKC, cache_LBKSC, LAYER, length_B, mesh=mesh, backend=backend)
     assert out_BNH.dtype == dtype
     oracle.assert_close(out_BNH, oracle.ragged_attention(q_BNH, new_BKC, cache_LBKSC, LAYER, length_B))
-    v_BNH = jnp.repeat(new_BKC[..., H:], G, axis=1)
+    v_BNH = np.repeat(new_BKC[..., H:], G, axis=1)
     for dead in (0, 3, 8):
         assert np.array_equal(out_BNH[dead], v_BNH[dead]), "an empty slot's answer is v_new, exactly"
 
@@ -81,28 +81,38 @@ def test_large_pages(mesh, backend):
     oracle.assert_close(out_BNH, oracle.ragged_attention(*args[:3], LAYER, args[3]))
 
 
-@pytest.mark.parametrize("window", [None, 100, 300])
-def test_the_last_gpu_block_reaches_back(mesh, monkeypatch, window):
+def test_the_last_gpu_block_reaches_back(mesh, monkeypatch):
     """Blocks of 256 over 640 rows: the third starts within the second, and rows of both must count once."""
     monkeypatch.setattr(xla_gpu, "BLOCK_BYTES", 2**40)
     monkeypatch.setattr(xla_gpu, "BLOCK_ROWS", 256)
-    args = inputs([0, 255, 511, 513, 640], 640, 2, 2, 64, jnp.float32, window=window)
-    page_BJ, pool = oracle.table(args[3], 640, R)
-    cache_LPKRC = oracle.paged(args[2], page_BJ, pool, R)
-    of_window = {"window": None if window is None else jnp.int32(window)}
     attend = jax.jit(functools.partial(ragged_attention, mesh=mesh, backend="xla_gpu"))  # traced with these blocks
-    out_BNH = attend(*args[:2], cache_LPKRC, LAYER, args[3], jnp.asarray(page_BJ), **of_window)
-    oracle.assert_close(out_BNH, oracle.ragged_attention(*args[:3], LAYER, args[3], window=window))
+    for window in (None, 100, 300):
+        args = inputs([0, 255, 511, 513, 640], 640, 2, 2, 64, jnp.float32, window=window)
+        page_BJ, pool = oracle.table(args[3], 640, R)
+        cache_LPKRC = oracle.paged(args[2], page_BJ, pool, R)
+        of_window = {"window": None if window is None else jnp.int32(window)}
+        out_BNH = attend(*args[:2], cache_LPKRC, LAYER, args[3], jnp.asarray(page_BJ), **of_window)
+        oracle.assert_close(out_BNH, oracle.ragged_attention(*args[:3], LAYER, args[3], window=window))
+
+
+def by_hand(k, v, H, dtype=np.float32):
+    """[2 H]: a key of zeros but for its first lane, and a value of v alone. Numpy's: jnp would compile each line."""
+    return np.concatenate([[k], np.zeros(H - 1), np.full(H, v)]).astype(dtype)
+
+
+def cached_by_hand(k, v, H, S, slack=np.nan, dtype=np.float32):
+    """[1, 1, 1, S, 2 H]: such a row, and slack behind it."""
+    return np.concatenate([[by_hand(k, v, H, dtype)], np.full((S - 1, 2 * H), slack, dtype)])[None, None, None]
 
 
 @pytest.mark.parametrize("backend", ["xla", "xla_gpu", "pallas_interpret"])
 def test_by_hand(mesh, backend):
     """Scores 0 for the cached row and log 3 for the new one: weights 1/4 and 3/4."""
     H, S = 64, 128
-    q_BNH = jnp.zeros((1, 1, H)).at[0, 0, 0].set(8.0)  # times H**-0.5 is 1
-    new_BKC = jnp.zeros((1, 1, 2 * H)).at[0, 0, 0].set(np.log(3.0)).at[0, 0, H:].set(4.0)
-    cache_LBKSC = jnp.full((1, 1, 1, S, 2 * H), jnp.nan).at[0, 0, 0, 0].set(0.0).at[0, 0, 0, 0, H:].set(8.0)
-    out_BNH = attend(q_BNH, new_BKC, cache_LBKSC, 0, jnp.array([1]), mesh=mesh, backend=backend)
+    q_BNH = by_hand(8.0, 0.0, H)[None, None, :H]  # times H**-0.5 is 1
+    new_BKC = by_hand(np.log(3.0), 4.0, H)[None, None]
+    cache_LBKSC = cached_by_hand(0.0, 8.0, H, S)
+    out_BNH = attend(q_BNH, new_BKC, cache_LBKSC, 0, np.array([1], np.int32), mesh=mesh, backend=backend)
     np.testing.assert_allclose(out_BNH, np.full((1, 1, H), 5.0), rtol=1e-6)
 
 
@@ -110,7 +120,7 @@ def test_by_hand(mesh, backend):
 def test_all_slots_dead(mesh, backend):
     q_BNH, new_BKC, cache_LBKSC, length_B = inputs([0, 0, 0], 128, 1, 3, 64, jnp.float32)
     out_BNH = attend(q_BNH, new_BKC, cache_LBKSC, LAYER, length_B, mesh=mesh, backend=backend)
-    assert np.array_equal(out_BNH, jnp.repeat(new_BKC[..., 64:], 3, axis=1))
+    assert np.array_equal(out_BNH, np.repeat(new_BKC[..., 64:], 3, axis=1))
 
 
 @pytest.mark.parametrize("backend", ["xla", "xla_gpu"])
@@ -147,7 +157,7 @@ def test_every_length_and_window_around_a_page(mesh, backend, K, G, H, dtype, wi
         if window > S:
             everything = attend(*args, mesh=mesh, backend=backend)
             np.testing.assert_allclose(out_BNH, everything, rtol=1e-6, atol=1e-6)
-        v_BNH = jnp.repeat(new_BKC[..., H:], G, axis=1)
+        v_BNH = np.repeat(new_BKC[..., H:], G, axis=1)
         for alone in range(len(lengths)) if window == 1 else (0, 3, 8):
             assert np.array_equal(out_BNH[alone], v_BNH[alone]), "a token that sees only itself gives v_new, exactly"
 
@@ -207,10 +217,10 @@ def test_soft_cap(mesh, backend, window):
 def test_soft_cap_by_hand(mesh, backend):
     """Scores 0 and 1000, capped at log 3: weights 1/4 and 3/4."""
     H, S = 64, 128
-    q_BNH = jnp.zeros((1, 1, H)).at[0, 0, 0].set(8.0)
-    new_BKC = jnp.zeros((1, 1, 2 * H)).at[0, 0, 0].set(1000.0).at[0, 0, H:].set(4.0)
-    cache_LBKSC = jnp.full((1, 1, 1, S, 2 * H), jnp.nan).at[0, 0, 0, 0].set(0.0).at[0, 0, 0, 0, H:].set(8.0)
-    args = (q_BNH, new_BKC, cache_LBKSC, 0, jnp.array([1]))
+    q_BNH = by_hand(8.0, 0.0, H)[None, None, :H]
+    new_BKC = by_hand(1000.0, 4.0, H)[None, None]
+    cache_LBKSC = cached_by_hand(0.0, 8.0, H, S)
+    args = (q_BNH, new_BKC, cache_LBKSC, 0, np.array([1], np.int32))
     out_BNH = attend(*args, soft_cap=float(np.log(3.0)), mesh=mesh, backend=backend)
     np.testing.assert_allclose(out_BNH, np.full((1, 1, H), 5.0), rtol=1e-6)
 
@@ -254,7 +264,7 @@ def test_int8_rows_mean_code_times_scale(mesh, backend, K, G, H, dtype, window, 
     assert out_BNH.dtype == dtype
     expected_BNH = oracle.ragged_attention(q_BNH, new_BKC, meant, LAYER, length_B, window, soft_cap)
     oracle.assert_close(out_BNH, expected_BNH)
-    v_BNH = jnp.repeat(new_BKC[..., H:], G, axis=1)
+    v_BNH = np.repeat(new_BKC[..., H:], G, axis=1)
     for dead in (0, 3, 8):
         assert np.array_equal(out_BNH[dead], v_BNH[dead]), "an empty slot's answer is v_new, exactly"
 
@@ -263,13 +273,13 @@ def test_int8_rows_mean_code_times_scale(mesh, backend, K, G, H, dtype, window, 
 def test_int8_by_hand(mesh, backend):
     """k = 4 x 0.25 gives the score log 3, as the new token has it; v = 8 x 0.5 and 8: the mean of 4 and 8."""
     H, S = 64, 128
-    q_BNH = jnp.zeros((1, 1, H)).at[0, 0, 0].set(8.0 * np.log(3.0))
-    new_BKC = jnp.zeros((1, 1, 2 * H)).at[0, 0, 0].set(1.0).at[0, 0, H:].set(8.0)
-    codes = jnp.full((1, 1, 1, S, 2 * H), 77, jnp.int8).at[0, 0, 0, 0].set(0)
-    codes = codes.at[0, 0, 0, 0, 0].set(4).at[0, 0, 0, 0, H:].set(8)
-    scales = jnp.full((1, 1, 1, 2, S), jnp.nan).at[0, 0, 0, :, 0].set(jnp.array([0.25, 0.5]))
+    q_BNH = by_hand(8.0 * np.log(3.0), 0.0, H)[None, None, :H]
+    new_BKC = by_hand(1.0, 8.0, H)[None, None]
+    codes = cached_by_hand(4, 8, H, S, slack=77, dtype=np.int8)
+    scales = np.full((1, 1, 1, 2, S), np.nan, np.float32)
+    scales[..., 0] = 0.25, 0.5
     out_BNH = attend(
-        q_BNH, new_BKC, codes, 0, jnp.array([1]), scale_LBK2S=scales, mesh=mesh, backend=backend
+        q_BNH, new_BKC, codes, 0, np.array([1], np.int32), scale_LBK2S=scales, mesh=mesh, backend=backend
     )  # fmt: skip
     np.testing.assert_allclose(out_BNH, np.full((1, 1, H), 6.0), rtol=1e-6)
 
@@ -281,7 +291,8 @@ LIST = jax.jit(functools.partial(live_steps, rows=R, interpret=True), static_arg
     ("cores", "window"), [(1, None), (2, None), (4, None), (1, 1), (1, 2), (2, 128), (1, 200), (4, 129), (2, 400)]
 )
 @pytest.mark.parametrize(
-    "lengths", [[0, 1, 127, 0, 0, 128, 129, 384], [0, 0, 300, 0], [384, 0, 384, 0], [1, 1, 1, 1], [5, 0, 0, 0], [0] * 4]
+    "lengths",  # of eight slots each, so that a program serves all of them
+    [[0, 1, 127, 0, 0, 128, 129, 384], [0, 0, 300, *[0] * 5], [384, 0] * 4, [1] * 8, [5, *[0] * 7], [0] * 8],
 )
 def test_the_steps_are_the_live_pages(lengths, cores, window):
     """The pipeline fetches a page when its index differs from the last step's: those must be the live ones, once each.
@@ -293,6 +304,7 @@ def test_the_steps_are_the_live_pages(lengths, cores, window):
         jnp.array(lengths, jnp.int32), None if window is None else jnp.int32(window), jnp.asarray(page_BJ),
         max_pages=pool, cores=cores,
     )  # fmt: skip
+    steps = jax.tree.map(np.asarray, steps)
     N = steps.slot.size // cores
     longest = int(steps.count.max())
     for core in range(cores):
@@ -328,14 +340,11 @@ def test_two_cores():
     lengths, S, H = [200, 1, 0, 0, 256, 130], 256, 128
     q_BNH, new_BKC, cache_LBKSC, length_B = inputs(lengths, S, 1, 2, H, jnp.float32)
     page_BJ, pool = oracle.table(lengths, S, R)
-    interpret = interpret_params("pallas_interpret")
-    steps = live_steps(length_B, None, jnp.asarray(page_BJ), rows=R, max_pages=pool, cores=2, interpret=interpret)
+    steps = LIST(length_B, None, jnp.asarray(page_BJ), max_pages=pool, cores=2)
     assert steps.count.tolist() == [5, 4]
     cache_LPKRC = oracle.paged(cache_LBKSC, page_BJ, pool, R)
-    out_BNH = ragged_attention_tpu(
-        *(q_BNH, new_BKC, cache_LPKRC, None, jnp.int32(LAYER), length_B, jnp.asarray(page_BJ), None, steps),
-        interpret=interpret,
-    )
+    attend = jax.jit(functools.partial(ragged_attention_tpu, interpret=interpret_params("pallas_interpret")))
+    out_BNH = attend(q_BNH, new_BKC, cache_LPKRC, None, jnp.int32(LAYER), length_B, jnp.asarray(page_BJ), None, steps)
     oracle.assert_close(out_BNH, oracle.ragged_attention(q_BNH, new_BKC, cache_LBKSC, LAYER, length_B))
 
 
@@ -344,12 +353,12 @@ def test_slots_share_pages(mesh, backend):
     """Two slots with one first page, of which the second sees less; more references than the pool has pages."""
     lengths, S = [R + 9, R - 5, R + 3, R], 2 * R
     q_BNH, new_BKC, cache_LBKSC, length_B = inputs(lengths, S, 1, 2, 64, jnp.float32)
-    first_LKRC = jnp.nan_to_num(cache_LBKSC[:, 0, :, :R])
-    cache_LBKSC = cache_LBKSC.at[:, :, :, :R].set(first_LKRC[:, None])
+    cache_LBKSC = np.array(cache_LBKSC)
+    cache_LBKSC[:, :, :, :R] = np.nan_to_num(cache_LBKSC[:, :1, :, :R])
     page_BJ = np.array([[2, 0], [2, -1], [2, 1], [2, -1]], np.int32)
     cache_LPKRC = oracle.paged(cache_LBKSC, page_BJ, 4, R)
     args, where = (length_B, jnp.asarray(page_BJ)), {"mesh": mesh, "backend": backend}
-    steps = attention_steps(cache_LPKRC, *args, max_pages=6, **where)
+    steps = jax.jit(functools.partial(attention_steps, max_pages=6, **where))(cache_LPKRC, *args)
     out_BNH = ATTEND(q_BNH, new_BKC, cache_LPKRC, LAYER, *args, steps, **where)
     oracle.assert_close(out_BNH, oracle.ragged_attention(q_BNH, new_BKC, cache_LBKSC, LAYER, length_B))
 
@@ -423,7 +432,7 @@ def test_tuned_sizes_are_there():
         ({"q_BNH": (2, 4, 128)}, "C=128 lanes"),
         ({"new_BKC": (2, 1, 128)}, r"new_BKC must be \[B, K, C\] = \(2, 2, 128\), got \(2, 1, 128\)"),
         ({"cache_LPKRC": (3, 5, 2, 130, 128)}, "rows=130 must have a multiple of 128; nearest above: 256"),
-        ({"page_BJ": (3, 4)}, r"page_BJ must be \[B, J\] = \(2, pages of a slot\), got \(3, 4\)"),
+        ({"page_BJ": (3, 4)}, r"page_BJ must be \[B, J\] = \(2, pages of a text\), got \(3, 4\)"),
         ({"page_BJ": (2,)}, r"page_BJ must be \[B, J\]"),
         (
             {"q_BNH": (2, 4, 80), "new_BKC": (2, 2, 160), "cache_LPKRC": (3, 5, 2, 128, 160), "backend": "pallas"},

@@ -37,10 +37,13 @@ def test_bad_values_name_the_flag_and_the_remedy(words, message, capsys):
 
 
 def test_flags_reach_the_nested_groups():
-    command = cli.parse(["serve", "--metrics-port", "9100", "--log-format", "json", "--max-streams-per-client", "4"])
+    words = ["--metrics-port", "9100", "--log-format", "json", "--max-streams-per-client", "4", "--no-isolate-prefixes"]
+    command = cli.parse(["serve", "--no-prefix-cache", *words])
     assert isinstance(command, Serve)
     assert command.server == ServerConfig(
-        watch=WatchConfig(metrics_port=9100, log_format="json"), security=SecurityConfig(max_streams_per_client=4)
+        prefix_cache=False,
+        watch=WatchConfig(metrics_port=9100, log_format="json"),
+        security=SecurityConfig(max_streams_per_client=4, isolate_prefixes=False),
     )
 
 

@@ -86,6 +86,24 @@ def test_a_start_tells_where_its_time_went(caplog):
     assert f"ready after {sum(told):.1f} s: compiled" in line.getMessage()
 
 
+@pytest.mark.parametrize("prefix_cache", [True, False])
+def test_the_orchestrator_is_told_whether_to_keep_prefixes(prefix_cache, monkeypatch):
+    told = []
+
+    def made(*arguments, **settings):
+        told.append(settings["prefix_cache"])
+        return Orchestrator(*arguments, **settings)
+
+    monkeypatch.setattr(lifecycle, "Orchestrator", made)
+
+    async def scenario():
+        async with Serving(lambda: (FakeEngine(), None), ServerConfig(port=0, prefix_cache=prefix_cache)):
+            pass
+
+    asyncio.run(scenario())
+    assert told == [prefix_cache]
+
+
 def test_draining_finishes_what_runs_and_refuses_what_is_new():
     async def scenario():
         engine = FakeEngine(pace=threading.Semaphore(0))

@@ -9,6 +9,7 @@ import pytest
 from slipstream.benchmarks.baselines.eager import eager_twin
 from slipstream.engine_impl.config import EngineConfig
 from slipstream.engine_impl.loading import build_engine
+from slipstream.engine_impl.session import Session
 
 from tests.engine_impl.tiny_models import TINY, RandomCheckpoint, greedy, tiny_engine
 
@@ -35,17 +36,17 @@ def test_greedy_tokens_are_ours_and_a_full_slot_is_not_written(form, loop, shard
     engine, params, expected = sharded
     params = stacked_layers(params) if loop == "scan" else params
     eager = eager_twin(engine, form)
-    assert eager.jitted.prefill is engine.jitted.prefill  # not compiled twice
     assert greedy(eager, params, PROMPTS, STEPS) == expected
 
-    prefix, _ = eager.prefill(sharded[1], *eager.pad(PROMPTS[0]))
-    state = eager.insert(prefix, eager.init_decode_state(), 0)
+    session = Session(eager, params)
+    session.start(0, PROMPTS[0])
     full_B = np.array([engine.cache_length, 0, 0, 0], np.int32)
-    state = replace(state, length_B=jax.device_put(full_B, state.length_B.sharding))
-    before = [np.asarray(leaf) for leaf in jax.tree.leaves(state.cache.rows)]
-    state, result = eager.generate(params, state)
-    assert result.token_BW.tolist() == [[-1], [-1], [-1], [-1]]
-    for old, new in zip(before, jax.tree.leaves(state.cache.rows), strict=True):
+    length_B = jax.device_put(full_B, session.state.length_B.sharding)
+    session.state = replace(session.state, length_B=length_B)
+    before = [np.asarray(leaf) for leaf in jax.tree.leaves(session.state.cache.rows)]
+    session.slots = [0, 1, 2, 3]
+    assert session.step().token_BW.tolist() == [[-1], [-1], [-1], [-1]]
+    for old, new in zip(before, jax.tree.leaves(session.state.cache.rows), strict=True):
         np.testing.assert_array_equal(old, np.asarray(new))
 
 
@@ -58,12 +59,5 @@ def test_int4_weights_that_are_read_from_the_stack(loop):
     params = engine.load_params(checkpoint)
     expected = greedy(engine, params, PROMPTS, 4)
     eager = eager_twin(engine, "stacked")
-    state = eager.init_decode_state()
-    for slot, prompt in enumerate(PROMPTS):
-        prefix, _ = eager.prefill(params, *eager.pad(prompt))
-        state = eager.insert(prefix, state, slot)
-    params, tokens = stacked_layers(params) if loop == "scan" else params, []
-    for _ in range(3):
-        state, result = eager.generate(params, state)
-        tokens.append(result.token_BW[:3, 0].tolist())
-    assert [list(answer) for answer in zip(*tokens, strict=True)] == [answer[1:] for answer in expected]
+    params = stacked_layers(params) if loop == "scan" else params
+    assert greedy(eager, params, PROMPTS, 4) == expected

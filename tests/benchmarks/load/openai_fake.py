@@ -22,6 +22,8 @@ class OpenAiFake:
 
     sends_ids: bool = True
     sends_usage: bool = True
+    cached_tokens: int | None = None
+    """What usage tells of them; None: nothing."""
     full_after: int | None = None
     """Requests after this one are refused with 429."""
     breaks_after: int | None = None
@@ -67,7 +69,10 @@ class OpenAiFake:
             choice = {"index": 0, "text": "".join(map(chr, chunk)), "finish_reason": None}
             await self._send(response, {"choices": [choice | ({"token_ids": chunk} if self.sends_ids else {})]})
         if self.sends_usage and body["stream_options"]["include_usage"]:
-            await self._send(response, {"choices": [], "usage": {"completion_tokens": len(ids)}})
+            usage: dict = {"completion_tokens": len(ids), "prompt_tokens_details": None}
+            if self.cached_tokens is not None:
+                usage["prompt_tokens_details"] = {"cached_tokens": self.cached_tokens}
+            await self._send(response, {"choices": [], "usage": usage})
         await response.write(b"data: [DONE]\n\n")
         return response
 

@@ -7,7 +7,7 @@ import numpy as np
 from safetensors.numpy import load_file
 from tokenizers.pre_tokenizers import ByteLevel
 
-ARCHITECTURES = {"mistral": "llama", "mixtral": "llama", "gemma3_text": "gemma3"}
+ARCHITECTURES = {"mistral": "llama", "mixtral": "llama", "gemma3_text": "gemma3", "qwen3_moe": "qwen3moe"}
 """Model types that have another name in GGUF."""
 
 
@@ -21,7 +21,10 @@ def add_shape(writer, fields):
     head_dim = fields.get("head_dim") or fields["hidden_size"] // fields["num_attention_heads"]
     writer.add_key_length(head_dim)
     writer.add_value_length(head_dim)
-    writer.add_layer_norm_rms_eps(fields["rms_norm_eps"])
+    if "layer_norm_eps" in fields:
+        writer.add_layer_norm_eps(fields["layer_norm_eps"])
+    else:
+        writer.add_layer_norm_rms_eps(fields["rms_norm_eps"])
     if fields.get("sliding_window") and fields["model_type"] != "mistral":
         writer.add_sliding_window(fields["sliding_window"])
     if fields.get("attn_logit_softcapping"):
@@ -31,15 +34,27 @@ def add_shape(writer, fields):
     if "num_local_experts" in fields:
         writer.add_expert_count(fields["num_local_experts"])
         writer.add_expert_used_count(fields["num_experts_per_tok"])
+    if "moe_intermediate_size" in fields:
+        writer.add_expert_feed_forward_length(fields["moe_intermediate_size"])
+    if "logits_scaling" in fields:
+        writer.add_attention_scale(fields["attention_multiplier"])
+        writer.add_embedding_scale(fields["embedding_multiplier"])
+        writer.add_residual_scale(fields["residual_multiplier"])
+        writer.add_logit_scale(fields["logits_scaling"])
+    if "logit_scale" in fields:
+        writer.add_logit_scale(fields["logit_scale"])
     return head_dim
 
 
-def experts_together(tensors):
-    """`...experts.0.w1.weight`, ... as one tensor, `...experts.w1.weight`."""
+def stacked(tensors):
+    """`...experts.0.w1.weight`, ... as one tensor, `...experts.w1.weight`; the norms of heads, likewise."""
     stacks = {}
     for name, value in tensors.items():
         parts = name.split(".")
-        number = int(parts.pop(parts.index("experts") + 1)) if "experts" in parts else None
+        several = next((part for part in ("experts", "norms") if part in parts), None)
+        number = int(parts.pop(parts.index(several) + 1)) if several else None
+        if several == "norms":
+            parts.remove("norms")
         stacks.setdefault(".".join(parts), {})[number] = value
     return {
         name: of_number[None] if None in of_number else np.stack([of_number[e] for e in sorted(of_number)])
@@ -74,7 +89,7 @@ def add_byte_tokenizer(writer, *, vocab_size, pre="smollm", control=("<s>", "</s
 
 
 def stored(name, value, fields, architecture):
-    if architecture == "llama" and ("q_proj" in name or "k_proj" in name):
+    if architecture in ("llama", "smollm3", "granite") and ("q_proj" in name or "k_proj" in name):
         heads = fields["num_attention_heads" if "q_proj" in name else "num_key_value_heads"]
         return value.reshape(heads, 2, -1, *value.shape[1:]).swapaxes(1, 2).reshape(value.shape)
     return value + 1 if architecture.startswith("gemma") and name.endswith("norm.weight") else value
@@ -94,9 +109,9 @@ def write_gguf(folder, path, *, extra=None, **tokenizer):
     add_byte_tokenizer(writer, vocab_size=fields["vocab_size"], **tokenizer)
     kinds: dict[str, gguf.MODEL_ARCH] = {name: kind for kind, name in gguf.MODEL_ARCH_NAMES.items()}
     names = gguf.get_tensor_name_map(kinds[architecture], fields["num_hidden_layers"])
-    for name, value in experts_together(load_file(folder / "model.safetensors")).items():
-        if architecture.startswith("gemma") and name == "lm_head.weight":
-            continue  # tied
+    for name, value in stacked(load_file(folder / "model.safetensors")).items():
+        if fields["tie_word_embeddings"] and name == "lm_head.weight":
+            continue
         writer.add_tensor(str(names.get_name(name, (".weight", ".bias"))), stored(name, value, fields, architecture))
     for name, value in (extra or {}).items():
         writer.add_tensor(name, value)

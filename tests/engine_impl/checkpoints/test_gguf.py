@@ -12,6 +12,7 @@ from slipstream.engine_impl.checkpoints.pieces import read_pieces
 from slipstream.engine_impl.config import EngineConfig
 from slipstream.engine_impl.errors import RefusedError
 from slipstream.engine_impl.loading import load_engine
+from slipstream.engine_impl.session import Session
 from tokenizers.pre_tokenizers import ByteLevel
 
 from .vocabularies import CORPUS
@@ -89,9 +90,9 @@ def test_a_whole_file_loads_and_answers(tmp_path):
     tokenizer = engine.get_tokenizer()
     assert tokenizer.encode("ab") == [258]
     assert tokenizer.stop_ids == {257}
-    prefix, first = engine.prefill(params, *engine.pad(tokenizer.encode("hello")))
-    assert 0 <= int(first.token_BW[0, 0]) < VOCABULARY
-    assert prefix.kv.rows.shape == (1, KV_HEADS, 16, 2 * HEAD_DIM)
+    session = Session(engine, params)
+    assert session.prefilled(0, tokenizer.encode("hello")).kv.rows.shape == (1, KV_HEADS, 16, 2 * HEAD_DIM)
+    assert 0 <= int(session.start(0, tokenizer.encode("hello")).token_BW[0, 0]) < VOCABULARY
 
 
 def test_the_rope_of_llama_3_comes_from_its_tensor(tmp_path):
@@ -113,7 +114,7 @@ def test_the_rope_of_llama_3_comes_from_its_tensor(tmp_path):
             {"shapes": {"blk.0.ffn_gate.weight": (FFN, DIM - 1)}},
             r"gate_proj.weight is \(48, 31\), the model needs \(48, 32\)",
         ),
-        ({"family": "mamba"}, "family 'mamba'; the families there are: llama, qwen2, qwen3, phi3, gemma, gemma2"),
+        ({"family": "mamba"}, "family 'mamba'; the families there are: llama, qwen2, qwen3, smollm3, olmo2"),
         ({"scaling": "longrope"}, "scales its rope by 'longrope'; those there are: none, linear, yarn"),
         ({"family": "qwen2", "fields": {"expert_count": 8}}, "is a qwen2 with experts; those there are: llama"),
         ({"fields": {"rope.scaling.alpha": 8.0}}, r"has rope.scaling.alpha=8.0, which is not there yet"),

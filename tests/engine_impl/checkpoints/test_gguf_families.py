@@ -19,6 +19,7 @@ from slipstream.engine_impl.weights.load import needed_shapes
 from slipstream.engine_impl.weights.sharding import make_mesh
 
 from ..models.test_families import DEFAULT, SIZES, draw_weights
+from ..tiny_models import logits_behind
 from .gguf_writing import write_gguf
 
 YARN = DEFAULT | {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
@@ -56,6 +57,43 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
             "rope_parameters": GEMMA3_ROPES, "sliding_window": 7, "query_pre_attn_scalar": 16, "num_hidden_layers": 7,
         },
     ),
+    "qwen3moe": (
+        "Qwen3Moe",
+        {
+            "rope_parameters": DEFAULT, "num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 24,
+            "norm_topk_prob": True,
+        },
+    ),
+    "smollm3": ("SmolLM3", {"rope_parameters": YARN, "num_hidden_layers": 5}),
+    "olmo2": ("Olmo2", {"rope_parameters": DEFAULT, "hidden_size": 128}),
+    "granite": (
+        "Granite",
+        {
+            "rope_parameters": DEFAULT, "embedding_multiplier": 12.0, "attention_multiplier": 0.0625,
+            "residual_multiplier": 0.25, "logits_scaling": 8.0,
+        },
+    ),
+    "glm4": ("Glm4", {"rope_parameters": DEFAULT | {"partial_rotary_factor": 0.5}}),
+    "cohere2": (
+        "Cohere2",
+        {
+            "rope_parameters": DEFAULT, "hidden_size": 128, "sliding_window": 12, "logit_scale": 0.25,
+            "num_hidden_layers": 5,
+        },
+    ),
+    "stablelm": (
+        "StableLm",
+        {
+            "rope_parameters": DEFAULT | {"partial_rotary_factor": 0.25}, "hidden_size": 128, "use_qkv_bias": True,
+        },
+    ),
+    "stablelm-parallel": (
+        "StableLm",
+        {
+            "rope_parameters": DEFAULT | {"partial_rotary_factor": 0.25}, "hidden_size": 128, "qk_layernorm": True,
+            "use_parallel_residual": True,
+        },
+    ),
 }  # fmt: skip
 
 
@@ -71,7 +109,7 @@ def folder_of(family, root):
 
 
 def test_every_architecture_is_tried():
-    assert set(FAMILIES) - {"mistral", "mixtral", "llama-biases"} == set(ARCHITECTURES)
+    assert set(FAMILIES) - {"mistral", "mixtral", "llama-biases", "stablelm-parallel"} == set(ARCHITECTURES)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -99,10 +137,10 @@ def logits(checkpoint):
     mesh = make_mesh(jax.devices(), checkpoint.config.num_heads, checkpoint.config.num_kv_heads, 1)
     model = registry.build(checkpoint.config.for_length(128))
     tokenizer: Any = None
-    config = EngineConfig(slots=1, cache_length=128)
+    config = EngineConfig(slots=1, cache_length=128, cache_tokens=128)
     engine = Engine(model, mesh, config, jnp.dtype("float32"), tokenizer, "tiny")
     params = engine.load_params(checkpoint)
-    return engine.prefill(params, *engine.pad([(7 * i * i) % 101 for i in range(30)]))[0].logits_V
+    return logits_behind(engine, params, [(7 * i * i) % 101 for i in range(30)])
 
 
 def test_logits_equal_the_folders(tmp_path):

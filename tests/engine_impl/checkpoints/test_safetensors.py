@@ -13,7 +13,9 @@ from slipstream.engine_impl.checkpoints.safetensors import SafetensorsCheckpoint
 from slipstream.engine_impl.config import EngineConfig
 from slipstream.engine_impl.errors import RefusedError
 from slipstream.engine_impl.loading import build_engine, load_engine
+from slipstream.engine_impl.session import Session
 
+from ..tiny_models import logits_behind
 from .folders import CONFIG, random_tensors, write_folder
 
 TIED = CONFIG | {"tie_word_embeddings": True}
@@ -86,8 +88,7 @@ def test_the_model_answers_as_transformers_does(tmp_path):
     prompt = [5, 77, 130, 9]
     with torch.no_grad():
         logits = reference(torch.tensor([prompt])).logits[0, -1].numpy()
-    prefix, _ = engine.prefill(params, *engine.pad(prompt))
-    np.testing.assert_allclose(prefix.logits_V, logits, atol=1e-4)
+    np.testing.assert_allclose(logits_behind(engine, params, prompt), logits, atol=1e-4)
 
 
 def test_names_that_a_compiled_module_was_saved_with(tmp_path):
@@ -316,5 +317,5 @@ def test_a_folder_without_tokenizer_takes_ids_and_refuses_texts(tmp_path):
     assert tokenizer.encode("") == []
     stream = tokenizer.stream()
     assert (stream.feed(5), stream.finish(), tokenizer.decode([5, 6])) == ("", "", "")
-    _, first = engine.prefill(params, *engine.pad([1, 2, 3]))
+    first = Session(engine, params).start(0, [1, 2, 3])
     assert 0 <= int(first.token_BW[0, 0]) < tokenizer.vocab_size == CONFIG["vocab_size"]

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 from slipstream.engine_impl.checkpoints.hf_config import read_hf_config
+from slipstream.engine_impl.checkpoints.open import open_checkpoint
 from slipstream.engine_impl.compiler import topology
 from slipstream.engine_impl.compiler.budget import Budget
 from slipstream.engine_impl.compiler.chips import CHIPS, GPU_MEMORY_SHARE, GPUS
@@ -17,13 +18,14 @@ from slipstream.engine_impl.models import registry
 from slipstream.engine_impl.models.llama import LlamaConfig
 from slipstream.engine_impl.models.rope import frequencies
 
-from ..tiny_models import embedded_engine
-
 SMALL = replace(preset("llama-3.2-1b"), num_layers=2)
+PREFILL = "prefill_512"
+"""Of a whole chunk."""
 
 
 def planned(slots=96, cache_length=4096, topology="v5e:2x4", dump=None, **quantized):
-    config = EngineConfig(model="small", slots=slots, cache_length=cache_length, max_prefill_length=256, **quantized)
+    tokens = slots * cache_length
+    config = EngineConfig(model="small", slots=slots, cache_length=cache_length, cache_tokens=tokens, **quantized)
     return plan(config, SMALL, topology, dump=dump)
 
 
@@ -64,7 +66,7 @@ HEAD = 128256 * 2048
 )
 def test_operations_are_counted_by_elements_not_bytes(options, layers_rate):
     """Two an element and row; only int8 by int8 has another rate. The head stays as it is."""
-    config = EngineConfig(max_prefill_length=256, **options)
+    config = EngineConfig(**options)
     budget = Budget(abstract_engine(SMALL, "v5e:2x4", config), CHIPS["v5e"])
     assert budget.row_seconds == pytest.approx(2 * (LAYERS / 8 / layers_rate + HEAD / 8 / 197e12))
 
@@ -91,7 +93,7 @@ def test_what_quantisation_saves_by_hand():
 def test_the_report_names_kernels_collectives_and_no_copies(small_plan):
     report, _ = small_plan
     assert report.fits
-    assert set(report.programs) == {"generate", "insert", "prefill_256"}
+    assert set(report.programs) == {"generate", "insert", PREFILL}
     generate = report.programs["generate"]
     assert generate.pallas_calls == {"live_steps": 1, "ragged_attention": 2, "cache_flush": 1}
     assert generate.collectives["all-reduce"] == 2 * 2 + 1  # o_proj and down_proj a layer, and the embedding
@@ -103,25 +105,23 @@ def test_the_report_names_kernels_collectives_and_no_copies(small_plan):
 def test_dump_writes_the_programs(small_plan):
     _, folder = small_plan
     assert {path.name for path in folder.iterdir()} == {
-        "generate.hlo.txt", "insert.hlo.txt", "prefill_256.hlo.txt"
+        "generate.hlo.txt", "insert.hlo.txt", f"{PREFILL}.hlo.txt"
     }  # fmt: skip
     assert (folder / "generate.hlo.txt").read_text().startswith("HloModule")
 
 
 @pytest.mark.slow
 def test_a_misfit_says_which_by_how_much_and_what_would_help():
-    shape, config = preset("llama-3.2-1b"), EngineConfig(slots=64, cache_length=131072, max_prefill_length=256)
+    shape, config = preset("llama-3.2-1b"), EngineConfig(slots=64, cache_length=131072, cache_tokens=64 * 131072)
     report = plan(config, shape, "v5e:2x4")
     assert not report.fits
     assert report.misfit is not None
     assert report.misfit.program == "weights and cache"
     total = report.weights_bytes_per_chip + report.cache_bytes_per_chip
     assert report.misfit.over_bytes == total - int(15.75 * 2**30)
-    slots, length, chips = report.misfit.remedies
-    assert slots.startswith("--slots ")
-    assert plan(replace(config, slots=int(slots.split()[1])), shape, "v5e:2x4").fits
-    assert length.startswith("--cache-length ")
-    assert plan(replace(config, cache_length=int(length.split()[1])), shape, "v5e:2x4").fits
+    tokens, chips = report.misfit.remedies
+    assert tokens.startswith("--cache-tokens ")
+    assert plan(replace(config, cache_tokens=int(tokens.split()[1])), shape, "v5e:2x4").fits
     assert chips == "at least 17 of these chips, or chips with more HBM"
 
 
@@ -133,15 +133,17 @@ def test_the_compilers_own_refusal_is_a_misfit_too():
     report = planned(slots=slots)
     assert not report.fits
     assert report.misfit is not None
-    assert report.misfit.program in ("generate", "insert", "prefill_256")
+    assert report.misfit.program in ("generate", "insert", PREFILL)
 
 
 @pytest.mark.slow
 def test_max_slots_is_the_last_that_fits():
-    shape, config = preset("llama-3.2-1b"), EngineConfig(cache_length=131072, max_prefill_length=256)
+    shape, config = preset("llama-3.2-1b"), EngineConfig(cache_length=131072)
     best = largest_slots(config, shape, "v5e:2x4")
     assert best.fits
-    assert not plan(replace(config, slots=best.slots + 1), shape, "v5e:2x4").fits
+    assert best.cache_tokens == best.slots * 131072
+    one_more = {"slots": best.slots + 1, "cache_tokens": (best.slots + 1) * 131072}
+    assert not plan(replace(config, **one_more), shape, "v5e:2x4").fits
 
 
 @pytest.mark.parametrize("topology", ["v5e:3x3", "v9:2x2", "v5e", ""])
@@ -177,8 +179,7 @@ def test_a_gpu_topology_is_so_many_devices_of_its_target(monkeypatch):
 
 def test_shapes_come_from_presets_configs_and_the_embedded_model(tmp_path):
     assert shape_of("llama-2-7b").num_kv_heads == 32
-    embedded, _ = embedded_engine()
-    assert shape_of("embedded") == replace(embedded.model.config, rms_norm_eps=1e-5)
+    assert shape_of("embedded") == replace(open_checkpoint("embedded").config, rms_norm_eps=1e-5)
     with pytest.raises(RefusedError, match="preset 'llama-7' is not there; those there are: llama-2-7b,"):
         shape_of("llama-7")
     with pytest.raises(RefusedError, match=r"give a config\.json or its folder"):

@@ -3,19 +3,22 @@
 import jax
 import numpy as np
 import pytest
+from slipstream.engine_impl.config import EngineConfig
 from slipstream.engine_impl.errors import RefusedError
 from slipstream.engine_impl.jetstream.engine import (
     NO_BOS,
     NO_TOKEN,
     JetStreamEngine,
     JetStreamTokenizer,
+    create_engine,
     engine_api,
     token_utils,
 )
+from slipstream.engine_impl.sizes import with_pages_for_all
 from slipstream.engine_impl.text.tokenizer import NoTokenizer
 
-from ..text_models import BOS, END, byte_tokenizer, one_device_engine, text_engine
-from ..tiny_models import greedy
+from ..text_models import BOS, CONFIG, END, byte_tokenizer, one_device_engine, text_engine
+from ..tiny_models import greedy, tiny_engine
 
 PROMPTS = [[72, 105], list(b"Say so again."), [200, 3, 17]]
 STEPS = 9
@@ -38,7 +41,7 @@ def engine(native):
     return JetStreamEngine(*native)
 
 
-def prefill(engine, prompt, **options):
+def prefill(engine, prompt, existing_prefix=None, **options):
     """As JetStream's prefill thread does it: text or token ids."""
     tokenizer = engine.build_tokenizer(engine.get_tokenizer())
     options = {"is_bos": True, "max_prefill_length": engine.max_prefill_length, "jax_padding": False} | options
@@ -46,7 +49,13 @@ def prefill(engine, prompt, **options):
         padded, length = tokenizer.encode(prompt, **options)
     else:
         padded, length = token_utils.pad_tokens(prompt, tokenizer.bos_id, tokenizer.pad_id, **options)
-    return engine.prefill(params=engine.load_params(), padded_tokens=padded, true_length=length)
+    return engine.prefill(
+        params=engine.load_params(), existing_prefix=existing_prefix, padded_tokens=padded, true_length=length
+    )
+
+
+def length_of(prefix):
+    return int(np.asarray(prefix.text.count_N)[0])
 
 
 def decode(engine, prefixes, max_tokens, calls):
@@ -142,15 +151,15 @@ def test_a_model_without_bos_gets_none_whatever_the_driver_adds(engine):
     assert engine.build_tokenizer(engine.get_tokenizer()).bos_id == NO_BOS
     for prompt in (PROMPTS[0], [BOS, *PROMPTS[0]], "Hi"):
         for is_bos in (True, False):
-            assert prefill(engine, prompt, is_bos=is_bos).length == len(prompt)
+            assert length_of(prefill(engine, prompt, is_bos=is_bos)) == len(prompt)
 
 
 def test_a_model_with_bos_gets_one(native):
     with_bos = JetStreamEngine(native[0], native[1])
     with_bos._tokenizer = JetStreamTokenizer(byte_tokenizer(adds_bos=True))
     for prompt in ([72, 105], [BOS, 72, 105], "Hi"):
-        assert prefill(with_bos, prompt).length == 3
-    assert prefill(with_bos, "Hi", is_bos=False).length == 2
+        assert length_of(prefill(with_bos, prompt)) == 3
+    assert length_of(prefill(with_bos, "Hi", is_bos=False)) == 2
 
 
 @pytest.mark.parametrize("length", [127, 128, 129, 200])
@@ -159,9 +168,8 @@ def test_of_a_prompt_that_is_too_long_the_end_is_kept(engine, length):
     prompt = [*range(200)][:length]
     tail = prompt[-128:]
     kept, whole = prefill(engine, prompt), prefill(engine, tail, is_bos=False)
-    assert kept.length == len(tail)
-    assert kept.token == whole.token
-    np.testing.assert_array_equal(kept.kv.rows, whole.kv.rows)
+    assert length_of(kept) == len(tail)
+    jax.tree.map(np.testing.assert_array_equal, kept, whole)
 
 
 @pytest.mark.parametrize("prompt", [[], "", [72, 260], [72, -5]])
@@ -175,9 +183,66 @@ def test_a_prompt_that_cannot_be_answered_gets_an_empty_answer(engine, expected,
     assert "a request gets an empty answer" in caplog.text
 
 
-def test_an_existing_prefix_is_refused(engine):
-    with pytest.raises(RefusedError, match="give the whole prompt"):
-        engine.prefill(params=None, existing_prefix=object(), padded_tokens=np.zeros(16), true_length=1)
+def long_engine(quantize_kv):
+    """Requests of four pages."""
+    engine, params = tiny_engine(CONFIG, slots=2, cache_length=512, prefill_chunk=512, quantize_kv=quantize_kv)
+    engine.get_tokenizer = byte_tokenizer
+    return JetStreamEngine(engine, params)
+
+
+@pytest.fixture(scope="module")
+def long():
+    return long_engine("none")
+
+
+@pytest.mark.parametrize(("before", "behind"), [(5, 3), (127, 1), (128, 1), (130, 200), (300, 5), (256, 256), (3, 0)])
+def test_tokens_go_on_behind_an_existing_prefix(long, before, behind):
+    """As if all had been given at once; the prefix serves again, and one that goes on can be gone on from."""
+    text = [7 * n % 250 for n in range(before + behind)]
+    existing = prefill(long, text[:before])
+    kept = jax.tree.map(np.array, existing)
+    extended = [prefill(long, text[before:], existing) for _ in range(2)]
+    jax.tree.map(np.testing.assert_array_equal, kept, jax.tree.map(np.array, existing))
+    assert length_of(extended[0]) == len(text)
+    if behind > 1:
+        extended[1] = prefill(long, text[-1:], prefill(long, text[before:-1], existing))
+    (expected,), _, _ = decode(long, [prefill(long, text)], STEPS, STEPS)
+    answers, _, _ = decode(long, extended, STEPS, STEPS)
+    assert answers == [expected] * 2
+
+
+def test_codes_of_an_existing_prefix_are_kept():
+    """With their scales: what stands behind them reads the rounded rows, as a decode step does."""
+    long, text = long_engine("int8"), [7 * n % 250 for n in range(200)]
+    existing = prefill(long, text[:150])
+    extended = prefill(long, text[150:], existing)
+    assert length_of(extended) == 200
+    of_both = [jax.tree.map(lambda leaf: np.array(leaf), prefix.text.kv) for prefix in (existing, extended)]
+    np.testing.assert_array_equal(*(kv.rows[:, :, :128] for kv in of_both))
+    np.testing.assert_array_equal(*(kv.scales[..., :128] for kv in of_both))
+    whole = prefill(long, text).text.kv
+    np.testing.assert_allclose(of_both[1].scales[..., :200], np.asarray(whole.scales)[..., :200], rtol=0.2)
+
+
+def test_an_existing_prefix_that_cannot_be_answered_counts_as_none(engine, expected):
+    prefixes = [prefill(engine, prompt, prefill(engine, [])) for prompt in PROMPTS]
+    assert decode(engine, prefixes, STEPS, STEPS)[0] == expected
+    longest = prefill(engine, [7] * 128)
+    assert length_of(prefill(engine, [7], longest)) == 0, "one token more than the longest prompt"
+
+
+def test_a_cache_without_pages_for_all_slots_is_refused():
+    engine, params = tiny_engine(CONFIG, slots=3, cache_length=256, cache_tokens=640)
+    with pytest.raises(RefusedError, match="cache_tokens=640 must be at least 768 under JetStream, where each of 3"):
+        JetStreamEngine(engine, params)
+
+
+def test_where_slots_are_left_out_there_are_as_many_as_the_cache_holds():
+    config = with_pages_for_all(EngineConfig(slots=8, cache_length=256, cache_tokens=640))
+    assert config.chosen == (2, 256, 640)
+    assert with_pages_for_all(EngineConfig(slots=2, cache_length=256, cache_tokens=640)).slots == 2
+    with pytest.raises(RefusedError, match="in one piece; leave --prefill-chunk out"):
+        create_engine(jax.devices()[:1], EngineConfig(prefill_chunk=256))
 
 
 def test_a_prefix_moves_to_another_mesh(engine, expected):
@@ -185,7 +250,7 @@ def test_a_prefix_moves_to_another_mesh(engine, expected):
     ahead = JetStreamEngine(*text_engine(jax.devices()[1:3], byte_tokenizer()))
     made = [prefill(ahead, prompt) for prompt in PROMPTS]
     prefixes = [jax.device_put(prefix, engine.get_prefix_destination_sharding()) for prefix in made]
-    assert prefixes[0].kv.rows.devices() == set(jax.devices()[:1])
+    assert prefixes[0].text.kv.rows.devices() == set(jax.devices()[:1])
     answers, _, _ = decode(engine, prefixes, STEPS, STEPS)
     assert answers == expected
 

@@ -26,7 +26,7 @@ from slipstream.engine_impl.models.fields import Fields
 from slipstream.engine_impl.models.transformer import windows_of_layers
 from slipstream.engine_impl.weights.sharding import make_mesh
 
-from ..tiny_models import greedy
+from ..tiny_models import greedy, logits_behind
 
 SIZES = {
     "num_hidden_layers": 2, "hidden_size": 32, "intermediate_size": 60, "num_attention_heads": 8,
@@ -78,6 +78,50 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
     "phi3": ("Phi3", {"rope_parameters": DEFAULT, "sliding_window": 12, "num_key_value_heads": 2}),
+    "qwen3_moe": (
+        "Qwen3Moe",
+        {
+            "rope_parameters": DEFAULT, "num_experts": 12, "num_experts_per_tok": 3, "moe_intermediate_size": 24,
+        },
+    ),
+    "smollm3": ("SmolLM3", {"rope_parameters": DEFAULT, "num_hidden_layers": 3, "no_rope_layers": [1, 0, 1]}),
+    "smollm3-windows": (
+        "SmolLM3",
+        {
+            "rope_parameters": DEFAULT, "no_rope_layer_interval": 2, "use_sliding_window": True, "sliding_window": 9,
+        },
+    ),
+    "olmo2": ("Olmo2", {"rope_parameters": DEFAULT, "hidden_size": 128}),
+    "granite": (
+        "Granite",
+        {
+            "rope_parameters": DEFAULT, "embedding_multiplier": 3.0, "attention_multiplier": 0.2,
+            "residual_multiplier": 0.7, "logits_scaling": 1.7,
+        },
+    ),
+    "glm": ("Glm", {"rope_parameters": DEFAULT | {"partial_rotary_factor": 0.5}}),
+    "glm4": ("Glm4", {"rope_parameters": DEFAULT | {"partial_rotary_factor": 0.75}, "num_key_value_heads": 2}),
+    "cohere2": (
+        "Cohere2",
+        {
+            "rope_parameters": DEFAULT, "hidden_size": 128, "sliding_window": 12, "logit_scale": 0.3,
+            "layer_types": ["sliding_attention", "full_attention"],
+        },
+    ),
+    "stablelm": (
+        "StableLm",
+        {
+            "rope_parameters": DEFAULT | {"partial_rotary_factor": 0.25}, "hidden_size": 128,
+            "use_qkv_bias": True,
+        },
+    ),
+    "stablelm-parallel": (
+        "StableLm",
+        {
+            "rope_parameters": DEFAULT | {"partial_rotary_factor": 0.25}, "hidden_size": 128,
+            "use_parallel_residual": True, "qk_layernorm": True,
+        },
+    ),
 }  # fmt: skip
 
 
@@ -111,7 +155,7 @@ def load(folder, devices):
     checkpoint = SafetensorsCheckpoint(folder)
     mesh = make_mesh(jax.devices(), checkpoint.config.num_heads, checkpoint.config.num_kv_heads, devices)
     model = registry.build(replace(checkpoint.config, num_kv_heads=max(checkpoint.config.num_kv_heads, mesh.size)))
-    config = EngineConfig(slots=2, cache_length=128, max_prefill_length=64)
+    config = EngineConfig(slots=2, cache_length=256, cache_tokens=512, prefill_chunk=128)
     tokenizer: Any = None
     engine = Engine(model, mesh, config, jnp.dtype("float32"), tokenizer, "tiny")
     if devices > 1:
@@ -119,7 +163,8 @@ def load(folder, devices):
     return engine, engine.load_params(checkpoint)
 
 
-PROMPTS = [[(7 * i * i + 3 * i) % 101 for i in range(n)] for n in (40, 57)]
+PROMPTS = [[(7 * i * i + 3 * i) % 101 for i in range(n)] for n in (40, 131)]
+"""The second one is computed in two pieces: the last tokens' windows reach back into the first."""
 
 QUICK = {("gemma3", 8)}  # it has whatever the others have, and eight devices scan over the layers
 
@@ -132,17 +177,20 @@ CASES = [
 
 @pytest.mark.parametrize(("family", "devices"), CASES)
 def test_logits_and_greedy_tokens_equal_transformers(family, devices, tmp_path_factory):
-    """Prompts longer than the windows, in one bucket and one batch; then 32 tokens, each what transformers would say
-    after the same text. Eight devices scan over the layers, one has them unrolled."""
+    """Prompts longer than the windows, in one piece and in two; then 32 tokens, each what transformers would say after
+    the same text, and the same where an answer goes on behind prompt and beginning. Eight devices scan over the layers,
+    one has them unrolled."""
     folder, reference = written_by_transformers(family, tmp_path_factory.getbasetemp())
     engine, params = load(folder, devices)
     answers = greedy(engine, params, PROMPTS, 32)
     for prompt, answer in zip(PROMPTS, answers, strict=True):
         expected = reference_logits(reference, prompt + answer[:-1])[len(prompt) - 1 :]
-        logits_V = engine.prefill(params, *engine.pad(prompt))[0].logits_V
+        logits_V = logits_behind(engine, params, prompt)
         np.testing.assert_allclose(logits_V, expected[0], atol=1e-4)
         assert expected.argmax(-1).tolist() == answer
         assert len(set(answer)) >= 5  # a model that repeats itself would prove little
+    texts = [prompt + answer[:9] for prompt, answer in zip(PROMPTS, answers, strict=True)]
+    assert greedy(engine, params, texts, 23) == [answer[9:] for answer in answers]
 
 
 def reference_logits(model, token_ids):
@@ -159,6 +207,15 @@ def reference_logits(model, token_ids):
         ("gemma3", {"sliding_window": 512}),
         ("gemma3", {"rope_parameters": {kind: DEFAULT for kind in GEMMA3_ROPES}}),
         ("mixtral", {"num_experts_per_tok": 1}),
+        ("qwen3_moe", {"norm_topk_prob": True}),
+        ("smollm3", {"no_rope_layers": [1, 1, 1]}),
+        ("smollm3-windows", {"sliding_window": 512}),
+        ("granite", {"embedding_multiplier": 1.0}),
+        ("granite", {"attention_multiplier": 0.25}),
+        ("granite", {"residual_multiplier": 1.0}),
+        ("granite", {"logits_scaling": 1.0}),
+        ("cohere2", {"sliding_window": 512}),
+        ("cohere2", {"logit_scale": 0.0625}),
     ],
 )
 def test_every_field_matters(family, change, tmp_path_factory):
@@ -211,7 +268,16 @@ def test_both_forms_of_a_config_say_the_same(family):
         ("gemma3", {"attn_logit_softcapping": 50.0}, "attn_logit_softcapping=50.0; those there are: None"),
         ("gemma3", {"use_bidirectional_attention": True}, "use_bidirectional_attention=True"),
         ("gemma3", {"rope_parameters": {"full_attention": DEFAULT}}, "rope_parameters without sliding_attention"),
-        ("mixtral", {"model_type": "mixtrol"}, "family 'mixtrol'; the families there are: gemma, gemma2"),
+        ("mixtral", {"model_type": "mixtrol"}, "family 'mixtrol'; the families there are: cohere2, gemma, gemma2"),
+        ("qwen3_moe", {"mlp_only_layers": [0]}, r"mlp_only_layers=\[0\]"),
+        ("qwen3_moe", {"decoder_sparse_step": 2}, "decoder_sparse_step=2"),
+        ("smollm3", {"no_rope_layers": [1, 0]}, "no_rope_layers for 2 of 3 layers"),
+        ("olmo2", {"clip_qkv": 8.0}, "clip_qkv=8.0; those there are: None"),
+        ("granite", {"mlp_bias": True}, "mlp_bias=True"),
+        ("glm4", {"hidden_act": "gelu"}, "hidden_act='gelu'"),
+        ("cohere2", {"use_qk_norm": True}, "use_qk_norm=True; those there are: False"),
+        ("cohere2", {"position_embedding_type": "rope_neox"}, "position_embedding_type='rope_neox'"),
+        ("stablelm", {"hidden_act": "gelu"}, "hidden_act='gelu'"),
     ],
 )
 def test_what_a_family_cannot_do_is_refused(family, change, message):
@@ -221,6 +287,32 @@ def test_what_a_family_cannot_do_is_refused(family, change, message):
     fields = getattr(transformers, f"{name}Config")(**(SIZES | changes)).to_dict()
     with pytest.raises(RefusedError, match=message):
         registry.read_config(fields | change, "config.json")
+
+
+@pytest.mark.parametrize(
+    ("family", "field", "published"),
+    [
+        ("glm4", "partial_rotary_factor", 0.5),
+        ("glm", "attention_bias", True),
+        ("stablelm", "partial_rotary_factor", 0.25),
+        ("smollm3", "no_rope_layer_interval", 4),
+        ("cohere2", "sliding_window_pattern", 4),
+        ("cohere2", "sliding_window", 4096),
+        ("cohere2", "logit_scale", 0.0625),
+        ("granite", "logits_scaling", 1.0),
+    ],
+)
+def test_what_a_config_leaves_out_is_what_transformers_takes(family, field, published):
+    import transformers
+
+    name, changes = FAMILIES[family]
+    config_type = getattr(transformers, f"{name}Config")
+    fields = in_old_form(config_type().to_dict() | SIZES | changes | {"rope_parameters": DEFAULT})
+    dropped = (field, "layer_types", "no_rope_layers")
+    fields = {said: value for said, value in fields.items() if said not in dropped} | {"num_hidden_layers": 8}
+    stated = fields | {field: published}
+    assert config_type(**fields).to_dict() == config_type(**stated).to_dict()
+    assert registry.read_config(fields, "config.json") == registry.read_config(stated, "config.json")
 
 
 @pytest.mark.parametrize(
@@ -261,7 +353,7 @@ def test_a_family_from_outside_is_served(parrot):
         model=str(folder), model_module="parrots", slots=1, cache_length=128, max_prefill_length=64, tensor_parallel=1
     )
     engine, params = load_engine(config)
-    logits_V = engine.prefill(params, *engine.pad(PROMPTS[0]))[0].logits_V
+    logits_V = logits_behind(engine, params, PROMPTS[0])
     np.testing.assert_allclose(logits_V, reference_logits(reference, PROMPTS[0])[-1], atol=1e-4)
 
 

@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 import torch
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from slipstream.engine_impl.sampling.bias import biased, without_ends
-from slipstream.engine_impl.sampling.choose import sample
+from slipstream.engine_impl.sampling import bias, choose
 from slipstream.engine_impl.sampling.params import MAX_BIASES, SamplingParams
 from slipstream.engine_impl.sampling.slots import SlotSampling
 
 VOCABULARY = 400
+biased, without_ends = jax.jit(bias.biased), jax.jit(bias.without_ends)
 
 
 def logits(slots, seed=0):
@@ -27,12 +27,17 @@ def text(slots: int, length: int) -> Any:
 
 def slots(*params, model_stop_ids=()):
     rows = [SlotSampling.of(one, model_stop_ids) for one in params]
-    return jax.tree.map(lambda *values: jnp.stack(values), *rows)
+    return jax.tree.map(lambda *values: np.stack(values), *rows)
+
+
+@jax.jit
+def sample(logits_BV, count_BV, sampling, position_B):
+    return choose.sample(logits_BV, lambda: count_BV, sampling, position_B)
 
 
 def chosen(logits_BV, sampling, position_B):
     nothing_said_BV = jnp.zeros(logits_BV.shape, jnp.uint16)
-    return jax.jit(sample)(logits_BV, nothing_said_BV, sampling, jnp.asarray(position_B)).tolist()
+    return sample(logits_BV, nothing_said_BV, sampling, jnp.asarray(position_B)).tolist()
 
 
 BIASES = [
@@ -46,11 +51,13 @@ def test_bias_is_transformers_and_others_keep_their_logits_to_the_bit():
     from transformers import SequenceBiasLogitsProcessor
 
     logits_BV = logits(3)
-    biased_BV = np.asarray(biased(jnp.asarray(logits_BV), slots(*[SamplingParams(logit_bias=bias) for bias in BIASES])))
-    for slot, bias in enumerate(BIASES):
+    biased_BV = np.asarray(
+        biased(jnp.asarray(logits_BV), slots(*[SamplingParams(logit_bias=added) for added in BIASES]))
+    )
+    for slot, added in enumerate(BIASES):
         expected = torch.tensor(logits_BV[slot : slot + 1])
-        if bias:
-            processor = SequenceBiasLogitsProcessor([[[token_id], value] for token_id, value in bias.items()])
+        if added:
+            processor = SequenceBiasLogitsProcessor([[[token_id], value] for token_id, value in added.items()])
             expected = processor(text(1, 4), expected)
         np.testing.assert_allclose(biased_BV[slot], expected[0], rtol=1e-6)
     np.testing.assert_array_equal(biased_BV[1], logits_BV[1])
@@ -59,14 +66,14 @@ def test_bias_is_transformers_and_others_keep_their_logits_to_the_bit():
 @pytest.mark.parametrize("chips", [1, 8])
 def test_chips_that_share_the_vocabulary_add_what_one_does(chips):
     logits_BV = logits(3)
-    sampling = slots(*[SamplingParams(logit_bias=bias) for bias in BIASES])
+    sampling = slots(*[SamplingParams(logit_bias=added) for added in BIASES])
     mesh = Mesh(np.array(jax.devices()[:chips]), ("tensor",))
     shared = jax.device_put(logits_BV, NamedSharding(mesh, PartitionSpec(None, "tensor")))
     expected = logits_BV.copy()
-    for slot, bias in enumerate(BIASES):
-        for token_id, value in bias.items():
+    for slot, added in enumerate(BIASES):
+        for token_id, value in added.items():
             expected[slot, token_id] += np.float32(value)
-    np.testing.assert_array_equal(jax.jit(biased)(shared, sampling), expected)
+    np.testing.assert_array_equal(biased(shared, sampling), expected)
 
 
 @pytest.mark.parametrize("min_tokens", [0, 1, 2, 5])
@@ -95,7 +102,7 @@ def test_a_biased_token_is_chosen_and_a_forbidden_one_never():
         SamplingParams(logit_bias={likeliest: -100}),
         SamplingParams(temperature=1, seed=4, logit_bias={7: 100}),
     ]
-    tokens = chosen(jnp.stack([logits_V] * 4), slots(*params), [4, 4, 4, 4])
+    tokens = chosen(np.stack([logits_V] * 4), slots(*params), [4, 4, 4, 4])
     assert tokens == [7, likeliest, int(np.argsort(logits_V)[-2]), 7]
 
 

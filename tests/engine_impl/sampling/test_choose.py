@@ -11,7 +11,12 @@ from slipstream.engine_impl.sampling.params import SamplingParams
 from slipstream.engine_impl.sampling.slots import SlotSampling
 
 VOCABULARY = 500
-cut, sample = jax.jit(choose.cut), jax.jit(choose.sample)
+cut = jax.jit(choose.cut)
+
+
+@jax.jit
+def sample(logits_BV, count_BV, sampling, position_B):
+    return choose.sample(logits_BV, lambda: count_BV, sampling, position_B)
 
 
 def logits(seed=0, slots=1):
@@ -66,7 +71,7 @@ def test_the_cuts_are_transformers(top_k, top_p, min_p, temperature):
 
     params = SamplingParams(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
     sampling = jax.tree.map(
-        lambda *values: jnp.stack(values), SlotSampling.of(params), SlotSampling.of(SamplingParams())
+        lambda *values: np.stack(values), SlotSampling.of(params), SlotSampling.of(SamplingParams())
     )
     scaled_BV = logits_BV / np.array([[temperature], [1]], np.float32)
     kept_BV = cut(scaled_BV, sampling)
@@ -80,7 +85,7 @@ def test_greedy_tokens_are_penalised_too():
     first, second = np.argsort(-logits_BV[0])[:2]
     count_BV = jnp.zeros(logits_BV.shape, jnp.uint16).at[:, first].set(1)
     params = [SamplingParams(repetition_penalty=10), SamplingParams()]
-    sampling = jax.tree.map(lambda *values: jnp.stack(values), *map(SlotSampling.of, params))
+    sampling = jax.tree.map(lambda *values: np.stack(values), *map(SlotSampling.of, params))
     token_B = sample(jnp.stack([logits_BV[0]] * 2), count_BV, sampling, jnp.array([4, 4]))
     assert token_B.tolist() == [second, first]
 
@@ -104,7 +109,7 @@ def test_ties_at_the_border_are_all_kept():
 def test_greedy_slots_are_untouched_by_the_others():
     logits_BV = logits(slots=3)
     params = [SamplingParams(), SamplingParams(temperature=5.0, top_k=3), SamplingParams()]
-    sampling = jax.tree.map(lambda *values: jnp.stack(values), *map(SlotSampling.of, params))
+    sampling = jax.tree.map(lambda *values: np.stack(values), *map(SlotSampling.of, params))
     nothing_said_BV = jnp.zeros(logits_BV.shape, jnp.uint16)
     token_B = sample(jnp.asarray(logits_BV), nothing_said_BV, sampling, jnp.array([4, 4, 4]))
     assert token_B[0] == logits_BV[0].argmax()

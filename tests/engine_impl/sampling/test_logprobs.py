@@ -9,6 +9,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from slipstream.engine_impl.sampling.logprobs import likeliest, logprob_of, logprobs, prompt_logprobs
 from slipstream.engine_impl.sampling.params import MAX_LOGPROBS
 
+LOGPROBS, LIKELIEST = jax.jit(logprobs, static_argnums=3), jax.jit(likeliest, static_argnums=1)
+
 
 def mesh(chips=1):
     return Mesh(np.array(jax.devices()[:chips]), ("tensor",))
@@ -25,7 +27,7 @@ def softmax(logits_BV):
 @pytest.mark.parametrize("asked", [[-1, -1, -1], [-1, 0, -1], [0, -1, 20]])
 def test_what_is_asked_for_is_torchs_and_the_rest_zero(asked):
     logits_BV, token_B = logits(3, 400), np.array([7, 399, 0])
-    told = jax.jit(logprobs, static_argnums=3)(logits_BV, token_B, np.array(asked), mesh())
+    told = LOGPROBS(logits_BV, token_B, np.array(asked), mesh())
     expected = softmax(logits_BV)
     top = expected.topk(MAX_LOGPROBS)
     wants, wants_top = max(asked) >= 0, max(asked) > 0
@@ -40,7 +42,7 @@ def test_chips_that_share_the_vocabulary_find_the_same(chips, vocabulary):
     logits_BV, devices = logits(3, vocabulary), mesh(chips)
     axis = "tensor" if vocabulary % chips == 0 else None
     shared = jax.device_put(logits_BV, NamedSharding(devices, PartitionSpec(None, axis)))
-    token_BP, logit_BP = jax.jit(likeliest, static_argnums=1)(shared, devices)
+    token_BP, logit_BP = LIKELIEST(shared, devices)
     expected = torch.tensor(logits_BV).topk(MAX_LOGPROBS)
     np.testing.assert_array_equal(token_BP, expected.indices)
     np.testing.assert_array_equal(logit_BP, expected.values)
@@ -49,7 +51,7 @@ def test_chips_that_share_the_vocabulary_find_the_same(chips, vocabulary):
 def test_equally_likely_tokens_come_by_their_id():
     logits_BV, devices = np.zeros((1, 400), np.float32), mesh(8)
     shared = jax.device_put(logits_BV, NamedSharding(devices, PartitionSpec(None, "tensor")))
-    assert likeliest(shared, devices)[0].tolist() == [list(range(MAX_LOGPROBS))]
+    assert LIKELIEST(shared, devices)[0].tolist() == [list(range(MAX_LOGPROBS))]
 
 
 def test_bfloat16_logits_are_normalised_in_float32():
@@ -58,18 +60,14 @@ def test_bfloat16_logits_are_normalised_in_float32():
     np.testing.assert_allclose(logprob_of(logits_BV, jnp.array([1, 2])), expected, rtol=1e-5)
 
 
-@pytest.mark.parametrize(("bucket", "length"), [(16, 1), (16, 16), (128, 100), (256, 130), (512, 512)])
-def test_a_prompts_logprobs_are_each_tokens_given_those_before(bucket, length):
-    """In chunks or not; padding, whatever it holds, and the first token are 0."""
-    random = np.random.default_rng(bucket)
-    x_TD, weight_DV = random.normal(size=(bucket, 8)).astype(np.float32), random.normal(size=(8, 50)).astype(np.float32)
-    token_T = random.integers(0, 50, bucket)
-    x_TD[length:] = np.nan
-    token_T[length:] = 10**6
-    logprob_T = prompt_logprobs(
-        jnp.asarray(x_TD), jnp.asarray(token_T), jnp.int32(length), lambda x_RD: x_RD @ weight_DV
-    )
-    expected = torch.zeros(bucket)
-    before = np.arange(length - 1)
-    expected[1:length] = softmax(x_TD @ weight_DV)[before, token_T[before + 1]]
-    np.testing.assert_allclose(logprob_T, expected, rtol=1e-4, atol=1e-5)
+@pytest.mark.parametrize(("rows", "asked"), [(16, 1), (16, 16), (128, 100), (192, 130), (256, 130), (512, 512)])
+def test_a_prompts_logprobs_are_of_the_token_behind_each(rows, asked):
+    """In chunks or not; where nobody asks, whatever the row holds, it is 0."""
+    random = np.random.default_rng(rows)
+    x_RD, weight_DV = random.normal(size=(rows, 8)).astype(np.float32), random.normal(size=(8, 50)).astype(np.float32)
+    next_R = random.integers(0, 50, rows)
+    x_RD[asked:], next_R[asked:] = np.nan, -1
+    logprob_R = prompt_logprobs(jnp.asarray(x_RD), jnp.asarray(next_R), lambda some_RD: some_RD @ weight_DV)
+    expected_R = np.zeros(rows)
+    expected_R[:asked] = softmax(x_RD[:asked] @ weight_DV)[np.arange(asked), next_R[:asked]]
+    np.testing.assert_allclose(logprob_R, expected_R, rtol=1e-4, atol=1e-5)

@@ -1,51 +1,77 @@
 """Penalties and the counts behind them, against transformers and by hand."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from jax.sharding import Mesh
 from slipstream.engine_impl.sampling import penalties
 from slipstream.engine_impl.sampling.params import SamplingParams
-from slipstream.engine_impl.sampling.penalties import FULL, IN_ANSWER, IN_PROMPT
+from slipstream.engine_impl.sampling.penalties import FULL, IN_ANSWER, IN_PROMPT, counts_of_text
 from slipstream.engine_impl.sampling.slots import SlotSampling
 
 VOCABULARY = 50
-count_answer, penalise = jax.jit(penalties.count_answer), jax.jit(penalties.penalise)
-counts_of_prompt = jax.jit(penalties.counts_of_prompt, static_argnums=2)
+MESH = Mesh(np.array(jax.devices()[:1]), ("tensor",))
+penalise = jax.jit(penalties.penalise)
 PROMPT, ANSWER = [3, 7, 7, 20], [7, 11, 11, 49]
 
 
 def slots(*params):
-    return jax.tree.map(lambda *values: jnp.stack(values), *map(SlotSampling.of, params))
+    return jax.tree.map(lambda *values: np.stack(values), *map(SlotSampling.of, params))
+
+
+@functools.partial(jax.jit, static_argnames="mesh")
+def count_answer(count_BV, token_N, is_counted_N, mesh=MESH, slot_N=None):
+    slot_N = jnp.arange(len(token_N)) if slot_N is None else slot_N
+    return penalties.count_answer(count_BV, slot_N, token_N, is_counted_N, mesh)
 
 
 def counted(sampling, prompts, answers):
-    """As the engine counts: a padded prompt, then one token a step."""
-    padded = [np.array([*prompt, *[9] * (8 - len(prompt))]) for prompt in prompts]
-    count_BV = jnp.stack(
-        [counts_of_prompt(row, jnp.int32(len(prompt)), VOCABULARY) for row, prompt in zip(padded, prompts, strict=True)]
-    )
+    """As the engine counts: the prompt, then one token a step."""
+    count_BV = jnp.asarray(np.stack([counts_of_text(prompt, len(prompt), VOCABULARY) for prompt in prompts]))
     for token_B in np.array(answers).T:
-        count_BV = count_answer(count_BV, jnp.asarray(token_B), sampling)
+        count_BV = count_answer(count_BV, jnp.asarray(token_B), sampling.is_penalised)
     return count_BV
 
 
-def test_counts_tell_prompt_from_answer_and_ignore_padding():
+def test_counts_tell_prompt_from_answer():
+    """Step by step, and of a text that has an answer already."""
     (count_V,) = np.asarray(counted(slots(SamplingParams(presence_penalty=1)), [PROMPT], [ANSWER]))
     expected = np.zeros(VOCABULARY)
     expected[[3, 7, 20]] = IN_PROMPT
     expected[[7, 11, 49]] += np.array([1, 2, 1]) * IN_ANSWER
     assert count_V.tolist() == expected.tolist()
+    assert counts_of_text(PROMPT + ANSWER, len(PROMPT), VOCABULARY).tolist() == expected.tolist()
 
 
-def test_the_largest_count_does_not_wrap():
-    count_BV = jnp.full((1, VOCABULARY), FULL - 1, jnp.uint16)
-    sampling = slots(SamplingParams(frequency_penalty=1))
-    for _ in range(4):
-        count_BV = count_answer(count_BV, jnp.array([5]), sampling)
+@pytest.mark.parametrize("prompt", [[], [5]])
+def test_the_largest_count_does_not_wrap(prompt):
+    """A step more or less: both ways to count end at the same number."""
+    text = [*prompt, *[5] * 2**15]
+    count_BV = jnp.asarray(counts_of_text(text[:-3], len(prompt), VOCABULARY))[None]
+    for _ in range(6):
+        count_BV = count_answer(count_BV, jnp.array([5]), jnp.array([True]))
     assert FULL < int(count_BV[0, 5]) < 2**16
-    assert int(count_BV[0, 4]) == FULL - 1
+    assert int(count_BV[0, 5]) == counts_of_text([*text, 5, 5], len(prompt), VOCABULARY)[5]
+    assert int(count_BV[0, 4]) == 0
+
+
+@pytest.mark.parametrize("vocabulary", [64, 50])
+def test_chips_that_share_the_counts_count_what_one_does(vocabulary):
+    """Slots in any order; one is not counted, and one is no slot at all."""
+    count_BV = np.random.default_rng(0).integers(0, 9, (4, vocabulary)).astype(np.uint16)
+    slot_N, token_N = jnp.array([2, 0, 4, 3]), jnp.array([7, vocabulary - 1, 1, 9])
+    expected = count_BV.copy()
+    for slot, token in ((2, 7), (0, vocabulary - 1)):
+        expected[slot, token] += IN_ANSWER
+    is_counted_N = jnp.array([True, True, True, False])
+    for chips in (1, 8):
+        mesh = Mesh(np.array(jax.devices()[:chips]), ("tensor",))
+        told = count_answer(jnp.asarray(count_BV), token_N, is_counted_N, mesh=mesh, slot_N=slot_N)
+        np.testing.assert_array_equal(told, expected)
 
 
 def test_nothing_is_counted_while_nobody_asks():

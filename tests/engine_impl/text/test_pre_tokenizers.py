@@ -13,9 +13,13 @@ def words(name, text):
 
 CASES = [
     (["gpt-2"], "it's 1234 ok", ["it", "'s", " 1234", " ok"]),
-    (["smollm"], "it's 1234", ["it", "'s", " ", "1", "2", "3", "4"]),
-    (["llama-bpe", "llama3", "llama-v3", "dbrx"], "IT'S 12345 a/b", ["IT", "'S", " ", "123", "45", " a", "/b"]),
-    (["qwen2", "deepseek-r1-qwen"], "IT'S 123", ["IT", "'S", " ", "1", "2", "3"]),
+    (["smollm", "starcoder", "refact", "command-r"], "it's 1234", ["it", "'s", " ", "1", "2", "3", "4"]),
+    (
+        ["llama-bpe", "llama3", "llama-v3", "dbrx", "smaug-bpe", "glm4", "chatglm-bpe"],
+        "IT'S 12345 a/b",
+        ["IT", "'S", " ", "123", "45", " a", "/b"],
+    ),
+    (["qwen2", "deepseek-r1-qwen", "stablelm2"], "IT'S 123", ["IT", "'S", " ", "1", "2", "3"]),
     (["tekken"], "camelCase HTTPServer it's 1", ["camel", "Case", " HTTPServer", " it", "'s", " ", "1"]),
     (["tekken"], "12/\n", ["1", "2", "/\n"]),
     (["gpt-4o"], "camelCase it's 12345/\n", ["camel", "Case", " it's", " ", "123", "45", "/\n"]),

@@ -5,19 +5,18 @@ import threading
 import time
 
 import pytest
+from slipstream.engine_impl.checkpoints.open import open_checkpoint
 from slipstream.engine_impl.errors import RefusedError, TooLongError
 from slipstream.engine_impl.text import chat_template
 from slipstream.engine_impl.text.chat_template import ChatTemplate
 from slipstream.engine_impl.text.tokenizer import Tokenizer, byte_level_bpe
-
-from ..tiny_models import embedded_engine
 
 TEXTS = ["Hello world", "naïve café 東京 🥚", "a  b\n\n\tc", "<|im_start|>user\nhi<|im_end|>", "", " leading"]
 
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return embedded_engine()[0].get_tokenizer()
+    return open_checkpoint("embedded").tokenizer()
 
 
 @pytest.fixture(scope="module")

@@ -108,7 +108,7 @@ def test_counts_are_checked_before_anything_is_made_of_them():
 
 def test_long_messages_are_answered_as_short_ones_are():
     async def scenario():
-        engine = FakeEngine(cache_length=200_000, max_prefill_length=150_000)
+        engine = FakeEngine(cache_length=1 << 18, max_prefill_length=150_000, prefill_chunk=1 << 17, page_rows=1024)
         async with serving(engine) as (_, channel):
             assert (await answer(channel, text_request("a" * 100_000)))[0] == "bcd"
             error = await failure(channel, text_request("a" * 150_001))

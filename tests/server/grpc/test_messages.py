@@ -52,6 +52,7 @@ OPTIONS = st.fixed_dictionaries(
         "priority": INT32,
         "min_tokens": INT32,
         "logit_bias": st.dictionaries(INT32, FLOAT, max_size=5),
+        "cache_salt": TEXT,
     },
 )
 
@@ -61,7 +62,7 @@ OPTIONS = st.fixed_dictionaries(
 def test_any_message_is_a_request_or_refused(options, content, is_sound_at_heart):
     if is_sound_at_heart:  # else hardly any would get past the first checks
         options = {"max_tokens": 3} | {
-            name: value for name, value in options.items() if name in ("seed", "stop_strings")
+            name: value for name, value in options.items() if name in ("seed", "stop_strings", "cache_salt")
         }
     message = pb.DecodeRequest(**options, **content)
     try:
@@ -103,6 +104,7 @@ def test_any_bytes_are_a_request_or_refused(raw):
         ({"frequency_penalty": float("nan")}, "frequency_penalty=nan"),
         ({"min_tokens": 4}, "min_tokens=4 must be at most max_tokens=3"),
         ({"logit_bias": {5: -101}}, r"logit_bias\[5\]=-101.0 must be from -100 to 100"),
+        ({"cache_salt": ""}, "cache_salt: 0 characters, must be a text of 1 to 256 characters"),
         ({"logit_bias": {256: 1}}, "logit_bias: token id 256 is outside the vocabulary; ids go from 0 to 255"),
     ],
     ids=lambda value: value[:24] if isinstance(value, str) else "",
@@ -120,7 +122,7 @@ def test_a_request_knows_its_caller():
     assert (request.id, request.deadline, request.deliver) == ("mine", 5.0, print)
 
 
-USAGE = Usage(prompt_tokens=3, generated_tokens=2, queue_ms=0.5, ttft_ms=None, total_ms=8.25)
+USAGE = Usage(prompt_tokens=3, cached_tokens=1, generated_tokens=2, queue_ms=0.5, ttft_ms=None, total_ms=8.25)
 
 
 def test_events_are_read_back_from_the_wire():

@@ -68,7 +68,7 @@ def test_several_samples_come_from_one_prefill():
     assert texts(events) == {0: "BCDE", 1: "LMNO", 2: "VWXY"}
     assert [event.finish_reason for event in events if event.finish_reason] == [FinishReason.LENGTH] * 3
     assert events[-1].usage.generated_tokens == 12
-    assert [call.split()[0] for call in engine.log[:6]] == ["prefill", "resample", "resample", *["insert"] * 3]
+    assert [call.split()[0] for call in engine.log[:6]] == ["prefill", "first_tokens", "first_tokens", *["insert"] * 3]
     seeds = [sampling.seed for sampling in engine.samplings]
     assert seeds[0] == 7
     assert len(set(seeds)) == 3

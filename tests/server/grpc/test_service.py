@@ -156,7 +156,7 @@ def check_refused(error, message):
         (text_request(""), "the prompt is empty"),
         (pb.DecodeRequest(max_tokens=3), "the prompt is missing; set text_content, token_content or messages"),
         (chat_request(), "messages is empty"),
-        (text_request("a" * 17), "the prompt has 17 tokens, the largest prefill bucket 16"),
+        (text_request("a" * 17), "the prompt has 17 tokens, at most 16 are taken"),
         (text_request("a", 256), "ask for at most 255 tokens or serve with a larger --cache-length"),
         (text_request("a", 0), "max_tokens=0 must be at least 1"),
         (text_request("a", -5), "max_tokens=-5 must be at least 1"),
@@ -187,6 +187,21 @@ def test_bad_requests_are_refused_and_the_server_goes_on(request_, message):
 def test_the_longest_request_that_fits_is_answered():
     async def scenario():
         async with serving(FakeEngine(cache_length=32)) as (_, channel):
+            text, _, _ = await answer(channel, text_request("0" * 16, 16))
+            assert text == "123456789:;<=>?@"
+
+    asyncio.run(scenario())
+
+
+def test_what_all_pages_cannot_hold_is_refused_and_what_fills_them_is_answered():
+    async def scenario():
+        async with serving(FakeEngine(page_rows=8, pages=4)) as (_, channel):
+            code, details = await refusal(channel, text_request("0" * 16, 17))
+            assert code is grpc.StatusCode.INVALID_ARGUMENT
+            assert details == (
+                "a prompt of 16 tokens and max_tokens=17 exceed cache_tokens=32; "
+                "ask for at most 16 tokens or serve with a larger --cache-tokens"
+            )
             text, _, _ = await answer(channel, text_request("0" * 16, 16))
             assert text == "123456789:;<=>?@"
 

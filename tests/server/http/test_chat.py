@@ -79,13 +79,28 @@ def test_openais_own_stream_helper_puts_the_answer_together():
     asyncio.run(scenario())
 
 
-def test_without_a_length_the_answer_may_fill_the_cache():
+@pytest.mark.parametrize(
+    "engine", [FakeEngine(cache_length=40), FakeEngine(page_rows=8, pages=5)], ids=["slot", "pool"]
+)
+def test_without_a_length_the_answer_may_fill_the_cache(engine):
     async def scenario():
-        async with serving(FakeEngine(cache_length=40)) as (_, client):
+        async with serving(engine) as (_, client):
             for more in ({"max_tokens": None}, {"max_tokens": 9, "max_completion_tokens": 36}):
                 answer = await chat(client, [{"role": "user", "content": "\x01"}], **more)
                 assert (answer.usage.prompt_tokens, answer.usage.completion_tokens) == (4, 36)
                 assert answer.choices[0].finish_reason == "length"
+
+    asyncio.run(scenario())
+
+
+def test_the_models_length_is_the_longest_request_that_fits():
+    """As vLLM tells it: clients cut their conversations to it."""
+
+    async def scenario():
+        for engine, longest in ((FakeEngine(cache_length=64), 64), (FakeEngine(page_rows=8, pages=5), 40)):
+            async with serving(engine) as (_, client):
+                (card,) = [model async for model in client.models.list()]
+                assert card.to_dict()["max_model_len"] == longest
 
     asyncio.run(scenario())
 

@@ -30,6 +30,7 @@ def test_text_in_text_out():
             assert (choice.text, choice.index, choice.finish_reason, choice.logprobs) == ("bcd", 0, "length", None)
             assert (answer.object, answer.model) == ("text_completion", "fake")
             assert (answer.usage.prompt_tokens, answer.usage.completion_tokens, answer.usage.total_tokens) == (1, 3, 4)
+            assert answer.usage.prompt_tokens_details.cached_tokens == 0
             assert (await complete(client, "w", max_tokens=9)).choices[0].finish_reason == "stop"
 
     asyncio.run(scenario())
@@ -73,6 +74,7 @@ def test_usage_comes_last_if_asked_for():
             answer = await chunks(client, ["a", "bc"], stream_options={"include_usage": True})
             assert answer[-1].choices == []
             assert (answer[-1].usage.prompt_tokens, answer[-1].usage.completion_tokens) == (3, 6)
+            assert answer[-1].usage.prompt_tokens_details.cached_tokens == 0
             assert not any(chunk.usage for chunk in answer[:-1])
 
     asyncio.run(scenario())

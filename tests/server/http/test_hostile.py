@@ -94,7 +94,7 @@ def test_large_bodies_are_answered_as_small_ones_are():
     """They are read in another process: what it refuses comes back with its field and status."""
 
     async def scenario():
-        engine = FakeEngine(cache_length=200_000, max_prefill_length=150_000)
+        engine = FakeEngine(cache_length=1 << 18, max_prefill_length=150_000, prefill_chunk=1 << 17, page_rows=1024)
         async with serving(engine) as (server, _), aiohttp.ClientSession(headers=JSON) as session:
 
             async def ask(body, path="completions", **headers):

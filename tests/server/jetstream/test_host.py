@@ -194,8 +194,19 @@ def test_a_single_device_has_no_halves():
 
 
 @pytest.mark.parametrize(
-    "flag", ["--auth-token-file", "--max-streams-per-client", "--max-queued-tokens", "--profile", "--http-port"]
-)
-def test_what_jetstreams_server_cannot_do_is_refused(flag, capsys):
-    assert cli.run(["serve", "--orchestrator", "jetstream", flag, "7"]) == cli.BAD_INPUT
-    assert f"{flag}: not with JetStream's server" in capsys.readouterr().err
+    "words",
+    [
+        *(
+            [flag, "7"]
+            for flag in (
+                "--auth-token-file", "--max-streams-per-client", "--max-queued-tokens", "--profile", "--http-port"
+            )
+        ),
+        ["--no-prefix-cache"],
+        ["--no-isolate-prefixes"],
+    ],
+    ids=" ".join,
+)  # fmt: skip
+def test_what_jetstreams_server_cannot_do_is_refused(words, capsys):
+    assert cli.run(["serve", "--orchestrator", "jetstream", *words]) == cli.BAD_INPUT
+    assert f"{words[0]}: not with JetStream's server" in capsys.readouterr().err

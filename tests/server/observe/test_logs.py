@@ -56,12 +56,12 @@ def test_json_lines(configured, capsys):
 @pytest.mark.parametrize("form", ["text", "json"])
 def test_a_requests_end_is_one_line(form, configured, capsys):
     configured(form)
-    Metrics().ended(Outcome.DEADLINE, prompt_tokens=5, generated_tokens=2, request_id="abc", **TIMES)
+    Metrics().ended(Outcome.DEADLINE, prompt_tokens=5, cached_tokens=2, generated_tokens=2, request_id="abc", **TIMES)
     (line,) = lines(capsys)
     if form == "text":
         assert line.endswith(
-            "I request ended request_id=abc outcome=deadline prompt_tokens=5 generated_tokens=2 queue_ms=1.0 "
-            "total_ms=500.0"
+            "I request ended request_id=abc outcome=deadline prompt_tokens=5 cached_tokens=2 generated_tokens=2 "
+            "queue_ms=1.0 total_ms=500.0"
         )
     else:
         facts = json.loads(line)

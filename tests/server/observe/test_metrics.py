@@ -19,8 +19,8 @@ def value(metrics, name, **labels):
 
 def end(metrics, outcome=Outcome.OK, **changes):
     facts = {
-        "prompt_tokens": 5, "generated_tokens": 7, "queue_s": 0.2, "ttft_s": 0.3, "tpot_s": 0.004, "e2e_s": 2.0,
-        "request_id": "abc",
+        "prompt_tokens": 5, "cached_tokens": 2, "generated_tokens": 7, "request_id": "abc",
+        "queue_s": 0.2, "ttft_s": 0.3, "tpot_s": 0.004, "e2e_s": 2.0,
     }  # fmt: skip
     metrics.ended(outcome, **facts | changes)
 
@@ -51,10 +51,36 @@ def test_a_refusal_is_no_request_with_times(metrics):
 
 def test_gauges_are_read_when_they_are_scraped(metrics):
     waiting = []
-    metrics.watch(queue_depth=lambda: len(waiting), slots_in_use=lambda: 3, slots=8)
+    metrics.watch(queue_depth=lambda: len(waiting), slots_in_use=lambda: 3, slots=8, pages=dict)
     waiting += "ab"
     assert value(metrics, "queue_depth") == 2
     assert (value(metrics, "slots_in_use"), value(metrics, "slots")) == (3, 8)
+
+
+def test_pages_are_asked_for_once_a_scrape_so_that_they_add_up(metrics):
+    counts = {"free": 5, "live": 3, "cached": 0}
+    asked = []
+
+    def pages():
+        asked.append(None)
+        return counts
+
+    metrics.watch(queue_depth=int, slots_in_use=int, slots=8, pages=pages)
+    counts |= {"free": 1, "cached": 4}
+    asked.clear()
+    text = generate_latest(metrics.registry).decode()
+    assert len(asked) == 1
+    for state, count in (("free", 1), ("live", 3), ("cached", 4)):
+        assert f'\nslipstream_pages{{state="{state}"}} {count}.0\n' in text
+
+
+def test_preemptions_and_cached_prefixes_are_counted_from_zero(metrics):
+    names = ("preemptions_total", "prefix_cached_tokens_total")
+    assert [value(metrics, name) for name in names] == [0, 0]
+    metrics.preempted()
+    metrics.prefix_cached(256)
+    metrics.prefix_cached(128)
+    assert [value(metrics, name) for name in names] == [1, 384]
 
 
 def test_the_engines_pace(metrics):
@@ -106,6 +132,7 @@ def test_the_text_form_has_the_names_that_dashboards_use(metrics):
     text = generate_latest(metrics.registry).decode()
     for name in (
         'requests_total{outcome="ok"} 1.0', "slots ", "slots_in_use ", "queue_depth ", "ttft_seconds_bucket{",
+        "preemptions_total 0.0", "prefix_cached_tokens_total 0.0",
         "tpot_seconds_bucket{", "e2e_seconds_bucket{", "queue_seconds_bucket{", "prefill_seconds_bucket{",
         "decode_step_seconds_bucket{", "prompt_tokens_total ", "generated_tokens_total ",
         "compilations_after_warmup_total 0.0",
@@ -141,6 +168,6 @@ def test_an_end_is_one_line_in_the_log(metrics, caplog):
         end(metrics, Outcome.CANCELLED, ttft_s=None)
     (record,) = caplog.records
     assert record.fields == {
-        "request_id": "abc", "outcome": "cancelled", "prompt_tokens": 5, "generated_tokens": 7,
+        "request_id": "abc", "outcome": "cancelled", "prompt_tokens": 5, "cached_tokens": 2, "generated_tokens": 7,
         "queue_ms": 200.0, "ttft_ms": None, "total_ms": 2000.0,
     }  # fmt: skip

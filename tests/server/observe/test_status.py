@@ -22,7 +22,7 @@ class Terminal(io.StringIO):
 @pytest.fixture
 def metrics():
     metrics = Metrics()
-    metrics.watch(queue_depth=lambda: 7, slots_in_use=lambda: 3, slots=8)
+    metrics.watch(queue_depth=lambda: 7, slots_in_use=lambda: 3, slots=8, pages=dict)
     return metrics
 
 
@@ -37,7 +37,14 @@ def test_what_it_says(metrics, monkeypatch):
     metrics.rejected()
     for ttft_s in (0.1, 0.3, 9.0):
         metrics.ended(
-            Outcome.OK, prompt_tokens=1, generated_tokens=1, queue_s=0.0, ttft_s=ttft_s, tpot_s=None, e2e_s=9.0
+            Outcome.OK,
+            prompt_tokens=1,
+            cached_tokens=0,
+            generated_tokens=1,
+            queue_s=0.0,
+            ttft_s=ttft_s,
+            tpot_s=None,
+            e2e_s=9.0,
         )
     assert line.text() == "slots 3/8 · queue 7 · 30 tokens/s · TTFT p50 300 ms · rejected 1"
     now = 104.0

@@ -4,7 +4,7 @@ import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -15,7 +15,7 @@ from slipstream.cli import main as cli
 from slipstream.cli.ask import Ask
 from slipstream.cli.options import OTHER_NAMES as FLAGS
 from slipstream.engine_impl.errors import RefusedError
-from slipstream.engine_impl.option import ByToken, Range, Rows, Texts, TokenIds, at_least, option, options_of
+from slipstream.engine_impl.option import ByToken, Range, Rows, Text, Texts, TokenIds, at_least, option, options_of
 from slipstream.engine_impl.sampling.params import SamplingParams
 from slipstream.engine_impl.sampling.slots import NOWHERE, ON_DEVICE, SlotSampling, leaf
 from slipstream.protos import orchestrator_pb2 as pb
@@ -51,6 +51,8 @@ def examples(one) -> list[Any]:
             ends = [low] * (not is_above) + [highest] * (highest < 2**33)
             absent = [None] if one.default is None else []
             return [type(one.default or 0)(value) for value in ends + inner] + absent
+        case Text(longest=longest):
+            return ["x", "é" * longest, " \n", None]
         case Texts(at_most=at_most):
             return [(), ("x", "y" * 256, "é\n"), tuple("a" for _ in range(at_most))]
         case TokenIds(at_most=at_most):
@@ -146,7 +148,7 @@ def test_what_is_left_out_is_the_declared_default_but_for_openais():
 @pytest.mark.parametrize("one", OPTIONS, ids=BY_NAME)
 def test_the_wire_has_a_field_that_can_tell_the_default_from_zero(one):
     field = pb.DecodeRequest.DESCRIPTOR.fields_by_name[one.name]
-    kind = type(one.default) if one.default not in ((), None) else (str if one.name == "stop_strings" else int)
+    kind = dict if one.default == {} else next(iter(get_args(one.kind)), one.kind)  # of `int | None`: int
     assert field.type in WIRE_KINDS[kind]
     assert field.is_repeated == isinstance(one.default, (tuple, dict))
     is_zero = one.default is not None and not one.default
@@ -214,6 +216,8 @@ def test_a_number_is_taken_or_refused_by_name_value_and_limit(one, data):
         ({"logit_bias": dict.fromkeys(range(301), 1)}, "logit_bias: 301 token ids are too many; send at most 300"),
         ({"seed": -1}, "seed=-1 must be from 0 to 4294967295, or left out"),
         ({"max_tokens": 0}, "max_tokens=0 must be at least 1"),
+        ({"cache_salt": ""}, "^cache_salt: 0 characters, must be a text of 1 to 256 characters, or left out$"),
+        ({"cache_salt": "s" * 257}, "^cache_salt: 257 characters, must be a text of 1 to 256 characters, or left out$"),
     ],
 )
 def test_refusals(values, message):

@@ -19,14 +19,25 @@ def test_one_request_goes_through_the_loop_in_order():
     with running(engine, warm_up=True) as orchestrator:
         text, last = ask(orchestrator, "a").answer()
     assert (text, last.finish_reason) == ("bcd", FinishReason.LENGTH)
-    assert engine.log == ["warm_up", "prefill a", "insert 0", "generate", "generate", "free 0"]
+    assert engine.log == ["warm_up", "prefill a", "insert 0", "generate", "generate"]
 
 
 def test_max_tokens_1_needs_no_slot():
     engine = FakeEngine()
     with running(engine) as orchestrator:
         assert ask(orchestrator, "a", 1).answer()[0] == "b"
-    assert engine.log == ["prefill a"]
+    assert engine.log == ["prefill a", "insert"], "its rows are kept as a prefix"
+
+
+def test_max_tokens_1_does_not_wait_for_a_slot():
+    engine = FakeEngine(max_concurrent_decodes=1, pace=threading.Semaphore(0))
+    with running(engine) as orchestrator:
+        running_one = ask(orchestrator, "a", 9)
+        running_one.next()
+        engine.pace.release(2)
+        assert ask(orchestrator, "A", 1).answer()[0] == "B"
+        assert orchestrator.slots_in_use == 1
+        engine.pace.release(99)
 
 
 @pytest.mark.parametrize(("prompt", "text"), [("w", "xyz"), ("y", "z"), ("z", "")])
@@ -54,7 +65,7 @@ def test_a_new_request_enters_while_others_run():
         engine.pace.release(99)
         assert second.answer()[0] == "BCD"
         assert first.answer()[0] == "cdefghijklmnopqrstu"
-    assert engine.log.index("prefill A") < engine.log.index("free 0")
+    assert "generate" in engine.log[engine.log.index("insert 1") :]
 
 
 def test_requests_share_steps_and_queue_for_slots():
@@ -87,9 +98,9 @@ def test_late_tokens_of_a_cancelled_request_do_not_reach_the_slots_next_owner():
         engine.pace.release(99)
         assert new.answer()[0] == "BCDE"
         assert old.answer()[1].finish_reason is FinishReason.CANCELLED
-    freed = engine.log.index("free 0")
-    assert engine.log[freed : freed + 3] == ["free 0", "prefill A", "insert 0"]
-    assert engine.log[freed - 1] == "generate", "the old request's last step was in flight"
+    inserted = engine.log.index("prefill A")
+    assert engine.log[inserted : inserted + 2] == ["prefill A", "insert 0"]
+    assert engine.log[inserted - 1] == "generate", "the old request's last step was in flight"
 
 
 def test_late_tokens_after_a_stop_do_not_reach_the_slots_next_owner():

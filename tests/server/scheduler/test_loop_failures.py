@@ -108,12 +108,11 @@ def fail_once(engine, call, *, after):
     ("call", "after", "loses_the_state"),
     [
         ("prefill", None, False),
-        ("resample", "prefill", False),
+        ("first_tokens", "prefill", False),
         ("copy", "prefill", False),
         ("insert", "prefill", True),
         ("generate", "prefill", True),
         ("copy", "generate", True),
-        ("free", "prefill", True),
     ],
 )
 def test_a_fault_at_any_stage_fails_its_request_and_the_next_one_works(call, after, loses_the_state):
@@ -129,7 +128,7 @@ def test_a_fault_at_any_stage_fails_its_request_and_the_next_one_works(call, aft
     assert engine.states_made == 1 + loses_the_state
 
 
-@pytest.mark.parametrize(("call", "after"), [("prefill", None), ("resample", "prefill"), ("copy", "prefill")])
+@pytest.mark.parametrize(("call", "after"), [("prefill", None), ("first_tokens", "prefill"), ("copy", "prefill")])
 def test_a_fault_before_insert_harms_no_running_answer(call, after):
     engine = FakeEngine(max_concurrent_decodes=3, pace=threading.Semaphore(1))
     with running(engine) as orchestrator:

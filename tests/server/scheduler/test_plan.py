@@ -1,83 +1,273 @@
-"""What a turn does, without an engine."""
+"""What a turn does, without an engine's programs. Pages have 4 rows; a piece has 8 tokens."""
 
+import numpy as np
+import pytest
 from slipstream.server.request.request import Request
-from slipstream.server.scheduler.plan import StepPlan, plan
+from slipstream.server.scheduler.plan import MOST_IN_WORK, Scene, StepPlan, plan
+from slipstream.server.scheduler.prompt import Prompt
+from slipstream.server.scheduler.room import Room
 from slipstream.server.scheduler.slots import Slots
 
+from tests.fakes import FakeEngine
 
-def request(**more):
-    return Request(**{"prompt_ids": [1], "max_tokens": 3, "deliver": print} | more)
-
-
-def turn(slots, waiting=None, *, ended=(), now=0.0, probe=False):
-    return plan(waiting=waiting, slots=slots, ended=ended, now=now, probe=probe)
+ROWS = 4
 
 
-def seated(slots, **more):
-    sample = request(**more).samples[0]
-    slots.give(sample)
-    return sample
+class House:
+    """A server's tables."""
+
+    def __init__(self, slots=2, *, pages=0, batch=1, prefix_cache=True):
+        self.engine = FakeEngine(
+            max_concurrent_decodes=slots, cache_length=64, page_rows=ROWS, prefill_chunk=8, pages=pages, batch=batch
+        )
+        self.slots = Slots(slots, [], cache_length=64)
+        self.room = Room(self.engine, prefix_cache=prefix_cache)
+        self.in_work, self.parked, self.came = [], [], 0
+
+    def prompt(self, tokens: int | list[int] = 1, *, answer: int = 0, **more) -> Prompt:
+        """Of one that has come just now; `tokens` with `answer` of them the answer's."""
+        token_T = np.arange(tokens) if isinstance(tokens, int) else np.array(tokens)
+        asked = {"prompt_ids": token_T[: len(token_T) - answer].tolist(), "max_tokens": 40, "deliver": print} | more
+        request = Request(**asked)
+        self.came += 1
+        request.queued_at = float(self.came)
+        samples = tuple(request.samples[:1] if answer else request.samples)
+        return Prompt(samples, token_T, self.room.names(token_T, ""))
+
+    def working(self, *args, **more):
+        """A prompt in work."""
+        prompt = self.prompt(*args, **more)
+        slots = [self.slots.reserve(sample) for sample in prompt.samples[: prompt.slots_needed]]
+        self.room.let_in(prompt, slots)
+        self.in_work.append(prompt)
+        return prompt
+
+    def decoding(self, *args, **more):
+        """A prompt's samples, that decode."""
+        prompt = self.working(*args, **more)
+        self.in_work.remove(prompt)
+        self.room.advance(prompt, prompt.left)
+        for sample in prompt.samples:
+            self.slots.seat(sample, prompt.token_T)
+        return list(prompt.samples)
+
+    def steps(self, count):
+        for _ in range(count):
+            self.slots.count_step()
+
+    def turn(self, *queued, ended=(), now=0.0, probe=False, newcomers=True):
+        return plan(
+            Scene(
+                slots=self.slots, room=self.room, in_work=self.in_work, parked=self.parked, queued=queued, ended=ended,
+                now=now, probe=probe, newcomers=newcomers, batch=self.engine.prefill_batch,
+            )
+        )  # fmt: skip
 
 
-NOTHING = StepPlan(expired=(), free=(), prefill=None, decode=False)
+def growing(sample, pages=1):
+    assert sample.slot is not None
+    return (sample.slot, pages)
+
+
+def entering(*prompts):
+    return StepPlan(let_in=prompts, prefill=prompts)
 
 
 def test_an_idle_server_does_nothing():
-    assert turn(Slots(2, [])) == NOTHING
+    assert House().turn() == StepPlan()
 
 
-def test_a_probe_of_an_idle_server_is_a_step():
-    assert turn(Slots(2, []), probe=True) == StepPlan(expired=(), free=(), prefill=None, decode=True)
+def test_a_probe_is_a_step_of_nobodys():
+    assert House().turn(probe=True) == StepPlan(idle_step=True)
 
 
-def test_a_request_is_prefilled_and_decoded_in_one_turn():
-    one = request()
-    assert turn(Slots(2, []), one) == StepPlan(expired=(), free=(), prefill=one, decode=True)
+def test_the_first_in_the_queue_is_let_in_and_prefilled():
+    house = House()
+    first, second = house.prompt(), house.prompt()
+    assert house.turn(first, second) == entering(first)
 
 
-def test_a_single_token_needs_no_slot_and_no_step():
-    slots = Slots(1, [])
-    one = request(max_tokens=1)
-    assert turn(slots, one) == StepPlan(expired=(), free=(), prefill=one, decode=False)
-    seated(slots)
-    assert turn(slots, one) == StepPlan(expired=(), free=(), prefill=one, decode=True)
+def test_a_request_waits_until_all_its_slots_are_free_and_nobody_overtakes_it():
+    house = House(3)
+    (running,) = house.decoding()
+    wide, narrow = house.prompt(num_samples=3), house.prompt()
+    assert house.turn(wide, narrow) == StepPlan()
+    assert house.turn(wide, narrow, ended=[running]).let_in == (wide,), "a slot given back in this turn counts"
 
 
-def test_a_request_waits_until_all_its_slots_are_free():
-    slots = Slots(3, [])
-    first, wide = seated(slots), request(num_samples=3)
-    assert turn(slots, wide).prefill is None
-    assert turn(slots, wide, ended=[first]).prefill is wide, "a slot given back in this turn counts"
+def test_a_single_token_needs_no_slot():
+    house = House(1)
+    house.decoding()
+    one = house.prompt(max_tokens=1, num_samples=3)
+    assert house.turn(one) == entering(one)
+    house.room._spare.clear()
+    assert house.turn(one) == StepPlan(), "but a table"
+
+
+def test_short_prompts_are_prefilled_together():
+    house = House(8, batch=3)
+    short = [house.prompt([number]) for number in range(4)]
+    assert house.turn(*short).let_in == tuple(short[:3])
+    assert house.turn(short[0], house.prompt(9), short[1]).let_in == (short[0],), "what comes behind a long one waits"
+    assert house.turn(house.prompt(9), *short).let_in[1:] == ()
+    assert house.turn(house.prompt(2, num_samples=2), *short).let_in[1:] == ()
+    assert house.turn(house.prompt(2, prompt_logprobs=True), *short).let_in[1:] == ()
+    narrow = House(2, batch=3)
+    short = [narrow.prompt([number]) for number in range(3)]
+    assert narrow.turn(*short).let_in == tuple(short[:2]), "as many as there are slots"
+
+
+def test_newcomers_and_prompts_in_work_take_turns():
+    house = House(4)
+    long, new = house.working(30), house.prompt([7])
+    assert house.turn(new) == entering(new)
+    assert house.turn(new, newcomers=False) == StepPlan(prefill=(long,))
+    assert house.turn() == StepPlan(prefill=(long,))
+
+
+def test_a_long_prompt_waits_while_others_are_in_work():
+    house = House(9)
+    in_work = [house.working([number] * 20) for number in range(MOST_IN_WORK)]
+    long, short = house.prompt([8] * 9), house.prompt([9] * 8)
+    assert house.turn(long, short).prefill == (in_work[0],)
+    assert house.turn(short).let_in == (short,)
+
+
+def test_a_prompt_waits_for_the_one_that_computes_its_beginning():
+    house = House(4, batch=4)
+    first = house.prompt([1] * 8)
+    same, other = house.prompt([1] * 6), house.prompt([2] * 6)
+    assert house.turn(first, same, other).let_in == (first,)
+    house.in_work.append(first)
+    house.room.let_in(first, [house.slots.reserve(first.samples[0])])
+    assert house.turn(same, other).prefill == (first,)
+    house.room.advance(first, 8)
+    house.in_work.clear()
+    assert house.turn(same, other).let_in == (same, other)
+    assert house.room.need(same).shared == house.room._pages.of_slot(first.tables[0])[:1]
+
+
+def test_without_a_prefix_cache_nobody_waits_for_a_beginning():
+    house = House(4, batch=4, prefix_cache=False)
+    pair = house.prompt([1] * 8), house.prompt([1] * 8)
+    assert house.turn(*pair).let_in == pair
 
 
 def test_slots_of_ended_and_overdue_samples_are_given_back_once():
-    slots = Slots(4, [])
-    both, late, running = seated(slots, deadline=5.0), seated(slots, deadline=5.0), seated(slots, deadline=6.0)
-    gone = request().samples[0]  # ended, and never had a slot, or has none any more
-    decided = turn(slots, ended=[both, gone, both], now=5.0)
-    assert set(decided.free) == {both, late}
-    assert len(decided.free) == 2
+    house = House(4)
+    (both,), (late,), _ = [house.decoding(deadline=deadline) for deadline in (5.0, 5.0, 6.0)]
+    gone = house.prompt().samples[0]  # ended, and never had a slot, or has none any more
+    decided = house.turn(ended=[both, gone, both], now=5.0)
+    assert (set(decided.free), len(decided.free)) == ({both, late}, 2)
     assert set(decided.expired) == {both.request, late.request}
-    assert decided.decode, running
-
-
-def test_the_last_that_ends_leaves_no_step():
-    slots = Slots(1, [])
-    only = seated(slots)
-    assert turn(slots, ended=[only]) == StepPlan(expired=(), free=(only,), prefill=None, decode=False)
 
 
 def test_samples_of_one_request_expire_together():
-    slots, wide = Slots(2, []), request(num_samples=2, deadline=1.0)
-    for sample in wide.samples:
-        slots.give(sample)
-    decided = turn(slots, now=1.0)
-    assert decided.expired == (wide,)
-    assert decided.free == tuple(wide.samples)
+    house = House(2)
+    wide = house.decoding(num_samples=2, deadline=1.0)
+    decided = house.turn(now=1.0)
+    assert (decided.expired, decided.free) == ((wide[0].request,), tuple(wide))
+
+
+@pytest.mark.parametrize("place", ["in_work", "parked"])
+def test_prompts_are_dropped_when_their_samples_end_or_expire(place):
+    for more in ({"ended": True}, {"now": 5.0}):
+        house = House()
+        prompt = house.working(20, deadline=5.0) if place == "in_work" else house.prompt(20, answer=3, deadline=5.0)
+        if place == "parked":
+            house.parked.append(prompt)
+        decided = house.turn(ended=prompt.samples if "ended" in more else (), now=more.get("now", 0.0))
+        assert decided == StepPlan(drop=(prompt,), expired=(prompt.request,) if "now" in more else ())
+
+
+def test_a_slot_grows_where_the_next_step_leaves_its_pages():
+    house = House()
+    (one,) = house.decoding(3)  # its page, with room for the first step
+    assert house.turn().grow == ()
+    house.steps(1)
+    assert house.turn().grow == (growing(one),)
+
+
+def test_the_youngest_of_the_lowest_priority_gives_way():
+    house = House(4, pages=3)
+    (low,), (old,), (young,) = house.decoding(3, priority=-1), house.decoding(3), house.decoding(3)
+    house.steps(1)  # each wants a second page, and none is left
+    assert house.turn().preempt == (low, young)
+    assert house.turn().grow == (growing(old),)
+    assert house.turn(ended=[low, young]) == StepPlan(free=(low, young), grow=(growing(old),))
+
+
+def test_a_prompt_in_work_gives_way_too():
+    house = House(4, pages=5)
+    (old,) = house.decoding(3)
+    prompt = house.working([7] * 15)
+    house.steps(1)
+    assert house.turn() == StepPlan(postpone=(prompt,), grow=(growing(old),))
+
+
+def test_who_grows_may_be_the_one_who_gives_way():
+    house = House(4, pages=2)
+    house.decoding(2)
+    (young,) = house.decoding(3)
+    house.steps(1)
+    assert house.turn() == StepPlan(preempt=(young,))
+
+
+def test_cached_prefixes_go_before_anybody_gives_way():
+    house = House(4, pages=3)
+    (gone,), (one,) = house.decoding([5] * 5), house.decoding(3)
+    house.room.leave_text(house.slots.take_back(gone), np.array([5] * 5), "")
+    assert house.room.states() == {"free": 1, "live": 1, "cached": 1}
+    house.decoding(1)
+    house.steps(1)
+    assert house.turn() == StepPlan(grow=(growing(one),))
+
+
+def test_a_shared_page_is_nobodys_to_give():
+    house = House(4, pages=3)
+    text = [5] * 7
+    (first,), (second,) = house.decoding(text), house.decoding(text)
+    assert house.room.states()["free"] == 0
+    house.steps(1)
+    assert house.turn().preempt == (second,), "which frees its second page alone; the first is shared"
+    assert house.turn().grow == (growing(first),)
+
+
+def test_entries_of_the_tables_are_a_room_of_their_own():
+    house = House(4)
+    house.room._pages.entries_left = 3
+    (old,), (young,) = house.decoding(3), house.decoding(3)
+    assert house.turn(house.prompt(4)).let_in == ()
+    assert house.turn(house.prompt(2)).let_in != ()
+    house.steps(1)
+    assert house.turn().preempt == (young,)
+    assert house.turn().grow == (growing(old),)
+
+
+def test_parked_prompts_go_before_the_queue_and_leave_room_to_grow():
+    house = House(4, pages=8)
+    house.decoding(2)
+    house.decoding(2)
+    back = house.prompt([7] * 15, answer=5)  # 4 pages
+    house.parked.append(back)
+    assert house.turn(house.prompt()).let_in == (back,), "2 of 8 are used, 4 wanted, and 2 can grow"
+    house.decoding(1)
+    assert house.turn(house.prompt()).let_in == (), "else it would be pre-empted again, and again"
+
+
+def test_what_is_alone_needs_no_margin():
+    house = House(2, pages=4)
+    whole = house.prompt(15)
+    assert house.turn(whole).let_in == (whole,)
+    house.decoding(1)
+    assert house.turn(house.prompt(7)).let_in != ()
+    assert house.turn(house.prompt(11)).let_in == (), "3 are left, and none would be"
 
 
 def test_planning_changes_nothing():
-    slots, one = Slots(2, []), request()
-    seated(slots, deadline=1.0)
-    assert turn(slots, one, now=2.0) == turn(slots, one, now=2.0)
-    assert (slots.in_use, slots.free) == (1, 1)
+    house = House()
+    house.decoding(3, deadline=1.0)
+    house.steps(1)
+    waiting = house.prompt(5)
+    assert house.turn(waiting, now=2.0) == house.turn(waiting, now=2.0)
+    assert (house.slots.in_use, house.room.states()["live"]) == (1, 1)

@@ -1,0 +1,60 @@
+"""Large arrays by several threads, each a few rows at a time: numpy leaves the interpreter's lock meanwhile.
+
+So a file is read at several places at once, and what is read is converted by all cores.
+"""
+
+import functools
+import os
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+
+THREADS = min(max(8, os.cpu_count() or 1), 32)
+BYTES = 8 * 2**20
+"""What a thread does at a time, of the result."""
+
+
+def copied(source: np.ndarray, dtype: np.dtype) -> np.ndarray:
+    """A copy of an array, or of a memory map, as `dtype`."""
+    out = np.empty(source.shape, dtype)
+    if source.ndim == 0:
+        fill(out, source)
+    else:
+        by_rows(len(source), out.nbytes, lambda rows: fill(out[rows], source[rows]))
+    return out
+
+
+def stacked(sources: Sequence[np.ndarray], dtype: np.dtype) -> np.ndarray:
+    """Likewise of several of one shape, on a new first axis."""
+    out = np.empty((len(sources), *sources[0].shape), dtype)
+
+    def fill_some(which: slice) -> None:
+        for one, source in zip(out[which], sources[which], strict=True):
+            fill(one, source)
+
+    by_rows(len(sources), out.nbytes, fill_some)
+    return out
+
+
+def by_rows(rows: int, total_bytes: int, work: Callable[[slice], object]) -> None:
+    """Calls `work` for slices that are all of `rows` together, whose results have `total_bytes`."""
+    step = max(1, rows * BYTES // max(total_bytes, 1))
+    slices = [slice(start, start + step) for start in range(0, rows, step)]
+    if len(slices) <= 1:
+        for all_rows in slices:
+            work(all_rows)
+        return
+    for _ in _pool().map(work, slices):
+        pass
+
+
+def fill(out: np.ndarray, source: np.ndarray) -> None:
+    """Copies values into `out`, as its type. What overflows becomes infinite: whoever loads weights tells of it."""
+    with np.errstate(over="ignore"):
+        out[...] = source
+
+
+@functools.cache
+def _pool() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(THREADS, "read")

@@ -1,0 +1,116 @@
+"""From what a caller names to the few shapes that programs are compiled for. Arithmetic on the host alone."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+
+from .api import Piece
+
+PIECES = (16, 64, 256)
+"""Padded lengths of a text's last piece (tokens); behind them in powers of four up to the chunk."""
+STEPS = (1, 8, 32, 128)
+"""Slots that a step computes; behind them all that there are. A TPU has no step of 1: there a product with one row is
+slower than with eight (305 thousand static cycles for two small layers on v5e, of eight 169)."""
+BURST = (8, 64)
+"""Short texts that are prefilled together, and the longest of them (tokens)."""
+
+
+class PieceBatch(NamedTuple):
+    """Arguments of a prefill, i32."""
+
+    token_NT: np.ndarray
+    start_N: np.ndarray
+    count_N: np.ndarray
+    next_NT: np.ndarray
+    """tokens behind those of token_NT where their log-probability is asked for, else -1"""
+    page_NJ: np.ndarray
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shapes:
+    """The shapes of one engine's programs."""
+
+    slots: int
+    pages_per_slot: int
+    page_rows: int
+    chunk: int
+    """most tokens of a piece"""
+    fewest: int = 1
+    """slots that a step computes at least, if there are so many"""
+
+    @property
+    def prefills(self) -> tuple[tuple[int, int], ...]:
+        """(pieces, tokens of each), the smallest first; that for several pieces stands last, if there is one."""
+        lengths = [length for length in PIECES if length < self.chunk]
+        while lengths[-1] * 4 < self.chunk:
+            lengths.append(lengths[-1] * 4)
+        single = tuple((1, length) for length in (*lengths, self.chunk))
+        return single if self.burst == single[-1] else (*single, self.burst)
+
+    @property
+    def burst(self) -> tuple[int, int]:
+        """(how many pieces go into one prefill, of how many tokens each at most)."""
+        pieces, tokens = BURST
+        return (min(pieces, self.slots), tokens) if self.slots > 1 else (1, self.chunk)
+
+    @property
+    def steps(self) -> tuple[int, ...]:
+        """Slots of a step."""
+        return (*(size for size in STEPS if self.fewest <= size < self.slots), self.slots)
+
+    def pieces(self, pieces: Sequence[Piece]) -> PieceBatch:
+        """The pieces in the smallest shape that holds them.
+
+        Raises ValueError where no shape does, and for one that does not start with a page.
+        """
+        N, T = self.prefill_of([len(piece.token_T) for piece in pieces])
+        token_NT, next_NT = np.zeros((N, T), np.int32), np.full((N, T), -1, np.int32)
+        start_N, count_N = np.zeros(N, np.int32), np.zeros(N, np.int32)
+        for n, piece in enumerate(pieces):
+            if piece.start % self.page_rows:
+                raise ValueError(f"{piece.start=} must be a multiple of page_rows={self.page_rows}")
+            start_N[n], count_N[n] = piece.start, len(piece.token_T)
+            token_NT[n, : count_N[n]] = piece.token_T
+            if piece.wants_logprobs:
+                next_NT[n, : count_N[n]] = [*piece.token_T[1:], piece.next_id]
+        return PieceBatch(token_NT, start_N, count_N, next_NT, self.table([piece.page_J for piece in pieces], N))
+
+    def step(self, slot_N: np.ndarray) -> np.ndarray:
+        """The slots, filled up to the size of a step with a number that no slot has.
+
+        Raises ValueError for too many.
+        """
+        if len(slot_N) > self.slots:
+            raise ValueError(f"{len(slot_N)} slots are named, there are {self.slots}")
+        size = next(size for size in self.steps if size >= len(slot_N))
+        return self.filled(slot_N, size)
+
+    def filled(self, slots: Sequence[int] | np.ndarray, size: int) -> np.ndarray:
+        """So many slots, i32, with a number that no slot has behind them."""
+        filled_N = np.full(size, self.slots, np.int32)
+        filled_N[: len(slots)] = slots
+        return filled_N
+
+    def table(self, rows: Sequence[np.ndarray] | np.ndarray, size: int) -> np.ndarray:
+        """Rows of a page table, i32, filled up to so many."""
+        page_NJ = np.zeros((size, self.pages_per_slot), np.int32)
+        for n, page_J in enumerate(rows):
+            page_NJ[n, : len(page_J)] = page_J
+        return page_NJ
+
+    def prefill_of(self, lengths: Sequence[int]) -> tuple[int, int]:
+        """(pieces, tokens of each) of the smallest shape that holds pieces of so many tokens.
+
+        Raises ValueError where none does.
+        """
+        if not lengths or not min(lengths):
+            raise ValueError(f"pieces of {lengths} tokens: there must be one at least, and none empty")
+        for N, T in self.prefills if len(lengths) == 1 else (self.burst,):
+            if len(lengths) <= N and max(lengths) <= T:
+                return N, T
+        raise ValueError(
+            f"pieces of {lengths} tokens are not prefilled together: one has at most {self.chunk}, "
+            f"{self.burst[0]} have at most {self.burst[1]} each"
+        )

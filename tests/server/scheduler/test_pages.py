@@ -1,0 +1,211 @@
+"""Pages in the loop: prompts in pieces, cached prefixes, pre-emption. The fake engine reads what its pages hold."""
+
+import itertools
+import threading
+
+import pytest
+from slipstream.server.errors import FailedError
+from slipstream.server.observe.metrics import Metrics
+from slipstream.server.request.request import FinishReason
+from slipstream.server.scheduler import loop as loop_module
+
+from tests.server.scheduler.loop import Asked, ask, running, until
+from tests.server.scheduler.reading import FREE, answer, expected, reading
+
+
+def pages(orchestrator):
+    return orchestrator._loop.pages()
+
+
+def test_a_long_prompt_is_computed_in_pieces_with_a_step_behind_each():
+    engine, prompt = reading(), "the quick brown fox jumps"
+    with running(engine) as orchestrator:
+        other = ask(orchestrator, "a", 50, sampling=FREE)
+        other.next()
+        long = ask(orchestrator, prompt, 5, sampling=FREE)
+        assert long.answer()[0] == expected(prompt, 5)
+        assert other.answer()[0] == expected("a", 50)[1:]
+    at = [number for number, call in enumerate(engine.log) if call.startswith("prefill")][1:]
+    assert [engine.log[number] for number in at] == [
+        "prefill the quic",
+        "prefill k brown ",
+        "prefill fox jump",
+        "prefill s",
+    ]
+    for before, behind in itertools.pairwise(at):
+        assert engine.log[before:behind].count("generate") == 1, "running answers wait for one piece"
+
+
+def test_a_prefix_is_computed_once():
+    engine, metrics = reading(), Metrics()
+    with running(engine, metrics=metrics) as orchestrator:
+        for tail in ("one", "two", "one"):
+            request = ask(orchestrator, "a shared beginning, " + tail, 6, sampling=FREE)
+            assert request.answer()[0] == expected("a shared beginning, " + tail, 6)
+            until(lambda: orchestrator.slots_in_use == 0)
+        assert request.cached_tokens == 20
+        assert pages(orchestrator)["live"] == 0
+    assert [call for call in engine.log if call.startswith("prefill")][3:] == ["prefill two", "prefill one"]
+
+
+def test_the_answer_is_part_of_the_next_turns_prefix():
+    engine, first = reading(), "hello there, "
+    with running(engine) as orchestrator:
+        said = ask(orchestrator, first, 12, sampling=FREE).answer()[0]
+        until(lambda: orchestrator.slots_in_use == 0)
+        second = ask(orchestrator, first + said + "and?", 3, sampling=FREE)
+        assert second.answer()[0] == expected(first + said + "and?", 3)
+    assert second.cached_tokens == 20, "13 tokens of the prompt, 11 of the answer read before its slot was given back"
+
+
+def test_without_the_cache_nothing_is_kept():
+    engine = reading()
+    with running(engine, prefix_cache=False) as orchestrator:
+        for _ in range(2):
+            request = ask(orchestrator, "twice the same", 3, sampling=FREE)
+            assert request.answer()[0] == expected("twice the same", 3)
+            until(lambda: orchestrator.slots_in_use == 0)
+        assert request.cached_tokens == 0
+        assert pages(orchestrator) == {"free": engine.pages, "live": 0, "cached": 0}
+
+
+def test_keys_keep_prefixes_apart():
+    with running(reading()) as orchestrator:
+        for key, cached in (("mine", 0), ("yours", 0), ("mine", 12)):
+            request = Asked("a text of some", 3, sampling=FREE)
+            request.prefix_key = key
+            orchestrator.submit(request)
+            request.answer()
+            until(lambda: orchestrator.slots_in_use == 0)
+            assert request.cached_tokens == cached
+
+
+def test_samples_share_what_stands_before_the_last_piece():
+    engine, prompt = reading(), "three samples of a prompt"
+    with running(engine) as orchestrator:
+        events = ask(orchestrator, prompt, 20, num_samples=3, sampling=FREE).all()
+    for index in range(3):
+        found = [token_id for event in events if event.index == index for token_id in event.token_ids]
+        text = list(prompt.encode())
+        text.append(answer(text) + 10 * index)  # the fake's further samples begin with another token
+        while len(text) < len(prompt) + 20:
+            text.append(answer(text))
+        assert found == text[len(prompt) :]
+    assert len([call for call in engine.log if call.startswith("prefill")]) == 4
+
+
+def test_prompt_logprobs_of_several_pieces():
+    engine, prompt = reading(), "a prompt of several pieces"
+    with running(engine) as orchestrator:
+        for _ in range(2):  # the second time the prefix is cached, and computed all the same
+            request = ask(orchestrator, prompt, 2, prompt_logprobs=True, sampling=FREE)
+            told = request.all()[0].prompt_logprobs
+            assert told == (0.0, *(-ord(letter) / 8 for letter in prompt[1:]))
+            assert request.cached_tokens == 0
+            until(lambda: orchestrator.slots_in_use == 0)
+
+
+@pytest.mark.parametrize("width", [1, 3])
+def test_a_pool_that_is_too_small_for_all_pre_empts_and_loses_nothing(width):
+    counts = itertools.cycle(range(1, width + 1))
+    engine, metrics = (
+        reading(pages=16, tokens_per_step=width, count_of_step=lambda step: next(counts)),
+        Counting(),
+    )
+    prompts = [f"{number} asks" for number in range(6)]
+    with running(engine, metrics=metrics) as orchestrator:
+        requests = [ask(orchestrator, prompt, 50, sampling=FREE) for prompt in prompts]
+        for prompt, request in zip(prompts, requests, strict=True):
+            events = request.all()
+            assert "".join(event.text for event in events) == expected(prompt, 50)
+            assert events[-1].finish_reason is FinishReason.LENGTH
+            assert events[-1].usage.generated_tokens == 50
+            if width == 1:
+                assert [len(event.token_ids) for event in events] == [1] * 50, "no token twice, none left out"
+        until(lambda: orchestrator.slots_in_use == 0)
+        assert pages(orchestrator)["live"] == 0
+        orchestrator._loop._room.check_integrity()
+    assert metrics.preemptions > 3
+
+
+class Counting(Metrics):
+    preemptions = 0
+
+    def preempted(self):
+        self.preemptions += 1
+
+
+def test_the_oldest_is_never_pre_empted():
+    engine, metrics = reading(pages=16), Counting()
+    with running(engine, metrics=metrics) as orchestrator:
+        requests = [ask(orchestrator, "old", 60, sampling=FREE)]
+        requests[0].next()
+        requests += [ask(orchestrator, f"{number}", 60, sampling=FREE) for number in range(3)]
+        for request in requests:
+            request.all()
+    assert metrics.preemptions
+    assert engine.log.count("prefill old") == 1
+
+
+def test_a_pre_empted_request_can_be_cancelled_and_can_expire():
+    engine = reading(2, pages=16, pace=threading.Semaphore(0))
+    with running(engine) as orchestrator:
+        old = ask(orchestrator, "o", 60, sampling=FREE)
+        old.next()
+        young = ask(orchestrator, "y", 60, sampling=FREE)
+        engine.pace.release(40)
+        until(lambda: orchestrator._loop._parked)
+        orchestrator.cancel(young)
+        engine.pace.release(999)
+        assert young.all()[-1].finish_reason is FinishReason.CANCELLED
+        assert old.answer()[0] == expected("o", 60)[1:]
+        until(lambda: not orchestrator._loop._parked)
+
+
+def test_a_failed_step_leaves_alone_who_is_parked():
+    engine = reading(2, pages=16, pace=threading.Semaphore(0))
+    with running(engine) as orchestrator:
+        old = ask(orchestrator, "o", 60, sampling=FREE)
+        old.next()
+        young = ask(orchestrator, "y", 60, sampling=FREE)
+        engine.pace.release(40)
+        until(lambda: orchestrator._loop._parked)
+        engine.late_errors[engine.steps] = RuntimeError("broke")
+        engine.pace.release(999)
+        assert isinstance(old.all()[-1].error, FailedError)
+        assert young.answer()[0] == expected("y", 60)
+    assert engine.states_made == 2
+
+
+def test_a_damaged_page_table_is_found_and_built_anew(monkeypatch):
+    monkeypatch.setattr(loop_module, "TURNS_A_CHECK", 1)
+    engine = reading(pace=threading.Semaphore(3))
+    with running(engine) as orchestrator:
+        request = ask(orchestrator, "a", 40, sampling=FREE)
+        request.next()
+        orchestrator._loop._room._pages._page_BJ[3, 0] = 9
+        engine.pace.release(999)
+        error = request.all()[-1].error
+        assert isinstance(error, FailedError)
+        assert "slot=3 has 0 pages, but entries behind them" in str(error)
+        assert ask(orchestrator, "a", 9, sampling=FREE).answer()[0] == expected("a", 9)
+
+
+def test_prompts_in_a_batch_that_fails_fail_alone():
+    def on_prefill(prompt):
+        if prompt == [ord("2")]:
+            raise RuntimeError("no two")
+
+    engine = reading(8, batch=4, on_prefill=on_prefill, pace=threading.Semaphore(0))
+    with running(engine) as orchestrator:
+        first = ask(orchestrator, "first", 3, sampling=FREE)
+        first.next()
+        requests = [ask(orchestrator, f"{number}", 5, sampling=FREE) for number in range(4)]
+        engine.pace.release(999)
+        for number, request in enumerate(requests):
+            text, last = request.answer()
+            if number == 2:
+                assert "no two" in str(last.error)
+            else:
+                assert text == expected(f"{number}", 5)
+    assert engine.states_made == 1
