@@ -98,23 +98,25 @@ class Gateway:
             self.calls -= 1
 
     @asynccontextmanager
-    async def admit(self, read: Read, lane: "Lane") -> AsyncIterator["Admitted"]:
+    async def admit(self, read: Read, lane: "Lane", client: str) -> AsyncIterator["Admitted"]:
         """One call's requests, handed in. Leaving early, at whoever's wish, cancels them.
 
         Args:
             read: called in a thread: tokens take their time, and others are being answered.
             lane: whom it may hold up.
+            client: who asks; clients take turns.
 
         Raises what `read` raises, UnavailableError, QueueFullError, and DeadlineError for one that has passed already.
         """
         engine, orchestrator = self._open()
-        orchestrator.check_room()
+        orchestrator.check_room(client)
         self._mailbox = mailbox = self._mailbox or Mailbox(asyncio.get_running_loop())
         events: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
         requests = await asyncio.get_running_loop().run_in_executor(
             self._lanes[lane], read, engine, lambda number: partial(mailbox.post, events, number)
         )
         for request in requests:
+            request.client = client
             log_prompt(request.id, request.prompt_ids, engine.get_tokenizer())
         orchestrator.submit(*requests)
         try:

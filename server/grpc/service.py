@@ -14,7 +14,7 @@ from ..errors import CancelledError, DeadlineError, FailedError, QueueFullError,
 from ..gateway import LONG, MAX_REQUEST_ID, REQUEST_ID, RETRY_AFTER, Deliver, Gateway, Lane, check_id, new_id
 from ..net.security import Guard
 from ..request.request import Request
-from .interceptors import authorizations
+from .interceptors import authorizations, ip_of
 from .messages import read_request, write_reply
 
 if TYPE_CHECKING:
@@ -69,18 +69,15 @@ class GrpcService:
                 await context.abort(status(error), brief(str(error)), trailing_metadata=trailers(error, request_id))
 
     async def _answer(self, data: bytes, context: grpc.aio.ServicerContext, request_id: str) -> None:
-        known = (
-            request_id,
-            deadline_of(context),
-            self._guard.prefix_owner(authorizations(context.invocation_metadata())),
-        )
+        brought = list(authorizations(context.invocation_metadata()))
+        known = request_id, deadline_of(context), self._guard.prefix_owner(brought)
         if len(data) <= LONG:  # quicker than a thread begins
             message = parse(pb.DecodeRequest, data)
             read = partial(read_one, lambda: message, *known)
             lane = Lane.of(len(data), is_chat=message.HasField("messages"))
         else:
             read, lane = partial(read_one, partial(parse, pb.DecodeRequest, data), *known), Lane.LONG
-        async with self._gateway.admit(read, lane) as admitted:
+        async with self._gateway.admit(read, lane, self._guard.client(brought, ip_of(context.peer()))) as admitted:
             # Not before: a client's retry policy only applies to answers that are nothing but trailers.
             await context.send_initial_metadata(((REQUEST_ID, request_id),))
             num_samples = admitted.requests[0].num_samples

@@ -158,6 +158,7 @@ class HttpServer:
         raw, encoding = await read_body(request), request.headers.get("content-encoding", "")
         body = await self._reader.read(kind, raw, encoding, lambda: Limits.of(self._gateway.engine))
         lane = Lane.of(len(raw), is_chat=kind is ChatBody)
+        client = self._guard.client(authorizations(request), request.remote or "")
         held = self._guard.hold(authorizations(request), request.remote or "", body.num_prompts)
         token = self._guard.prefix_owner(authorizations(request))
 
@@ -165,7 +166,7 @@ class HttpServer:
             return body.requests(request[NAME], engine, deliver_to, token)
 
         with self._gateway.call(), held:
-            async with self._gateway.admit(read, lane) as admitted:
+            async with self._gateway.admit(read, lane, client) as admitted:
                 names = self._token_names(admitted.engine)
                 answer = form(body, admitted.requests, request[NAME], admitted.engine.model_name, names)
                 if body.stream:

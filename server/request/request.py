@@ -126,6 +126,9 @@ class Request(AnswerOptions):
     prefix_key: str = ""
     """Cached prefixes are shared among requests of the same key, see prefix_key.py."""
 
+    client: str = ""
+    """Who asks, by token or address: clients take turns."""
+
     queued_at: float | None = None
     """s of time.monotonic(), like the stamps below; None: has not happened."""
     started_at: float | None = None
