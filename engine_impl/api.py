@@ -121,12 +121,13 @@ class Tokenizer(Protocol):
     stop_ids: frozenset[int]
     """Tokens that end an answer."""
 
-    def encode(self, text: str) -> list[int]:
-        """Token ids of raw text, a BOS first where the model wants one."""
+    def encode(self, text: str, at_most: int | None = None) -> list[int]:
+        """Token ids of raw text, a BOS first where the model wants one. May raise TooLongError for more than `at_most`
+        before all of it is read."""
         ...
 
-    def encode_chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
-        """Token ids of a conversation in the model's chat form."""
+    def encode_chat(self, messages: Sequence[Mapping[str, str]], at_most: int | None = None) -> list[int]:
+        """Token ids of a conversation in the model's chat form. Raises likewise."""
         ...
 
     def decode(self, token_ids: Sequence[int]) -> str:
