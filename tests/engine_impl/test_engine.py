@@ -258,9 +258,9 @@ def test_everything_is_compiled_once():
         session = Session(engine, params)
         compilations.clear()
         session.state = engine.warm_up(params, session.state)
-        assert engine.shapes.prefills == ((1, 16), (1, 64), (1, 128), (3, 64))
+        assert engine.shapes.prefills == ((1, 16), (1, 64), (1, 128), (2, 64), (3, 64))
         assert engine.shapes.steps == (1, 3)
-        assert len(compilations) == 4 + 4 + 2 + 2, "prefill and insert; first tokens of 1 and of 3; steps"
+        assert len(compilations) == 5 + 5 + 3 + 2, "prefill and insert; first tokens of 1, 2 and 3; steps"
         compilations.clear()
         for round_, length in enumerate([1, 16, 17, 128, 3, 129, 250]):
             sampling = SamplingParams(
