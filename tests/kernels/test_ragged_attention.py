@@ -101,7 +101,6 @@ def by_hand(k, v, H, dtype="float32"):
 
 
 def cached_by_hand(k, v, H, S, slack=np.nan, dtype="float32"):
->>>>>>> eng
     """[1, 1, 1, S, 2 H]: such a row, and slack behind it."""
     return np.concatenate([[by_hand(k, v, H, dtype)], np.full((S - 1, 2 * H), slack, dtype)])[None, None, None]
 
