@@ -56,8 +56,8 @@ def test_a_slot_that_is_never_freed_is_found(monkeypatch):
     monkeypatch.setattr(soak, "QUIET_S", 0.2)
     options = dataclasses.replace(OPTIONS, requests=30, in_flight=4)
     with hosted(FakeEngine(), None, CONFIG) as serving:
-        pages = {"free": 32, "live": 0, "cached": 0}
-        serving.metrics.watch(queue_depth=int, slots_in_use=lambda: 1, slots=2, pages=lambda: pages)
+        nothing = {"free": 0, "live": 0, "cached": 0}
+        serving.metrics.watch(queue_depth=int, slots_in_use=lambda: 1, slots=2, pages=lambda: nothing)
         result = soak.measure(serving, options)
     assert any("1 slots, 0 places in the queue and 0 pages are still taken" in fault for fault in result["faults"])
 
