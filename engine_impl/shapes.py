@@ -16,8 +16,8 @@ slower than with eight (305 thousand static cycles for two small layers on v5e, 
 BURSTS = {"cpu": (4, 8, 32)}
 BURST = (2, 8, 64)
 """Short texts that are prefilled together, by platform: how many at least and at most, and the longest (tokens). On a
-CPU each row costs its multiplications, padding too. SmolLM2-135M on two cores, ms of CPU time: a text of 32 tokens alone
-108, eight in 8 x 64 rows 642."""
+CPU each row costs its multiplications, padding too. SmolLM2-135M on two cores, ms of CPU time: a text of 32 tokens
+alone 108, eight in 8 x 64 rows 642."""
 
 
 class PieceBatch(NamedTuple):
