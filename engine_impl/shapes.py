@@ -10,8 +10,8 @@ from .api import Piece
 
 PIECES = {"cpu": (16, 64, 128, 256)}
 PIECE = (16, 64, 256)
-"""Padded lengths of a text's last piece, by platform (tokens); behind them in powers of four up to the chunk. A CPU has a
-finer one, as each row costs its multiplications there."""
+"""Padded lengths of a text's last piece, by platform (tokens); behind them in powers of four up to the chunk. A CPU has one
+more, as each row costs its multiplications there."""
 STEPS = (1, 8, 32, 128)
 """Slots that a step computes; behind them all that there are. A TPU has no step of 1: there a product with one row is
 slower than with eight (305 thousand static cycles for two small layers on v5e, of eight 169)."""
