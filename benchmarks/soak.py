@@ -47,7 +47,6 @@ KINDS: dict[str, tuple[float, set[grpc.StatusCode]]] = {
 }
 QUIET_S = 30.0
 """How long the server may take to be idle after the last call (seconds)."""
-PAGE_STATES = ("free", "live", "cached")
 HELD = ("slots_in_use", "queue_depth")
 """Metrics that are 0 when nobody is on the server; so is the number of live pages."""
 CALL_S = 300.0

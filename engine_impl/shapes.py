@@ -13,9 +13,11 @@ PIECES = (16, 64, 256)
 STEPS = (1, 8, 32, 128)
 """Slots that a step computes; behind them all that there are. A TPU has no step of 1: there a product with one row is
 slower than with eight (305 thousand static cycles for two small layers on v5e, of eight 169)."""
-BURST, BURST_TOKENS = (2, 4, 8), 64
-"""Short texts that are prefilled together, and the longest of them (tokens). SmolLM2-135M on two CPU cores, ms of CPU
-time: a text of 32 tokens 108, eight of them together 642."""
+BURSTS = {"cpu": (4, 8, 32)}
+BURST = (2, 8, 64)
+"""Short texts that are prefilled together, by platform: how many at least and at most, and the longest (tokens). On a
+CPU each row costs its multiplications, padding too. SmolLM2-135M on two cores, ms of CPU time: a text of 32 tokens
+alone 108, eight in 8 x 64 rows 642."""
 
 
 class PieceBatch(NamedTuple):
@@ -38,28 +40,29 @@ class Shapes:
     page_rows: int
     chunk: int
     """most tokens of a piece"""
-    fewest: int = 1
-    """slots that a step computes at least, if there are so many"""
+    platform: str = "cpu"
 
     @property
     def prefills(self) -> tuple[tuple[int, int], ...]:
-        """(pieces, tokens of each): of one piece, the shortest first, then of several, the fewest first."""
+        """(pieces, tokens of each), the smallest first; that for several pieces stands last, if there is one."""
         lengths = [length for length in PIECES if length < self.chunk]
         while lengths[-1] * 4 < self.chunk:
             lengths.append(lengths[-1] * 4)
-        several = sorted({min(pieces, self.slots) for pieces in BURST} - {1})
-        singles = tuple((1, length) for length in (*lengths, self.chunk))
-        return (*singles, *((pieces, BURST_TOKENS) for pieces in several))
+        single = tuple((1, length) for length in (*lengths, self.chunk))
+        _, *together = self.burst
+        return single if tuple(together) == single[-1] else (*single, tuple(together))
 
     @property
-    def burst(self) -> tuple[int, int]:
-        """(how many pieces go into one prefill, of how many tokens each at most)."""
-        return self.prefills[-1]
+    def burst(self) -> tuple[int, int, int]:
+        """See `api.Engine.prefill_batch`."""
+        least, most, tokens = BURSTS.get(self.platform, BURST)
+        return (least, min(most, self.slots), tokens) if self.slots >= least else (1, 1, self.chunk)
 
     @property
     def steps(self) -> tuple[int, ...]:
         """Slots of a step."""
-        return (*(size for size in STEPS if self.fewest <= size < self.slots), self.slots)
+        fewest = 8 if self.platform == "tpu" else 1
+        return (*(size for size in STEPS if fewest <= size < self.slots), self.slots)
 
     def pieces(self, pieces: Sequence[Piece]) -> PieceBatch:
         """The pieces in the smallest shape that holds them.
@@ -110,10 +113,11 @@ class Shapes:
         """
         if not lengths or not min(lengths):
             raise ValueError(f"pieces of {lengths} tokens: there must be one at least, and none empty")
-        for N, T in self.prefills:
-            if (len(lengths) == 1) == (N == 1) and len(lengths) <= N and max(lengths) <= T:
+        _, most, longest = self.burst
+        for N, T in self.prefills if len(lengths) == 1 else ((most, longest),):
+            if len(lengths) <= N and max(lengths) <= T:
                 return N, T
         raise ValueError(
             f"pieces of {lengths} tokens are not prefilled together: one has at most {self.chunk}, "
-            f"{self.burst[0]} have at most {self.burst[1]} each"
+            f"{most} have at most {longest} each"
         )
