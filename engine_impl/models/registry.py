@@ -11,6 +11,7 @@ from ..errors import RefusedError
 from .cohere import Cohere
 from .cohere2 import Cohere2
 from .decoder import Decoder, ModelConfig
+from .field_kinds import check_kinds
 from .fields import Fields
 from .gemma import Gemma
 from .gemma2 import Gemma2
@@ -92,6 +93,7 @@ def read_config(fields: dict[str, Any], where: str) -> ModelConfig:
 
     Raises RefusedError for a family that is not there, and for what the family cannot do.
     """
+    check_kinds(fields, where)
     model_type = fields.get("model_type")
     if model_type not in FAMILIES:
         for entry_point in entry_points(group=ENTRY_POINTS, name=str(model_type)):
@@ -102,7 +104,14 @@ def read_config(fields: dict[str, Any], where: str) -> ModelConfig:
             f"{where!r} is of the family {model_type!r}{why}; the families there are: {', '.join(sorted(FAMILIES))}; "
             "--model-module brings one of your own"
         )
-    return FAMILIES[model_type].read_config(Fields(fields, where))
+    try:
+        return FAMILIES[model_type].read_config(Fields(fields, where))
+    except RefusedError:
+        raise
+    except Exception as error:  # fields that make no sense together, in ways that no list tells
+        raise RefusedError(
+            f"{where!r} cannot be read as {model_type} ({type(error).__name__}: {str(error)[:200]}); fetch it anew"
+        ) from error
 
 
 def build(config: ModelConfig) -> Decoder:

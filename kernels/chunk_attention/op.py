@@ -21,6 +21,7 @@ from ..backend import (
 from ..scores import check_soft_cap, check_window
 from .pallas_tpu import chunk_attention_tpu
 from .reference import chunk_attention_reference
+from .xla_gpu import chunk_attention_gpu
 
 
 def chunk_attention(
@@ -95,7 +96,7 @@ def chunk_attention(
         raise ValueError(f"{layer=} must be in [0, {L=})")
 
     if is_xla(backend):
-        attention = chunk_attention_reference
+        attention = chunk_attention_gpu if backend == "xla_gpu" else chunk_attention_reference
     else:
         attention = functools.partial(chunk_attention_tpu, interpret=interpret_params(backend))
     heads, pages = P(None, AXIS), P(None, None, AXIS)

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from slipstream.kernels import chunk_attention
+from slipstream.kernels.chunk_attention import xla_gpu
 from slipstream.kernels.chunk_attention.pallas_tpu import block_and_heads
 
 from . import oracle
@@ -12,7 +13,14 @@ from . import oracle
 L, LAYER, R = 2, 1, 128
 ATTEND = jax.jit(chunk_attention, static_argnames=("soft_cap", "mesh", "backend"))
 SIMULATED = pytest.param("pallas_interpret", marks=pytest.mark.slow)
-BACKENDS = ["xla", SIMULATED]
+BACKENDS = ["xla", "xla_gpu", SIMULATED]
+
+
+@pytest.fixture(autouse=True)
+def small_blocks(monkeypatch):
+    """So that small caches have borders of blocks on GPUs too."""
+    monkeypatch.setattr(xla_gpu, "BLOCK_ROWS", 2 * R)
+    monkeypatch.setattr(xla_gpu, "QUERIES", 96)
 
 
 class Case:
@@ -77,11 +85,12 @@ class Case:
         oracle.assert_close(out_TNH, self.expected(soft_cap))
 
 
+@pytest.mark.parametrize("backend", ["xla", "xla_gpu"])
 @pytest.mark.parametrize("tokens", [16, 64, 200, 256])
 @pytest.mark.parametrize("starts", [[0], [R], [3 * R], [0, 3 * R, R], [R, 0, 0], [0, 0]])
-def test_chunks_behind_cached_rows(mesh, starts, tokens):
+def test_chunks_behind_cached_rows(mesh, backend, starts, tokens):
     """A text that reads its neighbour's pages or tokens, a page too many or too few, blocks that are not full."""
-    Case(starts, tokens, 1, 2, 16).check("xla", mesh)
+    Case(starts, tokens, 1, 2, 16).check(backend, mesh)
 
 
 @pytest.mark.parametrize(
@@ -128,6 +137,7 @@ WINDOWS = [1, 2, 16, 127, 128, 129, 130, 200, 256, 300, 385, 2**31 - 1]
         ("xla", [3 * R, 0], 200, WINDOWS),
         ("xla", [R], 16, WINDOWS),
         ("xla", [0], 300, WINDOWS),
+        ("xla_gpu", [3 * R, 0], 300, WINDOWS),
         ("pallas_interpret", [3 * R, 0], 144, [130]),
         pytest.param("pallas_interpret", [3 * R, 0], 300, WINDOWS, marks=pytest.mark.slow),
         pytest.param("pallas_interpret", [R], 16, WINDOWS, marks=pytest.mark.slow),
@@ -165,6 +175,8 @@ def test_soft_cap(mesh, backend, window):
         ("xla", 3, 3, 64, jnp.float32, None, None),
         ("xla", 1, 4, 128, jnp.bfloat16, 150, 3.0),
         ("xla", 2, 1, 16, jnp.float32, 300, None),
+        ("xla_gpu", 3, 3, 64, jnp.float32, None, None),
+        ("xla_gpu", 1, 4, 128, jnp.bfloat16, 150, 3.0),
         ("pallas_interpret", 1, 4, 128, jnp.bfloat16, 150, 3.0),
         pytest.param("pallas_interpret", 3, 3, 64, jnp.float32, None, None, marks=pytest.mark.slow),
         pytest.param("pallas_interpret", 2, 1, 128, jnp.float32, 300, None, marks=pytest.mark.slow),
@@ -175,7 +187,7 @@ def test_int8_rows_mean_code_times_scale(mesh, backend, K, G, H, dtype, window, 
     Case([3 * R, 0, R], 64, K, G, H, dtype, window=window, int8=True).check(backend, mesh, soft_cap)
 
 
-@pytest.mark.parametrize("backend", ["xla", "pallas_interpret"])
+@pytest.mark.parametrize("backend", ["xla", "xla_gpu", "pallas_interpret"])
 def test_by_hand(mesh, backend):
     """A cached row of score log 3 and v = 8 among 127 of weight exp(-1000), an own one of score 0 and v = 4."""
     H = 64

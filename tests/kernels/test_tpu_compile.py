@@ -244,7 +244,7 @@ CHUNKS = [  # texts, their tokens, kv heads a chip, group, H, dtype of rows, win
     (1, 512, 4, 1, 128, jnp.bfloat16, True, None),
     (1, 1024, 3, 3, 64, jnp.float32, False, None),
     (1, 256, 8, 8, 256, jnp.bfloat16, False, None),
-    (1, 512, 1, 71, 64, jnp.bfloat16, False, None),
+    (1, 256, 1, 71, 64, jnp.bfloat16, False, None),
     (1, 512, 8, 1, 64, jnp.int8, False, None),
     (1, 512, 2, 2, 256, jnp.int8, True, 50.0),
 ]
