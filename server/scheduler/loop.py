@@ -189,6 +189,8 @@ class Loop(Generic[ParamsT, PrefixT, StateT]):
 
     def _let_in(self, turn: StepPlan) -> None:
         for prompt in turn.let_in:
+            if not self._room.has_room_for(prompt):
+                return  # what grew has taken a cached prefix that the plan counted on: the next one knows
             if prompt in self._parked:
                 self._parked.remove(prompt)
                 self._give_room(prompt)

@@ -107,3 +107,20 @@ def test_a_failure_while_room_is_given_leaves_nobody_with_a_slot():
     house.idle()
     assert good.answer()[0] == expected("b", 20)
     assert house.loop._slots.free == 2
+
+
+def test_growing_slots_may_take_the_cached_prefix_that_a_plan_counted_on():
+    """Of 23 tokens, 12 cached, three samples share 5 pages of 6; if 8 are cached, 4 of them: two pages more."""
+    house, prefix = House(4, pages=11), "twelve of it"
+    house.ask(prefix + "!", 1)
+    house.idle()
+    house.ask("seven pages of another text.", 1)
+    house.idle()
+    assert house.loop.pages() == {"free": 1, "live": 0, "cached": 10}
+    old = house.ask("old", 12)
+    house.turns()
+    young = house.ask(prefix + " and eleven", 2, num_samples=3)
+    house.turns()
+    house.idle()
+    assert old.answer()[0] == expected("old", 12)
+    assert young.all()[-1].error is None
