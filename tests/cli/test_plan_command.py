@@ -5,7 +5,7 @@ import json
 import pytest
 from slipstream.cli.main import run
 
-SHAPE = ["--slots", "96", "--cache-length", "4096", "--max-prefill-length", "128"]
+SHAPE = ["--slots", "96", "--cache-length", "4096"]
 
 
 @pytest.mark.slow
@@ -14,8 +14,8 @@ def test_the_last_line_is_one_json_object(capsys, tmp_path):
     assert run(command) == 0
     report = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert [report[key] for key in ("model", "topology", "chips", "fits")] == ["llama-3.2-1b", "v5e:2x4", 8, True]
-    assert set(report["programs"]) == {"generate", "insert", "prefill_128"}
-    assert (tmp_path / "prefill_128.hlo.txt").exists()
+    assert set(report["programs"]) == {"generate", "insert", "prefill_512"}
+    assert (tmp_path / "prefill_512.hlo.txt").exists()
 
 
 def test_a_misfit_prints_its_object_and_exits_1(capsys):
