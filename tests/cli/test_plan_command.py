@@ -4,6 +4,8 @@ import json
 
 import pytest
 from slipstream.cli.main import run
+from slipstream.cli.plan import mixed
+from slipstream.engine_impl.compiler.headroom import Headroom
 
 SHAPE = ["--slots", "96", "--cache-length", "4096"]
 
@@ -60,15 +62,13 @@ def test_the_table_is_for_people(capsys):
 @pytest.mark.slow
 def test_a_mix_of_lengths_has_lines_and_an_object(capsys):
     command = ["plan", "--model", "embedded", "--topology", "v5e:2x2", "--tensor-parallel", "1", *SHAPE]
-    assert run([*command, "--lengths", "fixed:100,29"]) == 0
-    out = capsys.readouterr().out
-    assert "Lengths fixed:100,29: prompts of 100 tokens, answers of 29, 114 in the cache" in out
-    assert "Requests at once: " in out
-    assert " tokens/s with their prompts' multiplications" in out
     assert run([*command, "--lengths", "fixed:100,29", "--json"]) == 0
     room = json.loads(capsys.readouterr().out.splitlines()[-1])["headroom"]
-    assert f"Requests at once: {room['requests']:,}" in out
     assert 0 < room["tokens_per_second_ceiling"] <= room["decode_tokens_per_second"]
+    sent, pool, ceiling = mixed(Headroom(**room))
+    assert sent.startswith("Lengths fixed:100,29: prompts of 100 tokens, answers of 29, 114 in the cache")
+    assert f"Requests at once: {room['requests']:,}" in pool
+    assert ceiling.endswith(" tokens/s with their prompts' multiplications")
 
 
 def test_what_does_not_fit_holds_no_requests(capsys):
