@@ -8,6 +8,7 @@ from tyro.conf import subcommand
 
 from ..benchmarks.options.accuracy import AccuracyOptions
 from ..benchmarks.options.growth import GrowthOptions
+from ..benchmarks.options.hostile import HostileOptions
 from ..benchmarks.options.jetstream import JetStreamOptions
 from ..benchmarks.options.kernel import KernelOptions
 from ..benchmarks.options.mixed import MixedOptions
@@ -22,7 +23,7 @@ from ..benchmarks.options.step import StepOptions
 @dataclass(frozen=True, kw_only=True)
 class Bench:
     """Measure: steps, prefills, kernels, starts, servers, mixed load, growing costs, quantisation, overload, soak,
-    JetStream.
+    hostile inputs, JetStream.
     """
 
     what: (
@@ -36,6 +37,7 @@ class Bench:
         | Annotated[AccuracyOptions, subcommand("accuracy")]
         | Annotated[OverloadOptions, subcommand("overload")]
         | Annotated[SoakOptions, subcommand("soak")]
+        | Annotated[HostileOptions, subcommand("hostile")]
         | Annotated[JetStreamOptions, subcommand("jetstream")]
     )
 
@@ -88,6 +90,10 @@ class Bench:
                 from ..benchmarks import soak
 
                 return soak.run(self.what)
+            case HostileOptions():
+                from ..benchmarks import hostile
+
+                return hostile.run(self.what)
             case JetStreamOptions():
                 from ..benchmarks import jetstream
 
@@ -95,6 +101,6 @@ class Bench:
 
 
 def is_sound(result: dict[str, Any]) -> bool:
-    """Whether every baseline gave our tokens, and a soak lost nothing."""
+    """Whether every baseline gave our tokens, a soak lost nothing, and nobody held up the others."""
     rows = result.get("sweep", [result])
     return not any(row.get("equal_tokens") is False or row.get("faults") for row in rows)

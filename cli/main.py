@@ -97,7 +97,9 @@ def run(argv: Sequence[str]) -> int:
 
 
 def tell(error: Exception, status: int) -> int:
-    print(f"slipstream: {error}", file=sys.stderr)
+    # What a stranger's file is called, or holds, must not command the terminal.
+    message = "".join(one if one.isprintable() or one == "\n" else ascii(one)[1:-1] for one in str(error))
+    print(f"slipstream: {message}", file=sys.stderr)
     return status
 
 

@@ -121,12 +121,13 @@ class Tokenizer(Protocol):
     stop_ids: frozenset[int]
     """Tokens that end an answer."""
 
-    def encode(self, text: str) -> list[int]:
-        """Token ids of raw text, a BOS first where the model wants one."""
+    def encode(self, text: str, at_most: int | None = None) -> list[int]:
+        """Token ids of raw text, a BOS first where the model wants one. May raise TooLongError for more than `at_most`
+        before all of it is read."""
         ...
 
-    def encode_chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
-        """Token ids of a conversation in the model's chat form."""
+    def encode_chat(self, messages: Sequence[Mapping[str, str]], at_most: int | None = None) -> list[int]:
+        """Token ids of a conversation in the model's chat form. Raises likewise."""
         ...
 
     def decode(self, token_ids: Sequence[int]) -> str:
@@ -176,8 +177,11 @@ class Engine(Protocol[ParamsT, PrefixT, StateT]):
         ...
 
     @property
-    def prefill_batch(self) -> tuple[int, int]:
-        """(how many pieces go into one prefill, of how many tokens each at most); (1, `prefill_chunk`): only one."""
+    def prefill_batch(self) -> tuple[int, int, int]:
+        """(how many pieces are prefilled together with a gain, how many at most, of how many tokens each at most).
+
+        (1, 1, `prefill_chunk`): only one.
+        """
         ...
 
     @property

@@ -6,3 +6,7 @@ class RefusedError(ValueError):
 
     The command line exits with status 2, the wire answers INVALID_ARGUMENT.
     """
+
+
+class TooLongError(RefusedError):
+    """A text of more tokens than there may be. How many it has may not be known."""

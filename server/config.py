@@ -4,6 +4,7 @@ A flag's name has no unit where its help tells it: `--grace 30` is the field gra
 """
 
 import math
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
@@ -45,11 +46,18 @@ class SecurityConfig:
     max_message_bytes: int = 4 << 20
     """Largest message that is read (bytes)."""
 
+    allow_origin: tuple[str, ...] = ()
+    """Web pages that may use the HTTP port from a browser (SCHEME://HOST[:PORT], several with blanks between). Default:
+    those of the server's own address."""
+
     isolate_prefixes: bool = True
     """Callers with different tokens share no cached prefixes, so that timing tells no tenant what another asked.
     --no-isolate-prefixes lets all tokens share them. Without --auth-token-file everybody does."""
 
     def __post_init__(self) -> None:
+        for origin in self.allow_origin:
+            if not re.fullmatch(r"[a-z][a-z0-9+.-]*://[^/\s]+", origin, re.IGNORECASE):
+                raise RefusedError(f"allow_origin={origin!r} must be SCHEME://HOST or SCHEME://HOST:PORT")
         if (self.tls_cert is None) != (self.tls_key is None):
             raise RefusedError("TLS takes both --tls-cert and --tls-key")
         if self.tls_client_ca is not None and self.tls_cert is None:

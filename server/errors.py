@@ -27,3 +27,13 @@ class CancelledError(Exception):
 
 class FailedError(Exception):
     """The engine failed while it worked on the request: INTERNAL on the wire."""
+
+
+LONGEST, TAIL = 600, 200
+"""Of what a caller is told (characters), and how much of it is from the message's end, where the remedy stands. As
+gRPC's metadata a character may take twelve bytes, of which clients take 8,192."""
+
+
+def brief(message: str) -> str:
+    """A message for a caller, who may have sent the megabytes that it quotes."""
+    return message if len(message) <= LONGEST else f"{message[: LONGEST - TAIL - 5]} ... {message[-TAIL:]}"

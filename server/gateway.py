@@ -3,7 +3,9 @@
 import asyncio
 import secrets
 from collections.abc import AsyncIterator, Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, contextmanager
+from enum import Enum
 from functools import partial
 from typing import Any
 
@@ -29,6 +31,30 @@ Read = Callable[[AnyEngine, Callable[[int], Deliver]], list[Request]]
 called in a thread. Raises RefusedError."""
 
 
+LONG = 1 << 16
+"""A call beyond it is long (bytes)."""
+
+
+class Lane(Enum):
+    """Where a call is read. Calls of one lane wait for each other, and for no others."""
+
+    TEXT = "text"
+    """Short texts and token ids."""
+    CHAT = "chat"
+    """Short conversations: a chat template may take seconds, whatever it is given."""
+    LONG = "long"
+    """Calls of more than LONG bytes: one at a time, so that many take no more memory than one."""
+
+    @classmethod
+    def of(cls, size: int, *, is_chat: bool) -> "Lane":
+        """Of a call of so many bytes."""
+        return cls.LONG if size > LONG else cls.CHAT if is_chat else cls.TEXT
+
+
+THREADS = {Lane.TEXT: 4, Lane.CHAT: 4, Lane.LONG: 1}
+"""Of each lane (count)."""
+
+
 class Gateway:
     """One server's, of one event loop. Refuses with UnavailableError until `open()`."""
 
@@ -40,6 +66,7 @@ class Gateway:
         self._served: tuple[AnyEngine, Orchestrator[Any, Any, Any]] | None = None
         self._closed = "the model is still loading; try again later"
         self._mailbox: Mailbox | None = None
+        self._lanes = {lane: ThreadPoolExecutor(count, f"read-{lane.value}") for lane, count in THREADS.items()}
 
     def open(self, engine: AnyEngine, orchestrator: Orchestrator[Any, Any, Any]) -> None:
         """From now on requests are served."""
@@ -48,6 +75,8 @@ class Gateway:
     def close(self, reason: str) -> None:
         """From now on new requests are refused; those in flight go on."""
         self._served, self._closed = None, reason
+        for lane in self._lanes.values():
+            lane.shutdown(wait=False)
 
     @property
     def is_open(self) -> bool:
@@ -69,18 +98,25 @@ class Gateway:
             self.calls -= 1
 
     @asynccontextmanager
-    async def admit(self, read: Read) -> AsyncIterator["Admitted"]:
+    async def admit(self, read: Read, lane: "Lane", client: str) -> AsyncIterator["Admitted"]:
         """One call's requests, handed in. Leaving early, at whoever's wish, cancels them.
+
+        Args:
+            read: called in a thread: tokens take their time, and others are being answered.
+            lane: whom it may hold up.
+            client: who asks; clients take turns.
 
         Raises what `read` raises, UnavailableError, QueueFullError, and DeadlineError for one that has passed already.
         """
         engine, orchestrator = self._open()
-        orchestrator.check_room()
+        orchestrator.check_room(client)
         self._mailbox = mailbox = self._mailbox or Mailbox(asyncio.get_running_loop())
         events: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
-        # In a thread: the text may be megabytes, and others are being answered.
-        requests = await asyncio.to_thread(read, engine, lambda number: partial(mailbox.post, events, number))
+        requests = await asyncio.get_running_loop().run_in_executor(
+            self._lanes[lane], read, engine, lambda number: partial(mailbox.post, events, number)
+        )
         for request in requests:
+            request.client = client
             log_prompt(request.id, request.prompt_ids, engine.get_tokenizer())
         orchestrator.submit(*requests)
         try:

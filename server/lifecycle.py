@@ -4,6 +4,7 @@ The port comes first, so that a port in use is known before minutes of loading, 
 """
 
 import asyncio
+import gc
 import logging
 import os
 import signal
@@ -273,6 +274,7 @@ async def serve(load: Load, config: ServerConfig, line: StatusLine | None = None
         loop.add_signal_handler(signal.SIGUSR1, serving.profile.start)
     async with serving:
         is_ready = True
+        gc.freeze()  # what is there stays: a request of many small objects must not have all of it looked through
         print(f"SERVING on {serving.address}", flush=True)
         await serving.stop_requested.wait()
     if serving.dead_reason is not None:

@@ -26,7 +26,7 @@ class FakeTokenizer:
     vocab_size = VOCAB_SIZE
     stop_ids = frozenset({STOP_ID})
 
-    def encode(self, text: str) -> list[int]:
+    def encode(self, text: str, at_most: int | None = None) -> list[int]:
         return list(text.encode())
 
     def decode(self, token_ids: Sequence[int]) -> str:
@@ -35,7 +35,7 @@ class FakeTokenizer:
     def token_bytes(self, token_id: int) -> bytes:
         return bytes([BYTE_OF_ID.get(token_id, ord("?"))])
 
-    def encode_chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
+    def encode_chat(self, messages: Sequence[Mapping[str, str]], at_most: int | None = None) -> list[int]:
         return self.encode(self.render_chat(messages))
 
     def render_chat(self, messages: Sequence[Mapping[str, str]]) -> str:
@@ -176,8 +176,8 @@ class FakeEngine:
         self.pages, self.table_entries = self.pages or whole, self.table_entries or whole
 
     @property
-    def prefill_batch(self) -> tuple[int, int]:
-        return self.batch, self.prefill_chunk
+    def prefill_batch(self) -> tuple[int, int, int]:
+        return min(2, self.batch), self.batch, self.prefill_chunk
 
     def get_tokenizer(self) -> FakeTokenizer:
         return FakeTokenizer()

@@ -30,7 +30,7 @@ MAY_IMPORT: dict[str, tuple[set[str], set[str]]] = {
     "server": (
         {"protos", "cache_manager", "engine_impl"},
         {"grpc", "grpc_health", "grpc_reflection", "google", "numpy", "jetstream", "prometheus_client"}
-        | {"aiohttp", "pydantic", "tyro"},
+        | {"aiohttp", "pydantic", "pydantic_core", "tyro"},
     ),
     "benchmarks": (
         {"protos", "kernels", "cache_manager", "engine_impl", "server"},
@@ -49,10 +49,10 @@ SUB_ROOMS: dict[str, dict[str, set[str]]] = {
     },
     "engine_impl": {
         "runtime": set(),
-        "text": {"errors"},
+        "text": {"errors", "runtime"},
         "models": {"errors"},
         "sampling": {"errors", "option"},
-        "checkpoints": {"errors", "models", "text"},
+        "checkpoints": {"errors", "models", "text", "runtime"},
         "quantization": {"errors", "config", "bridge", "models", "checkpoints"},
         "weights": {"errors", "forward", "models", "checkpoints", "quantization"},
         "compiler": {
@@ -93,6 +93,7 @@ ENGINE_FACE = {
     "runtime/compilations",
     "runtime/timeline",
     "runtime/tracing",
+    "runtime/workers",
     "sampling/params",
     "jetstream/compat",
     "jetstream/engine",

@@ -11,6 +11,7 @@ from ..errors import RefusedError
 from ..text.chat_template import ChatTemplate
 from ..text.pre_tokenizers import pre_tokenizer
 from ..text.tokenizer import Tokenizer, byte_level_bpe
+from .damage import damage_told, try_out
 from .gguf_architectures import MODULES
 from .gguf_config import LONG_FACTORS, ROPE_FACTORS, SHORT_FACTORS, GGUFFields, dequantised, read_gguf_config
 from .gguf_parts import GGUFParts
@@ -28,6 +29,10 @@ class GGUFCheckpoint:
     def __init__(self, path: Path) -> None:
         """Raises RefusedError when the file is missing, is no GGUF file or holds a family we do not have."""
         self.path = path
+        with damage_told(f"model file {str(path)!r}"):
+            self._read(path)
+
+    def _read(self, path: Path) -> None:
         self._file = GGUFParts(path)
         self._field = GGUFFields(self._file, str(path))
         self._architecture = self._field.architecture()
@@ -57,6 +62,13 @@ class GGUFCheckpoint:
 
     def tokenizer(self) -> Tokenizer:
         """The tokenizer and chat template that the file carries."""
+        with damage_told(f"the tokenizer of {str(self.path)!r}"):
+            tokenizer = self._tokenizer()
+            try_out(tokenizer)
+            tokenizer.check_template()
+        return tokenizer
+
+    def _tokenizer(self) -> Tokenizer:
         model = self._field("tokenizer.ggml.model")
         if model not in ("gpt2", "llama"):
             raise RefusedError(

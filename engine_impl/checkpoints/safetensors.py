@@ -21,6 +21,7 @@ from ..errors import RefusedError
 from ..models import registry
 from ..text.tokenizer import Tokenizer
 from .contract import WEIGHT, Quantization
+from .damage import damage_told
 from .hf_config import config_path, read_fields, read_hf_config
 from .quantization_config import read_format
 from .tokenizer_files import read_tokenizer
@@ -70,6 +71,10 @@ class SafetensorsCheckpoint:
         config.json asks for a model that is not there.
         """
         self.folder, self.name = folder, name or str(folder)
+        with damage_told(self.name):
+            self._read(folder)
+
+    def _read(self, folder: Path) -> None:
         self.config = read_hf_config(folder)
         self._format = read_format(read_fields(folder), str(config_path(folder)))
         family = registry.family_of(self.config)

@@ -13,10 +13,15 @@ from tokenizers import AddedToken
 from tokenizers import Tokenizer as Backend
 
 from ..errors import RefusedError
+from ..runtime.workers import Workers
 from ..text.chat_template import ChatTemplate
 from ..text.tokenizer import NoTokenizer, Tokenizer
+from .damage import damage_told, try_out
 from .merges import MERGES, VOCABULARY, read_merges
 from .pieces import backend_of, read_pieces
+
+WORKERS = Workers(1, seconds=45.0, memory_mib=4096)
+"""Where tokenizers are read first."""
 
 Fields = Mapping[str, Any]
 
@@ -28,12 +33,30 @@ def read_tokenizer(folder: Path, where: str, vocab_size: int) -> Tokenizer:
         where: what messages call the model.
         vocab_size: the model's; ids beyond it are never taken, even if the tokenizer has some.
 
-    Raises RefusedError for files that are damaged or contradict each other.
+    Raises RefusedError for files that are damaged or contradict each other. They come from strangers, and the library
+    that reads them may hang or end the process: they are read in another one first.
     """
+    with damage_told(f"the tokenizer of {where}"):
+        WORKERS.call(probe, folder, where, vocab_size)
+        tokenizer = tokenizer_of(folder, where, vocab_size)
+        tokenizer.check_template()
+    return tokenizer
+
+
+def probe(folder: Path, where: str, vocab_size: int) -> None:
+    """In a worker. Raises whatever goes wrong."""
+    try_out(tokenizer_of(folder, where, vocab_size))
+
+
+def tokenizer_of(folder: Path, where: str, vocab_size: int) -> Tokenizer:
+    """As `read_tokenizer`, in this process."""
     config = _read(folder / "config.json")
     config = (config.get("text_config") or {}) | config  # of a model that takes more than text
     generation = _read(folder / "generation_config.json")
     of_tokenizer = _read(folder / "special_tokens_map.json") | _read(folder / "tokenizer_config.json")
+    for name, fields in (("generation_config.json", generation), ("config.json", config)):
+        _check_ids(folder / name, fields, "eos_token_id")
+        _check_ids(folder / name, fields, "bos_token_id")
     ends = _ids(generation.get("eos_token_id")) | _ids(config.get("eos_token_id"))
     own_ids: dict[str, int] = {}
     first_ids, prefix = None, ""
@@ -94,6 +117,15 @@ def _ids(value: int | list[int] | None) -> set[int]:
     return set() if value is None else set(value) if isinstance(value, list) else {value}
 
 
+def _check_ids(path: Path, fields: Fields, name: str) -> None:
+    value = fields.get(name)
+    one_or_more = value if isinstance(value, list) else [] if value is None else [value]
+    if any(not isinstance(i, int) or isinstance(i, bool) for i in one_or_more):
+        raise RefusedError(
+            f"{str(path)!r} has {name}={ascii(value)[:80]}, which must be a token id or a list of them; fetch it anew"
+        )
+
+
 def _special_tokens(fields: Fields) -> dict[str, str]:
     """{"bos_token": "<s>", ...}; a token is stored as its text or as an object that has it."""
     texts = {name: _text(value) for name, value in fields.items() if name.endswith("_token")}
@@ -140,5 +172,10 @@ def _chat_template(folder: Path, fields: Fields) -> str | None:
         names = ", ".join(template)
         # It is refused when a chat comes, not before: raw text needs none.
         refusal = f"{{{{ raise_exception('of its templates ({names}) none is the default; send raw text') }}}}"
-        return template.get("default", refusal)
+        template = template.get("default", refusal)
+    if template is not None and not isinstance(template, str):
+        where = str(folder / "tokenizer_config.json")
+        raise RefusedError(
+            f"{where!r} has chat_template={ascii(template)[:80]}, which must be a text, or several; fetch it anew"
+        )
     return template

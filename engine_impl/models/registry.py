@@ -8,8 +8,10 @@ from typing import Any, TypeVar
 import torch
 
 from ..errors import RefusedError
+from .cohere import Cohere
 from .cohere2 import Cohere2
 from .decoder import Decoder, ModelConfig
+from .field_kinds import check_kinds
 from .fields import Fields
 from .gemma import Gemma
 from .gemma2 import Gemma2
@@ -20,6 +22,7 @@ from .llama import Llama
 from .mistral import Mistral
 from .mixtral import Mixtral
 from .olmo2 import Olmo2
+from .olmo3 import Olmo3
 from .phi3 import Phi3
 from .qwen2 import Qwen2
 from .qwen3 import Qwen3
@@ -28,6 +31,7 @@ from .smollm3 import SmolLM3
 from .stablelm import StableLM
 
 FAMILIES: dict[str, type[Decoder]] = {
+    "cohere": Cohere,
     "cohere2": Cohere2,
     "gemma": Gemma,
     "gemma2": Gemma2,
@@ -40,6 +44,7 @@ FAMILIES: dict[str, type[Decoder]] = {
     "mistral": Mistral,
     "mixtral": Mixtral,
     "olmo2": Olmo2,
+    "olmo3": Olmo3,
     "phi3": Phi3,
     "qwen2": Qwen2,
     "qwen3": Qwen3,
@@ -48,6 +53,12 @@ FAMILIES: dict[str, type[Decoder]] = {
     "stablelm": StableLM,
 }
 
+NOT_THERE = {
+    "gpt_oss": "its attention has sinks, which the kernels do not have",
+    "deepseek_v2": "its cache holds one compressed vector for a token instead of keys and values (MLA)",
+    "deepseek_v3": "its cache holds one compressed vector for a token instead of keys and values (MLA)",
+}
+"""Families that are asked for, and why they are missing. docs/models.md lists them."""
 
 ENTRY_POINTS = "slipstream.models"
 """The group in which an installed package names the modules of its families, each by its model type."""
@@ -82,16 +93,25 @@ def read_config(fields: dict[str, Any], where: str) -> ModelConfig:
 
     Raises RefusedError for a family that is not there, and for what the family cannot do.
     """
+    check_kinds(fields, where)
     model_type = fields.get("model_type")
     if model_type not in FAMILIES:
         for entry_point in entry_points(group=ENTRY_POINTS, name=str(model_type)):
             entry_point.load()
     if model_type not in FAMILIES:
+        why = f", which is not there: {NOT_THERE[model_type]}" if model_type in NOT_THERE else ""
         raise RefusedError(
-            f"{where!r} is of the family {model_type!r}; the families there are: {', '.join(sorted(FAMILIES))}; "
+            f"{where!r} is of the family {model_type!r}{why}; the families there are: {', '.join(sorted(FAMILIES))}; "
             "--model-module brings one of your own"
         )
-    return FAMILIES[model_type].read_config(Fields(fields, where))
+    try:
+        return FAMILIES[model_type].read_config(Fields(fields, where))
+    except RefusedError:
+        raise
+    except Exception as error:  # fields that make no sense together, in ways that no list tells
+        raise RefusedError(
+            f"{where!r} cannot be read as {model_type} ({type(error).__name__}: {str(error)[:200]}); fetch it anew"
+        ) from error
 
 
 def build(config: ModelConfig) -> Decoder:

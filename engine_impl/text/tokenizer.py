@@ -1,12 +1,13 @@
 """Text to token ids and back, over Hugging Face `tokenizers`."""
 
+import os
 import re
 from collections.abc import Mapping, Sequence
 
 from tokenizers import AddedToken, decoders, models, pre_tokenizers
 from tokenizers import Tokenizer as Backend
 
-from ..errors import RefusedError
+from ..errors import RefusedError, TooLongError
 from .chat_template import ChatTemplate
 from .pre_tokenizers import pre_tokenizer
 
@@ -15,6 +16,15 @@ _BYTES_OF_CHARACTER = {chr(byte): bytes([byte]) for byte in _PRINTABLE} | {
     chr(0x100 + index): bytes([byte]) for index, byte in enumerate(sorted(set(range(0x100)) - set(_PRINTABLE)))
 }
 """How byte-level vocabularies write bytes: as the Latin-1 character where that is printable, else from U+0100 on."""
+
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # its threads would be for batches, which there are none of
+
+FIRST_PIECE = 1 << 14
+"""How much of a text is read first, to see whether it can be short enough (characters); then four times that, ..."""
+SLACK = 1024
+"""How many of a piece's tokens may change with what follows it (tokens). Merges look a few tokens ahead."""
+LOCAL = ("BPE", "Unigram")
+"""Models of `tokenizers` of which that is true. A word of WordPiece is unknown as a whole."""
 
 
 class Tokenizer:
@@ -47,19 +57,23 @@ class Tokenizer:
         added = backend.get_added_tokens_decoder().values()
         self._control = tuple(token.content for token in added if token.special)
         self._chat_template = chat_template
+        self._is_local = type(backend.model).__name__ in LOCAL
 
-    def encode(self, text: str) -> list[int]:
+    def encode(self, text: str, at_most: int | None = None) -> list[int]:
         """Token ids of raw text; a BOS comes first only if the model's tokenizer says so, and never twice. Control
-        tokens written out in the text (`<|im_end|>`) become their ids."""
-        token_ids, first_ids = self._encode(text), list(self.first_ids)
+        tokens written out in the text (`<|im_end|>`) become their ids.
+
+        Raises TooLongError for a text that has clearly more tokens than `at_most`, without reading all of it.
+        """
+        token_ids, first_ids = self._encode(text, at_most), list(self.first_ids)
         return token_ids if first_ids == token_ids[: len(first_ids)] else first_ids + token_ids
 
-    def encode_chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
+    def encode_chat(self, messages: Sequence[Mapping[str, str]], at_most: int | None = None) -> list[int]:
         """Token ids of messages in the model's chat form, which brings its own BOS, or has none.
 
-        Raises RefusedError as `render_chat` does.
+        Raises RefusedError as `render_chat` does, and TooLongError as `encode` does.
         """
-        return self._encode(self.render_chat(messages))
+        return self._encode(self.render_chat(messages), at_most)
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """Text of token ids; control tokens are left out, bytes that are no UTF-8 become U+FFFD."""
@@ -81,14 +95,34 @@ class Tokenizer:
             raise RefusedError("this model has no chat template; send raw text instead")
         return self._chat_template.render(messages)
 
+    def check_template(self) -> None:
+        """Raises RefusedError for a chat template that comes to no end with a short conversation."""
+        if self._chat_template is not None:
+            self._chat_template.check()
+
     def stream(self) -> "TextStream":
         """A decoder for one answer."""
         return TextStream(self)
 
-    def _encode(self, text: str) -> list[int]:
+    def _encode(self, text: str, at_most: int | None) -> list[int]:
         if self._text_prefix and text and not text.startswith(self._control):
             text = self._text_prefix + text
-        return self._backend.encode(text, add_special_tokens=False).ids
+        if at_most is not None and self._is_local:
+            self._check_length(text, at_most)
+        return self._ids(text)
+
+    def _check_length(self, text: str, at_most: int) -> None:
+        """Raises TooLongError when a piece from the beginning has more tokens already."""
+        length = FIRST_PIECE
+        while length < len(text):
+            if len(self._ids(text[:length])) > at_most + SLACK:
+                raise TooLongError(f"the text has more than {at_most} tokens")
+            length *= 4
+
+    def _ids(self, text: str) -> list[int]:
+        """Of the library's calls this one alone lets other threads run, and is the quickest."""
+        (encoding,) = self._backend.encode_batch_fast([text], add_special_tokens=False)
+        return encoding.ids
 
 
 class NoTokenizer(Tokenizer):
@@ -107,7 +141,7 @@ class NoTokenizer(Tokenizer):
         """Raises RefusedError."""
         raise self._refusal()
 
-    def _encode(self, text: str) -> list[int]:
+    def _encode(self, text: str, at_most: int | None) -> list[int]:
         if not text:
             return []
         raise self._refusal()

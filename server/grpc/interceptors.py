@@ -1,10 +1,11 @@
 """The guard at the gRPC server's entrance. Health checks stay open."""
 
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from typing import Any
 from urllib.parse import unquote
 
 import grpc
+from google.protobuf.message import DecodeError
 
 from ..errors import QueueFullError
 from ..net.security import AUTHORIZATION, UNKNOWN, Guard
@@ -53,7 +54,7 @@ class StreamLimit(grpc.aio.ServerInterceptor):
 
 def interceptors(guard: Guard) -> list[grpc.aio.ServerInterceptor]:
     """In the order in which they are asked; those that would let everybody pass are left out."""
-    chain: list[grpc.aio.ServerInterceptor] = []
+    chain: list[grpc.aio.ServerInterceptor] = [Parsing()]
     if guard.tokens is not None:
         chain.append(TokenCheck(guard))
     if guard.streams is not None:
@@ -83,4 +84,46 @@ def refusing(handler: Any, code: grpc.StatusCode, details: str) -> Any:
         (True, False): grpc.stream_unary_rpc_method_handler,
         (True, True): grpc.stream_stream_rpc_method_handler,
     }[handler.request_streaming, handler.response_streaming]
-    return make(refuse, handler.request_deserializer, handler.response_serializer)
+    return make(refuse, None, handler.response_serializer)  # nothing is parsed for whoever may not ask
+
+
+class Parsing(grpc.aio.ServerInterceptor):
+    """Answers INVALID_ARGUMENT to bytes that are no message of their method. gRPC itself answers UNKNOWN, and logs a
+    traceback for each; it is left to the methods to parse."""
+
+    async def intercept_service(self, continuation: Continuation, handler_call_details: grpc.HandlerCallDetails) -> Any:
+        handler = await continuation(handler_call_details)
+        if handler is None or handler.request_deserializer is None:
+            return handler
+        parse = handler.request_deserializer
+
+        async def parsed(data: bytes, context: grpc.aio.ServicerContext) -> Any:
+            try:
+                return parse(data)
+            except DecodeError:
+                await context.abort(grpc.StatusCode.INVALID_ARGUMENT, f"these {len(data)} bytes are no such message")
+
+        async def each(stream: AsyncIterator[bytes], context: grpc.aio.ServicerContext) -> AsyncIterator[Any]:
+            async for data in stream:
+                yield await parsed(data, context)
+
+        if handler.stream_stream is not None:
+
+            async def stream_stream(stream: AsyncIterator[bytes], context: grpc.aio.ServicerContext) -> Any:
+                async for reply in handler.stream_stream(each(stream, context), context):
+                    yield reply
+
+            return grpc.stream_stream_rpc_method_handler(stream_stream, None, handler.response_serializer)
+        if handler.unary_stream is not None:
+
+            async def unary_stream(data: bytes, context: grpc.aio.ServicerContext) -> Any:
+                return await handler.unary_stream(await parsed(data, context), context)
+
+            return grpc.unary_stream_rpc_method_handler(unary_stream, None, handler.response_serializer)
+        if handler.unary_unary is not None:
+
+            async def unary_unary(data: bytes, context: grpc.aio.ServicerContext) -> Any:
+                return await handler.unary_unary(await parsed(data, context), context)
+
+            return grpc.unary_unary_rpc_method_handler(unary_unary, None, handler.response_serializer)
+        return handler  # nobody here streams requests alone

@@ -7,7 +7,7 @@ from ...engine_impl.errors import RefusedError
 from ...protos import orchestrator_pb2 as pb
 from ..request.options import OPTIONS, AnswerOptions
 from ..request.prefix_key import prefix_key
-from ..request.request import Event, FinishReason, Limits, Request, TokenLogprob, Usage, check_slots
+from ..request.request import Event, FinishReason, Limits, Request, TokenLogprob, Usage, check_messages, check_slots
 
 if TYPE_CHECKING:
     from ...engine_impl.api import AnyEngine as Engine
@@ -40,7 +40,8 @@ def read_request(
         raise RefusedError(f"lora_adapter_id={message.lora_adapter_id!r} must be empty: there are no adapters")
     options = read_options(message)
     check_slots(options.num_samples, engine.max_concurrent_decodes)
-    prompt_ids = read_prompt(message, engine.get_tokenizer())  # last: the text may be megabytes
+    limits = Limits.of(engine)
+    prompt_ids = read_prompt(message, engine.get_tokenizer(), limits)  # last: the text may be megabytes
     request = Request(
         prompt_ids=prompt_ids,
         deliver=deliver,
@@ -49,7 +50,7 @@ def read_request(
         prefix_key=prefix_key(options.cache_salt, token),
         **options.fields(),
     )
-    Limits.of(engine).check(request)
+    limits.check(request)
     return request
 
 
@@ -64,20 +65,20 @@ def read_options(message: pb.DecodeRequest) -> AnswerOptions:
     return AnswerOptions.of(**values)
 
 
-def read_prompt(message: pb.DecodeRequest, tokenizer: "Tokenizer") -> list[int]:
-    """Token ids of whichever content was sent."""
+def read_prompt(message: pb.DecodeRequest, tokenizer: "Tokenizer", limits: Limits) -> list[int]:
+    """Token ids of whichever content was sent. Raises RefusedError."""
     match message.WhichOneof("content"):
         case "text_content":
-            return tokenizer.encode(message.text_content.text)
+            return limits.ids_of_text(tokenizer, message.text_content.text)
         case "token_content":
+            limits.check_count(len(message.token_content.token_ids))
             bos = tokenizer.encode("")  # as JetStream does it: its clients send token ids without
             token_ids = list(message.token_content.token_ids)
             return token_ids if message.has_bos or token_ids[: len(bos)] == bos or not token_ids else bos + token_ids
         case "messages":
+            check_messages(len(message.messages.messages))
             turns = [{"role": turn.role, "content": turn.content} for turn in message.messages.messages]
-            if not turns:
-                raise RefusedError("messages is empty; send at least one")
-            return tokenizer.encode_chat(turns)
+            return limits.ids_of_chat(tokenizer, turns)
         case _:
             raise RefusedError("the prompt is missing; set text_content, token_content or messages")
 

@@ -10,11 +10,11 @@ from google.protobuf.message import DecodeError, Message
 
 from ...engine_impl.errors import RefusedError
 from ...protos import orchestrator_pb2 as pb
-from ..errors import CancelledError, DeadlineError, FailedError, QueueFullError, UnavailableError
-from ..gateway import MAX_REQUEST_ID, REQUEST_ID, RETRY_AFTER, Deliver, Gateway, check_id, new_id
+from ..errors import CancelledError, DeadlineError, FailedError, QueueFullError, UnavailableError, brief
+from ..gateway import LONG, MAX_REQUEST_ID, REQUEST_ID, RETRY_AFTER, Deliver, Gateway, Lane, check_id, new_id
 from ..net.security import Guard
 from ..request.request import Request
-from .interceptors import authorizations
+from .interceptors import authorizations, ip_of
 from .messages import read_request, write_reply
 
 if TYPE_CHECKING:
@@ -54,7 +54,7 @@ class GrpcService:
         try:
             parse(pb.HealthCheckRequest, data)
         except RefusedError as error:
-            await context.abort(status(error), str(error), trailing_metadata=trailers(error, own_id(context)))
+            await context.abort(status(error), brief(str(error)), trailing_metadata=trailers(error, own_id(context)))
         await context.send_initial_metadata(((REQUEST_ID, own_id(context)),))
         return pb.HealthCheckResponse(is_live=self._gateway.is_open)
 
@@ -66,12 +66,18 @@ class GrpcService:
                 check_id(request_id)
                 await self._answer(data, context, request_id)
             except tuple(STATUS) as error:
-                await context.abort(status(error), str(error), trailing_metadata=trailers(error, request_id))
+                await context.abort(status(error), brief(str(error)), trailing_metadata=trailers(error, request_id))
 
     async def _answer(self, data: bytes, context: grpc.aio.ServicerContext, request_id: str) -> None:
-        token = self._guard.prefix_owner(authorizations(context.invocation_metadata()))
-        read = partial(read_one, data, request_id, deadline_of(context), token)
-        async with self._gateway.admit(read) as admitted:
+        brought = list(authorizations(context.invocation_metadata()))
+        known = request_id, deadline_of(context), self._guard.prefix_owner(brought)
+        if len(data) <= LONG:  # quicker than a thread begins
+            message = parse(pb.DecodeRequest, data)
+            read = partial(read_one, lambda: message, *known)
+            lane = Lane.of(len(data), is_chat=message.HasField("messages"))
+        else:
+            read, lane = partial(read_one, partial(parse, pb.DecodeRequest, data), *known), Lane.LONG
+        async with self._gateway.admit(read, lane, self._guard.client(brought, ip_of(context.peer()))) as admitted:
             # Not before: a client's retry policy only applies to answers that are nothing but trailers.
             await context.send_initial_metadata(((REQUEST_ID, request_id),))
             num_samples = admitted.requests[0].num_samples
@@ -80,7 +86,7 @@ class GrpcService:
 
 
 def read_one(
-    data: bytes,
+    message: Callable[[], pb.DecodeRequest],
     request_id: str,
     deadline: float | None,
     token: str | None,
@@ -88,8 +94,7 @@ def read_one(
     deliver_to: Callable[[int], Deliver],
 ) -> list[Request]:
     """For Gateway.admit(): a message is one request. Raises RefusedError."""
-    message = parse(pb.DecodeRequest, data)
-    return [read_request(message, engine, deliver_to(0), request_id=request_id, deadline=deadline, token=token)]
+    return [read_request(message(), engine, deliver_to(0), request_id=request_id, deadline=deadline, token=token)]
 
 
 def parse(kind: type[M], data: bytes) -> M:

@@ -5,16 +5,17 @@ A field that is null counts as left out. One that is neither here nor in a `refu
 
 from abc import abstractmethod
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Self
 
-from pydantic import ValidationError, model_validator
+from pydantic import ValidationError
+from pydantic_core import from_json
 
 from ..gateway import Deliver
 from ..request.options import AnswerOptions
 from ..request.prefix_key import prefix_key
-from ..request.request import Limits, Request, check_slots
-from .errors import BadFieldError, UnknownModelError, bad_body
-from .fields import Message, Prompts, StreamOptions
+from ..request.request import MAX_MESSAGES, Limits, Request, check_slots
+from .errors import BadFieldError, UnknownModelError, bad_body, shown
+from .fields import Message, Prompts, StreamOptions, few
 from .options import DeclaredFields, options_in
 
 if TYPE_CHECKING:
@@ -52,19 +53,23 @@ class Body(DeclaredFields):
     def read(cls, body: bytes) -> Self:
         """Raises BadFieldError."""
         try:
-            return cls.model_validate_json(body)
+            fields = from_json(body)
+        except ValueError as error:
+            raise BadFieldError("", f"the body cannot be read: Invalid JSON: {error}") from error
+        try:
+            return cls.model_validate(cls._given(fields))
         except ValidationError as error:
             raise bad_body(error) from error
 
-    @model_validator(mode="before")
     @classmethod
-    def _check(cls, fields: Any) -> Any:
+    def _given(cls, fields: Any) -> dict[str, Any]:
+        """What is not null. Raises BadFieldError for a field that we lack."""
         if not isinstance(fields, dict):
-            return fields
+            raise BadFieldError("", f"the body={shown(fields)}: Input should be an object")
         given = {name: value for name, value in fields.items() if value is not None}
         for name, neutral in cls.refused.items():
             if name in given and given[name] not in neutral:
-                raise BadFieldError(name, f"{name}={given[name]!r:.80} is not supported; leave it out")
+                raise BadFieldError(name, f"{name}={shown(given[name])} is not supported; leave it out")
         if "stream_options" in given and not given.get("stream"):
             raise BadFieldError("stream_options", "stream_options are for streams; set stream=true or leave them out")
         return given
@@ -83,8 +88,11 @@ class Body(DeclaredFields):
     def asked_logprobs(self) -> int | None:
         """As SamplingParams.logprobs has it."""
 
+    def check_counts(self, limits: Limits) -> None:
+        """Raises RefusedError for a prompt of more token ids than the engine takes."""
+
     @abstractmethod
-    def prompts(self, tokenizer: "Tokenizer") -> Iterator[list[int]]:
+    def prompts(self, tokenizer: "Tokenizer", limits: Limits) -> Iterator[list[int]]:
         """Token ids, one prompt after the other. Raises RefusedError."""
 
     @abstractmethod
@@ -101,7 +109,7 @@ class Body(DeclaredFields):
         check_slots(self.n, engine.max_concurrent_decodes)
         limits, requests = Limits.of(engine), []
         self._options(limits.longest)  # refused before the prompts are read: they may be megabytes
-        for number, prompt_ids in enumerate(self.prompts(engine.get_tokenizer())):
+        for number, prompt_ids in enumerate(self.prompts(engine.get_tokenizer(), limits)):
             request = Request(
                 prompt_ids=prompt_ids,
                 deliver=deliver_to(number),
@@ -135,18 +143,24 @@ class CompletionBody(Body):
     def num_prompts(self) -> int:
         return len(self.prompt) if isinstance(self.prompt, list) and not self._is_ids else 1
 
+    def check_counts(self, limits: Limits) -> None:
+        prompts = [self.prompt] if self._is_ids else self.prompt
+        for prompt in prompts:
+            if isinstance(prompt, list):
+                limits.check_count(len(prompt))
+
     @property
     def _is_ids(self) -> bool:
         return isinstance(self.prompt, list) and bool(self.prompt) and isinstance(self.prompt[0], int)
 
-    def prompts(self, tokenizer: "Tokenizer") -> Iterator[list[int]]:
+    def prompts(self, tokenizer: "Tokenizer", limits: Limits) -> Iterator[list[int]]:
         if self.best_of not in (None, self.n):
             raise BadFieldError("best_of", f"best_of={self.best_of} must be n={self.n}: all answers are shown")
         prompts: list[Any] = self.prompt if isinstance(self.prompt, list) and not self._is_ids else [self.prompt]
         if not prompts:
             raise BadFieldError("prompt", "prompt is an empty list; send at least one")
         for prompt in prompts:
-            yield tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
+            yield limits.ids_of_text(tokenizer, prompt) if isinstance(prompt, str) else prompt
 
     def longest(self, room: int) -> int:
         return self.max_tokens
@@ -172,7 +186,7 @@ class ChatBody(Body):
         "documents": ([],),
     }
 
-    messages: list[Message]
+    messages: Annotated[list[Message], *few(MAX_MESSAGES)]
     max_tokens: int | None = None
     max_completion_tokens: int | None = None
     logprobs: bool = False
@@ -184,10 +198,11 @@ class ChatBody(Body):
             raise BadFieldError("top_logprobs", "top_logprobs are for logprobs=true; set it, or leave them out")
         return (self.top_logprobs or 0) if self.logprobs else None
 
-    def prompts(self, tokenizer: "Tokenizer") -> Iterator[list[int]]:
+    def prompts(self, tokenizer: "Tokenizer", limits: Limits) -> Iterator[list[int]]:
         if not self.messages:
             raise BadFieldError("messages", "messages is empty; send at least one")
-        yield tokenizer.encode_chat([message.turn(f"messages[{at}]") for at, message in enumerate(self.messages)])
+        turns = [message.turn(f"messages[{at}]") for at, message in enumerate(self.messages)]
+        yield limits.ids_of_chat(tokenizer, turns)
 
     def longest(self, room: int) -> int:
         asked = self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens

@@ -3,12 +3,14 @@
 import logging
 import math
 import re
+import reprlib
+from functools import partial
 from typing import Any
 
 from pydantic import ValidationError
 
 from ...engine_impl.errors import RefusedError
-from ..errors import CancelledError, FailedError, QueueFullError, UnavailableError
+from ..errors import CancelledError, FailedError, QueueFullError, UnavailableError, brief
 from ..gateway import RETRY_AFTER
 
 log = logging.getLogger(__name__)
@@ -18,6 +20,14 @@ INVALID, SERVER = "invalid_request_error", "server_error"
 
 OTHER_NAMES = {"num_samples": "n", "stop_strings": "stop"}
 """Options that OpenAI calls differently."""
+
+OTHER_WORDS = {"model_type": "Input should be an object", "list_type": "Input should be a valid array"}
+"""Pydantic speaks of Python's types, clients of JSON's."""
+
+SHOWN = 80
+"""The longest value in a message (characters)."""
+SHORT = reprlib.Repr()
+SHORT.maxlevel, SHORT.maxlist, SHORT.maxdict, SHORT.maxstring, SHORT.maxother = 3, 20, 10, SHOWN, SHOWN
 
 
 class HttpError(Exception):
@@ -34,8 +44,14 @@ class HttpError(Exception):
         headers: dict[str, str] | None = None,
     ) -> None:
         super().__init__(message)
+        self._made_of = (status, message), {"kind": kind, "param": param, "code": code, "headers": headers}
         self.status, self.headers = status, headers or {}
         self.body: dict[str, Any] = {"error": {"message": message, "type": kind, "param": param or None, "code": code}}
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """It may come from another process."""
+        args, named = self._made_of
+        return partial(HttpError, **named), args
 
 
 class BadFieldError(RefusedError):
@@ -44,6 +60,9 @@ class BadFieldError(RefusedError):
     def __init__(self, field: str, message: str) -> None:
         super().__init__(message)
         self.field = field
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return BadFieldError, (self.field, str(self))
 
 
 class UnknownModelError(Exception):
@@ -68,7 +87,7 @@ def told(error: Exception, request_id: str) -> HttpError:
 
 def http_error(error: Exception) -> HttpError:
     """Of one of KNOWN."""
-    message = str(error)
+    message = brief(str(error))
     match error:
         case BadFieldError():
             return HttpError(400, message, param=error.field)
@@ -100,14 +119,17 @@ def bad_body(error: ValidationError) -> BadFieldError:
     first, field = errors[0], field_of(errors[0]["loc"])
     if isinstance(own := first.get("ctx", {}).get("error"), BadFieldError):
         return own
-    if first["type"] == "json_invalid":
-        return BadFieldError("", f"the body cannot be read: {first['msg']}")
     if first["type"] == "missing":
         return BadFieldError(field, f"{field} is missing")
-    value = repr(first["input"])
-    shown = value if len(value) <= 80 else f"{value[:77]}..."
     more = f" (and {len(errors) - 1} more)" if len(errors) > 1 else ""
-    return BadFieldError(field, f"{field or 'the body'}={shown}: {first['msg']}{more}")
+    told = OTHER_WORDS.get(first["type"], first["msg"])
+    return BadFieldError(field, f"{field}={shown(first['input'])}: {told}{more}")
+
+
+def shown(value: Any) -> str:
+    """A value for a message: the beginning of one that is long or deep, which costs little however large it is."""
+    text = SHORT.repr(value)
+    return text if len(text) <= SHOWN else f"{text[: SHOWN - 3]}..."
 
 
 def field_of(path: tuple[int | str, ...]) -> str:

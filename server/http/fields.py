@@ -2,8 +2,10 @@
 
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Tag
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, FailFast, Tag
+from pydantic_core import PydanticCustomError
 
+from ..request.request import MAX_PARTS, MAX_PROMPTS
 from .errors import BadFieldError
 
 ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
@@ -32,15 +34,45 @@ def one_of(expected: str) -> Discriminator:
     return Discriminator(kind_of, custom_error_type="kind", custom_error_message=f"must be {expected}")
 
 
+class FirstError(FailFast):
+    """Ends a list's check at its first wrong item. As a part of a type in a union it has to be hashable."""
+
+    def __hash__(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return id(type(self))
+
+
+def at_most(count: int) -> BeforeValidator:
+    """Refuses what is longer before its items are looked at."""
+
+    def check(value: Any) -> Any:
+        if isinstance(value, list | dict) and len(value) > count:
+            lengths = {"has": len(value), "may": count}
+            raise PydanticCustomError("too_long", "has {has} entries and may have {may}; send fewer", lengths)
+        return value
+
+    return BeforeValidator(check)
+
+
+def few(count: int) -> tuple[FirstError, BeforeValidator]:
+    """For a list that is given up at its first wrong item, and at once when it has too many: no million is listed."""
+    return FirstError(), at_most(count)
+
+
+MAX_ITEMS = 1000
+"""Of a list that an option bounds much lower (count)."""
+MAX_IDS = 1 << 24
+"""Of a prompt; what the engine takes is bounded elsewhere (tokens)."""
+
 Texts = Annotated[
-    Annotated[str, Tag("<text>")] | Annotated[list[str], Tag("<items>")], one_of("a string, or a list of strings")
+    Annotated[str, Tag("<text>")] | Annotated[list[str], *few(MAX_ITEMS), Tag("<items>")],
+    one_of("a string, or a list of strings"),
 ]
 
 Prompts = Annotated[
     Annotated[str, Tag("<text>")]
-    | Annotated[list[str], Tag("<items>")]
-    | Annotated[list[int], Tag("<ids>")]
-    | Annotated[list[list[int]], Tag("<lists>")],
+    | Annotated[list[str], *few(MAX_PROMPTS), Tag("<items>")]
+    | Annotated[list[int], *few(MAX_IDS), Tag("<ids>")]
+    | Annotated[list[Annotated[list[int], *few(MAX_IDS)]], *few(MAX_PROMPTS), Tag("<lists>")],
     one_of("a string, a list of strings, a list of token ids, or a list of lists of token ids"),
 ]
 
@@ -57,7 +89,7 @@ class Message(Strict):
 
     role: str
     content: Annotated[
-        Annotated[str, Tag("<text>")] | Annotated[list[Part], Tag("<items>")],
+        Annotated[str, Tag("<text>")] | Annotated[list[Part], *few(MAX_PARTS), Tag("<items>")],
         one_of("a string, or a list of text parts"),
     ]
 

@@ -3,13 +3,13 @@
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, get_args, get_origin
+from typing import Annotated, Any, get_args, get_origin
 
 from pydantic import create_model
 
 from ..request.options import OPTIONS
 from .errors import OTHER_NAMES, BadFieldError
-from .fields import Strict, Texts
+from .fields import MAX_ITEMS, Strict, Texts, at_most, few
 
 OF_EACH_BODY = {"max_tokens", "logprobs"}
 """Options that completions and chats ask for in two ways: fields of their own."""
@@ -53,7 +53,7 @@ DIFFERENCES = {
     "temperature": Difference(default=1.0),
     "top_k": Difference(read=all_or_k),  # vLLM's other way to keep all is -1
     "stop_strings": Difference(kind=Texts, read=listed),
-    "logit_bias": Difference(kind=dict[str, float], read=by_id),
+    "logit_bias": Difference(kind=Annotated[dict[str, float], at_most(MAX_ITEMS)], read=by_id),
     "prompt_logprobs": Difference(kind=int | None, default=None, read=own_alone),
 }
 SAME = Difference()
@@ -77,7 +77,7 @@ def options_in(body: Any) -> dict[str, Any]:
 def _as_field(name: str, kind: Any, default: Any) -> tuple[Any, Any]:
     differs = DIFFERENCES.get(name, SAME)
     if get_origin(kind) is tuple:  # JSON has lists
-        kind = list[get_args(kind)[0]]
+        kind = Annotated[list[get_args(kind)[0]], *few(MAX_ITEMS)]
     return (
         kind if differs.kind is AS_DECLARED else differs.kind,
         default if differs.default is AS_DECLARED else differs.default,

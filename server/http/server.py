@@ -16,13 +16,15 @@ from aiohttp.web_protocol import RequestPayloadError
 
 from ..config import ServerConfig
 from ..errors import UnavailableError
-from ..gateway import REQUEST_ID, Gateway, check_id, new_id
+from ..gateway import REQUEST_ID, Gateway, Lane, check_id, new_id
 from ..net import tls
 from ..net.ports import Listener, address_of, listening
 from ..net.security import AUTHORIZATION, UNKNOWN, Guard
 from ..request.request import Limits
 from .bodies import Body, ChatBody, CompletionBody
-from .errors import HttpError, UnknownModelError, told
+from .errors import SERVER, HttpError, UnknownModelError, told
+from .origins import Origins
+from .reading import BodyReader, too_large
 from .replies import ChatReply, CompletionReply, Reply
 from .stream import stream
 from .token_names import TokenNames
@@ -36,8 +38,11 @@ HEALTH = "/health"
 BODY_S = 60.0
 """How long a body may take to arrive (seconds)."""
 
-SMALL = 1 << 16
-"""A body up to here is parsed at once (bytes), in less time than another thread takes to begin."""
+JSON = "application/json"
+"""What a body must be said to be: a browser sends nothing else to a server that does not know its page."""
+
+OURSELVES = "slipstream"
+"""As answers call the server."""
 
 PATHS = f"{HEALTH}, /v1/models, /v1/completions and /v1/chat/completions"
 
@@ -52,6 +57,8 @@ class HttpServer:
         """`is_ready` decides /health. Raises RefusedError for certificates that cannot be used."""
         self._gateway, self._guard, self._config, self._is_ready = gateway, guard, config, is_ready
         self._tls = tls.context(config.security)
+        self._origins = Origins(config.security.allow_origin)
+        self._reader = BodyReader(config.security.max_message_bytes)
         self._listener: Listener | None = None
         self._names: TokenNames | None = None
         self._created = int(time.time())
@@ -67,17 +74,19 @@ class HttpServer:
         host, port = self._config.host, self._config.http_port
         assert port is not None
         sock = listening(host, port, what="HTTP", flag="--http-port")
-        self._listener, self.address = Listener(self._application(), sock, self._tls), address_of(sock, host)
+        self._listener = Listener(self._application(), sock, refuse, self._tls)
+        self.address = address_of(sock, host)
         await self._listener.start()
 
     async def close(self) -> None:
         if self._listener is not None:
             await self._listener.close()
+        self._reader.close()
 
     def _application(self) -> web.Application:
         limit = self._config.security.max_message_bytes
         app = web.Application(middlewares=[self._guarded], client_max_size=limit)
-        app.on_response_prepare.append(send_name)
+        app.on_response_prepare.append(self._send_name)
         app.add_routes(
             [
                 web.get(HEALTH, self._health),
@@ -97,6 +106,9 @@ class HttpServer:
             if sent := request.headers.get(REQUEST_ID):
                 check_id(sent)
                 request[NAME] = sent
+            if self._origins.is_preflight(request):
+                return web.Response(status=204)
+            self._origins.check(request)
             if request.path != HEALTH and not self._guard.is_known(authorizations(request)):
                 raise HttpError(401, UNKNOWN, code="invalid_api_key", headers={"www-authenticate": "Bearer"})
             return await handler(request)
@@ -114,11 +126,7 @@ class HttpServer:
                 message = f"{request.method} {request.path} is not there; it takes {allowed}"
                 return HttpError(405, message, headers={"allow": allowed})
             case web.HTTPRequestEntityTooLarge():
-                limit = self._config.security.max_message_bytes
-                message = (
-                    f"the body exceeds max_message_bytes={limit}; send less or serve with a larger --max-message-bytes"
-                )
-                return HttpError(413, message)
+                return too_large(self._config.security.max_message_bytes)
             case _:
                 return HttpError(error.status, error.text or error.reason)
 
@@ -144,8 +152,13 @@ class HttpServer:
 
     async def _answer(self, request: web.Request, kind: type[Body], form: type[Reply]) -> web.StreamResponse:
         """Leaving early, at whoever's wish, cancels the requests."""
-        raw = await read_body(request)
-        body = kind.read(raw) if len(raw) <= SMALL else await asyncio.to_thread(kind.read, raw)
+        if request.content_type != JSON:
+            sent = request.headers.get("content-type", "")
+            raise HttpError(415, f"content-type={sent[:80]!r} must be {JSON}; send that header")
+        raw, encoding = await read_body(request), request.headers.get("content-encoding", "")
+        body = await self._reader.read(kind, raw, encoding, lambda: Limits.of(self._gateway.engine))
+        lane = Lane.of(len(raw), is_chat=kind is ChatBody)
+        client = self._guard.client(authorizations(request), request.remote or "")
         held = self._guard.hold(authorizations(request), request.remote or "", body.num_prompts)
         token = self._guard.prefix_owner(authorizations(request))
 
@@ -153,7 +166,7 @@ class HttpServer:
             return body.requests(request[NAME], engine, deliver_to, token)
 
         with self._gateway.call(), held:
-            async with self._gateway.admit(read) as admitted:
+            async with self._gateway.admit(read, lane, client) as admitted:
                 names = self._token_names(admitted.engine)
                 answer = form(body, admitted.requests, request[NAME], admitted.engine.model_name, names)
                 if body.stream:
@@ -163,6 +176,13 @@ class HttpServer:
                 # In a thread: with log-probabilities it may be megabytes.
                 text = await asyncio.to_thread(lambda: json.dumps(answer.whole()))
                 return web.Response(text=text, content_type="application/json")
+
+    async def _send_name(self, request: web.Request, response: web.StreamResponse) -> None:
+        """The request's, in every answer, and ours instead of aiohttp's version."""
+        response.headers["server"] = OURSELVES
+        response.headers.update(self._origins.headers(request))
+        if NAME in request:
+            response.headers[REQUEST_ID] = request[NAME]
 
     def _token_names(self, engine: "Engine") -> TokenNames:
         self._names = self._names or TokenNames(engine.get_tokenizer())
@@ -199,8 +219,7 @@ def error_response(error: HttpError) -> web.Response:
     return web.json_response(error.body, status=error.status, headers=error.headers)
 
 
-async def send_name(request: web.Request, response: web.StreamResponse) -> None:
-    """The request's, in every answer, and ours instead of aiohttp's version."""
-    response.headers["server"] = "slipstream"
-    if NAME in request:
-        response.headers[REQUEST_ID] = request[NAME]
+def refuse(status: int, message: str) -> web.Response:
+    """A request whose head cannot be read."""
+    error = HttpError(status, message) if status < 500 else HttpError(status, message, kind=SERVER)
+    return web.json_response(error.body, status=status, headers={"server": OURSELVES, REQUEST_ID: new_id()})

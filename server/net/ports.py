@@ -6,16 +6,15 @@ import socket
 from ssl import SSLContext
 
 from aiohttp import web
-from aiohttp.http_exceptions import HttpProcessingError
 from aiohttp.web_protocol import RequestPayloadError
 
 from ...engine_impl.errors import RefusedError
 from ..config import ServerConfig, join_address
+from .connections import Refuse, Runner
 
 log = logging.getLogger(__name__)
-# What is no HTTP is answered with 400; strangers must not fill the log with it.
-NO_HTTP = HttpProcessingError, RequestPayloadError
-log.addFilter(lambda record: not (record.exc_info and isinstance(record.exc_info[1], NO_HTTP)))
+# A body that breaks off is answered with 400; strangers must not fill the log with it.
+log.addFilter(lambda record: not (record.exc_info and isinstance(record.exc_info[1], RequestPayloadError)))
 
 BACKLOG = 1024
 """Connections that may wait to be accepted; the kernel may take fewer."""
@@ -36,11 +35,15 @@ UNACKNOWLEDGED_MS = 60_000
 class Listener:
     """An aiohttp application on a socket. Belongs to one event loop."""
 
-    def __init__(self, app: web.Application, sock: socket.socket, tls: SSLContext | None = None) -> None:
+    def __init__(
+        self, app: web.Application, sock: socket.socket, refuse: Refuse, tls: SSLContext | None = None
+    ) -> None:
+        """`refuse` makes the answer to a request whose head cannot be read."""
         self._sock, self._tls = sock, tls
         # handler_cancellation: a client that leaves cancels what works for it.
-        self._runner = web.AppRunner(
+        self._runner = Runner(
             app,
+            refuse,
             access_log=None,
             handler_cancellation=True,
             keepalive_timeout=IDLE_S,

@@ -138,9 +138,13 @@ class Guard:
         """The client has `count` answers more under way. `address`: its IP. Raises as Streams.hold() does."""
         if self.streams is None:
             return nullcontext()
+        return self.streams.hold(self.client(authorizations, address), count)
+
+    def client(self, authorizations: Iterable[str], address: str) -> str:
+        """A name for who asks: which token, or without tokens which network address."""
         if self.tokens is not None:
-            return self.streams.hold(f"token {token_number(self.tokens, authorizations)}", count)
-        return self.streams.hold(plain_ip(address), count)
+            return f"token {token_number(self.tokens, authorizations)}"
+        return plain_ip(address)
 
 
 def token_number(tokens: Tokens, authorizations: Iterable[str]) -> int | None:

@@ -23,7 +23,7 @@ class Endpoint:
         sock = listening(host, port, what="metrics", flag="--metrics-port")
         self.address = address_of(sock, host)
         """host:port; the port is the real one."""
-        self._listener = Listener(application(registry, is_ready), sock)
+        self._listener = Listener(application(registry, is_ready), sock, refuse)
         self._loop, self._closing = asyncio.new_event_loop(), asyncio.Event()
         self._thread = threading.Thread(target=self._run, name="metrics", daemon=True)
         self._thread.start()
@@ -43,6 +43,11 @@ class Endpoint:
         await self._listener.start()
         await self._closing.wait()
         await self._listener.close()
+
+
+def refuse(status: int, message: str) -> web.Response:
+    """What cannot be read."""
+    return web.Response(status=status, text=f"{message}\n", headers={"server": "slipstream"})
 
 
 def application(registry: CollectorRegistry, is_ready: Callable[[], bool]) -> web.Application:

@@ -1,20 +1,26 @@
 """A request: what the orchestrator is asked for, what it reports back, and what it would refuse."""
 
 import secrets
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import Enum
 from typing import TYPE_CHECKING
 
-from ...engine_impl.errors import RefusedError
+from ...engine_impl.errors import RefusedError, TooLongError
 from ...engine_impl.sampling.params import MAX_SEED, SamplingParams
 from .options import AnswerOptions
 
 if TYPE_CHECKING:
     from ...engine_impl.api import AnyEngine as Engine
+    from ...engine_impl.api import Tokenizer
 
 SEED_STRIDE = 0x9E3779B9
 """2^32 over the golden ratio, as Weyl sequences use it: far apart, and no two of 2^32 samples share a seed."""
+
+
+MAX_PROMPTS, MAX_MESSAGES, MAX_PARTS = 2048, 10_000, 1000
+"""Prompts of one call, messages of a conversation, parts of a message (count). What is beyond is no request but a way
+to keep its reader busy."""
 
 
 class FinishReason(Enum):
@@ -120,6 +126,9 @@ class Request(AnswerOptions):
     prefix_key: str = ""
     """Cached prefixes are shared among requests of the same key, see prefix_key.py."""
 
+    client: str = ""
+    """Who asks, by token or address: clients take turns."""
+
     queued_at: float | None = None
     """s of time.monotonic(), like the stamps below; None: has not happened."""
     started_at: float | None = None
@@ -186,6 +195,25 @@ class Limits:
             tokens_per_step=engine.tokens_per_step,
         )
 
+    def ids_of_text(self, tokenizer: "Tokenizer", text: str) -> list[int]:
+        """Token ids of raw text. Raises RefusedError for a text that is much too long, before all of it is read."""
+        try:
+            return tokenizer.encode(text, self.max_prefill_length)
+        except TooLongError as error:
+            raise self._too_long(f"more than {self.max_prefill_length}") from error
+
+    def ids_of_chat(self, tokenizer: "Tokenizer", messages: Sequence[Mapping[str, str]]) -> list[int]:
+        """Token ids of a conversation. Raises likewise, and what the chat template refuses."""
+        try:
+            return tokenizer.encode_chat(messages, self.max_prefill_length)
+        except TooLongError as error:
+            raise self._too_long(f"more than {self.max_prefill_length}") from error
+
+    def check_count(self, count: int) -> None:
+        """Raises RefusedError for a prompt of so many tokens."""
+        if count > self.max_prefill_length:
+            raise self._too_long(f"{count}")
+
     @property
     def pool_tokens(self) -> int:
         """What all pages hold."""
@@ -202,12 +230,7 @@ class Limits:
         length, max_tokens = len(request.prompt_ids), request.max_tokens
         if not length:
             raise RefusedError("the prompt is empty; send at least one token")
-        if length > self.max_prefill_length:
-            flag = "--max-prefill-length" if self.max_prefill_length < self.cache_length else "--cache-length"
-            raise RefusedError(
-                f"the prompt has {length} tokens, at most {self.max_prefill_length} are taken; "
-                f"shorten the prompt or serve with a larger {flag}"
-            )
+        self.check_count(length)
         check_room(length, max_tokens, "cache_length", self.cache_length)
         check_room(length, max_tokens, "cache_tokens", self.pool_tokens)
         self._check_start(length, max(1, request.slots_needed))
@@ -215,6 +238,13 @@ class Limits:
             self._check_id(token_id, f"token id {token_id} at position {position}")
         for token_id in request.sampling.logit_bias:
             self._check_id(token_id, f"logit_bias: token id {token_id}")
+
+    def _too_long(self, count: str) -> RefusedError:
+        flag = "--max-prefill-length" if self.max_prefill_length < self.cache_length else "--cache-length"
+        return RefusedError(
+            f"the prompt has {count} tokens, at most {self.max_prefill_length} are taken; "
+            f"shorten the prompt or serve with a larger {flag}"
+        )
 
     def _check_start(self, length: int, samples: int) -> None:
         """Samples start together: they share the pages before the prompt's last piece, and each has the others and room
@@ -240,6 +270,14 @@ class Limits:
     def _check_id(self, token_id: int, what: str) -> None:
         if not 0 <= token_id < self.vocab_size:
             raise RefusedError(f"{what} is outside the vocabulary; ids go from 0 to {self.vocab_size - 1}")
+
+
+def check_messages(count: int) -> None:
+    """Raises RefusedError for a conversation of so many messages."""
+    if not count:
+        raise RefusedError("messages is empty; send at least one")
+    if count > MAX_MESSAGES:
+        raise RefusedError(f"messages has {count} entries and may have {MAX_MESSAGES}; send fewer")
 
 
 def check_room(length: int, max_tokens: int, name: str, tokens: int) -> None:

@@ -85,10 +85,10 @@ class Orchestrator(Generic[ParamsT, PrefixT, StateT]):
         with self._refusals_counted():
             self._queue.put(*requests)
 
-    def check_room(self) -> None:
-        """Refuses early, before a prompt is made into tokens: raises QueueFullError or UnavailableError."""
+    def check_room(self, client: str = "") -> None:
+        """Refuses a client early, before a prompt is made into tokens: raises QueueFullError or UnavailableError."""
         with self._refusals_counted():
-            self._queue.check_room()
+            self._queue.check_room(client)
 
     def cancel(self, request: Request) -> None:
         """Ends it, and frees its slots before the next step. No effect on a request that is done."""

@@ -3,16 +3,14 @@
 import threading
 import time
 from bisect import insort_right
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Sequence
 from itertools import accumulate, chain, islice, takewhile
 
 from ...engine_impl.errors import RefusedError
 from ..errors import FIRST_RETRY_S, QueueFullError
 from ..request.request import Request
-
-AGEING_S = 5.0
-"""How much waiting is worth one level of priority (seconds)."""
+from .turns import Turn, in_turn, rank
 
 RETRY_S = 0.05, 30.0
 """The shortest and the longest retry hint (seconds)."""
@@ -28,6 +26,10 @@ class RequestQueue:
     request moves up by one level, so a request of priority p is served as though it had come p * AGEING_S seconds
     earlier than it did. Priorities are bounded, so nobody starves: what comes 2 * MAX_PRIORITY * AGEING_S seconds
     later cannot go first, whatever its priority.
+
+    Clients take turns: a request counts as having come no earlier than the last one of its client was taken. One who
+    comes anew goes before the second of whoever has many waiting, and has a place beyond `max_queued` (and
+    `max_queued_tokens`), up to as many again: no client can fill the queue against the others.
 
     A prompt that alone exceeds `max_queued_tokens` is let into an empty queue: it could never be served otherwise.
     """
@@ -47,6 +49,9 @@ class RequestQueue:
         self.tokens = 0
         """Tokens of the prompts that wait."""
         self._waiting: list[Request] = []  # who goes first stands first
+        self._count_of: Counter[str] = Counter()  # by client, of those that have some
+        self._turn: dict[str, Turn] = {}  # by client, when its last one was taken, while others of it wait
+        self._taken = 0
         self._departures: deque[float] = deque(maxlen=PACE_OF)
         self._changed = threading.Condition()
         self._closed: Exception | None = None
@@ -59,32 +64,40 @@ class RequestQueue:
         the queue was closed with."""
         tokens = sum(len(request.prompt_ids) for request in requests)
         with self._changed:
-            self._check_room([seats(request) for request in requests], tokens)
+            client = requests[0].client if requests else ""
+            self._check_room([seats(request) for request in requests], tokens, client)
             now = time.monotonic()
             for request in requests:
                 request.queued_at = now
                 insort_right(self._waiting, request, key=rank)
+                self._count_of[request.client] += 1
             self.tokens += tokens
             self._changed.notify_all()
 
-    def check_room(self) -> None:
-        """Raises what put() would raise for the shortest prompt."""
+    def check_room(self, client: str = "") -> None:
+        """Raises what put() would raise for the client's shortest prompt."""
         with self._changed:
-            self._check_room([1], 1)
+            self._check_room([1], 1, client)
 
     def first(self, count: int) -> list[Request]:
         """Whose turn it is, and who comes then: up to so many of those whose deadline has not passed."""
         with self._changed:
             now = time.monotonic()
-            return list(islice((request for request in self._waiting if not is_overdue(request, now)), count))
+            punctual = (request for request in self._waiting if not is_overdue(request, now))
+            if len(self._count_of) > 1:
+                punctual = in_turn(punctual, self._turn, now)
+            return list(islice(punctual, count))
 
     def take(self, request: Request) -> bool:
         """Whether it was still waiting; then it leaves, to be served."""
         with self._changed:
             if request not in self._waiting:
                 return False
+            now = time.monotonic()
+            self._taken += 1
+            self._turn[request.client] = now, self._taken
             self._leave(request)
-            self._departures.append(time.monotonic())
+            self._departures.append(now)
             return True
 
     def remove(self, request: Request) -> bool:
@@ -136,12 +149,16 @@ class RequestQueue:
     def _leave(self, request: Request) -> None:
         self._waiting.remove(request)
         self.tokens -= len(request.prompt_ids)
+        self._count_of[request.client] -= 1
+        if not self._count_of[request.client]:
+            del self._count_of[request.client]
+            self._turn.pop(request.client, None)
 
-    def _check_room(self, more: Sequence[int], tokens: int) -> None:
-        """`more` is the seats of each request that would come."""
+    def _check_room(self, more: Sequence[int], tokens: int, client: str) -> None:
+        """`more` is the seats of each request of the client's that would come."""
         if self._closed is not None:
             raise self._closed
-        count, limit = len(more), self.max_queued_tokens
+        count, most, limit = len(more), self.max_queued, self.max_queued_tokens
         if count - starting(more, self._slots) > self.max_queued:
             raise RefusedError(
                 f"{count} prompts at once exceed {self._limit(self._slots)}; "
@@ -152,9 +169,11 @@ class RequestQueue:
                 f"{count} prompts of {tokens} tokens at once exceed max_queued_tokens={limit}; "
                 "send fewer in one request or serve with a larger --max-queued-tokens"
             )
+        if self._count_of and client not in self._count_of and count == 1:
+            most, limit = 2 * most, None if limit is None else 2 * limit
         free = self._free_slots()
         all_seats = chain(map(seats, self._waiting), more)
-        if len(self._waiting) + count - starting(all_seats, free) > self.max_queued:
+        if len(self._waiting) + count - starting(all_seats, free) > most:
             exceed = f", {count} more exceed" if count > 1 else " and"
             raise QueueFullError(
                 f"{len(self._waiting)} requests wait already{exceed} {self._limit(free)}; "
@@ -179,12 +198,6 @@ class RequestQueue:
             return FIRST_RETRY_S
         shortest, longest = RETRY_S
         return min(max((time.monotonic() - self._departures[0]) / len(self._departures), shortest), longest)
-
-
-def rank(request: Request) -> float:
-    """When it would have had to come, without its priority, to stand where it stands (s)."""
-    assert request.queued_at is not None
-    return request.queued_at - request.priority * AGEING_S
 
 
 def seats(request: Request) -> int:

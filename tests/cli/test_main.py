@@ -354,3 +354,8 @@ def test_ctrl_c_is_no_traceback(monkeypatch, capsys):
     monkeypatch.setattr(cli, "parse", lambda argv: os.kill(os.getpid(), signal.SIGINT))
     assert cli.run([]) == 130
     assert "Traceback" not in capsys.readouterr().err
+
+
+def test_what_a_stranger_wrote_does_not_command_the_terminal(capsys):
+    assert cli.tell(RefusedError("tensor '\x1b[31mred\x07' in\nfile é"), 2) == 2
+    assert capsys.readouterr().err == "slipstream: tensor '\\x1b[31mred\\x07' in\nfile é\n"

@@ -1,10 +1,13 @@
 """Tokenizers against Hugging Face's and llama.cpp's published behaviour; streams against whole decodes."""
 
 import random
+import threading
+import time
 
 import pytest
 from slipstream.engine_impl.checkpoints.open import open_checkpoint
-from slipstream.engine_impl.errors import RefusedError
+from slipstream.engine_impl.errors import RefusedError, TooLongError
+from slipstream.engine_impl.text import chat_template
 from slipstream.engine_impl.text.chat_template import ChatTemplate
 from slipstream.engine_impl.text.tokenizer import Tokenizer, byte_level_bpe
 
@@ -106,3 +109,72 @@ def test_an_unknown_split_is_refused():
     """A wrong pre-tokenizer would give wrong ids in silence."""
     with pytest.raises(RefusedError, match="'mystery' is not there; those there are: gpt-2, smollm, llama-bpe"):
         byte_level_bpe(["a"], [], split="mystery", control_ids=[])
+
+
+@pytest.mark.parametrize("unit", ["hello world ", "7", "a", " ", "<|im_end|>", "é", "qx"])
+def test_a_text_that_is_much_too_long_is_refused_from_its_beginning(tokenizer, unit):
+    """A text that just fits is not: the tokens of a piece differ a little from those of the whole."""
+    text = unit * (400_000 // len(unit))
+    count = len(tokenizer.encode(text))
+    assert len(tokenizer.encode(text, count)) == count
+    with pytest.raises(TooLongError, match="more than 500 tokens"):
+        tokenizer.encode(text, 500)
+
+
+def test_only_a_piece_of_a_long_text_is_read(tokenizer, monkeypatch):
+    lengths: list[int] = []
+
+    def ids(text):
+        lengths.append(len(text))
+        return [0] * len(text)
+
+    monkeypatch.setattr(tokenizer, "_ids", ids)
+    with pytest.raises(TooLongError):
+        tokenizer.encode("x" * 1_000_000, 20_000)
+    assert lengths == [1 << 14, 1 << 16]
+
+
+def test_other_threads_run_while_a_text_is_read(tokenizer):
+    """The library's other calls keep the interpreter: of 1.5 s without a pause, this sees all."""
+    stop, longest = threading.Event(), 0.0
+
+    def watch():
+        nonlocal longest
+        last = time.perf_counter()
+        while not stop.is_set():
+            time.sleep(0.001)
+            longest, last = max(longest, time.perf_counter() - last), time.perf_counter()
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    begin = time.perf_counter()
+    tokenizer.encode("7" * 400_000)
+    taken = time.perf_counter() - begin
+    stop.set()
+    watcher.join()
+    assert longest < taken / 2
+
+
+ENDLESS_TEMPLATES = {
+    "takes longer than": "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
+    "takes too much memory": "{% set ns = namespace(x='0123456789') %}{% for i in range(60) %}"
+    "{% set ns.x = ns.x + ns.x %}{% endfor %}{{ ns.x }}",
+    "takes too much memory ": "{{ 'a\nb' | indent(10 ** 9) }}",
+    "writes more than": "{% for i in range(99999) %}{{ 'a' * 1000 }}{% endfor %}",
+}
+
+
+@pytest.mark.parametrize(("message", "source"), ENDLESS_TEMPLATES.items())
+def test_templates_that_come_to_no_end_are_refused_at_load_and_later(message, source, monkeypatch):
+    monkeypatch.setattr(chat_template.WORKERS, "_seconds", 1.0)
+    with pytest.raises(RefusedError, match=f"{message.strip()}.* with one short message"):
+        ChatTemplate(source, {}).check()
+    tokenizer = with_template("{% if messages[0]['content'] == 'loop' %}" + source + "{% else %}fine{% endif %}")
+    with pytest.raises(RefusedError, match=f"{message.strip()}.* with these messages"):
+        tokenizer.render_chat([{"role": "user", "content": "loop"}])
+    assert tokenizer.render_chat([{"role": "user", "content": "Hi"}]) == "fine"
+
+
+def test_a_template_that_refuses_the_probe_is_no_reason_not_to_load():
+    ChatTemplate("{{ raise_exception('only after a system message') }}", {}).check()
+    ChatTemplate("{{ nonsense", {}).check()

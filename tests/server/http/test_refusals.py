@@ -20,6 +20,7 @@ from tests.server.http.serving import client_of, serving, url
 
 A: dict[str, Any] = {"prompt": "a", "max_tokens": 3}
 HI = {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 3}
+JSON = {"content-type": "application/json"}
 IMAGE = {"type": "image_url", "image_url": {"url": "data:,"}}
 
 
@@ -106,7 +107,7 @@ def messages(*turns):
 )
 def test_bad_bodies_are_refused_and_the_server_goes_on(path, body, param, message):
     async def scenario():
-        async with serving() as (server, client), aiohttp.ClientSession() as session:
+        async with serving() as (server, client), aiohttp.ClientSession(headers=JSON) as session:
             sent = body if isinstance(body, bytes) else json.dumps(body).encode()
             async with session.post(url(server, f"/v1/{path}"), data=sent) as answer:
                 assert answer.status == 400
@@ -199,7 +200,10 @@ def test_a_body_that_does_not_come_is_given_up(monkeypatch):
     async def scenario():
         async with serving() as (server, _):
             reader, writer = await asyncio.open_connection(*server.http_address.split(":"))
-            writer.write(b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: 99\r\n\r\n{")
+            writer.write(
+                b"POST /v1/completions HTTP/1.1\r\nhost: x\r\n"
+                b"content-type: application/json\r\ncontent-length: 99\r\n\r\n{"
+            )
             assert b"408" in await reader.readline()
             writer.close()
 
@@ -209,7 +213,7 @@ def test_a_body_that_does_not_come_is_given_up(monkeypatch):
 def test_paths_methods_and_sizes():
     async def scenario():
         config = {"security": SecurityConfig(max_message_bytes=1000)}
-        async with serving(**config) as (server, client), aiohttp.ClientSession() as session:
+        async with serving(**config) as (server, client), aiohttp.ClientSession(headers=JSON) as session:
 
             async def error(method, path, **more):
                 async with session.request(method, url(server, path), **more) as answer:

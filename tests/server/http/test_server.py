@@ -133,9 +133,8 @@ def test_a_client_that_does_not_read_holds_nobody_up_and_is_cut_in_the_end(monke
             with socket.socket() as deaf:
                 deaf.connect((host, int(port)))
                 body = b'{"prompt": "a", "max_tokens": 250, "stream": true, "ignore_eos": true}'
-                deaf.sendall(
-                    b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: %d\r\n\r\n" % len(body) + body
-                )
+                head = "POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
+                deaf.sendall(f"{head}content-length: {len(body)}\r\n\r\n".encode() + body)
                 await until(lambda: server.orchestrator.slots_in_use == 1)
                 assert (await client.completions.create(prompt="a", max_tokens=3, model=engine.model_name)).choices[
                     0

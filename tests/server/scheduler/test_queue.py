@@ -12,7 +12,8 @@ from slipstream.server.errors import QueueFullError, UnavailableError
 from slipstream.server.request.options import MAX_PRIORITY
 from slipstream.server.request.request import Request
 from slipstream.server.scheduler import queue
-from slipstream.server.scheduler.queue import AGEING_S, RETRY_S, RequestQueue
+from slipstream.server.scheduler.queue import RETRY_S, RequestQueue
+from slipstream.server.scheduler.turns import AGEING_S
 
 
 @pytest.fixture
@@ -269,3 +270,86 @@ def test_closed_it_refuses_and_still_gives_out():
     assert waiting.clear() == [one]
     assert waiting.overdue() == []
     assert waiting.tokens == 0
+
+
+def names(requests):
+    return [request.id for request in requests]
+
+
+def asks(client, count, **more):
+    return [request(client=client, id=f"{client}{number}", **more) for number in range(count)]
+
+
+def test_clients_take_turns(clock):
+    """One who comes anew waits for one turn of whoever has many waiting, however many these are."""
+    waiting = RequestQueue(99)
+    waiting.put(*asks("a", 50))
+    clock[0] += 1
+    waiting.put(*asks("b", 3))
+    clock[0] += 1
+    waiting.put(*asks("c", 1))
+    foreseen = names(waiting.first(9))
+    taken = []
+    for _ in range(9):
+        clock[0] += 1
+        taken.append(take_first(waiting))
+    assert names(taken) == foreseen == ["a0", "b0", "c0", "a1", "b1", "a2", "b2", "a3", "a4"]
+
+
+def test_turns_are_fair_at_one_and_the_same_moment(clock):
+    waiting = RequestQueue(99)
+    waiting.put(*asks("a", 3))
+    waiting.put(*asks("b", 2))
+    assert names(waiting.first(5)) == names(drained(waiting)) == ["a0", "b0", "a1", "b1", "a2"]
+
+
+def test_a_slow_server_gives_a_new_caller_its_turn_as_soon(clock):
+    waiting = RequestQueue(999)
+    waiting.put(*asks("a", 500))
+    for _ in range(20):
+        clock[0] += 60
+        take_first(waiting)
+    waiting.put(*asks("b", 1))
+    assert "b0" in names(waiting.first(2))
+
+
+def test_priority_still_goes_before_turns(clock):
+    waiting = RequestQueue(99)
+    waiting.put(*asks("a", 2, priority=1))
+    waiting.put(*asks("b", 2))
+    assert names(drained(waiting)) == ["a0", "a1", "b0", "b1"]
+
+
+@given(st.lists(st.tuples(st.sampled_from("abc"), st.integers(-MAX_PRIORITY, MAX_PRIORITY)), max_size=30))
+def test_everybody_is_served_once_and_nothing_is_kept(arrivals):
+    waiting = RequestQueue(99)
+    for number, (client, priority) in enumerate(arrivals):
+        waiting.put(request(priority, client=client, id=str(number)))
+    assert sorted(names(drained(waiting)), key=int) == [str(number) for number in range(len(arrivals))]
+    assert waiting.tokens == len(waiting) == 0
+    assert not waiting._turn
+    assert not waiting._count_of
+
+
+def test_nobody_fills_the_queue_against_the_others(clock):
+    waiting = RequestQueue(4, 8)
+    waiting.put(*asks("a", 4))
+    with pytest.raises(QueueFullError):
+        waiting.check_room("a")
+    for client in "bcde":
+        waiting.check_room(client)
+        waiting.put(*asks(client, 1))
+        with pytest.raises(QueueFullError):
+            waiting.put(*asks(client, 1))
+    with pytest.raises(QueueFullError):
+        waiting.check_room("f")
+
+
+def test_nobody_fills_the_tokens_against_the_others(clock):
+    waiting = RequestQueue(9, 8)
+    waiting.put(request(client="a", length=8))
+    with pytest.raises(QueueFullError):
+        waiting.put(request(client="a"))
+    waiting.put(request(client="b", length=8))
+    with pytest.raises(QueueFullError):
+        waiting.put(request(client="c"))

@@ -1,0 +1,61 @@
+"""The benchmark of hostile inputs: what it makes of what it sees, and once against a real server."""
+
+import json
+from typing import Any
+
+import pytest
+from slipstream.benchmarks import hostile
+from slipstream.benchmarks.hostile import Watched, row
+from slipstream.benchmarks.load.hostile_inputs import INPUTS
+from slipstream.benchmarks.options.hostile import HostileOptions
+from slipstream.engine_impl.errors import RefusedError
+
+
+@pytest.mark.parametrize("name", INPUTS)
+@pytest.mark.parametrize("size", [1000, 100_000])
+def test_inputs_are_as_large_as_they_are_asked_to_be(name, size):
+    path, make = INPUTS[name]
+    assert path.startswith("/v1/")
+    body = make(size)
+    assert isinstance(json.loads(body), dict)
+    assert 0.5 * min(size, 1 << 16) < len(body) < size + 100
+
+
+def seen(**more: Any) -> Watched:
+    values: dict[str, Any] = {"health_ms": [1.0], "ttft_ms": [10.0], "chunks": 10, "memory_mib": [100.0]}
+    values |= {"seconds": 1.0, "answers_ms": [5.0], **more}
+    return Watched(**values)
+
+
+@pytest.mark.parametrize(
+    ("more", "fault"),
+    [
+        ({}, None),
+        ({"health_ms": [1.0, 1001.0]}, "the worst health check (ms) 1001 exceeds 1000"),
+        ({"ttft_ms": [511.0]}, "the growth of the time to first token (ms) 501 exceeds 500"),
+        ({"chunks": 5}, "the stream's slowdown 2 exceeds 1.5"),
+        ({"memory_mib": [301.0]}, "the growth of memory (MiB) 201 exceeds 200"),
+    ],
+)
+def test_what_must_not_be_is_told(more, fault):
+    faults = row("words", 10, 1, seen(), seen(**more), 100.0, 100.0)["faults"]
+    assert faults == ([fault] if fault else [])
+
+
+def test_an_unknown_input_is_refused():
+    with pytest.raises(RefusedError, match="only='nonsense' is not known; those that are: words, digits"):
+        hostile.run(HostileOptions(only="nonsense"))
+
+
+@pytest.mark.slow
+def test_a_short_run(capsys):
+    options = HostileOptions(only="spaces,objects,lists", callers=3, seconds=0.5, slots=2)
+    rows = hostile.run(options)["sweep"]
+    assert [(row["input"], row["callers"]) for row in rows] == [
+        (n, c) for n in ("spaces", "lists", "objects") for c in (1, 3)
+    ]
+    assert all(row["statuses"] == [400] for row in rows)
+    # The pace of a stream is not asked for here: the tests' machine has other work.
+    assert max(row["health_ms_max"] for row in rows) < 1000
+    assert max(row["peak_mib"] for row in rows) < 300
+    assert "peak + MiB" in capsys.readouterr().out
