@@ -7,9 +7,9 @@ their end, and fetch nothing there.
 
 The compiler's schedule for v5e (`kernel_report.py`) with 1 kv head, G = 4, H = 128, bf16: a step of 256 queries issues
 1,415 bundles, one a cycle, for a page of 256 rows, whose products take 1,022 cycles at the MXUs' peak and whose bytes
-240; 2,254 for a page of 512 rows; 1,415 for a block of the chunk, on the diagonal or before it. In blocks of 128 queries
-it is 903 for a page of 256 rows. The largest score stands in all lanes, and each lane sums for itself until the end: with
-one number a query it was 1,568.
+240; 2,254 for a page of 512 rows; 1,415 for a block of the chunk, on the diagonal or before it. A step of 128 queries
+issues 903 for a page of 256 rows. The largest score stands in all lanes, and each lane sums for itself until the end:
+with one number a query it was 1,568.
 
 A step takes as many heads of a page as keep its queries at QUERY_ROWS.
 """
