@@ -1,6 +1,7 @@
 """slipstream serve"""
 
 import asyncio
+import signal
 from dataclasses import dataclass
 
 from ..engine_impl.config import EngineConfig
@@ -15,6 +16,8 @@ class Serve:
     server: ServerConfig
 
     def run(self) -> int:
+        for number in (signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP):
+            signal.signal(number, signal.SIG_IGN)  # until the server says what they mean
         from ..server.observe import logs
         from ..server.observe.status import StatusLine
 

@@ -19,6 +19,10 @@ log.addFilter(lambda record: not (record.exc_info and isinstance(record.exc_info
 BACKLOG = 1024
 """Connections that may wait to be accepted; the kernel may take fewer."""
 
+AT_ONCE = 16
+"""Connections that are accepted in one turn of the event loop. Where there are no more file descriptors, asyncio tries,
+and complains, so many times a second."""
+
 IDLE_S = 75.0
 """How long a connection may be without a whole request (seconds): longer than the minute for which proxies keep theirs,
 or they would meet one that is being closed."""
@@ -54,7 +58,8 @@ class Listener:
     async def start(self) -> None:
         """From now on it answers; until then connections wait."""
         await self._runner.setup()
-        await web.SockSite(self._runner, self._sock, ssl_context=self._tls, backlog=BACKLOG).start()
+        await web.SockSite(self._runner, self._sock, ssl_context=self._tls, backlog=AT_ONCE).start()
+        self._sock.listen(BACKLOG)
 
     async def close(self) -> None:
         """Frees the port; answers under way get FLUSH_S."""
