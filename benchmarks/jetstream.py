@@ -153,7 +153,7 @@ async def token_ids(caller: JetStreamCaller, ask: LoadRequest) -> list[int]:
 
 async def reuse_ms(caller: JetStreamCaller, options: JetStreamOptions) -> float:
     """From the cancel of one of the running answers to the first token of the request that waits for its slot (ms)."""
-    shape = (options.engine.chosen[0] + 1, options.prompt_tokens)
+    shape = (options.slots + 1, options.prompt_tokens)
     prompts = np.random.default_rng(options.seed).integers(*IDS, shape).tolist()
     running = [caller.decode(message(prompt, options.cancelled_tokens)) for prompt in prompts[1:]]
     for call in running:

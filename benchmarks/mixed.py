@@ -8,19 +8,18 @@ import asyncio
 import itertools
 import sys
 import time
-from datetime import UTC, datetime
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from ..server.errors import FailedError
 from .load.caller import Caller, Record
-from .load.sides import callers_of
 from .load.workload import LoadRequest, lengths, make_requests
-from .measure.machine import cpu_name, version, warn_if_busy
+from .measure.machine import describe_client
 from .measure.stats import Ratio
 from .measure.table import Progress, table
 from .options.mixed import MixedOptions
+from .sides import callers_of
 
 LEAD = 8
 """Messages that each stream brings before the prompts are sent (messages)."""
@@ -97,12 +96,7 @@ def run(options: MixedOptions) -> dict[str, Any]:
 
     Raises UnavailableError when nobody answers, FailedError when a request is not answered.
     """
-    client = {
-        "cpu": cpu_name(),
-        "load_average": warn_if_busy(),
-        "slipstream-llm": version("slipstream-llm"),
-        "date": datetime.now(UTC).strftime("%Y-%m-%d"),
-    }
+    client = describe_client()
     blocks = asyncio.run(run_blocks(options))
     for side, its_blocks in zip(options.sides, blocks, strict=True):
         if not all(block.outlasts for block in its_blocks):

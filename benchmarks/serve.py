@@ -10,20 +10,19 @@ import asyncio
 import itertools
 import sys
 import time
-from datetime import UTC, datetime
 from typing import Any, NamedTuple
 
 from ..server.errors import FailedError
 from .load.caller import Caller, Record
 from .load.loops import closed, opened
 from .load.report import Slo, report
-from .load.sides import callers_of
 from .load.workload import OUTPUT, PROMPT, LoadRequest, arrivals, lengths, make_requests
-from .measure.machine import cpu_name, version, warn_if_busy
+from .measure.machine import describe_client
 from .measure.stats import Ratio
 from .measure.table import Progress, table
 from .options.serve import ServeOptions
 from .options.targets import Side
+from .sides import callers_of
 
 CLIENT_BUSY = 0.9
 """Beyond this share of a core the client may be what is measured."""
@@ -49,12 +48,7 @@ def run(options: ServeOptions) -> dict[str, Any]:
 
         check_plot(options.plot)
     asks = requests_of(options)
-    client = {
-        "cpu": cpu_name(),
-        "load_average": warn_if_busy(),
-        "slipstream-llm": version("slipstream-llm"),
-        "date": datetime.now(UTC).strftime("%Y-%m-%d"),
-    }
+    client = describe_client()
     results = [
         asyncio.run(run_load(options, of_blocks, load)) for load, of_blocks in zip(options.loads, asks, strict=True)
     ]

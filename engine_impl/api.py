@@ -177,8 +177,11 @@ class Engine(Protocol[ParamsT, PrefixT, StateT]):
         ...
 
     @property
-    def prefill_batch(self) -> tuple[int, int]:
-        """(how many pieces go into one prefill, of how many tokens each at most); (1, `prefill_chunk`): only one."""
+    def prefill_batch(self) -> tuple[int, int, int]:
+        """(how many pieces are prefilled together with a gain, how many at most, of how many tokens each at most).
+
+        (1, 1, `prefill_chunk`): only one.
+        """
         ...
 
     @property

@@ -75,7 +75,7 @@ class Engine:
             pages_per_slot=self.layout.pages_per_slot,
             page_rows=self.layout.page_rows,
             chunk=chunk_of(config, self.layout, self.max_prefill_length, platform),
-            fewest=8 if platform == "tpu" else 1,
+            platform=platform,
         )
 
     def twin(self, programs: Programs | None = None, layer_loop: LayerLoop | None = None) -> "Engine":
@@ -103,8 +103,8 @@ class Engine:
         return self.shapes.chunk
 
     @property
-    def prefill_batch(self) -> tuple[int, int]:
-        """(how many pieces go into one prefill, of how many tokens each at most)."""
+    def prefill_batch(self) -> tuple[int, int, int]:
+        """(how many pieces go into one prefill, at least and at most, of how many tokens each at most)."""
         return self.shapes.burst
 
     @property
@@ -238,7 +238,7 @@ class Engine:
             decode_state = self.insert(prefix, decode_state, [None] * count, pages)
         for size in self.shapes.steps:
             nobody = np.full(size, self.layout.slots, np.int32)
-            decode_state, result = self.generate(params, decode_state, nobody, self.shapes.table([], size))
+            decode_state, result = self.generate(params, decode_state, nobody, np.zeros((size, 0), np.int32))
         result.token_BW.block_until_ready()
         return decode_state
 

@@ -8,13 +8,18 @@ import numpy as np
 
 from .api import Piece
 
-PIECES = (16, 64, 256)
-"""Padded lengths of a text's last piece (tokens); behind them in powers of four up to the chunk."""
+PIECES = {"cpu": (16, 64, 128, 256)}
+PIECE = (16, 64, 256)
+"""Padded lengths of a text's last piece, by platform (tokens); behind them in powers of four up to the chunk. A CPU has one
+more, as each row costs its multiplications there."""
 STEPS = (1, 8, 32, 128)
 """Slots that a step computes; behind them all that there are. A TPU has no step of 1: there a product with one row is
 slower than with eight (305 thousand static cycles for two small layers on v5e, of eight 169)."""
-BURST = (8, 64)
-"""Short texts that are prefilled together, and the longest of them (tokens)."""
+BURSTS = {"cpu": (4, 8, 32)}
+BURST = (2, 8, 64)
+"""Short texts that are prefilled together, by platform: how many at least and at most, and the longest (tokens). On a
+CPU each row costs its multiplications, padding too. SmolLM2-135M on two cores, ms of CPU time: a text of 32 tokens
+alone 108, eight in 8 x 64 rows 642."""
 
 
 class PieceBatch(NamedTuple):
@@ -37,28 +42,29 @@ class Shapes:
     page_rows: int
     chunk: int
     """most tokens of a piece"""
-    fewest: int = 1
-    """slots that a step computes at least, if there are so many"""
+    platform: str = "cpu"
 
     @property
     def prefills(self) -> tuple[tuple[int, int], ...]:
         """(pieces, tokens of each), the smallest first; that for several pieces stands last, if there is one."""
-        lengths = [length for length in PIECES if length < self.chunk]
+        lengths = [length for length in PIECES.get(self.platform, PIECE) if length < self.chunk]
         while lengths[-1] * 4 < self.chunk:
             lengths.append(lengths[-1] * 4)
         single = tuple((1, length) for length in (*lengths, self.chunk))
-        return single if self.burst == single[-1] else (*single, self.burst)
+        _, *together = self.burst
+        return single if tuple(together) == single[-1] else (*single, tuple(together))
 
     @property
-    def burst(self) -> tuple[int, int]:
-        """(how many pieces go into one prefill, of how many tokens each at most)."""
-        pieces, tokens = BURST
-        return (min(pieces, self.slots), tokens) if self.slots > 1 else (1, self.chunk)
+    def burst(self) -> tuple[int, int, int]:
+        """See `api.Engine.prefill_batch`."""
+        least, most, tokens = BURSTS.get(self.platform, BURST)
+        return (least, min(most, self.slots), tokens) if self.slots >= least else (1, 1, self.chunk)
 
     @property
     def steps(self) -> tuple[int, ...]:
         """Slots of a step."""
-        return (*(size for size in STEPS if self.fewest <= size < self.slots), self.slots)
+        fewest = 8 if self.platform == "tpu" else 1
+        return (*(size for size in STEPS if fewest <= size < self.slots), self.slots)
 
     def pieces(self, pieces: Sequence[Piece]) -> PieceBatch:
         """The pieces in the smallest shape that holds them.
@@ -75,7 +81,10 @@ class Shapes:
             token_NT[n, : count_N[n]] = piece.token_T
             if piece.wants_logprobs:
                 next_NT[n, : count_N[n]] = [*piece.token_T[1:], piece.next_id]
-        return PieceBatch(token_NT, start_N, count_N, next_NT, self.table([piece.page_J for piece in pieces], N))
+        page_NJ = np.zeros((N, self.pages_per_slot), np.int32)
+        for n, piece in enumerate(pieces):
+            page_NJ[n, : len(piece.page_J)] = piece.page_J
+        return PieceBatch(token_NT, start_N, count_N, next_NT, page_NJ)
 
     def step(self, slot_N: np.ndarray) -> np.ndarray:
         """The slots, filled up to the size of a step with a number that no slot has.
@@ -93,12 +102,11 @@ class Shapes:
         filled_N[: len(slots)] = slots
         return filled_N
 
-    def table(self, rows: Sequence[np.ndarray] | np.ndarray, size: int) -> np.ndarray:
-        """Rows of a page table, i32, filled up to so many."""
-        page_NJ = np.zeros((size, self.pages_per_slot), np.int32)
-        for n, page_J in enumerate(rows):
-            page_NJ[n, : len(page_J)] = page_J
-        return page_NJ
+    def table(self, page_NJ: np.ndarray, size: int) -> np.ndarray:
+        """Rows of a page table, i32, filled up to so many, each to the width of the longest request's."""
+        filled_NJ = np.zeros((size, self.pages_per_slot), np.int32)
+        filled_NJ[: len(page_NJ), : page_NJ.shape[1]] = page_NJ
+        return filled_NJ
 
     def prefill_of(self, lengths: Sequence[int]) -> tuple[int, int]:
         """(pieces, tokens of each) of the smallest shape that holds pieces of so many tokens.
@@ -107,10 +115,11 @@ class Shapes:
         """
         if not lengths or not min(lengths):
             raise ValueError(f"pieces of {lengths} tokens: there must be one at least, and none empty")
-        for N, T in self.prefills if len(lengths) == 1 else (self.burst,):
+        _, most, longest = self.burst
+        for N, T in self.prefills if len(lengths) == 1 else ((most, longest),):
             if len(lengths) <= N and max(lengths) <= T:
                 return N, T
         raise ValueError(
             f"pieces of {lengths} tokens are not prefilled together: one has at most {self.chunk}, "
-            f"{self.burst[0]} have at most {self.burst[1]} each"
+            f"{most} have at most {longest} each"
         )

@@ -9,7 +9,6 @@ from .backend import AXIS, Backend, backend_for, is_xla
 from .blockwise_matmul import Blockwise, Split, blockwise_matmul
 from .cache_flush import cache_flush
 from .chunk_attention import chunk_attention
-from .prefill_attention import prefill_attention
 from .ragged_attention import attention_steps, page_rows, ragged_attention
 
 __all__ = [
@@ -24,6 +23,5 @@ __all__ = [
     "chunk_attention",
     "is_xla",
     "page_rows",
-    "prefill_attention",
     "ragged_attention",
 ]

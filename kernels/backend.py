@@ -7,8 +7,8 @@ import jax.numpy as jnp
 from jax.experimental.pallas import tpu as pltpu
 
 Backend = Literal["pallas", "pallas_interpret", "xla", "xla_gpu"]
-"""`pallas`: Mosaic, TPU only. `xla`: the reference, and what CPUs run. `xla_gpu`: the same, but for decode attention,
-which has a form of its own there. `pallas_interpret`: the TPU kernel, simulated, for tests on a device or two: on more
+"""`pallas`: Mosaic, TPU only. `xla`: the reference, and what CPUs run. `xla_gpu`: the same, but for attention,
+which has forms of its own there. `pallas_interpret`: the TPU kernel, simulated, for tests on a device or two: on more
 virtual devices than CPU cores the simulator may wait for itself forever."""
 
 AXIS = "tensor"  # the mesh axis that heads are sharded on

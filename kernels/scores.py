@@ -1,4 +1,6 @@
-"""What a query sees and how its scores are capped: arithmetic that all attention has in common."""
+"""What a query sees and how its scores are scaled and capped: arithmetic that attention has in common."""
+
+import math
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +15,11 @@ def rows_seen(length: jax.Array, window: jax.Array | None) -> tuple[jax.Array | 
         return 0, length
     has_rows = window > 1
     return jnp.where(has_rows, jnp.maximum(length - window + 1, 0), 0), jnp.where(has_rows, length, 0)
+
+
+def exact_scale(head_dim: int) -> float:
+    """The power of two next below head_dim**-0.5: queries times it are exact in every dtype, and scores less work."""
+    return 2.0 ** math.floor(math.log2(head_dim**-0.5))
 
 
 def cap_scores(score: jax.Array, soft_cap: float | None) -> jax.Array:

@@ -176,8 +176,8 @@ class FakeEngine:
         self.pages, self.table_entries = self.pages or whole, self.table_entries or whole
 
     @property
-    def prefill_batch(self) -> tuple[int, int]:
-        return self.batch, self.prefill_chunk
+    def prefill_batch(self) -> tuple[int, int, int]:
+        return min(2, self.batch), self.batch, self.prefill_chunk
 
     def get_tokenizer(self) -> FakeTokenizer:
         return FakeTokenizer()

@@ -44,9 +44,8 @@ SUB_ROOMS: dict[str, dict[str, set[str]]] = {
     "kernels": {
         "blockwise_matmul": {"backend"},
         "cache_flush": {"backend"},
-        "chunk_attention": {"backend", "scores"},
-        "prefill_attention": {"backend", "scores"},
-        "ragged_attention": {"backend", "scores"},
+        "chunk_attention": {"backend", "lanes", "scores"},
+        "ragged_attention": {"backend", "lanes", "scores"},
     },
     "engine_impl": {
         "runtime": set(),

@@ -24,7 +24,7 @@ from ...engine_impl.engine import Engine
 from ...engine_impl.forward import LayerLoop
 from ...engine_impl.weights.sharding import make_mesh
 from ...kernels.ragged_attention.xla_gpu import pages_a_block
-from ..baselines.attentions import Attention, attentions
+from ..baselines.attentions import AttentionVariant, attentions
 from ..measure.table import print_tables
 
 GIB, MIB = 2**30, 2**20
@@ -99,7 +99,7 @@ def attention_rows() -> Iterator[str]:
                     yield _line([f"{model}, {slots} x {layout.length}", attention.name, *cells, -(-2048 // block)])
 
 
-def _compile_attention(attention: Attention, layout: CacheLayout, heads: int, mesh: jax.sharding.Mesh) -> Any:
+def _compile_attention(attention: AttentionVariant, layout: CacheLayout, heads: int, mesh: jax.sharding.Mesh) -> Any:
     kv_heads, slots, lanes = layout.kv_heads, layout.slots, 2 * layout.head_dim
     sharding = jax.NamedSharding(mesh, jax.sharding.PartitionSpec())
 

@@ -21,6 +21,10 @@ Cycles hold the trade-off: a larger page holds more that the slot does not use, 
 pays for the pipeline more often. `--write` puts the smallest page within 5 % of the fewest cycles into the chip's file
 in `kernels/ragged_attention/page_sizes/`: what a page does not use is also memory that no other slot gets.
 
+Chunk attention, bundles by kind of step, the pipeline included: `diagonal` the block of queries over itself, the start
+of its softmax, `own` over a block of the chunk before it, `cached` over a page. `MXU` is what a page's products take
+where the MXUs do nothing else.
+
 Asked for by name (`Setting("scatter", ...)`), not in the command's tables: what XLA makes of a scatter of one layer's
 new rows, the way to write them without a kernel of one's own (`eager.py`). It goes through the rows in rounds of
 several: fetches their tiles, waits, puts the rows in, sends the tiles back. `ScatterRow.round` is one such round.
@@ -44,11 +48,12 @@ from ...engine_impl.compiler.chips import CHIPS
 from ...kernels.cache_flush.pallas_tpu import LANES, tile_rows
 from ...kernels.ragged_attention.page_sizes import path_of, shape_key, tuned_rows
 from ..measure.table import table
-from .llo import parse, programs
+from .llo import LloProgram, parse, programs
 
 KV_HEADS, HEAD_DIMS, DTYPES = (1, 4, 8), (64, 128), ("bfloat16", "float32", "int8")  # of the cache's rows
 PAGE_BYTES = (64 * 1024, 2 * 1024 * 1024)  # smaller is hopeless, of larger ones two do not fit into v5e's VMEM
 PAGE_ROWS = (128, 256, 512, 1024)
+CHUNK, CHUNK_PAGE = 512, 256  # tokens of a chunk, rows of the pages that it reads
 QUERY_GROUP = 4  # query heads a kv head; up to 8 share a tile of 8 rows
 LIVE_ROWS = 1024  # of the slot that `cycles` is about
 MOST_EXCESS = 0.05
@@ -89,13 +94,14 @@ class Setting:
     """One kernel to compile."""
 
     kernel: str
-    """ "attention", "flush", "scales", the flush of an int8 cache's scales, or "scatter", XLA's, of one layer"""
+    """ "attention", of a step; "chunk", of prefill; "flush"; "scales", the flush of an int8 cache's scales; or
+    "scatter", XLA's, of one layer"""
     kv_heads: int
     """of one chip"""
     head_dim: int
     dtype: str
     page: int = 0
-    """rows of a page, those of a step; attention only"""
+    """rows of a page, those of a step; attention and chunk only"""
     window: bool = False
     """whether there is one; attention only, as is the cap"""
     soft_cap: float | None = None
@@ -153,7 +159,27 @@ class ScatterRow:
     """for a round's tiles, there and back"""
 
 
-Row = AttentionRow | FlushRow | ScatterRow
+@dataclass(frozen=True)
+class ChunkRow:
+    """Bundles of the chunk attention kernel's steps: of one block of queries, of the kv heads of a step."""
+
+    chip: str
+    setting: Setting
+    heads: int
+    """kv heads of a step"""
+    block: int
+    """tokens of a block of queries"""
+    pipeline: int
+    diagonal: int
+    own: int
+    cached: int
+    dma_cycles: int
+    """for a page"""
+    mxu_cycles: int
+    """for a page's products at the chip's peak"""
+
+
+Row = AttentionRow | ChunkRow | FlushRow | ScatterRow
 
 
 def settings(all_kv_heads: Iterable[int] = KV_HEADS) -> list[Setting]:
@@ -168,6 +194,7 @@ def settings(all_kv_heads: Iterable[int] = KV_HEADS) -> list[Setting]:
                     for rows in PAGE_ROWS
                     if PAGE_BYTES[0] <= rows * row_bytes <= PAGE_BYTES[1]
                 ]
+                found.append(Setting("chunk", kv_heads, head_dim, dtype, CHUNK_PAGE))
                 found.append(Setting("flush", kv_heads, head_dim, dtype))
         found.append(Setting("scales", kv_heads, 0, "float32"))
     return found
@@ -193,7 +220,7 @@ def measure(chip: str, wanted: list[Setting]) -> list[Row]:
     for line in child.stdout.splitlines():
         fields = json.loads(line)
         fields["setting"] = setting = Setting(**fields["setting"])
-        kind = {"attention": AttentionRow, "scatter": ScatterRow}.get(setting.kernel, FlushRow)
+        kind = {"attention": AttentionRow, "chunk": ChunkRow, "scatter": ScatterRow}.get(setting.kernel, FlushRow)
         rows.append(kind(**fields))
     return rows
 
@@ -206,7 +233,8 @@ def _child(chip: str, dump: Path) -> None:
     """Settings on stdin, a row each on stdout; libtpu dumps into `dump`."""
     for setting in [Setting(**fields) for fields in json.load(sys.stdin)]:
         _compile(CORES[chip].topology, setting)
-        kernel = {"attention": "ragged_attention", "scatter": "scatter_fusion"}.get(setting.kernel, "cache_flush")
+        names = {"attention": "ragged_attention", "chunk": "chunk_attention", "scatter": "scatter_fusion"}
+        kernel = names.get(setting.kernel, "cache_flush")
         (text,) = (text for name, text in programs(dump).items() if name.startswith(kernel))
         for path in dump.iterdir():
             path.unlink()
@@ -221,6 +249,7 @@ def _compile(topology: str, setting: Setting) -> None:
 
     from ...engine_impl.compiler.topology import devices_of
     from ...kernels.cache_flush.pallas_tpu import cache_flush_tpu
+    from ...kernels.chunk_attention.pallas_tpu import chunk_attention_tpu
     from ...kernels.ragged_attention.pallas_tpu import ragged_attention_tpu
     from ...kernels.ragged_attention.steps import live_steps
     from ..baselines.eager import scatter_rows
@@ -249,6 +278,13 @@ def _compile(topology: str, setting: Setting) -> None:
         scale_LPK2R = array(2, B * J, K, 2, setting.page, dtype=jnp.float32) if setting.dtype == "int8" else None
         window = layer if setting.window else None
         args = q_BNH, new_BKC, cache_LPKRC, scale_LPK2R, layer, slot_B, array(B, J, dtype=jnp.int32), window
+    elif setting.kernel == "chunk":
+        kernel, donated = partial(chunk_attention_tpu, soft_cap=setting.soft_cap), ()
+        q_TNH, k_TKH = array(CHUNK, K * QUERY_GROUP, H, dtype=model), array(CHUNK, K, H, dtype=model)
+        cache_LPKRC = array(2, 1024, K, setting.page, 2 * H)
+        scale_LPK2R = array(2, 1024, K, 2, setting.page, dtype=jnp.float32) if setting.dtype == "int8" else None
+        window, page_MJ = layer if setting.window else None, array(1, 32, dtype=jnp.int32)
+        args = q_TNH, k_TKH, k_TKH, cache_LPKRC, scale_LPK2R, layer, array(1, dtype=jnp.int32), page_MJ, window
     elif setting.kernel == "scales":
         kernel, donated = partial(cache_flush_tpu, row_axis=4), (0,)
         args = array(FLUSH_LAYERS, B, K, 2, 256), array(FLUSH_LAYERS, B, K, 2), slot_B, slot_B
@@ -272,6 +308,8 @@ def read(chip: str, setting: Setting, text: str) -> Row:
         dma = core.dma_cycles(chip, 2 * rows * tile_rows(setting.dtype) * row_bytes // setting.kv_heads)
         return ScatterRow(chip, setting, rows, program.issued([]), dma)
     program = parse(text, core.delay_slots)
+    if setting.kernel == "chunk":
+        return _read_chunk(chip, setting, program)
     if setting.kernel != "attention":
         tile_bytes = setting.kv_heads * 2 * LANES * 4
         if setting.kernel == "flush":  # rows alone: their scales have a flush of their own
@@ -292,6 +330,24 @@ def read(chip: str, setting: Setting, text: str) -> Row:
         boundary=program.issued(stages | {products[1]}),
         slot=program.issued(program.regions) - program.issued(stages | set(products)),
         dma_cycles=core.dma_cycles(chip, setting.page * row_bytes),
+    )
+
+
+def _read_chunk(chip: str, setting: Setting, program: LloProgram) -> ChunkRow:
+    from ...kernels.chunk_attention.pallas_tpu import block_and_heads
+
+    core, stages = CORES[chip], program.stages()
+    products = program.of("vmat")
+    if len(products) != 3:
+        raise ValueError(f"{len(products)} regions with matrix products, not the diagonal's, a block's and a page's")
+    block, heads = block_and_heads(CHUNK, setting.kv_heads, QUERY_GROUP)
+    page_bytes = setting.page * _row_bytes(heads, setting.head_dim, setting.dtype)
+    flops = 4 * block * QUERY_GROUP * heads * setting.page * setting.head_dim
+    diagonal, own, cached = (program.issued(stages | {region}) for region in products)
+    return ChunkRow(
+        *(chip, setting, heads, block, program.issued(stages), diagonal, own, cached),
+        dma_cycles=core.dma_cycles(chip, page_bytes),
+        mxu_cycles=round(flops / (CHIPS[chip].bf16_flops / core.per_device) * core.clock),
     )
 
 
@@ -348,12 +404,31 @@ def report(rows: list[Row]) -> str:
         "excess",
     )  # fmt: skip
     chosen = [(*shape, page, f"+{over:.0%}") for shape, (page, over) in choose(attention).items()]
+    chunks = [
+        (
+            *_shape(row),
+            row.heads,
+            row.block,
+            row.pipeline,
+            row.diagonal,
+            row.own,
+            row.cached,
+            row.dma_cycles,
+            row.mxu_cycles,
+        )
+        for row in rows
+        if isinstance(row, ChunkRow)
+    ]
     flush = [(*_shape(row), row.step, row.dma_cycles) for row in rows if isinstance(row, FlushRow)]
     return "\n\n".join([
         "Attention: bundles per grid step, by rows of a page",
         table(headers, lines),
         f"The smallest page with at most {MOST_EXCESS:.0%} of excess",
         table(("chip", "K", "H", "dtype", "page", "excess"), chosen),
+        f"Chunk attention: bundles a grid step, pages of {CHUNK_PAGE} rows",
+        table(
+            ("chip", "K", "H", "dtype", "heads", "block", "pipeline", "diagonal", "own", "cached", "DMA", "MXU"), chunks
+        ),
         f"Flush: bundles per grid step (a slot, {FLUSH_LAYERS} layers)",
         table(("chip", "K", "H", "dtype", "step", "DMA"), flush),
     ])  # fmt: skip
@@ -367,6 +442,8 @@ def as_json(rows: list[Row]) -> dict[str, Any]:
         fields |= fields.pop("setting")
         if isinstance(row, AttentionRow):
             return fields | {"is_dma_bound": row.is_dma_bound, "cycles": row.cycles}
+        if isinstance(row, ChunkRow):
+            return fields
         return {name: value for name, value in fields.items() if name not in ("page", "window", "soft_cap")}
 
     return {

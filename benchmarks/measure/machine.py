@@ -126,6 +126,16 @@ def describe(threads: int) -> dict[str, Any]:
     }
 
 
+def describe_client() -> dict[str, Any]:
+    """What the numbers of a server elsewhere need beside them: this CPU, how busy it is, our version, the date."""
+    return {
+        "cpu": cpu_name(),
+        "load_average": warn_if_busy(),
+        "slipstream-llm": version("slipstream-llm"),
+        "date": datetime.now(UTC).strftime("%Y-%m-%d"),
+    }
+
+
 def cpu_name(read: Callable[[], str] = lambda: Path("/proc/cpuinfo").read_text()) -> str:
     """The CPU's model name, as Linux gives it."""
     try:

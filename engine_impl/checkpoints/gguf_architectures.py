@@ -121,6 +121,10 @@ def _glm4(get: Get, tensors: Tensors) -> dict[str, Any]:
     return {"hidden_act": "silu", "attention_bias": QUERY_BIAS in tensors}
 
 
+def _cohere(get: Get, tensors: Tensors) -> dict[str, Any]:
+    return {"hidden_act": "silu", "logit_scale": get("logit_scale"), "use_qk_norm": QUERY_NORM in tensors}
+
+
 def _cohere2(get: Get, tensors: Tensors) -> dict[str, Any]:
     return {
         "hidden_act": "silu",
@@ -183,6 +187,7 @@ ARCHITECTURES = {
     "olmo2": Architecture(model_type="olmo2", layer_modules=_POST_NORMS, fields=_silu),
     "granite": Architecture(model_type="granite", pairs=True, fields=_granite),
     "glm4": Architecture(model_type="glm4", layer_modules=_GLM4, fields=_glm4),
+    "command-r": Architecture(model_type="cohere", layer_norms=True, fields=_cohere),
     "cohere2": Architecture(model_type="cohere2", layer_norms=True, fields=_cohere2),
     "stablelm": Architecture(model_type="stablelm", stacks=_HEAD_NORMS, layer_norms=True, fields=_stablelm),
     "phi3": Architecture(model_type="phi3", layer_modules=_FUSED, fields=_phi3),

@@ -31,22 +31,23 @@ class RowRange(str):
 
 
 class Pairs(str):
-    """The name of a checkpoint's tensor whose rows are heads for a rope that turns neighbours (2i, 2i+1), in the first
-    `width` of each head's `head_dim` dimensions. The model has these rows in the order of ours, which turns halves
+    """The name of a checkpoint's tensor with an axis of heads for a rope that turns neighbours (2i, 2i+1), in the first
+    `width` of each head's `head_dim` dimensions. The model has them in the order of ours, which turns halves
     (i, i + width/2): scores do not change when q and k are reordered alike."""
 
     head_dim: int
     width: int
+    axis: int
 
-    def __new__(cls, name: str, head_dim: int, width: int) -> "Pairs":
+    def __new__(cls, name: str, head_dim: int, width: int, axis: int = 0) -> "Pairs":
         pairs = super().__new__(cls, name)
-        pairs.head_dim, pairs.width = head_dim, width
+        pairs.head_dim, pairs.width, pairs.axis = head_dim, width, axis
         return pairs
 
-    def order(self, rows: int) -> list[int]:
-        """Where each of the model's rows is in the checkpoint's tensor of so many rows."""
+    def order(self, size: int) -> list[int]:
+        """Where each entry of the model's axis, of that size, is along the checkpoint's."""
         of_head = [*range(0, self.width, 2), *range(1, self.width, 2), *range(self.width, self.head_dim)]
-        return [first + i for first in range(0, rows, self.head_dim) for i in of_head]
+        return [first + i for first in range(0, size, self.head_dim) for i in of_head]
 
 
 class Transposed(str):

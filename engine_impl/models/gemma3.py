@@ -10,31 +10,12 @@ from torch import nn
 from .fields import Fields
 from .gemma2 import Gemma2, Gemma2Config, SandwichLayer, read_gemma2
 from .parts import GemmaRMSNorm
-from .rope import Angles, Factors, frequencies
-from .rope_scaling import FIXED
-from .transformer import read_rope
+from .two_ropes import TwoRopes, read_two_ropes
 
 
 @dataclass(frozen=True, kw_only=True)
-class Gemma3Config(Gemma2Config):
+class Gemma3Config(TwoRopes, Gemma2Config):
     """A Gemma 3's shape; `rope_theta`, `rope_factors` and `rope_scale` are those of layers that see all."""
-
-    local_rope_theta: float
-    """Of layers with a window."""
-    local_rope_factors: Factors | None = None
-    """Likewise."""
-    local_rope_scale: float = 1.0
-    """Likewise."""
-
-    @property
-    def ropes(self) -> tuple[Angles, ...]:
-        width = self.rope_width or self.head_dim
-        local = Angles(frequencies(width, self.local_rope_theta, self.local_rope_factors), self.local_rope_scale)
-        return self.angles, local
-
-    @property
-    def rope_of_layer(self) -> tuple[int, ...]:
-        return tuple(0 if window is None else 1 for window in self.window_of_layer)
 
 
 WITH_IMAGES = "gemma3"
@@ -76,15 +57,5 @@ class Gemma3(Gemma2):
             fields = fields.part("text_config", LEFT_OUT, beside=["tie_word_embeddings"])
         fields.only("attn_logit_softcapping", None)  # a field that transformers reads and does not use
         shape = read_gemma2(fields, period=fields.get("sliding_window_pattern", 6))
-        every = read_rope(fields, shape["head_dim"], layer_type="full_attention")
-        return Gemma3Config(**shape, **every, **_read_local_rope(fields, shape["head_dim"], every["rope_width"]))
-
-
-def _read_local_rope(fields: Fields, head_dim: int, width: int | None) -> dict[str, Any]:
-    """Of layers with a window. Configs of before transformers 5 give it a theta of its own and no scaling."""
-    if fields.get("rope_parameters") is None:
-        return {"local_rope_theta": float(fields["rope_local_base_freq"])}
-    rope = read_rope(fields, head_dim, FIXED, layer_type="sliding_attention")
-    if rope["rope_width"] != width:
-        raise fields.refused("turns other parts of a head in layers with a window than in the others")
-    return {f"local_{name}": rope[name] for name in ("rope_theta", "rope_factors", "rope_scale")}
+        # Configs of before transformers 5 give layers with a window a theta of their own and no scaling.
+        return Gemma3Config(**shape, **read_two_ropes(fields, shape["head_dim"], local_theta="rope_local_base_freq"))

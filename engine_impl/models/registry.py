@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 import torch
 
 from ..errors import RefusedError
+from .cohere import Cohere
 from .cohere2 import Cohere2
 from .decoder import Decoder, ModelConfig
 from .field_kinds import check_kinds
@@ -21,6 +22,7 @@ from .llama import Llama
 from .mistral import Mistral
 from .mixtral import Mixtral
 from .olmo2 import Olmo2
+from .olmo3 import Olmo3
 from .phi3 import Phi3
 from .qwen2 import Qwen2
 from .qwen3 import Qwen3
@@ -29,6 +31,7 @@ from .smollm3 import SmolLM3
 from .stablelm import StableLM
 
 FAMILIES: dict[str, type[Decoder]] = {
+    "cohere": Cohere,
     "cohere2": Cohere2,
     "gemma": Gemma,
     "gemma2": Gemma2,
@@ -41,6 +44,7 @@ FAMILIES: dict[str, type[Decoder]] = {
     "mistral": Mistral,
     "mixtral": Mixtral,
     "olmo2": Olmo2,
+    "olmo3": Olmo3,
     "phi3": Phi3,
     "qwen2": Qwen2,
     "qwen3": Qwen3,
@@ -49,6 +53,12 @@ FAMILIES: dict[str, type[Decoder]] = {
     "stablelm": StableLM,
 }
 
+NOT_THERE = {
+    "gpt_oss": "its attention has sinks, which the kernels do not have",
+    "deepseek_v2": "its cache holds one compressed vector for a token instead of keys and values (MLA)",
+    "deepseek_v3": "its cache holds one compressed vector for a token instead of keys and values (MLA)",
+}
+"""Families that are asked for, and why they are missing. docs/models.md lists them."""
 
 ENTRY_POINTS = "slipstream.models"
 """The group in which an installed package names the modules of its families, each by its model type."""
@@ -89,8 +99,9 @@ def read_config(fields: dict[str, Any], where: str) -> ModelConfig:
         for entry_point in entry_points(group=ENTRY_POINTS, name=str(model_type)):
             entry_point.load()
     if model_type not in FAMILIES:
+        why = f", which is not there: {NOT_THERE[model_type]}" if model_type in NOT_THERE else ""
         raise RefusedError(
-            f"{where!r} is of the family {model_type!r}; the families there are: {', '.join(sorted(FAMILIES))}; "
+            f"{where!r} is of the family {model_type!r}{why}; the families there are: {', '.join(sorted(FAMILIES))}; "
             "--model-module brings one of your own"
         )
     try:

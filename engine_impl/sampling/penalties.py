@@ -35,7 +35,7 @@ def is_penalised(params: SamplingParams) -> bool:
     return (params.repetition_penalty, params.presence_penalty, params.frequency_penalty) != (1, 0, 0)
 
 
-def counts_of_text(text: Sequence[int], prompt_length: int, vocab_size: int) -> np.ndarray:
+def counts_of_text(text: Sequence[int] | np.ndarray, prompt_length: int, vocab_size: int) -> np.ndarray:
     """count_V, u16, of a text whose first `prompt_length` tokens are the prompt. Made on the host: few requests ask."""
     prompt, answer = np.asarray(text[:prompt_length], np.int64), np.asarray(text[prompt_length:], np.int64)
     count_V = IN_ANSWER * np.minimum(np.bincount(answer, minlength=vocab_size), MOST)

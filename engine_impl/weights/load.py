@@ -300,7 +300,7 @@ def _taken(tensor: np.ndarray, source: str) -> np.ndarray:
     if isinstance(source, Transposed):
         return tensor.T
     if isinstance(source, Pairs):
-        return tensor[source.order(len(tensor))]
+        return tensor.take(source.order(tensor.shape[source.axis]), axis=source.axis)
     return tensor[source.start : source.stop] if isinstance(source, RowRange) else tensor
 
 

@@ -15,9 +15,13 @@ from ..backend import (
     check_pages,
     check_shape,
     heads_per_shard,
+    interpret_params,
+    is_xla,
 )
 from ..scores import check_soft_cap, check_window
+from .pallas_tpu import chunk_attention_tpu
 from .reference import chunk_attention_reference
+from .xla_gpu import chunk_attention_gpu
 
 
 def chunk_attention(
@@ -86,12 +90,18 @@ def chunk_attention(
     check_pages("page_MJ", page_MJ, texts=start_M.size, rows=R)
     if C != 2 * H:
         raise ValueError(f"the cache's rows have {C=} lanes, but k and v side by side need 2 * {H=}")
+    if not is_xla(backend) and C % 128:
+        raise ValueError(f"{H=} makes rows of {C=} lanes, not whole tiles of 128; pad heads as the cache has them")
     if isinstance(layer, int) and not 0 <= layer < L:
         raise ValueError(f"{layer=} must be in [0, {L=})")
 
+    if is_xla(backend):
+        attention = chunk_attention_gpu if backend == "xla_gpu" else chunk_attention_reference
+    else:
+        attention = functools.partial(chunk_attention_tpu, interpret=interpret_params(backend))
     heads, pages = P(None, AXIS), P(None, None, AXIS)
     sharded = jax.shard_map(
-        functools.partial(chunk_attention_reference, soft_cap=soft_cap),
+        functools.partial(attention, soft_cap=soft_cap),
         mesh=mesh,
         in_specs=(heads, heads, heads, pages, pages, P(), P(), P(), P()),
         out_specs=heads,

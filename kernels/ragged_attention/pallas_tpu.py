@@ -24,10 +24,9 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from ..lanes import LANES, split_row
 from ..scores import cap_scores, rows_seen
 from .steps import Steps
-
-LANES = 128
 
 
 def _kernel(
@@ -49,7 +48,7 @@ def _kernel(
     max_steps: int,
     soft_cap: float | None,
 ):
-    """One page of one slot. Q and acc's width are H where k and v are whole lane tiles, else C: see `_split`."""
+    """One page of one slot. Q and acc's width are H where k and v are whole lane tiles, else C: see `split_row`."""
     del page_ref
     if count_ref.shape == (1,):
         step, is_live = pl.program_id(0), True
@@ -72,7 +71,7 @@ def _kernel(
 
     @pl.when(is_live & is_first_page)
     def start_from_new_token():
-        k_KC, v_KC = _split(new_ref[...].astype(jnp.float32), head_dim)
+        k_KC, v_KC = split_row(new_ref[...].astype(jnp.float32), head_dim)
         for k in range(K):
             score_G1 = jnp.sum(q_ref[k].astype(jnp.float32) * k_KC[k : k + 1], axis=-1, keepdims=True) * scale
             m_ref[k] = capped(score_G1)
@@ -85,7 +84,7 @@ def _kernel(
 
     def add_page(whole: bool):
         for k in range(K):
-            k_SC, v_SC = _split(cache_ref[k].astype(q_ref.dtype), head_dim)
+            k_SC, v_SC = split_row(cache_ref[k].astype(q_ref.dtype), head_dim)
             scale_k_1S, scale_v_1S = (scale_ref[k, :1], scale_ref[k, 1:]) if scale_ref is not None else (1.0, None)
             score_GS = capped(dot(q_ref[k], k_SC, (((1,), (1,)), ((), ()))) * (scale_k_1S * scale))
             if not whole:  # rows that are not seen may hold NaN, and 0 * NaN is NaN: mask what p is multiplied by
@@ -110,17 +109,6 @@ def _kernel(
     def finish():
         out_KGC = acc_ref[...] / l_ref[...]
         out_ref[...] = out_KGC[..., -head_dim:].astype(out_ref.dtype)
-
-
-def _split(rows: jax.Array, head_dim: int) -> tuple[jax.Array, jax.Array]:
-    """Rows [..., C] as (k, v), cut only at a border of lane tiles.
-
-    With H = 64 the border falls inside a tile. There the rows stand for both: q is padded with zeros, so that q . row
-    is q . k, and of p @ row the last H lanes are p @ v.
-    """
-    if head_dim % LANES:
-        return rows, rows
-    return rows[..., :head_dim], rows[..., head_dim:]
 
 
 @functools.partial(jax.jit, static_argnames=("soft_cap", "interpret"))

@@ -139,7 +139,7 @@ class Loop(Generic[ParamsT, PrefixT, StateT]):
         if self._turns % TURNS_A_CHECK == 0:
             self._room.check_integrity()
         ended = [self.ended.popleft() for _ in range(len(self.ended))]
-        most, _ = self._engine.prefill_batch
+        _, most, _ = self._engine.prefill_batch
         return plan(
             Scene(
                 slots=self._slots,

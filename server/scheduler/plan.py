@@ -62,7 +62,7 @@ class Scene:
     """Whether somebody waits for a step and none is on its way: one is run over no slots, too."""
     newcomers: bool
     """Whether it is the turn of those who wait, rather than of those in work."""
-    batch: tuple[int, int]
+    batch: tuple[int, int, int]
     """See `Engine.prefill_batch`."""
 
 
@@ -146,7 +146,7 @@ def admitted(
     pages, entries = room.available(gone) - grown, room.entries_left + room.entries_of(gone) - grown
     on_its_way = {name for prompt in in_work for name in room.missing(prompt)}
     is_alone = not in_work and {*slots.live.slot_B.tolist()} <= {*gone}
-    most, short = scene.batch
+    least, most, short = scene.batch
     let_in: list[Prompt] = []
     for prompt in waiting:
         need, missing = room.need(prompt), room.missing(prompt)
@@ -170,7 +170,7 @@ def admitted(
         on_its_way.update(missing)
         if not fits_batch:
             break
-    return let_in
+    return let_in if len(let_in) >= least else let_in[:1]
 
 
 def margin_for(prompt: Prompt, scene: Scene) -> int:

@@ -2,7 +2,6 @@
 
 import json
 from contextlib import contextmanager
-from dataclasses import replace
 
 import pytest
 from slipstream.benchmarks import jetstream
@@ -66,8 +65,8 @@ def test_both_sides_get_the_same_load_and_lose_one_request_each(sides, capsys):
 
 def test_answers_that_differ_end_it(sides, capsys):
     other = sides["--orchestrator", "jetstream"]
-    insert = other.insert
-    other.insert = lambda prefix, state, slot: insert(replace(prefix, token=prefix.token + 1), state, slot)
+    next_token = other.next_token
+    other.next_token = lambda text: next_token(text) + 1
     assert cli.run(QUICK) == cli.FAILED
     assert "by us and" in capsys.readouterr().err
 

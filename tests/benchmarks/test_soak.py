@@ -56,7 +56,8 @@ def test_a_slot_that_is_never_freed_is_found(monkeypatch):
     monkeypatch.setattr(soak, "QUIET_S", 0.2)
     options = dataclasses.replace(OPTIONS, requests=30, in_flight=4)
     with hosted(FakeEngine(), None, CONFIG) as serving:
-        serving.metrics.watch(queue_depth=int, slots_in_use=lambda: 1, slots=2, pages=dict)
+        nothing = {"free": 0, "live": 0, "cached": 0}
+        serving.metrics.watch(queue_depth=int, slots_in_use=lambda: 1, slots=2, pages=lambda: nothing)
         result = soak.measure(serving, options)
     assert any("1 slots, 0 places in the queue and 0 pages are still taken" in fault for fault in result["faults"])
 
@@ -82,23 +83,20 @@ def test_a_pool_that_is_not_tight_is_told():
 
 
 def test_lost_pages_are_found(monkeypatch):
-    """One is never given back, another is in no list."""
+    """One is never given back, another is in no list any more."""
     monkeypatch.setattr(soak, "QUIET_S", 0.2)
-    honest, first = soak.page_counts, []
-
-    def counts(serving):
-        pages = honest(serving)
-        if not first:
-            first.append(pages)
-            return pages
-        return pages | {"free": pages["free"] - 2, "live": pages["live"] + 1}
-
-    monkeypatch.setattr(soak, "page_counts", counts)
     options = dataclasses.replace(OPTIONS, requests=30, in_flight=4)
+    asked = []
+
+    def pages():
+        asked.append(None)
+        return {"free": 30, "live": 1, "cached": 0} if len(asked) > 3 else {"free": 32, "live": 0, "cached": 0}
+
     with hosted(FakeEngine(), None, CONFIG) as serving:
+        serving.metrics.watch(queue_depth=int, slots_in_use=int, slots=2, pages=pages)
         result = soak.measure(serving, options)
     assert any("0 places in the queue and 1 pages are still taken" in fault for fault in result["faults"])
-    assert any("of 32 pages {'free': " in fault for fault in result["faults"])
+    assert "of 32 pages {'free': 30, 'live': 1, 'cached': 0} are left" in result["faults"]
 
 
 def test_the_pool_is_the_engines_and_bad_numbers_are_refused():

@@ -245,7 +245,7 @@ def test_an_answer_that_was_interrupted_goes_on_as_it_would_have(tiny, monkeypat
 
 def test_everything_is_compiled_once():
     """However slots fill, prompts vary and parameters change: warm_up compiles all there is to compile."""
-    engine, params = tiny_engine(slots=3, cache_length=256, prefill_chunk=128)
+    engine, params = tiny_engine(slots=4, cache_length=256, prefill_chunk=128)
     engine.get_tokenizer = lambda: NoTokenizer("tiny", vocab_size=101, bos_id=None, stop_ids=frozenset({3}))
     compilations = []
 
@@ -258,9 +258,9 @@ def test_everything_is_compiled_once():
         session = Session(engine, params)
         compilations.clear()
         session.state = engine.warm_up(params, session.state)
-        assert engine.shapes.prefills == ((1, 16), (1, 64), (1, 128), (3, 64))
-        assert engine.shapes.steps == (1, 3)
-        assert len(compilations) == 4 + 4 + 2 + 2, "prefill and insert; first tokens of 1 and of 3; steps"
+        assert engine.shapes.prefills == ((1, 16), (1, 64), (1, 128), (4, 32))
+        assert engine.shapes.steps == (1, 4)
+        assert len(compilations) == 4 + 4 + 2 + 2, "prefill and insert; first tokens of 1 and of 4; steps"
         compilations.clear()
         for round_, length in enumerate([1, 16, 17, 128, 3, 129, 250]):
             sampling = SamplingParams(

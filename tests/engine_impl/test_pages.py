@@ -145,9 +145,9 @@ def test_the_pages_of_an_answer_serve_the_next_turn(tiny):
 def test_short_texts_prefilled_together_are_as_alone(tiny, count):
     """Of different lengths; one of them goes on behind a page that is there, one is not complete."""
     engine, params = tiny
-    assert engine.prefill_batch == (4, 64)
+    assert engine.prefill_batch == (4, 4, 32)
     long = [n * 5 % 101 for n in range(R + 17)]
-    texts = [[5, 17, 80], long, [9] * 64, [1]][:count]
+    texts = [[5, 17, 80], long, [9] * 32, [1]][:count]
     expected = answers(Session(engine, params), texts, STEPS)
     session = scattered(engine, params)
     session.insert(session.prefilled(1, long[:R]), 1, is_last=False)
@@ -196,8 +196,8 @@ def test_a_step_writes_one_row_of_one_page_per_live_slot(tiny):
 @pytest.mark.parametrize(
     ("starts", "lengths", "message"),
     [
-        ([0], [R + 1], r"pieces of \[129\] tokens are not prefilled together: one has at most 128, 4 have at most 64"),
-        ([0, 0], [65, 1], r"pieces of \[65, 1\] tokens"),
+        ([0], [R + 1], r"pieces of \[129\] tokens are not prefilled together: one has at most 128, 4 have at most 32"),
+        ([0, 0], [33, 1], r"pieces of \[33, 1\] tokens"),
         ([0] * 5, [1] * 5, r"pieces of \[1, 1, 1, 1, 1\] tokens"),
         ([0], [0], "and none empty"),
         ([], [], "one at least"),
@@ -215,16 +215,18 @@ def test_pieces_that_no_program_takes_are_told(tiny, starts, lengths, message):
 
 
 @pytest.mark.parametrize(
-    ("slots", "chunk", "prefills", "steps"),
+    ("platform", "slots", "chunk", "prefills", "steps"),
     [
-        (1, 128, ((1, 16), (1, 64), (1, 128)), (1,)),
-        (8, 256, ((1, 16), (1, 64), (1, 256), (8, 64)), (1, 8)),
-        (40, 512, ((1, 16), (1, 64), (1, 256), (1, 512), (8, 64)), (1, 8, 32, 40)),
-        (256, 8192, ((1, 16), (1, 64), (1, 256), (1, 1024), (1, 4096), (1, 8192), (8, 64)), (1, 8, 32, 128, 256)),
+        ("cpu", 1, 128, ((1, 16), (1, 64), (1, 128)), (1,)),
+        ("cpu", 3, 128, ((1, 16), (1, 64), (1, 128)), (1, 3)),
+        ("cpu", 8, 256, ((1, 16), (1, 64), (1, 128), (1, 256), (8, 32)), (1, 8)),
+        ("gpu", 40, 512, ((1, 16), (1, 64), (1, 256), (1, 512), (8, 64)), (1, 8, 32, 40)),
+        ("tpu", 3, 512, ((1, 16), (1, 64), (1, 256), (1, 512), (3, 64)), (3,)),
+        ("tpu", 256, 4096, ((1, 16), (1, 64), (1, 256), (1, 1024), (1, 4096), (8, 64)), (8, 32, 128, 256)),
     ],
 )
-def test_programs_have_few_shapes(slots, chunk, prefills, steps):
-    shapes = Shapes(slots=slots, pages_per_slot=4, page_rows=128, chunk=chunk)
+def test_programs_have_few_shapes(platform, slots, chunk, prefills, steps):
+    shapes = Shapes(slots=slots, pages_per_slot=4, page_rows=128, chunk=chunk, platform=platform)
     assert (shapes.prefills, shapes.steps) == (prefills, steps)
 
 

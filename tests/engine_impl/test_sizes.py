@@ -142,11 +142,11 @@ def test_an_engine_takes_what_its_model_was_trained_for():
     engine, _ = engine_of(256)
     assert (engine.max_concurrent_decodes, engine.cache_length, engine.max_prefill_length) == (8, 256, 256)
     assert (engine.pages, engine.page_rows, engine.pages_per_slot, engine.table_entries) == (16, 128, 2, 16)
-    assert (engine.prefill_chunk, engine.prefill_batch) == (256, (8, 64))
+    assert (engine.prefill_chunk, engine.prefill_batch) == (256, (4, 8, 32))
     engine, _ = engine_of(200)
     assert (engine.layout.length, engine.cache_length, engine.max_prefill_length) == (256, 200, 200)
     engine, _ = engine_of(512, slots=1, max_prefill_length=100)
-    assert (engine.max_prefill_length, engine.prefill_chunk, engine.prefill_batch) == (100, 128, (1, 128))
+    assert (engine.max_prefill_length, engine.prefill_chunk, engine.prefill_batch) == (100, 128, (1, 1, 128))
 
 
 @pytest.mark.parametrize("name", ["cache_length", "max_prefill_length"])

@@ -35,19 +35,6 @@ def ragged_attention(q_BNH, new_BKC, cache_LBKSC, layer, length_B, window=None, 
     return out_BNH
 
 
-def prefill_attention(q_TNH, k_TKH, v_TKH, window=None, soft_cap=None):
-    """Causal attention."""
-    q_TNH, k_TKH, v_TKH = (np.asarray(x).astype(np.float64) for x in (q_TNH, k_TKH, v_TKH))
-    (T, N, H), K = q_TNH.shape, k_TKH.shape[1]
-    out_TNH = np.empty((T, N, H))
-    for t in range(T):
-        for n in range(N):
-            kv = n // (N // K)
-            seen = [j for j in range(t + 1) if window is None or j > t - window]
-            out_TNH[t, n] = attend_one(q_TNH[t, n], k_TKH[seen, kv], v_TKH[seen, kv], soft_cap)
-    return out_TNH
-
-
 def chunk_attention(q_TNH, k_SKH, v_SKH, window=None, soft_cap=None):
     """Causal attention of a text's last T tokens over all S."""
     (T, N, H), (S, K, _) = q_TNH.shape, k_SKH.shape

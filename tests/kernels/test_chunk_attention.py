@@ -5,12 +5,22 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from slipstream.kernels import chunk_attention
+from slipstream.kernels.chunk_attention import xla_gpu
+from slipstream.kernels.chunk_attention.pallas_tpu import block_and_heads
 
 from . import oracle
 
 L, LAYER, R = 2, 1, 128
 ATTEND = jax.jit(chunk_attention, static_argnames=("soft_cap", "mesh", "backend"))
-BACKENDS = ["xla"]
+SIMULATED = pytest.param("pallas_interpret", marks=pytest.mark.slow)
+BACKENDS = ["xla", "xla_gpu", SIMULATED]
+
+
+@pytest.fixture(autouse=True)
+def small_blocks(monkeypatch):
+    """So that small caches have borders of blocks on GPUs too."""
+    monkeypatch.setattr(xla_gpu, "BLOCK_ROWS", 2 * R)
+    monkeypatch.setattr(xla_gpu, "QUERIES", 96)
 
 
 class Case:
@@ -75,12 +85,26 @@ class Case:
         oracle.assert_close(out_TNH, self.expected(soft_cap))
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", ["xla", "xla_gpu"])
 @pytest.mark.parametrize("tokens", [16, 64, 200, 256])
 @pytest.mark.parametrize("starts", [[0], [R], [3 * R], [0, 3 * R, R], [R, 0, 0], [0, 0]])
 def test_chunks_behind_cached_rows(mesh, backend, starts, tokens):
     """A text that reads its neighbour's pages or tokens, a page too many or too few, blocks that are not full."""
     Case(starts, tokens, 1, 2, 16).check(backend, mesh)
+
+
+@pytest.mark.parametrize(
+    ("starts", "tokens"),
+    [
+        ([2 * R, 0], 144),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in [([0], 16), ([3 * R], 20), ([0, 3 * R, R], 64), ([R, 0, 0], 256), ([0, 0], 200)]
+        ),
+    ],
+)
+def test_the_kernel_behind_cached_rows(mesh, starts, tokens):
+    Case(starts, tokens, 1, 2, 64).check("pallas_interpret", mesh)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -91,6 +115,7 @@ def test_chunks_behind_cached_rows(mesh, backend, starts, tokens):
         (1, 4, 128, jnp.bfloat16),
         (4, 1, 128, jnp.float32),
         (2, 2, 64, jnp.bfloat16),
+        (1, 1, 256, jnp.float32),
     ],
 )
 def test_heads(mesh, backend, K, G, H, dtype):
@@ -106,12 +131,22 @@ def test_pages_larger_than_blocks(mesh, backend, rows):
 WINDOWS = [1, 2, 16, 127, 128, 129, 130, 200, 256, 300, 385, 2**31 - 1]
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize(("starts", "tokens"), [([3 * R, 0], 200), ([R], 16), ([0], 300)])
-def test_every_window_around_a_page_and_a_block(mesh, backend, starts, tokens):
+@pytest.mark.parametrize(
+    ("backend", "starts", "tokens", "windows"),
+    [
+        ("xla", [3 * R, 0], 200, WINDOWS),
+        ("xla", [R], 16, WINDOWS),
+        ("xla", [0], 300, WINDOWS),
+        ("xla_gpu", [3 * R, 0], 300, WINDOWS),
+        ("pallas_interpret", [3 * R, 0], 144, [130]),
+        pytest.param("pallas_interpret", [3 * R, 0], 300, WINDOWS, marks=pytest.mark.slow),
+        pytest.param("pallas_interpret", [R], 16, WINDOWS, marks=pytest.mark.slow),
+    ],
+)
+def test_every_window_around_a_page_and_a_block(mesh, backend, starts, tokens, windows):
     """One row too many or too few at a window's far side; of pages before all windows nothing is read."""
-    for window in WINDOWS:  # one compilation: the window is traced
-        Case(starts, tokens, 1, 2, 16, window=window).check(backend, mesh)
+    for window in windows:  # one compilation: the window is traced
+        Case(starts, tokens, 1, 2, 64, window=window).check(backend, mesh)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -134,13 +169,17 @@ def test_soft_cap(mesh, backend, window):
     assert (changed_T.reshape(2, -1).max(axis=1) > 0.1).all()
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(
-    ("K", "G", "H", "dtype", "window", "soft_cap"),
+    ("backend", "K", "G", "H", "dtype", "window", "soft_cap"),
     [
-        (3, 3, 64, jnp.float32, None, None),
-        (1, 4, 128, jnp.bfloat16, 150, 3.0),
-        (2, 1, 16, jnp.float32, 300, None),
+        ("xla", 3, 3, 64, jnp.float32, None, None),
+        ("xla", 1, 4, 128, jnp.bfloat16, 150, 3.0),
+        ("xla", 2, 1, 16, jnp.float32, 300, None),
+        ("xla_gpu", 3, 3, 64, jnp.float32, None, None),
+        ("xla_gpu", 1, 4, 128, jnp.bfloat16, 150, 3.0),
+        ("pallas_interpret", 1, 4, 128, jnp.bfloat16, 150, 3.0),
+        pytest.param("pallas_interpret", 3, 3, 64, jnp.float32, None, None, marks=pytest.mark.slow),
+        pytest.param("pallas_interpret", 2, 1, 128, jnp.float32, 300, None, marks=pytest.mark.slow),
     ],
 )
 def test_int8_rows_mean_code_times_scale(mesh, backend, K, G, H, dtype, window, soft_cap):
@@ -148,7 +187,7 @@ def test_int8_rows_mean_code_times_scale(mesh, backend, K, G, H, dtype, window, 
     Case([3 * R, 0, R], 64, K, G, H, dtype, window=window, int8=True).check(backend, mesh, soft_cap)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", ["xla", "xla_gpu", "pallas_interpret"])
 def test_by_hand(mesh, backend):
     """A cached row of score log 3 and v = 8 among 127 of weight exp(-1000), an own one of score 0 and v = 4."""
     H = 64
@@ -209,6 +248,24 @@ def test_sharded_equals_one_device(mesh, mesh_of_8, int8):
 
 
 @pytest.mark.parametrize(
+    ("tokens", "kv_heads", "group", "block", "heads"),
+    [
+        (512, 1, 4, 128, 1),
+        (512, 4, 1, 128, 4),
+        (512, 8, 4, 128, 2),
+        (512, 8, 8, 128, 1),
+        (512, 1, 16, 128, 1),
+        (512, 1, 71, 16, 1),
+        (64, 8, 4, 64, 4),
+        (20, 3, 1, 32, 3),
+        (1, 1, 1, 16, 1),
+    ],
+)
+def test_queries_of_a_step_fit_into_vmem(tokens, kv_heads, group, block, heads):
+    assert block_and_heads(tokens, kv_heads, group) == (block, heads)
+
+
+@pytest.mark.parametrize(
     ("change", "message"),
     [
         ({"k": (32, 2, 32)}, "k_TKH must be"),
@@ -225,6 +282,10 @@ def test_sharded_equals_one_device(mesh, mesh_of_8, int8):
         ({"scale": (1, 4, 2, 128, 2)}, r"scale_LPK2R must be \[L, P, K, 2, R\]"),
         ({"scale": (1, 4, 2, 2, 128)}, "int8 codes and float32 scales"),
         ({"backend": "tpu"}, "backend='tpu' must be one of"),
+        (
+            {"backend": "pallas", "q": (32, 4, 96), "k": (32, 2, 96), "v": (32, 2, 96), "cache": (1, 4, 2, 128, 192)},
+            "H=96 makes rows of C=192 lanes",
+        ),
     ],
 )
 def test_refuses(mesh, change, message):

@@ -95,12 +95,12 @@ def test_the_last_gpu_block_reaches_back(mesh, monkeypatch):
         oracle.assert_close(out_BNH, oracle.ragged_attention(*args[:3], LAYER, args[3], window=window))
 
 
-def by_hand(k, v, H, dtype=np.float32):
+def by_hand(k, v, H, dtype="float32"):
     """[2 H]: a key of zeros but for its first lane, and a value of v alone. Numpy's: jnp would compile each line."""
     return np.concatenate([[k], np.zeros(H - 1), np.full(H, v)]).astype(dtype)
 
 
-def cached_by_hand(k, v, H, S, slack=np.nan, dtype=np.float32):
+def cached_by_hand(k, v, H, S, slack=np.nan, dtype="float32"):
     """[1, 1, 1, S, 2 H]: such a row, and slack behind it."""
     return np.concatenate([[by_hand(k, v, H, dtype)], np.full((S - 1, 2 * H), slack, dtype)])[None, None, None]
 
@@ -275,7 +275,7 @@ def test_int8_by_hand(mesh, backend):
     H, S = 64, 128
     q_BNH = by_hand(8.0 * np.log(3.0), 0.0, H)[None, None, :H]
     new_BKC = by_hand(1.0, 8.0, H)[None, None]
-    codes = cached_by_hand(4, 8, H, S, slack=77, dtype=np.int8)
+    codes = cached_by_hand(4, 8, H, S, slack=77, dtype="int8")
     scales = np.full((1, 1, 1, 2, S), np.nan, np.float32)
     scales[..., 0] = 0.25, 0.5
     out_BNH = attend(

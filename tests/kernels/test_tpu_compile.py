@@ -6,9 +6,15 @@ import jax
 import jax.numpy as jnp
 import pytest
 from slipstream.cache_manager.codec import Int8
-from slipstream.kernels import attention_steps, cache_flush, page_rows, prefill_attention, ragged_attention
+from slipstream.kernels import (
+    attention_steps,
+    cache_flush,
+    chunk_attention,
+    page_rows,
+    ragged_attention,
+)
 
-from ..tpu import abstract, compile_for, layer_sized_copies, memory_of, nbytes, text_of, tpu_mesh
+from ..tpu import abstract, compile_for, layer_sized_copies, memory_of, nbytes, tpu_mesh
 
 L, B, S = 4, 96, 4096
 CASES = [  # kv heads a chip, group, H, dtype
@@ -228,24 +234,53 @@ def test_window_and_soft_cap(topology, K, G, H, dtype):
 
     compiled = compile_for(mesh, attend, *args, args[3])
     assert_no_copy_of(args[2], compiled)
-    q_TNH, k_TKH, v_TKH = (abstract(mesh, (1024, heads, H), dtype) for heads in (K * G, K, K))
-    prompt = functools.partial(prefill_attention, window=300, soft_cap=50.0, mesh=mesh, backend="pallas")
-    assert "tpu_custom_call" in text_of(compile_for(mesh, prompt, q_TNH, k_TKH, v_TKH))
 
 
-@pytest.mark.parametrize("T", [16, 128, 1024])
+CHUNKS = [  # texts, their tokens, kv heads a chip, group, H, dtype of rows, window, soft cap
+    (1, 512, 1, 4, 128, jnp.bfloat16, False, None),
+    (8, 64, 4, 3, 64, jnp.int8, True, 50.0),
+    (1, 16, 1, 4, 128, jnp.bfloat16, False, None),
+    (1, 2048, 8, 4, 128, jnp.bfloat16, False, None),
+    (1, 512, 4, 1, 128, jnp.bfloat16, True, None),
+    (1, 1024, 3, 3, 64, jnp.float32, False, None),
+    (1, 256, 8, 8, 256, jnp.bfloat16, False, None),
+    (1, 256, 1, 71, 64, jnp.bfloat16, False, None),
+    (1, 512, 8, 1, 64, jnp.int8, False, None),
+    (1, 512, 2, 2, 256, jnp.int8, True, 50.0),
+]
+
+
 @pytest.mark.parametrize(
-    ("chips", "N", "K", "H", "dtype"),
+    ("topology", "chips", "chunk"),
     [
-        (1, 9, 3, 64, jnp.bfloat16),
-        (8, 32, 8, 128, jnp.bfloat16),
-        pytest.param(1, 9, 3, 64, jnp.float32, marks=pytest.mark.slow),
-        pytest.param(8, 64, 8, 64, jnp.bfloat16, marks=pytest.mark.slow),
+        ("v5e:2x4", 1, CHUNKS[0]),
+        ("v5e:2x4", 1, CHUNKS[1]),
+        *(
+            pytest.param(topology, chips, chunk, marks=pytest.mark.slow)
+            for topology, chips in (("v5e:2x4", 1), ("v5e:2x4", 8), ("v4:2x2x1", 1), ("v5p:2x2x1", 1), ("v6e:2x2", 1))
+            for chunk in (CHUNKS[2:] if (topology, chips) == ("v5e:2x4", 1) else CHUNKS[:3] if chips == 8 else CHUNKS)
+        ),
     ],
 )
-def test_prefill_attention(T, chips, N, K, H, dtype):
-    mesh = tpu_mesh(chips=chips)
-    q_TNH, k_TKH, v_TKH = (abstract(mesh, (T, heads, H), dtype, None, "tensor") for heads in (N, K, K))
-    attend = functools.partial(prefill_attention, mesh=mesh, backend="pallas")
-    compiled = compile_for(mesh, attend, q_TNH, k_TKH, v_TKH)
-    assert "tpu_custom_call" in text_of(compiled)
+def test_chunk_attention(topology, chips, chunk):
+    """Pages are read where they lie, a few heads of many too."""
+    texts, tokens, K, G, H, dtype, has_window, soft_cap = chunk
+    mesh, model = tpu_mesh(topology, chips=chips), jnp.bfloat16 if dtype == jnp.int8 else dtype
+    pool, rows = page_shape(mesh, K, H, dtype)
+    q_TNH, k_TKH, v_TKH = (
+        abstract(mesh, (texts * tokens, heads * chips, H), model, None, "tensor") for heads in (K * G, K, K)
+    )
+    cache_LPKRC = abstract(mesh, (L, pool, K * chips, rows, 2 * H), dtype, None, None, "tensor")
+    scale_LPK2R = None
+    if dtype == jnp.int8:
+        scale_LPK2R = abstract(mesh, (L, pool, K * chips, 2, rows), jnp.float32, None, None, "tensor")
+    layer, start_M, page_MJ = (abstract(mesh, at, jnp.int32) for at in ((), (texts,), (texts, S // rows)))
+
+    def attend(q_TNH, k_TKH, v_TKH, cache_LPKRC, scale_LPK2R, layer, start_M, page_MJ, window):
+        return chunk_attention(
+            q_TNH, k_TKH, v_TKH, cache_LPKRC, layer, start_M, page_MJ,
+            scale_LPK2R=scale_LPK2R, window=window, soft_cap=soft_cap, mesh=mesh, backend="pallas",
+        )  # fmt: skip
+
+    args = q_TNH, k_TKH, v_TKH, cache_LPKRC, scale_LPK2R, layer, start_M, page_MJ, layer if has_window else None
+    assert_no_copy_of(cache_LPKRC, compile_for(mesh, attend, *args))

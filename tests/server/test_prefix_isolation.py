@@ -1,7 +1,6 @@
 """Whose cached prefixes a request finds, through both fronts of a real server."""
 
 import asyncio
-import json
 from contextlib import asynccontextmanager
 from pathlib import Path
 
@@ -45,7 +44,7 @@ async def both_fronts(tokens: Path | None = None, *, prefix_cache: bool = True, 
         async def over_http(token: str | None = None, salt: str | None = None) -> int:
             body = {"prompt": PROMPT, "max_tokens": 3, "cache_salt": salt}
             headers = {} if token is None else {"Authorization": f"bearer  {token}"}
-            async with session.post(url(server, "/v1/completions"), data=json.dumps(body), headers=headers) as answer:
+            async with session.post(url(server, "/v1/completions"), json=body, headers=headers) as answer:
                 assert answer.status == 200
                 usage = (await answer.json())["usage"]
             assert usage["prompt_tokens"] == len(PROMPT)

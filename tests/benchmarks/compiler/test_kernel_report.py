@@ -6,6 +6,7 @@ import pytest
 from slipstream.benchmarks.compiler.kernel_report import (
     CORES,
     AttentionRow,
+    ChunkRow,
     FlushRow,
     ScatterRow,
     Setting,
@@ -224,6 +225,20 @@ def test_int8_saves_time_and_a_window_costs_little():
     plain, windowed, int8 = (row for row in rows if isinstance(row, AttentionRow))
     assert windowed.whole < plain.whole + 40
     assert int8.cycles < 0.65 * plain.cycles
+
+
+@pytest.mark.slow
+def test_a_chunk_waits_for_its_own_work():
+    """Pages arrive while a block of queries is busy, and the block on the diagonal, which only starts, is the least."""
+    wanted = [Setting("chunk", 1, 128, "bfloat16", 256), Setting("chunk", 8, 64, "int8", 256)]
+    one, several = measure("v5e", wanted)
+    assert isinstance(one, ChunkRow)
+    assert isinstance(several, ChunkRow)
+    assert (one.heads, several.heads, one.block) == (1, 2, 128)
+    for row in (one, several):
+        assert row.pipeline < row.diagonal < row.own < row.cached
+        assert row.dma_cycles < row.mxu_cycles < row.cached
+    assert one.cached < 1750
 
 
 @pytest.mark.slow

@@ -7,7 +7,13 @@ import numpy as np
 from safetensors.numpy import load_file
 from tokenizers.pre_tokenizers import ByteLevel
 
-ARCHITECTURES = {"mistral": "llama", "mixtral": "llama", "gemma3_text": "gemma3", "qwen3_moe": "qwen3moe"}
+ARCHITECTURES = {
+    "mistral": "llama",
+    "mixtral": "llama",
+    "gemma3_text": "gemma3",
+    "qwen3_moe": "qwen3moe",
+    "cohere": "command-r",
+}
 """Model types that have another name in GGUF."""
 
 

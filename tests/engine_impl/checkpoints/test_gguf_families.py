@@ -74,6 +74,9 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
     "glm4": ("Glm4", {"rope_parameters": DEFAULT | {"partial_rotary_factor": 0.5}}),
+    "command-r": (
+        "Cohere", {"rope_parameters": DEFAULT, "hidden_size": 128, "use_qk_norm": True, "logit_scale": 0.25},
+    ),
     "cohere2": (
         "Cohere2",
         {

@@ -56,7 +56,7 @@ def float8_folder(kind, path, damage=lambda tensors: None):
         scale = rng.uniform(0.1, 0.2, scale_shape(*value.shape)).astype(np.float32)
         tensors |= {name: code, module + scale_name: scale}
         if described.get("activation_scheme") == "static":
-            tensors[module + "input_scale"] = np.float32([0.5])
+            tensors[module + "input_scale"] = np.full(1, 0.5, np.float32)
         exact[name.removeprefix("model.")] = np.array(
             [
                 [float(code[o, i]) * float(scale_of(scale, o, i)) for i in range(value.shape[1])]

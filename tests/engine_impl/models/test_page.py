@@ -7,7 +7,7 @@ import pytest
 from slipstream.engine_impl.checkpoints.gguf import TURN_ENDS
 from slipstream.engine_impl.checkpoints.gguf_architectures import ARCHITECTURES
 from slipstream.engine_impl.checkpoints.merges import SPLITS
-from slipstream.engine_impl.models.registry import FAMILIES
+from slipstream.engine_impl.models.registry import FAMILIES, NOT_THERE
 from slipstream.engine_impl.models.rope_scaling import READ, SCALINGS
 from slipstream.engine_impl.text.pre_tokenizers import PRE_TOKENIZERS
 
@@ -26,6 +26,7 @@ def names(column):
 
 TABLES = {
     "model_type": FAMILIES,
+    "missing model_type": NOT_THERE,
     "rope_type": SCALINGS,
     "general.architecture": ARCHITECTURES,
     "tokenizer.ggml.pre": PRE_TOKENIZERS,
@@ -46,6 +47,13 @@ def test_the_page_lists_the_parameters_of_ropes():
 def test_the_page_tells_what_each_architecture_becomes():
     told = {row.split("`")[1]: row.split("`")[3] for row in rows("general.architecture")}
     assert told == {name: architecture.model_type for name, architecture in ARCHITECTURES.items()}
+
+
+def test_the_page_tells_why_a_family_is_missing():
+    for row in rows("missing model_type"):
+        _, these, why, _ = row.split("|")
+        for name in re.findall("`([^`]+)`", these):
+            assert NOT_THERE[name] == why.strip()
 
 
 def test_the_page_lists_the_ends_of_turns():

@@ -23,6 +23,7 @@ class House:
         self.slots = Slots(slots, [], cache_length=64)
         self.room = Room(self.engine, prefix_cache=prefix_cache)
         self.in_work, self.parked, self.came = [], [], 0
+        self.batch = self.engine.prefill_batch
 
     def prompt(self, tokens: int | list[int] = 1, *, answer: int = 0, **more) -> Prompt:
         """Of one that has come just now; `tokens` with `answer` of them the answer's."""
@@ -59,7 +60,7 @@ class House:
         return plan(
             Scene(
                 slots=self.slots, room=self.room, in_work=self.in_work, parked=self.parked, queued=queued, ended=ended,
-                now=now, probe=probe, newcomers=newcomers, batch=self.engine.prefill_batch,
+                now=now, probe=probe, newcomers=newcomers, batch=self.batch,
             )
         )  # fmt: skip
 
@@ -271,3 +272,12 @@ def test_planning_changes_nothing():
     waiting = house.prompt(5)
     assert house.turn(waiting, now=2.0) == house.turn(waiting, now=2.0)
     assert (house.slots.in_use, house.room.states()["live"]) == (1, 1)
+
+
+def test_too_few_short_prompts_are_not_prefilled_together():
+    """A batch costs what it would if it were full."""
+    house = House(8, batch=4)
+    house.batch = 3, 4, 8
+    short = [house.prompt([number]) for number in range(5)]
+    assert house.turn(*short[:2]).let_in == (short[0],)
+    assert house.turn(*short[:3]).let_in == tuple(short[:3])

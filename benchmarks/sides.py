@@ -3,10 +3,10 @@
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 
-from ..options.targets import Side, Targets
-from .caller import Caller
-from .grpc_caller import GrpcCaller
-from .http_caller import HttpCaller
+from .load.caller import Caller
+from .load.grpc_caller import GrpcCaller
+from .load.http_caller import HttpCaller
+from .options.targets import Side, Targets
 
 
 def caller_of(side: Side, options: Targets, *, ignore_eos: bool) -> Caller:
