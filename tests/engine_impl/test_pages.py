@@ -12,6 +12,7 @@ from slipstream.engine_impl.api import Opening, Piece
 from slipstream.engine_impl.sampling.params import SamplingParams
 from slipstream.engine_impl.session import Session
 from slipstream.engine_impl.shapes import Shapes
+from slipstream.engine_impl.text.tokenizer import NoTokenizer
 
 from .tiny_models import TINY, greedy, tiny_engine
 
@@ -101,7 +102,9 @@ def test_chunks_of_any_size_give_the_tokens_of_one_piece(tiny, length, chunk):
 
 @functools.cache
 def _engine(chunk):
-    return tiny_engine(slots=SLOTS, cache_length=LENGTH, prefill_chunk=chunk)
+    engine, params = tiny_engine(slots=SLOTS, cache_length=LENGTH, prefill_chunk=chunk)
+    engine.get_tokenizer = lambda: NoTokenizer("tiny", vocab_size=101, bos_id=None, stop_ids=frozenset({3}))
+    return engine, params
 
 
 @pytest.mark.parametrize(
