@@ -10,8 +10,8 @@ from .api import Piece
 
 PIECES = {"cpu": (16, 64, 128, 256)}
 PIECE = (16, 64, 256)
-"""Padded lengths of a text's last piece, by platform (tokens); behind them in powers of four up to the chunk. A CPU has one
-more, as each row costs its multiplications there."""
+"""Padded lengths of a text's last piece, by platform (tokens); behind them in powers of four up to the chunk. A CPU has
+one more, as each row costs its multiplications there."""
 STEPS = (1, 8, 32, 128)
 """Slots that a step computes; behind them all that there are. A TPU has no step of 1: there a product with one row is
 slower than with eight (305 thousand static cycles for two small layers on v5e, of eight 169)."""
@@ -51,8 +51,8 @@ class Shapes:
         while lengths[-1] * 4 < self.chunk:
             lengths.append(lengths[-1] * 4)
         single = tuple((1, length) for length in (*lengths, self.chunk))
-        _, *together = self.burst
-        return single if tuple(together) == single[-1] else (*single, tuple(together))
+        _, most, tokens = self.burst
+        return single if (most, tokens) == single[-1] else (*single, (most, tokens))
 
     @property
     def burst(self) -> tuple[int, int, int]:

@@ -12,6 +12,7 @@ from slipstream.engine_impl.api import Opening, Piece
 from slipstream.engine_impl.sampling.params import SamplingParams
 from slipstream.engine_impl.session import Session
 from slipstream.engine_impl.shapes import Shapes
+from slipstream.engine_impl.text.tokenizer import NoTokenizer
 
 from .tiny_models import TINY, greedy, tiny_engine
 
@@ -101,7 +102,36 @@ def test_chunks_of_any_size_give_the_tokens_of_one_piece(tiny, length, chunk):
 
 @functools.cache
 def _engine(chunk):
-    return tiny_engine(slots=SLOTS, cache_length=LENGTH, prefill_chunk=chunk)
+    engine, params = tiny_engine(slots=SLOTS, cache_length=LENGTH, prefill_chunk=chunk)
+    engine.get_tokenizer = lambda: NoTokenizer("tiny", vocab_size=101, bos_id=None, stop_ids=frozenset({3}))
+    return engine, params
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        SamplingParams(temperature=0.9, top_k=30, min_p=0.01, seed=5, logprobs=3),
+        SamplingParams(repetition_penalty=1.4, presence_penalty=0.7, frequency_penalty=0.3, logprobs=0),
+        SamplingParams(min_tokens=8, stop_token_ids=(12, 60, 88), logit_bias={12: 4.0, 60: 3.0}, logprobs=1),
+    ],
+    ids=["drawn", "penalised", "held"],
+)
+def test_chunks_change_neither_what_is_chosen_nor_what_is_told(asked):
+    """A token behind a chunk is the next one's first: its log-probability is told with the chunk."""
+    prompt, told = [n * 5 % 101 for n in range(300)], []
+    for chunk in (128, LENGTH):
+        session = scattered(*_engine(chunk))
+        pieces = [np.asarray(prefix.logprob_NT)[0] for prefix in session.prefill(1, prompt, next_id=7)]
+        results = [session.start(1, prompt, asked), *(session.step() for _ in range(11))]
+        answer = [tokens(result)[0] for result in results]
+        logprobs = [float(np.asarray(result.logprob_BW)[0, 0]) for result in results]
+        told.append((np.concatenate(pieces)[: len(prompt)], logprobs, answer))
+    (ours_T, our_logprobs, ours), (theirs_T, their_logprobs, theirs) = told
+    assert ours == theirs
+    assert len({*ours}) > 5
+    np.testing.assert_allclose(ours_T, theirs_T, rtol=1e-3, atol=1e-4)
+    assert ours_T.all(), "none is left out"
+    np.testing.assert_allclose(our_logprobs, their_logprobs, rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("shared", [1, 2])
