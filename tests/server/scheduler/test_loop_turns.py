@@ -51,7 +51,8 @@ def test_nothing_is_kept_of_a_request_that_is_over(is_taken):
         house.queue.remove(request)
         house.loop.delivery.end(request, FinishReason.CANCELLED)
     house.idle()
-    other.all(), request.all()
+    assert other.all()[-1].is_last
+    assert request.all()[-1].is_last
     last = house.ask("y", 3)  # the threads hold what they have had last
     house.idle()
     last.all()
@@ -65,12 +66,13 @@ def test_a_request_that_is_cancelled_as_it_is_taken_is_no_longer_live():
             is_taken = super().take(request)
             house.loop.ended.extend(request.samples)
             house.loop.delivery.end(request, FinishReason.CANCELLED)
-            assert request.all()[-1].finish_reason is FinishReason.CANCELLED
+            until(lambda: request.done)
             return is_taken
 
     house = House(queue=Cancelling(9))
-    house.ask("text", 3)
+    request = house.ask("text", 3)
     house.idle()
+    assert request.all()[-1].finish_reason is FinishReason.CANCELLED
     assert house.loop.live == set()
     assert house.loop.slots_in_use == 0
 
