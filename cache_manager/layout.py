@@ -52,8 +52,9 @@ CACHE_SPEC = PartitionSpec(None, None, AXIS, None, None)  # [L, P, K, R, C] and 
 PREFIX_SPEC = PartitionSpec(None, AXIS, None, None)  # [L, K, T, C] and [L, K, 2, T]
 
 
-MOST_TABLE_ENTRIES = 32768
-"""Of 12 bytes each in 1 MiB of scalar memory, where the page table has to stand too."""
+MOST_TABLE_ENTRIES = 16384
+"""Of 12 bytes each, for each of up to two cores, in 1 MiB of scalar memory, where the page table has to stand too: 512
+KiB of it for 256 slots of 131,072 tokens. Pages of 256 rows make 4 million live tokens."""
 
 
 @dataclass(frozen=True, kw_only=True)

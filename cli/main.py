@@ -74,10 +74,22 @@ def parse(argv: Sequence[str]) -> Command:
 
 def main() -> None:
     """Runs and exits: 0 done, 1 failed, 2 bad input, 130 Ctrl-C."""
+    open_standard_files()
     for stream in (sys.stdin, sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # an emoji must not end the program on a terminal that has none
     sys.exit(run(sys.argv[1:]))
+
+
+def open_standard_files() -> None:
+    """Those that we were started without go nowhere. Otherwise the next file that is opened would be stdout."""
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        if getattr(sys, name) is None:
+            descriptor = os.open(os.devnull, os.O_RDWR)  # the lowest that is free
+            if descriptor != number:
+                os.dup2(descriptor, number)
+                os.close(descriptor)
+            setattr(sys, name, open(number, "r" if name == "stdin" else "w", closefd=False))  # noqa: SIM115
 
 
 def run(argv: Sequence[str]) -> int:

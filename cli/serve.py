@@ -1,6 +1,8 @@
 """slipstream serve"""
 
 import asyncio
+import os
+import signal
 from dataclasses import dataclass
 
 from ..engine_impl.config import EngineConfig
@@ -15,6 +17,10 @@ class Serve:
     server: ServerConfig
 
     def run(self) -> int:
+        # gRPC's core has a line on stderr for every handshake that fails, such as those of port scanners.
+        os.environ.setdefault("GRPC_VERBOSITY", "NONE")
+        for number in (signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP):
+            signal.signal(number, signal.SIG_IGN)  # until the server says what they mean
         from ..server.observe import logs
         from ..server.observe.status import StatusLine
 

@@ -8,8 +8,10 @@ import numpy as np
 
 from .api import Piece
 
-PIECES = (16, 64, 256)
-"""Padded lengths of a text's last piece (tokens); behind them in powers of four up to the chunk."""
+PIECES = {"cpu": (16, 64, 128, 256)}
+PIECE = (16, 64, 256)
+"""Padded lengths of a text's last piece, by platform (tokens); behind them in powers of four up to the chunk. A CPU has
+one more, as each row costs its multiplications there."""
 STEPS = (1, 8, 32, 128)
 """Slots that a step computes; behind them all that there are. A TPU has no step of 1: there a product with one row is
 slower than with eight (305 thousand static cycles for two small layers on v5e, of eight 169)."""
@@ -45,12 +47,12 @@ class Shapes:
     @property
     def prefills(self) -> tuple[tuple[int, int], ...]:
         """(pieces, tokens of each), the smallest first; that for several pieces stands last, if there is one."""
-        lengths = [length for length in PIECES if length < self.chunk]
+        lengths = [length for length in PIECES.get(self.platform, PIECE) if length < self.chunk]
         while lengths[-1] * 4 < self.chunk:
             lengths.append(lengths[-1] * 4)
         single = tuple((1, length) for length in (*lengths, self.chunk))
-        _, *together = self.burst
-        return single if tuple(together) == single[-1] else (*single, tuple(together))
+        _, most, tokens = self.burst
+        return single if (most, tokens) == single[-1] else (*single, (most, tokens))
 
     @property
     def burst(self) -> tuple[int, int, int]:

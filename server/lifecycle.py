@@ -8,6 +8,7 @@ import gc
 import logging
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -29,6 +30,7 @@ from .grpc.interceptors import interceptors
 from .grpc.service import JETSTREAM_SERVICE, SERVICE, GrpcService, add_to
 from .http.server import HttpServer
 from .net import tls
+from .net.complaints import Complaints
 from .net.ports import FLUSH_S, check_port_is_free
 from .net.security import Guard, warn_if_open
 from .observe.endpoint import Endpoint
@@ -41,6 +43,13 @@ log = logging.getLogger(__name__)
 
 Load = Callable[[], tuple[AnyEngine, Any]]
 """Builds the engine and its params; may take minutes."""
+
+UNUSED = {
+    signal.SIGUSR1: "serve with --profile to trace requests",
+    signal.SIGUSR2: "means nothing here",
+    signal.SIGHUP: "certificates and tokens are read again whenever their files change",
+}
+"""Signals that would end the process, and what is logged instead."""
 
 KEEPALIVE_S = 20.0
 """How long a connection may be silent before it is pinged (seconds); half of it later it counts as cut."""
@@ -262,6 +271,7 @@ async def serve(load: Load, config: ServerConfig, line: StatusLine | None = None
         if not is_ready:
             # Nothing is in flight, and a compilation cannot be interrupted.
             log.info("stopped before the server was ready")
+            logging.shutdown()
             os._exit(0)
         if serving.stop_requested.is_set():
             serving.force_requested.set()
@@ -270,17 +280,28 @@ async def serve(load: Load, config: ServerConfig, line: StatusLine | None = None
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, on_signal)
+    for number, why in UNUSED.items():
+        loop.add_signal_handler(number, partial(log.info, "%s: %s", number.name, why))
     if serving.profile is not None:
         loop.add_signal_handler(signal.SIGUSR1, serving.profile.start)
+    loop.set_exception_handler(Complaints().tell)
     async with serving:
         is_ready = True
         gc.freeze()  # what is there stays: a request of many small objects must not have all of it looked through
-        print(f"SERVING on {serving.address}", flush=True)
+        say(f"SERVING on {serving.address}")
         await serving.stop_requested.wait()
     if serving.dead_reason is not None:
         log.error(serving.dead_reason)
         return 1
     return 0
+
+
+def say(text: str) -> None:
+    """On stdout, if anybody reads it."""
+    try:
+        print(text, flush=True)
+    except (OSError, ValueError):
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115  # or Python complains again at its end
 
 
 async def first_of(*events: asyncio.Event) -> None:

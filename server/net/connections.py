@@ -3,6 +3,7 @@ connection once it has asked, and how a body is packed is no concern of the even
 
 import asyncio
 import logging
+import resource
 import socket
 from collections.abc import Callable
 from typing import Any
@@ -19,6 +20,8 @@ CLOSED_POLL_S = 0.05
 """How often a connection whose client has ended its side is looked at (seconds)."""
 TURNS = 5
 """Of the event loop, within which a request that has come begins."""
+MOST, SPARED = 1 << 16, 128
+"""Connections that may be open at once, and file descriptors that are left for everything else (count)."""
 TCP_CLOSE = 7
 """The kernel's name for a connection that was reset."""
 ARE_YOU_THERE = b"HTTP/1.1 100 Continue\r\n\r\n"
@@ -81,6 +84,20 @@ class Connection(RequestHandler):
         self._watcher = self._loop.create_task(self._watch(self.transport))
         return True
 
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """Beyond the bound, one that asks for nothing gives way; where there is none, this one."""
+        super().connection_made(transport)
+        assert self._manager is not None
+        others: Any = self._manager.connections
+        if len(others) > most_connections():
+            idle = (other for other in others if other is not self and other.is_idle)
+            next(idle, self).force_close()
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether no request is there, nor a part of one."""
+        return self._waiter is not None and not self._waiter.done() and not self._messages
+
     def connection_lost(self, exc: BaseException | None) -> None:
         if self._watcher is not None:
             self._watcher.cancel()
@@ -103,6 +120,12 @@ class Connection(RequestHandler):
                 transport.abort()
                 return
             await asyncio.sleep(CLOSED_POLL_S)
+
+
+def most_connections() -> int:
+    """That may be open at once: of the file descriptors there may be, those that others need are left."""
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return MOST if soft == resource.RLIM_INFINITY else min(MOST, max(soft - SPARED, soft // 2))
 
 
 def is_reset(sock: Any) -> bool:

@@ -1,5 +1,6 @@
 """Ports: whether one is free, and listening on one for HTTP."""
 
+import asyncio
 import errno
 import logging
 import socket
@@ -9,7 +10,8 @@ from aiohttp import web
 from aiohttp.web_protocol import RequestPayloadError
 
 from ...engine_impl.errors import RefusedError
-from ..config import ServerConfig, join_address
+from ..config import SecurityConfig, ServerConfig, join_address
+from . import tls
 from .connections import Refuse, Runner
 
 log = logging.getLogger(__name__)
@@ -18,6 +20,13 @@ log.addFilter(lambda record: not (record.exc_info and isinstance(record.exc_info
 
 BACKLOG = 1024
 """Connections that may wait to be accepted; the kernel may take fewer."""
+
+AT_ONCE = 16
+"""Connections that are accepted in one turn of the event loop. Where there are no more file descriptors, asyncio tries,
+and complains, so many times a second."""
+
+RENEW_S = 1.0
+"""How often certificates are looked at (seconds)."""
 
 IDLE_S = 75.0
 """How long a connection may be without a whole request (seconds): longer than the minute for which proxies keep theirs,
@@ -36,10 +45,15 @@ class Listener:
     """An aiohttp application on a socket. Belongs to one event loop."""
 
     def __init__(
-        self, app: web.Application, sock: socket.socket, refuse: Refuse, tls: SSLContext | None = None
+        self, app: web.Application, sock: socket.socket, refuse: Refuse, security: SecurityConfig | None = None
     ) -> None:
-        """`refuse` makes the answer to a request whose head cannot be read."""
-        self._sock, self._tls = sock, tls
+        """`refuse` makes the answer to a request whose head cannot be read. `security`: whose certificates; default:
+        in the clear. Raises RefusedError for certificates that cannot be used."""
+        self._sock = sock
+        self._tls = None if security is None else tls.context(security)
+        self._renewal = None if security is None or self._tls is None else tls.Renewal(security)
+        self._site: web.SockSite | None = None
+        self._renewing: asyncio.Task[None] | None = None
         # handler_cancellation: a client that leaves cancels what works for it.
         self._runner = Runner(
             app,
@@ -54,12 +68,33 @@ class Listener:
     async def start(self) -> None:
         """From now on it answers; until then connections wait."""
         await self._runner.setup()
-        await web.SockSite(self._runner, self._sock, ssl_context=self._tls, backlog=BACKLOG).start()
+        await self._accept(self._tls)
+        if self._renewal is not None:
+            self._renewing = asyncio.create_task(self._renew(self._renewal))
 
     async def close(self) -> None:
         """Frees the port; answers under way get FLUSH_S."""
+        if self._renewing is not None:
+            self._renewing.cancel()
         await self._runner.cleanup()
         self._sock.close()
+
+    async def _accept(self, context: SSLContext | None) -> None:
+        """New connections get this context; those that are there keep theirs."""
+        before, self._site = (
+            self._site,
+            web.SockSite(self._runner, self._sock.dup(), ssl_context=context, backlog=AT_ONCE),
+        )
+        await self._site.start()
+        self._sock.listen(BACKLOG)
+        if before is not None:
+            await before.stop()
+
+    async def _renew(self, renewal: tls.Renewal) -> None:
+        while True:
+            await asyncio.sleep(RENEW_S)
+            if (context := renewal.renewed()) is not None:
+                await self._accept(context)
 
 
 def listening(host: str, port: int, *, what: str, flag: str) -> socket.socket:

@@ -14,6 +14,9 @@ from ..errors import FIRST_RETRY_S, QueueFullError
 
 log = logging.getLogger(__name__)
 
+OTHERS = 0o007
+"""The part of a file's mode that is everybody's."""
+
 AUTHORIZATION, BEARER = "authorization", "bearer"
 UNKNOWN = "send `authorization: Bearer TOKEN` with a known token"
 """Told to a client that brings none."""
@@ -71,12 +74,16 @@ class Tokens:
 
 
 def read_tokens(path: Path) -> list[bytes]:
-    """Blank lines and blanks around a token are left out. Raises RefusedError."""
+    """Blank lines and blanks around a token are left out. Raises RefusedError; warns of a file that others may read."""
     tokens = [line.strip() for line in read_bytes("auth_token_file", path).splitlines() if line.strip()]
     if not tokens:
         raise RefusedError(f"auth_token_file={path} holds no token; write one a line")
     if not all(token.isascii() and token.decode().isprintable() for token in tokens):
         raise RefusedError(f"auth_token_file={path} must hold printable ASCII: gRPC carries nothing else")
+    if (mode := path.stat().st_mode & 0o777) & OTHERS:
+        log.warning(
+            "auth_token_file=%s has the mode %03o: others on this machine may read it; chmod 600 it", path, mode
+        )
     return tokens
 
 

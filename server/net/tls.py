@@ -2,6 +2,7 @@
 
 import logging
 import ssl
+import time
 from pathlib import Path
 
 import grpc
@@ -40,6 +41,7 @@ def certificates(config: SecurityConfig) -> grpc.ServerCertificateConfiguration:
     """Raises RefusedError for files that cannot be read or do not belong together."""
     assert config.tls_cert is not None
     assert config.tls_key is not None
+    warn_if_expired(config.tls_cert)
     load_pair(ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER), config.tls_cert, config.tls_key)  # to check it
     pair = read_bytes("tls_key", config.tls_key), read_bytes("tls_cert", config.tls_cert)
     roots = None if config.tls_client_ca is None else read_bytes("tls_client_ca", config.tls_client_ca)
@@ -65,6 +67,24 @@ def context(config: SecurityConfig) -> ssl.SSLContext | None:
 
     first.sni_callback = renew  # pyright: ignore[reportAttributeAccessIssue]  # the stubs know sockets only
     return first
+
+
+class Renewal:
+    """Tells of files that have changed, for whoever holds a context: with a new one the sessions and tickets of the old
+    end, by which a client comes back without its certificate being looked at."""
+
+    def __init__(self, config: SecurityConfig) -> None:
+        self._config = config
+        self._files = WatchedFiles(config.tls_cert, config.tls_key, config.tls_client_ca)
+
+    def renewed(self) -> ssl.SSLContext | None:
+        """A new context, once after each change that can be used; damaged files are told elsewhere."""
+        if not self._files.have_changed():
+            return None
+        try:
+            return context(self._config)
+        except RefusedError:
+            return None
 
 
 def one_context(config: SecurityConfig) -> ssl.SSLContext:
@@ -93,3 +113,14 @@ def load_pair(into: ssl.SSLContext, cert: Path, key: Path) -> None:
         raise RefusedError(
             f"tls_cert={cert} and tls_key={key} are no certificate and its key, in PEM without a password: {error}"
         ) from error
+
+
+def warn_if_expired(cert: Path) -> None:
+    """Logs the date of a certificate that clients will refuse."""
+    try:
+        fields = ssl._ssl._test_decode_cert(str(cert))  # pyright: ignore[reportAttributeAccessIssue]  # no public way
+        expired = ssl.cert_time_to_seconds(fields["notAfter"]) < time.time()
+    except (AttributeError, KeyError, ValueError, OSError):
+        return  # it is looked at elsewhere
+    if expired:
+        log.warning("tls_cert=%s has expired on %s: clients will refuse it; renew it", cert, fields["notAfter"])

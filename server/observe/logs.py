@@ -2,8 +2,12 @@
 
 import json
 import logging
+import queue
 import sys
+import threading
+import time
 from collections.abc import Sequence
+from contextlib import suppress
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Literal
 
@@ -14,6 +18,11 @@ if TYPE_CHECKING:
 
 PROMPTS = logging.getLogger("slipstream.server.prompts")
 """Prompts are logged here, at DEBUG: deaf unless configure() is told otherwise."""
+
+WAITING = 10_000
+"""Lines that may wait to be written (count)."""
+FLUSH_S = 1.0
+"""How long the process's end waits for them (seconds)."""
 
 
 def configure(form: Literal["text", "json"], *, prompts: bool = False, line: StatusLine | None = None) -> None:
@@ -32,17 +41,49 @@ def log_prompt(request_id: str, prompt_ids: Sequence[int], tokenizer: "Tokenizer
         PROMPTS.debug("request asks", extra={"fields": fields})
 
 
-class Handler(logging.StreamHandler):
-    """Wipes the status line before a record is written."""
+class Handler(logging.Handler):
+    """Writes lines in a thread of its own, above the status line: whoever reads stderr, or has stopped to, holds up no
+    request. Lines that find no place are counted, and told when there is one again."""
 
     def __init__(self, line: StatusLine | None) -> None:
-        super().__init__(sys.stderr)
-        self._line = line
+        super().__init__()
+        self._line, self._stream = line, sys.stderr
+        self._lines: queue.Queue[str] = queue.Queue(WAITING)
+        self.dropped = self._told = 0
+        """Lines that found no place so far; of those, what was told."""
+        threading.Thread(target=self._write_all, name="log", daemon=True).start()
 
     def emit(self, record: logging.LogRecord) -> None:
+        try:
+            self._lines.put_nowait(self.format(record))
+        except queue.Full:
+            self.dropped += 1  # under the handler's lock
+        except Exception:  # of a message that does not fit its arguments: a bug of ours, and no reason to fail
+            self.handleError(record)
+
+    def flush(self) -> None:
+        """Waits until all is written, as long as somebody reads."""
+        deadline = time.monotonic() + FLUSH_S
+        while self._lines.unfinished_tasks and time.monotonic() < deadline:
+            time.sleep(0.005)
+
+    def _write_all(self) -> None:
+        while True:
+            text = self._lines.get()
+            with suppress(OSError, ValueError):  # nobody reads, or it is closed
+                self._write(text)
+            self._lines.task_done()
+
+    def _write(self, text: str) -> None:
+        if self._stream is None:  # the process was started without
+            return
         if self._line is not None:
             self._line.clear()
-        super().emit(record)
+        if dropped := self.dropped - self._told:
+            self._told += dropped
+            text = f"{text}\n{dropped} lines of the log were dropped: nobody read it"
+        self._stream.write(f"{text}\n")
+        self._stream.flush()
 
 
 class TextFormatter(logging.Formatter):

@@ -17,7 +17,7 @@ class StatusLine:
     def __init__(self, stream: TextIO | None = None) -> None:
         """`stream` is stderr unless said otherwise."""
         self._stream = stream or sys.stderr
-        self.is_shown = self._stream.isatty()
+        self.is_shown = self._stream is not None and self._stream.isatty()
 
     def show(self, text: str) -> None:
         if self.is_shown:
@@ -52,7 +52,7 @@ class Status:
         """Until cancelled; leaves no line behind."""
         try:
             while True:
-                line.show(self.text())
+                await asyncio.to_thread(line.show, self.text())  # a terminal may stand still
                 await asyncio.sleep(EVERY_S)
         finally:
             line.clear()

@@ -72,7 +72,7 @@ def test_shape_and_bytes():
 def test_pages_for_tokens():
     assert [LAYOUT.pages_for(tokens) for tokens in (0, 1, 128, 129, 256)] == [0, 1, 1, 2, 2]
     assert (LAYOUT.pages_per_slot, LAYOUT.table_entries) == (2, 6)
-    assert replace(LAYOUT, slots=512, length=32768).table_entries == 32768
+    assert replace(LAYOUT, slots=512, length=32768).table_entries == 16384
 
 
 @pytest.mark.parametrize(

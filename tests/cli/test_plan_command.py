@@ -4,8 +4,10 @@ import json
 
 import pytest
 from slipstream.cli.main import run
+from slipstream.cli.plan import mixed
+from slipstream.engine_impl.compiler.headroom import Headroom
 
-SHAPE = ["--slots", "96", "--cache-length", "4096", "--max-prefill-length", "128"]
+SHAPE = ["--slots", "96", "--cache-length", "4096"]
 
 
 @pytest.mark.slow
@@ -14,8 +16,8 @@ def test_the_last_line_is_one_json_object(capsys, tmp_path):
     assert run(command) == 0
     report = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert [report[key] for key in ("model", "topology", "chips", "fits")] == ["llama-3.2-1b", "v5e:2x4", 8, True]
-    assert set(report["programs"]) == {"generate", "insert", "prefill_128"}
-    assert (tmp_path / "prefill_128.hlo.txt").exists()
+    assert set(report["programs"]) == {"generate", "insert", "prefill_512"}
+    assert (tmp_path / "prefill_512.hlo.txt").exists()
 
 
 def test_a_misfit_prints_its_object_and_exits_1(capsys):
@@ -60,15 +62,13 @@ def test_the_table_is_for_people(capsys):
 @pytest.mark.slow
 def test_a_mix_of_lengths_has_lines_and_an_object(capsys):
     command = ["plan", "--model", "embedded", "--topology", "v5e:2x2", "--tensor-parallel", "1", *SHAPE]
-    assert run([*command, "--lengths", "fixed:100,29"]) == 0
-    out = capsys.readouterr().out
-    assert "Lengths fixed:100,29: prompts of 100 tokens, answers of 29, 114 in the cache" in out
-    assert "Requests at once: " in out
-    assert " tokens/s with their prompts' multiplications" in out
     assert run([*command, "--lengths", "fixed:100,29", "--json"]) == 0
     room = json.loads(capsys.readouterr().out.splitlines()[-1])["headroom"]
-    assert f"Requests at once: {room['requests']:,}" in out
     assert 0 < room["tokens_per_second_ceiling"] <= room["decode_tokens_per_second"]
+    sent, pool, ceiling = mixed(Headroom(**room))
+    assert sent.startswith("Lengths fixed:100,29: prompts of 100 tokens, answers of 29, 114 in the cache")
+    assert f"Requests at once: {room['requests']:,}" in pool
+    assert ceiling.endswith(" tokens/s with their prompts' multiplications")
 
 
 def test_what_does_not_fit_holds_no_requests(capsys):

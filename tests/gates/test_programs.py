@@ -214,6 +214,7 @@ def test_the_programs_beside_the_step():
         pytest.param("llama-3.1-8b", "v5e:2x4", 512, 32768, marks=pytest.mark.gates),
         pytest.param("llama-3.1-8b", "v5e:2x4", 16, 131072, marks=pytest.mark.slow),
         pytest.param("llama-3.1-8b", "v6e:2x4", 512, 32768, marks=pytest.mark.gates),
+        pytest.param("llama-3.1-70b", "v5p:2x2x2", 256, 131072, marks=pytest.mark.gates),
     ],
 )
 def test_long_requests_share_what_memory_leaves(model, topology, slots, cache_length, program):

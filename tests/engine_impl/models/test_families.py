@@ -103,7 +103,13 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
             "layer_types": ["sliding_attention", "full_attention"],
         },
     ),
-    "cohere": ("Cohere", {"rope_parameters": DEFAULT, "hidden_size": 128, "use_qk_norm": True, "logit_scale": 0.3}),
+    "cohere": (
+        "Cohere",
+        {
+            "rope_parameters": DEFAULT, "hidden_size": 128, "use_qk_norm": True, "logit_scale": 0.3,
+            "num_hidden_layers": 3,
+        },
+    ),
     "granite": (
         "Granite",
         {

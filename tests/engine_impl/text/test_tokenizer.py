@@ -107,7 +107,7 @@ def test_streams_give_what_a_whole_decode_gives(tokenizer):
 
 def test_an_unknown_split_is_refused():
     """A wrong pre-tokenizer would give wrong ids in silence."""
-    with pytest.raises(RefusedError, match="'mystery' is not there; those there are: gpt-2, smollm, llama-bpe"):
+    with pytest.raises(RefusedError, match="'mystery' is not there; those there are: gpt-2, smollm, starcoder"):
         byte_level_bpe(["a"], [], split="mystery", control_ids=[])
 
 

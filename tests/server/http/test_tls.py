@@ -3,6 +3,7 @@
 import asyncio
 import socket
 import ssl
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,10 @@ import trustme
 from slipstream.engine_impl.errors import RefusedError
 from slipstream.server.config import SecurityConfig, ServerConfig
 from slipstream.server.lifecycle import Serving
+from slipstream.server.net import ports, tls
+from slipstream.server.net.security import read_tokens
 
+from tests.server.calls import WAIT_S
 from tests.server.http.serving import serving
 
 A: dict[str, Any] = {"model": "fake", "prompt": "a", "max_tokens": 3}
@@ -126,3 +130,61 @@ def test_files_that_cannot_be_used_are_refused_before_the_load(name, message, au
     security = SecurityConfig(tls_cert=tmp_path / "cert", tls_key=tmp_path / "key", tls_client_ca=tmp_path / "ca")
     with pytest.raises(RefusedError, match=message):
         Serving(lambda: pytest.fail("loaded"), ServerConfig(port=0, http_port=0, security=security))
+
+
+def resume(address: str, context: ssl.SSLContext, session: ssl.SSLSession | None) -> tuple[bytes, ssl.SSLSession, bool]:
+    """(answer, session for the next time, whether this one was resumed); raises OSError for who is not let in."""
+    host, port = address.split(":")
+    with (
+        socket.create_connection((host, int(port)), timeout=WAIT_S) as plain,
+        context.wrap_socket(plain, server_hostname="localhost", session=session) as sock,
+    ):
+        sock.sendall(b"GET /health HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n")
+        answer = sock.recv(4096)
+        if not answer:
+            raise ConnectionError("closed")
+        assert sock.session is not None
+        return answer, sock.session, bool(sock.session_reused)
+
+
+@pytest.mark.parametrize("version", [ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3], ids=str)
+def test_a_new_authority_ends_the_old_ones_sessions(version, authority, tmp_path, monkeypatch):
+    monkeypatch.setattr(ports, "RENEW_S", 0.05)
+
+    async def scenario():
+        security = SecurityConfig(tls_cert=tmp_path / "cert", tls_key=tmp_path / "key", tls_client_ca=tmp_path / "ca")
+        context = trusting(authority, authority.issue_cert("me@example.org"))
+        context.minimum_version = context.maximum_version = version
+        async with serving(security=security) as (server, _):
+            first = await asyncio.to_thread(resume, server.http_address, context, None)
+            again = await asyncio.to_thread(resume, server.http_address, context, first[1])
+            assert b" 200 " in first[0]
+            assert again[2], "the session is worth something"
+            trustme.CA().cert_pem.write_to_path(tmp_path / "ca")
+            await asyncio.sleep(0.3)
+            for session in (again[1], None):
+                with pytest.raises(OSError):  # noqa: PT011  # of whichever kind
+                    await asyncio.to_thread(resume, server.http_address, context, session)
+
+    asyncio.run(asyncio.wait_for(scenario(), 30))
+
+
+def test_an_expired_certificate_and_a_token_file_for_everybody_are_told(tmp_path, caplog):
+    authority = trustme.CA()
+    expired = authority.issue_cert(
+        "localhost", not_after=datetime(2020, 1, 2, tzinfo=UTC), not_before=datetime(2020, 1, 1, tzinfo=UTC)
+    )
+    expired.private_key_pem.write_to_path(tmp_path / "key")
+    expired.cert_chain_pems[0].write_to_path(tmp_path / "cert")
+    tls.certificates(SecurityConfig(tls_cert=tmp_path / "cert", tls_key=tmp_path / "key"))
+    assert "has expired on Jan  2 00:00:00 2020 GMT" in caplog.text
+    caplog.clear()
+    issue(authority, tmp_path)
+    tls.certificates(SecurityConfig(tls_cert=tmp_path / "cert", tls_key=tmp_path / "key"))
+    (tmp_path / "tokens").write_text("alpha")
+    (tmp_path / "tokens").chmod(0o600)
+    read_tokens(tmp_path / "tokens")
+    assert caplog.text == ""
+    (tmp_path / "tokens").chmod(0o644)
+    read_tokens(tmp_path / "tokens")
+    assert "has the mode 644" in caplog.text

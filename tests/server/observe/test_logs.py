@@ -1,9 +1,12 @@
 """What the log says, and what it must not."""
 
+import contextlib
 import io
 import json
 import logging
+import os
 import sys
+import time
 
 import grpc
 import pytest
@@ -37,6 +40,8 @@ def configured(monkeypatch):
 
 
 def lines(capsys) -> list[str]:
+    for handler in logging.getLogger().handlers:
+        handler.flush()
     return capsys.readouterr().err.splitlines()
 
 
@@ -118,7 +123,46 @@ def test_a_record_stands_above_the_status_line(configured, monkeypatch):
     configured("text", line=line)
     line.show("slots 1/8")
     log.info("news")
+    logging.getLogger().handlers[0].flush()
     wiped, after = terminal.getvalue().split("slots 1/8")
     assert wiped == "\r\x1b[K"
     assert after.startswith("\r\x1b[K")
     assert after.endswith(" I news\n")
+
+
+def test_a_log_that_nobody_reads_holds_up_nobody(configured, monkeypatch):
+    """A pipe holds 64 KiB; what comes then waits, and what finds no place is counted."""
+    monkeypatch.setattr(logs, "WAITING", 10)
+    monkeypatch.setattr(logs, "FLUSH_S", 0.1)
+    reading, writing = os.pipe()
+    with open(reading, errors="replace") as reader, open(writing, "w") as writer:
+        monkeypatch.setattr(sys, "stderr", writer)
+        configured("text")
+        (handler,) = logging.getLogger().handlers
+        begin = time.monotonic()
+        for number in range(2000):
+            log.info("line %d %s", number, "x" * 1000)
+        handler.flush()
+        assert time.monotonic() - begin < 5
+        assert isinstance(handler, logs.Handler)
+        told = 0
+        while told < handler.dropped:  # now somebody reads
+            text = reader.readline()
+            told += int(text.split()[0]) if "lines of the log were dropped" in text else 0
+        assert told == handler.dropped
+
+
+def test_a_log_whose_reader_has_gone_is_no_error(configured, monkeypatch, capsys):
+    reading, writing = os.pipe()
+    os.close(reading)
+    with open(writing, "w", buffering=1) as writer:
+        monkeypatch.setattr(sys, "stderr", writer)
+        configured("text")
+        log.info("to nobody")
+        logging.getLogger().handlers[0].flush()
+        monkeypatch.setattr(sys, "stderr", None)
+        configured("text", line=StatusLine())
+        log.info("to nobody")
+        logging.getLogger().handlers[0].flush()
+        with contextlib.suppress(BrokenPipeError):
+            writer.close()
