@@ -10,7 +10,7 @@ from .flush import rows
 
 
 def prompt_rows(k_TKH: jax.Array, v_TKH: jax.Array, codec: Codec) -> KV:
-    """A layer's share of what `insert` takes: a prompt's rows_KTC, and their scales_K2T if the codec has any.
+    """A layer's share of what `insert` takes: pieces' rows_KTC, and their scales_K2T if the codec has any.
 
     Encoded here, once, and not at every insert: a prefix that waits, or serves several slots, is as small as its rows
     in the cache, and insert writes what it is given.
@@ -33,8 +33,8 @@ def insert(cache: KV, texts: KV, page_NJ: jax.Array, start_N: jax.Array, count_N
         count_N: i32, 0 <= count <= T / N.
     """
     N, page_rows = page_NJ.shape[0], cache.rows.shape[3]
-    bucket = texts.rows.shape[2] // N
-    piece = gcd(bucket, page_rows)  # a page, or the whole bucket where that is smaller
+    padded = texts.rows.shape[2] // N
+    piece = gcd(padded, page_rows)  # a page, or the whole text where that is smaller
 
     def write_text(text: jax.Array, cache: KV) -> KV:
         def write_piece(index: jax.Array, cache: KV) -> KV:
@@ -42,7 +42,7 @@ def insert(cache: KV, texts: KV, page_NJ: jax.Array, start_N: jax.Array, count_N
             page, row = page_NJ[text, token // page_rows], token % page_rows
 
             def write(of_cache: jax.Array, of_texts: jax.Array, row_axis: int) -> jax.Array:
-                first = text * bucket + index * piece
+                first = text * padded + index * piece
                 part = jax.lax.dynamic_slice_in_dim(of_texts, first, piece, axis=row_axis - 1)
                 at = [zero, page, zero, zero, zero]
                 at[row_axis] = row

@@ -32,7 +32,8 @@ class Plan:
     """TPU generation and slice (chips), such as v5e:2x4, v6e:2x2, v5p:2x2x2, or GPUs of one machine, such as h100:1;
     --tensor-parallel uses a part of it."""
     max_slots: bool = False
-    """Find the largest number of slots that fits, instead of planning for --slots."""
+    """Find the most slots that fit, each with room for its longest request, instead of planning for --slots and
+    --cache-tokens."""
     lengths: str | None = None
     """Tell how many requests of such lengths the cache holds at once, and their tokens/s ceiling: sharegpt,
     uniform:LOW-HIGH,LOW-HIGH or fixed:PROMPT,ANSWER (prompts, then answers; tokens). sharegpt is log-normal around its

@@ -20,7 +20,8 @@ class Score:
     tokens: str | None = None
     """Token ids instead, such as 1,2,3; needs no tokenizer."""
     through: Literal["prefill", "decode"] = "prefill"
-    """`prefill` takes all tokens in one pass; `decode` one by one through the cache, as an answer's tokens are."""
+    """`prefill` takes all tokens as a prompt's, chunk by chunk; `decode` one by one through the cache, as an
+    answer's tokens are."""
     as_json: Annotated[bool, tyro.conf.arg(name="json")] = False
     """Print one JSON object as the last line of stdout: token_ids, logprobs (null for the first), perplexity."""
 

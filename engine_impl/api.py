@@ -21,7 +21,7 @@ from .sampling.params import SamplingParams
 ParamsT = TypeVar("ParamsT", contravariant=True)
 """The weights on the devices."""
 PrefixT = TypeVar("PrefixT", bound="Prefix")
-"""A prompt after prefill."""
+"""Pieces of texts after prefill."""
 StateT = TypeVar("StateT")
 """All slots between two steps."""
 
@@ -38,7 +38,7 @@ class DeviceArray(Protocol):
 
 
 class StepResult(Protocol):
-    """What a step tells the host: up to W tokens per slot; W is 1. A prefill's result has one slot."""
+    """What a step tells the host: up to W tokens per slot; W is 1. A prefill's result has a row for each piece."""
 
     @property
     def token_BW(self) -> DeviceArray:
@@ -173,7 +173,7 @@ class Engine(Protocol[ParamsT, PrefixT, StateT]):
 
     @property
     def prefill_chunk(self) -> int:
-        """Most tokens of one piece; a multiple of `page_rows`, or the whole of the longest prompt."""
+        """Most tokens of one piece; a multiple of `page_rows`."""
         ...
 
     @property

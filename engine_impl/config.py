@@ -32,11 +32,11 @@ class EngineConfig:
     slots can hold, at most a quarter of the free memory; else what weights and programs leave."""
 
     max_prefill_length: int | None = None
-    """Longest prompt (tokens). Default: the cache length."""
+    """Longest prompt (tokens), at most the cache length, which is the default."""
 
     prefill_chunk: int | None = None
     """Tokens of a prompt that are computed between two steps (tokens); a multiple of the cache's pages' rows. Default:
-    256 on CPUs, else 512, in whole pages."""
+    256 on CPUs, else 512, rounded up to whole pages; at most the longest prompt."""
 
     tensor_parallel: int | None = None
     """Devices that share the model (devices). Default: the largest size that devices and head counts allow."""
@@ -102,6 +102,6 @@ class EngineConfig:
 def check_whole(name: str, tokens: int, rows: int, why: str) -> None:
     """Raises RefusedError for tokens that are no multiple of `rows`, with the nearest that are."""
     if tokens < rows or tokens % rows:
-        below, above = tokens // rows * rows, (tokens // rows + 1) * rows
-        nearest = f"{below} and {above}" if below else f"{above}"
+        below = max(0, tokens) // rows * rows
+        nearest = f"{below} and {below + rows}" if below else f"{rows}"
         raise RefusedError(f"{name}={tokens} must be a multiple of {rows} ({why}); nearest: {nearest}")

@@ -41,8 +41,8 @@ def layer_loop_for(platform: str) -> LayerLoop:
 
     The unrolled step's cycles leave its weights' transfers out (they are asynchronous; 3.4 M at full bandwidth for the
     8B), the scan's count them, some 1.6 times too high. So decoding has little to gain, and prefill shares the weights'
-    form: there unrolling costs 0.14 to 0.5 GB of code for each bucket. Unrolling over stacked weights is the worst of
-    both: 44 s, 7.9 M cycles.
+    form: there unrolling costs 0.14 to 0.5 GB of code for each padded length. Unrolling over stacked weights is the
+    worst of both: 44 s, 7.9 M cycles.
 
     Elsewhere unrolled, over a separate array a layer: XLA:CPU copies every slice of a stack, at every step, and so does
     XLA's GPU compiler, all seven matrices of a layer (docs/gpu-evidence.md).

@@ -27,6 +27,9 @@ from .weights.sharding import make_mesh
 
 log = logging.getLogger(__name__)
 
+COUNT_BYTES = 2
+"""A slot's count of one token of the vocabulary (`DecodeState.count_BV`, u16)."""
+
 MEMORY_SHARES = ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION")
 """JAX's variables for how much of a GPU's memory it takes when it starts; to set both is an error."""
 
@@ -37,13 +40,14 @@ def load_engine(
     """Build the engine that the config describes and load its weights, on these devices or on all of the platform's.
     See `build_engine` for `reserves`.
 
-    Raises RefusedError for a model that is missing or damaged, a platform without devices, or sizes that the model does
-    not allow.
+    Raises RefusedError for a model that is missing or damaged, a platform without devices, or sizes that the model or
+    memory does not allow.
     """
     with timeline.THIS_PROCESS.loading():
         devices = devices or choose_devices(config.platform)  # refused before a download
         checkpoint = _open(config)
         engine = build_engine(config, checkpoint, devices, reserves=reserves)
+        check_memory(engine, memory_of(engine.mesh.devices.flat), free_memory())  # refused before weights are read
         return engine, engine.load_params(checkpoint)
 
 
@@ -98,6 +102,33 @@ def build_engine(
         engine.prefill_chunk,
     )
     return engine
+
+
+def check_memory(engine: Engine, memory: int | None, free: int | None) -> None:
+    """Raises RefusedError for a cache, or a state of so many slots, that alone is more than there is.
+
+    What comes beside them, weights and temporaries, is not counted: `slipstream plan` asks the compiler for that.
+
+    Args:
+        memory: what JAX may use on each device (bytes); None where the devices do not tell, as CPUs.
+        free: the host's free memory (bytes), of account where they do not; None: unknown.
+    """
+    there = free if memory is None else memory * engine.mesh.size
+    if there is None:
+        return
+    layout = engine.layout
+    if layout.bytes > there:
+        tokens, fitting = layout.pages * layout.page_rows, there * layout.pages // layout.bytes * layout.page_rows
+        raise RefusedError(
+            f"cache_tokens={tokens} take {layout.bytes >> 20} MiB and there are {there >> 20} MiB: "
+            f"use at most {fitting}, or leave --cache-tokens out"
+        )
+    slot_bytes = COUNT_BYTES * engine.vocab_size
+    if layout.slots * slot_bytes > there:
+        raise RefusedError(
+            f"slots={layout.slots} take {layout.slots * slot_bytes >> 20} MiB beside the cache and there are "
+            f"{there >> 20} MiB: use at most {there // slot_bytes}, or leave --slots out"
+        )
 
 
 def _open(config: EngineConfig) -> Checkpoint:

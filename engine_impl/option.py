@@ -147,7 +147,7 @@ def words(name: str) -> str:
 
 
 @dataclass(frozen=True)
-class Rows:
+class PaddedRows:
     """On the device: arrays of one length, whatever the request has. A tuple fills one, a mapping two."""
 
     length: int
@@ -160,17 +160,19 @@ class Declared:
     """What a field's metadata say of an option."""
 
     allowed: Allowed | None
-    device: str | Rows | None
+    device: str | PaddedRows | None
     absent: int
 
 
-def option(default: Any, allowed: Allowed | None = None, *, device: str | Rows | None = None, absent: int = 0) -> Any:
+def option(
+    default: Any, allowed: Allowed | None = None, *, device: str | PaddedRows | None = None, absent: int = 0
+) -> Any:
     """A dataclass field that is an option.
 
     Args:
         default: of the command line and the wire; None is "left out", and allowed.
         allowed: which values; None takes any of its type.
-        device: how it lies on the device, for one slot: a scalar's dtype, or Rows. None does not travel there.
+        device: how it lies on the device, for one slot: a scalar's dtype, or PaddedRows. None does not travel there.
         absent: what the device has for None.
     """
     declared = {"option": Declared(allowed, device, absent)}
@@ -188,7 +190,7 @@ class Option:
     """its type, as annotated"""
     default: Any
     allowed: Allowed | None
-    device: str | Rows | None
+    device: str | PaddedRows | None
     absent: int
     doc: Callable[[], str]
     """Its docstring as one line."""

@@ -32,7 +32,7 @@ class Session:
         self.slots: list[int] = []
         """Those in use, in the order of a step's results."""
         slots = min(engine.max_concurrent_decodes, engine.pages // engine.pages_per_slot)
-        self.page_BJ = np.arange(slots * engine.pages_per_slot, dtype=np.int32).reshape(slots, -1)
+        self.page_BJ = np.arange(slots * engine.pages_per_slot, dtype=np.int32).reshape(slots, engine.pages_per_slot)
         """The page table, of as many slots as the pool has pages for."""
 
     def prefill(self, slot: int, token_ids: Sequence[int], next_id: int | None = None) -> Iterator[Prefix]:

@@ -27,7 +27,7 @@ from .quantization.swap import quantize
 from .weights import load as weights
 
 SLOTS = 8
-"""Where memory is not asked, as on CPUs: more would not be faster."""
+"""Where memory is not asked, as on CPUs."""
 MOST_SLOTS = 256
 LENGTH = 1024
 """The longest request where memory is not asked (tokens)."""
@@ -43,7 +43,7 @@ STREAM_COPIES = 6
 LAYER_COPIES = 2
 """Of what a layer's matrices put out."""
 SCORE_COPIES, SCORE_CHUNK = 3, 256
-"""float32 scores, and the queries that XLA's prefill attention computes them for at a time."""
+"""float32 scores, and the queries that XLA's chunk attention computes them for at a time."""
 LOGITS_BYTES = 26
 """A slot's part of a step, for each token of the vocabulary: a u16 count before and behind, bf16 logits, and five
 float32 rows while a slot asks for cuts and noise."""

@@ -118,8 +118,8 @@ class ServerConfig:
     """Prompt tokens of all requests that wait (tokens); beyond it RESOURCE_EXHAUSTED. Default: no limit."""
 
     prefix_cache: bool = True
-    """A prompt is computed from where its longest cached prefix ends. --no-prefix-cache computes it as a whole: to
-    measure without."""
+    """A prompt is computed from where its longest cached prefix ends. --no-prefix-cache computes all of it: to measure
+    without."""
 
     grace_s: Annotated[float, flag("grace")] = 30.0
     """Time that running requests get to finish after the first SIGTERM or Ctrl-C (seconds). A second one ends it."""
@@ -135,7 +135,7 @@ class ServerConfig:
     never."""
 
     probe_timeout_s: Annotated[float, flag("probe-timeout")] = 30.0
-    """How long that may take (seconds); more than a step and a prefill of the longest prompt."""
+    """How long that may take (seconds); more than a step and a chunk of a prompt (--prefill-chunk) take."""
 
     security: SecurityConfig = field(default_factory=SecurityConfig)
     watch: WatchConfig = field(default_factory=WatchConfig)

@@ -11,7 +11,7 @@ from .flags import Json, Model, Platform, Threads, check_positive, facts, intege
 
 @dataclass(frozen=True, kw_only=True)
 class GrowthOptions:
-    """How costs grow: a step with live tokens, cache length and slots, insert with its bucket, the host with slots."""
+    """How costs grow: a step with live tokens, cache length and slots, insert with its piece, the host with slots."""
 
     model: Model = "embedded"
     cache_lengths: str = "1024,4096"

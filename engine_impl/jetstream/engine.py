@@ -373,7 +373,7 @@ class JetStreamTokenizer(tokenizer_api.Tokenizer):
 
     @property
     def pad_id(self) -> int:
-        """What fills a bucket; no attention sees it."""
+        """What JetStream fills a prompt's padded length with; no attention sees it."""
         return 0
 
 

@@ -30,7 +30,7 @@ class MixtralConfig(MixtureConfig):
 
 MANY_ROWS = 2048
 """From here on rows are sorted by expert, below they all go through all experts. The table in `MixtureOfExperts` says
-that it pays from some 1500 on; prompts come in powers of two."""
+that it pays from some 1500 on; most programs have 1024 rows or fewer."""
 
 
 class MixtureOfExperts(nn.Module):

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from ..option import LARGEST, ByToken, Range, Rows, TokenIds, between, check_options, option
+from ..option import LARGEST, ByToken, PaddedRows, Range, TokenIds, between, check_options, option
 
 MAX_SEED = 2**32 - 1
 MAX_TOP_K = 2**31 - 1
@@ -57,7 +57,7 @@ class SamplingParams:
     """Taken from a token's logit for each time that the answer has it; 0 is none."""
 
     logit_bias: Mapping[int, float] = option(
-        {}, ByToken(MAX_BIASES, between(-100, 100)), device=Rows(MAX_BIASES, ("int32", "float32"))
+        {}, ByToken(MAX_BIASES, between(-100, 100)), device=PaddedRows(MAX_BIASES, ("int32", "float32"))
     )
     """Added to the logits of these tokens (by id): -100 as good as forbids one, 100 as good as forces it."""
 
@@ -66,7 +66,7 @@ class SamplingParams:
     and no stop string looked for."""
 
     stop_token_ids: tuple[int, ...] = option(
-        (), TokenIds(MAX_STOP_TOKEN_IDS), device=Rows(MAX_STOP_TOKEN_IDS + MAX_MODEL_STOP_IDS, ("int32",))
+        (), TokenIds(MAX_STOP_TOKEN_IDS), device=PaddedRows(MAX_STOP_TOKEN_IDS + MAX_MODEL_STOP_IDS, ("int32",))
     )
     """End the answer before one of these tokens (ids), as before the model's own."""
 

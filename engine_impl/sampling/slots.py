@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ..option import MAX_TOKEN_ID, Option, Rows, options_of
+from ..option import MAX_TOKEN_ID, Option, PaddedRows, options_of
 from .params import SamplingParams
 
 NOWHERE = MAX_TOKEN_ID
@@ -66,7 +66,7 @@ jax.tree_util.register_dataclass(SlotSampling, [option.name for option in ON_DEV
 
 def leaf(option: Option, value: Any) -> Any:
     """What the device has of one request's option: a scalar, an array, or a tuple of arrays."""
-    if not isinstance(option.device, Rows):
+    if not isinstance(option.device, PaddedRows):
         assert option.device is not None
         return np.dtype(option.device).type(option.absent if value is None else value)
     columns = (value.keys(), value.values()) if isinstance(value, Mapping) else (value,)

@@ -1,4 +1,4 @@
-"""Prefill attention: a chunk of a text over the text's pages and over itself."""
+"""Chunk attention: a chunk of a text over the text's pages and over itself."""
 
 from .op import chunk_attention
 

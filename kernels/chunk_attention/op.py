@@ -1,4 +1,4 @@
-"""Prefill attention: chunks of texts over the texts' pages of the stacked cache, and causally over themselves."""
+"""Chunk attention: chunks of texts over the texts' pages of the stacked cache, and causally over themselves."""
 
 import functools
 

@@ -1,4 +1,4 @@
-"""Prefill attention on TPU: a Mosaic kernel that reads pages of the cache where they lie.
+"""Chunk attention on TPU: a Mosaic kernel that reads pages of the cache where they lie.
 
 A step has one block of a text's queries and one block of keys: the chunk's own rows or a page. The softmax starts from
 the block on the diagonal, of which every query sees something, goes back over the chunk's blocks before it, and then

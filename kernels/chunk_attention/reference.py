@@ -1,4 +1,4 @@
-"""Prefill attention in plain XLA: the definition, and what runs on CPUs."""
+"""Chunk attention in plain XLA: the definition, and what runs on CPUs."""
 
 import jax
 import jax.numpy as jnp

@@ -1,4 +1,4 @@
-"""Prefill attention in plain XLA for GPUs: few large products, and few turns of a loop that the host waits for."""
+"""Chunk attention in plain XLA for GPUs: few large products, and few turns of a loop that the host waits for."""
 
 import jax
 import jax.numpy as jnp

@@ -36,7 +36,7 @@ class Status:
         self._tokens, self._at = 0.0, time.monotonic()
 
     def text(self) -> str:
-        """Tokens per second are those since the last call: a step's for every slot in use, a prefill's one."""
+        """Tokens per second are those since the last call: a step counts one for every slot in use, a prefill one."""
         tokens, now = self._value("decode_slot_steps_total") + self._value("prefill_seconds_count"), time.monotonic()
         speed = (tokens - self._tokens) / max(now - self._at, 1e-9)
         self._tokens, self._at = tokens, now

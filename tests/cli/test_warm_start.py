@@ -78,7 +78,7 @@ def start(cache: Path) -> tuple[dict, str]:
 
 
 def test_a_second_start_compiles_nothing_and_traffic_nothing_at_all(tmp_path):
-    """Buckets, sampling, probes, cancels: whatever comes, the programs are those of the warm-up."""
+    """Lengths, sampling, probes, cancels: whatever comes, the programs are those of the warm-up."""
     first, first_log = start(tmp_path)
     second, second_log = start(tmp_path)
     assert first["compiled"] > 5

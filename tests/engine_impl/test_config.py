@@ -15,6 +15,7 @@ from slipstream.engine_impl.errors import RefusedError
         ({"cache_length": 0}, "nearest: 128"),
         ({"cache_tokens": 1000}, r"cache_tokens=1000 must be a multiple of 128 .*; nearest: 896 and 1024"),
         ({"cache_tokens": 5}, r"cache_tokens=5 must be a multiple of 128 .*; nearest: 128$"),
+        ({"cache_tokens": -130}, r"cache_tokens=-130 must be a multiple of 128 .*; nearest: 128$"),
         ({"prefill_chunk": 64}, r"prefill_chunk=64 must be a multiple of 128 .*; nearest: 128$"),
         ({"max_prefill_length": 0}, "max_prefill_length=0 must be from 1 to the cache length"),
         ({"cache_length": 1024, "max_prefill_length": 1025}, "from 1 to cache_length=1024"),

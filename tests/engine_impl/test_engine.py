@@ -453,6 +453,12 @@ def test_a_session_refuses_a_slot_that_the_pool_has_no_pages_for():
     assert session.start(1, PROMPT).count_B.tolist() == [1]
 
 
+def test_a_session_refuses_a_pool_that_holds_not_even_one_longest_request():
+    session = Session(*tiny_engine(cache_length=256, cache_tokens=128))
+    with pytest.raises(RefusedError, match="slot=0: the cache has pages for 0 slots; raise --cache-tokens"):
+        session.start(0, PROMPT)
+
+
 @pytest.mark.parametrize(
     ("devices", "kv_heads"),
     [

@@ -48,3 +48,27 @@ def test_a_model_has_room_for_so_many_stop_tokens(stops):
     else:
         with pytest.raises(RefusedError, match="random has 17 stop tokens, more than 16; list fewer"):
             loading.build_engine(config, Checkpoint(TINY))
+
+
+def engine_of(**given):
+    config = EngineConfig(platform="cpu", cache_length=128, tensor_parallel=1, **given)
+    return loading.build_engine(config, RandomCheckpoint(TINY))
+
+
+def test_a_cache_that_memory_cannot_hold_is_refused_with_the_largest_that_it_can():
+    engine = engine_of(slots=2, cache_tokens=1024)
+    size = engine.layout.bytes
+    for memory, free in ((size, 1), (None, size), (None, None)):
+        loading.check_memory(engine, memory, free)
+    for memory, free in ((size - 1, None), (None, size - 1)):
+        with pytest.raises(RefusedError, match=r"cache_tokens=1024 take .* at most 896, or leave --cache-tokens out"):
+            loading.check_memory(engine, memory, free)
+
+
+def test_slots_whose_state_memory_cannot_hold_are_refused_with_the_most_that_it_can():
+    engine = engine_of(slots=100_000, cache_tokens=128)
+    size = 100_000 * 2 * engine.vocab_size
+    assert engine.layout.bytes < size
+    loading.check_memory(engine, None, size)
+    with pytest.raises(RefusedError, match=r"slots=100000 take .* use at most 99999, or leave --slots out"):
+        loading.check_memory(engine, None, size - 1)

@@ -15,7 +15,17 @@ from slipstream.cli import main as cli
 from slipstream.cli.ask import Ask
 from slipstream.cli.options import OTHER_NAMES as FLAGS
 from slipstream.engine_impl.errors import RefusedError
-from slipstream.engine_impl.option import ByToken, Range, Rows, Text, Texts, TokenIds, at_least, option, options_of
+from slipstream.engine_impl.option import (
+    ByToken,
+    PaddedRows,
+    Range,
+    Text,
+    Texts,
+    TokenIds,
+    at_least,
+    option,
+    options_of,
+)
 from slipstream.engine_impl.sampling.params import SamplingParams
 from slipstream.engine_impl.sampling.slots import NOWHERE, ON_DEVICE, SlotSampling, leaf
 from slipstream.protos import orchestrator_pb2 as pb
@@ -166,7 +176,7 @@ def test_http_has_every_option():
 def test_every_sound_value_fits_its_arrays(one):
     for value in examples(one):
         arrays = leaf(one, value)
-        if isinstance(one.device, Rows):
+        if isinstance(one.device, PaddedRows):
             for array, dtype in zip(arrays if isinstance(arrays, tuple) else [arrays], one.device.dtypes, strict=True):
                 assert (array.shape, array.dtype) == ((one.device.length,), dtype)
                 assert array[: len(value)].tolist() == list(
