@@ -126,8 +126,9 @@ class Loop(Generic[ParamsT, PrefixT, StateT]):
         self._free(turn)
         self._let_in(turn)
         earlier, self._pending = self._pending, []
-        if prompts := [prompt for prompt in turn.prefill if prompt in self._in_work]:
-            self._prefill(prompts)
+        prompts = [prompt for prompt in turn.prefill if prompt in self._in_work]
+        if prompts and (error := self._prefill(prompts)):
+            self._failures.prefill_failed(error)
         if turn.idle_step or self._slots.live.taken:
             self._generate()
         for pending in earlier:
@@ -210,22 +211,20 @@ class Loop(Generic[ParamsT, PrefixT, StateT]):
         self._room.let_in(prompt, slots)
         self._in_work.append(prompt)
 
-    def _prefill(self, prompts: list[Prompt]) -> None:
-        """The next pieces. What fails, fails alone: nothing that others have was touched."""
+    def _prefill(self, prompts: list[Prompt]) -> Exception | None:
+        """The next pieces. What fails, fails alone: nothing that others have was touched. Returns what went wrong."""
         self._newcomers = not self._newcomers
         try:
             pieces = compute(self._engine, self._params, self._state, prompts, self._room, self._slots)
         except Exception as error:
             log.exception("the prefill of requests %s failed", ", ".join(prompt.request.id for prompt in prompts))
             if len(prompts) > 1:  # whose fault it was, shows when each goes alone
-                for prompt in prompts:
-                    self._prefill([prompt])
-                return
+                errors = [self._prefill([prompt]) for prompt in prompts]
+                return next(filter(None, errors), None)
             for prompt in prompts:
                 self._drop(prompt)
                 self._fail(prompt.request, error)
-            self._failures.prefill_failed(error)
-            return
+            return error
         self._pending += pieces.pending
         self._state = store(self._engine, self._state, pieces, self._room, self._slots)
         for prompt in prompts:

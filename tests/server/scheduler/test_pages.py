@@ -209,3 +209,19 @@ def test_prompts_in_a_batch_that_fails_fail_alone():
             else:
                 assert text == expected(f"{number}", 5)
     assert engine.states_made == 1
+
+
+def test_several_prompts_of_a_batch_that_fail_are_one_failure():
+    def on_prefill(prompt):
+        if prompt[0] in b"123":
+            raise RuntimeError("no")
+
+    engine = reading(8, batch=4, on_prefill=on_prefill, pace=threading.Semaphore(0))
+    with running(engine) as orchestrator:
+        first = ask(orchestrator, "first", 30, sampling=FREE)
+        first.next()
+        requests = [ask(orchestrator, letter, 5, sampling=FREE) for letter in "1a23"]
+        engine.pace.release(999)
+        assert first.answer()[0] == expected("first", 30)[1:]
+        for letter, request in zip("1a23", requests, strict=True):
+            assert (request.answer()[1].error is None) == (letter == "a")
