@@ -25,8 +25,8 @@ import logging
 import time
 from bisect import insort
 from collections import deque
+from collections.abc import Sequence
 from typing import Generic
-from weakref import WeakKeyDictionary
 
 import numpy as np
 
@@ -78,7 +78,7 @@ class Loop(Generic[ParamsT, PrefixT, StateT]):
         self._in_work: list[Prompt] = []  # who is next stands first
         self._parked: list[Prompt] = []  # likewise
         self._leaving: dict[Sample, list[int]] = {}  # pre-empted, with tokens in flight; their texts so far
-        self._first_prompts: WeakKeyDictionary[Request, Prompt] = WeakKeyDictionary()  # of requests in the queue
+        self._first_prompts: dict[Request, Prompt] = {}  # of those who come next in the queue
         self._newcomers = True  # whose turn it is, see Scene
         self._pending: list[PendingResult] = []  # what the next turn delivers
         self._failures = Failures()
@@ -139,14 +139,13 @@ class Loop(Generic[ParamsT, PrefixT, StateT]):
         if self._turns % TURNS_A_CHECK == 0:
             self._room.check_integrity()
         ended = [self.ended.popleft() for _ in range(len(self.ended))]
-        _, most, _ = self._engine.prefill_batch
         return plan(
             Scene(
                 slots=self._slots,
                 room=self._room,
                 in_work=self._in_work,
                 parked=self._parked,
-                queued=[self._first_prompt(request) for request in self._queue.first(most)],
+                queued=self._first_in_queue(),
                 ended=ended,
                 now=time.monotonic(),
                 probe=bool(self.probes) and not any(pending.is_step for pending in self._pending),
@@ -155,13 +154,19 @@ class Loop(Generic[ParamsT, PrefixT, StateT]):
             )
         )
 
-    def _first_prompt(self, request: Request) -> Prompt:
-        if request not in self._first_prompts:
-            token_T = np.asarray(request.prompt_ids, np.int32)
-            self._first_prompts[request] = Prompt(
-                tuple(request.samples), token_T, self._room.names(token_T, request.prefix_key)
-            )
-        return self._first_prompts[request]
+    def _first_in_queue(self) -> list[Prompt]:
+        """Of as many requests as one prefill may take; made once while they are among the first."""
+        _, most, _ = self._engine.prefill_batch
+        known = self._first_prompts
+        self._first_prompts = {
+            request: known.get(request) or self._prompt(request.samples, request.prompt_ids)
+            for request in self._queue.first(most)
+        }
+        return list(self._first_prompts.values())
+
+    def _prompt(self, samples: Sequence[Sample], text: Sequence[int]) -> Prompt:
+        token_T = np.asarray(text, np.int32)
+        return Prompt(tuple(samples), token_T, self._room.names(token_T, samples[0].request.prefix_key))
 
     def _free(self, turn: StepPlan) -> None:
         for request in turn.expired:
@@ -184,11 +189,16 @@ class Loop(Generic[ParamsT, PrefixT, StateT]):
 
     def _let_in(self, turn: StepPlan) -> None:
         for prompt in turn.let_in:
+            if not self._room.has_room_for(prompt):
+                return  # what grew has taken a cached prefix that the plan counted on: the next one knows
             if prompt in self._parked:
                 self._parked.remove(prompt)
                 self._give_room(prompt)
-            elif self._queue.take(prompt.request):  # else it left the queue by itself
-                self.live.add(prompt.request)
+            else:
+                self.live.add(prompt.request)  # before it is taken: from then on it may end
+                if not self._queue.take(prompt.request):  # it left the queue by itself
+                    self.live.discard(prompt.request)
+                    continue
                 prompt.request.started_at = time.monotonic()
                 self._give_room(prompt)
                 prompt.request.cached_tokens = prompt.done
@@ -256,8 +266,7 @@ class Loop(Generic[ParamsT, PrefixT, StateT]):
         while self._leaving:
             sample, text = self._leaving.popitem()
             if len(text) - len(sample.request.prompt_ids) < sample.request.max_tokens:
-                token_T = np.asarray(text, np.int32)
-                self._wait_again(Prompt((sample,), token_T, self._room.names(token_T, sample.request.prefix_key)))
+                self._wait_again(self._prompt([sample], text))
 
     def _wait_again(self, prompt: Prompt) -> None:
         insort(self._parked, prompt, key=lambda one: tuple(-value for value in victims_first(one.request)))
@@ -294,9 +303,12 @@ class Loop(Generic[ParamsT, PrefixT, StateT]):
         """A step failed, its state was donated and is lost: fail whoever was in it and start afresh. Who is parked had
         nothing in it."""
         waiting = {prompt.request for prompt in self._parked}
-        failed = [request for request in self.live if request not in waiting or self._has_part(request)]
+        live = list(self.live)  # delivery ends some meanwhile
+        failed = [request for request in live if request not in waiting or self._has_part(request)]
         log.error("a step failed; requests %s fail with it", ", ".join(r.id for r in failed), exc_info=error)
-        for sample in (*self._slots.live.owner_B, *(sample for prompt in self._in_work for sample in prompt.samples)):
+        of_failed = (sample for request in failed for sample in request.samples)
+        in_work = (sample for prompt in self._in_work for sample in prompt.samples)
+        for sample in (*self._slots.live.owner_B, *in_work, *of_failed):
             sample.slot = None
         self._pending, self._in_work, self._leaving = [], [], {}
         self._parked = [prompt for prompt in self._parked if prompt.request not in failed]

@@ -85,6 +85,11 @@ class Room:
         unused = sum(1 for page in shared if self._pages.is_held_alone(page))
         return Need(shared, each - len(shared) + copies + unused, each * prompt.tables_needed)
 
+    def has_room_for(self, prompt: Prompt) -> bool:
+        """Whether it can be let in, as the pages are now."""
+        need = self.need(prompt)
+        return need.pages <= self.available() and need.entries <= self.entries_left
+
     def available(self, without: Sequence[int] = ()) -> int:
         """Pages that are free or hold prefixes that nobody uses, if these tables were empty."""
         return self._pages.free_without(without)
