@@ -48,7 +48,11 @@ class Session:
         if not 0 < len(token_ids) <= longest:
             raise RefusedError(f"a prompt of {len(token_ids)} tokens must have from 1 to {longest}")
         if slot >= len(self.page_BJ):
-            raise RefusedError(f"{slot=}: the cache has pages for {len(self.page_BJ)} slots; raise --cache-tokens")
+            enough = (slot + 1) * self.engine.pages_per_slot * self.engine.page_rows
+            raise RefusedError(
+                f"{slot=}: the cache has pages for {len(self.page_BJ)} slots; raise --cache-tokens to {enough}, "
+                "or lower --cache-length"
+            )
         prefix = None
         for start in range(0, len(token_ids), chunk):
             if prefix is not None:
