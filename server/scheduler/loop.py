@@ -23,7 +23,6 @@ one last event.
 
 import logging
 import time
-from bisect import insort
 from collections import deque
 from collections.abc import Sequence
 from typing import Generic
@@ -32,15 +31,16 @@ import numpy as np
 
 from ...engine_impl.api import Engine, ParamsT, PrefixT, StateT
 from ..delivery.delivery import Delivery
-from ..delivery.result import HostResult, PendingResult
+from ..delivery.result import PendingResult
 from ..errors import FailedError, UnavailableError
 from ..observe.metrics import Metrics
 from ..request.request import FinishReason, Request, Sample
 from .failures import DeadError, Failures, describe
+from .parked import Parked
 from .plan import Scene, StepPlan, plan
 from .prefill import compute, store
 from .probes import Probes
-from .prompt import Prompt, victims_first
+from .prompt import Prompt
 from .queue import RequestQueue
 from .room import Room
 from .slots import Slots
@@ -76,10 +76,10 @@ class Loop(Generic[ParamsT, PrefixT, StateT]):
         self.delivery = Delivery(engine.get_tokenizer(), metrics, free=self.ended.append, on_end=self.live.discard)
         self._slots, self._room = self._nothing_taken()
         self._in_work: list[Prompt] = []  # who is next stands first
-        self._parked: list[Prompt] = []  # likewise
-        self._leaving: dict[Sample, list[int]] = {}  # pre-empted, with tokens in flight; their texts so far
+        self._parked = Parked()
         self._first_prompts: dict[Request, Prompt] = {}  # of those who come next in the queue
         self._newcomers = True  # whose turn it is, see Scene
+        self._is_full = False  # who waits first cannot be let in now
         self._pending: list[PendingResult] = []  # what the next turn delivers
         self._failures = Failures()
         self._turns = 0
@@ -92,8 +92,8 @@ class Loop(Generic[ParamsT, PrefixT, StateT]):
 
     @property
     def slots_free(self) -> int:
-        """For requests in the queue: those that are parked go first."""
-        return max(0, self._slots.free - len(self._parked))
+        """That requests in the queue may count on: none while the first that waits finds no room."""
+        return 0 if self._is_full else self._slots.free
 
     def pages(self) -> dict[str, int]:
         """How many are free, live and cached."""
@@ -117,12 +117,11 @@ class Loop(Generic[ParamsT, PrefixT, StateT]):
                 self._recover(error)
 
     def _has_work(self) -> bool:
-        return self.closing or bool(
-            self._slots.in_use or self._pending or self._in_work or self._parked or self._leaving or self.probes
-        )
+        return self.closing or bool(self._slots.in_use or self._pending or self._in_work or self._parked or self.probes)
 
     def _turn(self) -> None:
         turn = self._plan()
+        self._is_full = turn.is_full
         self._free(turn)
         self._let_in(turn)
         earlier, self._pending = self._pending, []
@@ -145,7 +144,7 @@ class Loop(Generic[ParamsT, PrefixT, StateT]):
                 slots=self._slots,
                 room=self._room,
                 in_work=self._in_work,
-                parked=self._parked,
+                parked=self._parked.waiting,
                 queued=self._first_in_queue(),
                 ended=ended,
                 now=time.monotonic(),
@@ -178,9 +177,9 @@ class Loop(Generic[ParamsT, PrefixT, StateT]):
             self._free_slot(sample)
         for prompt in turn.postpone:
             self._drop(prompt)
-            self._wait_again(Prompt(prompt.samples, prompt.token_T, prompt.names))
+            self._parked.wait(Prompt(prompt.samples, prompt.token_T, prompt.names))
         for sample in turn.preempt:
-            self._leaving[sample] = self._slots.text(sample).tolist()
+            self._parked.leave(sample, self._slots.text(sample))
             self._free_slot(sample)
         for _ in (*turn.postpone, *turn.preempt):
             if self._metrics is not None:
@@ -192,8 +191,8 @@ class Loop(Generic[ParamsT, PrefixT, StateT]):
         for prompt in turn.let_in:
             if not self._room.has_room_for(prompt):
                 return  # what grew has taken a cached prefix that the plan counted on: the next one knows
-            if prompt in self._parked:
-                self._parked.remove(prompt)
+            if prompt in self._parked.waiting:
+                self._parked.waiting.remove(prompt)
                 self._give_room(prompt)
             else:
                 self.live.add(prompt.request)  # before it is taken: from then on it may end
@@ -248,27 +247,14 @@ class Loop(Generic[ParamsT, PrefixT, StateT]):
         if result is None:
             return
         last = self._slots.read(result, is_step=pending.is_step)
-        self._read_leaving(result)
+        self._parked.read(result)
         for sample in (*last, *result.roster.owner_B[result.stopped_B]):
             self._free_slot(sample)
         self.delivery.post(result)
 
-    def _read_leaving(self, result: HostResult) -> None:
-        for sample, text in list(self._leaving.items()):
-            for row in np.flatnonzero(result.roster.owner_B == sample):
-                text += result.token_BW[row, : result.count_B[row]].tolist()
-                if result.stopped_B[row]:
-                    del self._leaving[sample]
-
     def _park(self) -> None:
-        """Those that left have all their tokens now."""
-        while self._leaving:
-            sample, text = self._leaving.popitem()
-            if len(text) - len(sample.request.prompt_ids) < sample.request.max_tokens:
-                self._wait_again(self._prompt([sample], text))
-
-    def _wait_again(self, prompt: Prompt) -> None:
-        insort(self._parked, prompt, key=lambda one: tuple(-value for value in victims_first(one.request)))
+        for sample, text in self._parked.left():
+            self._parked.wait(self._prompt([sample], text))
 
     def _drop(self, prompt: Prompt) -> None:
         """Gives back what a prompt has. Its full pages that are computed stay as a cached prefix."""
@@ -277,7 +263,7 @@ class Loop(Generic[ParamsT, PrefixT, StateT]):
         for sample in prompt.samples:
             if sample.slot is not None:
                 self._slots.take_back(sample)
-        (self._in_work if prompt.tables else self._parked).remove(prompt)
+        (self._in_work if prompt.tables else self._parked.waiting).remove(prompt)
 
     def _free_slot(self, sample: Sample) -> None:
         """Of a sample that decodes. What its text fills stays as a cached prefix; its last token may lack its row."""
@@ -301,16 +287,15 @@ class Loop(Generic[ParamsT, PrefixT, StateT]):
     def _recover(self, error: Exception) -> None:
         """A step failed, its state was donated and is lost: fail whoever was in it and start afresh. Who is parked had
         nothing in it."""
-        waiting = {prompt.request for prompt in self._parked}
         live = list(self.live)  # delivery ends some meanwhile
-        failed = [request for request in live if request not in waiting or self._has_part(request)]
+        failed = [request for request in live if not self._parked.holds_all(request)]
         log.error("a step failed; requests %s fail with it", ", ".join(r.id for r in failed), exc_info=error)
         of_failed = (sample for request in failed for sample in request.samples)
         in_work = (sample for prompt in self._in_work for sample in prompt.samples)
         for sample in (*self._slots.live.owner_B, *in_work, *of_failed):
             sample.slot = None
-        self._pending, self._in_work, self._leaving = [], [], {}
-        self._parked = [prompt for prompt in self._parked if prompt.request not in failed]
+        self._pending, self._in_work = [], []
+        self._parked.keep({*live} - {*failed})
         self._slots, self._room = self._nothing_taken()
         del self._state  # before the new one is made: two may not fit the device
         for request in failed:
@@ -318,11 +303,6 @@ class Loop(Generic[ParamsT, PrefixT, StateT]):
         self.probes.answer(UnavailableError(f"a step of the engine failed: {describe(error)}"))
         self._failures.step_failed(error)
         self._state = self._engine.init_decode_state()
-
-    def _has_part(self, request: Request) -> bool:
-        """Whether some sample of it is not parked and not over."""
-        parked = {sample for prompt in self._parked for sample in prompt.samples}
-        return any(sample not in parked and not sample.done for sample in request.samples)
 
     def _nothing_taken(self) -> tuple[Slots, Room]:
         engine = self._engine

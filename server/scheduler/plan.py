@@ -4,10 +4,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from ..request.request import Request, Sample
-from .prompt import Prompt, victims_first
+from .prompt import Prompt
 from .queue import is_overdue
 from .room import Room
 from .slots import Slots
+from .turns import rank
 
 MOST_IN_WORK = 4
 """Prompts of several pieces that are computed in turns (count): a short one waits for as few pieces of long ones."""
@@ -38,6 +39,8 @@ class StepPlan:
     prefill: tuple[Prompt, ...] = ()
     """Whose next pieces are computed together: those let in, or one in work. One prefill a turn: running answers wait
     for one piece at most."""
+    is_full: bool = False
+    """Whether the first that waits finds no slot or no pages."""
     idle_step: bool = False
     """Whether a step is started even if nobody decodes."""
 
@@ -89,8 +92,11 @@ def plan(scene: Scene) -> StepPlan:
 
     let_in: list[Prompt] = []
     waiting = [prompt for prompt in (*scene.parked, *scene.queued) if prompt not in drop]
-    if waiting and not victims and (scene.newcomers or not computed):
+    if waiting and not victims:
         let_in = admitted(scene, waiting, computed, gone, sum(grow.values()))
+    is_full = bool(waiting) and not let_in
+    if computed and not scene.newcomers:
+        let_in = []
     prefill = let_in or computed[:1]
     return StepPlan(
         expired=tuple(dict.fromkeys([*(s.request for s in overdue), *(p.request for p in late)])),
@@ -101,6 +107,7 @@ def plan(scene: Scene) -> StepPlan:
         grow=tuple(grow.items()),
         let_in=tuple(let_in),
         prefill=tuple(prefill),
+        is_full=is_full,
         idle_step=scene.probe,
     )
 
@@ -122,9 +129,10 @@ def fits(room: Room, grow: Mapping[int, int], gone: Sequence[int]) -> bool:
 def give_way(
     room: Room, running: Sequence[Sample | Prompt], grow: Mapping[int, int], gone: Sequence[int]
 ) -> list[Sample | Prompt]:
-    """Who gives its pages back so that the others can grow: of the lowest priority, who came last."""
+    """Who gives its pages back so that the others can grow: the last in the queue's own order, in which priorities age,
+    so that nobody gives way for ever."""
     tables, victims = list(gone), list[Sample | Prompt]()
-    for one in sorted(running, key=lambda one: victims_first(one.request)):
+    for one in sorted(running, key=lambda one: rank(one.request), reverse=True):
         if fits(room, grow, tables):
             break
         victims.append(one)

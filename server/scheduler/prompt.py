@@ -76,9 +76,3 @@ class Prompt:
     def opening(self, sample: Sample) -> Opening:
         """How it goes on for a sample."""
         return Opening(text=self.token_T, prompt_length=len(self.request.prompt_ids), sampling=sample.sampling)
-
-
-def victims_first(request: Request) -> tuple[int, float]:
-    """Sorts those who have to give way first: the lowest priority, and of one priority who came last."""
-    assert request.queued_at is not None
-    return request.priority, -request.queued_at

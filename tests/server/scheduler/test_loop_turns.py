@@ -81,14 +81,15 @@ def test_requests_may_end_while_a_failed_step_is_cleared_away():
     house = House()
     first, second = house.ask("a", 9), house.ask("b", 9)
     house.turns(3)
-    has_part, parked = house.loop._has_part, house.loop._parked
+    parked = house.loop._parked
+    holds_all = parked.holds_all
 
     def ends_the_other(request):
         house.loop.live.discard(second if request is first else first)
-        return has_part(request)
+        return holds_all(request)
 
-    house.loop._has_part = ends_the_other
-    parked.extend(Prompt(tuple(request.samples), np.arange(4), []) for request in (first, second))
+    parked.holds_all = ends_the_other
+    parked.waiting.extend(Prompt(tuple(request.samples), np.arange(4), []) for request in (first, second))
     house.loop._recover(RuntimeError("broke"))
     assert len(house.loop.live) <= 1
 

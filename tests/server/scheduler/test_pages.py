@@ -4,7 +4,7 @@ import itertools
 import threading
 
 import pytest
-from slipstream.server.errors import FailedError
+from slipstream.server.errors import FailedError, QueueFullError
 from slipstream.server.observe.metrics import Metrics
 from slipstream.server.request.request import FinishReason
 from slipstream.server.scheduler import loop as loop_module
@@ -225,3 +225,21 @@ def test_several_prompts_of_a_batch_that_fail_are_one_failure():
         assert first.answer()[0] == expected("first", 30)[1:]
         for letter, request in zip("1a23", requests, strict=True):
             assert (request.answer()[1].error is None) == (letter == "a")
+
+
+def test_pages_bound_the_queue_as_slots_do():
+    """Free slots admit nobody beyond --max-queued while the first that waits finds no pages."""
+    engine = reading(16, pages=16, pace=threading.Semaphore(0))
+    with running(engine, max_queued=2) as orchestrator:
+        whole = ask(orchestrator, "a" * 40, 24, sampling=FREE)
+        whole.next()
+        accepted = []
+        for number in range(2):
+            accepted.append(ask(orchestrator, f"{number}" + "b" * 39, 24, sampling=FREE))
+            engine.pace.release(1)
+            until(lambda: orchestrator._loop.slots_free == 0)
+        with pytest.raises(QueueFullError, match="2 requests wait already and max_queued=2"):
+            ask(orchestrator, "c" * 40, 24, sampling=FREE)
+        engine.pace.release(9999)
+        for request in accepted:
+            request.all()

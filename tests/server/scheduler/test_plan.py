@@ -92,7 +92,7 @@ def test_a_request_waits_until_all_its_slots_are_free_and_nobody_overtakes_it():
     house = House(3)
     (running,) = house.decoding()
     wide, narrow = house.prompt(num_samples=3), house.prompt()
-    assert house.turn(wide, narrow) == StepPlan()
+    assert house.turn(wide, narrow) == StepPlan(is_full=True)
     assert house.turn(wide, narrow, ended=[running]).let_in == (wide,), "a slot given back in this turn counts"
 
 
@@ -102,7 +102,7 @@ def test_a_single_token_needs_no_slot():
     one = house.prompt(max_tokens=1, num_samples=3)
     assert house.turn(one) == entering(one)
     house.room._spare.clear()
-    assert house.turn(one) == StepPlan(), "but a table"
+    assert house.turn(one) == StepPlan(is_full=True), "but a table"
 
 
 def test_short_prompts_are_prefilled_together():
@@ -243,6 +243,17 @@ def test_entries_of_the_tables_are_a_room_of_their_own():
     house.steps(1)
     assert house.turn().preempt == (young,)
     assert house.turn().grow == (growing(old),)
+
+
+def test_priorities_age_for_those_who_give_way_too():
+    """A level is worth five seconds of waiting: else newcomers could take the pages of a low request for ever."""
+    house = House(4, pages=2)
+    (low,) = house.decoding(3, priority=-1)
+    house.came = 100
+    (young,) = house.decoding(3)
+    house.steps(1)
+    assert house.turn().preempt == (young,)
+    assert house.turn().grow == (growing(low),)
 
 
 def test_parked_prompts_go_before_the_queue_and_leave_room_to_grow():
