@@ -198,7 +198,7 @@ PUBLISHED = {
     "granite-3.3-8b": 8_170_864_640, "glm-4-9b": 9_400_279_040, "command-r7b": 8_028_033_024,
     "stablelm-2-12b": 12_143_185_920,
 }  # fmt: skip
-"""As their authors count; of Gemma 3 12B the text model."""
+"""As their authors count, but for StableLM 2, which is counted from its shapes; of Gemma 3 12B the text model."""
 
 
 @pytest.mark.parametrize("name", PRESETS)
