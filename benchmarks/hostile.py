@@ -6,6 +6,7 @@ memory of the server's processes, before, at its peak, and when all is over.
 """
 
 import asyncio
+import io
 import time
 from collections.abc import Iterator
 from contextlib import suppress
@@ -133,7 +134,7 @@ class Watcher:
         while True:
             begin = time.perf_counter()
             with suppress(*NO_ANSWER):  # a server may hang up
-                async with self._session.post(path, data=body) as response:
+                async with self._session.post(path, data=io.BytesIO(body)) as response:
                     await response.read()
                     seen.statuses.add(response.status)
             seen.answers_ms.append(1000 * (time.perf_counter() - begin))
