@@ -188,17 +188,8 @@ class Watcher:
 
 
 def memory_mib(pid: int) -> float:
-    """Resident memory of a process and its children (MiB). One that is being started is its parent until it has a
-    program of its own."""
-    own = _command(pid)
-    return sum(_resident_mib(number) for number in [pid, *_children(pid)] if number == pid or _command(number) != own)
-
-
-def _command(pid: int) -> bytes:
-    try:
-        return Path(f"/proc/{pid}/cmdline").read_bytes()
-    except OSError:
-        return b""
+    """Memory of a process and its children, what they share counted once (MiB)."""
+    return sum(_share_mib(number) for number in [pid, *_children(pid)])
 
 
 def _children(pid: int) -> Iterator[int]:
@@ -207,12 +198,12 @@ def _children(pid: int) -> Iterator[int]:
             yield from map(int, path.read_text().split())
 
 
-def _resident_mib(pid: int) -> float:
+def _share_mib(pid: int) -> float:
     try:
-        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+        lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
     except OSError:  # it has ended
         return 0.0
-    return sum(int(line.split()[1]) / 1024 for line in lines if line.startswith("VmRSS:"))
+    return sum(int(line.split()[1]) / 1024 for line in lines if line.startswith("Pss:"))
 
 
 def row(

@@ -55,7 +55,7 @@ def test_a_short_run(capsys):
         (n, c) for n in ("spaces", "lists", "objects") for c in (1, 3)
     ]
     assert all(row["statuses"] == [400] for row in rows)
-    # The pace of a stream is not asked for here: the tests' machine has other work.
-    assert max(row["health_ms_max"] for row in rows) < 1000
-    assert max(row["peak_mib"] for row in rows) < 300
+    # No pace is asked for here: the tests' machine has other work.
+    assert all(0 < row["health_ms_max"] < 10_000 for row in rows)
+    assert all(row["peak_mib"] < 600 for row in rows)
     assert "peak + MiB" in capsys.readouterr().out
