@@ -45,6 +45,7 @@ def sides(monkeypatch):
     return engines
 
 
+@pytest.mark.slow
 def test_both_sides_get_the_same_load_and_lose_one_request_each(sides, capsys):
     assert cli.run(QUICK) == 0
     out = capsys.readouterr().out

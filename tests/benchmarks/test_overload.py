@@ -19,6 +19,7 @@ def engine(monkeypatch):
     return engine
 
 
+@pytest.mark.slow
 def test_cost_overload_and_reuse(engine, capsys):
     words = ["--answer-tokens", "12", "--requests", "20", "--steps", "40", "--pairs", "1", "--max-queued", "2"]
     assert cli.run(["bench", "overload", *QUICK, *words]) == 0
@@ -35,6 +36,7 @@ def test_cost_overload_and_reuse(engine, capsys):
     assert "a cancelled slot answers the next request after" in out
 
 
+@pytest.mark.slow
 def test_soak_from_the_command_line(engine, capsys):
     words = ["--requests", "40", "--in-flight", "8", "--answer-tokens", "6", "--prompts", "3"]
     assert cli.run(["bench", "soak", *QUICK, *words]) == 0

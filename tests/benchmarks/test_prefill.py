@@ -61,6 +61,7 @@ def test_transformers_finds_the_same_token_behind_every_prompt(last_line):
         assert len(row["pairs"]) == 2
 
 
+@pytest.mark.slow
 def test_dtypes_and_quantisation_get_an_engine_each(monkeypatch, last_line, tiny_loaded):
     asked = []
     monkeypatch.setattr(prefill, "load", lambda config: asked.append(config) or tiny_loaded)

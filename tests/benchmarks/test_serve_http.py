@@ -150,6 +150,7 @@ def test_tls_and_a_token(bench, tmp_path):
         assert "nobody answers" in bench(url, status=cli.FAILED)
 
 
+@pytest.mark.slow
 def test_two_servers_take_turns(bench, capsys, tmp_path):
     """Two blocks each: all of a block's requests reach one server before the next block begins at the other."""
     order, fakes = [], (OpenAiFake(), OpenAiFake(pause_s=0.05))

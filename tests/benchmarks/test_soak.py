@@ -38,6 +38,7 @@ def test_a_short_soak(capsys):
     assert "no faults" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_wrong_tokens_are_found():
     class Confused(FakeEngine):
         """After a while, behind the first answers, every slot counts by two."""
@@ -52,6 +53,7 @@ def test_wrong_tokens_are_found():
     assert "the answers are others than at the beginning" in result["faults"]
 
 
+@pytest.mark.slow
 def test_a_slot_that_is_never_freed_is_found(monkeypatch):
     monkeypatch.setattr(soak, "QUIET_S", 0.2)
     options = dataclasses.replace(OPTIONS, requests=30, in_flight=4)
@@ -75,6 +77,7 @@ def test_a_pool_that_is_too_small_is_soaked_by_preemptions(capsys):
     assert f"{result['preemptions']} pre-empted" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_pool_that_is_not_tight_is_told():
     options = dataclasses.replace(OPTIONS, requests=30, min_preemptions=1)
     with hosted(FakeEngine(), None, CONFIG) as serving:
@@ -82,6 +85,7 @@ def test_a_pool_that_is_not_tight_is_told():
     assert result["faults"] == ["0 requests were pre-empted, not the 1 asked for; lower --cache-tokens"]
 
 
+@pytest.mark.slow
 def test_lost_pages_are_found(monkeypatch):
     """One is never given back, another is in no list any more."""
     monkeypatch.setattr(soak, "QUIET_S", 0.2)

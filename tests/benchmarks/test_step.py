@@ -61,6 +61,7 @@ def test_one_point_is_one_flat_object(last_line):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("versus", ["eager", "transformers", *DEAR])
 def test_a_baseline_gives_equal_tokens_and_a_ratio_a_pair(last_line, versus):
     result = last_line("--live-tokens", "40", "--versus", versus)
@@ -70,6 +71,7 @@ def test_a_baseline_gives_equal_tokens_and_a_ratio_a_pair(last_line, versus):
     assert result["ratio_min"] <= result["ratio_p50"] <= result["ratio_max"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("versus", ["eager", "transformers", *DEAR])
 def test_a_baseline_takes_the_length_that_it_is_set_to(versus, tiny_loaded):
     """Rows that nobody wrote are zeros everywhere, so tokens must stay equal: longer, and then shorter than it was."""
@@ -165,6 +167,7 @@ def test_quantisation_is_swept_with_an_engine_each(monkeypatch, capsys, tiny_loa
     assert [point["quantize_kv"] for point in sweep] == ["int8", "int8"]
 
 
+@pytest.mark.slow
 def test_points_that_differ_in_slots_share_the_weights(monkeypatch, capsys):
     """Eight billion weights are not loaded anew for each number of slots."""
     loads = []

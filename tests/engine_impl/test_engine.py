@@ -459,6 +459,7 @@ def test_a_session_refuses_a_pool_that_holds_not_even_one_longest_request():
         session.start(0, PROMPT)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("devices", "kv_heads"),
     [

@@ -55,6 +55,7 @@ def test_steps_store_what_prefill_stores():
     np.testing.assert_array_equal(after.scales, before.scales)
 
 
+@pytest.mark.slow
 def test_eight_devices_give_the_tokens_of_one():
     """A head's scales are its own, so that no sharding changes them."""
     config = replace(TINY, num_kv_heads=8)

@@ -335,6 +335,7 @@ def test_lists_are_as_long_as_the_pool_allows():
     assert few.page.shape == (512 * 128 + 512,)
 
 
+@pytest.mark.slow
 def test_two_cores():
     """On a chip with two cores the shorter list of steps is padded; a padded step must change nothing."""
     lengths, S, H = [200, 1, 0, 0, 256, 130], 256, 128

@@ -18,6 +18,8 @@ from slipstream.server.net.ports import listening
 
 from tests.server.calls import WAIT_S
 
+pytestmark = pytest.mark.slow
+
 SERVER = """
 import asyncio, sys
 from slipstream.server.observe import logs

@@ -167,6 +167,7 @@ def test_tokenizer_files(tmp_path, tokenizer_files, data):
 CHARSMAP = {"type": "Precompiled", "precompiled_charsmap": "AAAA"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "change",
     [

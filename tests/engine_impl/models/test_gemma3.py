@@ -60,6 +60,7 @@ def names_in(folder):
     return set(load_file(folder / "model.safetensors"))
 
 
+@pytest.mark.slow
 def test_the_text_model_equals_transformers(written):
     """Prompts longer than the window; then 16 tokens, each what transformers would say after the same text."""
     reference, folder, _ = written

@@ -205,6 +205,7 @@ def answers_of_decoded_weights(kind):
     return greedy(*engine_with(Decoded(OF_8_BLOCKS, kind=kind)), PROMPTS, 12)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["int8", "int4"])
 @pytest.mark.parametrize(
     ("devices", "loop"), [(1, "unrolled"), (1, "scan"), pytest.param(8, "scan", marks=pytest.mark.slow)]

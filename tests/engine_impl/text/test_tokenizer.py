@@ -164,6 +164,7 @@ ENDLESS_TEMPLATES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("message", "source"), ENDLESS_TEMPLATES.items())
 def test_templates_that_come_to_no_end_are_refused_at_load_and_later(message, source, monkeypatch):
     monkeypatch.setattr(chat_template.WORKERS, "_seconds", 1.0)
