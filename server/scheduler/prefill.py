@@ -22,12 +22,11 @@ class Pieces(Generic[PrefixT]):
     prompts: Sequence[Prompt]
     tokens: Sequence[int]
     """Of each prompt's piece."""
+    firsts: Sequence[Sample | None]
+    """Each prompt's first sample, where the prompt is complete with this piece."""
     prefixes: Sequence[PrefixT]
     """The first one has the first token of every prompt that is complete; each one more that of one sample more."""
     pending: Sequence[PendingResult]
-
-    def is_complete(self, index: int) -> bool:
-        return self.tokens[index] == self.prompts[index].left
 
 
 def compute(
@@ -48,7 +47,7 @@ def compute(
     firsts = [p.samples[0] if count == p.left else None for p, count in zip(prompts, tokens, strict=True)]
     if not any(firsts):  # a single piece of a long prompt
         waits = PendingResult(None, slots.of([]), is_step=False, started=started, next_logprobs=behind)
-        return Pieces(prompts, tokens, [prefix], [waits])
+        return Pieces(prompts, tokens, firsts, [prefix], [waits])
     prefixes, pending = list[PrefixT](), list[PendingResult]()
     for owners in (firsts, *([sample] for sample in prompts[0].samples[1:])):
         openings = [sample and p.opening(sample) for p, sample in zip(prompts, owners, strict=True)]
@@ -64,18 +63,14 @@ def compute(
                 next_logprobs=[] if pending else logprobs,
             )
         )
-    return Pieces(prompts, tokens, prefixes, pending)
+    return Pieces(prompts, tokens, firsts, prefixes, pending)
 
 
 def store(
     engine: Engine[ParamsT, PrefixT, StateT], state: StateT, pieces: Pieces[PrefixT], room: Room, slots: Slots
 ) -> StateT:
     """The state with the pieces' rows in it. Samples that decode from here on are seated."""
-    completes = [pieces.is_complete(index) for index in range(len(pieces.prompts))]
-    seats: list[int | None] = [
-        prompt.samples[0].slot if is_complete else None
-        for prompt, is_complete in zip(pieces.prompts, completes, strict=True)
-    ]
+    seats = [None if sample is None else sample.slot for sample in pieces.firsts]
     page_NJ = np.stack([room.row(prompt.tables[0]) for prompt in pieces.prompts])
     first, *others = pieces.prefixes
     state = engine.insert(first, state, seats, page_NJ)
@@ -83,16 +78,11 @@ def store(
         others, pieces.prompts[0].samples[1:], pieces.prompts[0].tables[1:], strict=False
     ):  # none without slots
         state = engine.insert(prefix, state, [sample.slot], room.row(table)[None])
-    for prompt, count, is_complete in zip(pieces.prompts, pieces.tokens, completes, strict=True):
+    for prompt, count, complete in zip(pieces.prompts, pieces.tokens, pieces.firsts, strict=True):
         room.advance(prompt, count)
         if prompt.wants_logprobs:
             prompt.next_logprobs.append((first.logprob_NT, count))
-        if is_complete:
-            for sample in seated(prompt):
+        if complete is not None and prompt.slots_needed:
+            for sample in prompt.samples:
                 slots.seat(sample, prompt.token_T)
     return state
-
-
-def seated(prompt: Prompt) -> Sequence[Sample]:
-    """Its samples that decode once it is complete."""
-    return prompt.samples if prompt.slots_needed else ()
