@@ -54,6 +54,35 @@ def check_pages(name: str, table: jax.Array, *, texts: int, rows: int) -> None:
         raise ValueError(f"a page of {rows=} must have a multiple of 128; nearest above: {-(-rows // 128) * 128}")
 
 
+def check_cache(
+    cache_LPKRC: jax.Array,
+    scale_LPK2R: jax.Array | None,
+    layer: jax.Array | int,
+    *,
+    head_dim: int,
+    backend: Backend,
+) -> None:
+    """Raises ValueError for a cache that no attention over heads of H = `head_dim` reads, and a layer it has not."""
+    (L, pool, K, R, C), H = cache_LPKRC.shape, head_dim
+    if scale_LPK2R is not None:
+        check_shape("scale_LPK2R", scale_LPK2R, (L, pool, K, 2, R), "LPK2R")
+        if (cache_LPKRC.dtype, scale_LPK2R.dtype) != (jnp.int8, jnp.float32):
+            raise ValueError(
+                f"a cache with scales has int8 codes and float32 scales, got {cache_LPKRC.dtype=} and "
+                f"{scale_LPK2R.dtype=}"
+            )
+    if C != 2 * H:
+        raise ValueError(f"the cache's rows have {C=} lanes, but k and v side by side need 2 * {H=}")
+    if not is_xla(backend) and C % 128:
+        padded = -(-C // 128) * 64
+        raise ValueError(
+            f"{H=} makes rows of {C=} lanes, not whole tiles of 128, and the TPU compiler would copy the cache at "
+            f"every call; pad heads to {padded} with zeros and scale q by ({padded} / {H})**0.5"
+        )
+    if isinstance(layer, int) and not 0 <= layer < L:
+        raise ValueError(f"{layer=} must be in [0, {L=})")
+
+
 def check_dtypes(**arrays: jax.Array) -> None:
     """Raises ValueError unless all arrays share one floating dtype."""
     dtypes = {name: str(array.dtype) for name, array in arrays.items()}

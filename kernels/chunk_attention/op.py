@@ -11,6 +11,7 @@ from ..backend import (
     AXIS,
     Backend,
     check_backend,
+    check_cache,
     check_dtypes,
     check_pages,
     check_shape,
@@ -73,27 +74,17 @@ def chunk_attention(
     check_backend(backend)
     check_window(window)
     check_soft_cap(soft_cap)
-    (L, pool, K, R, C), (T, N, H) = cache_LPKRC.shape, q_TNH.shape
+    (_, _, K, R, _), (T, N, H) = cache_LPKRC.shape, q_TNH.shape
     heads_per_shard(mesh, K, N)
     check_dtypes(q_TNH=q_TNH, k_TKH=k_TKH, v_TKH=v_TKH)
     check_shape("k_TKH", k_TKH, (T, K, H), "TKH")
     check_shape("v_TKH", v_TKH, (T, K, H), "TKH")
     if scale_LPK2R is None:
         check_dtypes(q_TNH=q_TNH, cache_LPKRC=cache_LPKRC)
-    else:
-        check_shape("scale_LPK2R", scale_LPK2R, (L, pool, K, 2, R), "LPK2R")
-        if (cache_LPKRC.dtype, scale_LPK2R.dtype) != (jnp.int8, jnp.float32):
-            raise ValueError(f"a cache with scales has int8 codes and float32 scales, got {cache_LPKRC.dtype=} and "
-                             f"{scale_LPK2R.dtype=}")  # fmt: skip
+    check_cache(cache_LPKRC, scale_LPK2R, layer, head_dim=H, backend=backend)
     if start_M.ndim != 1 or not start_M.size or T % start_M.size:
         raise ValueError(f"start_M must be [M], M a divisor of the {T=} rows, got {start_M.shape}")
     check_pages("page_MJ", page_MJ, texts=start_M.size, rows=R)
-    if C != 2 * H:
-        raise ValueError(f"the cache's rows have {C=} lanes, but k and v side by side need 2 * {H=}")
-    if not is_xla(backend) and C % 128:
-        raise ValueError(f"{H=} makes rows of {C=} lanes, not whole tiles of 128; pad heads as the cache has them")
-    if isinstance(layer, int) and not 0 <= layer < L:
-        raise ValueError(f"{layer=} must be in [0, {L=})")
 
     if is_xla(backend):
         attention = chunk_attention_gpu if backend == "xla_gpu" else chunk_attention_reference

@@ -11,6 +11,7 @@ from ..backend import (
     AXIS,
     Backend,
     check_backend,
+    check_cache,
     check_dtypes,
     check_pages,
     check_shape,
@@ -76,29 +77,15 @@ def ragged_attention(
     check_backend(backend)
     check_window(window)
     check_soft_cap(soft_cap)
-    (L, pool, K, R, C), (B, N, H) = cache_LPKRC.shape, q_BNH.shape
+    (_, _, K, R, C), (B, N, H) = cache_LPKRC.shape, q_BNH.shape
     heads_per_shard(mesh, K, N)
+    check_dtypes(q_BNH=q_BNH, new_BKC=new_BKC)
     if scale_LPK2R is None:
-        check_dtypes(q_BNH=q_BNH, new_BKC=new_BKC, cache_LPKRC=cache_LPKRC)
-    else:
-        check_dtypes(q_BNH=q_BNH, new_BKC=new_BKC)
-        check_shape("scale_LPK2R", scale_LPK2R, (L, pool, K, 2, R), "LPK2R")
-        if (cache_LPKRC.dtype, scale_LPK2R.dtype) != (jnp.int8, jnp.float32):
-            raise ValueError(f"a cache with scales has int8 codes and float32 scales, got {cache_LPKRC.dtype=} and "
-                             f"{scale_LPK2R.dtype=}")  # fmt: skip
+        check_dtypes(q_BNH=q_BNH, cache_LPKRC=cache_LPKRC)
+    check_cache(cache_LPKRC, scale_LPK2R, layer, head_dim=H, backend=backend)
     check_shape("new_BKC", new_BKC, (B, K, C), "BKC")
     check_shape("length_B", length_B, (B,), "B")
     check_pages("page_BJ", page_BJ, texts=B, rows=R)
-    if C != 2 * H:
-        raise ValueError(f"the cache's rows have {C=} lanes, but k and v side by side need 2 * {H=}")
-    if not is_xla(backend) and C % 128:
-        padded = -(-C // 128) * 64
-        raise ValueError(
-            f"{H=} makes rows of {C=} lanes, not whole tiles of 128, and the TPU compiler would copy the cache at "
-            f"every call; pad heads to {padded} with zeros and scale q by ({padded} / {H})**0.5"
-        )
-    if isinstance(layer, int) and not 0 <= layer < L:
-        raise ValueError(f"{layer=} must be in [0, {L=})")
 
     heads, length_B, page_BJ = P(None, AXIS), length_B.astype(jnp.int32), page_BJ.astype(jnp.int32)
     window = None if window is None else jnp.asarray(window, jnp.int32)
