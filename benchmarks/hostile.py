@@ -189,13 +189,20 @@ class Watcher:
 
 def memory_mib(pid: int) -> float:
     """Memory of a process and its children, what they share counted once (MiB)."""
-    return sum(_share_mib(number) for number in [pid, *_children(pid)])
+    return _share_mib(pid) + sum(_share_mib(number) for number in _children(pid) if _command(number) != _command(pid))
 
 
 def _children(pid: int) -> Iterator[int]:
     for path in Path(f"/proc/{pid}/task").glob("*/children"):
         with suppress(OSError):
             yield from map(int, path.read_text().split())
+
+
+def _command(pid: int) -> bytes:
+    """A child that has not yet become its own program still has its parent's command, and uses its parent's memory."""
+    with suppress(OSError):
+        return Path(f"/proc/{pid}/cmdline").read_bytes()
+    return b""
 
 
 def _share_mib(pid: int) -> float:

@@ -1,6 +1,7 @@
 """The benchmark of hostile inputs: what it makes of what it sees, and once against a real server."""
 
 import json
+import os
 from typing import Any
 
 import pytest
@@ -40,6 +41,13 @@ def seen(**more: Any) -> Watched:
 def test_what_must_not_be_is_told(more, fault):
     faults = row("words", 10, 1, seen(), seen(**more), 100.0, 100.0)["faults"]
     assert faults == ([fault] if fault else [])
+
+
+def test_a_child_that_has_not_become_its_own_program_is_not_counted_again(monkeypatch):
+    own, other = os.getpid(), os.getppid()
+    monkeypatch.setattr(hostile, "_children", lambda pid: iter([own, other]))
+    monkeypatch.setattr(hostile, "_share_mib", {own: 700.0, other: 30.0}.__getitem__)
+    assert hostile.memory_mib(own) == 730.0
 
 
 def test_an_unknown_input_is_refused():
