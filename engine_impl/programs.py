@@ -58,6 +58,8 @@ class Programs:
     mesh: Mesh
     layout: CacheLayout
     backend: Backend
+    has_adapters: bool = False
+    """whether slots and pieces carry an adapter's index"""
 
     @property
     def cache_length(self) -> int:
@@ -79,7 +81,7 @@ class Programs:
         cache = self.store(state.cache, new, rows.length_N, rows.is_live_N & (token_N >= 0), page_NJ)
         token_B = state.token_B.at[slot_N].set(token_N, mode="drop")
         length_B = state.length_B.at[slot_N].set(rows.length_N + rows.is_live_N, mode="drop")
-        return DecodeState(cache, token_B, length_B, state.sampling, count_BV), told
+        return DecodeState(cache, token_B, length_B, state.sampling, count_BV, state.adapter_B), told
 
     def generate(
         self, params: Params, state: DecodeState, slot_N: jax.Array, page_NJ: jax.Array
@@ -119,7 +121,8 @@ class Programs:
             return jnp.where(is_live, of(values_B), otherwise)
 
         sampling = jax.tree.map(of_live, state.sampling, SlotSampling.of(GREEDY))
-        return Rows(slot_N, is_live_N, of(state.token_B), length_N, sampling)
+        adapter_N = None if state.adapter_B is None else of_live(state.adapter_B, jnp.int32(0))
+        return Rows(slot_N, is_live_N, of(state.token_B), length_N, sampling, adapter_N)
 
     # A text
 
@@ -132,13 +135,16 @@ class Programs:
         count_N: jax.Array,
         next_NT: jax.Array,
         page_NJ: jax.Array,
+        adapter_N: jax.Array | None = None,
     ) -> Prefix:
         """Padded pieces' keys and values; see `forward.prefill`. No token is chosen yet."""
         N = token_NT.shape[0]
         attend = attend_chunk(cache, start_N, page_NJ, codec=self.layout.codec, **self._attention)
-        logits_NV, kv, logprob_NT = forward.prefill(self.model, params, token_NT, start_N, count_N, next_NT, attend)
+        logits_NV, kv, logprob_NT = forward.prefill(
+            self.model, params, token_NT, start_N, count_N, next_NT, attend, adapter_N
+        )
         token_N, count_NV = jnp.full((N,), -1, jnp.int32), jnp.zeros((N, self.model.config.vocab_size), jnp.uint16)
-        return Prefix(kv, start_N, count_N, logits_NV, logprob_NT, token_N, SlotSampling.greedy(N), count_NV)
+        return Prefix(kv, start_N, count_N, logits_NV, logprob_NT, token_N, SlotSampling.greedy(N), count_NV, adapter_N)
 
     def first_tokens(
         self,
@@ -161,7 +167,8 @@ class Programs:
         slots = self.layout.slots
         nothing_B = jnp.zeros((slots,), jnp.int32)
         count_BV = jnp.zeros((slots, self.model.config.vocab_size), jnp.uint16)
-        return DecodeState(self.empty_cache(), nothing_B, nothing_B, SlotSampling.greedy(slots), count_BV)
+        adapter_B = nothing_B if self.has_adapters else None
+        return DecodeState(self.empty_cache(), nothing_B, nothing_B, SlotSampling.greedy(slots), count_BV, adapter_B)
 
     def insert(self, prefix: Prefix, state: DecodeState, slot_N: jax.Array, page_NJ: jax.Array) -> DecodeState:
         """Pieces into their texts' pages; complete texts into their slots too."""
@@ -175,6 +182,7 @@ class Programs:
             into(state.length_B, prefix.start_N + prefix.count_N),
             jax.tree.map(into, state.sampling, prefix.sampling),
             into(state.count_BV, prefix.count_NV),
+            jax.tree.map(into, state.adapter_B, prefix.adapter_N),
         )
 
     # The cache
@@ -190,7 +198,7 @@ class Programs:
     def decode(self, params: Params, cache: KV, rows: Rows, page_NJ: jax.Array) -> tuple[jax.Array, Any]:
         """The model on each slot's last token: (logits_NV, new_LNKC, the rows to be stored)."""
         attend = self.attend(cache, rows.length_N, page_NJ)
-        return forward.decode(self.model, params, rows.token_N, rows.length_N, attend)
+        return forward.decode(self.model, params, rows.token_N, rows.length_N, attend, rows.adapter_N)
 
     def store(self, cache: KV, new: Any, length_N: jax.Array, live_N: jax.Array, page_NJ: jax.Array) -> KV:
         """The cache with what `decode` left to be stored, of the live slots alone."""
@@ -211,13 +219,15 @@ class Programs:
     def state_sharding(self) -> DecodeState:
         """A sharding for each array of a state."""
         everywhere, rows = self.everywhere, self._vocabulary
-        return DecodeState(self.cache_sharding(), everywhere, everywhere, self._sampling, self._at(None, *rows))
+        adapters = everywhere if self.has_adapters else None
+        return DecodeState(self.cache_sharding(), everywhere, everywhere, self._sampling, self._at(None, *rows), adapters)
 
     def prefix_sharding(self) -> Prefix:
         """A sharding for each array of a prefix: where `insert` takes it."""
         everywhere, v = self.everywhere, self._at(None, *self._vocabulary)
         kv = self.layout.shardings(self.mesh)[1]
-        return Prefix(kv, everywhere, everywhere, v, everywhere, everywhere, self._sampling, v)
+        adapters = everywhere if self.has_adapters else None
+        return Prefix(kv, everywhere, everywhere, v, everywhere, everywhere, self._sampling, v, adapters)
 
     @property
     def everywhere(self) -> Any:

@@ -31,6 +31,8 @@ class PieceBatch(NamedTuple):
     next_NT: np.ndarray
     """tokens behind those of token_NT where their log-probability is asked for, else -1"""
     page_NJ: np.ndarray
+    adapter_N: np.ndarray | None
+    """None where there are no adapters"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,6 +45,7 @@ class Shapes:
     chunk: int
     """most tokens of a piece"""
     platform: str = "cpu"
+    has_adapters: bool = False
 
     @property
     def prefills(self) -> tuple[tuple[int, int], ...]:
@@ -73,18 +76,18 @@ class Shapes:
         """
         N, T = self.prefill_of([len(piece.token_T) for piece in pieces])
         token_NT, next_NT = np.zeros((N, T), np.int32), np.full((N, T), -1, np.int32)
-        start_N, count_N = np.zeros(N, np.int32), np.zeros(N, np.int32)
+        start_N, count_N, adapter_N = np.zeros((3, N), np.int32)
         for n, piece in enumerate(pieces):
             if piece.start % self.page_rows:
                 raise ValueError(f"{piece.start=} must be a multiple of page_rows={self.page_rows}")
-            start_N[n], count_N[n] = piece.start, len(piece.token_T)
+            start_N[n], count_N[n], adapter_N[n] = piece.start, len(piece.token_T), piece.adapter
             token_NT[n, : count_N[n]] = piece.token_T
             if piece.wants_logprobs:
                 next_NT[n, : count_N[n]] = [*piece.token_T[1:], piece.next_id]
         page_NJ = np.zeros((N, self.pages_per_slot), np.int32)
         for n, piece in enumerate(pieces):
             page_NJ[n, : len(piece.page_J)] = piece.page_J
-        return PieceBatch(token_NT, start_N, count_N, next_NT, page_NJ)
+        return PieceBatch(token_NT, start_N, count_N, next_NT, page_NJ, adapter_N if self.has_adapters else None)
 
     def step(self, slot_N: np.ndarray) -> np.ndarray:
         """The slots, filled up to the size of a step with a number that no slot has.

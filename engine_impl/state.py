@@ -29,6 +29,8 @@ class Prefix:
     """[N] each, what it was chosen by"""
     count_NV: jax.Array
     """u16, what the texts have, see penalties.py; made for texts with a penalty"""
+    adapter_N: jax.Array | None = None
+    """i32, as in DecodeState"""
 
 
 @jax.tree_util.register_dataclass
@@ -46,6 +48,8 @@ class DecodeState:
     """[B] each"""
     count_BV: jax.Array
     """u16, what the cached tokens are, see penalties.py; up to date for slots with a penalty"""
+    adapter_B: jax.Array | None = None
+    """i32, the adapter that changes the model for the slot, 0 is none; None where there are no adapters"""
 
 
 @jax.tree_util.register_dataclass
@@ -63,6 +67,8 @@ class Rows:
     """i32, as in DecodeState; 0 where there is no slot"""
     sampling: SlotSampling
     """[N] each; greedy where no token is chosen, so that it asks nothing of the sampler"""
+    adapter_N: jax.Array | None = None
+    """i32, as in DecodeState; 0 where no token is chosen"""
 
 
 @jax.tree_util.register_dataclass

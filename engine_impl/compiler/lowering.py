@@ -44,7 +44,10 @@ def lower_score_step(engine: Engine, slots: int | None = None) -> jax.stages.Low
 
 def abstract_params(engine: Engine) -> Params:
     """Shapes, types and shardings of the parameters."""
-    return load.abstract_params(engine.model, engine.mesh, engine.layout.dtype, engine.layer_loop)
+    params = load.abstract_params(engine.model, engine.mesh, engine.layout.dtype, engine.layer_loop)
+    if engine.adapter_places is None:
+        return params
+    return params | {"adapters": engine.adapter_places.abstract(engine.layer_loop)}
 
 
 def abstract_state(engine: Engine) -> DecodeState:
@@ -67,7 +70,8 @@ def _prefill_arguments(engine: Engine, pieces: int, tokens: int) -> tuple[Any, .
     token_NT, start_N = _array(engine, (pieces, tokens), jnp.int32), _array(engine, (pieces,), jnp.int32)
     page_NJ = _array(engine, (pieces, engine.pages_per_slot), jnp.int32)
     cache = engine.layout.abstract(engine.mesh)
-    return abstract_params(engine), cache, token_NT, start_N, start_N, token_NT, page_NJ
+    adapter_N = start_N if engine.programs.has_adapters else None
+    return abstract_params(engine), cache, token_NT, start_N, start_N, token_NT, page_NJ, adapter_N
 
 
 def _texts(engine: Engine, count: int) -> tuple[Any, Any]:
