@@ -6,6 +6,7 @@ import signal
 from dataclasses import dataclass
 
 from ..engine_impl.config import EngineConfig
+from ..engine_impl.errors import RefusedError
 from ..server.config import ServerConfig
 
 
@@ -15,6 +16,12 @@ class Serve:
 
     engine: EngineConfig
     server: ServerConfig
+
+    def __post_init__(self) -> None:
+        if self.server.lora.asks_for_some and not self.engine.max_adapters:
+            raise RefusedError("--adapters and --adapter-dir need room on the devices: add --max-adapters N")
+        if self.engine.max_adapters and self.server.orchestrator == "jetstream":
+            raise RefusedError("JetStream's orchestrator knows no adapters: leave --max-adapters out")
 
     def run(self) -> int:
         # gRPC's core has a line on stderr for every handshake that fails, such as those of port scanners.

@@ -164,6 +164,11 @@ class Adapter(Protocol):
         """Of the host's memory."""
         ...
 
+    @property
+    def device_bytes(self) -> int:
+        """Of all devices' memory, while it is there."""
+        ...
+
 
 class Engine(Protocol[ParamsT, PrefixT, StateT]):
     """A model on its devices, serving `max_concurrent_decodes` requests together."""

@@ -33,6 +33,7 @@ from .adapters.stacks import AdapterPlaces, AdapterWeights
 from .api import Opening, Piece
 from .checkpoints.contract import Checkpoint
 from .config import EngineConfig
+from .errors import RefusedError
 from .forward import LayerLoop, Params
 from .layout import chunk_of, layout_of
 from .models.decoder import Decoder

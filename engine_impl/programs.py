@@ -220,7 +220,9 @@ class Programs:
         """A sharding for each array of a state."""
         everywhere, rows = self.everywhere, self._vocabulary
         adapters = everywhere if self.has_adapters else None
-        return DecodeState(self.cache_sharding(), everywhere, everywhere, self._sampling, self._at(None, *rows), adapters)
+        return DecodeState(
+            self.cache_sharding(), everywhere, everywhere, self._sampling, self._at(None, *rows), adapters
+        )
 
     def prefix_sharding(self) -> Prefix:
         """A sharding for each array of a prefix: where `insert` takes it."""

@@ -2,7 +2,7 @@
 
 import asyncio
 import secrets
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, contextmanager
 from enum import Enum
@@ -11,10 +11,12 @@ from typing import Any
 
 from ..engine_impl.api import AnyEngine
 from ..engine_impl.errors import RefusedError
+from .adapters.store import AdapterStore
 from .delivery.mailbox import Batch, Mailbox
 from .errors import CancelledError, DeadlineError, UnavailableError
 from .observe.logs import log_prompt
-from .request.request import Event, FinishReason, Request
+from .request.adapter import LoadedAdapter
+from .request.request import NO_ADAPTERS, Event, FinishReason, Request
 from .scheduler.orchestrator import Orchestrator
 
 REQUEST_ID = "x-request-id"
@@ -58,10 +60,11 @@ THREADS = {Lane.TEXT: 4, Lane.CHAT: 4, Lane.LONG: 1}
 class Gateway:
     """One server's, of one event loop. Refuses with UnavailableError until `open()`."""
 
-    def __init__(self, on_call: Callable[[], object] = lambda: None) -> None:
-        """`on_call` is told of every call that begins."""
+    def __init__(self, on_call: Callable[[], object] = lambda: None, adapters: AdapterStore | None = None) -> None:
+        """`on_call` is told of every call that begins. `adapters`: those that requests may name; default: none."""
         self.calls = 0
         """Calls that are being answered."""
+        self.adapters = adapters or AdapterStore()
         self._on_call = on_call
         self._served: tuple[AnyEngine, Orchestrator[Any, Any, Any]] | None = None
         self._closed = "the model is still loading; try again later"
@@ -75,6 +78,7 @@ class Gateway:
     def close(self, reason: str) -> None:
         """From now on new requests are refused; those in flight go on."""
         self._served, self._closed = None, reason
+        self.adapters.close()
         for lane in self._lanes.values():
             lane.shutdown(wait=False)
 
@@ -86,6 +90,25 @@ class Gateway:
     def engine(self) -> AnyEngine:
         """Raises UnavailableError while the gateway is closed."""
         return self._open()[0]
+
+    @property
+    def open_adapters(self) -> AdapterStore:
+        """For whoever loads or unloads. Raises UnavailableError while the gateway is closed, RefusedError where there
+        are no adapters."""
+        if not self.engine.max_adapters:
+            raise RefusedError(NO_ADAPTERS)
+        return self.adapters
+
+    @property
+    def adapters_on_devices(self) -> Collection[LoadedAdapter]:
+        """Raises UnavailableError while the gateway is closed."""
+        return self._open()[1].adapters_on_devices
+
+    def check_model(self, model: str | None) -> None:
+        """Raises UnknownModelError for a name that is neither the model's nor an adapter's, and UnavailableError while
+        the gateway is closed. None is the model."""
+        if model not in (None, self.engine.model_name):
+            self.adapters.check(model)
 
     @contextmanager
     def call(self) -> Iterator[None]:
@@ -106,7 +129,8 @@ class Gateway:
             lane: whom it may hold up.
             client: who asks; clients take turns.
 
-        Raises what `read` raises, UnavailableError, QueueFullError, and DeadlineError for one that has passed already.
+        Raises what `read` raises, UnavailableError, QueueFullError, UnknownModelError, and DeadlineError for one that
+        has passed already, or does while an adapter is being loaded.
         """
         engine, orchestrator = self._open()
         orchestrator.check_room(client)
@@ -117,6 +141,8 @@ class Gateway:
         )
         for request in requests:
             request.client = client
+            if request.adapter_name:
+                request.adapt(await self.adapters.get(request.adapter_name, request.deadline))
             log_prompt(request.id, request.prompt_ids, engine.get_tokenizer())
         orchestrator.submit(*requests)
         try:

@@ -23,9 +23,12 @@ from ..engine_impl.api import AnyEngine
 from ..engine_impl.errors import RefusedError
 from ..engine_impl.runtime import timeline
 from ..engine_impl.runtime.compilations import programs
+from .adapters.store import AdapterStore, named_paths
 from .config import ServerConfig, join_address
 from .errors import UnavailableError
 from .gateway import Gateway
+from .grpc import adapters
+from .grpc.adapters import AdapterService
 from .grpc.interceptors import interceptors
 from .grpc.service import JETSTREAM_SERVICE, SERVICE, GrpcService, add_to
 from .http.server import HttpServer
@@ -82,9 +85,10 @@ class Serving:
         self._load, self._config, self._line = load, config, line
         if config.watch.profile is not None:
             self.profile = Profile(config.watch.profile, config.watch.profile_s)
-        self._gateway = Gateway() if self.profile is None else Gateway(self.profile.on_call)
-        guard = Guard(config.security)
-        self._grpc = GrpcService(self._gateway, guard)
+        self.adapters = AdapterStore(config.lora.adapter_dir)
+        self._gateway = Gateway((lambda: None) if self.profile is None else self.profile.on_call, self.adapters)
+        guard = Guard(config.security, is_local=config.is_local)
+        self._grpc, self._adapter_calls = GrpcService(self._gateway, guard), AdapterService(self._gateway, guard)
         self._http = (
             None if config.http_port is None else HttpServer(self._gateway, guard, config, lambda: self.is_ready)
         )
@@ -138,6 +142,7 @@ class Serving:
         await self._set_ready(False)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         add_to(self._server, self._grpc)
+        adapters.add_to(self._server, self._adapter_calls)
         names = (SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME)
         reflection.enable_server_reflection(names, self._server)
         check_port_is_free(self._config)
@@ -186,6 +191,9 @@ class Serving:
         start = time.monotonic()
         engine, params = await in_thread(self._load)
         log.info("loaded %s in %.1f s; compiling", engine.model_name, time.monotonic() - start)
+        self.adapters.open(engine.read_adapter, engine.model_name)
+        for name, path in named_paths(self._config.lora.adapters).items():
+            await self.adapters.load(name, path)
         loop, ready = asyncio.get_running_loop(), asyncio.Event()
         self.orchestrator = Orchestrator(
             engine,

@@ -53,6 +53,7 @@ SUB_ROOMS: dict[str, dict[str, set[str]]] = {
         "models": {"errors"},
         "sampling": {"errors", "option"},
         "checkpoints": {"errors", "models", "text", "runtime"},
+        "adapters": {"errors", "config", "bridge", "models", "checkpoints"},
         "quantization": {"errors", "config", "bridge", "models", "checkpoints"},
         "weights": {"errors", "forward", "models", "checkpoints", "quantization"},
         "compiler": {
@@ -65,6 +66,7 @@ SUB_ROOMS: dict[str, dict[str, set[str]]] = {
     },
     "server": {
         "request": {"errors"},
+        "adapters": {"errors", "request"},
         "net": {"errors", "config"},
         "observe": {"net"},
         "delivery": {"errors", "request", "observe"},

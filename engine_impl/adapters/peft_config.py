@@ -92,7 +92,9 @@ def read_peft_config(folder: Path) -> PeftConfig:
     try:
         fields = json.loads(path.read_text())
     except OSError as error:
-        raise RefusedError(f"{str(path)!r} cannot be read ({error.strerror}); give the folder of a PEFT adapter") from error
+        raise RefusedError(
+            f"{str(path)!r} cannot be read ({error.strerror}); give the folder of a PEFT adapter"
+        ) from error
     except ValueError as error:
         raise RefusedError(f"{str(path)!r} is no JSON ({error}); fetch it anew") from error
     where = str(path)

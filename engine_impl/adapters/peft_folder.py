@@ -65,7 +65,7 @@ def read_adapter(
                     shape = (places.layers, *site.shape(part, config.largest_rank))
                     whole = arrays.setdefault(site.name(part), np.zeros(shape, places.dtype))
                     whole[layer][tuple(map(slice, end.shape))] = end  # of a smaller rank: zeros fill it up
-    return AdapterWeights(config.largest_rank, arrays)
+    return AdapterWeights(config.largest_rank, arrays, places.bytes_of_one)
 
 
 def _tensors(folder: Path, model: Decoder) -> dict[tuple[str, str], Stored]:
@@ -129,9 +129,7 @@ def _check_names(
         raise RefusedError(f"{config.where} does not fit the model; {'; '.join(told)}")
 
 
-def _ends(
-    tensors: Mapping[tuple[str, str], Stored], module: str, config: PeftConfig
-) -> tuple[np.ndarray, np.ndarray]:
+def _ends(tensors: Mapping[tuple[str, str], Stored], module: str, config: PeftConfig) -> tuple[np.ndarray, np.ndarray]:
     """A [r, I] and B [O, r] of a checkpoint's module in float32, B with the adapter's scale in it."""
     down_rI, up_Or = (tensors[module, end].read().astype(np.float32) for end in "AB")
     if not (np.isfinite(down_rI).all() and np.isfinite(up_Or).all()):

@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import torch
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import Mesh
 from torch import Tensor, nn
 
 from ...kernels import AXIS
@@ -93,6 +93,8 @@ def of_nobody(layer: nn.Module) -> dict[str, jax.Array]:
 def _add_term(module: nn.Module, arguments: tuple[Any, ...], out_RO: Tensor) -> Tensor:
     rows, down, up = (module._buffers[part] for part in (ROWS, DOWN, UP))
     assert rows is not None
+    assert down is not None
+    assert up is not None
     if not rows.shape[0]:
         return out_RO
     return out_RO + bridge.call_kernel(term, arguments[0], rows, down, up)
@@ -110,5 +112,3 @@ def term(x_RI: jax.Array, adapter_R: jax.Array, down_XrI: jax.Array, up_XOr: jax
     hidden_RXr = jnp.einsum("RI,XrI->RXr", x_RI, down_XrI)
     hidden_RXr = jnp.where(own_RX[..., None], hidden_RXr, 0)
     return jnp.einsum("RXr,XOr->RO", hidden_RXr, up_XOr, preferred_element_type=jnp.float32).astype(x_RI.dtype)
-
-

@@ -31,6 +31,8 @@ class AdapterWeights:
     """the largest of its sites'"""
     array: Mapping[str, np.ndarray]
     """By name, all layers stacked: A is [L, r, I], B, with the adapter's scale in it, [L, O, r]. Zeros are left out."""
+    device_bytes: int
+    """of all devices' memory, while it is there"""
 
     @property
     def bytes(self) -> int:
@@ -59,7 +61,7 @@ class AdapterPlaces:
     def empty(self, loop: Loop) -> Stacks:
         """All places free; what puts an adapter there is compiled."""
         empty = jax.tree.map(lambda of: jnp.zeros(of.shape, of.dtype, device=of.sharding), self.abstract(loop))
-        return self.with_adapter(empty, 1, AdapterWeights(0, {}))
+        return self.with_adapter(empty, 1, AdapterWeights(0, {}, self.bytes_of_one))
 
     def with_adapter(self, stacks: Stacks, index: int, weights: AdapterWeights) -> Stacks:
         """The stacks, which are donated, with an adapter at `index`, from 1 on; whatever was there."""

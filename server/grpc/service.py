@@ -10,7 +10,15 @@ from google.protobuf.message import DecodeError, Message
 
 from ...engine_impl.errors import RefusedError
 from ...protos import orchestrator_pb2 as pb
-from ..errors import CancelledError, DeadlineError, FailedError, QueueFullError, UnavailableError, brief
+from ..errors import (
+    CancelledError,
+    DeadlineError,
+    FailedError,
+    QueueFullError,
+    UnavailableError,
+    UnknownModelError,
+    brief,
+)
 from ..gateway import LONG, MAX_REQUEST_ID, REQUEST_ID, RETRY_AFTER, Deliver, Gateway, Lane, check_id, new_id
 from ..net.security import Guard
 from ..request.request import Request
@@ -29,6 +37,7 @@ STATUS: dict[type[Exception], grpc.StatusCode] = {
     RefusedError: grpc.StatusCode.INVALID_ARGUMENT,
     QueueFullError: grpc.StatusCode.RESOURCE_EXHAUSTED,
     UnavailableError: grpc.StatusCode.UNAVAILABLE,
+    UnknownModelError: grpc.StatusCode.NOT_FOUND,
     DeadlineError: grpc.StatusCode.DEADLINE_EXCEEDED,
     CancelledError: grpc.StatusCode.CANCELLED,
     FailedError: grpc.StatusCode.INTERNAL,

@@ -14,7 +14,7 @@ from ..gateway import Deliver
 from ..request.options import AnswerOptions
 from ..request.prefix_key import prefix_key
 from ..request.request import MAX_MESSAGES, Limits, Request, check_slots
-from .errors import BadFieldError, UnknownModelError, bad_body, shown
+from .errors import BadFieldError, bad_body, shown
 from .fields import Message, Prompts, StreamOptions, few
 from .options import DeclaredFields, options_in
 
@@ -102,10 +102,7 @@ class Body(DeclaredFields):
     def requests(
         self, request_id: str, engine: "Engine", deliver_to: Callable[[int], Deliver], token: str | None = None
     ) -> list[Request]:
-        """One for each prompt. `token`: the caller's, if its cached prefixes are its own. Raises RefusedError,
-        UnknownModelError."""
-        if self.model not in (None, engine.model_name):
-            raise UnknownModelError(f"model={self.model!r} is not served; ask for {engine.model_name!r}, or for none")
+        """One for each prompt. `token`: the caller's, if its cached prefixes are its own. Raises RefusedError."""
         check_slots(self.n, engine.max_concurrent_decodes)
         limits, requests = Limits.of(engine), []
         self._options(limits.longest)  # refused before the prompts are read: they may be megabytes
@@ -115,6 +112,7 @@ class Body(DeclaredFields):
                 deliver=deliver_to(number),
                 id=request_id if self.num_prompts == 1 else f"{request_id}-{number}",
                 prefix_key=prefix_key(self.cache_salt, token),
+                adapter_name="" if self.model in (None, engine.model_name) else self.model,
                 **self._options(limits.longest - len(prompt_ids)).fields(),
             )
             limits.check(request)

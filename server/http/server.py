@@ -15,14 +15,16 @@ from aiohttp.typedefs import Handler
 from aiohttp.web_protocol import RequestPayloadError
 
 from ..config import ServerConfig
-from ..errors import UnavailableError
+from ..errors import UnavailableError, UnknownModelError
 from ..gateway import REQUEST_ID, Gateway, Lane, check_id, new_id
 from ..net import tls
 from ..net.ports import Listener, address_of, listening
 from ..net.security import AUTHORIZATION, UNKNOWN, Guard
+from ..request.adapter import LoadedAdapter
 from ..request.request import Limits
+from . import adapters
 from .bodies import Body, ChatBody, CompletionBody
-from .errors import SERVER, HttpError, UnknownModelError, told
+from .errors import SERVER, HttpError, told
 from .origins import Origins
 from .reading import BodyReader, too_large
 from .replies import ChatReply, CompletionReply, Reply
@@ -44,7 +46,9 @@ JSON = "application/json"
 OURSELVES = "slipstream"
 """As answers call the server."""
 
-PATHS = f"{HEALTH}, /v1/models, /v1/completions and /v1/chat/completions"
+PATHS = (
+    f"{HEALTH}, /v1/models, /v1/completions, /v1/chat/completions, /v1/load_lora_adapter and /v1/unload_lora_adapter"
+)
 
 NAME = web.RequestKey("name", str)
 """What a request is called, by its caller or by us."""
@@ -94,6 +98,8 @@ class HttpServer:
                 web.get("/v1/models/{model:.+}", self._model),
                 web.post("/v1/completions", self._completions),
                 web.post("/v1/chat/completions", self._chat_completions),
+                web.post("/v1/load_lora_adapter", self._load_adapter),
+                web.post("/v1/unload_lora_adapter", self._unload_adapter),
             ]
         )
         return app
@@ -136,13 +142,33 @@ class HttpServer:
         return web.json_response({"status": "ready"})
 
     async def _models(self, request: web.Request) -> web.Response:
-        return web.json_response({"object": "list", "data": [model_card(self._gateway.engine, self._created)]})
+        engine = self._gateway.engine
+        cards = [
+            model_card(engine, self._created),
+            *(self._adapter_card(adapter) for adapter in self._gateway.adapters),
+        ]
+        return web.json_response({"object": "list", "data": cards})
 
     async def _model(self, request: web.Request) -> web.Response:
         engine, asked = self._gateway.engine, request.match_info["model"]
+        for adapter in self._gateway.adapters:
+            if adapter.name == asked:
+                return web.json_response(self._adapter_card(adapter))
         if asked != engine.model_name:
             raise UnknownModelError(f"model {asked!r} is not served; {engine.model_name!r} is")
         return web.json_response(model_card(engine, self._created))
+
+    def _adapter_card(self, adapter: LoadedAdapter) -> dict[str, Any]:
+        engine = self._gateway.engine
+        return model_card(engine, self._created) | {"id": adapter.name, "parent": engine.model_name}
+
+    async def _load_adapter(self, request: web.Request) -> web.Response:
+        check_json(request)
+        return await adapters.load(self._gateway, self._guard, authorizations(request), await read_body(request))
+
+    async def _unload_adapter(self, request: web.Request) -> web.Response:
+        check_json(request)
+        return await adapters.unload(self._gateway, self._guard, authorizations(request), await read_body(request))
 
     async def _completions(self, request: web.Request) -> web.StreamResponse:
         return await self._answer(request, CompletionBody, CompletionReply)
@@ -152,11 +178,10 @@ class HttpServer:
 
     async def _answer(self, request: web.Request, kind: type[Body], form: type[Reply]) -> web.StreamResponse:
         """Leaving early, at whoever's wish, cancels the requests."""
-        if request.content_type != JSON:
-            sent = request.headers.get("content-type", "")
-            raise HttpError(415, f"content-type={sent[:80]!r} must be {JSON}; send that header")
+        check_json(request)
         raw, encoding = await read_body(request), request.headers.get("content-encoding", "")
         body = await self._reader.read(kind, raw, encoding, lambda: Limits.of(self._gateway.engine))
+        self._gateway.check_model(body.model)
         lane = Lane.of(len(raw), is_chat=kind is ChatBody)
         client = self._guard.client(authorizations(request), request.remote or "")
         held = self._guard.hold(authorizations(request), request.remote or "", body.num_prompts)
@@ -168,7 +193,8 @@ class HttpServer:
         with self._gateway.call(), held:
             async with self._gateway.admit(read, lane, client) as admitted:
                 names = self._token_names(admitted.engine)
-                answer = form(body, admitted.requests, request[NAME], admitted.engine.model_name, names)
+                model = body.model or admitted.engine.model_name
+                answer = form(body, admitted.requests, request[NAME], model, names)
                 if body.stream:
                     return await stream(request, answer, admitted.batches(), request[NAME])
                 async for batch in admitted.batches():
@@ -187,6 +213,13 @@ class HttpServer:
     def _token_names(self, engine: "Engine") -> TokenNames:
         self._names = self._names or TokenNames(engine.get_tokenizer())
         return self._names
+
+
+def check_json(request: web.Request) -> None:
+    """Raises HttpError for a body that is said to be something else."""
+    if request.content_type != JSON:
+        sent = request.headers.get("content-type", "")
+        raise HttpError(415, f"content-type={sent[:80]!r} must be {JSON}; send that header")
 
 
 async def read_body(request: web.Request) -> bytes:

@@ -4,14 +4,16 @@ slipstream_requests_total{outcome}       ok | cancelled | deadline | rejected | 
 slipstream_{queue,ttft,tpot,e2e}_seconds  of requests that were admitted
 slipstream_{prefill,decode_step}_seconds  of the engine
 slipstream_pages{state}                   free | live | cached
+slipstream_lora_requests_info{max_lora, running_lora_adapters, waiting_lora_adapters}  names, where there are adapters
 slipstream_startup_seconds{stage}         imports | loading | tracing | compiling | rest
 slipstream_compilations_after_warmup_total must stay 0: a program compiled under traffic stalls every slot
 """
 
 import logging
 import threading
+import time
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from enum import Enum
 from typing import Any
 
@@ -92,6 +94,11 @@ class Metrics:
         self._slots_in_use.set_function(slots_in_use)
         self._queue_depth.set_function(queue_depth)
         self._pages.ask = pages
+
+    def watch_adapters(self, most: int, names: Callable[[], tuple[Collection[str], Collection[str]]]) -> None:
+        """Called once, where there are adapters. `most`: on the devices at once; `names()`: of those that run, and of
+        those that requests wait for."""
+        self.registry.register(_Adapters(most, names))
 
     def watch_devices(self, devices: Sequence[Any], compilations: Callable[[], int]) -> None:
         """Called once, when all is warm. `devices` (JAX's) tell their memory from now on. `compilations()` counts the
@@ -190,6 +197,19 @@ class _Pages(Collector):
         family = GaugeMetricFamily("slipstream_pages", "Pages of the cache by who has them", labels=["state"])
         for state, count in self.ask().items():
             family.add_metric([state], count)
+        yield family
+
+
+class _Adapters(Collector):
+    """As vLLM tells them: the names are labels, the value is when it was asked (s since 1970)."""
+
+    def __init__(self, most: int, names: Callable[[], tuple[Collection[str], Collection[str]]]) -> None:
+        self._most, self._names = most, names
+
+    def collect(self) -> Iterable[GaugeMetricFamily]:
+        labels = ["max_lora", "running_lora_adapters", "waiting_lora_adapters"]
+        family = GaugeMetricFamily("slipstream_lora_requests_info", "Adapters that requests use", labels=labels)
+        family.add_metric([str(self._most), *(",".join(sorted(names)) for names in self._names())], time.time())
         yield family
 
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from ...engine_impl.errors import RefusedError, TooLongError
 from ...engine_impl.sampling.params import MAX_SEED, SamplingParams
+from .adapter import LoadedAdapter
 from .options import AnswerOptions
 
 if TYPE_CHECKING:
@@ -21,6 +22,9 @@ SEED_STRIDE = 0x9E3779B9
 MAX_PROMPTS, MAX_MESSAGES, MAX_PARTS = 2048, 10_000, 1000
 """Prompts of one call, messages of a conversation, parts of a message (count). What is beyond is no request but a way
 to keep its reader busy."""
+
+
+NO_ADAPTERS = "there are no adapters; serve with --max-adapters N"
 
 
 class FinishReason(Enum):
@@ -126,6 +130,11 @@ class Request(AnswerOptions):
     prefix_key: str = ""
     """Cached prefixes are shared among requests of the same key, see prefix_key.py."""
 
+    adapter_name: str = ""
+    """Of the adapter that it asks for; "" is none."""
+    adapter: LoadedAdapter | None = field(default=None, init=False)
+    """That one, from `adapt` on."""
+
     client: str = ""
     """Who asks, by token or address: clients take turns."""
 
@@ -145,6 +154,12 @@ class Request(AnswerOptions):
         if self.sampling.seed is None:
             self.sampling = replace(self.sampling, seed=drawn_seed(self.sampling.temperature))
         self.samples = [Sample(self, index) for index in range(self.num_samples)]
+
+    def adapt(self, adapter: LoadedAdapter) -> None:
+        """The adapter changes its tokens, and so its keys and values: it shares cached prefixes with others of this
+        adapter alone."""
+        self.adapter = adapter
+        self.prefix_key += f"#{adapter.number}"
 
     @property
     def slots_needed(self) -> int:

@@ -34,14 +34,16 @@ from ..delivery.delivery import Delivery
 from ..delivery.result import PendingResult
 from ..errors import FailedError, UnavailableError
 from ..observe.metrics import Metrics
+from ..request.adapter import LoadedAdapter
 from ..request.request import FinishReason, Request, Sample
 from .failures import DeadError, Failures, describe
 from .parked import Parked
-from .plan import Scene, StepPlan, plan
+from .plan import Scene, StepPlan, adapters_used, plan
 from .prefill import compute, store
 from .probes import Probes
 from .prompt import Prompt
 from .queue import RequestQueue
+from .residents import Residents
 from .room import Room
 from .slots import Slots
 
@@ -75,6 +77,7 @@ class Loop(Generic[ParamsT, PrefixT, StateT]):
         """Set to end the loop after its turn."""
         self.delivery = Delivery(engine.get_tokenizer(), metrics, free=self.ended.append, on_end=self.live.discard)
         self._slots, self._room = self._nothing_taken()
+        self._residents = Residents(engine.max_adapters)
         self._in_work: list[Prompt] = []  # who is next stands first
         self._parked = Parked()
         self._first_prompts: dict[Request, Prompt] = {}  # of those who come next in the queue
@@ -94,6 +97,11 @@ class Loop(Generic[ParamsT, PrefixT, StateT]):
     def slots_free(self) -> int:
         """That requests in the queue may count on: none while the first that waits finds no room."""
         return 0 if self._is_full else self._slots.free
+
+    @property
+    def adapters_on_devices(self) -> frozenset[LoadedAdapter]:
+        """May be asked from another thread."""
+        return self._residents.adapters
 
     def pages(self) -> dict[str, int]:
         """How many are free, live and cached."""
@@ -151,6 +159,7 @@ class Loop(Generic[ParamsT, PrefixT, StateT]):
                 probe=bool(self.probes) and not any(pending.is_step for pending in self._pending),
                 newcomers=self._newcomers,
                 batch=self._engine.prefill_batch,
+                max_adapters=self._engine.max_adapters,
             )
         )
 
@@ -206,9 +215,19 @@ class Loop(Generic[ParamsT, PrefixT, StateT]):
                     self._metrics.prefix_cached(prompt.done)
 
     def _give_room(self, prompt: Prompt) -> None:
+        prompt.adapter = self._brought(prompt.request.adapter)
         slots = [self._slots.reserve(sample) for sample in prompt.samples[: prompt.slots_needed]]
         self._room.let_in(prompt, slots)
         self._in_work.append(prompt)
+
+    def _brought(self, adapter: LoadedAdapter | None) -> int:
+        """The adapter's index on the devices; if it has to be written there, that comes behind the steps in flight."""
+        index = self._residents.find(adapter)
+        if index is None:
+            assert adapter is not None
+            index = self._residents.place(adapter, adapters_used(self._slots, self._in_work, ()))
+            self._params = self._engine.put_adapter(self._params, index, adapter.weights)
+        return index
 
     def _prefill(self, prompts: list[Prompt]) -> Exception | None:
         """The next pieces. What fails, fails alone: nothing that others have was touched. Returns what went wrong."""
