@@ -5,6 +5,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+from ..server.request.adapter import LoadedAdapter
 from ..server.request.answer import Answer
 from ..server.request.options import AnswerOptions
 from ..server.request.prefix_key import prefix_key
@@ -27,9 +28,14 @@ def running(engine: "Engine", params: Any, *, max_queued: int) -> Iterator[Orche
 
 
 def answer(
-    engine: "Engine", params: Any, prompts: Sequence[Sequence[int]], options: AnswerOptions
+    engine: "Engine",
+    params: Any,
+    prompts: Sequence[Sequence[int]],
+    options: AnswerOptions,
+    adapter: str | None = None,
 ) -> Iterator[list[Answer]]:
-    """Yields all answers, in the order of the prompts (token ids), whenever one has grown.
+    """Yields all answers, in the order of the prompts (token ids), whenever one has grown. `adapter` (a folder or a hub
+    id) changes the model; the engine has a place for it.
 
     Raises RefusedError before anything is run, or the error that a request ended with.
     """
@@ -37,6 +43,10 @@ def answer(
     events: queue.SimpleQueue[tuple[int, Event]] = queue.SimpleQueue()
     requests = [request(index, prompt_ids, options, events) for index, prompt_ids in enumerate(prompts)]
     limits = Limits.of(engine)
+    if adapter is not None:
+        loaded = LoadedAdapter("adapter", adapter, engine.read_adapter(adapter))
+        for each in requests:
+            each.adapt(loaded)
     for each in requests:
         limits.check(each)
     with running(engine, params, max_queued=len(prompts)) as orchestrator:
