@@ -47,7 +47,7 @@ class AdapterStore:
         self._read: Callable[[str], Any] | None = None
         self._base = ""
         self._adapters: dict[str, LoadedAdapter] = {}
-        self._loading: dict[str, asyncio.Task[LoadedAdapter]] = {}
+        self._loading: dict[str, tuple[str, asyncio.Task[LoadedAdapter]]] = {}  # path, and who reads it
         self._thread = ThreadPoolExecutor(1, "adapters")
 
     def open(self, read: Callable[[str], Any], base: str) -> None:
@@ -109,18 +109,17 @@ class AdapterStore:
                 f"adapter name {name!r:.200} must have from 1 to {LONGEST_NAME} letters, digits and ./:@-_ and not be "
                 f"the model's, {self._base!r}"
             )
-        there = self._adapters.get(name)
-        if there is not None and not anew:
-            if there.path == path:
-                return there
-            raise RefusedError(
-                f"adapter {name!r} is loaded from {there.path!r} already; unload it, or take another name"
-            )
-        if name not in self._loading:
+        adapter, (loads_from, task) = self._adapters.get(name), self._loading.get(name, ("", None))
+        earlier = loads_from or (adapter.path if adapter is not None and not anew else path)
+        if earlier != path:
+            raise RefusedError(f"adapter {name!r} is loaded from {earlier!r} already; unload it, or take another name")
+        if task is None:
+            if adapter is not None and not anew:
+                return adapter
             task = asyncio.create_task(self._loaded(name, path, self._read))
             task.add_done_callback(lambda task: task.cancelled() or task.exception())  # told to whoever waits
-            self._loading[name] = task
-        return await asyncio.shield(self._loading[name])
+            self._loading[name] = path, task
+        return await asyncio.shield(task)
 
     def unload(self, name: str) -> LoadedAdapter:
         """Requests cannot name it any more; those that have it go on. Raises UnknownModelError."""
@@ -143,7 +142,7 @@ class AdapterStore:
             left_s = None if deadline is None else max(0.0, deadline - time.monotonic())
             try:
                 async with asyncio.timeout(left_s):
-                    adapter = await asyncio.shield(self._loading[name])
+                    adapter = await asyncio.shield(self._loading[name][1])
             except TimeoutError:
                 raise DeadlineError(f"the deadline passed while adapter {name!r} was being loaded") from None
         adapter.last_asked = time.time()

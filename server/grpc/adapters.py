@@ -75,10 +75,14 @@ async def answered(reply: Any, work: Callable[[], Awaitable[None]], context: grp
     return reply
 
 
+def serialized(message: Message) -> bytes:
+    return message.SerializeToString()
+
+
 def add_to(server: grpc.aio.Server, service: AdapterService) -> None:
     methods = (service.models, service.load_lora_adapter, service.unload_lora_adapter)
     handlers = {
-        method.__name__: grpc.unary_unary_rpc_method_handler(method, response_serializer=Message.SerializeToString)
+        method.__name__: grpc.unary_unary_rpc_method_handler(method, response_serializer=serialized)
         for method in methods
     }
     server.add_generic_rpc_handlers([grpc.method_handlers_generic_handler(SERVICE, handlers)])
