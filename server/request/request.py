@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from ...engine_impl.errors import RefusedError, TooLongError
 from ...engine_impl.sampling.params import MAX_SEED, SamplingParams
+from .grammar import Grammar
 from .options import AnswerOptions
 
 if TYPE_CHECKING:
@@ -125,6 +126,9 @@ class Request(AnswerOptions):
     id: str = field(default_factory=lambda: secrets.token_hex(6))
     prefix_key: str = ""
     """Cached prefixes are shared among requests of the same key, see prefix_key.py."""
+
+    grammar: Grammar | None = None
+    """What the answer must look like; None: whatever the model writes."""
 
     client: str = ""
     """Who asks, by token or address: clients take turns."""
