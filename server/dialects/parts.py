@@ -55,7 +55,8 @@ class Brought(NamedTuple):
         return cls("".join(texts), "".join(thoughts), joined(calls))
 
     def and_then(self, other: "Brought") -> "Brought":
-        return Brought(self.text + other.text, self.reasoning + other.reasoning, joined(self.calls + other.calls))
+        calls = self.calls + other.calls
+        return Brought(self.text + other.text, self.reasoning + other.reasoning, joined(calls) if calls else ())
 
 
 def joined(parts: Iterable[CallPart]) -> tuple[CallPart, ...]:
