@@ -23,7 +23,7 @@ PREFILL = "prefill_512"
 """Of a whole chunk."""
 
 
-def planned(slots=96, cache_length=4096, topology="v5e:2x4", dump=None, **quantized):
+def planned(slots=16, cache_length=4096, topology="v5e:2x4", dump=None, **quantized):
     tokens = slots * cache_length
     config = EngineConfig(model="small", slots=slots, cache_length=cache_length, cache_tokens=tokens, **quantized)
     return plan(config, SMALL, topology, dump=dump)
@@ -43,11 +43,11 @@ def test_memory_is_what_arithmetic_says(small_plan):
     norms = (2 * 2 + 1) * 2048
     assert report.chips == 8
     assert report.weights_bytes_per_chip == 2 * (matrices // 8 + norms)
-    assert report.cache_bytes_per_chip == 2 * 2 * 96 * 4096 * 128  # bytes, layers, slots, rows, k and v
+    assert report.cache_bytes_per_chip == 2 * 2 * 16 * 4096 * 128  # bytes, layers, slots, rows, k and v
     generate = report.programs["generate"]
     assert generate.hbm_floor_bytes == report.weights_bytes_per_chip + report.cache_bytes_per_chip
     assert generate.floor_ms == pytest.approx(generate.hbm_floor_bytes / 819e9 * 1e3)
-    assert generate.tokens_per_second_ceiling == pytest.approx(96 / generate.floor_ms * 1e3)
+    assert generate.tokens_per_second_ceiling == pytest.approx(16 / generate.floor_ms * 1e3)
     assert report.resident_bytes_per_chip > generate.argument_bytes
 
 
