@@ -36,7 +36,7 @@ MAY_IMPORT: dict[str, tuple[set[str], set[str]]] = {
         {"protos", "kernels", "cache_manager", "engine_impl", "server"},
         {"jax", "numpy", "torch", "grpc", "aiohttp", "transformers", "matplotlib", "tyro"},
     ),
-    "cli": ({"protos", "engine_impl", "server", "benchmarks"}, {"tyro", "grpc", "numpy"}),
+    "cli": ({"protos", "engine_impl", "server", "benchmarks"}, {"tyro", "grpc", "numpy", "yaml"}),
 }
 
 SUB_ROOMS: dict[str, dict[str, set[str]]] = {
