@@ -125,6 +125,7 @@ class Serving:
         log.info("stopping: NOT_SERVING, new requests are refused")
         await self._stop_watchers()
         self.is_ready = False
+        self.metrics.serving(False)
         await self._health.enter_graceful_shutdown()
         self._gateway.close("the server is stopping")
         await self._drain()
@@ -257,6 +258,7 @@ class Serving:
 
     async def _set_ready(self, is_ready: bool) -> None:
         self.is_ready = is_ready
+        self.metrics.serving(is_ready)
         status = health_pb2.HealthCheckResponse
         for service in ("", SERVICE, JETSTREAM_SERVICE):
             await self._health.set(service, status.SERVING if is_ready else status.NOT_SERVING)
