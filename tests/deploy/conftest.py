@@ -5,10 +5,12 @@ import asyncio
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+Series = dict[str, list[dict[str, str]]]
+"""The labels of each series of a real scrape, by name; histograms' parts are there too."""
+
 
 @pytest.fixture(scope="package")
-def series() -> set[str]:
-    """The names of all series of a real scrape, histograms' parts among them."""
+def series() -> Series:
     from slipstream.server.config import WatchConfig
 
     from tests.server.calls import answer, serving, text_request
@@ -20,5 +22,9 @@ def series() -> set[str]:
             _, text = await asyncio.to_thread(get, server.endpoint.address, "/metrics")
             return text
 
-    families = text_string_to_metric_families(asyncio.run(scrape()))
-    return {sample.name for family in families for sample in family.samples}
+    found: Series = {}
+    for family in text_string_to_metric_families(asyncio.run(scrape())):
+        found.setdefault(family.name, [])
+        for sample in family.samples:
+            found.setdefault(sample.name, []).append(sample.labels)
+    return found
