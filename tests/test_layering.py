@@ -30,7 +30,7 @@ MAY_IMPORT: dict[str, tuple[set[str], set[str]]] = {
     "server": (
         {"protos", "cache_manager", "engine_impl"},
         {"grpc", "grpc_health", "grpc_reflection", "google", "numpy", "jetstream", "prometheus_client"}
-        | {"aiohttp", "pydantic", "pydantic_core", "tyro"},
+        | {"aiohttp", "pydantic", "pydantic_core", "tyro", "opentelemetry"},
     ),
     "benchmarks": (
         {"protos", "kernels", "cache_manager", "engine_impl", "server"},
@@ -66,7 +66,7 @@ SUB_ROOMS: dict[str, dict[str, set[str]]] = {
     "server": {
         "request": {"errors"},
         "net": {"errors", "config"},
-        "observe": {"net"},
+        "observe": {"net", "request"},
         "delivery": {"errors", "request", "observe"},
         "scheduler": {"errors", "request", "observe", "delivery"},
         "grpc": {"errors", "config", "request", "net", "gateway"},
@@ -101,6 +101,7 @@ ENGINE_FACE = {
 
 ONLY_IN = {
     "torchax": {"engine_impl/bridge.py"},
+    "opentelemetry": {"server/observe/traces.py"},
     "jetstream": {"engine_impl/jetstream/engine.py", "server/jetstream/host.py"},  # shims: compat.py
 }
 
