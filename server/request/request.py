@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from ...engine_impl.errors import RefusedError, TooLongError
 from ...engine_impl.sampling.params import MAX_SEED, SamplingParams
 from .options import AnswerOptions
+from .trace import Trace
 
 if TYPE_CHECKING:
     from ...engine_impl.api import AnyEngine as Engine
@@ -138,6 +139,8 @@ class Request(AnswerOptions):
     """Its last event is out."""
     cached_tokens: int = 0
     """Tokens of the prompt that came from a cached prefix, the orchestrator's note."""
+    trace: Trace | None = None
+    """None: it is not traced."""
     samples: list[Sample] = field(init=False)
 
     def __post_init__(self) -> None:

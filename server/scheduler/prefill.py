@@ -10,6 +10,7 @@ import numpy as np
 from ...engine_impl.api import Engine, ParamsT, Piece, PrefixT, StateT
 from ..delivery.result import PendingResult
 from ..request.request import Sample
+from ..request.trace import Chunk
 from .prompt import Prompt
 from .room import Room
 from .slots import Slots
@@ -88,6 +89,8 @@ def store(
     ):  # none without slots
         state = engine.insert(prefix, state, [sample.slot], room.row(table)[None])
     for prompt, count, complete in zip(pieces.prompts, pieces.tokens, pieces.firsts, strict=True):
+        if prompt.request.trace is not None:
+            prompt.request.trace.chunks.append(Chunk(pieces.pending[0].started, prompt.done, count))
         room.advance(prompt, count)
         if prompt.wants_logprobs:
             prompt.next_logprobs.append((first.logprob_NT, count))
