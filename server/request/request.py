@@ -13,6 +13,7 @@ from ..dialects.form import AnswerForm
 from ..dialects.parts import CallPart
 from .grammar import Grammar
 from .options import AnswerOptions
+from .trace import Trace
 
 if TYPE_CHECKING:
     from ...engine_impl.api import AnyEngine as Engine
@@ -154,6 +155,8 @@ class Request(AnswerOptions):
     """Its last event is out."""
     cached_tokens: int = 0
     """Tokens of the prompt that came from a cached prefix, the orchestrator's note."""
+    trace: Trace | None = None
+    """None: it is not traced."""
     samples: list[Sample] = field(init=False)
 
     def __post_init__(self) -> None:
