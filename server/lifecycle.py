@@ -306,9 +306,9 @@ async def serve(load: Load, config: ServerConfig, line: StatusLine | None = None
 
 
 def say(text: str) -> None:
-    """On stdout, if anybody reads it."""
+    """A line on stdout, if anybody reads it: in one piece, as the log may go to the same place."""
     try:
-        print(text, flush=True)
+        print(f"{text}\n", end="", flush=True)
     except (OSError, ValueError):
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115  # or Python complains again at its end
 

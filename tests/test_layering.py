@@ -102,7 +102,10 @@ ENGINE_FACE = {
 ONLY_IN = {
     "torchax": {"engine_impl/bridge.py"},
     "opentelemetry": {"server/observe/traces.py"},
-    "jetstream": {"engine_impl/jetstream/engine.py", "server/jetstream/host.py"},  # shims: compat.py
+    "jetstream": {
+        *(f"engine_impl/jetstream/{name}.py" for name in ("engine", "adapter", "tokenizer")),  # shims: compat.py
+        "server/jetstream/host.py",
+    },
 }
 
 

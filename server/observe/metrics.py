@@ -69,8 +69,12 @@ class Metrics:
         self._ttft_s = self._histogram("ttft", "From admission to the first token", WAIT_S)
         self._tpot_s = self._histogram("tpot", "Mean time of the tokens after the first", STEP_S)
         self._e2e_s = self._histogram("e2e", "From admission to the request's end", ANSWER_S)
-        self._prefill_s = self._histogram("prefill", "A piece of a prompt, or several prompts together", WAIT_S)
-        self._step_s = self._histogram("decode_step", "One decode step of the slots in use", STEP_S)
+        self._prefill_s = self._histogram(
+            "prefill", "A piece of a prompt, or several together, apart from steps", WAIT_S
+        )
+        self._step_s = self._histogram(
+            "decode_step", "One decode step of the slots in use, with the piece that it carries", STEP_S
+        )
         self._slot_steps = self._counter(
             "decode_slot_steps", "Slots in use, summed over decode steps: tokens as they come"
         )
