@@ -4,6 +4,7 @@ import asyncio
 import os
 import signal
 from dataclasses import dataclass
+from pathlib import Path
 
 from ..engine_impl.config import EngineConfig
 from ..engine_impl.errors import RefusedError
@@ -16,6 +17,8 @@ class Serve:
 
     engine: EngineConfig
     server: ServerConfig
+    config: Path | None = None
+    """A YAML file of flags (`slots: 64`, a line for each, their names without dashes). Flags given here win over it."""
 
     def __post_init__(self) -> None:
         if self.server.lora.asks_for_some and not self.engine.max_adapters:

@@ -15,6 +15,7 @@ from .adapters.store import AdapterStore
 from .delivery.mailbox import Batch, Mailbox
 from .errors import CancelledError, DeadlineError, UnavailableError
 from .observe.logs import log_prompt
+from .observe.traces import Header, Traces
 from .request.adapter import LoadedAdapter
 from .request.request import NO_ADAPTERS, Event, FinishReason, Request
 from .scheduler.orchestrator import Orchestrator
@@ -60,12 +61,18 @@ THREADS = {Lane.TEXT: 4, Lane.CHAT: 4, Lane.LONG: 1}
 class Gateway:
     """One server's, of one event loop. Refuses with UnavailableError until `open()`."""
 
-    def __init__(self, on_call: Callable[[], object] = lambda: None, adapters: AdapterStore | None = None) -> None:
-        """`on_call` is told of every call that begins. `adapters`: those that requests may name; default: none."""
+    def __init__(
+        self,
+        on_call: Callable[[], object] = lambda: None,
+        traces: Traces | None = None,
+        adapters: AdapterStore | None = None,
+    ) -> None:
+        """`on_call` is told of every call that begins; `traces` of every request that is admitted, if there are any.
+        `adapters`: those that requests may name; default: none."""
         self.calls = 0
         """Calls that are being answered."""
         self.adapters = adapters or AdapterStore()
-        self._on_call = on_call
+        self._on_call, self._traces = on_call, traces
         self._served: tuple[AnyEngine, Orchestrator[Any, Any, Any]] | None = None
         self._closed = "the model is still loading; try again later"
         self._mailbox: Mailbox | None = None
@@ -121,13 +128,14 @@ class Gateway:
             self.calls -= 1
 
     @asynccontextmanager
-    async def admit(self, read: Read, lane: "Lane", client: str) -> AsyncIterator["Admitted"]:
+    async def admit(self, read: Read, lane: "Lane", client: str, header: Header) -> AsyncIterator["Admitted"]:
         """One call's requests, handed in. Leaving early, at whoever's wish, cancels them.
 
         Args:
             read: called in a thread: tokens take their time, and others are being answered.
             lane: whom it may hold up.
             client: who asks; clients take turns.
+            header: what the caller sent beside it, by name; asked for where requests are traced.
 
         Raises what `read` raises, UnavailableError, QueueFullError, UnknownModelError, and DeadlineError for one that
         has passed already, or does while an adapter is being loaded.
@@ -143,6 +151,8 @@ class Gateway:
             request.client = client
             if request.adapter_name:
                 request.adapt(await self.adapters.get(request.adapter_name, request.deadline))
+            if self._traces is not None:
+                request.trace = self._traces.begin(header)
             log_prompt(request.id, request.prompt_ids, engine.get_tokenizer())
         orchestrator.submit(*requests)
         try:

@@ -188,10 +188,10 @@ class HttpServer:
         token = self._guard.prefix_owner(authorizations(request))
 
         def read(engine: "Engine", deliver_to: Any):
-            return body.requests(request[NAME], engine, deliver_to, token)
+            return body.requests(request[NAME], engine, deliver_to, token, self._config.chat)
 
         with self._gateway.call(), held:
-            async with self._gateway.admit(read, lane, client) as admitted:
+            async with self._gateway.admit(read, lane, client, request.headers.get) as admitted:
                 names = self._token_names(admitted.engine)
                 model = body.model or admitted.engine.model_name
                 answer = form(body, admitted.requests, request[NAME], model, names)

@@ -11,6 +11,7 @@ from typing import Generic
 from ...engine_impl.api import Engine, ParamsT, PrefixT, StateT
 from ..errors import DeadlineError, QueueFullError, UnavailableError
 from ..observe.metrics import Metrics
+from ..observe.routers import AdapterNames, RouterNames
 from ..request.adapter import LoadedAdapter
 from ..request.request import FinishReason, Request, check_slots
 from . import probes
@@ -66,8 +67,18 @@ class Orchestrator(Generic[ParamsT, PrefixT, StateT]):
                 slots=self._slots,
                 pages=self._loop.pages,
             )
+            metrics.watch_for_routers(
+                RouterNames(
+                    model=engine.model_name,
+                    page_rows=engine.page_rows,
+                    waiting=lambda: self.queue_depth,
+                    running=lambda: len(self._loop.live),
+                    slots_used=lambda: self.slots_in_use / self._slots,
+                    pages=self._loop.pages,
+                )
+            )
             if engine.max_adapters:
-                metrics.watch_adapters(engine.max_adapters, self.adapter_names)
+                metrics.watch_for_routers(AdapterNames(engine.max_adapters, self.adapter_names))
 
     def start(self) -> None:
         sys.setswitchinterval(min(SWITCH_S, sys.getswitchinterval()))

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 NAMES = ("all", "rslora", "patterns")
-PLACES = {"max_adapters": 3, "max_adapter_rank": 8}
+PLACES: dict[str, Any] = {"max_adapters": 3, "max_adapter_rank": 8}
 
 
 def linear_names(model: Any) -> list[str]:

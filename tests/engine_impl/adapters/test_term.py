@@ -55,11 +55,12 @@ class GridCheckpoint(RandomCheckpoint):
 
 
 def engine_of(low: int = -127, high: int = 127, **config: Any):
-    shape = GridCheckpoint(replace(TINY, ffn_dim=64), low=low, high=high)
+    model = replace(TINY, ffn_dim=64)
+    shape = GridCheckpoint(model, low=low, high=high)
     mesh = make_mesh(jax.devices(), 8, 4, 1)
     sizes: dict[str, Any] = {"slots": 1, "cache_length": 128, "cache_tokens": 128, "max_adapters": 2}
     tokenizer: Any = None
-    engine = Engine(Llama(shape.config), mesh, EngineConfig(**sizes | config), jnp.dtype("float32"), tokenizer, "tiny")
+    engine = Engine(Llama(model), mesh, EngineConfig(**sizes | config), jnp.dtype("float32"), tokenizer, "tiny")
     return engine, engine.load_params(shape)
 
 

@@ -95,6 +95,8 @@ def test_cached_prefixes_are_an_adapters_own():
             cached = []
             for model in ("fake", "fake", "one", "one", "two", "fake"):
                 reply = await client.completions.create(model=model, prompt="abcdefghi", max_tokens=1)
+                assert reply.usage is not None
+                assert reply.usage.prompt_tokens_details is not None
                 cached.append(reply.usage.prompt_tokens_details.cached_tokens)
             assert cached == [0, 8, 0, 8, 0, 8]
 
@@ -121,7 +123,7 @@ def test_more_adapters_than_places_take_turns_on_the_devices():
             calls.append(ask("three", 4))
             await until(lambda: after_a_step(lambda: server.orchestrator.queue_depth == 1))
             names = {"max_lora": "2", "running_lora_adapters": "one,two", "waiting_lora_adapters": "three"}
-            assert sample(server.metrics, "slipstream_lora_requests_info", **names) > 0
+            assert sample(server.metrics, "vllm:lora_requests_info", **names) > 0
             assert (await listed(channel))["three"] == "loaded_cpu"
             engine.pace.release(200)
             tokens = [ids for _, ids, _ in await asyncio.gather(*calls)]

@@ -3,6 +3,7 @@
 import asyncio
 import threading
 import time
+from collections.abc import Callable
 
 import pytest
 from slipstream.engine_impl.errors import RefusedError
@@ -14,7 +15,7 @@ from tests.fakes import FakeAdapter
 WAIT_S = 10
 
 
-def store_of(read=FakeAdapter, folder=None):
+def store_of(read: Callable[[str], FakeAdapter] = FakeAdapter, folder=None):
     store = AdapterStore(folder)
     store.open(read, "base")
     return store
