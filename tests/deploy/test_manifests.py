@@ -12,6 +12,7 @@ from pathlib import Path, PurePosixPath
 import jsonschema
 import kubernetes_validate
 import pytest
+import yaml
 from slipstream.server.grpc.service import JETSTREAM_SERVICE, SERVICE
 
 from tests.deploy.manifests import KUBERNETES, OVERLAYS, ROOT, command, objects, of_kind, pod, server, the
@@ -46,6 +47,19 @@ def test_kubernetes_takes_them_strictly(version):
     known = [one for overlay in OVERLAYS for one in objects(overlay) if one["kind"] not in SCHEMAS]
     for one in {json.dumps(one): one for one in known}.values():
         kubernetes_validate.validate(one, version, strict=True)
+
+
+@pytest.mark.skipif(shutil.which("kubectl") is None, reason="kubectl renders it")
+def test_components_may_be_left_out(tmp_path):
+    shutil.copytree(KUBERNETES, tmp_path / "kubernetes")
+    overlay = tmp_path / "kubernetes" / "overlays" / "v5e-8"
+    kustomization = yaml.safe_load((overlay / "kustomization.yaml").read_text())
+    del kustomization["components"]
+    (overlay / "kustomization.yaml").write_text(yaml.safe_dump(kustomization))
+    done = subprocess.run(["kubectl", "kustomize", str(overlay)], check=True, capture_output=True, text=True)
+    for one in yaml.safe_load_all(done.stdout):
+        kubernetes_validate.validate(one, VERSIONS[-1], strict=True)
+        assert "initContainers" not in str(one)
 
 
 @on_every_overlay
@@ -132,8 +146,10 @@ def test_chips_are_those_of_the_topology(overlay):
     assert resources["limits"]["google.com/tpu"] == resources["requests"]["google.com/tpu"] == chips
     assert engine.tensor_parallel == chips
     chip = {"tpu-v5-lite-podslice": "v5e", "tpu-v6e-slice": "v6e"}[selector["cloud.google.com/gke-tpu-accelerator"]]
-    kept = {one["value"] for container in pod(overlay)["initContainers"] for one in container["env"]}
-    assert kept == {f"{chip}-{x}x{y}"}
+    annotations = the(overlay, "Deployment")["spec"]["template"]["metadata"]["annotations"]
+    assert annotations["slipstream/topology"] == f"{chip}-{x}x{y}"
+    fields = [container["env"][0]["valueFrom"]["fieldRef"]["fieldPath"] for container in pod(overlay)["initContainers"]]
+    assert fields == ["metadata.annotations['slipstream/topology']"] * 2
     assert overlay.startswith(f"{chip}-{chips}")
 
 
