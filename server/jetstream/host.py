@@ -187,6 +187,7 @@ def check_supported(config: ServerConfig) -> None:
         "--max-streams-per-client": config.security.max_streams_per_client is not None,
         "--max-message-bytes": config.security.max_message_bytes != plain.security.max_message_bytes,
         "--profile": config.watch.profile is not None,
+        "--otlp-endpoint": config.watch.otlp_endpoint is not None,
     }
     if flags := [flag for flag, is_asked in asked.items() if is_asked]:
         raise RefusedError(f"{', '.join(flags)}: not with JetStream's server; serve with --orchestrator slipstream")

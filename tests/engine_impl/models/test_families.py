@@ -182,8 +182,9 @@ def load(folder, devices):
     return engine, engine.load_params(checkpoint)
 
 
-PROMPTS = [[(7 * i * i + 3 * i) % 101 for i in range(n)] for n in (40, 131)]
-"""The second one is computed in two pieces: the last tokens' windows reach back into the first."""
+PROMPTS = [[(7 * i * i + 3 * i) % 101 for i in range(n)] for n in (120, 131)]
+"""The second one is computed in two pieces: the last tokens' windows reach back into the first. Both are of two shapes
+together, each of which costs three programs."""
 
 QUICK = {("gemma3", 8)}  # it has whatever the others have, and eight devices scan over the layers
 
