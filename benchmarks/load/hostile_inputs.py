@@ -1,4 +1,4 @@
-"""HTTP bodies and gRPC messages made to cost their reader much, each as large as it is asked to be (bytes)."""
+"""HTTP bodies and gRPC messages that are made to cost their reader much, each as large as it is asked to be (bytes)."""
 
 import json
 import random
