@@ -13,8 +13,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from ...engine_impl.api import TextStream, Tokenizer
-from ..dialects.form import AnswerReader
 from ..dialects.parts import Brought
+from ..dialects.syntax import AnswerReader
 from ..errors import FailedError, UnavailableError
 from ..observe.metrics import Metrics, Outcome
 from ..request.request import Event, FinishReason, Request, Sample, TokenLogprob, Usage
@@ -243,12 +243,12 @@ class Delivery:
 
     def _text(self, sample: Sample) -> Text:
         if sample not in self._texts:
-            asked, form = sample.request, sample.request.form
+            asked, syntax = sample.request, sample.request.syntax
             self._texts[sample] = Text(
-                self._tokenizer.stream(() if form is None else form.marks),
+                self._tokenizer.stream(() if syntax is None else syntax.marks),
                 asked.stop_strings,
                 asked.sampling.min_tokens,
-                reader=None if form is None else AnswerReader(form),
+                reader=None if syntax is None else AnswerReader(syntax),
             )
         return self._texts[sample]
 

@@ -52,7 +52,7 @@ def read_request(
     prompt = read_prompt(message, engine.get_tokenizer(), limits, config)  # last: the text may be megabytes
     request = Request(
         prompt_ids=prompt.token_ids,
-        form=prompt.form,
+        syntax=prompt.syntax,
         grammar=prompt.grammar,
         deliver=deliver,
         deadline=deadline,

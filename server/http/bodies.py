@@ -132,7 +132,7 @@ class Body(DeclaredFields):
         for number, prompt in enumerate(self.prompts(engine.get_tokenizer(), limits, config)):
             request = Request(
                 prompt_ids=prompt.token_ids,
-                form=prompt.form,
+                syntax=prompt.syntax,
                 grammar=prompt.grammar,
                 deliver=deliver_to(number),
                 id=request_id if self.num_prompts == 1 else f"{request_id}-{number}",

@@ -6,7 +6,7 @@ from collections.abc import Callable, Collection, Sequence
 from ...engine_impl.errors import RefusedError
 from ...engine_impl.text.chat import GEMMA, HERMES, LLAMA, MISTRAL, Tool
 from ..dialects import gemma, hermes, mistral
-from ..dialects.form import AnswerForm
+from ..dialects.syntax import AnswerSyntax
 from .grammar import Grammar, Schema, bounded_json, literal
 
 MAX_CALLS = 16
@@ -30,21 +30,21 @@ NUMBER: /-?(0|[1-9][0-9]{0,14})(\.[0-9]{1,15})?/
 """
 
 
-def must_call(tools: Sequence[Tool], form: AnswerForm, control_id: ControlId) -> Grammar:
+def must_call(tools: Sequence[Tool], syntax: AnswerSyntax, control_id: ControlId) -> Grammar:
     """One of the tools is called, or several are; a thought may come before. Raises RefusedError for parameters that
     are no schema."""
-    assert form.tool_format is not None
-    most = 1 if form.at_most_one_call else MAX_CALLS
-    rules = [TEXT, *_thought_rules(form, control_id), *RULES[form.tool_format](tools, most, control_id)]
+    assert syntax.tool_format is not None
+    most = 1 if syntax.at_most_one_call else MAX_CALLS
+    rules = [TEXT, *_thought_rules(syntax, control_id), *RULES[syntax.tool_format](tools, most, control_id)]
     return Grammar.of_lark("\n".join(["%llguidance {}", "start: thought calls", *rules]))
 
 
 def strict_if_called(
-    tools: Sequence[Tool], strict: Collection[str], form: AnswerForm, control_id: ControlId
+    tools: Sequence[Tool], strict: Collection[str], syntax: AnswerSyntax, control_id: ControlId
 ) -> Grammar | None:
     """Any text; a call in it is one of the tools', with arguments as the schema says if it is strict. None: where calls
     are written so that a text may be the beginning of one until its end, this is left to the model."""
-    if form.tool_format != HERMES or control_id(hermes.OPEN) is not None or control_id(hermes.CLOSE) is not None:
+    if syntax.tool_format != HERMES or control_id(hermes.OPEN) is not None or control_id(hermes.CLOSE) is not None:
         return None
     structures = []
     for tool in tools:
@@ -54,14 +54,14 @@ def strict_if_called(
     return Grammar.of_structural_tag(structures, [hermes.OPEN])
 
 
-def _thought_rules(form: AnswerForm, control_id: ControlId) -> list[str]:
-    if form.think_tags is None:
+def _thought_rules(syntax: AnswerSyntax, control_id: ControlId) -> list[str]:
+    if syntax.think_tags is None:
         return ['thought: ""']
-    opening, closing = form.think_tags
+    opening, closing = syntax.think_tags
     lazy = [f"rest[lazy]: TEXT {literal(closing)}"]
     if (token_id := control_id(closing)) is not None:
         lazy = [f"rest: TEXT <[{token_id}]>"]
-    begin = "rest" if form.is_thinking else f"({_mark(opening, control_id)} rest)?"
+    begin = "rest" if syntax.is_thinking else f"({_mark(opening, control_id)} rest)?"
     return [f"thought: {begin} BLANKS", *lazy, r"BLANKS: /[ \n]{0,2}/"]
 
 

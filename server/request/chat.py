@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from ...engine_impl.errors import RefusedError
 from ...engine_impl.text.chat import HERMES, Chat, TemplateFacts, Tool, Turn
 from ..config import AUTO, ChatConfig
-from ..dialects.form import AnswerForm
+from ..dialects.syntax import AnswerSyntax
 from .call_grammar import must_call, strict_if_called
 from .grammar import Grammar
 
@@ -46,7 +46,7 @@ class Prompt:
     """What a request is made of."""
 
     token_ids: list[int]
-    form: AnswerForm | None = None
+    syntax: AnswerSyntax | None = None
     """How answers are read; None: their text is their content."""
     grammar: Grammar | None = None
 
@@ -84,7 +84,7 @@ def prompt_of(call: ChatCall, tokenizer: "Tokenizer", limits: "Limits", config: 
     uses_tools = bool(tools) or any(turn.calls or turn.role == "tool" for turn in chat.turns)
     chat = replace(chat, tools=tools, as_text=dialect.as_text and uses_tools)
     prompt = limits.prompt_of_chat(tokenizer, chat)
-    form = AnswerForm(
+    syntax = AnswerSyntax(
         tool_format=dialect.tool_format if tools else None,
         tools=frozenset(tool.name for tool in tools),
         at_most_one_call=not call.parallel_tool_calls or bool(call.tool_name),
@@ -93,19 +93,19 @@ def prompt_of(call: ChatCall, tokenizer: "Tokenizer", limits: "Limits", config: 
     )
     return Prompt(
         token_ids=prompt.token_ids,
-        form=None if form.is_plain else form,
-        grammar=grammar_of(call, form, tokenizer) if tools else None,
+        syntax=None if syntax.is_plain else syntax,
+        grammar=grammar_of(call, syntax, tokenizer) if tools else None,
     )
 
 
-def grammar_of(call: ChatCall, form: AnswerForm, tokenizer: "Tokenizer") -> Grammar | None:
+def grammar_of(call: ChatCall, syntax: AnswerSyntax, tokenizer: "Tokenizer") -> Grammar | None:
     """What an answer that may call tools must look like; None: whatever the model writes."""
     if call.tool_name:
         tools = [tool for tool in call.chat.tools if tool.name == call.tool_name]
-        return must_call(tools, form, tokenizer.control_id)
+        return must_call(tools, syntax, tokenizer.control_id)
     if call.tool_choice == REQUIRED:
-        return must_call(call.chat.tools, form, tokenizer.control_id)
-    return strict_if_called(call.chat.tools, call.strict, form, tokenizer.control_id) if call.strict else None
+        return must_call(call.chat.tools, syntax, tokenizer.control_id)
+    return strict_if_called(call.chat.tools, call.strict, syntax, tokenizer.control_id) if call.strict else None
 
 
 def begins_in_thought(chat: Chat, end: str, tags: tuple[str, str] | None) -> bool:

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 from ...engine_impl.errors import RefusedError, TooLongError
 from ...engine_impl.sampling.params import MAX_SEED, SamplingParams
 from ...engine_impl.text.chat import Chat, ChatPrompt
-from ..dialects.form import AnswerForm
 from ..dialects.parts import CallPart
+from ..dialects.syntax import AnswerSyntax
 from .grammar import Grammar
 from .options import AnswerOptions
 from .trace import Trace
@@ -140,7 +140,7 @@ class Request(AnswerOptions):
     grammar: Grammar | None = None
     """What the answer must look like; None: whatever the model writes."""
 
-    form: AnswerForm | None = None
+    syntax: AnswerSyntax | None = None
     """How the answer's text is read; None: it is the answer."""
 
     client: str = ""
