@@ -9,6 +9,7 @@ import tyro
 
 from ..server.grpc.channel import DEFAULT_TARGET, PLAIN, ChannelConfig
 from ..server.request.options import AnswerOptions
+from .form import FormFlags
 from .show import print_growing
 
 if TYPE_CHECKING:
@@ -23,6 +24,7 @@ class Ask:
     question: tyro.conf.Positional[str]
     """The question, in quotes."""
     answer: AnswerOptions
+    form: FormFlags
     target: str = DEFAULT_TARGET
     """The server's address (host:port)."""
     raw: bool = False
@@ -46,11 +48,11 @@ class Ask:
     def _growing(self, client: "Client") -> "Iterator[list[Answer]]":
         from ..server.request.answer import Answer
 
-        answer = Answer.of(self.answer.num_samples)
+        answer, form = Answer.of(self.answer.num_samples), self.form.form()
         if self.raw:
-            pieces = client.ask_text(self.question, self.answer)
+            pieces = client.ask_text(self.question, self.answer, form)
         else:
-            pieces = client.ask_chat([{"role": "user", "content": self.question}], self.answer)
+            pieces = client.ask_chat([{"role": "user", "content": self.question}], self.answer, form)
         for piece in pieces:
             answer.grow(piece)
             yield [answer]

@@ -9,10 +9,11 @@ from ...engine_impl.errors import RefusedError
 from ...protos import orchestrator_pb2 as pb
 from ...protos.orchestrator_pb2_grpc import OrchestratorStub
 from ..errors import UnavailableError
+from ..request.form import FREE, AnswerForm
 from ..request.options import AnswerOptions
 from ..request.request import Event
 from .channel import PLAIN, ChannelConfig, channel, metadata
-from .messages import read_reply, write_options
+from .messages import read_reply, write_form, write_options
 
 Pieces = Generator[Event, None, None]
 """An answer as it comes; the last event has the usage."""
@@ -36,19 +37,20 @@ class Client:
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._channel.close()
 
-    def ask_text(self, text: str, options: AnswerOptions) -> Pieces:
+    def ask_text(self, text: str, options: AnswerOptions, form: AnswerForm = FREE) -> Pieces:
         """Continues raw text."""
-        return self._decode(pb.DecodeRequest(text_content=pb.DecodeRequest.TextContent(text=text)), options)
+        return self._decode(pb.DecodeRequest(text_content=pb.DecodeRequest.TextContent(text=text)), options, form)
 
-    def ask_chat(self, messages: Sequence[dict[str, str]], options: AnswerOptions) -> Pieces:
+    def ask_chat(self, messages: Sequence[dict[str, str]], options: AnswerOptions, form: AnswerForm = FREE) -> Pieces:
         """Answers a conversation of {"role", "content"}."""
         turns = [pb.DecodeRequest.Message(**message) for message in messages]
-        return self._decode(pb.DecodeRequest(messages=pb.DecodeRequest.Chat(messages=turns)), options)
+        return self._decode(pb.DecodeRequest(messages=pb.DecodeRequest.Chat(messages=turns)), options, form)
 
-    def _decode(self, request: pb.DecodeRequest, options: AnswerOptions) -> Pieces:
+    def _decode(self, request: pb.DecodeRequest, options: AnswerOptions, form: AnswerForm) -> Pieces:
         """Closing the iterator cancels the call. Raises RefusedError for a bad request, CallError for the rest."""
         try:
             write_options(request, options)
+            write_form(request, form)
         except ValueError as error:  # protobuf's: a number beyond 32 bits
             raise RefusedError(str(error)) from error
         call = self._stub.Decode(request, metadata=self._metadata)

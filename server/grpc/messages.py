@@ -1,10 +1,11 @@
 """The wire's messages: a DecodeRequest becomes a request, a request's events become DecodeResponses, and back."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ...engine_impl.errors import RefusedError
 from ...protos import orchestrator_pb2 as pb
+from ..request.form import FREE, AnswerForm
 from ..request.options import OPTIONS, AnswerOptions
 from ..request.prefix_key import prefix_key
 from ..request.request import Event, FinishReason, Limits, Request, TokenLogprob, Usage, check_messages, check_slots
@@ -40,7 +41,7 @@ def read_request(
         raise RefusedError(f"lora_adapter_id={message.lora_adapter_id!r} must be empty: there are no adapters")
     options = read_options(message)
     check_slots(options.num_samples, engine.max_concurrent_decodes)
-    limits = Limits.of(engine)
+    limits, grammar = Limits.of(engine), read_form(message).made()
     prompt_ids = read_prompt(message, engine.get_tokenizer(), limits)  # last: the text may be megabytes
     request = Request(
         prompt_ids=prompt_ids,
@@ -48,6 +49,7 @@ def read_request(
         deadline=deadline,
         id=request_id,
         prefix_key=prefix_key(options.cache_salt, token),
+        grammar=grammar,
         **options.fields(),
     )
     limits.check(request)
@@ -63,6 +65,24 @@ def read_options(message: pb.DecodeRequest) -> AnswerOptions:
     }
     values["num_samples"] = values["num_samples"] or 1  # JetStream's, which cannot be absent
     return AnswerOptions.of(**values)
+
+
+def read_form(message: pb.DecodeRequest) -> AnswerForm:
+    """What the answer must look like."""
+    name = message.WhichOneof("form")
+    if name is None:
+        return FREE
+    value: Any = tuple(message.choices.texts) if name == "choices" else getattr(message, name)
+    return AnswerForm(**{name: value})
+
+
+def write_form(message: pb.DecodeRequest, form: AnswerForm) -> None:
+    """What read_form() reads."""
+    for name in form.given:
+        if name == "choices":
+            message.choices.texts.extend(form.choices)
+        else:
+            setattr(message, name, getattr(form, name))
 
 
 def read_prompt(message: pb.DecodeRequest, tokenizer: "Tokenizer", limits: Limits) -> list[int]:

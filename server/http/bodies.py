@@ -16,6 +16,7 @@ from ..request.prefix_key import prefix_key
 from ..request.request import MAX_MESSAGES, Limits, Request, check_slots
 from .errors import BadFieldError, UnknownModelError, bad_body, shown
 from .fields import Message, Prompts, StreamOptions, few
+from .forms import Forms
 from .options import DeclaredFields, options_in
 
 if TYPE_CHECKING:
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
     from ...engine_impl.api import Tokenizer
 
 
-class Body(DeclaredFields):
+class Body(Forms, DeclaredFields):
     """What completions and chats have in common: a request's options, and what is HTTP's alone."""
 
     refused: ClassVar[dict[str, tuple[Any, ...]]] = {
@@ -36,11 +37,7 @@ class Body(DeclaredFields):
         "skip_special_tokens": (True,),
         "spaces_between_special_tokens": (True,),
         "include_stop_str_in_output": (False,),
-        "structured_outputs": (),
-        "guided_json": (),
-        "guided_regex": (),
-        "guided_choice": (),
-        "guided_grammar": (),
+        "guided_whitespace_pattern": (),
     }
     """Fields that would change the answer and that we lack, with the values that ask for nothing."""
 
@@ -109,12 +106,14 @@ class Body(DeclaredFields):
         check_slots(self.n, engine.max_concurrent_decodes)
         limits, requests = Limits.of(engine), []
         self._options(limits.longest)  # refused before the prompts are read: they may be megabytes
+        grammar = self.grammar()
         for number, prompt_ids in enumerate(self.prompts(engine.get_tokenizer(), limits)):
             request = Request(
                 prompt_ids=prompt_ids,
                 deliver=deliver_to(number),
                 id=request_id if self.num_prompts == 1 else f"{request_id}-{number}",
                 prefix_key=prefix_key(self.cache_salt, token),
+                grammar=grammar,
                 **self._options(limits.longest - len(prompt_ids)).fields(),
             )
             limits.check(request)
@@ -174,7 +173,6 @@ class ChatBody(Body):
         "tool_choice": ("none", "auto"),
         "functions": ([],),
         "function_call": ("none", "auto"),
-        "response_format": ({"type": "text"},),
         "modalities": (["text"],),
         "audio": (),
         "web_search_options": (),
