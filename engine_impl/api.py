@@ -4,10 +4,11 @@
     prefix, result = engine.first_tokens(prefix, [Opening(...)])    # for its last chunk: how the text goes on
     state = engine.insert(prefix, state, [slot], page_NJ)           # stores the rows
     state, result = engine.generate(params, state, slot_N, page_NJ)
+    state, result, prefix = engine.carry(params, state, slot_N, page_NJ, [Piece(...)])      # generate and prefill
 
-State goes in and comes out; `insert` and `generate` donate it, `prefill` reads it. Parameters, prefixes and states are
-handles: whoever holds them hands them back unopened. Whose pages are whose, and which slots are live, is the caller's
-knowledge: a slot that is not named does not take part in a step. Nothing heavy is imported here.
+State goes in and comes out; `insert`, `generate` and `carry` donate it, `prefill` reads it. Parameters, prefixes and
+states are handles: whoever holds them hands them back unopened. Whose pages are whose, and which slots are live, is the
+caller's knowledge: a slot that is not named does not take part in a step. Nothing heavy is imported here.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -306,6 +307,26 @@ class Engine(Protocol[ParamsT, PrefixT, StateT]):
         Row n of the result belongs to slot_N[n]; rows behind them have a count of 0. `page_NJ` (i32) must have a page
         for each row that the step may store: up to `tokens_per_step` behind a slot's length. No slot named: a step that
         changes nothing.
+        """
+        ...
+
+    def carries(self, slots: int, lengths: Sequence[int]) -> bool:
+        """Whether a step of so many slots and pieces of so many tokens take less time by `carry` than one behind the
+        other."""
+        ...
+
+    def carry(
+        self,
+        params: ParamsT,
+        decode_state: StateT,
+        slot_N: np.ndarray,
+        page_NJ: np.ndarray,
+        pieces: Sequence[Piece],
+        allowed: Allowed | None = None,
+    ) -> tuple[StateT, StepResult, PrefixT]:
+        """`generate` and `prefill` together, of slots and pieces that `carries` said yes to. The state is donated.
+
+        Raises PieceError before anything is started: the state is as it was.
         """
         ...
 

@@ -89,6 +89,10 @@ class WatchConfig:
     profile_s: Annotated[float, flag("profile-seconds")] = 10.0
     """How long a trace lasts (seconds)."""
 
+    otlp_endpoint: str | None = None
+    """Send each request's spans to this OpenTelemetry collector (http://HOST:4317, gRPC). A W3C traceparent from the
+    caller is taken up. Default: none."""
+
     def __post_init__(self) -> None:
         if self.metrics_port is not None:
             check_port("metrics_port", self.metrics_port)

@@ -184,6 +184,8 @@ class FakeEngine:
     """0: as many as all slots' longest requests need."""
     table_entries: int = 0
     """Likewise."""
+    carries_pieces: bool = False
+    """Whether a step carries a piece along."""
     step_s: float = 0.0
     tokens_per_step: int = 1
     """The most that a step brings a slot, as speculation would."""
@@ -311,6 +313,22 @@ class FakeEngine:
                 next_N[row] = nearest_allowed(int(next_N[row]), word_W)
             state.token_B[slot_N[live_N]] = token_NW[live_N, at] = next_N[live_N]
         return state, self._result(token_NW, lambda: self._wait(step))
+
+    def carries(self, slots: int, lengths: Sequence[int]) -> bool:
+        return self.carries_pieces and slots > 0 and len(lengths) == 1
+
+    def carry(
+        self,
+        params: Any,
+        decode_state: FakeState,
+        slot_N: np.ndarray,
+        page_NJ: np.ndarray,
+        pieces: Sequence[Piece],
+        allowed: Allowed | None = None,
+    ) -> tuple[FakeState, FakeResult, FakePrefix]:
+        assert self.carries(len(slot_N), [len(piece.token_T) for piece in pieces])
+        prefix = self.prefill(params, decode_state, pieces)
+        return *self.generate(params, decode_state, slot_N, page_NJ, allowed), prefix
 
     def next_tokens(
         self, state: FakeState, token_N: np.ndarray, length_N: np.ndarray, page_NJ: np.ndarray

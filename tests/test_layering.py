@@ -30,13 +30,13 @@ MAY_IMPORT: dict[str, tuple[set[str], set[str]]] = {
     "server": (
         {"protos", "cache_manager", "engine_impl"},
         {"grpc", "grpc_health", "grpc_reflection", "google", "numpy", "jetstream", "prometheus_client"}
-        | {"aiohttp", "pydantic", "pydantic_core", "tyro"},
+        | {"aiohttp", "pydantic", "pydantic_core", "tyro", "opentelemetry"},
     ),
     "benchmarks": (
         {"protos", "kernels", "cache_manager", "engine_impl", "server"},
         {"jax", "numpy", "torch", "grpc", "aiohttp", "transformers", "matplotlib", "tyro"},
     ),
-    "cli": ({"protos", "engine_impl", "server", "benchmarks"}, {"tyro", "grpc", "numpy"}),
+    "cli": ({"protos", "engine_impl", "server", "benchmarks"}, {"tyro", "grpc", "numpy", "yaml"}),
 }
 
 SUB_ROOMS: dict[str, dict[str, set[str]]] = {
@@ -66,7 +66,7 @@ SUB_ROOMS: dict[str, dict[str, set[str]]] = {
     "server": {
         "request": {"errors"},
         "net": {"errors", "config"},
-        "observe": {"net"},
+        "observe": {"net", "request"},
         "delivery": {"errors", "request", "observe"},
         "scheduler": {"errors", "request", "observe", "delivery"},
         "grpc": {"errors", "config", "request", "net", "gateway"},
@@ -102,7 +102,11 @@ ENGINE_FACE = {
 ONLY_IN = {
     "torchax": {"engine_impl/bridge.py"},
     "llguidance": {"engine_impl/text/grammar.py"},
-    "jetstream": {"engine_impl/jetstream/engine.py", "server/jetstream/host.py"},  # shims: compat.py
+    "opentelemetry": {"server/observe/traces.py"},
+    "jetstream": {
+        *(f"engine_impl/jetstream/{name}.py" for name in ("engine", "adapter", "tokenizer")),  # shims: compat.py
+        "server/jetstream/host.py",
+    },
 }
 
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from ..engine import Engine
 from ..forward import Params
 from ..sampling.mask import Mask
-from ..state import DecodeState, Prefix
+from ..state import DecodeState, PieceBatch, Prefix
 from ..weights import load
 
 
@@ -39,6 +39,12 @@ def lower_generate(engine: Engine, slots: int | None = None) -> jax.stages.Lower
     return engine.jitted.generate.lower(*_step_arguments(engine, slots), mask)
 
 
+def lower_carry(engine: Engine, slots: int, tokens: int) -> jax.stages.Lowered:
+    """The decode step of so many slots that carries a piece along, padded to `tokens`."""
+    pieces, mask = _pieces(engine, 1, tokens), _mask(engine, slots)
+    return engine.jitted.carry.lower(*_step_arguments(engine, slots), pieces, mask)
+
+
 def lower_score_step(engine: Engine, slots: int | None = None) -> jax.stages.Lowered:
     """The decode step with given tokens."""
     given_N = _array(engine, (slots or engine.max_concurrent_decodes,), jnp.int32)
@@ -67,10 +73,14 @@ def _step_arguments(engine: Engine, slots: int | None) -> tuple[Any, ...]:
 
 
 def _prefill_arguments(engine: Engine, pieces: int, tokens: int) -> tuple[Any, ...]:
-    token_NT, start_N = _array(engine, (pieces, tokens), jnp.int32), _array(engine, (pieces,), jnp.int32)
-    page_NJ = _array(engine, (pieces, engine.pages_per_slot), jnp.int32)
-    cache = engine.layout.abstract(engine.mesh)
-    return abstract_params(engine), cache, token_NT, start_N, start_N, token_NT, page_NJ
+    return abstract_params(engine), engine.layout.abstract(engine.mesh), _pieces(engine, pieces, tokens)
+
+
+def _pieces(engine: Engine, pieces: int, tokens: int) -> PieceBatch:
+    token_NT: Any = _array(engine, (pieces, tokens), jnp.int32)
+    start_N: Any = _array(engine, (pieces,), jnp.int32)
+    _, page_NJ = _texts(engine, pieces)
+    return PieceBatch(token_NT, start_N, start_N, token_NT, page_NJ)
 
 
 def _texts(engine: Engine, count: int) -> tuple[Any, Any]:

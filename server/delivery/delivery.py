@@ -217,6 +217,8 @@ class Delivery:
             request.ended_at = time.monotonic()
             self._on_end(request)
             self._count(request, outcome)
+            if request.trace is not None:
+                request.trace.end(request, outcome.value)
         return usage_of(request)
 
     def _count(self, request: Request, outcome: Outcome) -> None:

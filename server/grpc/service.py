@@ -77,7 +77,8 @@ class GrpcService:
             lane = Lane.of(len(data), is_chat=message.HasField("messages"))
         else:
             read, lane = partial(read_one, partial(parse, pb.DecodeRequest, data), *known), Lane.LONG
-        async with self._gateway.admit(read, lane, self._guard.client(brought, ip_of(context.peer()))) as admitted:
+        client = self._guard.client(brought, ip_of(context.peer()))
+        async with self._gateway.admit(read, lane, client, partial(metadata_of, context)) as admitted:
             # Not before: a client's retry policy only applies to answers that are nothing but trailers.
             await context.send_initial_metadata(((REQUEST_ID, request_id),))
             num_samples = admitted.requests[0].num_samples
@@ -110,10 +111,13 @@ def parse(kind: type[M], data: bytes) -> M:
 
 def own_id(context: grpc.aio.ServicerContext) -> str:
     """The caller's, or a new one."""
-    for name, value in context.invocation_metadata() or ():
-        if name == REQUEST_ID and value:
-            return str(value)[: MAX_REQUEST_ID + 1]
-    return new_id()
+    sent = metadata_of(context, REQUEST_ID)
+    return sent[: MAX_REQUEST_ID + 1] if sent else new_id()
+
+
+def metadata_of(context: grpc.aio.ServicerContext, name: str) -> str | None:
+    """What the caller sent under that name."""
+    return next((str(value) for key, value in context.invocation_metadata() or () if key == name and value), None)
 
 
 def deadline_of(context: grpc.aio.ServicerContext) -> float | None:

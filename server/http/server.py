@@ -166,7 +166,7 @@ class HttpServer:
             return body.requests(request[NAME], engine, deliver_to, token)
 
         with self._gateway.call(), held:
-            async with self._gateway.admit(read, lane, client) as admitted:
+            async with self._gateway.admit(read, lane, client, request.headers.get) as admitted:
                 names = self._token_names(admitted.engine)
                 answer = form(body, admitted.requests, request[NAME], admitted.engine.model_name, names)
                 if body.stream:

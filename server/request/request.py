@@ -11,6 +11,7 @@ from ...engine_impl.sampling.params import MAX_SEED, SamplingParams
 from .constraint import Constraint
 from .grammar import Grammar
 from .options import AnswerOptions
+from .trace import Trace
 
 if TYPE_CHECKING:
     from ...engine_impl.api import AnyEngine as Engine
@@ -145,6 +146,8 @@ class Request(AnswerOptions):
     """Its last event is out."""
     cached_tokens: int = 0
     """Tokens of the prompt that came from a cached prefix, the orchestrator's note."""
+    trace: Trace | None = None
+    """None: it is not traced."""
     samples: list[Sample] = field(init=False)
 
     def __post_init__(self) -> None:
