@@ -48,10 +48,11 @@ class CallerGoneError(Exception):
 
 @dataclass(frozen=True)
 class Ending:
-    """A request that is over."""
+    """A request that is over, or one of its samples."""
 
     request: Request
     end: End
+    sample: Sample | None = None
 
 
 class Text:
@@ -129,6 +130,10 @@ class Delivery:
         """Ends a request, after what was posted before. No effect on one that is done."""
         self._posts.put(Ending(request, end))
 
+    def end_sample(self, sample: Sample) -> None:
+        """Ends one whose answer is whole, likewise. No effect on one that is done."""
+        self._posts.put(Ending(sample.request, FinishReason.STOP, sample))
+
     def close(self) -> None:
         """Returns when all that was posted before is delivered."""
         self._posts.put(None)
@@ -140,7 +145,7 @@ class Delivery:
     def _run(self) -> None:
         while (post := self._posts.get()) is not None:
             if isinstance(post, Ending):
-                self._guarded(post.request, self._end_request, post.request, post.end)
+                self._guarded(post.request, self._end, post)
             else:
                 self._deliver(post)
                 self._room.put(None)
@@ -206,6 +211,12 @@ class Delivery:
         if all(other.done for other in request.samples):
             last = replace(last, usage=self._close_request(request, OUTCOMES[reason]))
         emit(request, last)
+
+    def _end(self, ending: Ending) -> None:
+        if ending.sample is None:
+            self._end_request(ending.request, ending.end)
+        elif not ending.sample.done:
+            self._end_sample(ending.sample, FinishReason.STOP)
 
     def _end_request(self, request: Request, end: End) -> None:
         if request.done:

@@ -1,6 +1,7 @@
 """A chat, as a front has read it, becomes a prompt, and what its answers may and must look like. Both fronts' way."""
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -8,7 +9,7 @@ from ...engine_impl.errors import RefusedError
 from ...engine_impl.text.chat import HERMES, Chat, TemplateFacts, Tool, Turn
 from ..config import AUTO, ChatConfig
 from ..dialects.syntax import AnswerSyntax
-from .call_grammar import must_call, strict_if_called
+from .call_grammar import ControlId, after_thought, may_call, must_call, strict_if_called
 from .grammar import Grammar
 
 if TYPE_CHECKING:
@@ -39,6 +40,8 @@ class ChatCall:
     parallel_tool_calls: bool = True
     strict: frozenset[str] = frozenset()
     """Names of the tools whose arguments must be as their schema says whenever they are called."""
+    grammar: Grammar | None = None
+    """What the content must look like, where the answer has some."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,18 +97,22 @@ def prompt_of(call: ChatCall, tokenizer: "Tokenizer", limits: "Limits", config: 
     return Prompt(
         token_ids=prompt.token_ids,
         syntax=None if syntax.is_plain else syntax,
-        grammar=grammar_of(call, syntax, tokenizer) if tools else None,
+        grammar=grammar_of(call, tools, syntax, tokenizer.control_id),
     )
 
 
-def grammar_of(call: ChatCall, syntax: AnswerSyntax, tokenizer: "Tokenizer") -> Grammar | None:
-    """What an answer that may call tools must look like; None: whatever the model writes."""
+def grammar_of(call: ChatCall, tools: Sequence[Tool], syntax: AnswerSyntax, control_id: ControlId) -> Grammar | None:
+    """What an answer must look like; None: whatever the model writes. `tools`: those that may be called."""
     if call.tool_name:
-        tools = [tool for tool in call.chat.tools if tool.name == call.tool_name]
-        return must_call(tools, syntax, tokenizer.control_id)
+        return must_call([tool for tool in tools if tool.name == call.tool_name], syntax, control_id)
     if call.tool_choice == REQUIRED:
-        return must_call(call.chat.tools, syntax, tokenizer.control_id)
-    return strict_if_called(call.chat.tools, call.strict, syntax, tokenizer.control_id) if call.strict else None
+        return must_call(tools, syntax, control_id)
+    if call.grammar is not None:
+        if tools:
+            return may_call(tools, syntax, call.grammar, control_id)
+        return after_thought(syntax, call.grammar, control_id)
+    strict = call.strict & {tool.name for tool in tools}
+    return strict_if_called(tools, strict, syntax, control_id) if strict else None
 
 
 def begins_in_thought(chat: Chat, end: str, tags: tuple[str, str] | None) -> bool:

@@ -3,6 +3,7 @@
 import json
 import random
 from functools import cache
+from typing import Any
 
 import jsonschema
 import llguidance
@@ -10,8 +11,10 @@ import llguidance.numpy as masks
 import pytest
 from slipstream.engine_impl.errors import RefusedError
 from slipstream.engine_impl.text.chat import Tool
+from slipstream.engine_impl.text.grammar import Bytes
 from slipstream.server.dialects.syntax import FORMATS, AnswerReader, AnswerSyntax
-from slipstream.server.request.call_grammar import must_call, strict_if_called
+from slipstream.server.request.call_grammar import after_thought, may_call, must_call, strict_if_called
+from slipstream.server.request.grammar import Grammar
 
 SCHEMA = {
     "type": "object",
@@ -32,10 +35,18 @@ WHOLE = {
 }
 
 
+CONTROL = ["<think>", "</think>", "[THINK]", "[/THINK]", "[TOOL_CALLS]", "[ARGS]"]
+
+
 @cache
 def tokenizer():
-    """A token is a byte; a few control tokens behind them."""
-    return llguidance.LLTokenizer("byte")
+    """A token is a byte; the control tokens are behind them."""
+    made: Any = Bytes(CONTROL)
+    return llguidance.LLTokenizer(made, slices=[])
+
+
+def control_id(text):
+    return 257 + CONTROL.index(text) if text in CONTROL else None
 
 
 def no_control(text):
@@ -127,16 +138,39 @@ def test_whatever_is_taken_is_read_as_a_call(tool_format, seed):
 
 
 def test_marks_that_are_control_tokens_are_these_tokens():
-    control = {"[TOOL_CALLS]": 256, "[ARGS]": 257}.get
-    following = matcher(must_call(TOOLS, syntax("mistral"), control))
-    call = [256, *b"get_weather", 257, *ROME.encode()]
-    assert following.try_consume_tokens([*call, 256, *b"now", 257, *b"{}"]) == 2 * len(call) - 22
+    following = matcher(must_call(TOOLS, syntax("mistral"), control_id))
+    opening, arguments = map(control_id, ("[TOOL_CALLS]", "[ARGS]"))
+    calls = [opening, *b"get_weather", arguments, *ROME.encode(), opening, *b"now", arguments, *b"{}"]
+    assert following.try_consume_tokens(calls) == len(calls)
     assert following.is_accepting()
     for tags in (THINK, ("[THINK]", "[/THINK]")):
-        control = {tags[0]: 256, tags[1]: 257}.get
-        following = matcher(must_call(TOOLS, syntax("llama", think_tags=tags), control))
-        assert following.try_consume_tokens([256, *b"Hm", 257, *WHOLE["llama"].encode()]) == 4 + len(WHOLE["llama"])
+        following = matcher(must_call(TOOLS, syntax("llama", think_tags=tags), control_id))
+        tokens = [control_id(tags[0]), *b"Hm <", control_id(tags[1]), *WHOLE["llama"].encode()]
+        assert following.try_consume_tokens(tokens) == len(tokens)
         assert following.is_accepting()
+
+
+@pytest.mark.parametrize("tool_format", FORMATS)
+@pytest.mark.parametrize(
+    "content", [Grammar.of_json_schema({"const": "Yes"}), Grammar.of_choices(['"Yes"']), Grammar.of_regex('"Yes"')]
+)
+def test_an_answer_calls_or_is_as_its_form_says(tool_format, content):
+    grammar = may_call(TOOLS, syntax(tool_format, think_tags=THINK), content, no_control)
+    for text in (WHOLE[tool_format], '"Yes"', '<think>Hm</think>\n"Yes"'):
+        assert takes(grammar, text)
+    for text in ("Yes", "", f'"Yes"{WHOLE[tool_format]}'):
+        assert not takes(grammar, text)
+
+
+def test_a_model_that_thinks_does_so_before_its_form():
+    content = Grammar.of_json_schema({"const": "Yes"})
+    assert after_thought(AnswerSyntax(), content, no_control) is content
+    grammar = after_thought(AnswerSyntax(think_tags=THINK), content, no_control)
+    assert takes(grammar, '"Yes"')
+    assert takes(grammar, '<think>Hm</think>\n\n"Yes"')
+    begun = after_thought(AnswerSyntax(think_tags=THINK, is_thinking=True), content, control_id)
+    following, tokens = matcher(begun), [*b"Hm", control_id("</think>"), *b'"Yes"']
+    assert following.try_consume_tokens(tokens) == len(tokens)
 
 
 def test_strict_tools_hold_in_free_text():
