@@ -83,12 +83,12 @@ class FakeTokenizer:
         return FakeTextStream(self)
 
     def matcher(self, grammar: str) -> FakeMatcher:
-        """The one answer is the grammar itself, or what `start` is, without its quotes; of any schema it is "{}"."""
+        """The one answer is the grammar itself, or what `start` is, without its quotes; of any schema it is "[]"."""
         if "bad" in grammar:
             raise RefusedError("the grammar cannot be compiled: it is bad")
         if grammar.startswith("{"):
             (form,) = json.loads(grammar)["grammars"]
-            grammar = form["lark_grammar"].removeprefix("start: ")[1:-1] if "lark_grammar" in form else "{}"
+            grammar = form["lark_grammar"].removeprefix("start: ")[1:-1] if "lark_grammar" in form else "[]"
         return FakeMatcher(grammar)
 
     def prepare_grammars(self) -> None:

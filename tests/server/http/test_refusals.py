@@ -90,6 +90,7 @@ def messages(*turns):
         ("completions", A | {"min_tokens": 4}, "min_tokens", "min_tokens=4 must be at most max_tokens=3"),
         ("completions", A | {"min_tokens": -1}, "min_tokens", "min_tokens=-1 must be from 0"),
         ("chat/completions", HI | {"min_tokens": 4}, "min_tokens", "min_tokens=4 must be at most max_tokens=3"),
+        ("completions", A | {"guided_whitespace_pattern": " "}, "guided_whitespace_pattern", "is not supported"),
         ("chat/completions", {}, "messages", "messages is missing"),
         ("chat/completions", messages(), "messages", "messages is empty"),
         ("chat/completions", messages({"role": "user"}), "messages[0].content", "messages[0].content is missing"),
