@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..server.request.adapter import LoadedAdapter
 from ..server.request.answer import Answer
+from ..server.request.grammar import Grammar
 from ..server.request.options import AnswerOptions
 from ..server.request.prefix_key import prefix_key
 from ..server.request.request import Event, Limits, Request
@@ -32,6 +33,7 @@ def answer(
     params: Any,
     prompts: Sequence[Sequence[int]],
     options: AnswerOptions,
+    grammar: Grammar | None = None,
     adapter: str | None = None,
 ) -> Iterator[list[Answer]]:
     """Yields all answers, in the order of the prompts (token ids), whenever one has grown. `adapter` (a folder or a hub
@@ -48,7 +50,9 @@ def answer(
         for each in requests:
             each.adapt(loaded)
     for each in requests:
+        each.grammar = grammar
         limits.check(each)
+        each.constrain(engine.get_tokenizer())
     with running(engine, params, max_queued=len(prompts)) as orchestrator:
         for each in requests:
             orchestrator.submit(each)

@@ -31,7 +31,7 @@ from . import api, forward
 from .adapters.peft_folder import adapter_folder, read_adapter
 from .adapters.sites import adapt, sites_of
 from .adapters.stacks import AdapterPlaces, AdapterWeights
-from .api import Opening, Piece
+from .api import Allowed, Opening, Piece
 from .checkpoints.contract import Checkpoint
 from .config import EngineConfig
 from .errors import PieceError, RefusedError
@@ -40,6 +40,7 @@ from .layout import chunk_of, layout_of
 from .models.decoder import Decoder
 from .programs import GREEDY, Programs
 from .quantization.swap import quantize
+from .sampling.mask import Mask, Masks
 from .sampling.penalties import counts_of_text, is_penalised
 from .sampling.slots import SlotSampling
 from .shapes import Shapes
@@ -90,6 +91,7 @@ class Engine:
         """The device programs as functions: for whoever calls one within a program of his own."""
         self.jitted = self.programs.jitted()
         """The same, as they are run: for whoever lowers them."""
+        self._masks = Masks(model.config.vocab_size, self.programs.everywhere)
         self.max_prefill_length = min(config.max_prefill_length or self.cache_length, self.cache_length)
         """Longest prompt (tokens)."""
         self.shapes = Shapes(
@@ -222,9 +224,10 @@ class Engine:
             raise ValueError(f"{len(openings)} openings for a prefix of {rows}")
         openings = [*openings, *[None] * (rows - len(openings))]
         is_complete_N = np.array([opening is not None for opening in openings])
+        masked = [(n, o.allowed_W) for n, o in enumerate(openings) if o is not None and o.allowed_W is not None]
         token_N, sampling, count_NV, result = self.jitted.first_tokens(
             prefix.logits_NV, prefix.start_N, prefix.count_N, is_complete_N, self._sampling(openings),
-            self._counts(openings, prefix.count_NV),
+            self._counts(openings, prefix.count_NV), self._masks.of(rows, masked),
         )  # fmt: skip
         return replace(prefix, token_N=token_N, sampling=sampling, count_NV=count_NV), result
 
@@ -244,16 +247,22 @@ class Engine:
         return self.jitted.insert(prefix, decode_state, slot_N, self.shapes.table(page_NJ, rows))
 
     def generate(
-        self, params: Params, decode_state: DecodeState, slot_N: np.ndarray, page_NJ: np.ndarray
+        self,
+        params: Params,
+        decode_state: DecodeState,
+        slot_N: np.ndarray,
+        page_NJ: np.ndarray,
+        allowed: Allowed | None = None,
     ) -> tuple[DecodeState, StepResult]:
         """One decode step: every slot named that is neither empty nor full gets its next token. The state is donated.
 
-        Row n of the result belongs to slot_N[n]; rows behind them have a count of 0.
+        Row n of the result belongs to slot_N[n]; rows behind them have a count of 0. `allowed`: which tokens may come.
 
         Raises ValueError for more slots than there are.
         """
         slot_N = self.shapes.step(slot_N)
-        return self.jitted.generate(params, decode_state, slot_N, self.shapes.table(page_NJ, len(slot_N)))
+        mask = self._mask(len(slot_N), allowed)
+        return self.jitted.generate(params, decode_state, slot_N, self.shapes.table(page_NJ, len(slot_N)), mask)
 
     def carries(self, slots: int, lengths: Sequence[int]) -> bool:
         """Whether `carry` takes a step of so many slots and pieces of so many tokens."""
@@ -266,6 +275,7 @@ class Engine:
         slot_N: np.ndarray,
         page_NJ: np.ndarray,
         pieces: Sequence[Piece],
+        allowed: Allowed | None = None,
     ) -> tuple[DecodeState, StepResult, Prefix]:
         """`generate` and `prefill` as one program, which reads the weights once: (state, result, prefix). The state is
         donated.
@@ -277,8 +287,8 @@ class Engine:
             raise PieceError(f"a step of {len(slot_N)} slots does not carry pieces of {lengths} tokens: prefill them")
         slots, tokens = shape
         batch = self.shapes.pieces(pieces, (1, tokens))
-        slot_N = self.shapes.filled(slot_N, slots)
-        return self.jitted.carry(params, decode_state, slot_N, self.shapes.table(page_NJ, slots), batch)
+        slot_N, mask = self.shapes.filled(slot_N, slots), self._mask(slots, allowed)
+        return self.jitted.carry(params, decode_state, slot_N, self.shapes.table(page_NJ, slots), batch, mask)
 
     def score_step(
         self,
@@ -318,6 +328,10 @@ class Engine:
             decode_state, result, _ = self.carry(params, decode_state, nobody, page_NJ, [piece])
         result.token_BW.block_until_ready()
         return decode_state
+
+    def _mask(self, rows: int, allowed: Allowed | None) -> Mask:
+        asked = [] if allowed is None else list(zip(allowed.row_C.tolist(), allowed.word_CW, strict=True))
+        return self._masks.of(rows, asked)
 
     def _sampling(self, openings: Sequence[Opening | None]) -> SlotSampling:
         """[N] each, on the host; `min_tokens` as a position in the text, as a step's tokens have."""

@@ -19,6 +19,7 @@ from ..errors import (
     UnavailableError,
     UnknownModelError,
     brief,
+    without_frames,
 )
 from ..gateway import LONG, MAX_REQUEST_ID, REQUEST_ID, RETRY_AFTER, Deliver, Gateway, Lane, check_id, new_id
 from ..net.security import Guard
@@ -75,8 +76,11 @@ class GrpcService:
             try:
                 check_id(request_id)
                 await self._answer(data, context, request_id)
+                return
             except tuple(STATUS) as error:
-                await context.abort(status(error), brief(str(error)), trailing_metadata=trailers(error, request_id))
+                failure = without_frames(error)
+            del data  # gRPC keeps this frame until garbage is collected
+            await context.abort(status(failure), brief(str(failure)), trailing_metadata=trailers(failure, request_id))
 
     async def _answer(self, data: bytes, context: grpc.aio.ServicerContext, request_id: str) -> None:
         brought = list(authorizations(context.invocation_metadata()))

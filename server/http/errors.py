@@ -18,6 +18,7 @@ from ..errors import (
     UnavailableError,
     UnknownModelError,
     brief,
+    without_frames,
 )
 from ..gateway import RETRY_AFTER
 
@@ -78,11 +79,13 @@ KNOWN = RefusedError, UnknownModelError, DeniedError, QueueFullError, Unavailabl
 
 
 def told(error: Exception, request_id: str) -> HttpError:
-    """What the client is told; what is neither its doing nor known is logged."""
+    """What the client is told; what is neither its doing nor known is logged. Of the others no frames are kept: asyncio
+    holds what a thread raised until garbage is collected."""
     if isinstance(error, HttpError):
+        without_frames(error)
         return error
     if isinstance(error, KNOWN):
-        return http_error(error)
+        return http_error(without_frames(error))
     if isinstance(error, ConnectionError):
         return HttpError(400, "the connection was closed")  # nobody reads it
     log.error("request %s failed in the HTTP front", request_id, exc_info=error)
