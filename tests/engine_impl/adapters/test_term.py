@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from slipstream.engine_impl.adapters.sites import adapted, term
 from slipstream.engine_impl.adapters.stacks import AdapterWeights
+from slipstream.engine_impl.api import Piece
 from slipstream.engine_impl.config import EngineConfig
 from slipstream.engine_impl.engine import Engine
 from slipstream.engine_impl.errors import RefusedError
@@ -108,6 +109,28 @@ def test_adapters_come_and_go_without_a_compilation():
     places = engine.adapter_places
     assert places is not None
     assert places._put["unrolled"]._cache_size() == 1
+
+
+@pytest.mark.slow
+def test_a_step_and_the_piece_that_it_carries_have_their_own_adapters():
+    engine, params = engine_of(slots=2, cache_tokens=256)
+    engine.shapes = replace(engine.shapes, platform="tpu")
+    for index in (1, 2):
+        params = engine.put_adapter(params, index, random_adapter(engine, index))
+    alone, carrying = Session(engine, params), Session(engine, params)
+    for session in (alone, carrying):
+        session.adapter = 1
+        session.start(0, PROMPT)
+    piece = Piece(token_T=np.array(PROMPT, np.int32), start=0, page_J=carrying.page_BJ[1], adapter=2)
+    expected = np.asarray(engine.prefill(params, carrying.state, [piece]).logits_NV)
+    assert np.abs(expected - logits(Session(engine, params), 1)).max() > 0.1
+    for _ in range(3):
+        token_BW = np.asarray(alone.step().token_BW)
+        carrying.state, result, prefix = engine.carry(
+            params, carrying.state, np.array([0], np.int32), carrying.page_BJ[:1], [piece]
+        )
+        np.testing.assert_allclose(np.asarray(prefix.logits_NV), expected, atol=1e-4)
+        assert np.asarray(result.token_BW)[0] == token_BW[0]
 
 
 def test_an_engine_without_adapters_has_nothing_of_them():
