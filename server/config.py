@@ -131,6 +131,22 @@ class AdaptersConfig:
     adapter_dir: Path | None = None
     """A folder below which callers may load adapters from while the server runs. Default: they may load none."""
 
+    def __post_init__(self) -> None:
+        names = list(self.named)
+        if len(names) < len(self.adapters):
+            raise RefusedError(f"adapters has a name twice, of {', '.join(names)}; give each a name of its own")
+
+    @property
+    def named(self) -> dict[str, str]:
+        """{name: path}. Raises RefusedError."""
+        named: dict[str, str] = {}
+        for entry in self.adapters:
+            name, _, path = entry.partition("=")
+            if not (name and path):
+                raise RefusedError(f"adapters={entry!r} must be NAME=PATH")
+            named[name] = path
+        return named
+
     @property
     def asks_for_some(self) -> bool:
         return bool(self.adapters) or self.adapter_dir is not None

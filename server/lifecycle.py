@@ -23,7 +23,7 @@ from ..engine_impl.api import AnyEngine
 from ..engine_impl.errors import RefusedError
 from ..engine_impl.runtime import timeline
 from ..engine_impl.runtime.compilations import programs
-from .adapters.store import AdapterStore, named_paths
+from .adapters.store import AdapterStore
 from .config import ServerConfig, join_address
 from .errors import UnavailableError
 from .gateway import Gateway
@@ -201,7 +201,7 @@ class Serving:
         log.info("loaded %s in %.1f s; compiling", engine.model_name, time.monotonic() - start)
         await in_thread(lambda: dialect_of(engine.get_tokenizer().template_facts, self._config.chat))  # may be refused
         self.adapters.open(engine.read_adapter, engine.model_name)
-        for name, path in named_paths(self._config.lora.adapters).items():
+        for name, path in self._config.lora.named.items():
             await self.adapters.load(name, path)
         loop, ready = asyncio.get_running_loop(), asyncio.Event()
         self.orchestrator = Orchestrator(

@@ -7,7 +7,7 @@ import asyncio
 import logging
 import re
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -163,16 +163,3 @@ class AdapterStore:
             name, weights.rank, weights.bytes / 2**20, adapter.read_s,
         )  # fmt: skip
         return adapter
-
-
-def named_paths(entries: tuple[str, ...]) -> Mapping[str, str]:
-    """{name: path} of NAME=PATH each. Raises RefusedError."""
-    named: dict[str, str] = {}
-    for entry in entries:
-        name, equals, path = entry.partition("=")
-        if not (name and equals and path):
-            raise RefusedError(f"adapters={entry!r} must be NAME=PATH")
-        if name in named:
-            raise RefusedError(f"adapters has {name!r} twice; give each a name of its own")
-        named[name] = path
-    return named

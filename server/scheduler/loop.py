@@ -253,7 +253,13 @@ class Loop(Generic[ParamsT, PrefixT, StateT]):
                     self._metrics.prefix_cached(prompt.done)
 
     def _give_room(self, prompt: Prompt) -> None:
-        prompt.adapter = self._brought(prompt.request.adapter)
+        try:
+            prompt.adapter = self._brought(prompt.request.adapter)
+        except Exception as error:
+            log.exception("the adapter of request %s could not be brought onto the devices", prompt.request.id)
+            self._fail(prompt.request, error)
+            self._failures.prefill_failed(error)
+            return
         slots = [self._slots.reserve(sample) for sample in prompt.samples[: prompt.slots_needed]]
         self._room.let_in(prompt, slots)
         self._in_work.append(prompt)
@@ -264,7 +270,11 @@ class Loop(Generic[ParamsT, PrefixT, StateT]):
         if index is None:
             assert adapter is not None
             index = self._residents.place(adapter, adapters_used(self._slots, self._in_work, ()))
-            self._params = self._engine.put_adapter(self._params, index, adapter.weights)
+            try:
+                self._params = self._engine.put_adapter(self._params, index, adapter.weights)
+            except Exception:
+                self._residents.forget(adapter)
+                raise
         return index
 
     def _carry(self, prompts: list[Prompt]) -> PrefixT | None:

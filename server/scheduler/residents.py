@@ -41,3 +41,7 @@ class Residents:
             self._free.append(self._index.pop(leaves))
         self._index[adapter] = self._free.pop()
         return self._index[adapter]
+
+    def forget(self, adapter: LoadedAdapter) -> None:
+        """It did not come: its place is free."""
+        self._free.append(self._index.pop(adapter))

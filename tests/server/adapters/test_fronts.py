@@ -135,6 +135,24 @@ def test_more_adapters_than_places_take_turns_on_the_devices():
     asyncio.run(scenario())
 
 
+def test_an_adapter_that_does_not_come_fails_its_request_alone():
+    async def scenario():
+        engine, faults = engine_of(), [RuntimeError("no room")]
+
+        def on_call(call):
+            if call.startswith("put_adapter") and faults:
+                raise faults.pop()
+
+        engine.on_call = on_call
+        async with served(engine) as (_, _, channel):
+            error = await failure(channel, text_request("a", lora_adapter_id="one"))
+            assert error.code() is grpc.StatusCode.INTERNAL
+            assert (await answer(channel, text_request("a")))[0] == "bcd"
+            assert (await answer(channel, text_request("a", lora_adapter_id="one")))[0] == "ceg"
+
+    asyncio.run(scenario())
+
+
 def test_callers_load_and_unload(tmp_path):
     for name in ("a-1", "b-2"):
         (tmp_path / name).mkdir()

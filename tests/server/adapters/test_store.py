@@ -7,7 +7,8 @@ from collections.abc import Callable
 
 import pytest
 from slipstream.engine_impl.errors import RefusedError
-from slipstream.server.adapters.store import AdapterStore, named_paths
+from slipstream.server.adapters.store import AdapterStore
+from slipstream.server.config import AdaptersConfig
 from slipstream.server.errors import DeadlineError, UnknownModelError
 
 from tests.fakes import FakeAdapter
@@ -120,9 +121,9 @@ def test_callers_load_from_below_a_folder_alone(tmp_path):
 
 
 def test_names_and_paths_of_the_command_line():
-    assert named_paths(("a=x=1", "b=y")) == {"a": "x=1", "b": "y"}
+    assert AdaptersConfig(adapters=("a=x=1", "b=y")).named == {"a": "x=1", "b": "y"}
     for wrong in (("a",), ("=x",), ("a=",)):
         with pytest.raises(RefusedError, match="must be NAME=PATH"):
-            named_paths(wrong)
-    with pytest.raises(RefusedError, match="'a' twice"):
-        named_paths(("a=x", "a=y"))
+            AdaptersConfig(adapters=wrong)
+    with pytest.raises(RefusedError, match="a name twice, of a"):
+        AdaptersConfig(adapters=("a=x", "a=y"))
