@@ -253,7 +253,13 @@ class Limits:
     @property
     def longest(self) -> int:
         """Prompt and answer of a sample that has the server for itself (tokens)."""
-        return min(self.cache_length, self.pool_tokens)
+        return self.cache_length if self.cache_length <= self.pool_tokens else self.pool_tokens - self._ahead
+
+    @property
+    def _ahead(self) -> int:
+        """Rows behind a sample's last token that must have pages: its last step is started while the one before it is
+        not read, and of each one token is sure and `tokens_per_step` may come."""
+        return 2 * (self.tokens_per_step - 1)
 
     def check(self, request: Request) -> None:
         """Raises RefusedError for a request that the engine cannot answer."""
@@ -263,7 +269,8 @@ class Limits:
             raise RefusedError("the prompt is empty; send at least one token")
         self.check_count(length)
         check_room(length, max_tokens, "cache_length", self.cache_length)
-        check_room(length, max_tokens, "cache_tokens", self.pool_tokens)
+        if self.longest < self.cache_length:
+            check_room(length, max_tokens, "cache_tokens", self.pool_tokens, self._ahead)
         self._check_start(length, max(1, request.slots_needed))
         for position, token_id in enumerate(request.prompt_ids):
             self._check_id(token_id, f"token id {token_id} at position {position}")
@@ -311,12 +318,15 @@ def check_messages(count: int) -> None:
         raise RefusedError(f"messages has {count} entries and may have {MAX_MESSAGES}; send fewer")
 
 
-def check_room(length: int, max_tokens: int, name: str, tokens: int) -> None:
-    """Raises RefusedError when prompt and answer exceed `tokens`; `name` is what bounds them, and its flag's."""
-    if length + max_tokens > tokens:
-        less = f"ask for at most {tokens - length} tokens" if length < tokens else "shorten the prompt"
+def check_room(length: int, max_tokens: int, name: str, tokens: int, ahead: int = 0) -> None:
+    """Raises RefusedError when prompt and answer exceed `tokens`, less those that steps need ahead; `name` is what
+    bounds them, and its flag's."""
+    room = tokens - ahead - length
+    if max_tokens > room:
+        less = f"ask for at most {room} tokens" if room > 0 else "shorten the prompt"
+        kept = f" less {ahead} that steps need ahead" if ahead else ""
         raise RefusedError(
-            f"a prompt of {length} tokens and {max_tokens=} exceed {name}={tokens}; "
+            f"a prompt of {length} tokens and {max_tokens=} exceed {name}={tokens}{kept}; "
             f"{less} or serve with a larger --{name.replace('_', '-')}"
         )
 
