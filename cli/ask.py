@@ -7,8 +7,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
+from ..engine_impl.errors import RefusedError
 from ..server.grpc.channel import DEFAULT_TARGET, PLAIN, ChannelConfig
 from ..server.request.options import AnswerOptions
+from .conversation import ALONE, Conversation
 from .form import FormFlags
 from .show import print_growing
 
@@ -25,6 +27,7 @@ class Ask:
     """The question, in quotes."""
     answer: AnswerOptions
     form: FormFlags
+    conversation: Conversation = ALONE
     target: str = DEFAULT_TARGET
     """The server's address (host:port)."""
     raw: bool = False
@@ -32,6 +35,10 @@ class Ask:
     as_json: Annotated[bool, tyro.conf.arg(name="json")] = False
     """Print one JSON object instead, when the answer is whole: token ids, text, finish reason, times (ms)."""
     channel: ChannelConfig = PLAIN
+
+    def __post_init__(self) -> None:
+        if self.raw and self.conversation != ALONE:
+            raise RefusedError("--raw sends a text alone; leave --system, --file and --tools out, or --raw")
 
     def run(self) -> int:
         from ..server.grpc.client import Client
@@ -52,7 +59,8 @@ class Ask:
         if self.raw:
             pieces = client.ask_text(self.question, self.answer, form)
         else:
-            pieces = client.ask_chat([{"role": "user", "content": self.question}], self.answer, form)
+            turns = [*self.conversation.opening(), self.conversation.question(self.question)]
+            pieces = client.ask_chat(self.conversation.call(turns), self.answer, form)
         for piece in pieces:
             answer.grow(piece)
             yield [answer]

@@ -11,13 +11,14 @@ states are handles: whoever holds them hands them back unopened. Whose pages are
 caller's knowledge: a slot that is not named does not take part in a step. Nothing heavy is imported here.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
 import numpy as np
 
 from .sampling.params import SamplingParams
+from .text.chat import Chat, ChatPrompt, TemplateFacts
 
 ParamsT = TypeVar("ParamsT", contravariant=True)
 """The weights on the devices."""
@@ -166,8 +167,17 @@ class Tokenizer(Protocol):
         before all of it is read."""
         ...
 
-    def encode_chat(self, messages: Sequence[Mapping[str, str]], at_most: int | None = None) -> list[int]:
-        """Token ids of a conversation in the model's chat form. Raises likewise."""
+    def encode_chat(self, chat: Chat, at_most: int | None = None) -> ChatPrompt:
+        """A conversation in the model's chat form. Raises likewise."""
+        ...
+
+    @property
+    def template_facts(self) -> TemplateFacts:
+        """What the model's chat template does with what is more than roles and texts."""
+        ...
+
+    def control_id(self, text: str) -> int | None:
+        """The control token that is written so; None: there is none."""
         ...
 
     def decode(self, token_ids: Sequence[int]) -> str:
@@ -178,8 +188,8 @@ class Tokenizer(Protocol):
         """What one token stands for: perhaps part of a character."""
         ...
 
-    def stream(self) -> TextStream:
-        """For one answer."""
+    def stream(self, shown: Collection[str] = ()) -> TextStream:
+        """For one answer. `shown`: control tokens that it writes out."""
         ...
 
     def matcher(self, grammar: str) -> Matcher:

@@ -100,6 +100,22 @@ class WatchConfig:
             raise RefusedError(f"profile_seconds={self.profile_s} must be a positive number of seconds")
 
 
+AUTO = "auto"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChatConfig:
+    """How the answers of chats are read."""
+
+    tool_format: Literal["auto", "hermes", "llama", "mistral", "gemma"] = AUTO
+    """How the model writes calls of tools. auto: as its chat template does, or in Hermes' form where that knows none or
+    writes them otherwise."""
+
+    reasoning_format: Literal["auto", "none"] = AUTO
+    """auto: what a reasoning model thinks aloud is told apart from its answer, as reasoning_content. none: it stays in
+    the answer's text."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class ServerConfig:
     """Where the server listens, how much it lets wait, how it stops."""
@@ -141,6 +157,7 @@ class ServerConfig:
     probe_timeout_s: Annotated[float, flag("probe-timeout")] = 30.0
     """How long that may take (seconds); more than a step and a chunk of a prompt (--prefill-chunk) take."""
 
+    chat: ChatConfig = field(default_factory=ChatConfig)
     security: SecurityConfig = field(default_factory=SecurityConfig)
     watch: WatchConfig = field(default_factory=WatchConfig)
 

@@ -38,6 +38,7 @@ from .observe.metrics import Metrics
 from .observe.profile import Profile
 from .observe.status import Status, StatusLine
 from .observe.traces import Traces
+from .request.chat import dialect_of
 from .scheduler.orchestrator import Orchestrator
 
 log = logging.getLogger(__name__)
@@ -87,7 +88,7 @@ class Serving:
         on_call = (lambda: None) if self.profile is None else self.profile.on_call
         self._gateway = Gateway(on_call, self._traces)
         guard = Guard(config.security)
-        self._grpc = GrpcService(self._gateway, guard)
+        self._grpc = GrpcService(self._gateway, guard, config.chat)
         self._http = (
             None if config.http_port is None else HttpServer(self._gateway, guard, config, lambda: self.is_ready)
         )
@@ -192,6 +193,7 @@ class Serving:
         start = time.monotonic()
         engine, params = await in_thread(self._load)
         log.info("loaded %s in %.1f s; compiling", engine.model_name, time.monotonic() - start)
+        await in_thread(lambda: dialect_of(engine.get_tokenizer().template_facts, self._config.chat))  # may be refused
         loop, ready = asyncio.get_running_loop(), asyncio.Event()
         self.orchestrator = Orchestrator(
             engine,

@@ -7,7 +7,7 @@ Text is one token per byte. The bytes of a few long characters follow one anothe
 import json
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -15,6 +15,7 @@ import numpy as np
 from slipstream.engine_impl.api import Allowed, Opening, Piece
 from slipstream.engine_impl.errors import RefusedError
 from slipstream.engine_impl.sampling.params import MAX_LOGPROBS
+from slipstream.engine_impl.text.chat import END, Chat, ChatPrompt, TemplateFacts
 
 STOP_ID = ord("z") + 1
 BEFORE_LONG = 199
@@ -52,6 +53,11 @@ class FakeTokenizer:
     vocab_size = VOCAB_SIZE
     stop_ids = frozenset({STOP_ID})
 
+    def __init__(self, template_facts: TemplateFacts = TemplateFacts()) -> None:  # noqa: B008
+        self.template_facts = template_facts
+        self.chats: list[Chat] = []
+        """All that were encoded."""
+
     def encode(self, text: str, at_most: int | None = None) -> list[int]:
         return list(text.encode())
 
@@ -61,14 +67,19 @@ class FakeTokenizer:
     def token_bytes(self, token_id: int) -> bytes:
         return bytes([BYTE_OF_ID.get(token_id, ord("?"))])
 
-    def encode_chat(self, messages: Sequence[Mapping[str, str]], at_most: int | None = None) -> list[int]:
-        return self.encode(self.render_chat(messages))
+    def encode_chat(self, chat: Chat, at_most: int | None = None) -> ChatPrompt:
+        self.chats.append(chat)
+        text = self.render_chat(chat)
+        return ChatPrompt(self.encode(text), text[-END:])
 
-    def render_chat(self, messages: Sequence[Mapping[str, str]]) -> str:
+    def render_chat(self, chat: Chat) -> str:
         """Every content, and every role's first letter before it."""
-        return "".join(f"<{message['role'][:1]}>{message['content']}" for message in messages)
+        return "".join(f"<{turn.role[:1]}>{turn.content}" for turn in chat.turns)
 
-    def stream(self) -> "FakeTextStream":
+    def control_id(self, text: str) -> int | None:
+        return None
+
+    def stream(self, shown: Collection[str] = ()) -> "FakeTextStream":
         return FakeTextStream(self)
 
     def matcher(self, grammar: str) -> FakeMatcher:

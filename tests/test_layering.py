@@ -64,13 +64,14 @@ SUB_ROOMS: dict[str, dict[str, set[str]]] = {
         },
     },
     "server": {
-        "request": {"errors"},
+        "dialects": set(),
+        "request": {"errors", "config", "dialects"},
         "net": {"errors", "config"},
         "observe": {"net", "request"},
-        "delivery": {"errors", "request", "observe"},
+        "delivery": {"errors", "dialects", "request", "observe"},
         "scheduler": {"errors", "request", "observe", "delivery"},
-        "grpc": {"errors", "config", "request", "net", "gateway"},
-        "http": {"errors", "config", "request", "net", "delivery", "gateway"},
+        "grpc": {"errors", "config", "dialects", "request", "net", "gateway"},
+        "http": {"errors", "config", "dialects", "request", "net", "delivery", "gateway"},
         "jetstream": {"errors", "config", "net", "observe", "grpc", "lifecycle"},
     },
     "benchmarks": {
@@ -95,6 +96,7 @@ ENGINE_FACE = {
     "runtime/tracing",
     "runtime/workers",
     "sampling/params",
+    "text/chat",
     "jetstream/compat",
     "jetstream/engine",
 }

@@ -10,12 +10,13 @@ from google.protobuf.message import DecodeError, Message
 
 from ...engine_impl.errors import RefusedError
 from ...protos import orchestrator_pb2 as pb
-from ..errors import CancelledError, DeadlineError, FailedError, QueueFullError, UnavailableError, brief
+from ..config import ChatConfig
+from ..errors import CancelledError, DeadlineError, FailedError, QueueFullError, UnavailableError, brief, without_frames
 from ..gateway import LONG, MAX_REQUEST_ID, REQUEST_ID, RETRY_AFTER, Deliver, Gateway, Lane, check_id, new_id
 from ..net.security import Guard
 from ..request.request import Request
 from .interceptors import authorizations, ip_of
-from .messages import read_request, write_reply
+from .messages import DEFAULT, read_request, write_reply
 
 if TYPE_CHECKING:
     from ...engine_impl.api import AnyEngine as Engine
@@ -46,8 +47,8 @@ class GrpcService:
     The request's id is in the initial metadata when the request is accepted, in the trailing metadata when it is
     refused or fails."""
 
-    def __init__(self, gateway: Gateway, guard: Guard) -> None:
-        self._gateway, self._guard = gateway, guard
+    def __init__(self, gateway: Gateway, guard: Guard, config: ChatConfig = DEFAULT) -> None:
+        self._gateway, self._guard, self._config = gateway, guard, config
 
     async def HealthCheck(self, data: bytes, context: grpc.aio.ServicerContext) -> pb.HealthCheckResponse:
         """JetStream's own health check; grpc.health.v1 says the same."""
@@ -65,12 +66,15 @@ class GrpcService:
             try:
                 check_id(request_id)
                 await self._answer(data, context, request_id)
+                return
             except tuple(STATUS) as error:
-                await context.abort(status(error), brief(str(error)), trailing_metadata=trailers(error, request_id))
+                failure = without_frames(error)
+            del data  # gRPC keeps this frame until garbage is collected
+            await context.abort(status(failure), brief(str(failure)), trailing_metadata=trailers(failure, request_id))
 
     async def _answer(self, data: bytes, context: grpc.aio.ServicerContext, request_id: str) -> None:
         brought = list(authorizations(context.invocation_metadata()))
-        known = request_id, deadline_of(context), self._guard.prefix_owner(brought)
+        known = request_id, deadline_of(context), self._guard.prefix_owner(brought), self._config
         if len(data) <= LONG:  # quicker than a thread begins
             message = parse(pb.DecodeRequest, data)
             read = partial(read_one, lambda: message, *known)
@@ -91,11 +95,13 @@ def read_one(
     request_id: str,
     deadline: float | None,
     token: str | None,
+    config: ChatConfig,
     engine: "Engine",
     deliver_to: Callable[[int], Deliver],
 ) -> list[Request]:
     """For Gateway.admit(): a message is one request. Raises RefusedError."""
-    return [read_request(message(), engine, deliver_to(0), request_id=request_id, deadline=deadline, token=token)]
+    known = {"request_id": request_id, "deadline": deadline, "token": token, "config": config}
+    return [read_request(message(), engine, deliver_to(0), **known)]
 
 
 def parse(kind: type[M], data: bytes) -> M:

@@ -190,7 +190,7 @@ def test_a_fault_in_delivery_fails_only_its_request():
             return super().feed(token_id)
 
     engine = FakeEngine(pace=threading.Semaphore(1))
-    engine.get_tokenizer().__class__.stream, original = lambda self: Stream(self), FakeTokenizer.stream
+    engine.get_tokenizer().__class__.stream, original = lambda self, shown=(): Stream(self), FakeTokenizer.stream
     try:
         with running(engine) as orchestrator:
             good, bad = ask(orchestrator, "a", 30), ask(orchestrator, "A", 100)
