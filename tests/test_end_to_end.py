@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import grpc
+import jsonschema
 import openai
 import pytest
 from openai.types.chat import ChatCompletionMessageParam
@@ -128,6 +129,35 @@ def test_openais_client_gets_the_same_tokens(server, http_port, offline):
     for index, choice in enumerate(sampled.choices):
         samples = [reply.stream_content.samples[index] for reply in replies]
         assert token_ids_of(choice) == [token_id for sample in samples for token_id in sample.token_ids]
+
+
+def test_openais_client_gets_json_of_its_schema(http_port, server):
+    """Sampled, hot, streamed or not: whatever ends validates. A schema that cannot be is refused, and named."""
+    schema = {
+        "type": "object",
+        "properties": {
+            "name": {"type": "string", "minLength": 1, "maxLength": 12},
+            "age": {"type": "integer", "minimum": 0, "maximum": 130},
+            "tags": {"type": "array", "items": {"enum": ["kind", "tall"]}, "maxItems": 2},
+        },
+        "required": ["name", "age", "tags"],
+        "additionalProperties": False,
+    }
+    form: Any = {"type": "json_schema", "json_schema": {"name": "person", "schema": schema, "strict": True}}
+    messages: list[ChatCompletionMessageParam] = [{"role": "user", "content": "A person, as JSON."}]
+    with openai.OpenAI(base_url=f"http://127.0.0.1:{http_port}/v1", api_key="none", timeout=CALL_S) as client:
+        fields: dict[str, Any] = {"model": "embedded", "messages": messages, "response_format": form, "max_tokens": 90}
+        answer = client.chat.completions.create(**fields, n=3, temperature=1.2, seed=1)
+        stream = client.chat.completions.create(**fields, stream=True, temperature=0)
+        chunks = [chunk.choices[0] for chunk in stream]
+        texts = [(choice.message.content, choice.finish_reason) for choice in answer.choices]
+        texts.append(("".join(chunk.delta.content or "" for chunk in chunks), chunks[-1].finish_reason))
+        for text, reason in texts:
+            assert reason == "stop"
+            jsonschema.validate(json.loads(text or ""), schema)
+        form["json_schema"]["schema"] = {"not": {}}
+        with pytest.raises(openai.BadRequestError, match="Unimplemented keys"):
+            client.chat.completions.create(**fields)
 
 
 def test_the_seed_decides_a_sampled_answer(server):
