@@ -22,7 +22,7 @@ pytestmark = pytest.mark.slow
 
 CLI = [sys.executable, "-m", "slipstream.cli.main"]
 SIZES = ["--slots", "3", "--cache-length", "256", "--max-prefill-length", "192"]
-SIZES += ["--prefill-chunk", "64", "--tensor-parallel", "1"]
+SIZES += ["--prefill-chunk", "128", "--tensor-parallel", "1"]
 QUESTIONS = ["What is the capital of France?", "Name three colours.", "Wie heißt du?", "2 + 2 =", "Tell me a joke."]
 CALL_S = 120
 
