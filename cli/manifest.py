@@ -55,38 +55,15 @@ def overlay(report: "PlanReport", planned: EngineConfig, summary: str) -> str:
     """
     import yaml
 
-    chip, _, shape = report.topology.partition(":")
-    weights = report.weights_bytes_per_chip * report.chips
-    chips = prod(map(int, shape.split("x")))
-    requests = {"cpu": str(CPUS_PER_CHIP * chips), "memory": f"{-(-(weights + SPARE_BYTES) // GIB)}Gi"}
-    serve = yaml.safe_dump(serve_flags(report, planned), sort_keys=False, width=120)
     components = ["compile-cache", "tokens", "autoscaling"]
     if model_in_pod(planned.model).startswith(f"{MODELS}/"):
         components.insert(0, "weights-pvc")
-    pod = {
-        "nodeSelector": {
-            "cloud.google.com/gke-tpu-accelerator": GKE[chip].accelerator,
-            "cloud.google.com/gke-tpu-topology": shape,
-        },
-        "initContainers": [
-            {"name": name, "env": [{"name": "TOPOLOGY", "value": f"{chip}-{shape}"}]}
-            for name in ("programs-fetch", "programs-keep")
-        ],
-        "containers": [
-            {
-                "name": "slipstream",
-                "resources": {
-                    "requests": requests | {"google.com/tpu": chips},
-                    "limits": {"google.com/tpu": chips},
-                },
-            }
-        ],
-    }
+    serve = yaml.safe_dump(serve_flags(report, planned), sort_keys=False, width=120)
     deployment = {
         "apiVersion": "apps/v1",
         "kind": "Deployment",
         "metadata": {"name": "slipstream"},
-        "spec": {"template": {"spec": pod}},
+        "spec": {"template": pod_template(report)},
     }
     kustomization = {
         "apiVersion": "kustomize.config.k8s.io/v1beta1",
@@ -99,6 +76,24 @@ def overlay(report: "PlanReport", planned: EngineConfig, summary: str) -> str:
     }
     comment = "".join(f"# {line}\n" for line in summary.splitlines())
     return comment + yaml.dump(kustomization, Dumper=block_texts(yaml.SafeDumper), sort_keys=False, width=120)
+
+
+def pod_template(report: "PlanReport") -> dict[str, Any]:
+    """What a pod needs of its node: the slice, all of its chips, and host memory to load the weights with."""
+    chip, _, shape = report.topology.partition(":")
+    chips, weights = prod(map(int, shape.split("x"))), report.weights_bytes_per_chip * report.chips
+    host = {"cpu": str(CPUS_PER_CHIP * chips), "memory": f"{-(-(weights + SPARE_BYTES) // GIB)}Gi"}
+    resources = {"requests": host | {"google.com/tpu": chips}, "limits": {"google.com/tpu": chips}}
+    return {
+        "metadata": {"annotations": {"slipstream/topology": f"{chip}-{shape}"}},
+        "spec": {
+            "nodeSelector": {
+                "cloud.google.com/gke-tpu-accelerator": GKE[chip].accelerator,
+                "cloud.google.com/gke-tpu-topology": shape,
+            },
+            "containers": [{"name": "slipstream", "resources": resources}],
+        },
+    }
 
 
 def serve_flags(report: "PlanReport", planned: EngineConfig) -> dict[str, Any]:

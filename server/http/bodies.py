@@ -29,6 +29,7 @@ from .fields import (
     ToolDefinition,
     few,
 )
+from .forms import Forms
 from .options import DeclaredFields, options_in
 
 if TYPE_CHECKING:
@@ -38,7 +39,7 @@ if TYPE_CHECKING:
 DEFAULT = ChatConfig()
 
 
-class Body(DeclaredFields):
+class Body(DeclaredFields, Forms):
     """What completions and chats have in common: a request's options, and what is HTTP's alone."""
 
     refused: ClassVar[dict[str, tuple[Any, ...]]] = {
@@ -51,11 +52,7 @@ class Body(DeclaredFields):
         "skip_special_tokens": (True,),
         "spaces_between_special_tokens": (True,),
         "include_stop_str_in_output": (False,),
-        "structured_outputs": (),
-        "guided_json": (),
-        "guided_regex": (),
-        "guided_choice": (),
-        "guided_grammar": (),
+        "guided_whitespace_pattern": (),
     }
     """Fields that would change the answer and that we lack, with the values that ask for nothing."""
 
@@ -132,7 +129,7 @@ class Body(DeclaredFields):
         for number, prompt in enumerate(self.prompts(engine.get_tokenizer(), limits, config)):
             request = Request(
                 prompt_ids=prompt.token_ids,
-                form=prompt.form,
+                syntax=prompt.syntax,
                 grammar=prompt.grammar,
                 deliver=deliver_to(number),
                 id=request_id if self.num_prompts == 1 else f"{request_id}-{number}",
@@ -181,9 +178,10 @@ class CompletionBody(Body):
         prompts: list[Any] = self.prompt if isinstance(self.prompt, list) and not self._is_ids else [self.prompt]
         if not prompts:
             raise BadFieldError("prompt", "prompt is an empty list; send at least one")
+        grammar = self.grammar()
         for prompt in prompts:
             is_text = isinstance(prompt, str)
-            yield Prompt(token_ids=limits.ids_of_text(tokenizer, prompt) if is_text else prompt)
+            yield Prompt(token_ids=limits.ids_of_text(tokenizer, prompt) if is_text else prompt, grammar=grammar)
 
     def longest(self, room: int) -> int:
         return self.max_tokens
@@ -195,7 +193,6 @@ class ChatBody(Body):
     refused: ClassVar[dict[str, tuple[Any, ...]]] = Body.refused | {
         "functions": ([],),
         "function_call": ("none", "auto"),
-        "response_format": ({"type": "text"},),
         "modalities": (["text"],),
         "audio": (),
         "web_search_options": (),
@@ -247,6 +244,7 @@ class ChatBody(Body):
             tool_name="" if isinstance(choice, str) else choice.function.name,
             parallel_tool_calls=self.parallel_tool_calls,
             strict=frozenset(tool.function.name for tool in self.tools if tool.function and tool.function.strict),
+            grammar=self.grammar(),
         )
 
     def longest(self, room: int) -> int:

@@ -91,7 +91,9 @@ def test_it_renders_to_the_pods_of_the_overlay_that_is_there(chip, tmp_path):
     )
     (mine,) = [one for one in yaml.safe_load_all(done.stdout) if one["kind"] == "Deployment"]
     (theirs,) = [one for one in objects(f"{chip}-8") if one["kind"] == "Deployment"]
-    mine, theirs = (one["spec"]["template"]["spec"] for one in (mine, theirs))
+    mine, theirs = (one["spec"]["template"] for one in (mine, theirs))
+    assert mine["metadata"]["annotations"].items() <= theirs["metadata"]["annotations"].items()
+    mine, theirs = mine["spec"], theirs["spec"]
     assert mine["nodeSelector"] == theirs["nodeSelector"]
     assert mine["initContainers"] == theirs["initContainers"]
     assert mine["containers"][0]["args"] == theirs["containers"][0]["args"]
