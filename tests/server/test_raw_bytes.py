@@ -11,7 +11,7 @@ from typing import Any
 
 import grpc
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from slipstream.protos import orchestrator_pb2 as pb
 
@@ -136,7 +136,7 @@ def test_bytes_of_any_kind(door, sound, port):
         number = port if door == "http" else of_grpc
         seen: list[float] = []
 
-        @settings(max_examples=EXAMPLES, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+        @settings(max_examples=EXAMPLES, deadline=None, derandomize=True)
         @given(mutated(sound), st.booleans())
         def attack(data, ends):
             send(number, data, ends)
