@@ -31,6 +31,7 @@ from .grpc.service import JETSTREAM_SERVICE, SERVICE, GrpcService, add_to
 from .http.server import HttpServer
 from .net import tls
 from .net.complaints import Complaints
+from .net.connections import most_connections
 from .net.ports import FLUSH_S, check_port_is_free
 from .net.security import Guard, warn_if_open
 from .observe.endpoint import Endpoint
@@ -55,6 +56,10 @@ UNUSED = {
 
 KEEPALIVE_S = 20.0
 """How long a connection may be silent before it is pinged (seconds); half of it later it counts as cut."""
+
+HANDSHAKE_S, IDLE_S = 10.0, 300.0
+"""How long a gRPC connection may take to begin, and be without a call (seconds); clients begin the next call on a new
+one."""
 
 
 class Serving:
@@ -104,6 +109,10 @@ class Serving:
                 # A peer that vanished without a word is noticed, and its slot freed.
                 ("grpc.keepalive_time_ms", round(KEEPALIVE_S * 1000)),
                 ("grpc.http2.ping_timeout_ms", round(KEEPALIVE_S * 500)),
+                # Connections that ask for nothing take no file descriptor that the other door needs.
+                ("grpc.max_allowed_incoming_connections", most_connections()),
+                ("grpc.server_handshake_timeout_ms", round(HANDSHAKE_S * 1000)),
+                ("grpc.max_connection_idle_ms", round(IDLE_S * 1000)),
             ],
         )
 
