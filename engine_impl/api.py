@@ -75,6 +75,17 @@ class Prefix(Protocol):
         token of a piece without `next_id`, and where nobody asked"""
         ...
 
+    @property
+    def top_token_NTP(self) -> DeviceArray:
+        """i32, the P = MAX_LOGPROBS likeliest tokens in its place, likeliest first; valid where a piece asks for more
+        than 0"""
+        ...
+
+    @property
+    def top_logprob_NTP(self) -> DeviceArray:
+        """f32, their log-probabilities"""
+        ...
+
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Piece:
@@ -87,8 +98,9 @@ class Piece:
     page_J: np.ndarray
     """i32, the text's pages, its first tokens' first; read up to `start`"""
     next_id: int = -1
-    """The token behind them, where it is known and `wants_logprobs` asks for its log-probability too."""
-    wants_logprobs: bool = False
+    """The token behind them, where it is known and `logprobs` asks for its log-probability too."""
+    logprobs: int | None = None
+    """Asks for the log-probability of the token behind each, and of so many likeliest ones; None asks for none."""
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -118,6 +130,11 @@ class Tokenizer(Protocol):
     """Text to token ids and back. A model without a tokenizer raises RefusedError wherever text is involved."""
 
     vocab_size: int
+    bos_id: int | None
+    eos_id: int | None
+    """What a text begins and ends with, where the model has such tokens."""
+    first_ids: tuple[int, ...]
+    """What `encode` puts before every text, mostly a BOS."""
     stop_ids: frozenset[int]
     """Tokens that end an answer."""
 
@@ -130,8 +147,21 @@ class Tokenizer(Protocol):
         """Token ids of a conversation in the model's chat form. Raises likewise."""
         ...
 
-    def decode(self, token_ids: Sequence[int]) -> str:
-        """Text of token ids, control tokens left out."""
+    @property
+    def chat_template(self) -> str | None:
+        """The jinja text of the model's chat form; None without one."""
+        ...
+
+    def decode(self, token_ids: Sequence[int], *, with_control: bool = False) -> str:
+        """Text of token ids, control tokens left out unless asked for."""
+        ...
+
+    def token(self, token_id: int) -> str:
+        """How the vocabulary writes a token; empty for an id that it does not have."""
+        ...
+
+    def control_id(self, text: str) -> int | None:
+        """The control token that a text is, such as "<|im_end|>"; None for any other text."""
         ...
 
     def token_bytes(self, token_id: int) -> bytes:

@@ -8,13 +8,14 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 from torch import nn
 
 from ..cache_manager import KV
 from . import bridge
 from .attention import Attend
 from .models.decoder import Decoder
-from .sampling.logprobs import prompt_logprobs
+from .sampling.logprobs import Logprobs, prompt_logprobs
 
 LayerLoop = Literal["scan", "unrolled"]
 
@@ -65,25 +66,23 @@ def prefill(
     start_N: jax.Array,
     count_N: jax.Array,
     next_NT: jax.Array,
+    asked: jax.Array,
     attend: Attend,
-) -> tuple[jax.Array, KV, jax.Array]:
+    mesh: Mesh,
+) -> tuple[jax.Array, KV, Logprobs]:
     """Pieces of texts, padded, at the positions from `start` on: (logits_NV of each one's last token, all their rows
-    [L, K, N T, C], logprob_NT).
+    [L, K, N T, C], their log-probabilities, [N T] each).
 
     `next_NT` is i32: the tokens behind them, whose log-probabilities are told; -1 where nobody asks, which gives 0.
+    `asked` (i32): how many of the likeliest tokens are asked for there.
     """
     N, T = token_NT.shape
     position_NT = start_N[:, None] + jnp.arange(T, dtype=jnp.int32)
     x_RD, kv = _layers(model, params, token_NT.reshape(-1), position_NT.reshape(-1), attend)
     last_N = jnp.arange(N, dtype=jnp.int32) * T + jnp.maximum(count_N - 1, 0)
     last_ND = jax.lax.dynamic_slice_in_dim(x_RD, last_N[0], 1) if N == 1 else x_RD[last_N]
-    next_R = next_NT.reshape(-1)
-    logprob_R = jax.lax.cond(
-        (next_R >= 0).any(),
-        lambda: prompt_logprobs(x_RD, next_R, lambda some_RD: logits(model, params, some_RD)),
-        lambda: jnp.zeros(next_R.shape, jnp.float32),
-    )
-    return logits(model, params, last_ND), kv, logprob_R.reshape(N, T)
+    told = prompt_logprobs(x_RD, next_NT.reshape(-1), asked, lambda some_RD: logits(model, params, some_RD), mesh)
+    return logits(model, params, last_ND), kv, told
 
 
 def _layers(model: Decoder, params: Params, token_R, position_R, attend: Attend) -> tuple[jax.Array, Any]:

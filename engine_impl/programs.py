@@ -20,7 +20,7 @@ from .attention import Attend, attend_cache, attend_chunk
 from .forward import Params
 from .models.decoder import Decoder
 from .sampling.choose import sample
-from .sampling.logprobs import logprob_of, logprobs
+from .sampling.logprobs import Logprobs, logprob_of, logprobs
 from .sampling.params import SamplingParams
 from .sampling.penalties import count_answer
 from .sampling.slots import SlotSampling
@@ -131,14 +131,29 @@ class Programs:
         start_N: jax.Array,
         count_N: jax.Array,
         next_NT: jax.Array,
+        logprobs: jax.Array,
         page_NJ: jax.Array,
     ) -> Prefix:
         """Padded pieces' keys and values; see `forward.prefill`. No token is chosen yet."""
-        N = token_NT.shape[0]
+        N, T = token_NT.shape
         attend = attend_chunk(cache, start_N, page_NJ, codec=self.layout.codec, **self._attention)
-        logits_NV, kv, logprob_NT = forward.prefill(self.model, params, token_NT, start_N, count_N, next_NT, attend)
+        logits_NV, kv, told = forward.prefill(
+            self.model, params, token_NT, start_N, count_N, next_NT, logprobs, attend, self.mesh
+        )
+        told = Logprobs(*(values.reshape(N, T, *values.shape[1:]) for values in told))
         token_N, count_NV = jnp.full((N,), -1, jnp.int32), jnp.zeros((N, self.model.config.vocab_size), jnp.uint16)
-        return Prefix(kv, start_N, count_N, logits_NV, logprob_NT, token_N, SlotSampling.greedy(N), count_NV)
+        return Prefix(
+            kv=kv,
+            start_N=start_N,
+            count_N=count_N,
+            logits_NV=logits_NV,
+            logprob_NT=told.chosen_B,
+            top_token_NTP=told.top_token_BP,
+            top_logprob_NTP=told.top_BP,
+            token_N=token_N,
+            sampling=SlotSampling.greedy(N),
+            count_NV=count_NV,
+        )
 
     def first_tokens(
         self,
@@ -217,7 +232,8 @@ class Programs:
         """A sharding for each array of a prefix: where `insert` takes it."""
         everywhere, v = self.everywhere, self._at(None, *self._vocabulary)
         kv = self.layout.shardings(self.mesh)[1]
-        return Prefix(kv, everywhere, everywhere, v, everywhere, everywhere, self._sampling, v)
+        told = everywhere, everywhere, everywhere
+        return Prefix(kv, everywhere, everywhere, v, *told, everywhere, self._sampling, v)
 
     @property
     def everywhere(self) -> Any:

@@ -30,6 +30,8 @@ class PieceBatch(NamedTuple):
     count_N: np.ndarray
     next_NT: np.ndarray
     """tokens behind those of token_NT where their log-probability is asked for, else -1"""
+    logprobs: np.int32
+    """how many of the likeliest tokens are asked for there, at most"""
     page_NJ: np.ndarray
 
 
@@ -79,12 +81,13 @@ class Shapes:
                 raise ValueError(f"{piece.start=} must be a multiple of page_rows={self.page_rows}")
             start_N[n], count_N[n] = piece.start, len(piece.token_T)
             token_NT[n, : count_N[n]] = piece.token_T
-            if piece.wants_logprobs:
+            if piece.logprobs is not None:
                 next_NT[n, : count_N[n]] = [*piece.token_T[1:], piece.next_id]
         page_NJ = np.zeros((N, self.pages_per_slot), np.int32)
         for n, piece in enumerate(pieces):
             page_NJ[n, : len(piece.page_J)] = piece.page_J
-        return PieceBatch(token_NT, start_N, count_N, next_NT, page_NJ)
+        logprobs = np.int32(max(piece.logprobs or 0 for piece in pieces))
+        return PieceBatch(token_NT, start_N, count_N, next_NT, logprobs, page_NJ)
 
     def step(self, slot_N: np.ndarray) -> np.ndarray:
         """The slots, filled up to the size of a step with a number that no slot has.

@@ -23,6 +23,10 @@ class Prefix:
     """the model's dtype, behind each piece's last token"""
     logprob_NT: jax.Array
     """f32, log p(the token behind it | the text up to it) of each token; 0 where nobody asked"""
+    top_token_NTP: jax.Array
+    """i32, the P = MAX_LOGPROBS likeliest tokens there, likeliest first; 0 where nobody asked"""
+    top_logprob_NTP: jax.Array
+    """f32, their log-probabilities"""
     token_N: jax.Array
     """i32, the token chosen behind each piece, not in kv; -1 before `first_tokens`"""
     sampling: SlotSampling

@@ -34,6 +34,7 @@ from ..errors import RefusedError
 from ..forward import Params
 from ..loading import load_engine
 from ..programs import GREEDY
+from ..sampling.logprobs import nothing
 from ..state import DecodeState, Prefix
 from ..text.tokenizer import Tokenizer
 from . import compat as jetstream_compat
@@ -291,8 +292,10 @@ class JetStreamEngine(engine_api.Engine):
         _, tokens = self._engine.shapes.prefill_of([len(prompt_ids)])
         kv = self._join(before, made.text.kv, np.int32(shared), tokens)
         whole = jax.device_put((np.zeros(1, np.int32), np.array([len(prompt_ids)], np.int32)), self._everywhere)
-        logprob_NT = jax.device_put(np.zeros((1, tokens), np.float32), self._everywhere)
-        text = replace(made.text, kv=kv, start_N=whole[0], count_N=whole[1], logprob_NT=logprob_NT)
+        told = nothing(tokens)
+        of_tokens = jax.device_put([np.zeros((1, *values.shape), values.dtype) for values in told], self._everywhere)
+        names = ("logprob_NT", "top_token_NTP", "top_logprob_NTP")
+        text = replace(made.text, kv=kv, start_N=whole[0], count_N=whole[1], **dict(zip(names, of_tokens, strict=True)))
         return JetStreamPrefix(text, made.token_T)
 
     def _tokens(self, prompt_ids: Sequence[int]) -> jax.Array:

@@ -40,7 +40,7 @@ class ChatTemplate:
             source: the jinja text. With a broken one, raw text still works.
             special_tokens: what the template may name, such as {"bos_token": "<s>"}.
         """
-        self._source, self._special_tokens = source, tuple(special_tokens.items())
+        self.source, self._special_tokens = source, tuple(special_tokens.items())
 
     def render(self, messages: Messages) -> str:
         """Messages ({"role", "content"}) as text, ready for the answer. It holds whatever BOS the template writes.
@@ -48,7 +48,7 @@ class ChatTemplate:
         Raises RefusedError when the template is broken, refuses the messages, or takes more than it may.
         """
         try:
-            return WORKERS.call(render, self._source, self._special_tokens, [dict(message) for message in messages])
+            return WORKERS.call(render, self.source, self._special_tokens, [dict(message) for message in messages])
         except WorkerError as error:
             raise RefusedError(f"the model's chat template {error} with these messages; send raw text") from error
 
@@ -56,7 +56,7 @@ class ChatTemplate:
         """Raises RefusedError for one that comes to no end with a short conversation. One that is broken, or refuses
         it, is told when a chat comes."""
         try:
-            WORKERS.call(render, self._source, self._special_tokens, PROBE)
+            WORKERS.call(render, self.source, self._special_tokens, PROBE)
         except WorkerError as error:
             raise RefusedError(f"the model's chat template {error} with one short message; mend it") from error
         except RefusedError:

@@ -75,13 +75,21 @@ class Tokenizer:
         """
         return self._encode(self.render_chat(messages), at_most)
 
-    def decode(self, token_ids: Sequence[int]) -> str:
-        """Text of token ids; control tokens are left out, bytes that are no UTF-8 become U+FFFD."""
-        return self._backend.decode(list(token_ids), skip_special_tokens=True)
+    def decode(self, token_ids: Sequence[int], *, with_control: bool = False) -> str:
+        """Text of token ids; control tokens are left out unless asked for, bytes that are no UTF-8 become U+FFFD."""
+        return self._backend.decode(list(token_ids), skip_special_tokens=not with_control)
+
+    def token(self, token_id: int) -> str:
+        """How the vocabulary writes a token; empty for an id that it does not have."""
+        return self._backend.id_to_token(token_id) or ""
+
+    def control_id(self, text: str) -> int | None:
+        """The control token that a text is; None for any other text."""
+        return self._backend.token_to_id(text) if text in self._control else None
 
     def token_bytes(self, token_id: int) -> bytes:
         """What one token of a byte-level or byte-fallback vocabulary stands for: perhaps part of a character."""
-        token = self._backend.id_to_token(token_id) or ""
+        token = self.token(token_id)
         if byte := re.fullmatch("<0x([0-9A-F]{2})>", token):
             return bytes.fromhex(byte[1])
         return b"".join(_BYTES_OF_CHARACTER.get(character, character.encode()) for character in token)
@@ -94,6 +102,11 @@ class Tokenizer:
         if self._chat_template is None:
             raise RefusedError("this model has no chat template; send raw text instead")
         return self._chat_template.render(messages)
+
+    @property
+    def chat_template(self) -> str | None:
+        """Its jinja text; None without one."""
+        return None if self._chat_template is None else self._chat_template.source
 
     def check_template(self) -> None:
         """Raises RefusedError for a chat template that comes to no end with a short conversation."""

@@ -12,6 +12,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
+
 from ...engine_impl.api import TextStream, Tokenizer
 from ..errors import FailedError, UnavailableError
 from ..observe.metrics import Metrics, Outcome
@@ -59,6 +61,8 @@ class Text:
     def __init__(self, stream: TextStream, stop_strings: tuple[str, ...], min_tokens: int = 0) -> None:
         self._stream, self._stops = stream, StopStrings(stop_strings)
         self._unsearched = min_tokens  # tokens, still to come
+        self.length = 0
+        """Characters so far, those held back or cut off included."""
 
     @property
     def is_stopped(self) -> bool:
@@ -66,6 +70,7 @@ class Text:
 
     def feed(self, token_id: int) -> str:
         piece = self._stream.feed(token_id)
+        self.length += len(piece)
         if self._unsearched:
             self._unsearched -= 1
             return piece
@@ -149,11 +154,11 @@ class Delivery:
         if request.first_token_at is None:
             request.first_token_at = time.monotonic()
         if result.next_logprob_T is not None:
-            values = result.next_logprob_T[: len(request.prompt_ids) - 1].tolist()
-            emit(request, Event(index=sample.index, prompt_logprobs=(0.0, *values)))
+            emit(request, Event(index=sample.index, prompt_logprobs=prompt_logprobs_of(request, result)))
         kept = min(int(result.kept_B[slot]), request.max_tokens - sample.delivered)
-        token_ids, pieces = result.token_BW[slot, :kept].tolist(), []
+        token_ids, pieces, starts = result.token_BW[slot, :kept].tolist(), list[str](), list[int]()
         for token_id in token_ids:
+            starts.append(text.length)
             pieces.append(text.feed(token_id))
             if text.is_stopped:
                 break
@@ -163,6 +168,7 @@ class Delivery:
             index=sample.index,
             text="".join(pieces),
             token_ids=tuple(token_ids[:taken]),
+            starts=tuple(starts),
             logprobs=logprobs_of(sample, result, slot, taken),
         )
         if text.is_stopped or (result.stopped_B[slot] and sample.delivered < request.max_tokens):
@@ -237,19 +243,34 @@ def logprobs_of(sample: Sample, result: HostResult, slot: int, taken: int) -> tu
     if asked is None:
         return ()
     assert result.logprob_BW is not None
-    logprobs = result.logprob_BW[slot, :taken].tolist()
+    logprob_T = result.logprob_BW[slot, :taken]
     if not asked:
-        return tuple(map(TokenLogprob, logprobs))
+        return tokens_of(logprob_T)
     assert result.top_token_BWP is not None
     assert result.top_logprob_BWP is not None
-    tops = zip(
-        result.top_token_BWP[slot, :taken, :asked].tolist(),
-        result.top_logprob_BWP[slot, :taken, :asked].tolist(),
-        strict=True,
-    )
-    return tuple(
-        TokenLogprob(logprob, tuple(zip(*top, strict=True))) for logprob, top in zip(logprobs, tops, strict=True)
-    )
+    tops = result.top_token_BWP[slot, :taken, :asked], result.top_logprob_BWP[slot, :taken, :asked]
+    return tokens_of(logprob_T, *tops)
+
+
+def prompt_logprobs_of(request: Request, result: HostResult) -> tuple[TokenLogprob, ...]:
+    """One for each token of the prompt; the first is 0 by definition."""
+    assert result.next_logprob_T is not None
+    count, asked = len(request.prompt_ids) - 1, request.asked_prompt_logprobs
+    first, logprob_T = TokenLogprob(0.0), result.next_logprob_T[:count]
+    if result.next_top_token_TP is None or result.next_top_logprob_TP is None:
+        return (first, *tokens_of(logprob_T))
+    tops = result.next_top_token_TP[:count, :asked], result.next_top_logprob_TP[:count, :asked]
+    return (first, *tokens_of(logprob_T, *tops))
+
+
+def tokens_of(
+    logprob_T: np.ndarray, top_token_TP: np.ndarray | None = None, top_logprob_TP: np.ndarray | None = None
+) -> tuple[TokenLogprob, ...]:
+    """Arrays as what is told of each token."""
+    if top_token_TP is None or top_logprob_TP is None:
+        return tuple(map(TokenLogprob, logprob_T.tolist()))
+    rows = zip(logprob_T.tolist(), top_token_TP.tolist(), top_logprob_TP.tolist(), strict=True)
+    return tuple(TokenLogprob(logprob, tuple(zip(tokens, logprobs, strict=True))) for logprob, tokens, logprobs in rows)
 
 
 def usage_of(request: Request) -> Usage:

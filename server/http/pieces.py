@@ -16,12 +16,14 @@ class Piece:
     logprobs: list[TokenLogprob] = field(default_factory=list)
     """One a token, if asked for."""
     starts: list[int] = field(default_factory=list)
-    """Where in `text` each token's text begins (characters)."""
-    prompt_logprobs: tuple[float, ...] | None = None
+    """Where in the choice's whole text each token's text begins (characters)."""
+    prompt_logprobs: tuple[TokenLogprob, ...] | None = None
     finish_reason: str | None = None
+    echoed: int = 0
+    """How many of the tokens are the prompt's."""
 
     def grow(self, event: Event) -> None:
-        self.starts += [len(self.text)] * len(event.token_ids)
+        self.starts += event.starts
         self.text += event.text
         self.token_ids += event.token_ids
         self.logprobs += event.logprobs

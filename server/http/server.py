@@ -22,10 +22,11 @@ from ..net.ports import Listener, address_of, listening
 from ..net.security import AUTHORIZATION, UNKNOWN, Guard
 from ..request.request import Limits
 from .bodies import Body, ChatBody, CompletionBody
+from .completions import CompletionReply
 from .errors import SERVER, HttpError, UnknownModelError, told
 from .origins import Origins
 from .reading import BodyReader, too_large
-from .replies import ChatReply, CompletionReply, Reply
+from .replies import ChatReply, Reply
 from .stream import stream
 from .token_names import TokenNames
 

@@ -1,5 +1,6 @@
 """An answer as server-sent events."""
 
+import asyncio
 import json
 from collections.abc import AsyncIterator
 from typing import Any
@@ -24,7 +25,8 @@ async def stream(
     response = web.StreamResponse(headers=HEADERS)
     try:
         async for batch in batches:
-            if (chunk := answer.chunk(batch)) is not None:
+            chunk = await asyncio.to_thread(answer.chunk, batch) if answer.is_large else answer.chunk(batch)
+            if chunk is not None:
                 if not response.prepared:
                     await response.prepare(request)
                 await response.write(event(chunk))

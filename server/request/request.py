@@ -72,9 +72,11 @@ class Event:
     """What it adds to the text: whole characters, never a part of a stop string."""
     token_ids: tuple[int, ...] = ()
     """New tokens, without the stop token."""
+    starts: tuple[int, ...] = ()
+    """Where in the sample's text each of token_ids begins (characters), whatever of it is shown yet."""
     logprobs: tuple[TokenLogprob, ...] = ()
     """One for each of token_ids, if asked for."""
-    prompt_logprobs: tuple[float, ...] | None = None
+    prompt_logprobs: tuple[TokenLogprob, ...] | None = None
     """In the request's first event, if asked for: one for each token of the prompt; the first is 0 by definition."""
     finish_reason: FinishReason | None = None
     """In the sample's last event."""
@@ -239,9 +241,9 @@ class Limits:
         for token_id in request.sampling.logit_bias:
             self._check_id(token_id, f"logit_bias: token id {token_id}")
 
-    def _too_long(self, count: str) -> RefusedError:
+    def _too_long(self, count: str) -> TooLongError:
         flag = "--max-prefill-length" if self.max_prefill_length < self.cache_length else "--cache-length"
-        return RefusedError(
+        return TooLongError(
             f"the prompt has {count} tokens, at most {self.max_prefill_length} are taken; "
             f"shorten the prompt or serve with a larger {flag}"
         )
@@ -284,7 +286,7 @@ def check_room(length: int, max_tokens: int, name: str, tokens: int) -> None:
     """Raises RefusedError when prompt and answer exceed `tokens`; `name` is what bounds them, and its flag's."""
     if length + max_tokens > tokens:
         less = f"ask for at most {tokens - length} tokens" if length < tokens else "shorten the prompt"
-        raise RefusedError(
+        raise TooLongError(
             f"a prompt of {length} tokens and {max_tokens=} exceed {name}={tokens}; "
             f"{less} or serve with a larger --{name.replace('_', '-')}"
         )

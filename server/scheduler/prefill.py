@@ -8,7 +8,7 @@ from typing import Generic
 import numpy as np
 
 from ...engine_impl.api import Engine, ParamsT, PrefixT, StateT
-from ..delivery.result import PendingResult
+from ..delivery.result import PendingResult, PieceLogprobs
 from ..request.request import Sample
 from .prompt import Prompt
 from .room import Room
@@ -42,11 +42,11 @@ def compute(
     tokens = [min(prompt.left, room.chunk) for prompt in prompts]
     pieces = [p.piece(count, room.row(p.tables[0])) for p, count in zip(prompts, tokens, strict=True)]
     prefix = engine.prefill(params, state, pieces)
-    behind = [(prefix.logprob_NT, tokens[0])]
-    logprobs = [*prompts[0].next_logprobs, *behind] if prompts[0].wants_logprobs else []
+    behind = PieceLogprobs.of(prefix, tokens[0], prompts[0].request.asked_prompt_logprobs)
+    logprobs = [*prompts[0].next_logprobs, behind] if prompts[0].wants_logprobs else []
     firsts = [p.samples[0] if count == p.left else None for p, count in zip(prompts, tokens, strict=True)]
     if not any(firsts):  # a single piece of a long prompt
-        waits = PendingResult(None, slots.of([]), is_step=False, started=started, next_logprobs=behind)
+        waits = PendingResult(None, slots.of([]), is_step=False, started=started, next_logprobs=[behind])
         return Pieces(prompts, tokens, firsts, [prefix], [waits])
     prefixes, pending = list[PrefixT](), list[PendingResult]()
     for owners in (firsts, *([sample] for sample in prompts[0].samples[1:])):
@@ -81,7 +81,7 @@ def store(
     for prompt, count, complete in zip(pieces.prompts, pieces.tokens, pieces.firsts, strict=True):
         room.advance(prompt, count)
         if prompt.wants_logprobs:
-            prompt.next_logprobs.append((first.logprob_NT, count))
+            prompt.next_logprobs.append(PieceLogprobs.of(first, count, prompt.request.asked_prompt_logprobs))
         if complete is not None and prompt.slots_needed:
             for sample in prompt.samples:
                 slots.seat(sample, prompt.token_T)
