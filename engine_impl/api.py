@@ -138,9 +138,9 @@ class Tokenizer(Protocol):
     stop_ids: frozenset[int]
     """Tokens that end an answer."""
 
-    def encode(self, text: str, at_most: int | None = None) -> list[int]:
-        """Token ids of raw text, a BOS first where the model wants one. May raise TooLongError for more than `at_most`
-        before all of it is read."""
+    def encode(self, text: str, at_most: int | None = None, *, with_first: bool = True) -> list[int]:
+        """Token ids of raw text, `first_ids` before them unless told not to. May raise TooLongError for more than
+        `at_most` before all of it is read."""
         ...
 
     def encode_chat(self, messages: Sequence[Mapping[str, str]], at_most: int | None = None) -> list[int]:

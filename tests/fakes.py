@@ -32,8 +32,8 @@ class FakeTokenizer:
     stop_ids = frozenset({STOP_ID})
     chat_template: str | None = "{{ messages }}"
 
-    def encode(self, text: str, at_most: int | None = None) -> list[int]:
-        return list(text.encode())
+    def encode(self, text: str, at_most: int | None = None, *, with_first: bool = True) -> list[int]:
+        return [*(self.first_ids if with_first else ()), *text.encode()]
 
     def token(self, token_id: int) -> str:
         return CONTROL if token_id == CONTROL_ID else self.decode([token_id])

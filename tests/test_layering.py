@@ -65,7 +65,7 @@ SUB_ROOMS: dict[str, dict[str, set[str]]] = {
     },
     "server": {
         "request": {"errors"},
-        "net": {"errors", "config"},
+        "net": {"errors", "address", "config"},
         "observe": {"net"},
         "delivery": {"errors", "request", "observe"},
         "scheduler": {"errors", "request", "observe", "delivery"},

@@ -67,7 +67,7 @@ def _prefill_arguments(engine: Engine, pieces: int, tokens: int) -> tuple[Any, .
     token_NT, start_N = _array(engine, (pieces, tokens), jnp.int32), _array(engine, (pieces,), jnp.int32)
     page_NJ = _array(engine, (pieces, engine.pages_per_slot), jnp.int32)
     cache = engine.layout.abstract(engine.mesh)
-    return abstract_params(engine), cache, token_NT, start_N, start_N, token_NT, page_NJ
+    return abstract_params(engine), cache, token_NT, start_N, start_N, token_NT, _array(engine, (), jnp.int32), page_NJ
 
 
 def _texts(engine: Engine, count: int) -> tuple[Any, Any]:

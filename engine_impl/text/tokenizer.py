@@ -59,14 +59,15 @@ class Tokenizer:
         self._chat_template = chat_template
         self._is_local = type(backend.model).__name__ in LOCAL
 
-    def encode(self, text: str, at_most: int | None = None) -> list[int]:
+    def encode(self, text: str, at_most: int | None = None, *, with_first: bool = True) -> list[int]:
         """Token ids of raw text; a BOS comes first only if the model's tokenizer says so, and never twice. Control
-        tokens written out in the text (`<|im_end|>`) become their ids.
+        tokens written out in the text (`<|im_end|>`) become their ids. Without `with_first` there are no others.
 
         Raises TooLongError for a text that has clearly more tokens than `at_most`, without reading all of it.
         """
         token_ids, first_ids = self._encode(text, at_most), list(self.first_ids)
-        return token_ids if first_ids == token_ids[: len(first_ids)] else first_ids + token_ids
+        is_there = first_ids == token_ids[: len(first_ids)]
+        return token_ids if is_there or not with_first else first_ids + token_ids
 
     def encode_chat(self, messages: Sequence[Mapping[str, str]], at_most: int | None = None) -> list[int]:
         """Token ids of messages in the model's chat form, which brings its own BOS, or has none.

@@ -13,7 +13,7 @@ from ..request.control_stops import with_control_stops
 from ..request.options import AnswerOptions
 from ..request.prefix_key import prefix_key
 from ..request.request import MAX_MESSAGES, Limits, Request, check_slots
-from .errors import BadFieldError, UnknownModelError
+from .errors import BadFieldError
 from .fields import Message, Prompts, StreamOptions, few
 from .options import DeclaredFields, options_in
 
@@ -91,8 +91,6 @@ class Body(DeclaredFields):
     ) -> list[Request]:
         """One for each prompt. `token`: the caller's, if its cached prefixes are its own. Raises RefusedError,
         UnknownModelError."""
-        if self.model not in (None, engine.model_name):
-            raise UnknownModelError(f"model={self.model!r} is not served; ask for {engine.model_name!r}, or for none")
         check_slots(self.n, engine.max_concurrent_decodes)
         tokenizer, limits, requests = engine.get_tokenizer(), Limits.of(engine), []
         self._options(limits.longest)  # refused before the prompts are read: they may be megabytes

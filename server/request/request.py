@@ -197,10 +197,11 @@ class Limits:
             tokens_per_step=engine.tokens_per_step,
         )
 
-    def ids_of_text(self, tokenizer: "Tokenizer", text: str) -> list[int]:
-        """Token ids of raw text. Raises RefusedError for a text that is much too long, before all of it is read."""
+    def ids_of_text(self, tokenizer: "Tokenizer", text: str, *, with_first: bool = True) -> list[int]:
+        """Token ids of raw text, as Tokenizer.encode has them. Raises TooLongError for a text that is much too long,
+        before all of it is read."""
         try:
-            return tokenizer.encode(text, self.max_prefill_length)
+            return tokenizer.encode(text, self.max_prefill_length, with_first=with_first)
         except TooLongError as error:
             raise self._too_long(f"more than {self.max_prefill_length}") from error
 
@@ -215,6 +216,11 @@ class Limits:
         """Raises RefusedError for a prompt of so many tokens."""
         if count > self.max_prefill_length:
             raise self._too_long(f"{count}")
+
+    def check_ids(self, token_ids: Sequence[int]) -> None:
+        """Raises RefusedError for one that the vocabulary lacks."""
+        for position, token_id in enumerate(token_ids):
+            self._check_id(token_id, f"token id {token_id} at position {position}")
 
     @property
     def pool_tokens(self) -> int:
@@ -236,8 +242,7 @@ class Limits:
         check_room(length, max_tokens, "cache_length", self.cache_length)
         check_room(length, max_tokens, "cache_tokens", self.pool_tokens)
         self._check_start(length, max(1, request.slots_needed))
-        for position, token_id in enumerate(request.prompt_ids):
-            self._check_id(token_id, f"token id {token_id} at position {position}")
+        self.check_ids(request.prompt_ids)
         for token_id in request.sampling.logit_bias:
             self._check_id(token_id, f"logit_bias: token id {token_id}")
 

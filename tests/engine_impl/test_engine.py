@@ -437,7 +437,7 @@ def test_the_token_behind_a_text_is_told_of_where_it_is_known(tiny):
 
 def test_the_likeliest_tokens_in_a_prompt_tokens_place(tiny):
     engine, params = tiny
-    piece = Piece(token_T=np.array(PROMPT, np.int32), start=0, page_J=np.arange(4), next_id=11, logprobs=3)
+    piece = Piece(token_T=np.array(PROMPT, np.int32), start=0, page_J=np.zeros(0, np.int32), next_id=11, logprobs=3)
     prefix = engine.prefill(params, engine.init_decode_state(), [piece])
     for at in (0, len(PROMPT) - 1):
         logprob_V = jax.nn.log_softmax(logits_behind(engine, params, PROMPT[: at + 1]))

@@ -10,7 +10,7 @@ import aiohttp
 import pytest
 from openai import APIError, BadRequestError, InternalServerError, NotFoundError, RateLimitError
 from slipstream.server.config import SecurityConfig, ServerConfig
-from slipstream.server.http import server as http_server
+from slipstream.server.http import incoming
 from slipstream.server.http.completions import CompletionReply
 from slipstream.server.lifecycle import Serving
 
@@ -211,7 +211,7 @@ def test_a_bug_of_ours_is_told_and_logged_and_the_server_goes_on(is_stream, monk
 
 
 def test_a_body_that_does_not_come_is_given_up(monkeypatch):
-    monkeypatch.setattr(http_server, "BODY_S", 0.05)
+    monkeypatch.setattr(incoming, "BODY_S", 0.05)
 
     async def scenario():
         async with serving() as (server, _):
@@ -237,9 +237,9 @@ def test_paths_methods_and_sizes():
 
             answer, message = await error("GET", "/v1/nothing")
             assert answer.status == 404
-            assert "there is no /v1/nothing; there are /health, /v1/models" in message
+            assert "there is no /v1/nothing; there are /detokenize, /health, " in message
             answer, message = await error("GET", "/v1/completions")
-            assert (answer.status, answer.headers["allow"]) == (405, "POST")
+            assert (answer.status, answer.headers["allow"]) == (405, "OPTIONS, POST")
             answer, message = await error("POST", "/v1/completions", data=b" " * 1001)
             assert answer.status == 413
             assert "the body exceeds max_message_bytes=1000" in message
