@@ -65,8 +65,9 @@ class Text:
         """Characters so far, those held back or cut off included."""
 
     @property
-    def is_stopped(self) -> bool:
-        return self._stops.found
+    def stopped_by(self) -> str | None:
+        """The stop string that was met."""
+        return self._stops.met
 
     def feed(self, token_id: int) -> str:
         piece = self._stream.feed(token_id)
@@ -160,7 +161,7 @@ class Delivery:
         for token_id in token_ids:
             starts.append(text.length)
             pieces.append(text.feed(token_id))
-            if text.is_stopped:
+            if text.stopped_by is not None:
                 break
         taken = len(pieces)
         sample.delivered += taken
@@ -171,8 +172,12 @@ class Delivery:
             starts=tuple(starts),
             logprobs=logprobs_of(sample, result, slot, taken),
         )
-        if text.is_stopped or (result.stopped_B[slot] and sample.delivered < request.max_tokens):
-            self._end_sample(sample, FinishReason.STOP, brought)
+        if text.stopped_by is not None:
+            self._end_sample(sample, FinishReason.STOP, replace(brought, stopped_by=text.stopped_by))
+        elif result.stopped_B[slot] and sample.delivered < request.max_tokens:
+            stop_id = int(result.token_BW[slot, result.kept_B[slot]])
+            is_asked = stop_id in request.sampling.stop_token_ids
+            self._end_sample(sample, FinishReason.STOP, replace(brought, stopped_by=stop_id if is_asked else None))
         elif sample.delivered == request.max_tokens:
             self._end_sample(sample, FinishReason.LENGTH, brought)
         else:

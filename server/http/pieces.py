@@ -19,6 +19,7 @@ class Piece:
     """Where in the choice's whole text each token's text begins (characters)."""
     prompt_logprobs: tuple[TokenLogprob, ...] | None = None
     finish_reason: str | None = None
+    stopped_by: str | int | None = None
     echoed: int = 0
     """How many of the tokens are the prompt's."""
 
@@ -29,7 +30,7 @@ class Piece:
         self.logprobs += event.logprobs
         self.prompt_logprobs = event.prompt_logprobs or self.prompt_logprobs
         if event.finish_reason is not None:
-            self.finish_reason = event.finish_reason.value
+            self.finish_reason, self.stopped_by = event.finish_reason.value, event.stopped_by
 
 
 Pieces = defaultdict[int, Piece]

@@ -7,7 +7,9 @@ from typing import Any, ClassVar
 
 from ..delivery.mailbox import Batch
 from ..request.request import Request, TokenLogprob
+from . import events
 from .bodies import Body
+from .errors import HttpError
 from .pieces import Piece, Pieces, grow, no_pieces
 from .token_names import TokenNames
 
@@ -57,6 +59,19 @@ class Reply(ABC):
         chunk = {"object": self.chunk_kind, **self._head, "choices": choices}
         return chunk | {"usage": None} if self.has_usage_chunk else chunk
 
+    def frames(self, batch: Batch) -> bytes:
+        """What a stream brings for `batch`; empty when there is nothing to show yet."""
+        chunk = self.chunk(batch)
+        return b"" if chunk is None else events.event(chunk)
+
+    def last_frames(self) -> bytes:
+        """Once everything is shown."""
+        return (events.event(self.usage_chunk()) if self.has_usage_chunk else b"") + events.DONE
+
+    def error_frames(self, error: HttpError) -> bytes:
+        """How a stream ends that fails."""
+        return events.event(error.body)
+
     def usage_chunk(self) -> Json:
         """The last one, for who asked for it."""
         return {"object": self.chunk_kind, **self._head, "choices": [], "usage": self._usage()}
@@ -92,6 +107,8 @@ class Reply(ABC):
 
     def _choice(self, number: int, text: Json, piece: Piece) -> Json:
         choice = {"index": number, **text, "logprobs": None, "finish_reason": piece.finish_reason}
+        if piece.stopped_by is not None:
+            choice["stop_reason"] = piece.stopped_by  # vLLM's
         if piece.logprobs:
             choice["logprobs"] = self._logprobs(piece)
         if self._body.return_token_ids:

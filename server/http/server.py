@@ -19,6 +19,9 @@ from ..gateway import REQUEST_ID, Gateway, Lane, check_id, new_id
 from ..net import tls
 from ..net.ports import Listener, address_of, listening, listening_at
 from ..net.security import AUTHORIZATION, UNKNOWN, Guard
+from .anthropic.answer import MessagesAnswer
+from .anthropic.answer import error_body as anthropics_error
+from .anthropic.body import MessagesBody
 from .bodies import Body, ChatBody, CompletionBody
 from .completions import CompletionReply
 from .errors import SERVER, HttpError, told
@@ -26,10 +29,13 @@ from .incoming import incoming
 from .models import Names
 from .origins import Origins
 from .reading import BodyReader, too_large
-from .replies import ChatReply, Reply
-from .stream import stream
+from .replies import ChatReply
+from .responses.answer import ResponsesAnswer
+from .responses.body import ResponsesBody
+from .stream import Answer, stream
 from .surface import HEALTH, PING, Surface
 from .token_names import TokenNames
+from .translated import TranslatedBody
 
 if TYPE_CHECKING:
     from ...engine_impl.api import AnyEngine as Engine
@@ -37,6 +43,8 @@ if TYPE_CHECKING:
 OURSELVES = "slipstream"
 """As answers call the server."""
 
+MESSAGES = "/v1/messages"
+API_KEY = "x-api-key"
 OPEN = (HEALTH, PING)
 """Paths that need no token."""
 
@@ -95,6 +103,8 @@ class HttpServer:
                 *self._surface.routes(),
                 web.post("/v1/completions", self._completions),
                 web.post("/v1/chat/completions", self._chat_completions),
+                web.post("/v1/responses", self._responses),
+                web.post(MESSAGES, self._messages),
             ]
         )
         return app
@@ -116,11 +126,11 @@ class HttpServer:
         except web.HTTPMethodNotAllowed as error:
             if request.method == "OPTIONS":
                 return web.Response(status=204, headers={"allow": allowed(error)})
-            return error_response(self._of_aiohttp(request, error))
+            return error_response(self._of_aiohttp(request, error), request.path)
         except web.HTTPException as error:  # aiohttp's own
-            return error_response(self._of_aiohttp(request, error))
+            return error_response(self._of_aiohttp(request, error), request.path)
         except Exception as error:
-            return error_response(told(error, request[NAME]))
+            return error_response(told(error, request[NAME]), request.path)
 
     def _of_aiohttp(self, request: web.Request, error: web.HTTPException) -> HttpError:
         match error:
@@ -142,10 +152,18 @@ class HttpServer:
     async def _chat_completions(self, request: web.Request) -> web.StreamResponse:
         return await self._answer(request, ChatBody, ChatReply)
 
-    async def _answer(self, request: web.Request, kind: type[Body], form: type[Reply]) -> web.StreamResponse:
+    async def _responses(self, request: web.Request) -> web.StreamResponse:
+        return await self._answer(request, ResponsesBody, ResponsesAnswer)
+
+    async def _messages(self, request: web.Request) -> web.StreamResponse:
+        return await self._answer(request, MessagesBody, MessagesAnswer)
+
+    async def _answer(
+        self, request: web.Request, kind: type[Body] | type[TranslatedBody], form: Callable[..., Answer]
+    ) -> web.StreamResponse:
         """Leaving early, at whoever's wish, cancels the requests."""
         read_in = await incoming(request, kind, self._reader, self._gateway)
-        body, lane = read_in.body, Lane.of(read_in.size, is_chat=kind is ChatBody)
+        body, lane = read_in.body, Lane.of(read_in.size, is_chat=kind is not CompletionBody)
         self._models.check(self._gateway.engine, body.model)
         client = self._guard.client(authorizations(request), request.remote or "")
         held = self._guard.hold(authorizations(request), request.remote or "", body.num_prompts)
@@ -180,7 +198,9 @@ class HttpServer:
 
 
 def authorizations(request: web.Request) -> list[str]:
-    return request.headers.getall(AUTHORIZATION, [])
+    """As OpenAI's clients bring a token, or as Anthropic's do."""
+    keys = [f"Bearer {key}" for key in request.headers.getall(API_KEY, [])]
+    return [*request.headers.getall(AUTHORIZATION, []), *keys]
 
 
 def allowed(error: web.HTTPMethodNotAllowed) -> str:
@@ -188,8 +208,10 @@ def allowed(error: web.HTTPMethodNotAllowed) -> str:
     return ", ".join(sorted({*error.allowed_methods, "OPTIONS"}))
 
 
-def error_response(error: HttpError) -> web.Response:
-    return web.json_response(error.body, status=error.status, headers=error.headers)
+def error_response(error: HttpError, path: str) -> web.Response:
+    """In the form of whoever's path it is."""
+    body = anthropics_error(error) if path.startswith(MESSAGES) else error.body
+    return web.json_response(body, status=error.status, headers=error.headers)
 
 
 def refuse(status: int, message: str) -> web.Response:

@@ -10,6 +10,7 @@ from aiohttp import web
 
 from ..errors import UnavailableError
 from ..gateway import Gateway, Lane
+from .anthropic.body import CountBody
 from .incoming import incoming
 from .models import Names
 from .reading import BodyReader
@@ -38,6 +39,7 @@ class Surface:
             web.get("/tokenizer_info", self._tokenizer_info),
             web.post("/tokenize", self._tokenize),
             web.post("/detokenize", self._detokenize),
+            web.post("/v1/messages/count_tokens", self._count_tokens),
         ]
 
     async def _health(self, request: web.Request) -> web.Response:
@@ -71,7 +73,12 @@ class Surface:
     async def _detokenize(self, request: web.Request) -> web.Response:
         return await self._converted(request, DetokenizeBody)
 
-    async def _converted(self, request: web.Request, kind: type[TokenizeBody] | type[DetokenizeBody]) -> web.Response:
+    async def _count_tokens(self, request: web.Request) -> web.Response:
+        return await self._converted(request, CountBody)
+
+    async def _converted(
+        self, request: web.Request, kind: type[TokenizeBody] | type[DetokenizeBody] | type[CountBody]
+    ) -> web.Response:
         read = await incoming(request, kind, self._reader, self._gateway)
         self._names.check(self._gateway.engine, read.body.model)
         lane = Lane.of(read.size, is_chat=getattr(read.body, "messages", None) is not None)

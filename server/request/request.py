@@ -80,6 +80,8 @@ class Event:
     """In the request's first event, if asked for: one for each token of the prompt; the first is 0 by definition."""
     finish_reason: FinishReason | None = None
     """In the sample's last event."""
+    stopped_by: str | int | None = None
+    """There too: the request's stop string, or stop token id, that ended it; None: the model's own, or nothing did."""
     usage: Usage | None = None
     """In the request's last event, if it did not fail."""
     error: Exception | None = None

@@ -12,7 +12,7 @@ from tests.fakes import FakeTextStream, FakeTokenizer
 def stream(pieces, stops):
     """What is shown, piece by piece, and at the end."""
     found = StopStrings(stops)
-    return [found.feed(piece) for piece in pieces] + [found.finish()], found.found
+    return [found.feed(piece) for piece in pieces] + [found.finish()], found.met is not None
 
 
 def cut(text, stops):
@@ -65,7 +65,7 @@ def test_a_token_a_byte_gives_whole_characters_and_the_same_cut(text, stops):
     answer, shown = Text(ByteStream(ByteTokenizer()), tuple(stops)), []
     for byte in text.encode():
         shown.append(answer.feed(byte))
-        if answer.is_stopped:
+        if answer.stopped_by is not None:
             break
     shown.append(answer.finish())
     assert "".join(shown) == cut(text, stops)

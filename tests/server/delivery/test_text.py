@@ -11,7 +11,7 @@ def shown(tokens, stops, min_tokens):
     text, pieces = Text(FakeTokenizer().stream(), stops, min_tokens), []
     for token_id in tokens:
         pieces.append(text.feed(token_id))
-        if text.is_stopped:
+        if text.stopped_by is not None:
             break
     return "".join(pieces) + text.finish(), len(pieces)
 

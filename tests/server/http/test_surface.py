@@ -2,6 +2,7 @@
 
 import asyncio
 from contextlib import asynccontextmanager
+from typing import Any
 
 import aiohttp
 import pytest
@@ -32,8 +33,8 @@ async def asked(engine=None, **config):
 
         async def ask(method, path, body=None, **headers):
             async with session.request(method, url(server, path), json=body, headers=headers) as answer:
-                text = await answer.text()
-                return answer.status, answer.headers, await answer.json() if text else None
+                told: Any = await answer.json() if await answer.text() else None
+                return answer.status, answer.headers, told
 
         yield ask
 
