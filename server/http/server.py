@@ -64,7 +64,7 @@ class HttpServer:
         self._listener: Listener | None = None
         self._names: TokenNames | None = None
         self._models = Names(config.served_model_name, created=int(time.time()))
-        self._surface = Surface(gateway, self._reader, self._models, is_ready)
+        self._surface = Surface(gateway, self._reader, self._models, config.chat, is_ready)
         self.address: str | None = None
         """host:port once it is open; the port is the real one."""
 
@@ -170,10 +170,10 @@ class HttpServer:
         token = self._guard.prefix_owner(authorizations(request))
 
         def read(engine: "Engine", deliver_to: Any):
-            return body.requests(request[NAME], engine, deliver_to, token)
+            return body.requests(request[NAME], engine, deliver_to, token, self._config.chat)
 
         with self._gateway.call(), held:
-            async with self._gateway.admit(read, lane, client) as admitted:
+            async with self._gateway.admit(read, lane, client, request.headers.get) as admitted:
                 names = self._token_names(admitted.engine)
                 model = self._models.of(admitted.engine)[0]
                 answer = form(body, admitted.requests, request[NAME], model, names)

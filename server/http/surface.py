@@ -4,10 +4,10 @@ import asyncio
 import json
 from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
-from typing import Any
 
 from aiohttp import web
 
+from ..config import ChatConfig
 from ..errors import UnavailableError
 from ..gateway import Gateway, Lane
 from .anthropic.body import CountBody
@@ -24,8 +24,10 @@ DISTRIBUTION = "slipstream-llm"
 class Surface:
     """One server's."""
 
-    def __init__(self, gateway: Gateway, reader: BodyReader, names: Names, is_ready: Callable[[], bool]) -> None:
-        self._gateway, self._reader, self._names, self._is_ready = gateway, reader, names, is_ready
+    def __init__(
+        self, gateway: Gateway, reader: BodyReader, names: Names, chat: ChatConfig, is_ready: Callable[[], bool]
+    ) -> None:
+        self._gateway, self._reader, self._names, self._chat, self._is_ready = gateway, reader, names, chat, is_ready
 
     def routes(self) -> list[web.RouteDef]:
         return [
@@ -81,9 +83,9 @@ class Surface:
     ) -> web.Response:
         read = await incoming(request, kind, self._reader, self._gateway)
         self._names.check(self._gateway.engine, read.body.model)
-        lane = Lane.of(read.size, is_chat=getattr(read.body, "messages", None) is not None)
+        lane = Lane.of(read.size, is_chat=bool(getattr(read.body, "messages", None)))
         with self._gateway.call():
-            reply: dict[str, Any] = await self._gateway.compute(read.body.reply, lane)
+            reply = await self._gateway.compute(lambda engine: read.body.reply(engine, self._chat), lane)
             text = await asyncio.to_thread(json.dumps, reply)
         return web.Response(text=text, content_type="application/json")
 

@@ -4,6 +4,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
+from ..config import ChatConfig
 from ..delivery.mailbox import Batch
 from ..gateway import Deliver
 from ..request.request import Request
@@ -45,11 +46,16 @@ class TranslatedBody(Readable):
         return 1
 
     def requests(
-        self, request_id: str, engine: "Engine", deliver_to: Callable[[int], Deliver], token: str | None = None
+        self,
+        request_id: str,
+        engine: "Engine",
+        deliver_to: Callable[[int], Deliver],
+        token: str | None,
+        config: ChatConfig,
     ) -> list[Request]:
         """As Body.requests()."""
         try:
-            return self.chat().requests(request_id, engine, deliver_to, token)
+            return self.chat().requests(request_id, engine, deliver_to, token, config)
         except BadFieldError as error:
             raise BadFieldError(self.names.get(error.field, error.field), str(error)) from error
 

@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 from pydantic import Tag
 
+from ...config import ChatConfig
 from ...request.request import MAX_MESSAGES, MAX_PARTS, Limits
 from ..bodies import ChatBody
 from ..errors import BadFieldError
@@ -47,10 +48,10 @@ class CountBody(TranslatedBody):
     def chat(self) -> ChatBody:
         return ChatBody.model_validate({"messages": self._turns()})
 
-    def reply(self, engine: "Engine") -> dict[str, Any]:
+    def reply(self, engine: "Engine", config: ChatConfig) -> dict[str, Any]:
         """Raises RefusedError."""
-        (token_ids,) = self.chat().prompts(engine.get_tokenizer(), Limits.of(engine))
-        return {"input_tokens": len(token_ids)}
+        (prompt,) = self.chat().prompts(engine.get_tokenizer(), Limits.of(engine), config)
+        return {"input_tokens": len(prompt.token_ids)}
 
     def _turns(self) -> list[dict[str, Any]]:
         if not self.messages:

@@ -7,9 +7,10 @@ from pydantic import Tag
 from ...request.request import MAX_MESSAGES, MAX_PARTS
 from ..bodies import ChatBody
 from ..errors import BadFieldError
-from ..fields import ROLES, Part, Strict, few, one_of
+from ..fields import Part, Strict, few, one_of
 from ..translated import TranslatedBody
 
+ROLES = ("system", "developer", "user", "assistant")
 PARTS = ("input_text", "output_text", "text")
 """Kinds of content that are text."""
 

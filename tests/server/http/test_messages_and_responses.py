@@ -1,6 +1,7 @@
 """POST /v1/messages and /v1/responses, asked by Anthropic's and OpenAI's own clients."""
 
 import asyncio
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -20,7 +21,15 @@ ANSWER: dict[str, Any] = {"model": "fake", "input": "a", "max_output_tokens": 3}
 
 
 @asynccontextmanager
-async def serving_anthropic(engine=None, key="none", **config):
+async def serving_openai(engine=None) -> AsyncIterator[Any]:
+    """OpenAI's client."""
+    async with serving(engine) as (_, client):
+        yield client
+
+
+@asynccontextmanager
+async def serving_anthropic(engine=None, key="none", **config) -> AsyncIterator[tuple[Any, Any]]:
+    """The server, and Anthropic's client."""
     async with serving(engine, **config) as (server, _):
         options: Any = {"max_retries": 0, "timeout": WAIT_S}
         async with anthropic.AsyncAnthropic(base_url=url(server), api_key=key, **options) as client:
@@ -128,7 +137,7 @@ def test_a_failure_in_anthropics_stream_is_its_last_event():
 
 def test_a_response():
     async def scenario():
-        async with serving() as (_, client):
+        async with serving_openai() as client:
             answer = await client.responses.create(**ANSWER, metadata={"of": "mine"})
             assert (answer.output_text, answer.model, answer.status) == ("bcd", "fake", "incomplete")
             assert answer.incomplete_details.reason == "max_output_tokens"
@@ -142,7 +151,7 @@ def test_a_response():
 
 def test_a_response_comes_as_a_stream():
     async def scenario():
-        async with serving(FakeEngine(step_s=0.005)) as (_, client):
+        async with serving_openai(FakeEngine(step_s=0.005)) as client:
             events = [
                 event async for event in await client.responses.create(**ANSWER | {"max_output_tokens": 6}, stream=True)
             ]
@@ -162,7 +171,7 @@ def test_a_response_comes_as_a_stream():
 def test_instructions_and_items_reach_the_template():
     async def scenario():
         engine = FakeEngine(max_prefill_length=64, prefill_chunk=64)
-        async with serving(engine) as (_, client):
+        async with serving_openai(engine) as client:
             items: Any = [
                 {"role": "user", "content": [{"type": "input_text", "text": "a"}]},
                 {"type": "message", "role": "assistant", "content": [{"type": "output_text", "text": "b"}]},
@@ -189,7 +198,7 @@ def test_instructions_and_items_reach_the_template():
 )
 def test_what_a_response_is_not(more, message):
     async def scenario():
-        async with serving() as (_, client):
+        async with serving_openai() as client:
             with pytest.raises(openai.BadRequestError, match=message):
                 await client.responses.create(**ANSWER | more)
 
@@ -199,7 +208,7 @@ def test_what_a_response_is_not(more, message):
 def test_a_failure_in_a_response_is_its_last_event():
     async def scenario():
         engine = FakeEngine(late_errors={1: RuntimeError("boom")}, step_s=0.02)
-        async with serving(engine) as (_, client):
+        async with serving_openai(engine) as client:
             stream = await client.responses.create(**ANSWER | {"max_output_tokens": 9}, stream=True)
             last = [event async for event in stream][-1]
             assert (last.type, last.code) == ("error", "engine_failed")

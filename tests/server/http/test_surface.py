@@ -109,7 +109,7 @@ def test_what_the_tokenizer_is_not_asked():
         async with asked() as ask:
             for path, body, message in (
                 ("/tokenize", {}, "prompt or messages must be there, and not both"),
-                ("/tokenize", {"prompt": "a", "messages": []}, "and not both"),
+                ("/tokenize", {"prompt": "a", "messages": [{"role": "user", "content": "a"}]}, "and not both"),
                 ("/tokenize", {"prompt": 3}, "prompt=3"),
                 ("/tokenize", {"prompt": "a", "chat_template": "x"}, "chat_template='x' is not supported"),
                 ("/tokenize", {"messages": [{"role": "user", "content": "a"}], "add_special_tokens": True}, "left out"),
