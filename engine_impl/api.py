@@ -114,6 +114,45 @@ class Opening:
     prompt_length: int
     """How many of them are the prompt's."""
     sampling: SamplingParams
+    allowed_W: np.ndarray | None = None
+    """Which tokens may come next, see `Matcher.allowed`; None: all."""
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Allowed:
+    """Which tokens may come next in some rows of a step; in the others all may."""
+
+    row_C: np.ndarray
+    """i32, of `slot_N`"""
+    word_CW: np.ndarray
+    """u32, see `Matcher.allowed`"""
+
+
+class Matcher(Protocol):
+    """An answer's place in its grammar: which tokens may come next. One thread at a time."""
+
+    @property
+    def is_over(self) -> bool:
+        """Whether the text is whole and nothing can follow; known when `allowed` was asked."""
+        ...
+
+    @property
+    def error(self) -> str:
+        """Why nothing can be told of the answer any more; "" if it has not failed."""
+        ...
+
+    def copy(self) -> "Matcher":
+        """Another answer at the same place."""
+        ...
+
+    def take(self, token_id: int) -> None:
+        """The answer goes on with this token."""
+        ...
+
+    def allowed(self, end_ids: Iterable[int]) -> np.ndarray:
+        """u32 [W]: whether token v may come next is bit v % 32 of word v // 32; `end_ids`, which end the answer, may
+        where the text is whole. Lets other threads run."""
+        ...
 
 
 class TextStream(Protocol):
@@ -177,6 +216,15 @@ class Tokenizer(Protocol):
 
     def stream(self, shown: Collection[str] = ()) -> TextStream:
         """For one answer. `shown`: control tokens that it writes out."""
+        ...
+
+    def matcher(self, grammar: str) -> Matcher:
+        """At the beginning of an answer in a grammar of llguidance's. Raises RefusedError for one that cannot be
+        compiled, or takes too much. It takes its time, and lets other threads run."""
+        ...
+
+    def prepare_grammars(self) -> None:
+        """Makes what all grammars need, which else the first one does while others wait."""
         ...
 
 
@@ -283,7 +331,12 @@ class Engine(Protocol[ParamsT, PrefixT, StateT]):
         ...
 
     def generate(
-        self, params: ParamsT, decode_state: StateT, slot_N: np.ndarray, page_NJ: np.ndarray
+        self,
+        params: ParamsT,
+        decode_state: StateT,
+        slot_N: np.ndarray,
+        page_NJ: np.ndarray,
+        allowed: Allowed | None = None,
     ) -> tuple[StateT, StepResult]:
         """One decode step of the slots named, in their order; one that is full gets no token. The state is donated.
 
@@ -299,7 +352,13 @@ class Engine(Protocol[ParamsT, PrefixT, StateT]):
         ...
 
     def carry(
-        self, params: ParamsT, decode_state: StateT, slot_N: np.ndarray, page_NJ: np.ndarray, pieces: Sequence[Piece]
+        self,
+        params: ParamsT,
+        decode_state: StateT,
+        slot_N: np.ndarray,
+        page_NJ: np.ndarray,
+        pieces: Sequence[Piece],
+        allowed: Allowed | None = None,
     ) -> tuple[StateT, StepResult, PrefixT]:
         """`generate` and `prefill` together, of slots and pieces that `carries` said yes to. The state is donated.
 

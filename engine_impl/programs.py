@@ -21,6 +21,7 @@ from .forward import Decoded, Params, Prefilled
 from .models.decoder import Decoder
 from .sampling.choose import sample
 from .sampling.logprobs import Logprobs, logprob_of, logprobs
+from .sampling.mask import Mask
 from .sampling.params import SamplingParams
 from .sampling.penalties import count_answer
 from .sampling.slots import SlotSampling
@@ -92,23 +93,29 @@ class Programs:
         return DecodeState(cache, token_B, length_B, state.sampling, count_BV), told, prefix
 
     def generate(
-        self, params: Params, state: DecodeState, slot_N: jax.Array, page_NJ: jax.Array
+        self, params: Params, state: DecodeState, slot_N: jax.Array, page_NJ: jax.Array, mask: Mask
     ) -> tuple[DecodeState, StepResult]:
-        """The step that serves: each slot's token is chosen by its own sampling parameters."""
-        state, result, _ = self.step(params, state, slot_N, page_NJ, self._serving(slot_N))
+        """The step that serves: each slot's token is chosen by its own sampling parameters, of those that may come."""
+        state, result, _ = self.step(params, state, slot_N, page_NJ, self._serving(slot_N, mask))
         return state, result
 
     def carry(
-        self, params: Params, state: DecodeState, slot_N: jax.Array, page_NJ: jax.Array, pieces: PieceBatch
+        self,
+        params: Params,
+        state: DecodeState,
+        slot_N: jax.Array,
+        page_NJ: jax.Array,
+        pieces: PieceBatch,
+        mask: Mask,
     ) -> tuple[DecodeState, StepResult, Prefix | None]:
         """`generate`, with pieces beside it: (state, result, prefix)."""
-        return self.step(params, state, slot_N, page_NJ, self._serving(slot_N), pieces)
+        return self.step(params, state, slot_N, page_NJ, self._serving(slot_N, mask), pieces)
 
-    def _serving(self, slot_N: jax.Array) -> Choose:
+    def _serving(self, slot_N: jax.Array, mask: Mask) -> Choose:
         def choose(logits_NV: jax.Array, rows: Rows, count_BV: jax.Array) -> Chosen:
             count_BV = count_answer(count_BV, slot_N, rows.token_N, rows.sampling.is_penalised, self.mesh)
             # The text so far is `length` cached tokens and this step's own: the chosen token stands behind both.
-            token_N = sample(logits_NV, lambda: count_BV[slot_N], rows.sampling, rows.length_N + 1)
+            token_N = sample(logits_NV, lambda: count_BV[slot_N], rows.sampling, rows.length_N + 1, mask)
             return Chosen(token_N, count_BV, self._result(logits_NV, token_N, rows.is_live_N, rows.sampling))
 
         return choose
@@ -156,10 +163,11 @@ class Programs:
         is_complete_N: jax.Array,
         sampling: SlotSampling,
         count_NV: jax.Array,
+        mask: Mask,
     ) -> tuple[jax.Array, SlotSampling, jax.Array, StepResult]:
         """The token behind each text that is complete: (token_N, sampling and count_NV as they go into the prefix,
         result)."""
-        token_N = sample(logits_NV, lambda: count_NV, sampling, start_N + count_N)
+        token_N = sample(logits_NV, lambda: count_NV, sampling, start_N + count_N, mask)
         return token_N, sampling, count_NV, self._result(logits_NV, token_N, is_complete_N, sampling)
 
     # Slots

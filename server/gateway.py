@@ -45,6 +45,8 @@ class Lane(Enum):
     """Short texts and token ids."""
     CHAT = "chat"
     """Short conversations: a chat template may take seconds, whatever it is given."""
+    GRAMMAR = "grammar"
+    """Not for reading: the grammars of requests that were read are compiled in it."""
     LONG = "long"
     """Calls of more than LONG bytes: one at a time, so that many take no more memory than one."""
 
@@ -54,7 +56,7 @@ class Lane(Enum):
         return cls.LONG if size > LONG else cls.CHAT if is_chat else cls.TEXT
 
 
-THREADS = {Lane.TEXT: 4, Lane.CHAT: 4, Lane.LONG: 1}
+THREADS = {Lane.TEXT: 4, Lane.CHAT: 4, Lane.GRAMMAR: 4, Lane.LONG: 1}
 """Of each lane (count)."""
 
 
@@ -125,6 +127,12 @@ class Gateway:
         requests = await asyncio.get_running_loop().run_in_executor(
             self._lanes[lane], read, engine, lambda number: partial(mailbox.post, events, number)
         )
+        if any(request.grammar is not None for request in requests):
+            tokenizer = engine.get_tokenizer()
+            for request in requests:
+                await asyncio.get_running_loop().run_in_executor(
+                    self._lanes[Lane.GRAMMAR], request.constrain, tokenizer
+                )
         for request in requests:
             request.client = client
             if self._traces is not None:

@@ -4,14 +4,16 @@ Text is one token per byte. The bytes of a few long characters follow one anothe
 "a" answers "bcd...", "w" answers "xyz" and stops, token 199 answers the bytes of "é€😀".
 """
 
+import json
 import threading
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
-from slipstream.engine_impl.api import Opening, Piece
+from slipstream.engine_impl.api import Allowed, Opening, Piece
+from slipstream.engine_impl.errors import RefusedError
 from slipstream.engine_impl.sampling.params import MAX_LOGPROBS
 from slipstream.engine_impl.text.chat import END, Chat, ChatPrompt, TemplateFacts
 
@@ -23,6 +25,30 @@ LONG_TEXT = "é€😀"
 VOCAB_SIZE = 256
 
 BYTE_OF_ID = {i: i for i in range(128)} | {BEFORE_LONG + 1 + i: byte for i, byte in enumerate(LONG_TEXT.encode())}
+
+
+class FakeMatcher:
+    """Its grammar is a text: the only answer there is. "*" in it are any characters."""
+
+    def __init__(self, text: str) -> None:
+        self.text, self.error, self.is_over = text, "", False
+
+    def copy(self) -> "FakeMatcher":
+        return FakeMatcher(self.text)
+
+    def take(self, token_id: int) -> None:
+        if not self.text or self.text[0] not in ("*", chr(token_id)):
+            self.error = f"{chr(token_id)!r} does not come before {self.text!r}"
+        self.text = self.text[1:]
+
+    def allowed(self, end_ids: Iterable[int]) -> np.ndarray:
+        self.is_over = not (self.error or self.text)
+        may_come_V = np.zeros(VOCAB_SIZE, bool)
+        if self.text:
+            may_come_V[[*range(128)] if self.text[0] == "*" else [ord(self.text[0])]] = True
+        else:
+            may_come_V[list(end_ids)] = True
+        return np.packbits(may_come_V, bitorder="little").view(np.uint32)
 
 
 class FakeTokenizer:
@@ -65,6 +91,18 @@ class FakeTokenizer:
     def stream(self, shown: Collection[str] = ()) -> "FakeTextStream":
         return FakeTextStream(self)
 
+    def matcher(self, grammar: str) -> FakeMatcher:
+        """The one answer is the grammar itself, or what `start` is, without its quotes; of any schema it is "[]"."""
+        if "bad" in grammar:
+            raise RefusedError("the grammar cannot be compiled: it is bad")
+        if grammar.startswith("{"):
+            (form,) = json.loads(grammar)["grammars"]
+            grammar = form["lark_grammar"].removeprefix("start: ")[1:-1] if "lark_grammar" in form else "[]"
+        return FakeMatcher(grammar)
+
+    def prepare_grammars(self) -> None:
+        pass
+
 
 class FakeTextStream:
     def __init__(self, tokenizer: FakeTokenizer) -> None:
@@ -80,6 +118,12 @@ class FakeTextStream:
 
     def finish(self) -> str:
         return self._tokenizer.decode(self._pending)
+
+
+def nearest_allowed(token: int, word_W: np.ndarray) -> int:
+    """The token, or the first one behind it, round the vocabulary, that may come."""
+    allowed = np.flatnonzero(np.unpackbits(word_W.view(np.uint8), bitorder="little"))
+    return int(allowed[np.searchsorted(allowed, token) % len(allowed)])
 
 
 class FakeArray:
@@ -250,7 +294,10 @@ class FakeEngine:
             if opening is not None:
                 assert list(opening.text) == text
                 self.samplings.append(opening.sampling)
-            tokens.append(-1 if opening is None else self.next_token(text) + 10 * prefix.times_chosen)
+            token = -1 if opening is None else self.next_token(text) + 10 * prefix.times_chosen
+            if opening is not None and opening.allowed_W is not None:
+                token = nearest_allowed(token, opening.allowed_W)
+            tokens.append(token)
         chosen = replace(prefix, tokens=tokens, times_chosen=prefix.times_chosen + 1)
         return chosen, self._result(np.array(tokens)[:, None])
 
@@ -270,7 +317,12 @@ class FakeEngine:
         return state
 
     def generate(
-        self, params: Any, decode_state: FakeState, slot_N: np.ndarray, page_NJ: np.ndarray
+        self,
+        params: Any,
+        decode_state: FakeState,
+        slot_N: np.ndarray,
+        page_NJ: np.ndarray,
+        allowed: Allowed | None = None,
     ) -> tuple[FakeState, FakeResult]:
         step, self.steps = self.steps, self.steps + 1
         state = decode_state.donate()
@@ -284,19 +336,28 @@ class FakeEngine:
             page_N = page_NJ[np.arange(len(slot_N)), np.minimum(length_N // self.page_rows, page_NJ.shape[1] - 1)]
             state.row_PR[page_N[live_N], length_N[live_N] % self.page_rows] = token_N[live_N]
             state.length_B[slot_N] = length_N = length_N + live_N
-            next_N = self.next_tokens(state, token_N[live_N], length_N[live_N], page_NJ[live_N])
-            state.token_B[slot_N[live_N]] = token_NW[live_N, at] = next_N
+            next_N = token_N + 1
+            next_N[live_N] = self.next_tokens(state, token_N[live_N], length_N[live_N], page_NJ[live_N])
+            for row, word_W in () if allowed is None else zip(allowed.row_C, allowed.word_CW, strict=True):
+                next_N[row] = nearest_allowed(int(next_N[row]), word_W)
+            state.token_B[slot_N[live_N]] = token_NW[live_N, at] = next_N[live_N]
         return state, self._result(token_NW, lambda: self._wait(step))
 
     def carries(self, slots: int, lengths: Sequence[int]) -> bool:
         return self.carries_pieces and slots > 0 and len(lengths) == 1
 
     def carry(
-        self, params: Any, decode_state: FakeState, slot_N: np.ndarray, page_NJ: np.ndarray, pieces: Sequence[Piece]
+        self,
+        params: Any,
+        decode_state: FakeState,
+        slot_N: np.ndarray,
+        page_NJ: np.ndarray,
+        pieces: Sequence[Piece],
+        allowed: Allowed | None = None,
     ) -> tuple[FakeState, FakeResult, FakePrefix]:
         assert self.carries(len(slot_N), [len(piece.token_T) for piece in pieces])
         prefix = self.prefill(params, decode_state, pieces)
-        return *self.generate(params, decode_state, slot_N, page_NJ), prefix
+        return *self.generate(params, decode_state, slot_N, page_NJ, allowed), prefix
 
     def next_tokens(
         self, state: FakeState, token_N: np.ndarray, length_N: np.ndarray, page_NJ: np.ndarray

@@ -1,5 +1,5 @@
-"""Sampling on the device, all slots in one program, each by its own parameters: bias, penalties, least length, then
-greedy, or temperature, top-k, top-p, min-p and a seed.
+"""Sampling on the device, all slots in one program, each by its own parameters: bias, penalties, least length, the
+grammar's mask, then greedy, or temperature, top-k, top-p, min-p and a seed.
 
 A token depends on its logits, its request's parameters and its position in the text, never on the slot or on what else
 is in the batch: the random key is folded from the request's seed and the position.
@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from .bias import biased, without_ends
+from .mask import Mask
 from .penalties import penalise
 from .slots import SlotSampling
 
@@ -23,7 +24,11 @@ LEAST_P = 1e-30
 
 
 def sample(
-    logits_BV: jax.Array, counts: Callable[[], jax.Array], sampling: SlotSampling, position_B: jax.Array
+    logits_BV: jax.Array,
+    counts: Callable[[], jax.Array],
+    sampling: SlotSampling,
+    position_B: jax.Array,
+    mask: Mask,
 ) -> jax.Array:
     """Choose one token a slot.
 
@@ -33,6 +38,7 @@ def sample(
             penalty, and not before.
         sampling: [B] each.
         position_B: i32, where in the text the chosen token will stand.
+        mask: which tokens may be chosen.
 
     Returns:
         token_B, i32.
@@ -47,6 +53,7 @@ def sample(
             (sampling.is_biased, lambda wanted_BV: biased(wanted_BV, sampling)),
             (sampling.is_penalised, lambda wanted_BV: penalise(wanted_BV, counts(), sampling)),
             (goes_on_B, lambda wanted_BV: without_ends(wanted_BV, sampling, position_B)),
+            (mask.is_asked_B, mask.applied),
         ):
             wanted_BV = jax.lax.cond(asked_B.any(), applied, lambda wanted_BV: wanted_BV, wanted_BV)
         likeliest_B = _argmax(wanted_BV)
@@ -57,7 +64,7 @@ def sample(
         )
 
     likeliest_B = _argmax(logits_BV)
-    is_asked_B = sampling.is_drawn | sampling.is_biased | sampling.is_penalised | goes_on_B
+    is_asked_B = sampling.is_drawn | sampling.is_biased | sampling.is_penalised | goes_on_B | mask.is_asked_B
     return jax.lax.cond(is_asked_B.any(), asked, lambda: likeliest_B)
 
 

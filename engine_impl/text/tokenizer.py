@@ -3,6 +3,7 @@
 import os
 import re
 from collections.abc import Collection, Mapping, Sequence
+from contextlib import suppress
 
 from tokenizers import AddedToken, decoders, models, pre_tokenizers
 from tokenizers import Tokenizer as Backend
@@ -10,6 +11,7 @@ from tokenizers import Tokenizer as Backend
 from ..errors import RefusedError, TooLongError
 from .chat import END, Chat, ChatPrompt, TemplateFacts
 from .chat_template import ChatTemplate
+from .grammar import Grammars, Matcher
 from .pre_tokenizers import pre_tokenizer
 
 _PRINTABLE = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
@@ -59,6 +61,7 @@ class Tokenizer:
         self._control_ids = {token.content: token_id for token_id, token in added if token.special}
         self._chat_template = chat_template
         self._is_local = type(backend.model).__name__ in LOCAL
+        self._grammars = Grammars(backend, stop_ids, vocab_size)
 
     def encode(self, text: str, at_most: int | None = None, *, with_first: bool = True) -> list[int]:
         """Token ids of raw text; a BOS comes first only if the model's tokenizer says so, and never twice. Control
@@ -116,6 +119,19 @@ class Tokenizer:
         """Its jinja text; None without one."""
         return None if self._chat_template is None else self._chat_template.source
 
+    def matcher(self, grammar: str) -> Matcher:
+        """At the beginning of an answer in a grammar, see server/request/grammar.py.
+
+        Raises RefusedError for one that cannot be compiled, or takes too much.
+        """
+        return self._grammars.matcher(grammar)
+
+    def prepare_grammars(self) -> None:
+        """Make what all grammars need, which else the first one does while others wait. Nothing comes of a tokenizer
+        that takes no grammars: the first one is refused."""
+        with suppress(RefusedError):
+            self._grammars.prepare()
+
     def check_template(self) -> None:
         """Raises RefusedError for a chat template that comes to no end with a short conversation."""
         if self._chat_template is not None:
@@ -161,6 +177,13 @@ class NoTokenizer(Tokenizer):
     def render_chat(self, chat: Chat) -> str:
         """Raises RefusedError."""
         raise self._refusal()
+
+    def matcher(self, grammar: str) -> Matcher:
+        """Raises RefusedError."""
+        raise RefusedError(f"{self._where} has no tokenizer, and a grammar is about text; leave it out")
+
+    def prepare_grammars(self) -> None:
+        """Nothing to make."""
 
     def _encode(self, text: str, at_most: int | None) -> list[int]:
         if not text:

@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 
 from ...engine_impl.api import TextStream, Tokenizer
-from ..dialects.form import AnswerReader
 from ..dialects.parts import Brought
+from ..dialects.syntax import AnswerReader
 from ..errors import FailedError, UnavailableError
 from ..observe.metrics import Metrics, Outcome
 from ..request.request import Event, FinishReason, Request, Sample, TokenLogprob, Usage
@@ -50,10 +50,11 @@ class CallerGoneError(Exception):
 
 @dataclass(frozen=True)
 class Ending:
-    """A request that is over."""
+    """A request that is over, or one of its samples."""
 
     request: Request
     end: End
+    sample: Sample | None = None
 
 
 class Text:
@@ -139,6 +140,10 @@ class Delivery:
         """Ends a request, after what was posted before. No effect on one that is done."""
         self._posts.put(Ending(request, end))
 
+    def end_sample(self, sample: Sample) -> None:
+        """Ends one whose answer is whole, likewise. No effect on one that is done."""
+        self._posts.put(Ending(sample.request, FinishReason.STOP, sample))
+
     def close(self) -> None:
         """Returns when all that was posted before is delivered."""
         self._posts.put(None)
@@ -150,7 +155,7 @@ class Delivery:
     def _run(self) -> None:
         while (post := self._posts.get()) is not None:
             if isinstance(post, Ending):
-                self._guarded(post.request, self._end_request, post.request, post.end)
+                self._guarded(post.request, self._end, post)
             else:
                 self._deliver(post)
                 self._room.put(None)
@@ -223,6 +228,12 @@ class Delivery:
             last = replace(last, usage=self._close_request(request, OUTCOMES[reason]))
         emit(request, last)
 
+    def _end(self, ending: Ending) -> None:
+        if ending.sample is None:
+            self._end_request(ending.request, ending.end)
+        elif not ending.sample.done:
+            self._end_sample(ending.sample, FinishReason.STOP)
+
     def _end_request(self, request: Request, end: End) -> None:
         if request.done:
             return
@@ -259,12 +270,12 @@ class Delivery:
 
     def _text(self, sample: Sample) -> Text:
         if sample not in self._texts:
-            asked, form = sample.request, sample.request.form
+            asked, syntax = sample.request, sample.request.syntax
             self._texts[sample] = Text(
-                self._tokenizer.stream(() if form is None else form.marks),
+                self._tokenizer.stream(() if syntax is None else syntax.marks),
                 asked.stop_strings,
                 asked.sampling.min_tokens,
-                reader=None if form is None else AnswerReader(form),
+                reader=None if syntax is None else AnswerReader(syntax),
             )
         return self._texts[sample]
 

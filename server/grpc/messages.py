@@ -1,7 +1,7 @@
 """The wire's messages: a DecodeRequest becomes a request, a request's events become DecodeResponses, and back."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ...engine_impl.errors import RefusedError
 from ...engine_impl.text.chat import NO_ARGUMENTS, Call, Chat, Tool, Turn
@@ -10,6 +10,8 @@ from ..config import AUTO, ChatConfig
 from ..dialects.parts import CallPart
 from ..request.chat import ROLES, ChatCall, Prompt, prompt_of
 from ..request.control_stops import with_control_stops
+from ..request.form import FREE, AnswerForm
+from ..request.grammar import Grammar
 from ..request.options import OPTIONS, AnswerOptions
 from ..request.prefix_key import prefix_key
 from ..request.request import Event, FinishReason, Limits, Request, TokenLogprob, Usage, check_messages, check_slots
@@ -49,13 +51,12 @@ def read_request(
         raise RefusedError(f"lora_adapter_id={message.lora_adapter_id!r} must be empty: there are no adapters")
     options = read_options(message)
     check_slots(options.num_samples, engine.max_concurrent_decodes)
-    limits = Limits.of(engine)
-    tokenizer = engine.get_tokenizer()
+    limits, grammar, tokenizer = Limits.of(engine), read_form(message).made(), engine.get_tokenizer()
     options = with_control_stops(options, tokenizer)
-    prompt = read_prompt(message, tokenizer, limits, config)  # last: the text may be megabytes
+    prompt = read_prompt(message, tokenizer, limits, config, grammar)  # last: it may be megabytes
     request = Request(
         prompt_ids=prompt.token_ids,
-        form=prompt.form,
+        syntax=prompt.syntax,
         grammar=prompt.grammar,
         deliver=deliver,
         deadline=deadline,
@@ -78,26 +79,50 @@ def read_options(message: pb.DecodeRequest) -> AnswerOptions:
     return AnswerOptions.of(**values)
 
 
-def read_prompt(message: pb.DecodeRequest, tokenizer: "Tokenizer", limits: Limits, config: ChatConfig) -> Prompt:
-    """Of whichever content was sent. Raises RefusedError."""
+def read_form(message: pb.DecodeRequest) -> AnswerForm:
+    """What the answer must look like."""
+    name = message.WhichOneof("form")
+    if name is None:
+        return FREE
+    value: Any = tuple(message.choices.texts) if name == "choices" else getattr(message, name)
+    return AnswerForm(**{name: value})
+
+
+def write_form(message: pb.DecodeRequest, form: AnswerForm) -> None:
+    """What read_form() reads."""
+    for name in form.given:
+        if name == "choices":
+            message.choices.texts.extend(form.choices)
+        else:
+            setattr(message, name, getattr(form, name))
+
+
+def read_prompt(
+    message: pb.DecodeRequest,
+    tokenizer: "Tokenizer",
+    limits: Limits,
+    config: ChatConfig = DEFAULT,
+    grammar: Grammar | None = None,
+) -> Prompt:
+    """Of whichever content was sent. `grammar`: what the answer must look like. Raises RefusedError."""
     match message.WhichOneof("content"):
         case "text_content":
-            return Prompt(token_ids=limits.ids_of_text(tokenizer, message.text_content.text))
+            return Prompt(token_ids=limits.ids_of_text(tokenizer, message.text_content.text), grammar=grammar)
         case "token_content":
             limits.check_count(len(message.token_content.token_ids))
             bos = tokenizer.encode("")  # as JetStream does it: its clients send token ids without
             token_ids = list(message.token_content.token_ids)
             has_bos = message.has_bos or token_ids[: len(bos)] == bos or not token_ids
-            return Prompt(token_ids=token_ids if has_bos else bos + token_ids)
+            return Prompt(token_ids=token_ids if has_bos else bos + token_ids, grammar=grammar)
         case "messages":
             check_messages(len(message.messages.messages))
-            return prompt_of(read_chat(message.messages), tokenizer, limits, config)
+            return prompt_of(read_chat(message.messages, grammar), tokenizer, limits, config)
         case _:
             raise RefusedError("the prompt is missing; set text_content, token_content or messages")
 
 
-def read_chat(message: pb.DecodeRequest.Chat) -> ChatCall:
-    """As both fronts ask."""
+def read_chat(message: pb.DecodeRequest.Chat, grammar: Grammar | None = None) -> ChatCall:
+    """As both fronts ask. `grammar`: what the answer must look like where it calls no tool."""
     goes_on = message.continue_final_message
     begins = message.add_generation_prompt if message.HasField("add_generation_prompt") else not goes_on
     chat = Chat(
@@ -118,6 +143,7 @@ def read_chat(message: pb.DecodeRequest.Chat) -> ChatCall:
         tool_name=message.tool_name,
         parallel_tool_calls=message.parallel_tool_calls if message.HasField("parallel_tool_calls") else True,
         strict=frozenset(tool.name for tool in message.tools if tool.strict),
+        grammar=grammar,
     )
 
 

@@ -28,6 +28,7 @@ from .fields import (
     ToolDefinition,
     few,
 )
+from .forms import Forms
 from .options import DeclaredFields, options_in
 
 if TYPE_CHECKING:
@@ -37,7 +38,7 @@ if TYPE_CHECKING:
 DEFAULT = ChatConfig()
 
 
-class Body(DeclaredFields):
+class Body(DeclaredFields, Forms):
     """What completions and chats have in common: a request's options, and what is HTTP's alone."""
 
     refused: ClassVar[dict[str, tuple[Any, ...]]] = {
@@ -50,11 +51,7 @@ class Body(DeclaredFields):
         "skip_special_tokens": (True,),
         "spaces_between_special_tokens": (True,),
         "include_stop_str_in_output": (False,),
-        "structured_outputs": (),
-        "guided_json": (),
-        "guided_regex": (),
-        "guided_choice": (),
-        "guided_grammar": (),
+        "guided_whitespace_pattern": (),
     }
 
     model: str | None = None
@@ -118,7 +115,7 @@ class Body(DeclaredFields):
             options = with_control_stops(self._options(limits.longest - len(prompt.token_ids)), tokenizer)
             request = Request(
                 prompt_ids=prompt.token_ids,
-                form=prompt.form,
+                syntax=prompt.syntax,
                 grammar=prompt.grammar,
                 deliver=deliver_to(number),
                 id=request_id if self.num_prompts == 1 else f"{request_id}-{number}",
@@ -188,9 +185,10 @@ class CompletionBody(Body):
         prompts: list[Any] = self.prompt if isinstance(self.prompt, list) and not self._is_ids else [self.prompt]
         if not prompts:
             raise BadFieldError("prompt", "prompt is an empty list; send at least one")
+        grammar = self.grammar()
         for prompt in prompts:
             is_text = isinstance(prompt, str)
-            yield Prompt(token_ids=limits.ids_of_text(tokenizer, prompt) if is_text else prompt)
+            yield Prompt(token_ids=limits.ids_of_text(tokenizer, prompt) if is_text else prompt, grammar=grammar)
 
     def longest(self, room: int) -> int:
         return 1 if self.is_echo_alone else self.max_tokens  # the token behind the prompt is not shown
@@ -202,7 +200,6 @@ class ChatBody(Body):
     refused: ClassVar[dict[str, tuple[Any, ...]]] = Body.refused | {
         "functions": ([],),
         "function_call": ("none", "auto"),
-        "response_format": ({"type": "text"},),
         "modalities": (["text"],),
         "audio": (),
         "web_search_options": (),
@@ -254,6 +251,7 @@ class ChatBody(Body):
             tool_name="" if isinstance(choice, str) else choice.function.name,
             parallel_tool_calls=self.parallel_tool_calls,
             strict=frozenset(tool.function.name for tool in self.tools if tool.function and tool.function.strict),
+            grammar=self.grammar(),
         )
 
     def longest(self, room: int) -> int:

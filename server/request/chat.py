@@ -1,14 +1,15 @@
 """A chat, as a front has read it, becomes a prompt, and what its answers may and must look like. Both fronts' way."""
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from ...engine_impl.errors import RefusedError
 from ...engine_impl.text.chat import HERMES, Chat, TemplateFacts, Tool, Turn
 from ..config import AUTO, ChatConfig
-from ..dialects.form import AnswerForm
-from .call_grammar import must_call, strict_if_called
+from ..dialects.syntax import AnswerSyntax
+from .call_grammar import ControlId, after_thought, may_call, must_call, strict_if_called
 from .grammar import Grammar
 
 if TYPE_CHECKING:
@@ -39,6 +40,8 @@ class ChatCall:
     parallel_tool_calls: bool = True
     strict: frozenset[str] = frozenset()
     """Names of the tools whose arguments must be as their schema says whenever they are called."""
+    grammar: Grammar | None = None
+    """What the content must look like, where the answer has some."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +49,7 @@ class Prompt:
     """What a request is made of."""
 
     token_ids: list[int]
-    form: AnswerForm | None = None
+    syntax: AnswerSyntax | None = None
     """How answers are read; None: their text is their content."""
     grammar: Grammar | None = None
 
@@ -84,7 +87,7 @@ def prompt_of(call: ChatCall, tokenizer: "Tokenizer", limits: "Limits", config: 
     uses_tools = bool(tools) or any(turn.calls or turn.role == "tool" for turn in chat.turns)
     chat = replace(chat, tools=tools, as_text=dialect.as_text and uses_tools)
     prompt = limits.prompt_of_chat(tokenizer, chat)
-    form = AnswerForm(
+    syntax = AnswerSyntax(
         tool_format=dialect.tool_format if tools else None,
         tools=frozenset(tool.name for tool in tools),
         at_most_one_call=not call.parallel_tool_calls or bool(call.tool_name),
@@ -93,19 +96,23 @@ def prompt_of(call: ChatCall, tokenizer: "Tokenizer", limits: "Limits", config: 
     )
     return Prompt(
         token_ids=prompt.token_ids,
-        form=None if form.is_plain else form,
-        grammar=grammar_of(call, form, tokenizer) if tools else None,
+        syntax=None if syntax.is_plain else syntax,
+        grammar=grammar_of(call, tools, syntax, tokenizer.control_id),
     )
 
 
-def grammar_of(call: ChatCall, form: AnswerForm, tokenizer: "Tokenizer") -> Grammar | None:
-    """What an answer that may call tools must look like; None: whatever the model writes."""
+def grammar_of(call: ChatCall, tools: Sequence[Tool], syntax: AnswerSyntax, control_id: ControlId) -> Grammar | None:
+    """What an answer must look like; None: whatever the model writes. `tools`: those that may be called."""
     if call.tool_name:
-        tools = [tool for tool in call.chat.tools if tool.name == call.tool_name]
-        return must_call(tools, form, tokenizer.control_id)
+        return must_call([tool for tool in tools if tool.name == call.tool_name], syntax, control_id)
     if call.tool_choice == REQUIRED:
-        return must_call(call.chat.tools, form, tokenizer.control_id)
-    return strict_if_called(call.chat.tools, call.strict, form, tokenizer.control_id) if call.strict else None
+        return must_call(tools, syntax, control_id)
+    if call.grammar is not None:
+        if tools:
+            return may_call(tools, syntax, call.grammar, control_id)
+        return after_thought(syntax, call.grammar, control_id)
+    strict = call.strict & {tool.name for tool in tools}
+    return strict_if_called(tools, strict, syntax, control_id) if strict else None
 
 
 def begins_in_thought(chat: Chat, end: str, tags: tuple[str, str] | None) -> bool:

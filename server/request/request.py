@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING
 from ...engine_impl.errors import RefusedError, TooLongError
 from ...engine_impl.sampling.params import MAX_SEED, SamplingParams
 from ...engine_impl.text.chat import Chat, ChatPrompt
-from ..dialects.form import AnswerForm
 from ..dialects.parts import CallPart
+from ..dialects.syntax import AnswerSyntax
+from .constraint import Constraint
 from .grammar import Grammar
 from .options import AnswerOptions
 from .trace import Trace
@@ -110,6 +111,8 @@ class Sample:
 
     request: "Request"
     index: int
+    constraint: Constraint | None = None
+    """Its place in the request's grammar."""
     slot: int | None = None
     """Where it decodes, the orchestrator's note. None while it waits, and again once its last step is started."""
     delivered: int = 0
@@ -144,7 +147,7 @@ class Request(AnswerOptions):
     grammar: Grammar | None = None
     """What the answer must look like; None: whatever the model writes."""
 
-    form: AnswerForm | None = None
+    syntax: AnswerSyntax | None = None
     """How the answer's text is read; None: it is the answer."""
 
     client: str = ""
@@ -168,6 +171,15 @@ class Request(AnswerOptions):
         if self.sampling.seed is None:
             self.sampling = replace(self.sampling, seed=drawn_seed(self.sampling.temperature))
         self.samples = [Sample(self, index) for index in range(self.num_samples)]
+
+    def constrain(self, tokenizer: "Tokenizer") -> None:
+        """Compile the grammar, if there is one, before the request is handed in. It takes its time, and lets other
+        threads run. Raises RefusedError for one that cannot be compiled, or takes too much."""
+        if self.grammar is not None:
+            start, asked = tokenizer.matcher(self.grammar.text), self.sampling
+            end_ids = (*asked.stop_token_ids, *(() if asked.ignore_eos else tokenizer.stop_ids))
+            for sample in self.samples:
+                sample.constraint = Constraint(start.copy(), end_ids)
 
     @property
     def slots_needed(self) -> int:

@@ -76,4 +76,9 @@ class Prompt:
 
     def opening(self, sample: Sample) -> Opening:
         """How it goes on for a sample."""
-        return Opening(text=self.token_T, prompt_length=len(self.request.prompt_ids), sampling=sample.sampling)
+        return Opening(
+            text=self.token_T,
+            prompt_length=len(self.request.prompt_ids),
+            sampling=sample.sampling,
+            allowed_W=None if sample.constraint is None else sample.constraint.allowed_W,
+        )

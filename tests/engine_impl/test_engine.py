@@ -9,6 +9,7 @@ import pytest
 from slipstream.cache_manager import KV
 from slipstream.engine_impl.api import Opening, Piece
 from slipstream.engine_impl.errors import RefusedError
+from slipstream.engine_impl.sampling.mask import Mask
 from slipstream.engine_impl.sampling.params import MAX_LOGPROBS, SamplingParams
 from slipstream.engine_impl.session import Session
 from slipstream.engine_impl.text.tokenizer import NoTokenizer
@@ -511,14 +512,14 @@ def test_no_step_nor_insert_copies_the_cache():
     prefix, texts = session.prefilled(0, PROMPT), (np.arange(4, dtype=np.int32), session.page_BJ)
     jitted, state = engine.jitted, session.state
     lowered = [
-        jitted.generate.lower(params, state, *texts),
-        jitted.generate.lower(params, state, texts[0][:1], texts[1][:1]),
+        jitted.generate.lower(params, state, *texts, Mask.nothing(4, engine.vocab_size)),
+        jitted.generate.lower(params, state, texts[0][:1], texts[1][:1], Mask.nothing(1, engine.vocab_size)),
         jitted.insert.lower(prefix, state, texts[0][:1], texts[1][:1]),
         jitted.score_step.lower(params, state, *texts, texts[0]),
     ]
     piece = Piece(token_T=np.zeros(16), start=0, page_J=texts[1][0])
     batch = engine.shapes.pieces([piece])
-    lowered.append(jitted.carry.lower(params, state, *texts, batch))
+    lowered.append(jitted.carry.lower(params, state, *texts, batch, Mask.nothing(4, engine.vocab_size)))
     for each in lowered:
         memory = each.compile().memory_analysis()
         assert memory is not None

@@ -7,6 +7,7 @@ import pytest
 import torch
 from slipstream.engine_impl.errors import RefusedError
 from slipstream.engine_impl.sampling import choose
+from slipstream.engine_impl.sampling.mask import Mask
 from slipstream.engine_impl.sampling.params import SamplingParams
 from slipstream.engine_impl.sampling.slots import SlotSampling
 
@@ -16,7 +17,7 @@ cut = jax.jit(choose.cut)
 
 @jax.jit
 def sample(logits_BV, count_BV, sampling, position_B):
-    return choose.sample(logits_BV, lambda: count_BV, sampling, position_B)
+    return choose.sample(logits_BV, lambda: count_BV, sampling, position_B, Mask.nothing(*logits_BV.shape))
 
 
 def logits(seed=0, slots=1):

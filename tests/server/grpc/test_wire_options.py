@@ -3,6 +3,8 @@
 import asyncio
 import threading
 
+import grpc
+import pytest
 from slipstream.protos import orchestrator_pb2 as pb
 from slipstream.protos.orchestrator_pb2_grpc import OrchestratorStub
 from slipstream.server.request.request import TokenLogprob
@@ -38,6 +40,35 @@ def test_least_length_and_bias_over_the_wire():
         first, *samples = engine.samplings
         assert (first.min_tokens, first.logit_bias) == (3, {7: -100, 255: 0.5})
         assert [sampling.min_tokens for sampling in samples] == [2, 2]
+
+    asyncio.run(scenario())
+
+
+def test_the_form_of_an_answer_over_the_wire():
+    """A oneof; the fake answers what the form is, and "[]" to any schema."""
+
+    async def scenario():
+        async with serving() as (_, channel):
+            for fields, expected in [
+                ({"json_schema": '{"type": "object"}'}, "[]"),
+                ({"json_object": True}, "[]"),
+                ({"json_object": False}, "bcdefghij"),
+                ({"regex": "xyz"}, "xyz"),
+                ({"choices": pb.DecodeRequest.Choices(texts=["hello"])}, "hello"),
+                ({"grammar": 'start: "hey"'}, "hey"),
+            ]:
+                text, _, last = await answer(channel, text_request("a", 9, **fields))
+                assert text == expected
+            assert last.stream_content.samples[0].finish_reason == pb.FINISH_REASON_STOP
+            for fields, message in [
+                ({"regex": ""}, "the regex is empty"),
+                ({"json_schema": "{"}, "json_schema is no JSON"),
+                ({"structural_tag": "{}"}, "structural_tag must be"),
+                ({"grammar": "bad"}, "the grammar cannot be compiled: it is bad"),
+            ]:
+                with pytest.raises(grpc.aio.AioRpcError, match=message) as refused:
+                    await answer(channel, text_request("a", 9, **fields))
+                assert refused.value.code() is grpc.StatusCode.INVALID_ARGUMENT
 
     asyncio.run(scenario())
 
