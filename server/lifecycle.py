@@ -23,7 +23,8 @@ from ..engine_impl.api import AnyEngine
 from ..engine_impl.errors import RefusedError
 from ..engine_impl.runtime import timeline
 from ..engine_impl.runtime.compilations import programs
-from .config import ServerConfig, join_address
+from .address import join_address
+from .config import ServerConfig
 from .errors import UnavailableError
 from .gateway import Gateway
 from .grpc.interceptors import interceptors
@@ -32,7 +33,7 @@ from .http.server import HttpServer
 from .net import tls
 from .net.complaints import Complaints
 from .net.connections import most_connections
-from .net.ports import FLUSH_S, check_port_is_free
+from .net.ports import FLUSH_S, check_port_is_free, free_path
 from .net.security import Guard, warn_if_open
 from .observe.endpoint import Endpoint
 from .observe.metrics import Metrics
@@ -94,9 +95,7 @@ class Serving:
         self._gateway = Gateway(on_call, self._traces)
         guard = Guard(config.security)
         self._grpc = GrpcService(self._gateway, guard, config.chat)
-        self._http = (
-            None if config.http_port is None else HttpServer(self._gateway, guard, config, lambda: self.is_ready)
-        )
+        self._http = HttpServer(self._gateway, guard, config, lambda: self.is_ready) if config.has_http else None
         self._health = health.aio.HealthServicer()  # pyright: ignore[reportAttributeAccessIssue]
         self._watchers: list[asyncio.Task[None]] = []
         self._credentials = tls.credentials(config.security)
@@ -171,17 +170,22 @@ class Serving:
         if self._http is not None:
             await self._http.open()
             log.info("OpenAI's endpoints on %s/v1", self._http.url)
-        try:
-            port = self._add_port()
-        except RuntimeError as error:  # taken in the meantime
-            raise RefusedError(f"cannot listen on {self._config.address}: {error}") from error
-        self.address = join_address(self._config.host, port)
+        self.address = join_address(self._config.host, self._add_port(self._config.address))
+        for address in self._config.more_grpc:
+            if address.path:
+                free_path(address.path, "--listen")
+            port = self._add_port(str(address))
+            log.info("gRPC on %s, too", address if address.path else join_address(address.host, port))
         await self._server.start()
 
-    def _add_port(self) -> int:
-        if self._credentials is None:
-            return self._server.add_insecure_port(self._config.address)
-        return self._server.add_secure_port(self._config.address, self._credentials)
+    def _add_port(self, address: str) -> int:
+        """Raises RefusedError."""
+        try:
+            if self._credentials is None:
+                return self._server.add_insecure_port(address)
+            return self._server.add_secure_port(address, self._credentials)
+        except RuntimeError as error:
+            raise RefusedError(f"cannot listen on {address}: {error}") from error
 
     async def _close_orchestrator(self) -> None:
         """If it has come so far."""

@@ -43,7 +43,7 @@ def start(port: int, *, shell: str = "exec {}", **more) -> subprocess.Popen[str]
 
 @pytest.fixture
 def port() -> int:
-    with listening("127.0.0.1", 0, what="HTTP", flag="--http-port") as sock:
+    with listening("127.0.0.1", 0, what="HTTP", flag="--http-port")[0] as sock:
         return sock.getsockname()[1]
 
 
