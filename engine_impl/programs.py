@@ -20,7 +20,7 @@ from .attention import Attend, attend_both, attend_cache, attend_chunk
 from .forward import Decoded, Params, Prefilled
 from .models.decoder import Decoder
 from .sampling.choose import sample
-from .sampling.logprobs import logprob_of, logprobs
+from .sampling.logprobs import Logprobs, logprob_of, logprobs
 from .sampling.mask import Mask
 from .sampling.params import SamplingParams
 from .sampling.penalties import count_answer
@@ -155,7 +155,8 @@ class Programs:
 
     def prefill(self, params: Params, cache: KV, pieces: PieceBatch) -> Prefix:
         """Padded pieces' keys and values; see `forward.prefill`. No token is chosen yet."""
-        return self._prefix(pieces, forward.prefill(self.model, params, pieces, self._attend_pieces(cache, pieces)))
+        attend = self._attend_pieces(cache, pieces)
+        return self._prefix(pieces, forward.prefill(self.model, params, pieces, attend, self.mesh))
 
     def first_tokens(
         self,
@@ -219,7 +220,7 @@ class Programs:
         step, chunk = self.attend(cache, rows.length_N, page_NJ), self._attend_pieces(cache, pieces)
         attend = attend_both(step, chunk, rows.slot_N.shape[0])
         decoded, prefilled = forward.carry(
-            self.model, params, rows.token_N, rows.length_N, pieces, attend, rows.adapter_N
+            self.model, params, rows.token_N, rows.length_N, pieces, attend, self.mesh, rows.adapter_N
         )
         return decoded, self._prefix(pieces, prefilled)
 
@@ -244,13 +245,21 @@ class Programs:
 
     def _prefix(self, pieces: PieceBatch, prefilled: Prefilled) -> Prefix:
         """No token is chosen yet."""
-        logits_NV, kv, logprob_NT = prefilled
-        N, V = logits_NV.shape
-        token_N, count_NV = jnp.full((N,), -1, jnp.int32), jnp.zeros((N, V), jnp.uint16)
+        (N, T), V = pieces.token_NT.shape, prefilled.logits_NV.shape[1]
+        told = Logprobs(*(values.reshape(N, T, *values.shape[1:]) for values in prefilled.told))
         return Prefix(
-            kv, pieces.start_N, pieces.count_N, logits_NV, logprob_NT, token_N, SlotSampling.greedy(N), count_NV,
-            pieces.adapter_N,
-        )  # fmt: skip
+            kv=prefilled.kv,
+            start_N=pieces.start_N,
+            count_N=pieces.count_N,
+            logits_NV=prefilled.logits_NV,
+            logprob_NT=told.chosen_B,
+            top_token_NTP=told.top_token_BP,
+            top_logprob_NTP=told.top_BP,
+            token_N=jnp.full((N,), -1, jnp.int32),
+            sampling=SlotSampling.greedy(N),
+            count_NV=jnp.zeros((N, V), jnp.uint16),
+            adapter_N=pieces.adapter_N,
+        )
 
     def state_sharding(self) -> DecodeState:
         """A sharding for each array of a state."""
@@ -265,7 +274,8 @@ class Programs:
         everywhere, v = self.everywhere, self._at(None, *self._vocabulary)
         kv = self.layout.shardings(self.mesh)[1]
         adapters = everywhere if self.has_adapters else None
-        return Prefix(kv, everywhere, everywhere, v, everywhere, everywhere, self._sampling, v, adapters)
+        told = everywhere, everywhere, everywhere
+        return Prefix(kv, everywhere, everywhere, v, *told, everywhere, self._sampling, v, adapters)
 
     @property
     def everywhere(self) -> Any:

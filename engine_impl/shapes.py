@@ -91,12 +91,16 @@ class Shapes:
                 raise PieceError(f"{piece.start=} must be a multiple of page_rows={self.page_rows}")
             start_N[n], count_N[n], adapter_N[n] = piece.start, len(piece.token_T), piece.adapter
             token_NT[n, : count_N[n]] = piece.token_T
-            if piece.wants_logprobs:
+            if piece.logprobs is not None:
                 next_NT[n, : count_N[n]] = [*piece.token_T[1:], piece.next_id]
         page_NJ = np.zeros((N, self.pages_per_slot), np.int32)
         for n, piece in enumerate(pieces):
             page_NJ[n, : len(piece.page_J)] = piece.page_J
-        arrays: Any = token_NT, start_N, count_N, next_NT, page_NJ, adapter_N if self.has_adapters else None
+        asked, adapters = (
+            np.int32(max(piece.logprobs or 0 for piece in pieces)),
+            adapter_N if self.has_adapters else None,
+        )
+        arrays: Any = token_NT, start_N, count_N, next_NT, asked, page_NJ, adapters
         return PieceBatch(*arrays)
 
     def step(self, slot_N: np.ndarray) -> np.ndarray:

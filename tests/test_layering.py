@@ -68,7 +68,7 @@ SUB_ROOMS: dict[str, dict[str, set[str]]] = {
         "dialects": set(),
         "request": {"errors", "config", "dialects"},
         "adapters": {"errors", "request"},
-        "net": {"errors", "config"},
+        "net": {"errors", "address", "config"},
         "observe": {"net", "request"},
         "delivery": {"errors", "dialects", "request", "observe"},
         "scheduler": {"errors", "request", "observe", "delivery"},

@@ -82,9 +82,10 @@ def _prefill_arguments(engine: Engine, pieces: int, tokens: int) -> tuple[Any, .
 def _pieces(engine: Engine, pieces: int, tokens: int) -> PieceBatch:
     token_NT: Any = _array(engine, (pieces, tokens), jnp.int32)
     start_N: Any = _array(engine, (pieces,), jnp.int32)
+    asked: Any = _array(engine, (), jnp.int32)
     _, page_NJ = _texts(engine, pieces)
     adapter_N = start_N if engine.programs.has_adapters else None
-    return PieceBatch(token_NT, start_N, start_N, token_NT, page_NJ, adapter_N)
+    return PieceBatch(token_NT, start_N, start_N, token_NT, asked, page_NJ, adapter_N)
 
 
 def _texts(engine: Engine, count: int) -> tuple[Any, Any]:

@@ -45,14 +45,14 @@ class AdapterStore:
         """`folder`: below it callers may load from. None: nowhere."""
         self._folder = folder
         self._read: Callable[[str], Any] | None = None
-        self._base = ""
+        self._model_names: Collection[str] = ()
         self._adapters: dict[str, LoadedAdapter] = {}
         self._loading: dict[str, tuple[str, asyncio.Task[LoadedAdapter]]] = {}  # path, and who reads it
         self._thread = ThreadPoolExecutor(1, "adapters")
 
-    def open(self, read: Callable[[str], Any], base: str) -> None:
-        """`read`: `Engine.read_adapter`. `base`: the model's name, which no adapter may have."""
-        self._read, self._base = read, base
+    def open(self, read: Callable[[str], Any], model_names: Collection[str]) -> None:
+        """`read`: `Engine.read_adapter`. `model_names`: the base's, which no adapter may have."""
+        self._read, self._model_names = read, model_names
 
     def close(self) -> None:
         """What is being read is dropped."""
@@ -79,6 +79,11 @@ class AdapterStore:
             )
         return sorted(infos, key=lambda info: info.name)
 
+    @property
+    def names(self) -> list[str]:
+        """Those that requests may ask for."""
+        return sorted({*self._adapters, *self._loading})
+
     def knows(self, name: str) -> bool:
         """Whether requests may name it."""
         return name in self._adapters or name in self._loading
@@ -86,8 +91,7 @@ class AdapterStore:
     def check(self, name: str) -> None:
         """Raises UnknownModelError for a name that is neither loaded nor being loaded."""
         if not self.knows(name):
-            others = "".join(f", {other!r}" for other in sorted({*self._adapters, *self._loading})[:8])
-            raise UnknownModelError(f"model={name!r:.200} is not served; ask for {self._base!r}{others}, or for none")
+            raise UnknownModelError(f"adapter {name!r:.200} is not there; load it first")
 
     def allowed(self, path: str) -> str:
         """The path that a caller may load from, links followed. Raises RefusedError for any other."""
@@ -104,10 +108,10 @@ class AdapterStore:
 
         Raises RefusedError for what cannot be read, and for a name that another one has.
         """
-        if self._read is None or not name or len(name) > LONGEST_NAME or not NAME.fullmatch(name) or name == self._base:
+        if self._read is None or len(name) > LONGEST_NAME or not NAME.fullmatch(name) or name in self._model_names:
             raise RefusedError(
                 f"adapter name {name!r:.200} must have from 1 to {LONGEST_NAME} letters, digits and ./:@-_ and not be "
-                f"the model's, {self._base!r}"
+                f"the model's, {' or '.join(map(repr, self._model_names))}"
             )
         adapter, (loads_from, task) = self._adapters.get(name), self._loading.get(name, ("", None))
         earlier = loads_from or (adapter.path if adapter is not None and not anew else path)

@@ -73,7 +73,7 @@ def test_requests_name_adapters_over_both_fronts():
             assert [reply.model for reply in named] == ["fake", "one", "two"]
             for name, text in (("", "bcd"), ("one", "ceg"), ("two", "dgj")):
                 assert (await answer(channel, text_request("a", lora_adapter_id=name)))[0] == text
-            with pytest.raises(NotFoundError, match="model='three' is not served; ask for 'fake', 'one', 'two'"):
+            with pytest.raises(NotFoundError, match="'three' is not served; ask for 'fake' or 'one' or 'two'"):
                 await client.completions.create(model="three", **A)
             assert (await failure(channel, text_request("a", lora_adapter_id="three"))).code() is (
                 grpc.StatusCode.NOT_FOUND
@@ -169,7 +169,7 @@ def test_callers_load_and_unload(tmp_path):
             assert (await client.completions.create(model="two", **A)).choices[0].text == "dgjm"
             assert await listed(channel) == {"one": "loaded_cpu", "two": "loaded_hbm"}
             assert (await unload(channel, "one")).success
-            assert "'one' is not served" in (await unload(channel, "one")).error_message
+            assert "adapter 'one' is not there" in (await unload(channel, "one")).error_message
             assert (await post(server, "/v1/unload_lora_adapter", {"lora_name": "two"}))[0] == 200
             assert (await post(server, "/v1/unload_lora_adapter", {"lora_name": "two"}))[0] == 404
             assert await listed(channel) == {}

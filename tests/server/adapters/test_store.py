@@ -18,7 +18,7 @@ WAIT_S = 10
 
 def store_of(read: Callable[[str], FakeAdapter] = FakeAdapter, folder=None):
     store = AdapterStore(folder)
-    store.open(read, "base")
+    store.open(read, ["base"])
     return store
 
 
@@ -40,7 +40,7 @@ def test_an_adapter_is_there_until_it_is_unloaded():
         assert store.unload("a") is loaded
         assert not loaded.is_served
         assert store.listed([loaded]) == []
-        with pytest.raises(UnknownModelError, match="model='a' is not served; ask for 'base', or for none"):
+        with pytest.raises(UnknownModelError, match="adapter 'a' is not there"):
             await store.get("a")
 
     run(scenario())
