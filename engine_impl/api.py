@@ -77,6 +77,17 @@ class Prefix(Protocol):
         token of a piece without `next_id`, and where nobody asked"""
         ...
 
+    @property
+    def top_token_NTP(self) -> DeviceArray:
+        """i32, the P = MAX_LOGPROBS likeliest tokens in its place, likeliest first; valid where a piece asks for more
+        than 0"""
+        ...
+
+    @property
+    def top_logprob_NTP(self) -> DeviceArray:
+        """f32, their log-probabilities"""
+        ...
+
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Piece:
@@ -89,8 +100,9 @@ class Piece:
     page_J: np.ndarray
     """i32, the text's pages, its first tokens' first; read up to `start`"""
     next_id: int = -1
-    """The token behind them, where it is known and `wants_logprobs` asks for its log-probability too."""
-    wants_logprobs: bool = False
+    """The token behind them, where it is known and `logprobs` asks for its log-probability too."""
+    logprobs: int | None = None
+    """Asks for the log-probability of the token behind each, and of so many likeliest ones; None asks for none."""
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -159,12 +171,17 @@ class Tokenizer(Protocol):
     """Text to token ids and back. A model without a tokenizer raises RefusedError wherever text is involved."""
 
     vocab_size: int
+    bos_id: int | None
+    eos_id: int | None
+    """What a text begins and ends with, where the model has such tokens."""
+    first_ids: tuple[int, ...]
+    """What `encode` puts before every text, mostly a BOS."""
     stop_ids: frozenset[int]
     """Tokens that end an answer."""
 
-    def encode(self, text: str, at_most: int | None = None) -> list[int]:
-        """Token ids of raw text, a BOS first where the model wants one. May raise TooLongError for more than `at_most`
-        before all of it is read."""
+    def encode(self, text: str, at_most: int | None = None, *, with_first: bool = True) -> list[int]:
+        """Token ids of raw text, `first_ids` before them unless told not to. May raise TooLongError for more than
+        `at_most` before all of it is read."""
         ...
 
     def encode_chat(self, chat: Chat, at_most: int | None = None) -> ChatPrompt:
@@ -180,8 +197,17 @@ class Tokenizer(Protocol):
         """The control token that is written so; None: there is none."""
         ...
 
-    def decode(self, token_ids: Sequence[int]) -> str:
-        """Text of token ids, control tokens left out."""
+    @property
+    def chat_template(self) -> str | None:
+        """The jinja text of the model's chat form; None without one."""
+        ...
+
+    def decode(self, token_ids: Sequence[int], *, with_control: bool = False) -> str:
+        """Text of token ids, control tokens left out unless asked for."""
+        ...
+
+    def token(self, token_id: int) -> str:
+        """How the vocabulary writes a token; empty for an id that it does not have."""
         ...
 
     def token_bytes(self, token_id: int) -> bytes:

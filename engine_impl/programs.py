@@ -20,7 +20,7 @@ from .attention import Attend, attend_both, attend_cache, attend_chunk
 from .forward import Decoded, Params, Prefilled
 from .models.decoder import Decoder
 from .sampling.choose import sample
-from .sampling.logprobs import logprob_of, logprobs
+from .sampling.logprobs import Logprobs, logprob_of, logprobs
 from .sampling.mask import Mask
 from .sampling.params import SamplingParams
 from .sampling.penalties import count_answer
@@ -152,7 +152,8 @@ class Programs:
 
     def prefill(self, params: Params, cache: KV, pieces: PieceBatch) -> Prefix:
         """Padded pieces' keys and values; see `forward.prefill`. No token is chosen yet."""
-        return self._prefix(pieces, forward.prefill(self.model, params, pieces, self._attend_pieces(cache, pieces)))
+        attend = self._attend_pieces(cache, pieces)
+        return self._prefix(pieces, forward.prefill(self.model, params, pieces, attend, self.mesh))
 
     def first_tokens(
         self,
@@ -213,7 +214,7 @@ class Programs:
         """`decode` and `prefill` in one pass over the weights."""
         step, chunk = self.attend(cache, rows.length_N, page_NJ), self._attend_pieces(cache, pieces)
         attend = attend_both(step, chunk, rows.slot_N.shape[0])
-        decoded, prefilled = forward.carry(self.model, params, rows.token_N, rows.length_N, pieces, attend)
+        decoded, prefilled = forward.carry(self.model, params, rows.token_N, rows.length_N, pieces, attend, self.mesh)
         return decoded, self._prefix(pieces, prefilled)
 
     def store(self, cache: KV, new: Any, length_N: jax.Array, live_N: jax.Array, page_NJ: jax.Array) -> KV:
@@ -237,11 +238,19 @@ class Programs:
 
     def _prefix(self, pieces: PieceBatch, prefilled: Prefilled) -> Prefix:
         """No token is chosen yet."""
-        logits_NV, kv, logprob_NT = prefilled
-        N, V = logits_NV.shape
-        token_N, count_NV = jnp.full((N,), -1, jnp.int32), jnp.zeros((N, V), jnp.uint16)
+        (N, T), V = pieces.token_NT.shape, prefilled.logits_NV.shape[1]
+        told = Logprobs(*(values.reshape(N, T, *values.shape[1:]) for values in prefilled.told))
         return Prefix(
-            kv, pieces.start_N, pieces.count_N, logits_NV, logprob_NT, token_N, SlotSampling.greedy(N), count_NV
+            kv=prefilled.kv,
+            start_N=pieces.start_N,
+            count_N=pieces.count_N,
+            logits_NV=prefilled.logits_NV,
+            logprob_NT=told.chosen_B,
+            top_token_NTP=told.top_token_BP,
+            top_logprob_NTP=told.top_BP,
+            token_N=jnp.full((N,), -1, jnp.int32),
+            sampling=SlotSampling.greedy(N),
+            count_NV=jnp.zeros((N, V), jnp.uint16),
         )
 
     def state_sharding(self) -> DecodeState:
@@ -253,7 +262,8 @@ class Programs:
         """A sharding for each array of a prefix: where `insert` takes it."""
         everywhere, v = self.everywhere, self._at(None, *self._vocabulary)
         kv = self.layout.shardings(self.mesh)[1]
-        return Prefix(kv, everywhere, everywhere, v, everywhere, everywhere, self._sampling, v)
+        told = everywhere, everywhere, everywhere
+        return Prefix(kv, everywhere, everywhere, v, *told, everywhere, self._sampling, v)
 
     @property
     def everywhere(self) -> Any:

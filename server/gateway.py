@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, contextmanager
 from enum import Enum
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 from ..engine_impl.api import AnyEngine
 from ..engine_impl.errors import RefusedError
@@ -31,6 +31,8 @@ Read = Callable[[AnyEngine, Callable[[int], Deliver]], list[Request]]
 """Makes the requests of one call; the second argument gives `Request.deliver` of the first, second, ... of them. It is
 called in a thread. Raises RefusedError."""
 
+
+T = TypeVar("T")
 
 LONG = 1 << 16
 """A call beyond it is long (bytes)."""
@@ -99,6 +101,12 @@ class Gateway:
             yield
         finally:
             self.calls -= 1
+
+    async def compute(self, work: Callable[[AnyEngine], T], lane: "Lane") -> T:
+        """What a call wants of the engine's host side alone, such as its tokenizer: in a thread. Raises what `work`
+        raises, and UnavailableError."""
+        engine, _ = self._open()
+        return await asyncio.get_running_loop().run_in_executor(self._lanes[lane], work, engine)
 
     @asynccontextmanager
     async def admit(self, read: Read, lane: "Lane", client: str, header: Header) -> AsyncIterator["Admitted"]:

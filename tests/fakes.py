@@ -18,6 +18,8 @@ from slipstream.engine_impl.sampling.params import MAX_LOGPROBS
 from slipstream.engine_impl.text.chat import END, Chat, ChatPrompt, TemplateFacts
 
 STOP_ID = ord("z") + 1
+CONTROL, CONTROL_ID = "<|control|>", ord("e")
+"""A control token, though decoding shows it as an e."""
 BEFORE_LONG = 199
 LONG_TEXT = "é€😀"
 VOCAB_SIZE = 256
@@ -51,17 +53,27 @@ class FakeMatcher:
 
 class FakeTokenizer:
     vocab_size = VOCAB_SIZE
+    bos_id: int | None = None
+    eos_id: int | None = STOP_ID
+    first_ids: tuple[int, ...] = ()
     stop_ids = frozenset({STOP_ID})
+    chat_template: str | None = "{{ messages }}"
 
     def __init__(self, template_facts: TemplateFacts = TemplateFacts()) -> None:  # noqa: B008
         self.template_facts = template_facts
         self.chats: list[Chat] = []
         """All that were encoded."""
 
-    def encode(self, text: str, at_most: int | None = None) -> list[int]:
-        return list(text.encode())
+    def encode(self, text: str, at_most: int | None = None, *, with_first: bool = True) -> list[int]:
+        return [*(self.first_ids if with_first else ()), *text.encode()]
 
-    def decode(self, token_ids: Sequence[int]) -> str:
+    def token(self, token_id: int) -> str:
+        return CONTROL if token_id == CONTROL_ID else self.decode([token_id])
+
+    def control_id(self, text: str) -> int | None:
+        return CONTROL_ID if text == CONTROL else None
+
+    def decode(self, token_ids: Sequence[int], *, with_control: bool = False) -> str:
         return bytes(BYTE_OF_ID.get(token_id, ord("?")) for token_id in token_ids).decode(errors="replace")
 
     def token_bytes(self, token_id: int) -> bytes:
@@ -75,9 +87,6 @@ class FakeTokenizer:
     def render_chat(self, chat: Chat) -> str:
         """Every content, and every role's first letter before it."""
         return "".join(f"<{turn.role[:1]}>{turn.content}" for turn in chat.turns)
-
-    def control_id(self, text: str) -> int | None:
-        return None
 
     def stream(self, shown: Collection[str] = ()) -> "FakeTextStream":
         return FakeTextStream(self)
@@ -173,6 +182,8 @@ class FakePrefix:
     texts: list[list[int]]
     """Of each piece, up to its end."""
     logprob_NT: FakeArray
+    top_token_NTP: FakeArray
+    top_logprob_NTP: FakeArray
     tokens: list[int]
     """What follows each text, once chosen; -1 for one that is not complete."""
     times_chosen: int = 0
@@ -267,10 +278,12 @@ class FakeEngine:
             self.on_prefill(piece.token_T.tolist())
         logprob_NT = np.zeros((len(pieces), self.prefill_chunk), np.float32)
         for logprob_T, piece in zip(logprob_NT, pieces, strict=True):
-            if piece.wants_logprobs:
+            if piece.logprobs is not None:
                 next_T = np.append(piece.token_T[1:], piece.next_id)
                 logprob_T[: len(next_T)] = -next_T / np.float32(8)
-        return FakePrefix(pieces, texts, self._array(logprob_NT), [-1] * len(pieces))
+        token_NT, top = np.rint(-logprob_NT * 8).astype(np.int32), np.arange(MAX_LOGPROBS)
+        tops = self._array(token_NT[..., None] + top), self._array(logprob_NT[..., None] - top)
+        return FakePrefix(pieces, texts, self._array(logprob_NT), *tops, [-1] * len(pieces))
 
     def first_tokens(self, prefix: FakePrefix, openings: Sequence[Opening | None]) -> tuple[FakePrefix, FakeResult]:
         """Each time that it is asked anew the token is ten later."""

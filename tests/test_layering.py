@@ -66,7 +66,7 @@ SUB_ROOMS: dict[str, dict[str, set[str]]] = {
     "server": {
         "dialects": set(),
         "request": {"errors", "config", "dialects"},
-        "net": {"errors", "config"},
+        "net": {"errors", "address", "config"},
         "observe": {"net", "request"},
         "delivery": {"errors", "dialects", "request", "observe"},
         "scheduler": {"errors", "request", "observe", "delivery"},

@@ -79,8 +79,9 @@ def _prefill_arguments(engine: Engine, pieces: int, tokens: int) -> tuple[Any, .
 def _pieces(engine: Engine, pieces: int, tokens: int) -> PieceBatch:
     token_NT: Any = _array(engine, (pieces, tokens), jnp.int32)
     start_N: Any = _array(engine, (pieces,), jnp.int32)
+    asked: Any = _array(engine, (), jnp.int32)
     _, page_NJ = _texts(engine, pieces)
-    return PieceBatch(token_NT, start_N, start_N, token_NT, page_NJ)
+    return PieceBatch(token_NT, start_N, start_N, token_NT, asked, page_NJ)
 
 
 def _texts(engine: Engine, count: int) -> tuple[Any, Any]:

@@ -9,7 +9,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from ...engine_impl.errors import RefusedError
+from ...engine_impl.errors import RefusedError, TooLongError
 from ..errors import CancelledError, FailedError, QueueFullError, UnavailableError, brief, without_frames
 from ..gateway import RETRY_AFTER
 
@@ -93,6 +93,8 @@ def http_error(error: Exception) -> HttpError:
     match error:
         case BadFieldError():
             return HttpError(400, message, param=error.field)
+        case TooLongError():
+            return HttpError(400, message, param=named(message), code="context_length_exceeded")
         case RefusedError():
             return HttpError(400, message, param=named(message))
         case UnknownModelError():

@@ -84,12 +84,16 @@ class Event:
     """What it adds to the calls of tools, where those are looked for."""
     token_ids: tuple[int, ...] = ()
     """New tokens, without the stop token."""
+    starts: tuple[int, ...] = ()
+    """Where in the sample's text each of token_ids begins (characters), whatever of it is shown yet."""
     logprobs: tuple[TokenLogprob, ...] = ()
     """One for each of token_ids, if asked for."""
-    prompt_logprobs: tuple[float, ...] | None = None
+    prompt_logprobs: tuple[TokenLogprob, ...] | None = None
     """In the request's first event, if asked for: one for each token of the prompt; the first is 0 by definition."""
     finish_reason: FinishReason | None = None
     """In the sample's last event."""
+    stopped_by: str | int | None = None
+    """There too: the request's stop string, or stop token id, that ended it; None: the model's own, or nothing did."""
     usage: Usage | None = None
     """In the request's last event, if it did not fail."""
     error: Exception | None = None
@@ -226,10 +230,11 @@ class Limits:
             tokens_per_step=engine.tokens_per_step,
         )
 
-    def ids_of_text(self, tokenizer: "Tokenizer", text: str) -> list[int]:
-        """Token ids of raw text. Raises RefusedError for a text that is much too long, before all of it is read."""
+    def ids_of_text(self, tokenizer: "Tokenizer", text: str, *, with_first: bool = True) -> list[int]:
+        """Token ids of raw text, as Tokenizer.encode has them. Raises TooLongError for a text that is much too long,
+        before all of it is read."""
         try:
-            return tokenizer.encode(text, self.max_prefill_length)
+            return tokenizer.encode(text, self.max_prefill_length, with_first=with_first)
         except TooLongError as error:
             raise self._too_long(f"more than {self.max_prefill_length}") from error
 
@@ -244,6 +249,11 @@ class Limits:
         """Raises RefusedError for a prompt of so many tokens."""
         if count > self.max_prefill_length:
             raise self._too_long(f"{count}")
+
+    def check_ids(self, token_ids: Sequence[int]) -> None:
+        """Raises RefusedError for one that the vocabulary lacks."""
+        for position, token_id in enumerate(token_ids):
+            self._check_id(token_id, f"token id {token_id} at position {position}")
 
     @property
     def pool_tokens(self) -> int:
@@ -272,14 +282,13 @@ class Limits:
         if self.longest < self.cache_length:
             check_room(length, max_tokens, "cache_tokens", self.pool_tokens, self._ahead)
         self._check_start(length, max(1, request.slots_needed))
-        for position, token_id in enumerate(request.prompt_ids):
-            self._check_id(token_id, f"token id {token_id} at position {position}")
+        self.check_ids(request.prompt_ids)
         for token_id in request.sampling.logit_bias:
             self._check_id(token_id, f"logit_bias: token id {token_id}")
 
-    def _too_long(self, count: str) -> RefusedError:
+    def _too_long(self, count: str) -> TooLongError:
         flag = "--max-prefill-length" if self.max_prefill_length < self.cache_length else "--cache-length"
-        return RefusedError(
+        return TooLongError(
             f"the prompt has {count} tokens, at most {self.max_prefill_length} are taken; "
             f"shorten the prompt or serve with a larger {flag}"
         )
@@ -319,13 +328,13 @@ def check_messages(count: int) -> None:
 
 
 def check_room(length: int, max_tokens: int, name: str, tokens: int, ahead: int = 0) -> None:
-    """Raises RefusedError when prompt and answer exceed `tokens`, less those that steps need ahead; `name` is what
+    """Raises TooLongError when prompt and answer exceed `tokens`, less those that steps need ahead; `name` is what
     bounds them, and its flag's."""
     room = tokens - ahead - length
     if max_tokens > room:
         less = f"ask for at most {room} tokens" if room > 0 else "shorten the prompt"
         kept = f" less {ahead} that steps need ahead" if ahead else ""
-        raise RefusedError(
+        raise TooLongError(
             f"a prompt of {length} tokens and {max_tokens=} exceed {name}={tokens}{kept}; "
             f"{less} or serve with a larger --{name.replace('_', '-')}"
         )

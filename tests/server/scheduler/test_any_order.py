@@ -119,7 +119,7 @@ class AnyOrder(RuleBasedStateMachine):
             assert found == text[len(prompt) :]
             assert len(found) == request.max_tokens or request in self.cancelled
         if request.prompt_logprobs and request.delivered:
-            assert events[0].prompt_logprobs == (0.0, *(-token / 8 for token in prompt[1:]))
+            assert [told.logprob for told in events[0].prompt_logprobs] == [0.0, *(-token / 8 for token in prompt[1:])]
 
 
 TestAnyOrder = AnyOrder.TestCase
