@@ -5,7 +5,9 @@ PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile  # two processes; each ma
 
 ROOMS := protos kernels cache_manager engine_impl server benchmarks cli
 
-.PHONY: demo test test-fast gates gpu-gates setup check protos clean
+NATIVE := setup.py $(wildcard kernels/native/*.cc kernels/native/*.h)  # what `pip install` compiles
+
+.PHONY: demo test test-fast gates gpu-gates native-check setup check protos clean
 
 demo: $(VENV)/.runtime           ## serve the embedded model, ask it a question, stop
 	@$(BIN)/slipstream demo
@@ -23,6 +25,14 @@ gpu-gates: $(VENV)/.test         ## the same for an H100; installs XLA's GPU com
 	$(BIN)/python -m pip install jax-cuda12-pjrt==$$($(BIN)/python -c "import jaxlib; print(jaxlib.__version__)")
 	$(PYTEST) tests/gates/test_gpu.py -m gpu_gates
 
+native-check: .pytest_cache/native_check ## the CPU kernels in C++ against plain loops, under sanitizers
+	.pytest_cache/native_check
+
+.pytest_cache/native_check: tests/kernels/native_check.cc $(NATIVE)
+	mkdir -p $(@D)
+	$(CXX) -std=c++17 -O1 -g -Wall -Wextra -Wno-psabi -pthread -fsanitize=address,undefined \
+		-fno-sanitize-recover=undefined -o $@ $< $(filter-out %/ffi.cc,$(filter %.cc,$(wildcard kernels/native/*.cc)))
+
 setup: $(VENV)/.test             ## the environment for development
 
 check: $(VENV)/.test .pkg          ## lint, format and types
@@ -36,11 +46,11 @@ protos: $(VENV)/.test            ## regenerate the stubs
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 
-$(VENV)/.runtime: pyproject.toml | $(VENV)/bin/python
+$(VENV)/.runtime: pyproject.toml $(NATIVE) | $(VENV)/bin/python
 	$(BIN)/python -m pip install --editable .
 	@touch $@
 
-$(VENV)/.test: pyproject.toml | $(VENV)/bin/python
+$(VENV)/.test: pyproject.toml $(NATIVE) | $(VENV)/bin/python
 	$(BIN)/python -m pip install --editable '.[test]'
 	$(BIN)/python -m pip install --no-deps google-jetstream==0.2.2
 	@touch $@ $(VENV)/.runtime
@@ -49,4 +59,4 @@ $(VENV)/.test: pyproject.toml | $(VENV)/bin/python
 	for room in $(ROOMS); do ln -sfn ../../$$room .pkg/slipstream/$$room; done
 
 clean:
-	rm -rf $(VENV) .pkg .pytest_cache build *.egg-info
+	rm -rf $(VENV) .pkg .pytest_cache build *.egg-info kernels/native/*.so

@@ -35,8 +35,8 @@ class Stored:
         return PartitionSpec(*[AXIS if i == own else None for i in range(len(self.shape))])
 
 
-class QuantizedLinear(nn.Module):
-    """What all kinds share: what is stored, where it lies, and the bias, which stays as it is."""
+class EncodedModule(nn.Module):
+    """A module whose weight is stored as other arrays: which, where they lie, and the bias, which stays as it is."""
 
     reads_stack: ClassVar[bool] = False
     """Its matrix product takes all layers' weights and the number of the layer, `layer`: see forward.py."""
@@ -74,6 +74,10 @@ class QuantizedLinear(nn.Module):
     def with_bias(self, out_RO: Tensor) -> Tensor:
         bias_O = self._parameters["bias"]
         return out_RO if bias_O is None else out_RO + bias_O
+
+
+class QuantizedLinear(EncodedModule):
+    """One whose weight is codes."""
 
 
 class Int8Linear(QuantizedLinear):

@@ -17,6 +17,7 @@ from ..models.decoder import Decoder
 from ..models.parts import ExpertLinear, Linear
 from .int8_matmul import multiply_floats, multiply_rounded, multiply_split
 from .linear import Int4Linear, Int8ExpertLinear, Int8Linear, QuantizedLinear
+from .panels import pack_floats, packs
 
 Swap = Callable[[Linear, int | None], QuantizedLinear]
 BLOCKS = (128, 64, 32)
@@ -88,14 +89,20 @@ def _linear(model: Decoder) -> dict[str, Linear | ExpertLinear]:
 
 def quantize(model: Decoder, config: EngineConfig, dtype: jnp.dtype, mesh: Mesh, backend: Backend) -> None:
     """Swaps the model's `Linear` modules for what `config.quantize_weights` says, but for those that
-    `config.quantize_exclude` names. An embedding is never swapped, nor an lm_head that is one (tied). Experts become
+    `config.quantize_exclude` names. On CPUs with native kernels those become panels of floats (panels.py), a tied
+    embedding too. Otherwise an embedding is never swapped, nor an lm_head that is one (tied). Experts become
     int8 with int4 too: their product has no blocks. `auto` that was not `resolved` is `none`: nothing is known of a
     checkpoint.
 
     Raises RefusedError for a pattern that names nothing, and for inputs that no block divides.
     """
-    if config.quantize_weights not in ("int8", "int4"):
-        return
+    if config.quantize_weights in ("int8", "int4"):
+        _encode(model, config, dtype, mesh, backend)
+    if packs(mesh, backend) and dtype == jnp.float32:
+        pack_floats(model, config, mesh, backend)
+
+
+def _encode(model: Decoder, config: EngineConfig, dtype: jnp.dtype, mesh: Mesh, backend: Backend) -> None:
     swap = _swap_for(config, dtype, mesh, backend)
     linear, excluded = _linear(model), set[str]()
     for pattern in config.quantize_exclude:
