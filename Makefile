@@ -7,7 +7,7 @@ ROOMS := protos kernels cache_manager engine_impl server benchmarks cli
 
 NATIVE := setup.py $(wildcard kernels/native/*.cc kernels/native/*.h)  # what `pip install` compiles
 
-.PHONY: demo test test-fast gates gpu-gates native-check setup check protos clean
+.PHONY: demo test test-fast gates gpu-gates native-check setup check protos manifests rules clean
 
 demo: $(VENV)/.runtime           ## serve the embedded model, ask it a question, stop
 	@$(BIN)/slipstream demo
@@ -42,6 +42,19 @@ check: $(VENV)/.test .pkg          ## lint, format and types
 
 protos: $(VENV)/.test            ## regenerate the stubs
 	$(BIN)/python protos/generate.py
+
+OVERLAYS := $(notdir $(wildcard deploy/kubernetes/overlays/*))
+
+manifests: $(OVERLAYS:%=deploy/kubernetes/rendered/%.yaml)   ## render every overlay; needs kubectl 1.27 or later
+
+rules:                           ## check and test the alerts; needs promtool (Debian: apt install prometheus)
+	promtool check rules deploy/monitoring/rules.yaml
+	promtool test rules deploy/monitoring/rules_test.yaml
+
+deploy/kubernetes/rendered/%.yaml: FORCE
+	kubectl kustomize deploy/kubernetes/overlays/$* --output $@
+
+FORCE:
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)

@@ -92,6 +92,7 @@ def _forced_step(engine: Engine) -> Callable[..., Any]:
             logprob_NV = jax.nn.log_softmax(logits_NV.astype(jnp.float32))
             return Chosen(given(next_token_N, logprob_NV[:, 0]), count_BV, logprob_NV)
 
-        return programs.step(params, state, slot_N, page_NJ, choose)
+        state, logprob_NV, _ = programs.step(params, state, slot_N, page_NJ, choose)
+        return state, logprob_NV
 
     return jax.jit(step, donate_argnums=1, out_shardings=(programs.state_sharding(), None))

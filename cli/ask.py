@@ -7,8 +7,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
+from ..engine_impl.errors import RefusedError
 from ..server.grpc.channel import DEFAULT_TARGET, PLAIN, ChannelConfig
 from ..server.request.options import AnswerOptions
+from .conversation import ALONE, Conversation
 from .show import print_growing
 
 if TYPE_CHECKING:
@@ -23,6 +25,7 @@ class Ask:
     question: tyro.conf.Positional[str]
     """The question, in quotes."""
     answer: AnswerOptions
+    conversation: Conversation = ALONE
     target: str = DEFAULT_TARGET
     """The server's address (host:port)."""
     raw: bool = False
@@ -30,6 +33,10 @@ class Ask:
     as_json: Annotated[bool, tyro.conf.arg(name="json")] = False
     """Print one JSON object instead, when the answer is whole: token ids, text, finish reason, times (ms)."""
     channel: ChannelConfig = PLAIN
+
+    def __post_init__(self) -> None:
+        if self.raw and self.conversation != ALONE:
+            raise RefusedError("--raw sends a text alone; leave --system, --file and --tools out, or --raw")
 
     def run(self) -> int:
         from ..server.grpc.client import Client
@@ -50,7 +57,8 @@ class Ask:
         if self.raw:
             pieces = client.ask_text(self.question, self.answer)
         else:
-            pieces = client.ask_chat([{"role": "user", "content": self.question}], self.answer)
+            turns = [*self.conversation.opening(), self.conversation.question(self.question)]
+            pieces = client.ask_chat(self.conversation.call(turns), self.answer)
         for piece in pieces:
             answer.grow(piece)
             yield [answer]

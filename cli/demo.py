@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from ..engine_impl.config import EngineConfig
 from ..server.child import STOP_S, server
 from ..server.request.options import AnswerOptions
+from .conversation import ALONE
 
 QUESTION = "What is the capital of France, and what is it known for?"
 
@@ -41,7 +42,7 @@ class Demo:
         arrivals, tokens = [], 0
         with Client(target) as client:
             start = time.perf_counter()
-            question = [{"role": "user", "content": self.question}]
+            question = ALONE.call([ALONE.question(self.question)])
             for piece in client.ask_chat(question, self.answer):
                 if piece.token_ids:
                     arrivals.append(time.perf_counter())

@@ -11,6 +11,7 @@ import tyro
 from ..engine_impl.config import EngineConfig
 from ..engine_impl.errors import RefusedError
 from ..engine_impl.runtime import timeline
+from ..engine_impl.text.chat import Chat
 from ..server.request.options import AnswerOptions, check_utf8
 from .show import print_growing
 
@@ -89,7 +90,9 @@ def encode(tokenizer: "Tokenizer", prompt: Prompt, *, raw: bool) -> list[int]:
     """Token ids of a prompt; a text becomes the user's turn of a chat unless raw."""
     if isinstance(prompt, list):
         return prompt
-    return tokenizer.encode(prompt) if raw else tokenizer.encode_chat([{"role": "user", "content": prompt}])
+    if raw:
+        return tokenizer.encode(prompt)
+    return tokenizer.encode_chat(Chat.of([{"role": "user", "content": prompt}])).token_ids
 
 
 def print_json(model: str, prompts: list[list[int]], growing: "Iterator[list[Answer]]") -> None:

@@ -12,7 +12,7 @@ import sys
 import textwrap
 from collections.abc import Sequence
 from types import NoneType
-from typing import Any, get_args
+from typing import Annotated, Any, get_args
 
 import tyro
 from tyro import _strings
@@ -23,6 +23,7 @@ from ..server.request.options import check_utf8
 from .ask import Ask
 from .bench import Bench
 from .chat import Chat
+from .config_file import with_file
 from .demo import Demo
 from .fetch import Fetch
 from .generate import Generate
@@ -37,7 +38,12 @@ COMMANDS = {
     "serve": Serve, "ask": Ask, "generate": Generate, "chat": Chat, "demo": Demo, "plan": Plan, "bench": Bench,
     "score": Score, "models": Models, "fetch": Fetch,
 }  # fmt: skip
-STYLE = (tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff)
+STYLE = (tyro.conf.OmitArgPrefixes,)
+CONSTRUCTORS: dict[str, Any] = {
+    # `serve` has --no-x beside each --x, so that both can overrule a --config file.
+    name: command if command is Serve else Annotated[command, tyro.conf.FlagCreatePairsOff]
+    for name, command in COMMANDS.items()
+}
 
 BAD_INPUT = 2
 FAILED = 1
@@ -51,6 +57,8 @@ def parse(argv: Sequence[str]) -> Command:
     """
     for number, word in enumerate(argv, start=1):
         check_utf8(word, f"argument {number}")
+    if argv and COMMANDS.get(argv[0]) is Serve:
+        argv = with_file(argv, Serve)
     stdout, stderr = Held(), io.StringIO()
     try:
         with (
@@ -58,7 +66,7 @@ def parse(argv: Sequence[str]) -> Command:
             own_flags(), help_in_paragraphs(),
         ):  # fmt: skip
             return tyro.extras.subcommand_cli_from_dict(
-                COMMANDS, args=argv, prog="slipstream", description="An LLM server for TPUs.", config=STYLE
+                CONSTRUCTORS, args=argv, prog="slipstream", description="An LLM server for TPUs.", config=STYLE
             )
     except SystemExit as stop:
         # tyro wraps what a dataclass refuses into a box that names its internals.

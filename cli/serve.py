@@ -4,6 +4,7 @@ import asyncio
 import os
 import signal
 from dataclasses import dataclass
+from pathlib import Path
 
 from ..engine_impl.config import EngineConfig
 from ..server.config import ServerConfig
@@ -15,6 +16,8 @@ class Serve:
 
     engine: EngineConfig
     server: ServerConfig
+    config: Path | None = None
+    """A YAML file of flags (`slots: 64`, a line for each, their names without dashes). Flags given here win over it."""
 
     def run(self) -> int:
         # gRPC's core has a line on stderr for every handshake that fails, such as those of port scanners.

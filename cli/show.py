@@ -42,4 +42,4 @@ def texts_of(answers: "list[Answer]", titles: list[str]) -> "Iterator[tuple[str,
         for number, sample in enumerate(answer.samples):
             several = len(answer.samples) > 1
             name = f"--- {title}" + (f" [{number}]" if several else "")
-            yield name if several or len(answers) > 1 else "", sample.text, sample.finish_reason is not None
+            yield name if several or len(answers) > 1 else "", sample.shown, sample.finish_reason is not None

@@ -4,19 +4,21 @@
     prefix, result = engine.first_tokens(prefix, [Opening(...)])    # for its last chunk: how the text goes on
     state = engine.insert(prefix, state, [slot], page_NJ)           # stores the rows
     state, result = engine.generate(params, state, slot_N, page_NJ)
+    state, result, prefix = engine.carry(params, state, slot_N, page_NJ, [Piece(...)])      # generate and prefill
 
-State goes in and comes out; `insert` and `generate` donate it, `prefill` reads it. Parameters, prefixes and states are
-handles: whoever holds them hands them back unopened. Whose pages are whose, and which slots are live, is the caller's
-knowledge: a slot that is not named does not take part in a step. Nothing heavy is imported here.
+State goes in and comes out; `insert`, `generate` and `carry` donate it, `prefill` reads it. Parameters, prefixes and
+states are handles: whoever holds them hands them back unopened. Whose pages are whose, and which slots are live, is the
+caller's knowledge: a slot that is not named does not take part in a step. Nothing heavy is imported here.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
 import numpy as np
 
 from .sampling.params import SamplingParams
+from .text.chat import Chat, ChatPrompt, TemplateFacts
 
 ParamsT = TypeVar("ParamsT", contravariant=True)
 """The weights on the devices."""
@@ -126,8 +128,17 @@ class Tokenizer(Protocol):
         before all of it is read."""
         ...
 
-    def encode_chat(self, messages: Sequence[Mapping[str, str]], at_most: int | None = None) -> list[int]:
-        """Token ids of a conversation in the model's chat form. Raises likewise."""
+    def encode_chat(self, chat: Chat, at_most: int | None = None) -> ChatPrompt:
+        """A conversation in the model's chat form. Raises likewise."""
+        ...
+
+    @property
+    def template_facts(self) -> TemplateFacts:
+        """What the model's chat template does with what is more than roles and texts."""
+        ...
+
+    def control_id(self, text: str) -> int | None:
+        """The control token that is written so; None: there is none."""
         ...
 
     def decode(self, token_ids: Sequence[int]) -> str:
@@ -138,8 +149,8 @@ class Tokenizer(Protocol):
         """What one token stands for: perhaps part of a character."""
         ...
 
-    def stream(self) -> TextStream:
-        """For one answer."""
+    def stream(self, shown: Collection[str] = ()) -> TextStream:
+        """For one answer. `shown`: control tokens that it writes out."""
         ...
 
 
@@ -253,6 +264,20 @@ class Engine(Protocol[ParamsT, PrefixT, StateT]):
         Row n of the result belongs to slot_N[n]; rows behind them have a count of 0. `page_NJ` (i32) must have a page
         for each row that the step may store: up to `tokens_per_step` behind a slot's length. No slot named: a step that
         changes nothing.
+        """
+        ...
+
+    def carries(self, slots: int, lengths: Sequence[int]) -> bool:
+        """Whether a step of so many slots and pieces of so many tokens take less time by `carry` than one behind the
+        other."""
+        ...
+
+    def carry(
+        self, params: ParamsT, decode_state: StateT, slot_N: np.ndarray, page_NJ: np.ndarray, pieces: Sequence[Piece]
+    ) -> tuple[StateT, StepResult, PrefixT]:
+        """`generate` and `prefill` together, of slots and pieces that `carries` said yes to. The state is donated.
+
+        Raises PieceError before anything is started: the state is as it was.
         """
         ...
 

@@ -1,12 +1,12 @@
-"""`attend` for both ways through the model: a step's tokens against the cache, and pieces of texts against the cache
-and themselves.
+"""`attend` for the ways through the model: a step's tokens against the cache, pieces of texts against the cache and
+themselves, and both together.
 
 A model hands over q, k, v of its rows and gets back what they attend to; where keys and values live, and how far back
 a layer sees, is decided here.
 """
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +22,7 @@ class Attend(NamedTuple):
     """Layers of one kind see equally far."""
     call: Callable[[jax.Array | int, jax.Array | int, jax.Array, jax.Array, jax.Array], jax.Array]
     """(layer, its kind, q_RNH, k_RKH, v_RKH) -> out_RNH; the kind is a Python int, or traced under a scan"""
-    stored: Callable[[jax.Array, jax.Array], KV | jax.Array]
+    stored: Callable[[jax.Array, jax.Array], Any]
     """(k_RKH, v_RKH) -> what the program hands on of a layer"""
 
 
@@ -109,6 +109,25 @@ def attend_chunk(
         return prompt_rows(_padded(k_TKH, C // 2), _padded(v_TKH, C // 2), codec)
 
     return Attend(kind_of_layer, attend, stored)
+
+
+def attend_both(step: Attend, chunk: Attend, slots: int) -> Attend:
+    """Rows are so many slots, and pieces of texts behind them: each attend as they do alone, of the same cache and the
+    same layers. What is stored is a pair."""
+
+    def attend(layer, kind, q_RNH, k_RKH, v_RKH):
+        of_step, of_chunk = _split((q_RNH, k_RKH, v_RKH), slots)
+        return jnp.concatenate([step.call(layer, kind, *of_step), chunk.call(layer, kind, *of_chunk)])
+
+    def stored(k_RKH, v_RKH):
+        of_step, of_chunk = _split((k_RKH, v_RKH), slots)
+        return step.stored(*of_step), chunk.stored(*of_chunk)
+
+    return Attend(step.kind_of_layer, attend, stored)
+
+
+def _split(arrays: Sequence[jax.Array], rows: int) -> tuple[list[jax.Array], list[jax.Array]]:
+    return [array[:rows] for array in arrays], [array[rows:] for array in arrays]
 
 
 def _kinds(window_of_layer: Sequence[int | None], reach: int) -> tuple[list[int | None], tuple[int, ...]]:

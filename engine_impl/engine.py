@@ -4,6 +4,7 @@
     prefix, first = engine.first_tokens(prefix, [Opening(text=..., prompt_length=..., sampling=...)])
     state = engine.insert(prefix, state, [slot], page_NJ)
     state, result = engine.generate(params, state, slot_N, page_NJ)      # one token for every slot named
+    state, result, prefix = engine.carry(params, state, slot_N, page_NJ, [Piece(...)])   # and a piece beside it
 
 Given texts are scored by the same steps, with tokens that the caller chooses:
 
@@ -30,6 +31,7 @@ from . import api, forward
 from .api import Opening, Piece
 from .checkpoints.contract import Checkpoint
 from .config import EngineConfig
+from .errors import PieceError
 from .forward import LayerLoop, Params
 from .layout import chunk_of, layout_of
 from .models.decoder import Decoder
@@ -157,13 +159,13 @@ class Engine:
     def prefill(self, params: Params, decode_state: DecodeState, pieces: Sequence[Piece]) -> Prefix:
         """Compute the pieces' keys and values; their texts' earlier tokens are read from the state's cache.
 
-        Raises ValueError for pieces that no shape holds, see `Shapes.pieces`.
+        Raises PieceError for pieces that no shape holds, see `Shapes.pieces`.
         """
         return self.prefill_behind(params, decode_state.cache, pieces)
 
     def prefill_behind(self, params: Params, cache: KV, pieces: Sequence[Piece]) -> Prefix:
         """`prefill` for whoever has the earlier tokens in a cache of his own; compiled for each size of a pool."""
-        return self.jitted.prefill(params, cache, *self.shapes.pieces(pieces))
+        return self.jitted.prefill(params, cache, self.shapes.pieces(pieces))
 
     def first_tokens(self, prefix: Prefix, openings: Sequence[Opening | None]) -> tuple[Prefix, StepResult]:
         """Choose the token behind each piece: (prefix, result); None for one whose text is not complete.
@@ -208,6 +210,31 @@ class Engine:
         slot_N = self.shapes.step(slot_N)
         return self.jitted.generate(params, decode_state, slot_N, self.shapes.table(page_NJ, len(slot_N)))
 
+    def carries(self, slots: int, lengths: Sequence[int]) -> bool:
+        """Whether `carry` takes a step of so many slots and pieces of so many tokens."""
+        return self.shapes.carry_of(slots, lengths) is not None
+
+    def carry(
+        self,
+        params: Params,
+        decode_state: DecodeState,
+        slot_N: np.ndarray,
+        page_NJ: np.ndarray,
+        pieces: Sequence[Piece],
+    ) -> tuple[DecodeState, StepResult, Prefix]:
+        """`generate` and `prefill` as one program, which reads the weights once: (state, result, prefix). The state is
+        donated.
+
+        Raises PieceError, before anything is started, for pieces that the step does not carry.
+        """
+        shape = self.shapes.carry_of(len(slot_N), lengths := [len(piece.token_T) for piece in pieces])
+        if shape is None:
+            raise PieceError(f"a step of {len(slot_N)} slots does not carry pieces of {lengths} tokens: prefill them")
+        slots, tokens = shape
+        batch = self.shapes.pieces(pieces, (1, tokens))
+        slot_N = self.shapes.filled(slot_N, slots)
+        return self.jitted.carry(params, decode_state, slot_N, self.shapes.table(page_NJ, slots), batch)
+
     def score_step(
         self,
         params: Params,
@@ -239,6 +266,11 @@ class Engine:
         for size in self.shapes.steps:
             nobody = np.full(size, self.layout.slots, np.int32)
             decode_state, result = self.generate(params, decode_state, nobody, np.zeros((size, 0), np.int32))
+        for size, tokens in self.shapes.carries:
+            nobody, page_J = np.full(size, self.layout.slots, np.int32), np.zeros(0, np.int32)
+            piece = Piece(token_T=np.zeros(tokens, np.int32), start=0, page_J=page_J)
+            page_NJ = np.zeros((size, 0), np.int32)
+            decode_state, result, _ = self.carry(params, decode_state, nobody, page_NJ, [piece])
         result.token_BW.block_until_ready()
         return decode_state
 

@@ -10,3 +10,7 @@ class RefusedError(ValueError):
 
 class TooLongError(RefusedError):
     """A text of more tokens than there may be. How many it has may not be known."""
+
+
+class PieceError(ValueError):
+    """Pieces of prompts that no program takes. Nothing was started, and no state was donated."""

@@ -1,10 +1,11 @@
-"""The layer loop, the same for prefill and decode: embed, walk the layers, normalise, project onto the vocabulary.
+"""The layer loop, the same for prefill, decode and both together: embed, walk the layers, normalise, project onto the
+vocabulary.
 
 Whether the layers run under one `lax.scan` over stacked weights or unrolled over a weight array per layer is decided
 here, once, per platform (`layer_loop_for`).
 """
 
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +16,7 @@ from . import bridge
 from .attention import Attend
 from .models.decoder import Decoder
 from .sampling.logprobs import prompt_logprobs
+from .state import PieceBatch
 
 LayerLoop = Literal["scan", "unrolled"]
 
@@ -50,40 +52,72 @@ def layer_loop_for(platform: str) -> LayerLoop:
     return "scan" if platform == "tpu" else "unrolled"
 
 
-def decode(
-    model: Decoder, params: Params, token_B: jax.Array, length_B: jax.Array, attend: Attend
-) -> tuple[jax.Array, jax.Array]:
-    """One token a slot, at position `length`: (logits_BV, new_LBKC)."""
+class Decoded(NamedTuple):
+    """What a step's rows give."""
+
+    logits_NV: jax.Array
+    new: Any
+    """new_LNKC, the rows to be stored"""
+
+
+class Prefilled(NamedTuple):
+    """What pieces of texts give."""
+
+    logits_NV: jax.Array
+    """behind each piece's last token"""
+    kv: KV
+    """all their rows, [L, K, N T, C]"""
+    logprob_NT: jax.Array
+    """f32, of the tokens behind theirs; 0 where nobody asks"""
+
+
+def decode(model: Decoder, params: Params, token_B: jax.Array, length_B: jax.Array, attend: Attend) -> Decoded:
+    """One token a slot, at position `length`."""
     x_BD, new_LBKC = _layers(model, params, token_B, length_B, attend)
-    return logits(model, params, x_BD), new_LBKC
+    return Decoded(logits(model, params, x_BD), new_LBKC)
 
 
-def prefill(
-    model: Decoder,
-    params: Params,
-    token_NT: jax.Array,
-    start_N: jax.Array,
-    count_N: jax.Array,
-    next_NT: jax.Array,
-    attend: Attend,
-) -> tuple[jax.Array, KV, jax.Array]:
-    """Pieces of texts, padded, at the positions from `start` on: (logits_NV of each one's last token, all their rows
-    [L, K, N T, C], logprob_NT).
+def prefill(model: Decoder, params: Params, pieces: PieceBatch, attend: Attend) -> Prefilled:
+    """Padded pieces of texts, at the positions from `start` on."""
+    x_RD, kv = _layers(model, params, *_rows(pieces), attend)
+    logits_NV = logits(model, params, _last(x_RD, pieces))
+    return Prefilled(logits_NV, kv, _next_logprobs(model, params, x_RD, pieces))
 
-    `next_NT` is i32: the tokens behind them, whose log-probabilities are told; -1 where nobody asks, which gives 0.
-    """
-    N, T = token_NT.shape
-    position_NT = start_N[:, None] + jnp.arange(T, dtype=jnp.int32)
-    x_RD, kv = _layers(model, params, token_NT.reshape(-1), position_NT.reshape(-1), attend)
-    last_N = jnp.arange(N, dtype=jnp.int32) * T + jnp.maximum(count_N - 1, 0)
-    last_ND = jax.lax.dynamic_slice_in_dim(x_RD, last_N[0], 1) if N == 1 else x_RD[last_N]
-    next_R = next_NT.reshape(-1)
+
+def carry(
+    model: Decoder, params: Params, token_B: jax.Array, length_B: jax.Array, pieces: PieceBatch, attend: Attend
+) -> tuple[Decoded, Prefilled]:
+    """`decode` and `prefill` in one pass over the weights; `attend` is that of both."""
+    B, (token_R, position_R) = token_B.shape[0], _rows(pieces)
+    token_R, position_R = jnp.concatenate([token_B, token_R]), jnp.concatenate([length_B, position_R])
+    x_RD, (new_LBKC, kv) = _layers(model, params, token_R, position_R, attend)
+    x_BD, x_RD = x_RD[:B], x_RD[B:]
+    logits_MV = logits(model, params, jnp.concatenate([x_BD, _last(x_RD, pieces)]))
+    logprob_NT = _next_logprobs(model, params, x_RD, pieces)
+    return Decoded(logits_MV[:B], new_LBKC), Prefilled(logits_MV[B:], kv, logprob_NT)
+
+
+def _rows(pieces: PieceBatch) -> tuple[jax.Array, jax.Array]:
+    """(token_R, position_R), one piece behind another."""
+    return pieces.token_NT.reshape(-1), pieces.position_NT.reshape(-1)
+
+
+def _last(x_RD: jax.Array, pieces: PieceBatch) -> jax.Array:
+    """The pieces' last tokens, of their rows."""
+    N, T = pieces.token_NT.shape
+    last_N = jnp.arange(N, dtype=jnp.int32) * T + jnp.maximum(pieces.count_N - 1, 0)
+    return jax.lax.dynamic_slice_in_dim(x_RD, last_N[0], 1) if N == 1 else x_RD[last_N]
+
+
+def _next_logprobs(model: Decoder, params: Params, x_RD: jax.Array, pieces: PieceBatch) -> jax.Array:
+    """logprob_NT, f32; no logits are computed where nobody asks."""
+    next_R = pieces.next_NT.reshape(-1)
     logprob_R = jax.lax.cond(
         (next_R >= 0).any(),
         lambda: prompt_logprobs(x_RD, next_R, lambda some_RD: logits(model, params, some_RD)),
         lambda: jnp.zeros(next_R.shape, jnp.float32),
     )
-    return logits(model, params, last_ND), kv, logprob_R.reshape(N, T)
+    return logprob_R.reshape(pieces.next_NT.shape)
 
 
 def _layers(model: Decoder, params: Params, token_R, position_R, attend: Attend) -> tuple[jax.Array, Any]:

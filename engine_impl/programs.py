@@ -1,7 +1,7 @@
 """The device programs: plain functions from arrays to arrays, compiled by `Programs.jitted`.
 
 A decode step reads the cache, keeps its new rows aside, chooses tokens, and stores the rows at its end. That is
-`Programs.step`, of which `generate` and `score_step` are two uses.
+`Programs.step`, of which `generate`, `carry` and `score_step` are uses.
 """
 
 from collections.abc import Callable
@@ -16,15 +16,15 @@ from .. import cache_manager
 from ..cache_manager import KV, CacheLayout
 from ..kernels import Backend
 from . import forward
-from .attention import Attend, attend_cache, attend_chunk
-from .forward import Params
+from .attention import Attend, attend_both, attend_cache, attend_chunk
+from .forward import Decoded, Params, Prefilled
 from .models.decoder import Decoder
 from .sampling.choose import sample
 from .sampling.logprobs import logprob_of, logprobs
 from .sampling.params import SamplingParams
 from .sampling.penalties import count_answer
 from .sampling.slots import SlotSampling
-from .state import DecodeState, Prefix, Rows, StepResult
+from .state import DecodeState, PieceBatch, Prefix, Rows, StepResult
 from .weights.sharding import parameter_spec
 
 GREEDY = SamplingParams()
@@ -67,11 +67,21 @@ class Programs:
     # A decode step
 
     def step(
-        self, params: Params, state: DecodeState, slot_N: jax.Array, page_NJ: jax.Array, choose: Choose
-    ) -> tuple[DecodeState, Any]:
-        """One token for every live slot of those named: (state, what `choose` tells)."""
-        rows = self.taken(state, slot_N)
-        logits_NV, new = self.decode(params, state.cache, rows, page_NJ)
+        self,
+        params: Params,
+        state: DecodeState,
+        slot_N: jax.Array,
+        page_NJ: jax.Array,
+        choose: Choose,
+        pieces: PieceBatch | None = None,
+    ) -> tuple[DecodeState, Any, Prefix | None]:
+        """One token for every live slot of those named: (state, what `choose` tells, the prefix of the pieces that it
+        carries along)."""
+        rows, prefix = self.taken(state, slot_N), None
+        if pieces is None:
+            logits_NV, new = self.decode(params, state.cache, rows, page_NJ)
+        else:
+            (logits_NV, new), prefix = self.decode_and_prefill(params, state.cache, rows, page_NJ, pieces)
         chosen_N, count_BV, told = choose(logits_NV, rows, state.count_BV)
         token_N = jnp.where(rows.is_live_N, chosen_N, rows.token_N)
         # No token is negative, but XLA does not know: so the flush waits for the last layer's attention too. Nothing
@@ -79,20 +89,29 @@ class Programs:
         cache = self.store(state.cache, new, rows.length_N, rows.is_live_N & (token_N >= 0), page_NJ)
         token_B = state.token_B.at[slot_N].set(token_N, mode="drop")
         length_B = state.length_B.at[slot_N].set(rows.length_N + rows.is_live_N, mode="drop")
-        return DecodeState(cache, token_B, length_B, state.sampling, count_BV), told
+        return DecodeState(cache, token_B, length_B, state.sampling, count_BV), told, prefix
 
     def generate(
         self, params: Params, state: DecodeState, slot_N: jax.Array, page_NJ: jax.Array
     ) -> tuple[DecodeState, StepResult]:
         """The step that serves: each slot's token is chosen by its own sampling parameters."""
+        state, result, _ = self.step(params, state, slot_N, page_NJ, self._serving(slot_N))
+        return state, result
 
+    def carry(
+        self, params: Params, state: DecodeState, slot_N: jax.Array, page_NJ: jax.Array, pieces: PieceBatch
+    ) -> tuple[DecodeState, StepResult, Prefix | None]:
+        """`generate`, with pieces beside it: (state, result, prefix)."""
+        return self.step(params, state, slot_N, page_NJ, self._serving(slot_N), pieces)
+
+    def _serving(self, slot_N: jax.Array) -> Choose:
         def choose(logits_NV: jax.Array, rows: Rows, count_BV: jax.Array) -> Chosen:
             count_BV = count_answer(count_BV, slot_N, rows.token_N, rows.sampling.is_penalised, self.mesh)
             # The text so far is `length` cached tokens and this step's own: the chosen token stands behind both.
             token_N = sample(logits_NV, lambda: count_BV[slot_N], rows.sampling, rows.length_N + 1)
             return Chosen(token_N, count_BV, self._result(logits_NV, token_N, rows.is_live_N, rows.sampling))
 
-        return self.step(params, state, slot_N, page_NJ, choose)
+        return choose
 
     def score_step(
         self, params: Params, state: DecodeState, slot_N: jax.Array, page_NJ: jax.Array, next_token_N: jax.Array
@@ -103,7 +122,8 @@ class Programs:
             logprob_N = logprob_of(logits_NV, next_token_N)
             return Chosen(given(next_token_N, logprob_N), count_BV, logprob_N)
 
-        return self.step(params, state, slot_N, page_NJ, choose)
+        state, logprob_N, _ = self.step(params, state, slot_N, page_NJ, choose)
+        return state, logprob_N
 
     def taken(self, state: DecodeState, slot_N: jax.Array) -> Rows:
         """The small state of the slots named."""
@@ -123,22 +143,9 @@ class Programs:
 
     # A text
 
-    def prefill(
-        self,
-        params: Params,
-        cache: KV,
-        token_NT: jax.Array,
-        start_N: jax.Array,
-        count_N: jax.Array,
-        next_NT: jax.Array,
-        page_NJ: jax.Array,
-    ) -> Prefix:
+    def prefill(self, params: Params, cache: KV, pieces: PieceBatch) -> Prefix:
         """Padded pieces' keys and values; see `forward.prefill`. No token is chosen yet."""
-        N = token_NT.shape[0]
-        attend = attend_chunk(cache, start_N, page_NJ, codec=self.layout.codec, **self._attention)
-        logits_NV, kv, logprob_NT = forward.prefill(self.model, params, token_NT, start_N, count_N, next_NT, attend)
-        token_N, count_NV = jnp.full((N,), -1, jnp.int32), jnp.zeros((N, self.model.config.vocab_size), jnp.uint16)
-        return Prefix(kv, start_N, count_N, logits_NV, logprob_NT, token_N, SlotSampling.greedy(N), count_NV)
+        return self._prefix(pieces, forward.prefill(self.model, params, pieces, self._attend_pieces(cache, pieces)))
 
     def first_tokens(
         self,
@@ -187,10 +194,19 @@ class Programs:
         """A sharding for each of the cache's arrays."""
         return self.layout.shardings(self.mesh)[0]
 
-    def decode(self, params: Params, cache: KV, rows: Rows, page_NJ: jax.Array) -> tuple[jax.Array, Any]:
-        """The model on each slot's last token: (logits_NV, new_LNKC, the rows to be stored)."""
+    def decode(self, params: Params, cache: KV, rows: Rows, page_NJ: jax.Array) -> Decoded:
+        """The model on each slot's last token."""
         attend = self.attend(cache, rows.length_N, page_NJ)
         return forward.decode(self.model, params, rows.token_N, rows.length_N, attend)
+
+    def decode_and_prefill(
+        self, params: Params, cache: KV, rows: Rows, page_NJ: jax.Array, pieces: PieceBatch
+    ) -> tuple[Decoded, Prefix]:
+        """`decode` and `prefill` in one pass over the weights."""
+        step, chunk = self.attend(cache, rows.length_N, page_NJ), self._attend_pieces(cache, pieces)
+        attend = attend_both(step, chunk, rows.slot_N.shape[0])
+        decoded, prefilled = forward.carry(self.model, params, rows.token_N, rows.length_N, pieces, attend)
+        return decoded, self._prefix(pieces, prefilled)
 
     def store(self, cache: KV, new: Any, length_N: jax.Array, live_N: jax.Array, page_NJ: jax.Array) -> KV:
         """The cache with what `decode` left to be stored, of the live slots alone."""
@@ -207,6 +223,18 @@ class Programs:
     def attend(self, cache: KV, length_N: jax.Array, page_NJ: jax.Array) -> Attend:
         """How the layers of a decode step attend to texts of these lengths."""
         return attend_cache(cache, length_N, page_NJ, max_pages=self.layout.table_entries, **self._attention)
+
+    def _attend_pieces(self, cache: KV, pieces: PieceBatch) -> Attend:
+        return attend_chunk(cache, pieces.start_N, pieces.page_NJ, codec=self.layout.codec, **self._attention)
+
+    def _prefix(self, pieces: PieceBatch, prefilled: Prefilled) -> Prefix:
+        """No token is chosen yet."""
+        logits_NV, kv, logprob_NT = prefilled
+        N, V = logits_NV.shape
+        token_N, count_NV = jnp.full((N,), -1, jnp.int32), jnp.zeros((N, V), jnp.uint16)
+        return Prefix(
+            kv, pieces.start_N, pieces.count_N, logits_NV, logprob_NT, token_N, SlotSampling.greedy(N), count_NV
+        )
 
     def state_sharding(self) -> DecodeState:
         """A sharding for each array of a state."""
@@ -235,6 +263,7 @@ class Programs:
             empty_state=jax.jit(self.empty_state, out_shardings=state),
             insert=jax.jit(self.insert, donate_argnums=1, out_shardings=state),
             generate=jax.jit(self.generate, donate_argnums=1, out_shardings=(state, everywhere)),
+            carry=jax.jit(self.carry, donate_argnums=1, out_shardings=(state, everywhere, prefix)),
             score_step=jax.jit(self.score_step, donate_argnums=1, out_shardings=(state, everywhere)),
         )
 
@@ -278,6 +307,7 @@ class Jitted(NamedTuple):
     empty_state: jax.stages.Wrapped
     insert: jax.stages.Wrapped
     generate: jax.stages.Wrapped
+    carry: jax.stages.Wrapped
     score_step: jax.stages.Wrapped
 
 

@@ -2,11 +2,13 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any
 
 import numpy as np
 
 from .api import Piece
+from .errors import PieceError
+from .state import PieceBatch
 
 PIECES = {"cpu": (16, 64, 128, 256)}
 PIECE = (16, 64, 256)
@@ -20,17 +22,10 @@ BURST = (2, 8, 64)
 """Short texts that are prefilled together, by platform: how many at least and at most, and the longest (tokens). On a
 CPU each row costs its multiplications, padding too. SmolLM2-135M on two cores, ms of CPU time: a text of 32 tokens
 alone 108, eight in 8 x 64 rows 642."""
-
-
-class PieceBatch(NamedTuple):
-    """Arguments of a prefill, i32."""
-
-    token_NT: np.ndarray
-    start_N: np.ndarray
-    count_N: np.ndarray
-    next_NT: np.ndarray
-    """tokens behind those of token_NT where their log-probability is asked for, else -1"""
-    page_NJ: np.ndarray
+CARRIED = {"tpu": (32, 256)}
+"""The smallest step that carries a piece along, and the shortest padded length of one that it carries, by platform:
+(slots, tokens). Where none is named a piece and a step are two programs, as they take no less time together. Numbers:
+docs/tpu-evidence.md, benchmarks/README.md."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,17 +61,33 @@ class Shapes:
         fewest = 8 if self.platform == "tpu" else 1
         return (*(size for size in STEPS if fewest <= size < self.slots), self.slots)
 
-    def pieces(self, pieces: Sequence[Piece]) -> PieceBatch:
-        """The pieces in the smallest shape that holds them.
+    @property
+    def carries(self) -> tuple[tuple[int, int], ...]:
+        """(slots of a step, tokens of the piece that it carries along), the smallest first."""
+        if self.platform not in CARRIED:
+            return ()
+        fewest, shortest = CARRIED[self.platform]
+        sizes = [size for size in self.steps if size >= min(fewest, self.slots)]
+        lengths = [tokens for pieces, tokens in self.prefills if pieces == 1 and tokens >= min(shortest, self.chunk)]
+        return tuple((size, tokens) for size in sizes for tokens in lengths)
 
-        Raises ValueError where no shape does, and for one that does not start with a page.
+    def carry_of(self, slots: int, lengths: Sequence[int]) -> tuple[int, int] | None:
+        """The smallest of `carries` that holds so many slots and a piece of so many tokens; None: there is none."""
+        if not slots or len(lengths) != 1:
+            return None
+        return next((shape for shape in self.carries if slots <= shape[0] and lengths[0] <= shape[1]), None)
+
+    def pieces(self, pieces: Sequence[Piece], shape: tuple[int, int] | None = None) -> PieceBatch:
+        """The pieces in the smallest shape that holds them, or in this one: (pieces, tokens of each).
+
+        Raises PieceError where no shape does, and for one that does not start with a page.
         """
-        N, T = self.prefill_of([len(piece.token_T) for piece in pieces])
+        N, T = shape or self.prefill_of([len(piece.token_T) for piece in pieces])
         token_NT, next_NT = np.zeros((N, T), np.int32), np.full((N, T), -1, np.int32)
         start_N, count_N = np.zeros(N, np.int32), np.zeros(N, np.int32)
         for n, piece in enumerate(pieces):
             if piece.start % self.page_rows:
-                raise ValueError(f"{piece.start=} must be a multiple of page_rows={self.page_rows}")
+                raise PieceError(f"{piece.start=} must be a multiple of page_rows={self.page_rows}")
             start_N[n], count_N[n] = piece.start, len(piece.token_T)
             token_NT[n, : count_N[n]] = piece.token_T
             if piece.wants_logprobs:
@@ -84,7 +95,8 @@ class Shapes:
         page_NJ = np.zeros((N, self.pages_per_slot), np.int32)
         for n, piece in enumerate(pieces):
             page_NJ[n, : len(piece.page_J)] = piece.page_J
-        return PieceBatch(token_NT, start_N, count_N, next_NT, page_NJ)
+        arrays: Any = token_NT, start_N, count_N, next_NT, page_NJ
+        return PieceBatch(*arrays)
 
     def step(self, slot_N: np.ndarray) -> np.ndarray:
         """The slots, filled up to the size of a step with a number that no slot has.
@@ -111,15 +123,15 @@ class Shapes:
     def prefill_of(self, lengths: Sequence[int]) -> tuple[int, int]:
         """(pieces, tokens of each) of the smallest shape that holds pieces of so many tokens.
 
-        Raises ValueError where none does.
+        Raises PieceError where none does.
         """
         if not lengths or not min(lengths):
-            raise ValueError(f"pieces of {lengths} tokens: there must be one at least, and none empty")
+            raise PieceError(f"pieces of {lengths} tokens: there must be one at least, and none empty")
         _, most, longest = self.burst
         for N, T in self.prefills if len(lengths) == 1 else ((most, longest),):
             if len(lengths) <= N and max(lengths) <= T:
                 return N, T
-        raise ValueError(
+        raise PieceError(
             f"pieces of {lengths} tokens are not prefilled together: one has at most {self.chunk}, "
             f"{most} have at most {longest} each"
         )

@@ -1,11 +1,30 @@
 """What the engine's programs take and give: frozen pytrees of device arrays."""
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 
 from ..cache_manager import KV
 from .sampling.slots import SlotSampling
+
+
+class PieceBatch(NamedTuple):
+    """Padded pieces of texts, i32. On the host until a program is called with them."""
+
+    token_NT: jax.Array
+    start_N: jax.Array
+    count_N: jax.Array
+    next_NT: jax.Array
+    """tokens behind those of token_NT where their log-probability is asked for, else -1"""
+    page_NJ: jax.Array
+    """the texts' rows of the page table"""
+
+    @property
+    def position_NT(self) -> jax.Array:
+        """i32, each token's place in its text."""
+        return self.start_N[:, None] + jnp.arange(self.token_NT.shape[1], dtype=jnp.int32)
 
 
 @jax.tree_util.register_dataclass

@@ -14,11 +14,13 @@ class FinishReason(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     FINISH_REASON_LENGTH: _ClassVar[FinishReason]
     FINISH_REASON_CANCELLED: _ClassVar[FinishReason]
     FINISH_REASON_DEADLINE: _ClassVar[FinishReason]
+    FINISH_REASON_TOOL_CALLS: _ClassVar[FinishReason]
 FINISH_REASON_UNSPECIFIED: FinishReason
 FINISH_REASON_STOP: FinishReason
 FINISH_REASON_LENGTH: FinishReason
 FINISH_REASON_CANCELLED: FinishReason
 FINISH_REASON_DEADLINE: FinishReason
+FINISH_REASON_TOOL_CALLS: FinishReason
 
 class DecodeRequest(_message.Message):
     __slots__ = ("max_tokens", "text_content", "token_content", "messages", "metadata", "num_samples", "lora_adapter_id", "has_bos", "temperature", "top_k", "top_p", "seed", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty", "stop_strings", "stop_token_ids", "ignore_eos", "logprobs", "prompt_logprobs", "priority", "min_tokens", "logit_bias", "cache_salt")
@@ -38,17 +40,63 @@ class DecodeRequest(_message.Message):
         start_time: float
         def __init__(self, start_time: _Optional[float] = ...) -> None: ...
     class Message(_message.Message):
-        __slots__ = ("role", "content")
+        __slots__ = ("role", "content", "tool_calls", "tool_call_id", "name", "reasoning_content")
         ROLE_FIELD_NUMBER: _ClassVar[int]
         CONTENT_FIELD_NUMBER: _ClassVar[int]
+        TOOL_CALLS_FIELD_NUMBER: _ClassVar[int]
+        TOOL_CALL_ID_FIELD_NUMBER: _ClassVar[int]
+        NAME_FIELD_NUMBER: _ClassVar[int]
+        REASONING_CONTENT_FIELD_NUMBER: _ClassVar[int]
         role: str
         content: str
-        def __init__(self, role: _Optional[str] = ..., content: _Optional[str] = ...) -> None: ...
+        tool_calls: _containers.RepeatedCompositeFieldContainer[DecodeRequest.ToolCall]
+        tool_call_id: str
+        name: str
+        reasoning_content: str
+        def __init__(self, role: _Optional[str] = ..., content: _Optional[str] = ..., tool_calls: _Optional[_Iterable[_Union[DecodeRequest.ToolCall, _Mapping]]] = ..., tool_call_id: _Optional[str] = ..., name: _Optional[str] = ..., reasoning_content: _Optional[str] = ...) -> None: ...
+    class ToolCall(_message.Message):
+        __slots__ = ("id", "name", "arguments")
+        ID_FIELD_NUMBER: _ClassVar[int]
+        NAME_FIELD_NUMBER: _ClassVar[int]
+        ARGUMENTS_FIELD_NUMBER: _ClassVar[int]
+        id: str
+        name: str
+        arguments: str
+        def __init__(self, id: _Optional[str] = ..., name: _Optional[str] = ..., arguments: _Optional[str] = ...) -> None: ...
+    class Tool(_message.Message):
+        __slots__ = ("name", "description", "parameters", "strict")
+        NAME_FIELD_NUMBER: _ClassVar[int]
+        DESCRIPTION_FIELD_NUMBER: _ClassVar[int]
+        PARAMETERS_FIELD_NUMBER: _ClassVar[int]
+        STRICT_FIELD_NUMBER: _ClassVar[int]
+        name: str
+        description: str
+        parameters: str
+        strict: bool
+        def __init__(self, name: _Optional[str] = ..., description: _Optional[str] = ..., parameters: _Optional[str] = ..., strict: _Optional[bool] = ...) -> None: ...
     class Chat(_message.Message):
-        __slots__ = ("messages",)
+        __slots__ = ("messages", "tools", "tool_choice", "tool_name", "parallel_tool_calls", "documents", "chat_template_kwargs", "enable_thinking", "add_generation_prompt", "continue_final_message")
         MESSAGES_FIELD_NUMBER: _ClassVar[int]
+        TOOLS_FIELD_NUMBER: _ClassVar[int]
+        TOOL_CHOICE_FIELD_NUMBER: _ClassVar[int]
+        TOOL_NAME_FIELD_NUMBER: _ClassVar[int]
+        PARALLEL_TOOL_CALLS_FIELD_NUMBER: _ClassVar[int]
+        DOCUMENTS_FIELD_NUMBER: _ClassVar[int]
+        CHAT_TEMPLATE_KWARGS_FIELD_NUMBER: _ClassVar[int]
+        ENABLE_THINKING_FIELD_NUMBER: _ClassVar[int]
+        ADD_GENERATION_PROMPT_FIELD_NUMBER: _ClassVar[int]
+        CONTINUE_FINAL_MESSAGE_FIELD_NUMBER: _ClassVar[int]
         messages: _containers.RepeatedCompositeFieldContainer[DecodeRequest.Message]
-        def __init__(self, messages: _Optional[_Iterable[_Union[DecodeRequest.Message, _Mapping]]] = ...) -> None: ...
+        tools: _containers.RepeatedCompositeFieldContainer[DecodeRequest.Tool]
+        tool_choice: str
+        tool_name: str
+        parallel_tool_calls: bool
+        documents: str
+        chat_template_kwargs: str
+        enable_thinking: bool
+        add_generation_prompt: bool
+        continue_final_message: bool
+        def __init__(self, messages: _Optional[_Iterable[_Union[DecodeRequest.Message, _Mapping]]] = ..., tools: _Optional[_Iterable[_Union[DecodeRequest.Tool, _Mapping]]] = ..., tool_choice: _Optional[str] = ..., tool_name: _Optional[str] = ..., parallel_tool_calls: _Optional[bool] = ..., documents: _Optional[str] = ..., chat_template_kwargs: _Optional[str] = ..., enable_thinking: _Optional[bool] = ..., add_generation_prompt: _Optional[bool] = ..., continue_final_message: _Optional[bool] = ...) -> None: ...
     class LogitBiasEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -116,16 +164,31 @@ class DecodeResponse(_message.Message):
     class StreamContent(_message.Message):
         __slots__ = ("samples",)
         class Sample(_message.Message):
-            __slots__ = ("text", "token_ids", "finish_reason", "logprobs")
+            __slots__ = ("text", "token_ids", "finish_reason", "logprobs", "reasoning", "tool_calls")
             TEXT_FIELD_NUMBER: _ClassVar[int]
             TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
             FINISH_REASON_FIELD_NUMBER: _ClassVar[int]
             LOGPROBS_FIELD_NUMBER: _ClassVar[int]
+            REASONING_FIELD_NUMBER: _ClassVar[int]
+            TOOL_CALLS_FIELD_NUMBER: _ClassVar[int]
             text: str
             token_ids: _containers.RepeatedScalarFieldContainer[int]
             finish_reason: FinishReason
             logprobs: _containers.RepeatedCompositeFieldContainer[DecodeResponse.TokenLogprob]
-            def __init__(self, text: _Optional[str] = ..., token_ids: _Optional[_Iterable[int]] = ..., finish_reason: _Optional[_Union[FinishReason, str]] = ..., logprobs: _Optional[_Iterable[_Union[DecodeResponse.TokenLogprob, _Mapping]]] = ...) -> None: ...
+            reasoning: str
+            tool_calls: _containers.RepeatedCompositeFieldContainer[DecodeResponse.StreamContent.ToolCallPart]
+            def __init__(self, text: _Optional[str] = ..., token_ids: _Optional[_Iterable[int]] = ..., finish_reason: _Optional[_Union[FinishReason, str]] = ..., logprobs: _Optional[_Iterable[_Union[DecodeResponse.TokenLogprob, _Mapping]]] = ..., reasoning: _Optional[str] = ..., tool_calls: _Optional[_Iterable[_Union[DecodeResponse.StreamContent.ToolCallPart, _Mapping]]] = ...) -> None: ...
+        class ToolCallPart(_message.Message):
+            __slots__ = ("index", "id", "name", "arguments")
+            INDEX_FIELD_NUMBER: _ClassVar[int]
+            ID_FIELD_NUMBER: _ClassVar[int]
+            NAME_FIELD_NUMBER: _ClassVar[int]
+            ARGUMENTS_FIELD_NUMBER: _ClassVar[int]
+            index: int
+            id: str
+            name: str
+            arguments: str
+            def __init__(self, index: _Optional[int] = ..., id: _Optional[str] = ..., name: _Optional[str] = ..., arguments: _Optional[str] = ...) -> None: ...
         SAMPLES_FIELD_NUMBER: _ClassVar[int]
         samples: _containers.RepeatedCompositeFieldContainer[DecodeResponse.StreamContent.Sample]
         def __init__(self, samples: _Optional[_Iterable[_Union[DecodeResponse.StreamContent.Sample, _Mapping]]] = ...) -> None: ...

@@ -89,11 +89,31 @@ class WatchConfig:
     profile_s: Annotated[float, flag("profile-seconds")] = 10.0
     """How long a trace lasts (seconds)."""
 
+    otlp_endpoint: str | None = None
+    """Send each request's spans to this OpenTelemetry collector (http://HOST:4317, gRPC). A W3C traceparent from the
+    caller is taken up. Default: none."""
+
     def __post_init__(self) -> None:
         if self.metrics_port is not None:
             check_port("metrics_port", self.metrics_port)
         if not (math.isfinite(self.profile_s) and self.profile_s > 0):
             raise RefusedError(f"profile_seconds={self.profile_s} must be a positive number of seconds")
+
+
+AUTO = "auto"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChatConfig:
+    """How the answers of chats are read."""
+
+    tool_format: Literal["auto", "hermes", "llama", "mistral", "gemma"] = AUTO
+    """How the model writes calls of tools. auto: as its chat template does, or in Hermes' form where that knows none or
+    writes them otherwise."""
+
+    reasoning_format: Literal["auto", "none"] = AUTO
+    """auto: what a reasoning model thinks aloud is told apart from its answer, as reasoning_content. none: it stays in
+    the answer's text."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,6 +157,7 @@ class ServerConfig:
     probe_timeout_s: Annotated[float, flag("probe-timeout")] = 30.0
     """How long that may take (seconds); more than a step and a chunk of a prompt (--prefill-chunk) take."""
 
+    chat: ChatConfig = field(default_factory=ChatConfig)
     security: SecurityConfig = field(default_factory=SecurityConfig)
     watch: WatchConfig = field(default_factory=WatchConfig)
 

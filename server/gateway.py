@@ -14,6 +14,7 @@ from ..engine_impl.errors import RefusedError
 from .delivery.mailbox import Batch, Mailbox
 from .errors import CancelledError, DeadlineError, UnavailableError
 from .observe.logs import log_prompt
+from .observe.traces import Header, Traces
 from .request.request import Event, FinishReason, Request
 from .scheduler.orchestrator import Orchestrator
 
@@ -58,11 +59,11 @@ THREADS = {Lane.TEXT: 4, Lane.CHAT: 4, Lane.LONG: 1}
 class Gateway:
     """One server's, of one event loop. Refuses with UnavailableError until `open()`."""
 
-    def __init__(self, on_call: Callable[[], object] = lambda: None) -> None:
-        """`on_call` is told of every call that begins."""
+    def __init__(self, on_call: Callable[[], object] = lambda: None, traces: Traces | None = None) -> None:
+        """`on_call` is told of every call that begins; `traces` of every request that is admitted, if there are any."""
         self.calls = 0
         """Calls that are being answered."""
-        self._on_call = on_call
+        self._on_call, self._traces = on_call, traces
         self._served: tuple[AnyEngine, Orchestrator[Any, Any, Any]] | None = None
         self._closed = "the model is still loading; try again later"
         self._mailbox: Mailbox | None = None
@@ -98,13 +99,14 @@ class Gateway:
             self.calls -= 1
 
     @asynccontextmanager
-    async def admit(self, read: Read, lane: "Lane", client: str) -> AsyncIterator["Admitted"]:
+    async def admit(self, read: Read, lane: "Lane", client: str, header: Header) -> AsyncIterator["Admitted"]:
         """One call's requests, handed in. Leaving early, at whoever's wish, cancels them.
 
         Args:
             read: called in a thread: tokens take their time, and others are being answered.
             lane: whom it may hold up.
             client: who asks; clients take turns.
+            header: what the caller sent beside it, by name; asked for where requests are traced.
 
         Raises what `read` raises, UnavailableError, QueueFullError, and DeadlineError for one that has passed already.
         """
@@ -117,6 +119,8 @@ class Gateway:
         )
         for request in requests:
             request.client = client
+            if self._traces is not None:
+                request.trace = self._traces.begin(header)
             log_prompt(request.id, request.prompt_ids, engine.get_tokenizer())
         orchestrator.submit(*requests)
         try:

@@ -37,6 +37,8 @@ from .observe.endpoint import Endpoint
 from .observe.metrics import Metrics
 from .observe.profile import Profile
 from .observe.status import Status, StatusLine
+from .observe.traces import Traces
+from .request.chat import dialect_of
 from .scheduler.orchestrator import Orchestrator
 
 log = logging.getLogger(__name__)
@@ -82,9 +84,11 @@ class Serving:
         self._load, self._config, self._line = load, config, line
         if config.watch.profile is not None:
             self.profile = Profile(config.watch.profile, config.watch.profile_s)
-        self._gateway = Gateway() if self.profile is None else Gateway(self.profile.on_call)
+        self._traces = None if config.watch.otlp_endpoint is None else Traces(config.watch.otlp_endpoint)
+        on_call = (lambda: None) if self.profile is None else self.profile.on_call
+        self._gateway = Gateway(on_call, self._traces)
         guard = Guard(config.security)
-        self._grpc = GrpcService(self._gateway, guard)
+        self._grpc = GrpcService(self._gateway, guard, config.chat)
         self._http = (
             None if config.http_port is None else HttpServer(self._gateway, guard, config, lambda: self.is_ready)
         )
@@ -125,6 +129,7 @@ class Serving:
         log.info("stopping: NOT_SERVING, new requests are refused")
         await self._stop_watchers()
         self.is_ready = False
+        self.metrics.serving(False)
         await self._health.enter_graceful_shutdown()
         self._gateway.close("the server is stopping")
         await self._drain()
@@ -173,6 +178,8 @@ class Serving:
         """If it has come so far."""
         if self.orchestrator is not None:
             await asyncio.to_thread(self.orchestrator.close)
+        if self._traces is not None:
+            await asyncio.to_thread(self._traces.close)
 
     async def _close_ports(self, flush_s: float) -> None:
         closing = [self._server.stop(flush_s)]
@@ -186,6 +193,7 @@ class Serving:
         start = time.monotonic()
         engine, params = await in_thread(self._load)
         log.info("loaded %s in %.1f s; compiling", engine.model_name, time.monotonic() - start)
+        await in_thread(lambda: dialect_of(engine.get_tokenizer().template_facts, self._config.chat))  # may be refused
         loop, ready = asyncio.get_running_loop(), asyncio.Event()
         self.orchestrator = Orchestrator(
             engine,
@@ -202,6 +210,8 @@ class Serving:
         if self.dead_reason is not None:
             raise UnavailableError(self.dead_reason)
         self.metrics.watch_devices(list(engine.devices), lambda: programs().made)
+        if self._traces is not None:
+            self._traces.start(engine.model_name)
         self._gateway.open(engine, self.orchestrator)
         startup = timeline.THIS_PROCESS.startup()
         self.metrics.started(startup.stages)
@@ -257,6 +267,7 @@ class Serving:
 
     async def _set_ready(self, is_ready: bool) -> None:
         self.is_ready = is_ready
+        self.metrics.serving(is_ready)
         status = health_pb2.HealthCheckResponse
         for service in ("", SERVICE, JETSTREAM_SERVICE):
             await self._health.set(service, status.SERVING if is_ready else status.NOT_SERVING)
@@ -297,9 +308,9 @@ async def serve(load: Load, config: ServerConfig, line: StatusLine | None = None
 
 
 def say(text: str) -> None:
-    """On stdout, if anybody reads it."""
+    """A line on stdout, if anybody reads it: in one piece, as the log may go to the same place."""
     try:
-        print(text, flush=True)
+        print(f"{text}\n", end="", flush=True)
     except (OSError, ValueError):
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115  # or Python complains again at its end
 

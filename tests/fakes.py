@@ -6,13 +6,14 @@ Text is one token per byte. The bytes of a few long characters follow one anothe
 
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 from slipstream.engine_impl.api import Opening, Piece
 from slipstream.engine_impl.sampling.params import MAX_LOGPROBS
+from slipstream.engine_impl.text.chat import END, Chat, ChatPrompt, TemplateFacts
 
 STOP_ID = ord("z") + 1
 BEFORE_LONG = 199
@@ -26,6 +27,11 @@ class FakeTokenizer:
     vocab_size = VOCAB_SIZE
     stop_ids = frozenset({STOP_ID})
 
+    def __init__(self, template_facts: TemplateFacts = TemplateFacts()) -> None:  # noqa: B008
+        self.template_facts = template_facts
+        self.chats: list[Chat] = []
+        """All that were encoded."""
+
     def encode(self, text: str, at_most: int | None = None) -> list[int]:
         return list(text.encode())
 
@@ -35,14 +41,19 @@ class FakeTokenizer:
     def token_bytes(self, token_id: int) -> bytes:
         return bytes([BYTE_OF_ID.get(token_id, ord("?"))])
 
-    def encode_chat(self, messages: Sequence[Mapping[str, str]], at_most: int | None = None) -> list[int]:
-        return self.encode(self.render_chat(messages))
+    def encode_chat(self, chat: Chat, at_most: int | None = None) -> ChatPrompt:
+        self.chats.append(chat)
+        text = self.render_chat(chat)
+        return ChatPrompt(self.encode(text), text[-END:])
 
-    def render_chat(self, messages: Sequence[Mapping[str, str]]) -> str:
+    def render_chat(self, chat: Chat) -> str:
         """Every content, and every role's first letter before it."""
-        return "".join(f"<{message['role'][:1]}>{message['content']}" for message in messages)
+        return "".join(f"<{turn.role[:1]}>{turn.content}" for turn in chat.turns)
 
-    def stream(self) -> "FakeTextStream":
+    def control_id(self, text: str) -> int | None:
+        return None
+
+    def stream(self, shown: Collection[str] = ()) -> "FakeTextStream":
         return FakeTextStream(self)
 
 
@@ -145,6 +156,8 @@ class FakeEngine:
     """0: as many as all slots' longest requests need."""
     table_entries: int = 0
     """Likewise."""
+    carries_pieces: bool = False
+    """Whether a step carries a piece along."""
     step_s: float = 0.0
     tokens_per_step: int = 1
     """The most that a step brings a slot, as speculation would."""
@@ -261,6 +274,16 @@ class FakeEngine:
             next_N = self.next_tokens(state, token_N[live_N], length_N[live_N], page_NJ[live_N])
             state.token_B[slot_N[live_N]] = token_NW[live_N, at] = next_N
         return state, self._result(token_NW, lambda: self._wait(step))
+
+    def carries(self, slots: int, lengths: Sequence[int]) -> bool:
+        return self.carries_pieces and slots > 0 and len(lengths) == 1
+
+    def carry(
+        self, params: Any, decode_state: FakeState, slot_N: np.ndarray, page_NJ: np.ndarray, pieces: Sequence[Piece]
+    ) -> tuple[FakeState, FakeResult, FakePrefix]:
+        assert self.carries(len(slot_N), [len(piece.token_T) for piece in pieces])
+        prefix = self.prefill(params, decode_state, pieces)
+        return *self.generate(params, decode_state, slot_N, page_NJ), prefix
 
     def next_tokens(
         self, state: FakeState, token_N: np.ndarray, length_N: np.ndarray, page_NJ: np.ndarray

@@ -30,13 +30,13 @@ MAY_IMPORT: dict[str, tuple[set[str], set[str]]] = {
     "server": (
         {"protos", "cache_manager", "engine_impl"},
         {"grpc", "grpc_health", "grpc_reflection", "google", "numpy", "jetstream", "prometheus_client"}
-        | {"aiohttp", "pydantic", "pydantic_core", "tyro"},
+        | {"aiohttp", "pydantic", "pydantic_core", "tyro", "opentelemetry"},
     ),
     "benchmarks": (
         {"protos", "kernels", "cache_manager", "engine_impl", "server"},
         {"jax", "numpy", "torch", "grpc", "aiohttp", "transformers", "matplotlib", "tyro"},
     ),
-    "cli": ({"protos", "engine_impl", "server", "benchmarks"}, {"tyro", "grpc", "numpy"}),
+    "cli": ({"protos", "engine_impl", "server", "benchmarks"}, {"tyro", "grpc", "numpy", "yaml"}),
 }
 
 SUB_ROOMS: dict[str, dict[str, set[str]]] = {
@@ -66,13 +66,14 @@ SUB_ROOMS: dict[str, dict[str, set[str]]] = {
         },
     },
     "server": {
-        "request": {"errors"},
+        "dialects": set(),
+        "request": {"errors", "config", "dialects"},
         "net": {"errors", "config"},
-        "observe": {"net"},
-        "delivery": {"errors", "request", "observe"},
+        "observe": {"net", "request"},
+        "delivery": {"errors", "dialects", "request", "observe"},
         "scheduler": {"errors", "request", "observe", "delivery"},
-        "grpc": {"errors", "config", "request", "net", "gateway"},
-        "http": {"errors", "config", "request", "net", "delivery", "gateway"},
+        "grpc": {"errors", "config", "dialects", "request", "net", "gateway"},
+        "http": {"errors", "config", "dialects", "request", "net", "delivery", "gateway"},
         "jetstream": {"errors", "config", "net", "observe", "grpc", "lifecycle"},
     },
     "benchmarks": {
@@ -97,13 +98,18 @@ ENGINE_FACE = {
     "runtime/tracing",
     "runtime/workers",
     "sampling/params",
+    "text/chat",
     "jetstream/compat",
     "jetstream/engine",
 }
 
 ONLY_IN = {
     "torchax": {"engine_impl/bridge.py"},
-    "jetstream": {"engine_impl/jetstream/engine.py", "server/jetstream/host.py"},  # shims: compat.py
+    "opentelemetry": {"server/observe/traces.py"},
+    "jetstream": {
+        *(f"engine_impl/jetstream/{name}.py" for name in ("engine", "adapter", "tokenizer")),  # shims: compat.py
+        "server/jetstream/host.py",
+    },
 }
 
 

@@ -21,10 +21,10 @@ from ...cache_manager import KV, Plain, insert, rows
 from ...engine_impl import bridge, forward
 from ...engine_impl.engine import Engine
 from ...engine_impl.errors import RefusedError
-from ...engine_impl.forward import Params
+from ...engine_impl.forward import Decoded, Params
 from ...engine_impl.models.decoder import Decoder
 from ...engine_impl.programs import Programs
-from ...engine_impl.state import Prefix, Rows
+from ...engine_impl.state import PieceBatch, Prefix, Rows
 from ...kernels import Backend, attention_steps, ragged_attention
 from ...kernels.backend import AXIS
 
@@ -55,7 +55,7 @@ def eager_twin(engine: Engine, form: CacheForm, scatter: Scatter = "indexed") ->
 
 @dataclass(frozen=True, eq=False)
 class EagerPrograms(Programs):
-    """`Programs` whose decode step stores rows layer by layer, while it goes.
+    """`Programs` whose decode step stores rows layer by layer, while it goes. It carries no pieces along.
 
     Its state's cache.rows are a cache_LPKRC ("stacked") or a tuple with one cache_1PKRC per layer ("per_layer").
     """
@@ -73,16 +73,16 @@ class EagerPrograms(Programs):
         stacked = super().cache_sharding()
         return stacked if self.form == "stacked" else _kv((stacked.rows,) * self.layout.layers)
 
-    def prefill(self, params: Params, cache: KV, *pieces: jax.Array) -> Prefix:
+    def prefill(self, params: Params, cache: KV, pieces: PieceBatch) -> Prefix:
         """As ours; with a cache per layer of first pieces alone, which read nothing of it."""
         if self.form == "per_layer":
             cache = replace(self.layout, pages=1).empty()
-        return super().prefill(params, cache, *pieces)
+        return super().prefill(params, cache, pieces)
 
-    def decode(self, params: Params, cache: KV, rows: Rows, page_NJ: jax.Array) -> tuple[jax.Array, KV]:
+    def decode(self, params: Params, cache: KV, rows: Rows, page_NJ: jax.Array) -> Decoded:
         layers = EagerLayers(self.model, rows.length_N, page_NJ, rows.is_live_N, self.mesh, self.backend, self.scatter)
         logits_NV, new = layers.decode(params, rows.token_N, cache.rows)
-        return logits_NV, KV(new)
+        return Decoded(logits_NV, KV(new))
 
     def store(self, cache: KV, new: KV, length_N: jax.Array, live_N: jax.Array, page_NJ: jax.Array) -> KV:
         return new  # the cache as the last layer left it

@@ -1,7 +1,7 @@
 """The tables of docs/tpu-evidence.md, as the TPU compiler tells them today; no TPU needed.
 
-Run as `python -m slipstream.benchmarks.compiler.tpu_evidence`, about fifteen minutes on two cores; or with the names
-of the tables that are wanted: serving, quantized, designs, writes.
+Run as `python -m slipstream.benchmarks.compiler.tpu_evidence`, about twenty minutes on two cores; or with the names
+of the tables that are wanted: serving, quantized, designs, writes, carried.
 """
 
 import itertools
@@ -12,7 +12,7 @@ from typing import Any
 from ...engine_impl.compiler.budget import Budget, cache_copies
 from ...engine_impl.compiler.chips import chip_of
 from ...engine_impl.compiler.hlo import Program
-from ...engine_impl.compiler.lowering import lower_generate
+from ...engine_impl.compiler.lowering import lower_carry, lower_generate, lower_prefill
 from ...engine_impl.compiler.plan import abstract_engine, plan, shape_of
 from ...engine_impl.config import EngineConfig
 from ...kernels.cache_flush.pallas_tpu import VMEM_BYTES, layer_group, tile_rows
@@ -46,6 +46,14 @@ WEIGHTS: dict[str, dict[str, Any]] = {
 }
 CACHES: dict[str, dict[str, Any]] = {"bfloat16": {}, "int8": {"quantize_kv": "int8"}}
 DESIGNS = [("llama-2-7b", 96, 1024), ("llama-3.1-8b", 128, 2048)]
+CARRIED = [  # topology, slots, tokens of the piece
+    ("v5e:2x4", 32, 256),
+    ("v5e:2x4", 32, 512),
+    ("v5e:2x4", 128, 256),
+    ("v5e:2x4", 128, 512),
+    ("v5e:2x4", 256, 512),
+    ("v6e:2x4", 128, 512),
+]
 
 
 def serving_rows() -> Iterator[str]:
@@ -157,7 +165,41 @@ def write_rows(topology: str = "v5e:2x4") -> Iterator[str]:
             yield "| " + " | ".join([f"{model}, {slots} x {cache_length}", way, *cells]) + " |"
 
 
-TABLES = {"serving": serving_rows, "quantized": quantized_rows, "designs": design_rows, "writes": write_rows}
+def carried_rows(model: str = "llama-3.1-8b", cache_length: int = 2048) -> Iterator[str]:
+    """A step and a piece of a prompt, one behind the other and together: what each of the three takes on a chip."""
+    yield "| topology | slots | tokens | way | static Mcycles | operations | HBM MiB | floor ms | temp MiB |"
+    yield "|---|---|---|---|---|---|---|---|---|"
+    for topology, slots, tokens in CARRIED:
+        config = EngineConfig(model=model, slots=slots, cache_length=cache_length, cache_tokens=slots * cache_length)
+        engine = abstract_engine(shape_of(model), topology, config)
+        budget = Budget(engine, chip_of(topology))
+        ways = {
+            "one behind the other": {
+                f"generate_{slots}": lower_generate(engine),
+                f"prefill_{tokens}": lower_prefill(engine, 1, tokens),
+            },
+            "together": {f"carry_{slots}x{tokens}": lower_carry(engine, slots, tokens)},
+        }
+        for way, programs in ways.items():
+            compiled = {name: lowered.compile() for name, lowered in programs.items()}
+            reports = [budget.report(name, program, 0) for name, program in compiled.items()]
+            operations = sum(Program(program.as_text() or "").operations() for program in compiled.values())
+            cells = [
+                f"{sum(report.estimated_cycles for report in reports) / 1e6:.1f}", f"{operations:,}",
+                f"{sum(report.hbm_floor_bytes for report in reports) / MIB:,.0f}",
+                f"{sum(max(report.floor_ms, report.compute_floor_ms) for report in reports):.2f}",
+                f"{max(report.temp_bytes for report in reports) / MIB:.1f}",
+            ]  # fmt: skip
+            yield "| " + " | ".join([topology, str(slots), str(tokens), way, *cells]) + " |"
+
+
+TABLES = {
+    "serving": serving_rows,
+    "quantized": quantized_rows,
+    "designs": design_rows,
+    "writes": write_rows,
+    "carried": carried_rows,
+}
 
 
 if __name__ == "__main__":

@@ -27,6 +27,16 @@ _UNREAD = (
 )
 """Fields that change the answers and are not read, unless they are zero."""
 
+_SAYS_NOTHING_NEW = {
+    **dict.fromkeys(("attn_logit_softcapping", "final_logit_softcapping", "attention.scale"), (0,)),
+    **dict.fromkeys(("attention.clamp_kqv", "attention.max_alibi_bias", "expert_shared_count"), (0,)),
+    **dict.fromkeys(("logit_scale", "embedding_scale", "residual_scale", "expert_weights_scale"), (0, 1)),
+    "leading_dense_block_count": (0,),
+    "expert_gating_func": (0, 1),  # softmax
+    "attention.causal": (True,),
+}
+"""Fields that some architecture computes with, and the values that ask for what all others do anyway."""
+
 
 class GGUFFields:
     """A file's fields."""
@@ -34,9 +44,11 @@ class GGUFFields:
     def __init__(self, file: GGUFParts, where: str) -> None:
         """`where` opens every message: the file's path."""
         self.file, self.where = file, where
+        self._asked_for: set[str] = set()
 
     def __call__(self, key: str, *default: Any) -> Any:
         """A field; the default when it is missing. Raises RefusedError when there is neither."""
+        self._asked_for.add(key)
         if key in self.file.fields:
             return self.file.fields[key]
         if default:
@@ -66,6 +78,14 @@ class GGUFFields:
             raise RefusedError(f"{self.where!r} has layers that differ in {key}: {value}; that is not there yet")
         return value
 
+    def check_unread(self) -> None:
+        """Raises RefusedError for a field that could change answers and that nobody has asked for."""
+        name = self("general.architecture")
+        for key, nothing_new in _SAYS_NOTHING_NEW.items():
+            value = self.file.fields.get(f"{name}.{key}")
+            if value is not None and f"{name}.{key}" not in self._asked_for and value not in nothing_new:
+                raise RefusedError(f"{self.where!r} has {key}={value}, which is not read for a {name}; convert it anew")
+
 
 def read_gguf_config(file: GGUFParts, where: str) -> ModelConfig:
     """The family's config. Raises RefusedError for what the family cannot do, as for a `config.json`."""
@@ -78,6 +98,10 @@ def read_gguf_config(file: GGUFParts, where: str) -> ModelConfig:
             raise RefusedError(f"{where!r} has {key}={value}, which is not there yet")
     heads, model_dim = get("attention.head_count"), get("embedding_length")
     head_dim = get("attention.key_length", model_dim // heads)
+    if (value_dim := get("attention.value_length", head_dim)) != head_dim:
+        raise RefusedError(
+            f"{where!r} has heads of {head_dim} for keys and {value_dim} for values; that is not there yet"
+        )
     config = {
         "model_type": architecture.model_type,
         "num_hidden_layers": get("block_count"),
@@ -96,6 +120,7 @@ def read_gguf_config(file: GGUFParts, where: str) -> ModelConfig:
     if architecture.model_type == "gemma3_text":
         local = {"rope_type": "default", "rope_theta": get("rope.freq_base_swa", 10000.0)}
         config["rope_parameters"] = {"full_attention": config["rope_parameters"], "sliding_attention": local}
+    fields.check_unread()
     read = registry.read_config(config, where)
     return _with_rope_factors(read, file, where)
 

@@ -36,7 +36,8 @@ class ProgramReport:
     collectives: dict[str, int]
     estimated_cycles: int
     hbm_floor_bytes: int
-    """what has to cross HBM: for generate the weights and a full cache, for prefill the weights and its own rows"""
+    """what has to cross HBM: for generate the weights and a full cache, for prefill the weights and its own rows, for
+    carry the weights once and both"""
     floor_ms: float
     """hbm_floor_bytes over the chip's bandwidth"""
     compute_floor_ms: float
@@ -112,12 +113,16 @@ class Budget:
     def _floor(self, program: str) -> tuple[int, int]:
         """(bytes that must cross HBM, rows that pass through the weights)."""
         layout = self.engine.layout
+        row_bytes = self.cache_bytes // (layout.pages * layout.page_rows)
         name, _, size = program.partition("_")
-        if name == "generate":
-            return self.read_bytes + self.cache_bytes, int(size or layout.slots)
-        tokens = math.prod(map(int, size.split("x"))) if name == "prefill" else self.engine.prefill_chunk
-        rows_bytes = self.cache_bytes * tokens // (layout.pages * layout.page_rows)
-        return (2 * rows_bytes, 0) if name == "insert" else (self.read_bytes + rows_bytes, tokens)
+        sizes = [int(part) for part in size.split("x") if part]
+        if name == "insert":
+            return 2 * self.engine.prefill_chunk * row_bytes, 0
+        if name == "prefill":
+            tokens = math.prod(sizes)
+            return self.read_bytes + tokens * row_bytes, tokens
+        slots, tokens = (*(sizes or [layout.slots]), 0)[:2]  # of a carry both; of a step its slots, or all of them
+        return self.read_bytes + self.cache_bytes + tokens * row_bytes, slots + tokens
 
     def needed(self, program: str, report: ProgramReport) -> int:
         """All that is in HBM while the program runs: what it was given or not, weights and cache are there."""

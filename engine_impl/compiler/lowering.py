@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from ..engine import Engine
 from ..forward import Params
-from ..state import DecodeState, Prefix
+from ..state import DecodeState, PieceBatch, Prefix
 from ..weights import load
 
 
@@ -34,6 +34,11 @@ def lower_insert(engine: Engine, pieces: int, tokens: int) -> jax.stages.Lowered
 def lower_generate(engine: Engine, slots: int | None = None) -> jax.stages.Lowered:
     """The decode step of so many slots; None: of all."""
     return engine.jitted.generate.lower(*_step_arguments(engine, slots))
+
+
+def lower_carry(engine: Engine, slots: int, tokens: int) -> jax.stages.Lowered:
+    """The decode step of so many slots that carries a piece along, padded to `tokens`."""
+    return engine.jitted.carry.lower(*_step_arguments(engine, slots), _pieces(engine, 1, tokens))
 
 
 def lower_score_step(engine: Engine, slots: int | None = None) -> jax.stages.Lowered:
@@ -64,10 +69,14 @@ def _step_arguments(engine: Engine, slots: int | None) -> tuple[Any, ...]:
 
 
 def _prefill_arguments(engine: Engine, pieces: int, tokens: int) -> tuple[Any, ...]:
-    token_NT, start_N = _array(engine, (pieces, tokens), jnp.int32), _array(engine, (pieces,), jnp.int32)
-    page_NJ = _array(engine, (pieces, engine.pages_per_slot), jnp.int32)
-    cache = engine.layout.abstract(engine.mesh)
-    return abstract_params(engine), cache, token_NT, start_N, start_N, token_NT, page_NJ
+    return abstract_params(engine), engine.layout.abstract(engine.mesh), _pieces(engine, pieces, tokens)
+
+
+def _pieces(engine: Engine, pieces: int, tokens: int) -> PieceBatch:
+    token_NT: Any = _array(engine, (pieces, tokens), jnp.int32)
+    start_N: Any = _array(engine, (pieces,), jnp.int32)
+    _, page_NJ = _texts(engine, pieces)
+    return PieceBatch(token_NT, start_N, start_N, token_NT, page_NJ)
 
 
 def _texts(engine: Engine, count: int) -> tuple[Any, Any]:

@@ -29,7 +29,7 @@ from ..sizes import longest_text, sized
 from ..weights.sharding import make_mesh
 from .budget import Budget, Misfit, ProgramReport
 from .chips import chip_of
-from .lowering import lower_generate, lower_insert, lower_prefill
+from .lowering import lower_carry, lower_generate, lower_insert, lower_prefill
 from .presets import preset
 from .topology import devices_of
 
@@ -86,7 +86,8 @@ def plan(
     dump: Path | None = None,
     report: Callable[[str], None] = lambda line: None,
 ) -> PlanReport:
-    """Compile generate (of all slots), insert and prefill (of a whole chunk) for a topology, or each in all its shapes.
+    """Compile generate (of all slots), insert, prefill (of a whole chunk) and carry (of both, where steps carry) for a
+    topology, or each in all its shapes.
 
     `stored` is how the checkpoint keeps its weights (see `quantization_of`); `dump` gets each program's optimised HLO
     as <program>.hlo.txt; `report` is told what is being compiled.
@@ -137,7 +138,8 @@ def plan(
 
 
 def lowered(engine: Engine, all_shapes: bool) -> dict[str, Callable[[], jax.stages.Lowered]]:
-    """The programs by name: `generate`, `insert` and `prefill_512`; of all shapes also `generate_8`, `prefill_8x64`."""
+    """The programs by name: `generate`, `insert`, `prefill_512` and `carry_256x512`; of all shapes also `generate_8`,
+    `prefill_8x64`, `carry_32x256`."""
     chunk = engine.prefill_chunk
     found = {"generate": lambda: lower_generate(engine), "insert": lambda: lower_insert(engine, 1, chunk)}
     if all_shapes:
@@ -146,6 +148,8 @@ def lowered(engine: Engine, all_shapes: bool) -> dict[str, Callable[[], jax.stag
     for pieces, tokens in engine.shapes.prefills if all_shapes else [(1, chunk)]:
         name = f"prefill_{pieces}x{tokens}" if pieces > 1 else f"prefill_{tokens}"
         found[name] = lambda pieces=pieces, tokens=tokens: lower_prefill(engine, pieces, tokens)
+    for slots, tokens in engine.shapes.carries if all_shapes else engine.shapes.carries[-1:]:
+        found[f"carry_{slots}x{tokens}"] = lambda slots=slots, tokens=tokens: lower_carry(engine, slots, tokens)
     return found
 
 

@@ -1,4 +1,4 @@
-"""JetStream's Engine over ours: the only room of the engine that imports jetstream."""
+"""JetStream's Engine over ours, 0.2.2's and the last source's: the only room of the engine that imports jetstream."""
 
 from .engine import JetStreamEngine, create_engine
 

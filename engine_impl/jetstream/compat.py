@@ -1,4 +1,5 @@
-"""google-jetstream 0.2.2, its only release (May 2024), on today's packages: every shim, and why it is there.
+"""google-jetstream 0.2.2, its only release (May 2024), and its last source, on today's packages: every shim, and why it
+is there.
 
 `importing()` goes around every import of jetstream. It changes nothing that outlives the block but JetStream itself;
 JAX, seqio and the root logger are as they were. The others change a module of JetStream that they are given.
@@ -28,6 +29,18 @@ INSTALL = f"pip install '.[jetstream-lean]' && pip install --no-deps {PACKAGE}==
 _BYTES = re.compile(r"(?:<0x[0-9A-F]{2}>)+")
 
 
+def is_last_source(engine_api: Any) -> bool:
+    """Whether this `jetstream.engine.engine_api` is the last source's, which has no version of its own, rather than
+    0.2.2's.
+
+    Raises RefusedError when it is neither.
+    """
+    if "bulk_insert" in engine_api.Engine.__abstractmethods__:
+        return True
+    check_installed()
+    return False
+
+
 def check_installed() -> None:
     """Raises RefusedError when google-jetstream is not there, or is another version."""
     try:
@@ -36,8 +49,8 @@ def check_installed() -> None:
         found = None
     if found != RELEASE:
         raise RefusedError(
-            f"JetStream's orchestrator needs {PACKAGE} {RELEASE}, found {found or 'none'}; install it with two "
-            f"commands: {INSTALL} (never `jetstream` or `jetstream-pt`: they are other people's packages)"
+            f"JetStream's orchestrator needs {PACKAGE} {RELEASE} or its last source, found {found or 'none'}; install "
+            f"it with two commands: {INSTALL} (never `jetstream` or `jetstream-pt`: they are other people's packages)"
         )
 
 
@@ -53,7 +66,6 @@ def importing() -> Iterator[None]:
     - `jetstream.core.orchestrator` sets the root logger to DEBUG and gives it a handler on stdout: every log line of
       every library, several a decode step, on the stream that we print addresses and JSON on. Both are undone.
     """
-    check_installed()
     root = logging.getLogger()
     level, handlers = root.level, list(root.handlers)
     stand_ins = {} if "seqio" in sys.modules else _seqio()
@@ -61,6 +73,8 @@ def importing() -> Iterator[None]:
     try:
         yield
     except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] == "jetstream":
+            check_installed()
         raise RefusedError(f"{PACKAGE} needs the package {error.name!r}; install what it needs: {INSTALL}") from error
     finally:
         for name in stand_ins:

@@ -25,7 +25,7 @@ LEFT_OUT: dict[str, Any] = {"logit_scale": 0.0625}
 """Values of fields that a config leaves out, as in transformers' CohereConfig and Cohere2Config."""
 
 ITS_OWN: dict[str, Any] = {
-    "use_parallel_block": True, "use_gated_activation": True, "use_parallel_embedding": False, "rotary_pct": 1.0,
+    "use_parallel_block": True, "use_gated_activation": True, "rotary_pct": 1.0,
     "position_embedding_type": "rope_gptj", "hidden_act": "silu",
 }  # fmt: skip
 """Fields of published configs that could say otherwise, and what they say."""

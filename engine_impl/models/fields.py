@@ -15,17 +15,19 @@ class Fields:
     def __init__(self, fields: dict[str, Any], where: str) -> None:
         """`where` opens every message: the file's path."""
         self._fields, self._where = fields, where
+        self._asked_for: set[str] = set()
+        self._parts: list[Fields] = []
 
     def __getitem__(self, name: str) -> Any:
         """Raises RefusedError when the field is missing or null."""
-        value = self._fields.get(name)
+        value = self._value(name)
         if value is None:
             raise self.refused(f"lacks {name}; fetch it anew")
         return value
 
     def get(self, name: str, default: Any = None) -> Any:
         """The field's value; the default when it is missing or null."""
-        value = self._fields.get(name)
+        value = self._value(name)
         return default if value is None else value
 
     def first(self, *names: str) -> Any:
@@ -37,7 +39,7 @@ class Fields:
 
     def unless_left_out(self, name: str, default: Any) -> Any:
         """The field's value, null too; the default where the config leaves it out."""
-        return self._fields.get(name, default)
+        return self._value(name, default)
 
     def part(self, name: str, left_out: Mapping[str, Any], beside: Sequence[str] = ()) -> "Fields":
         """The fields of an object within, and of those that stand beside it the ones named: they go first.
@@ -50,19 +52,33 @@ class Fields:
             raise self.refused(f"has a {name} that is no JSON object; fetch it anew")
         given = {field: value for field, value in fields.items() if value is not None}
         first = {field: self.get(field) for field in beside if self.get(field) is not None}
-        return Fields({**left_out, **given, **first}, f"{self._where}: {name}")
+        part = Fields({**given, **first}, f"{self._where}: {name}")
+        self._parts.append(part)
+        return part.filled(left_out)
 
     def filled(self, left_out: Mapping[str, Any]) -> "Fields":
         """The same fields, and of those in `left_out` the ones that the config does not have or that are null: values
         that the authors' own class gives them."""
         given = {field: value for field, value in self._fields.items() if value is not None}
-        return Fields({**left_out, **given}, self._where)
+        filled = Fields({**left_out, **given}, self._where)
+        filled._asked_for, filled._parts = self._asked_for, self._parts
+        return filled
+
+    def unread(self) -> "list[tuple[Fields, dict[str, Any]]]":
+        """The fields that nobody has asked for and that are not null, here and in each part that was read."""
+        of_part = [part.unread() for part in self._parts]
+        own = {name: value for name, value in self._fields.items() if value is not None and name not in self._asked_for}
+        return [(self, own), *(found for part in of_part for found in part)]
 
     def only(self, name: str, *allowed: Any) -> None:
         """Raises RefusedError when the field is there, is not null and is none of these."""
         value = self.get(name, allowed[0])
         if value not in allowed:
             raise self.refused(f"asks for {name}={value!r}; those there are: {', '.join(map(str, allowed))}")
+
+    def _value(self, name: str, default: Any = None) -> Any:
+        self._asked_for.add(name)
+        return self._fields.get(name, default)
 
     def refused(self, what: str) -> RefusedError:
         """An error that says where."""

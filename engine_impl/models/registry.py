@@ -1,6 +1,7 @@
 """The families there are, by the `model_type` of their Hugging Face `config.json`; docs/adding-a-model.md adds one."""
 
 import importlib
+import logging
 from collections.abc import Callable
 from importlib.metadata import entry_points
 from typing import Any, TypeVar
@@ -11,7 +12,7 @@ from ..errors import RefusedError
 from .cohere import Cohere
 from .cohere2 import Cohere2
 from .decoder import Decoder, ModelConfig
-from .field_kinds import check_kinds
+from .field_kinds import check_kinds, shown
 from .fields import Fields
 from .gemma import Gemma
 from .gemma2 import Gemma2
@@ -29,6 +30,9 @@ from .qwen3 import Qwen3
 from .qwen3_moe import Qwen3MoE
 from .smollm3 import SmolLM3
 from .stablelm import StableLM
+from .unread import check_unread
+
+log = logging.getLogger(__name__)
 
 FAMILIES: dict[str, type[Decoder]] = {
     "cohere": Cohere,
@@ -104,8 +108,12 @@ def read_config(fields: dict[str, Any], where: str) -> ModelConfig:
             f"{where!r} is of the family {model_type!r}{why}; the families there are: {', '.join(sorted(FAMILIES))}; "
             "--model-module brings one of your own"
         )
+    asked = Fields(fields, where)
     try:
-        return FAMILIES[model_type].read_config(Fields(fields, where))
+        config = FAMILIES[model_type].read_config(asked)
+        if unknown := check_unread(asked):
+            log.info("%s has fields that nobody reads here: %s", where, ", ".join(map(shown, unknown)))
+        return config
     except RefusedError:
         raise
     except Exception as error:  # fields that make no sense together, in ways that no list tells

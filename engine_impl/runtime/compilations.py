@@ -1,11 +1,21 @@
 """How many programs JAX has made, and the folder in which it keeps them for the next start."""
 
+import logging
+import re
 import threading
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+log = logging.getLogger(__name__)
 
 COMPILED, FOUND = "/jax/core/compile/backend_compile_duration", "/jax/compilation_cache/cache_hits"
 """What JAX reports (jax.monitoring): a program was made, by compiling it or from the folder; it was in the folder."""
+
+
+COMPLAINT = re.compile(r"Error (?P<act>reading|writing) persistent compilation cache entry for '(?P<program>[^']*)': ")
+"""What JAX warns of, beside what went wrong."""
 
 
 @dataclass(frozen=True)
@@ -37,12 +47,36 @@ def keep_in(folder: Path) -> None:
         _is_counting = True
         jax.monitoring.register_event_duration_secs_listener(_on_duration)
         jax.monitoring.register_event_listener(_on_event)
+        warnings.filterwarnings("always", message="Error (reading|writing) persistent compilation cache entry")
+        _mend(folder)
 
 
 def programs() -> Compilations:
     """So far."""
     with _lock:
         return Compilations(_made - _found, _found)
+
+
+def _mend(folder: Path) -> None:
+    """JAX writes no program over one that is there already, be it damaged: a disk that was full, or a start that was
+    killed, would cost a compilation at every later start. So a program that cannot be read makes room for the new one,
+    together with those of its name, of which JAX does not tell them apart."""
+    show = warnings.showwarning
+
+    def mended(message: Warning | str, *args: Any, **kwargs: Any) -> None:
+        complaint = COMPLAINT.match(str(message))
+        if complaint is None:
+            show(message, *args, **kwargs)
+            return
+        cause = " ".join(str(message)[complaint.end() :].split())[:120]
+        if complaint["act"] == "writing":
+            log.warning("a compiled program cannot be kept in %s (%s); make room there", folder, cause)
+            return
+        log.warning("a compiled program in %s is damaged (%s); it is compiled and kept anew", folder, cause)
+        for path in folder.glob(f"{complaint['program']}-*-cache"):
+            path.unlink(missing_ok=True)
+
+    warnings.showwarning = mended
 
 
 def _on_duration(event: str, duration_secs: float, **about: str | int) -> None:

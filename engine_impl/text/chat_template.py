@@ -4,35 +4,34 @@ Templates come with checkpoints, from strangers, and a template is a program: it
 bounds on its time, its memory and what it writes.
 """
 
-import json
-from collections.abc import Mapping, Sequence
-from datetime import datetime
-from functools import lru_cache
-from typing import Any, NoReturn
-
-import jinja2
-from jinja2 import nodes
-from jinja2.ext import Extension
-from jinja2.parser import Parser
-from jinja2.sandbox import ImmutableSandboxedEnvironment
+from collections.abc import Mapping
+from dataclasses import replace
+from functools import cached_property
+from typing import Any
 
 from ..errors import RefusedError
 from ..runtime.workers import WorkerError, Workers
+from .chat import Chat, TemplateFacts
+from .messages import apart, functions_of, json_of, messages_of
+from .template_facts import examine
+from .templates import written
+from .tools_as_text import as_text
 
 WORKERS = Workers(2, seconds=3.0, memory_mib=256)
 """Where all templates of this process are rendered."""
 MORE_CHARACTERS = 1 << 20
 """What a template may write beyond FACTOR times what it was given (characters)."""
 FACTOR = 4
-REASON = 500
-"""The longest reason of a refusal that is passed on (characters)."""
-PROBE = ({"role": "user", "content": "Why is the sky blue?"},)
+PROBE = Chat.of([{"role": "user", "content": "Why is the sky blue?"}])
 
-Messages = Sequence[Mapping[str, Any]]
+OURS = frozenset({"messages", "tools", "documents", "add_generation_prompt"})
+"""Variables that a conversation's own parts are."""
+GOES_ON = "\ue000the answer goes on here\ue001"
+"""Put behind a last message that is to be continued, to see where the template ends it; private characters."""
 
 
 class ChatTemplate:
-    """Messages in, the text that the model was trained on out."""
+    """A conversation in, the text that the model was trained on out."""
 
     def __init__(self, source: str, special_tokens: Mapping[str, str]) -> None:
         """
@@ -42,13 +41,22 @@ class ChatTemplate:
         """
         self._source, self._special_tokens = source, tuple(special_tokens.items())
 
-    def render(self, messages: Messages) -> str:
-        """Messages ({"role", "content"}) as text, ready for the answer. It holds whatever BOS the template writes.
+    @cached_property
+    def facts(self) -> TemplateFacts:
+        """Those of none for a template that takes more than it may."""
+        try:
+            return WORKERS.call(examine, self._source, self._special_tokens)
+        except WorkerError:
+            return TemplateFacts()
 
-        Raises RefusedError when the template is broken, refuses the messages, or takes more than it may.
+    def render(self, chat: Chat) -> str:
+        """A conversation as text, ready for the answer. It holds whatever BOS the template writes.
+
+        Raises RefusedError when the template is broken, refuses the messages, does not read what they come with, or
+        takes more than it may.
         """
         try:
-            return WORKERS.call(render, self._source, self._special_tokens, [dict(message) for message in messages])
+            return WORKERS.call(render, self._source, self._special_tokens, chat, self.facts)
         except WorkerError as error:
             raise RefusedError(f"the model's chat template {error} with these messages; send raw text") from error
 
@@ -56,63 +64,56 @@ class ChatTemplate:
         """Raises RefusedError for one that comes to no end with a short conversation. One that is broken, or refuses
         it, is told when a chat comes."""
         try:
-            WORKERS.call(render, self._source, self._special_tokens, PROBE)
+            WORKERS.call(render, self._source, self._special_tokens, PROBE, TemplateFacts())
         except WorkerError as error:
             raise RefusedError(f"the model's chat template {error} with one short message; mend it") from error
         except RefusedError:
             pass
 
 
-def render(source: str, special_tokens: tuple[tuple[str, str], ...], messages: Messages) -> str:
+def render(source: str, special_tokens: tuple[tuple[str, str], ...], chat: Chat, facts: TemplateFacts) -> str:
     """In a worker. Raises RefusedError, and WorkerError for a text that grows too long."""
-    limit = MORE_CHARACTERS + FACTOR * sum(len(str(part)) for message in messages for part in message.values())
-    pieces, length = [], 0
-    try:
-        for piece in template(source).generate(
-            **dict(special_tokens),
-            messages=messages,
-            tools=None,
-            documents=None,
-            add_generation_prompt=True,
-        ):
-            length += len(piece)
-            if length > limit:
-                raise WorkerError(f"writes more than {limit} characters")
-            pieces.append(piece)
-    except (MemoryError, WorkerError):
-        raise
-    except Exception as error:  # a template is a program: it fails in any way that one can
-        reason = str(error) or type(error).__name__
-        raise RefusedError(f"the model's chat template refuses these messages: {reason[:REASON]}") from error
-    return "".join(pieces)
+    turns, tools = list(chat.turns), functions_of(chat.tools)
+    if chat.continue_final_message:
+        turns[-1] = replace(turns[-1], content=turns[-1].content + GOES_ON)
+    if chat.as_text:
+        turns, tools = as_text(turns, chat.tools, facts), []
+    variables = {
+        **dict(special_tokens),
+        **_more_variables(chat, facts),
+        "messages": messages_of(apart(turns, facts), facts),
+        "tools": tools or None,
+        "documents": _documents(chat, facts),
+        "add_generation_prompt": chat.add_generation_prompt,
+    }
+    text = written(source, variables, MORE_CHARACTERS + FACTOR * chat.size)
+    return _cut(text) if chat.continue_final_message else text
 
 
-@lru_cache(maxsize=4)
-def template(source: str) -> jinja2.Template:
-    """Compiled, in the sandbox."""
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", _Generation]
-    )
-    environment.filters["tojson"] = _tojson
-    environment.globals["raise_exception"] = _refuse
-    environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
-    return environment.from_string(source)
+def _more_variables(chat: Chat, facts: TemplateFacts) -> dict[str, Any]:
+    """Raises RefusedError for one that the template does not read: it would change nothing."""
+    given = json_of(chat.template_kwargs or "{}", dict, "chat_template_kwargs")
+    if chat.enable_thinking is not None:
+        given["enable_thinking"] = chat.enable_thinking
+    for name in given:
+        if name in OURS:
+            raise RefusedError(f"chat_template_kwargs: {name!r} has a field of its own in the request; send it there")
+        if name not in facts.variables and not (name == "enable_thinking" and given[name] is False):
+            raise RefusedError(f"chat_template_kwargs: the model's chat template does not read {name!r}; leave it out")
+    return given
 
 
-class _Generation(Extension):
-    """`{% generation %}` marks what the model is trained on; for rendering it is nothing."""
-
-    tags = {"generation"}  # noqa: RUF012
-
-    def parse(self, parser: Parser) -> list[nodes.Node]:
-        next(parser.stream)
-        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+def _documents(chat: Chat, facts: TemplateFacts) -> list[Any] | None:
+    if not chat.documents:
+        return None
+    if "documents" not in facts.variables:
+        raise RefusedError("documents: the model's chat template does not read them; put them into a message")
+    return json_of(chat.documents, list, "documents")
 
 
-def _tojson(value: Any, ensure_ascii=False, indent=None, separators=None, sort_keys=False) -> str:
-    """jinja2's own escapes for HTML."""
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
-
-
-def _refuse(message: str) -> NoReturn:
-    raise jinja2.TemplateError(message)
+def _cut(text: str) -> str:
+    """Up to where the last message ends."""
+    at = text.rfind(GOES_ON)
+    if at < 0:
+        raise RefusedError("continue_final_message: the model's chat template does not write the last message as it is")
+    return text[:at]

@@ -2,12 +2,13 @@
 
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 from tokenizers import AddedToken, decoders, models, pre_tokenizers
 from tokenizers import Tokenizer as Backend
 
 from ..errors import RefusedError, TooLongError
+from .chat import END, Chat, ChatPrompt, TemplateFacts
 from .chat_template import ChatTemplate
 from .pre_tokenizers import pre_tokenizer
 
@@ -54,8 +55,8 @@ class Tokenizer:
         self.first_ids = tuple(first_ids)
         self._backend = backend
         self._text_prefix = text_prefix
-        added = backend.get_added_tokens_decoder().values()
-        self._control = tuple(token.content for token in added if token.special)
+        added = backend.get_added_tokens_decoder().items()
+        self._control_ids = {token.content: token_id for token_id, token in added if token.special}
         self._chat_template = chat_template
         self._is_local = type(backend.model).__name__ in LOCAL
 
@@ -68,12 +69,13 @@ class Tokenizer:
         token_ids, first_ids = self._encode(text, at_most), list(self.first_ids)
         return token_ids if first_ids == token_ids[: len(first_ids)] else first_ids + token_ids
 
-    def encode_chat(self, messages: Sequence[Mapping[str, str]], at_most: int | None = None) -> list[int]:
-        """Token ids of messages in the model's chat form, which brings its own BOS, or has none.
+    def encode_chat(self, chat: Chat, at_most: int | None = None) -> ChatPrompt:
+        """A conversation in the model's chat form, which brings its own BOS, or has none.
 
         Raises RefusedError as `render_chat` does, and TooLongError as `encode` does.
         """
-        return self._encode(self.render_chat(messages), at_most)
+        text = self.render_chat(chat)
+        return ChatPrompt(self._encode(text, at_most), text[-END:])
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """Text of token ids; control tokens are left out, bytes that are no UTF-8 become U+FFFD."""
@@ -86,26 +88,35 @@ class Tokenizer:
             return bytes.fromhex(byte[1])
         return b"".join(_BYTES_OF_CHARACTER.get(character, character.encode()) for character in token)
 
-    def render_chat(self, messages: Sequence[Mapping[str, str]]) -> str:
-        """Messages ({"role", "content"}) as the text that the model was trained on, ready for its answer.
+    def render_chat(self, chat: Chat) -> str:
+        """A conversation as the text that the model was trained on, ready for its answer.
 
         Raises RefusedError when the model has no chat template or its template refuses the messages.
         """
         if self._chat_template is None:
             raise RefusedError("this model has no chat template; send raw text instead")
-        return self._chat_template.render(messages)
+        return self._chat_template.render(chat)
+
+    @property
+    def template_facts(self) -> TemplateFacts:
+        """Of the chat template; those of none without one."""
+        return TemplateFacts() if self._chat_template is None else self._chat_template.facts
+
+    def control_id(self, text: str) -> int | None:
+        """The control token that is written so; None: there is none."""
+        return self._control_ids.get(text)
 
     def check_template(self) -> None:
         """Raises RefusedError for a chat template that comes to no end with a short conversation."""
         if self._chat_template is not None:
             self._chat_template.check()
 
-    def stream(self) -> "TextStream":
-        """A decoder for one answer."""
-        return TextStream(self)
+    def stream(self, shown: Collection[str] = ()) -> "TextStream":
+        """A decoder for one answer. `shown`: control tokens that it writes out."""
+        return TextStream(self, {self._control_ids[text]: text for text in shown if text in self._control_ids})
 
     def _encode(self, text: str, at_most: int | None) -> list[int]:
-        if self._text_prefix and text and not text.startswith(self._control):
+        if self._text_prefix and text and not text.startswith(tuple(self._control_ids)):
             text = self._text_prefix + text
         if at_most is not None and self._is_local:
             self._check_length(text, at_most)
@@ -137,7 +148,7 @@ class NoTokenizer(Tokenizer):
         )
         self._where = where
 
-    def render_chat(self, messages: Sequence[Mapping[str, str]]) -> str:
+    def render_chat(self, chat: Chat) -> str:
         """Raises RefusedError."""
         raise self._refusal()
 
@@ -156,14 +167,20 @@ class NoTokenizer(Tokenizer):
 class TextStream:
     """Decodes an answer token by token; what it has given out is always a prefix of the whole answer's text."""
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        self._tokenizer = tokenizer
+    def __init__(self, tokenizer: Tokenizer, shown: Mapping[int, str]) -> None:
+        """`shown`: control tokens that are written out."""
+        self._tokenizer, self._shown = tokenizer, shown
         self._token_ids: list[int] = []
         self._given_ids = 0  # tokens whose text is out
         self._context_ids = 0  # where decoding starts: a decoder may treat a text's first token differently
 
     def feed(self, token_id: int) -> str:
         """The text that this token completes; empty while a UTF-8 character is incomplete."""
+        if token_id in self._shown:
+            text = self._pending() + self._shown[token_id]
+            self._token_ids.append(token_id)
+            self._given_ids = len(self._token_ids)
+            return text
         self._token_ids.append(token_id)
         text = self._pending()
         if not text or text.endswith("\ufffd"):  # nothing to see is no context either: it may be a control token

@@ -13,6 +13,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from ...engine_impl.api import TextStream, Tokenizer
+from ..dialects.form import AnswerReader
+from ..dialects.parts import Brought
 from ..errors import FailedError, UnavailableError
 from ..observe.metrics import Metrics, Outcome
 from ..request.request import Event, FinishReason, Request, Sample, TokenLogprob, Usage
@@ -53,27 +55,45 @@ class Ending:
 
 
 class Text:
-    """One answer's text, token by token: whole characters, cut at the first stop string. What the first `min_tokens`
-    tokens show is not searched."""
+    """One answer's text, token by token: whole characters, cut at the first stop string, and what it holds told apart.
+    What the first `min_tokens` tokens show is not searched."""
 
-    def __init__(self, stream: TextStream, stop_strings: tuple[str, ...], min_tokens: int = 0) -> None:
-        self._stream, self._stops = stream, StopStrings(stop_strings)
+    def __init__(
+        self,
+        stream: TextStream,
+        stop_strings: tuple[str, ...],
+        min_tokens: int = 0,
+        *,
+        reader: AnswerReader | None = None,
+    ) -> None:
+        """`reader` tells apart what the text holds; None: it is all content."""
+        self._stream, self._stops, self._reader = stream, StopStrings(stop_strings), reader
         self._unsearched = min_tokens  # tokens, still to come
 
     @property
     def is_stopped(self) -> bool:
-        return self._stops.found
+        return self._stops.found or (self._reader is not None and self._reader.is_done)
 
-    def feed(self, token_id: int) -> str:
+    @property
+    def has_calls(self) -> bool:
+        return self._reader is not None and self._reader.has_calls
+
+    def feed(self, token_id: int) -> Brought:
         piece = self._stream.feed(token_id)
         if self._unsearched:
             self._unsearched -= 1
-            return piece
-        return self._stops.feed(piece)
+            return self._read(piece)
+        return self._read(self._stops.feed(piece))
 
-    def finish(self) -> str:
+    def finish(self) -> Brought:
         """What is left at the answer's end."""
-        return self._stops.feed(self._stream.finish()) + self._stops.finish()
+        left = self._stops.feed(self._stream.finish()) + self._stops.finish()
+        if self._reader is None:
+            return Brought(left)
+        return self._reader.feed(left).and_then(self._reader.finish())
+
+    def _read(self, text: str) -> Brought:
+        return Brought(text) if self._reader is None else self._reader.feed(text)
 
 
 class Delivery:
@@ -152,16 +172,16 @@ class Delivery:
             values = result.next_logprob_T[: len(request.prompt_ids) - 1].tolist()
             emit(request, Event(index=sample.index, prompt_logprobs=(0.0, *values)))
         kept = min(int(result.kept_B[slot]), request.max_tokens - sample.delivered)
-        token_ids, pieces = result.token_BW[slot, :kept].tolist(), []
-        for token_id in token_ids:
-            pieces.append(text.feed(token_id))
-            if text.is_stopped:
-                break
-        taken = len(pieces)
+        token_ids, taken, more = result.token_BW[slot, :kept].tolist(), 0, Brought()
+        while taken < kept and not text.is_stopped:
+            more = more.and_then(text.feed(token_ids[taken]))
+            taken += 1
         sample.delivered += taken
         brought = Event(
             index=sample.index,
-            text="".join(pieces),
+            text=more.text,
+            reasoning=more.reasoning,
+            calls=more.calls,
             token_ids=tuple(token_ids[:taken]),
             logprobs=logprobs_of(sample, result, slot, taken),
         )
@@ -179,7 +199,10 @@ class Delivery:
         self._free(sample)
         last = replace(brought, index=sample.index, finish_reason=reason)
         if text is not None:
-            last = replace(last, text=brought.text + text.finish())
+            more = Brought(brought.text, brought.reasoning, brought.calls).and_then(text.finish())
+            last = replace(last, text=more.text, reasoning=more.reasoning, calls=more.calls)
+            if reason is FinishReason.STOP and text.has_calls:
+                last = replace(last, finish_reason=FinishReason.TOOL_CALLS)
         if all(other.done for other in request.samples):
             last = replace(last, usage=self._close_request(request, OUTCOMES[reason]))
         emit(request, last)
@@ -206,6 +229,8 @@ class Delivery:
             request.ended_at = time.monotonic()
             self._on_end(request)
             self._count(request, outcome)
+            if request.trace is not None:
+                request.trace.end(request, outcome.value)
         return usage_of(request)
 
     def _count(self, request: Request, outcome: Outcome) -> None:
@@ -218,8 +243,13 @@ class Delivery:
 
     def _text(self, sample: Sample) -> Text:
         if sample not in self._texts:
-            asked = sample.request
-            self._texts[sample] = Text(self._tokenizer.stream(), asked.stop_strings, asked.sampling.min_tokens)
+            asked, form = sample.request, sample.request.form
+            self._texts[sample] = Text(
+                self._tokenizer.stream(() if form is None else form.marks),
+                asked.stop_strings,
+                asked.sampling.min_tokens,
+                reader=None if form is None else AnswerReader(form),
+            )
         return self._texts[sample]
 
 

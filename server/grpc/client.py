@@ -1,6 +1,6 @@
 """A gRPC client of our own server, for the commands that ask it."""
 
-from collections.abc import Generator, Sequence
+from collections.abc import Generator
 from types import TracebackType
 
 import grpc
@@ -9,10 +9,11 @@ from ...engine_impl.errors import RefusedError
 from ...protos import orchestrator_pb2 as pb
 from ...protos.orchestrator_pb2_grpc import OrchestratorStub
 from ..errors import UnavailableError
+from ..request.chat import ChatCall
 from ..request.options import AnswerOptions
 from ..request.request import Event
 from .channel import PLAIN, ChannelConfig, channel, metadata
-from .messages import read_reply, write_options
+from .messages import read_reply, write_chat, write_options
 
 Pieces = Generator[Event, None, None]
 """An answer as it comes; the last event has the usage."""
@@ -40,10 +41,11 @@ class Client:
         """Continues raw text."""
         return self._decode(pb.DecodeRequest(text_content=pb.DecodeRequest.TextContent(text=text)), options)
 
-    def ask_chat(self, messages: Sequence[dict[str, str]], options: AnswerOptions) -> Pieces:
-        """Answers a conversation of {"role", "content"}."""
-        turns = [pb.DecodeRequest.Message(**message) for message in messages]
-        return self._decode(pb.DecodeRequest(messages=pb.DecodeRequest.Chat(messages=turns)), options)
+    def ask_chat(self, call: ChatCall, options: AnswerOptions) -> Pieces:
+        """Answers a conversation."""
+        request = pb.DecodeRequest(messages=pb.DecodeRequest.Chat())
+        write_chat(request.messages, call)
+        return self._decode(request, options)
 
     def _decode(self, request: pb.DecodeRequest, options: AnswerOptions) -> Pieces:
         """Closing the iterator cancels the call. Raises RefusedError for a bad request, CallError for the rest."""

@@ -4,7 +4,11 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING
 
 from ...engine_impl.errors import RefusedError
+from ...engine_impl.text.chat import NO_ARGUMENTS, Call, Chat, Tool, Turn
 from ...protos import orchestrator_pb2 as pb
+from ..config import AUTO, ChatConfig
+from ..dialects.parts import CallPart
+from ..request.chat import ROLES, ChatCall, Prompt, prompt_of
 from ..request.options import OPTIONS, AnswerOptions
 from ..request.prefix_key import prefix_key
 from ..request.request import Event, FinishReason, Limits, Request, TokenLogprob, Usage, check_messages, check_slots
@@ -13,11 +17,14 @@ if TYPE_CHECKING:
     from ...engine_impl.api import AnyEngine as Engine
     from ...engine_impl.api import Tokenizer
 
+DEFAULT = ChatConfig()
+
 REASONS = {
     FinishReason.STOP: pb.FINISH_REASON_STOP,
     FinishReason.LENGTH: pb.FINISH_REASON_LENGTH,
     FinishReason.CANCELLED: pb.FINISH_REASON_CANCELLED,
     FinishReason.DEADLINE: pb.FINISH_REASON_DEADLINE,
+    FinishReason.TOOL_CALLS: pb.FINISH_REASON_TOOL_CALLS,
 }
 REASON_OF = {number: reason for reason, number in REASONS.items()}
 
@@ -33,6 +40,7 @@ def read_request(
     request_id: str,
     deadline: float | None = None,
     token: str | None = None,
+    config: ChatConfig = DEFAULT,
 ) -> Request:
     """Raises RefusedError for what the engine cannot answer. `deadline`: s of time.monotonic(). `token`: the caller's,
     if its cached prefixes are its own."""
@@ -41,9 +49,11 @@ def read_request(
     options = read_options(message)
     check_slots(options.num_samples, engine.max_concurrent_decodes)
     limits = Limits.of(engine)
-    prompt_ids = read_prompt(message, engine.get_tokenizer(), limits)  # last: the text may be megabytes
+    prompt = read_prompt(message, engine.get_tokenizer(), limits, config)  # last: the text may be megabytes
     request = Request(
-        prompt_ids=prompt_ids,
+        prompt_ids=prompt.token_ids,
+        form=prompt.form,
+        grammar=prompt.grammar,
         deliver=deliver,
         deadline=deadline,
         id=request_id,
@@ -65,22 +75,83 @@ def read_options(message: pb.DecodeRequest) -> AnswerOptions:
     return AnswerOptions.of(**values)
 
 
-def read_prompt(message: pb.DecodeRequest, tokenizer: "Tokenizer", limits: Limits) -> list[int]:
-    """Token ids of whichever content was sent. Raises RefusedError."""
+def read_prompt(message: pb.DecodeRequest, tokenizer: "Tokenizer", limits: Limits, config: ChatConfig) -> Prompt:
+    """Of whichever content was sent. Raises RefusedError."""
     match message.WhichOneof("content"):
         case "text_content":
-            return limits.ids_of_text(tokenizer, message.text_content.text)
+            return Prompt(token_ids=limits.ids_of_text(tokenizer, message.text_content.text))
         case "token_content":
             limits.check_count(len(message.token_content.token_ids))
             bos = tokenizer.encode("")  # as JetStream does it: its clients send token ids without
             token_ids = list(message.token_content.token_ids)
-            return token_ids if message.has_bos or token_ids[: len(bos)] == bos or not token_ids else bos + token_ids
+            has_bos = message.has_bos or token_ids[: len(bos)] == bos or not token_ids
+            return Prompt(token_ids=token_ids if has_bos else bos + token_ids)
         case "messages":
             check_messages(len(message.messages.messages))
-            turns = [{"role": turn.role, "content": turn.content} for turn in message.messages.messages]
-            return limits.ids_of_chat(tokenizer, turns)
+            return prompt_of(read_chat(message.messages), tokenizer, limits, config)
         case _:
             raise RefusedError("the prompt is missing; set text_content, token_content or messages")
+
+
+def read_chat(message: pb.DecodeRequest.Chat) -> ChatCall:
+    """As both fronts ask."""
+    goes_on = message.continue_final_message
+    begins = message.add_generation_prompt if message.HasField("add_generation_prompt") else not goes_on
+    chat = Chat(
+        turns=tuple(map(read_turn, message.messages)),
+        tools=tuple(
+            Tool(name=tool.name, description=tool.description, parameters=tool.parameters or NO_ARGUMENTS)
+            for tool in message.tools
+        ),
+        documents=message.documents,
+        template_kwargs=message.chat_template_kwargs,
+        enable_thinking=message.enable_thinking if message.HasField("enable_thinking") else None,
+        add_generation_prompt=begins,
+        continue_final_message=goes_on,
+    )
+    return ChatCall(
+        chat=chat,
+        tool_choice=message.tool_choice or AUTO,
+        tool_name=message.tool_name,
+        parallel_tool_calls=message.parallel_tool_calls if message.HasField("parallel_tool_calls") else True,
+        strict=frozenset(tool.name for tool in message.tools if tool.strict),
+    )
+
+
+def read_turn(message: pb.DecodeRequest.Message) -> Turn:
+    return Turn(
+        role=ROLES.get(message.role, message.role),
+        content=message.content,
+        name=message.name,
+        reasoning=message.reasoning_content,
+        calls=tuple(Call(id=call.id, name=call.name, arguments=call.arguments) for call in message.tool_calls),
+        call_id=message.tool_call_id,
+    )
+
+
+def write_chat(message: pb.DecodeRequest.Chat, call: ChatCall) -> None:
+    """What read_chat() reads."""
+    chat = call.chat
+    for turn in chat.turns:
+        calls = [pb.DecodeRequest.ToolCall(id=one.id, name=one.name, arguments=one.arguments) for one in turn.calls]
+        message.messages.add(
+            role=turn.role,
+            content=turn.content,
+            tool_calls=calls,
+            tool_call_id=turn.call_id,
+            name=turn.name,
+            reasoning_content=turn.reasoning,
+        )
+    for tool in chat.tools:
+        strict = tool.name in call.strict
+        message.tools.add(name=tool.name, description=tool.description, parameters=tool.parameters, strict=strict)
+    message.tool_choice, message.tool_name = call.tool_choice, call.tool_name
+    message.parallel_tool_calls = call.parallel_tool_calls
+    message.documents, message.chat_template_kwargs = chat.documents, chat.template_kwargs
+    if chat.enable_thinking is not None:
+        message.enable_thinking = chat.enable_thinking
+    message.add_generation_prompt = chat.add_generation_prompt
+    message.continue_final_message = chat.continue_final_message
 
 
 def write_options(message: pb.DecodeRequest, options: AnswerOptions) -> None:
@@ -101,6 +172,9 @@ def write_reply(events: Iterable[Event], num_samples: int) -> pb.DecodeResponse:
     for event in events:
         sample = samples[event.index]
         sample.text += event.text
+        sample.reasoning += event.reasoning
+        for part in event.calls:
+            sample.tool_calls.add(index=part.index, id=part.id, name=part.name, arguments=part.arguments)
         sample.token_ids.extend(event.token_ids)
         for token in event.logprobs:
             sample.logprobs.add(
@@ -131,11 +205,16 @@ def read_reply(reply: pb.DecodeResponse) -> Iterator[Event]:
     prompt_logprobs = tuple(reply.prompt_logprobs) or None
     events = []
     for index, sample in enumerate(reply.stream_content.samples):
-        if sample.text or sample.token_ids or sample.finish_reason:
+        if sample.text or sample.reasoning or sample.tool_calls or sample.token_ids or sample.finish_reason:
             events.append(
                 Event(
                     index=index,
                     text=sample.text,
+                    reasoning=sample.reasoning,
+                    calls=tuple(
+                        CallPart(index=part.index, id=part.id, name=part.name, arguments=part.arguments)
+                        for part in sample.tool_calls
+                    ),
                     token_ids=tuple(sample.token_ids),
                     logprobs=tuple(read_logprob(token) for token in sample.logprobs),
                     finish_reason=REASON_OF.get(sample.finish_reason),

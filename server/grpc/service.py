@@ -10,12 +10,13 @@ from google.protobuf.message import DecodeError, Message
 
 from ...engine_impl.errors import RefusedError
 from ...protos import orchestrator_pb2 as pb
+from ..config import ChatConfig
 from ..errors import CancelledError, DeadlineError, FailedError, QueueFullError, UnavailableError, brief
 from ..gateway import LONG, MAX_REQUEST_ID, REQUEST_ID, RETRY_AFTER, Deliver, Gateway, Lane, check_id, new_id
 from ..net.security import Guard
 from ..request.request import Request
 from .interceptors import authorizations, ip_of
-from .messages import read_request, write_reply
+from .messages import DEFAULT, read_request, write_reply
 
 if TYPE_CHECKING:
     from ...engine_impl.api import AnyEngine as Engine
@@ -46,8 +47,8 @@ class GrpcService:
     The request's id is in the initial metadata when the request is accepted, in the trailing metadata when it is
     refused or fails."""
 
-    def __init__(self, gateway: Gateway, guard: Guard) -> None:
-        self._gateway, self._guard = gateway, guard
+    def __init__(self, gateway: Gateway, guard: Guard, config: ChatConfig = DEFAULT) -> None:
+        self._gateway, self._guard, self._config = gateway, guard, config
 
     async def HealthCheck(self, data: bytes, context: grpc.aio.ServicerContext) -> pb.HealthCheckResponse:
         """JetStream's own health check; grpc.health.v1 says the same."""
@@ -70,14 +71,15 @@ class GrpcService:
 
     async def _answer(self, data: bytes, context: grpc.aio.ServicerContext, request_id: str) -> None:
         brought = list(authorizations(context.invocation_metadata()))
-        known = request_id, deadline_of(context), self._guard.prefix_owner(brought)
+        known = request_id, deadline_of(context), self._guard.prefix_owner(brought), self._config
         if len(data) <= LONG:  # quicker than a thread begins
             message = parse(pb.DecodeRequest, data)
             read = partial(read_one, lambda: message, *known)
             lane = Lane.of(len(data), is_chat=message.HasField("messages"))
         else:
             read, lane = partial(read_one, partial(parse, pb.DecodeRequest, data), *known), Lane.LONG
-        async with self._gateway.admit(read, lane, self._guard.client(brought, ip_of(context.peer()))) as admitted:
+        client = self._guard.client(brought, ip_of(context.peer()))
+        async with self._gateway.admit(read, lane, client, partial(metadata_of, context)) as admitted:
             # Not before: a client's retry policy only applies to answers that are nothing but trailers.
             await context.send_initial_metadata(((REQUEST_ID, request_id),))
             num_samples = admitted.requests[0].num_samples
@@ -90,11 +92,13 @@ def read_one(
     request_id: str,
     deadline: float | None,
     token: str | None,
+    config: ChatConfig,
     engine: "Engine",
     deliver_to: Callable[[int], Deliver],
 ) -> list[Request]:
     """For Gateway.admit(): a message is one request. Raises RefusedError."""
-    return [read_request(message(), engine, deliver_to(0), request_id=request_id, deadline=deadline, token=token)]
+    known = {"request_id": request_id, "deadline": deadline, "token": token, "config": config}
+    return [read_request(message(), engine, deliver_to(0), **known)]
 
 
 def parse(kind: type[M], data: bytes) -> M:
@@ -110,10 +114,13 @@ def parse(kind: type[M], data: bytes) -> M:
 
 def own_id(context: grpc.aio.ServicerContext) -> str:
     """The caller's, or a new one."""
-    for name, value in context.invocation_metadata() or ():
-        if name == REQUEST_ID and value:
-            return str(value)[: MAX_REQUEST_ID + 1]
-    return new_id()
+    sent = metadata_of(context, REQUEST_ID)
+    return sent[: MAX_REQUEST_ID + 1] if sent else new_id()
+
+
+def metadata_of(context: grpc.aio.ServicerContext, name: str) -> str | None:
+    """What the caller sent under that name."""
+    return next((str(value) for key, value in context.invocation_metadata() or () if key == name and value), None)
 
 
 def deadline_of(context: grpc.aio.ServicerContext) -> float | None:

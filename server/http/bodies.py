@@ -10,17 +10,32 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Self
 from pydantic import ValidationError
 from pydantic_core import from_json
 
+from ...engine_impl.text.chat import Chat
+from ..config import AUTO, ChatConfig
 from ..gateway import Deliver
+from ..request.chat import ChatCall, Prompt, prompt_of
 from ..request.options import AnswerOptions
 from ..request.prefix_key import prefix_key
 from ..request.request import MAX_MESSAGES, Limits, Request, check_slots
 from .errors import BadFieldError, UnknownModelError, bad_body, shown
-from .fields import Message, Prompts, StreamOptions, few
+from .fields import (
+    MAX_ITEMS,
+    JsonList,
+    JsonObject,
+    Message,
+    NamedTool,
+    Prompts,
+    StreamOptions,
+    ToolDefinition,
+    few,
+)
 from .options import DeclaredFields, options_in
 
 if TYPE_CHECKING:
     from ...engine_impl.api import AnyEngine as Engine
     from ...engine_impl.api import Tokenizer
+
+DEFAULT = ChatConfig()
 
 
 class Body(DeclaredFields):
@@ -92,15 +107,20 @@ class Body(DeclaredFields):
         """Raises RefusedError for a prompt of more token ids than the engine takes."""
 
     @abstractmethod
-    def prompts(self, tokenizer: "Tokenizer", limits: Limits) -> Iterator[list[int]]:
-        """Token ids, one prompt after the other. Raises RefusedError."""
+    def prompts(self, tokenizer: "Tokenizer", limits: Limits, config: ChatConfig) -> Iterator[Prompt]:
+        """One after the other. Raises RefusedError."""
 
     @abstractmethod
     def longest(self, room: int) -> int:
         """The answer's length at most (tokens), where the cache has `room` behind the prompt."""
 
     def requests(
-        self, request_id: str, engine: "Engine", deliver_to: Callable[[int], Deliver], token: str | None = None
+        self,
+        request_id: str,
+        engine: "Engine",
+        deliver_to: Callable[[int], Deliver],
+        token: str | None = None,
+        config: ChatConfig = DEFAULT,
     ) -> list[Request]:
         """One for each prompt. `token`: the caller's, if its cached prefixes are its own. Raises RefusedError,
         UnknownModelError."""
@@ -109,13 +129,15 @@ class Body(DeclaredFields):
         check_slots(self.n, engine.max_concurrent_decodes)
         limits, requests = Limits.of(engine), []
         self._options(limits.longest)  # refused before the prompts are read: they may be megabytes
-        for number, prompt_ids in enumerate(self.prompts(engine.get_tokenizer(), limits)):
+        for number, prompt in enumerate(self.prompts(engine.get_tokenizer(), limits, config)):
             request = Request(
-                prompt_ids=prompt_ids,
+                prompt_ids=prompt.token_ids,
+                form=prompt.form,
+                grammar=prompt.grammar,
                 deliver=deliver_to(number),
                 id=request_id if self.num_prompts == 1 else f"{request_id}-{number}",
                 prefix_key=prefix_key(self.cache_salt, token),
-                **self._options(limits.longest - len(prompt_ids)).fields(),
+                **self._options(limits.longest - len(prompt.token_ids)).fields(),
             )
             limits.check(request)
             requests.append(request)
@@ -153,14 +175,15 @@ class CompletionBody(Body):
     def _is_ids(self) -> bool:
         return isinstance(self.prompt, list) and bool(self.prompt) and isinstance(self.prompt[0], int)
 
-    def prompts(self, tokenizer: "Tokenizer", limits: Limits) -> Iterator[list[int]]:
+    def prompts(self, tokenizer: "Tokenizer", limits: Limits, config: ChatConfig) -> Iterator[Prompt]:
         if self.best_of not in (None, self.n):
             raise BadFieldError("best_of", f"best_of={self.best_of} must be n={self.n}: all answers are shown")
         prompts: list[Any] = self.prompt if isinstance(self.prompt, list) and not self._is_ids else [self.prompt]
         if not prompts:
             raise BadFieldError("prompt", "prompt is an empty list; send at least one")
         for prompt in prompts:
-            yield limits.ids_of_text(tokenizer, prompt) if isinstance(prompt, str) else prompt
+            is_text = isinstance(prompt, str)
+            yield Prompt(token_ids=limits.ids_of_text(tokenizer, prompt) if is_text else prompt)
 
     def longest(self, room: int) -> int:
         return self.max_tokens
@@ -170,8 +193,6 @@ class ChatBody(Body):
     """POST /v1/chat/completions."""
 
     refused: ClassVar[dict[str, tuple[Any, ...]]] = Body.refused | {
-        "tools": ([],),
-        "tool_choice": ("none", "auto"),
         "functions": ([],),
         "function_call": ("none", "auto"),
         "response_format": ({"type": "text"},),
@@ -179,11 +200,7 @@ class ChatBody(Body):
         "audio": (),
         "web_search_options": (),
         "reasoning_effort": ("none",),
-        "add_generation_prompt": (True,),
-        "continue_final_message": (False,),
         "chat_template": (),
-        "chat_template_kwargs": ({},),
-        "documents": ([],),
     }
 
     messages: Annotated[list[Message], *few(MAX_MESSAGES)]
@@ -191,6 +208,14 @@ class ChatBody(Body):
     max_completion_tokens: int | None = None
     logprobs: bool = False
     top_logprobs: int | None = None
+    tools: Annotated[list[ToolDefinition], *few(MAX_ITEMS)] = []  # noqa: RUF012
+    tool_choice: str | NamedTool = AUTO
+    parallel_tool_calls: bool = True
+    documents: JsonList = ""
+    chat_template_kwargs: JsonObject = ""
+    enable_thinking: bool | None = None
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool = False
 
     @property
     def asked_logprobs(self) -> int | None:
@@ -198,11 +223,31 @@ class ChatBody(Body):
             raise BadFieldError("top_logprobs", "top_logprobs are for logprobs=true; set it, or leave them out")
         return (self.top_logprobs or 0) if self.logprobs else None
 
-    def prompts(self, tokenizer: "Tokenizer", limits: Limits) -> Iterator[list[int]]:
+    def prompts(self, tokenizer: "Tokenizer", limits: Limits, config: ChatConfig) -> Iterator[Prompt]:
+        yield prompt_of(self.call(), tokenizer, limits, config)
+
+    def call(self) -> ChatCall:
+        """What is asked, as both fronts read it. Raises BadFieldError."""
         if not self.messages:
             raise BadFieldError("messages", "messages is empty; send at least one")
-        turns = [message.turn(f"messages[{at}]") for at, message in enumerate(self.messages)]
-        yield limits.ids_of_chat(tokenizer, turns)
+        begins = self.add_generation_prompt
+        chat = Chat(
+            turns=tuple(message.turn(f"messages[{at}]") for at, message in enumerate(self.messages)),
+            tools=tuple(tool.tool(f"tools[{at}]") for at, tool in enumerate(self.tools)),
+            documents=self.documents,
+            template_kwargs=self.chat_template_kwargs,
+            enable_thinking=self.enable_thinking,
+            add_generation_prompt=not self.continue_final_message if begins is None else begins,
+            continue_final_message=self.continue_final_message,
+        )
+        choice = self.tool_choice
+        return ChatCall(
+            chat=chat,
+            tool_choice=choice if isinstance(choice, str) else AUTO,
+            tool_name="" if isinstance(choice, str) else choice.function.name,
+            parallel_tool_calls=self.parallel_tool_calls,
+            strict=frozenset(tool.function.name for tool in self.tools if tool.function and tool.function.strict),
+        )
 
     def longest(self, room: int) -> int:
         asked = self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens

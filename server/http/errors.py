@@ -108,9 +108,12 @@ def http_error(error: Exception) -> HttpError:
 
 
 def named(message: str) -> str | None:
-    """The field that a refusal begins with: "temperature=-1 ...", "logit_bias[5]=101 ...", "logit_bias: ..."."""
-    match = re.match(r"([a-z_]+)(\[-?\d+\])?(=|: )", message)
-    return OTHER_NAMES.get(match[1], match[1]) if match else None
+    """The field that a refusal begins with: "temperature=-1 ...", "logit_bias[5]=101 ...", "logit_bias: ...",
+    "messages[0].role=..."."""
+    match = re.match(r"([a-z_]+)((\[\d+\])?(\.[a-z_]+(\[\d+\])?)+(?=[=: ])|(\[-?\d+\])?(=|: ))", message)
+    if match is None:
+        return None
+    return match[0] if match[4] else OTHER_NAMES.get(match[1], match[1])
 
 
 def bad_body(error: ValidationError) -> BadFieldError:

@@ -1,15 +1,16 @@
 """Kinds of fields that OpenAI's bodies are made of."""
 
-from typing import Annotated, Any
+import json
+from collections.abc import Iterator
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, FailFast, Tag
 from pydantic_core import PydanticCustomError
 
+from ...engine_impl.text.chat import NO_ARGUMENTS, Call, Tool, Turn
+from ..request.chat import ROLES
 from ..request.request import MAX_PARTS, MAX_PROMPTS
-from .errors import BadFieldError
-
-ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
-"""Of messages, and what chat templates call them: OpenAI renamed system, models did not."""
+from .errors import BadFieldError, shown
 
 
 class Strict(BaseModel):
@@ -60,6 +61,8 @@ def few(count: int) -> tuple[FirstError, BeforeValidator]:
 
 MAX_ITEMS = 1000
 """Of a list that an option bounds much lower (count)."""
+MAX_CALLS = 1000
+"""Of tools, in one message (count)."""
 MAX_IDS = 1 << 24
 """Of a prompt; what the engine takes is bounded elsewhere (tokens)."""
 
@@ -84,30 +87,140 @@ class Part(Strict):
     text: str | None = None
 
 
+class CalledFunction(Strict):
+    """Of a call."""
+
+    name: str
+    arguments: str = ""
+
+
+class ToolCall(Strict):
+    """Of an assistant's message."""
+
+    id: str = ""
+    type: str = "function"
+    function: CalledFunction
+
+
 class Message(Strict):
     """One turn of a conversation."""
 
-    role: str
-    content: Annotated[
-        Annotated[str, Tag("<text>")] | Annotated[list[Part], *few(MAX_PARTS), Tag("<items>")],
-        one_of("a string, or a list of text parts"),
-    ]
+    refused: ClassVar[dict[str, tuple[Any, ...]]] = {
+        "function_call": (),
+        "prefix": (False,),
+        "partial": (False,),
+        "audio": (),
+        "refusal": ("",),
+    }
+    """Fields that would change the answer and that we lack, with the values that ask for nothing."""
 
-    def turn(self, at: str) -> dict[str, str]:
-        """As chat templates take it. `at`: where the message stands. Raises BadFieldError."""
-        if self.role not in ROLES:
-            raise BadFieldError(
-                f"{at}.role", f"{at}.role={self.role!r} must be one of {', '.join(ROLES)}; there are no tools"
-            )
-        if isinstance(self.content, str):
-            return {"role": ROLES[self.role], "content": self.content}
+    role: str
+    content: (
+        Annotated[
+            Annotated[str, Tag("<text>")] | Annotated[list[Part], *few(MAX_PARTS), Tag("<items>")],
+            one_of("a string, or a list of text parts"),
+        ]
+        | None
+    ) = None
+    name: str | None = None
+    reasoning_content: str | None = None
+    reasoning: str | None = None
+    tool_calls: Annotated[list[ToolCall], *few(MAX_CALLS)] | None = None
+    tool_call_id: str | None = None
+    function_call: Any = None
+    prefix: Any = None
+    partial: Any = None
+    audio: Any = None
+    refusal: Any = None
+
+    def turn(self, at: str) -> Turn:
+        """`at`: where the message stands. Raises BadFieldError."""
+        for name, neutral in self.refused.items():
+            if (value := getattr(self, name)) is not None and value not in neutral:
+                raise BadFieldError(f"{at}.{name}", f"{at}.{name}={shown(value)} is not supported; leave it out")
+        if self.content is None and not self.tool_calls:
+            raise BadFieldError(f"{at}.content", f"{at}.content is missing; send a string, or a list of text parts")
+        return Turn(
+            role=ROLES.get(self.role, self.role),
+            content=self._text(at),
+            name=self.name or "",
+            reasoning=self.reasoning_content or self.reasoning or "",
+            calls=tuple(self._calls(at)),
+            call_id=self.tool_call_id or "",
+        )
+
+    def _text(self, at: str) -> str:
+        if not isinstance(self.content, list):
+            return self.content or ""
         texts = []
         for number, part in enumerate(self.content):
             if part.type != "text" or part.text is None:
                 where = f"{at}.content[{number}]"
-                raise BadFieldError(where, f"{where} of type {part.type!r} is not supported; send text alone")
+                raise BadFieldError(where, f"{where} of type {part.type!r:.80} is not supported; send text alone")
             texts.append(part.text)
-        return {"role": ROLES[self.role], "content": "\n".join(texts)}
+        return "\n".join(texts)
+
+    def _calls(self, at: str) -> Iterator[Call]:
+        for number, call in enumerate(self.tool_calls or ()):
+            if call.type != "function":
+                where = f"{at}.tool_calls[{number}].type"
+                raise BadFieldError(where, f"{where}={call.type!r:.80} is not supported; only functions are called")
+            yield Call(id=call.id, name=call.function.name, arguments=call.function.arguments)
+
+
+def as_json(expected: type) -> BeforeValidator:
+    """Makes of an object, or a list, its JSON text: there it is one string, and no million objects."""
+
+    def check(value: Any) -> str:
+        if not isinstance(value, expected):
+            kind = "an object" if expected is dict else "a list"
+            raise PydanticCustomError("kind", "must be {kind}", {"kind": kind})
+        return json.dumps(value, ensure_ascii=False)
+
+    return BeforeValidator(check)
+
+
+JsonObject = Annotated[str, as_json(dict)]
+JsonList = Annotated[str, as_json(list)]
+
+
+class Function(Strict):
+    """Of a tool."""
+
+    name: str
+    description: str | None = None
+    parameters: JsonObject | None = None
+    strict: bool | None = None
+
+
+class ToolDefinition(Strict):
+    """What the model may call."""
+
+    type: str
+    function: Function | None = None
+
+    def tool(self, at: str) -> Tool:
+        """`at`: where it stands. Raises BadFieldError."""
+        if self.type != "function" or self.function is None:
+            raise BadFieldError(at, f"{at} of type {self.type!r:.80} is not supported; send functions alone")
+        return Tool(
+            name=self.function.name,
+            description=self.function.description or "",
+            parameters=self.function.parameters or NO_ARGUMENTS,
+        )
+
+
+class NamedFunction(Strict):
+    """Of a tool that is to be called."""
+
+    name: str
+
+
+class NamedTool(Strict):
+    """The tool that is to be called."""
+
+    type: Literal["function"]
+    function: NamedFunction
 
 
 class StreamOptions(Strict):

@@ -4,6 +4,7 @@ from collections import defaultdict
 from dataclasses import dataclass, field
 
 from ..delivery.mailbox import Batch
+from ..dialects.parts import CallPart, joined
 from ..request.request import Event, TokenLogprob
 
 
@@ -12,6 +13,8 @@ class Piece:
     """Of one choice."""
 
     text: str = ""
+    reasoning: str = ""
+    calls: tuple[CallPart, ...] = ()
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprob] = field(default_factory=list)
     """One a token, if asked for."""
@@ -23,6 +26,8 @@ class Piece:
     def grow(self, event: Event) -> None:
         self.starts += [len(self.text)] * len(event.token_ids)
         self.text += event.text
+        self.reasoning += event.reasoning
+        self.calls = joined(self.calls + event.calls)
         self.token_ids += event.token_ids
         self.logprobs += event.logprobs
         self.prompt_logprobs = event.prompt_logprobs or self.prompt_logprobs

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any, ClassVar
 
 from ..delivery.mailbox import Batch
+from ..dialects.parts import CallPart
 from ..request.request import Request, TokenLogprob
 from .bodies import Body
 from .pieces import Piece, Pieces, grow, no_pieces
@@ -76,7 +77,8 @@ class Reply(ABC):
     def _deltas(self, pieces: Pieces) -> Iterable[Json]:
         for number, piece in sorted(pieces.items()):
             has_tokens = bool(piece.token_ids) and (self._body.return_token_ids or bool(piece.logprobs))
-            if piece.text or piece.finish_reason or piece.prompt_logprobs or has_tokens:
+            brings = piece.text or piece.reasoning or piece.calls
+            if brings or piece.finish_reason or piece.prompt_logprobs or has_tokens:
                 yield self._choice(number, self._delta(piece, is_first=number not in self._shown), piece)
                 self._shown[number] = self._shown.get(number, 0) + len(piece.text)
 
@@ -151,10 +153,25 @@ class ChatReply(Reply):
     prefix, whole_kind, chunk_kind = "chatcmpl", "chat.completion", "chat.completion.chunk"
 
     def _whole(self, piece: Piece) -> Json:
-        return {"message": {"role": "assistant", "content": piece.text}}
+        message: Json = {"role": "assistant", "content": None if piece.calls and not piece.text else piece.text}
+        if piece.reasoning:
+            message["reasoning_content"] = piece.reasoning
+        if piece.calls:
+            message["tool_calls"] = [
+                {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
+                for call in piece.calls
+            ]
+        return {"message": message}
 
     def _delta(self, piece: Piece, *, is_first: bool) -> Json:
-        return {"delta": {"role": "assistant", "content": piece.text} if is_first else {"content": piece.text}}
+        delta: Json = {"role": "assistant"} if is_first else {}
+        if piece.text or not (piece.reasoning or piece.calls):
+            delta["content"] = piece.text
+        if piece.reasoning:
+            delta["reasoning_content"] = piece.reasoning
+        if piece.calls:
+            delta["tool_calls"] = list(map(call_delta, piece.calls))
+        return {"delta": delta}
 
     def _logprobs(self, piece: Piece, start: int) -> Json:
         tokens = zip(piece.token_ids, piece.logprobs, strict=True)
@@ -168,6 +185,13 @@ class ChatReply(Reply):
     def _token(self, token_id: int, logprob: float) -> Json:
         name = self._names.of(token_id)
         return {"token": name.text, "logprob": finite(logprob), "bytes": name.bytes}
+
+
+def call_delta(part: CallPart) -> Json:
+    """The first of a call names it."""
+    named = {"id": part.id, "type": "function"} if part.id else {}
+    name = {"name": part.name} if part.id else {}
+    return {"index": part.index, **named, "function": {**name, "arguments": part.arguments}}
 
 
 def finite(logprob: float) -> float:

@@ -163,10 +163,10 @@ class HttpServer:
         token = self._guard.prefix_owner(authorizations(request))
 
         def read(engine: "Engine", deliver_to: Any):
-            return body.requests(request[NAME], engine, deliver_to, token)
+            return body.requests(request[NAME], engine, deliver_to, token, self._config.chat)
 
         with self._gateway.call(), held:
-            async with self._gateway.admit(read, lane, client) as admitted:
+            async with self._gateway.admit(read, lane, client, request.headers.get) as admitted:
                 names = self._token_names(admitted.engine)
                 answer = form(body, admitted.requests, request[NAME], admitted.engine.model_name, names)
                 if body.stream:

@@ -26,7 +26,7 @@ from grpc_reflection.v1alpha import reflection
 from ...engine_impl.config import EngineConfig
 from ...engine_impl.errors import RefusedError
 from ...engine_impl.jetstream import compat as jetstream_compat
-from ...engine_impl.jetstream.engine import create_engine
+from ...engine_impl.jetstream.engine import create_engine, engine_api
 from ...engine_impl.loading import choose_devices
 from ...engine_impl.runtime import timeline
 from ..config import ServerConfig
@@ -170,7 +170,13 @@ def waiting_in(slots: queue.Queue[int]) -> list[int]:
 
 
 def check_supported(config: ServerConfig) -> None:
-    """Raises RefusedError for a flag that JetStream's server has no place for: above all none that protects."""
+    """Raises RefusedError for JetStream's last source, and for a flag that JetStream's server has no place for: above
+    all none that protects."""
+    if jetstream_compat.is_last_source(engine_api):
+        raise RefusedError(
+            f"--orchestrator jetstream runs {jetstream_compat.PACKAGE} {jetstream_compat.RELEASE}; start the last "
+            "source's own server, with slipstream.engine_impl.jetstream.create_engine in its ServerConfig"
+        )
     plain = ServerConfig()
     asked = {
         "--http-port": config.http_port is not None,
@@ -181,6 +187,7 @@ def check_supported(config: ServerConfig) -> None:
         "--max-streams-per-client": config.security.max_streams_per_client is not None,
         "--max-message-bytes": config.security.max_message_bytes != plain.security.max_message_bytes,
         "--profile": config.watch.profile is not None,
+        "--otlp-endpoint": config.watch.otlp_endpoint is not None,
     }
     if flags := [flag for flag, is_asked in asked.items() if is_asked]:
         raise RefusedError(f"{', '.join(flags)}: not with JetStream's server; serve with --orchestrator slipstream")

@@ -4,6 +4,7 @@ slipstream_requests_total{outcome}       ok | cancelled | deadline | rejected | 
 slipstream_{queue,ttft,tpot,e2e}_seconds  of requests that were admitted
 slipstream_{prefill,decode_step}_seconds  of the engine
 slipstream_pages{state}                   free | live | cached
+slipstream_serving                        1 while health checks say SERVING, else 0
 slipstream_startup_seconds{stage}         imports | loading | tracing | compiling | rest
 slipstream_compilations_after_warmup_total must stay 0: a program compiled under traffic stalls every slot
 """
@@ -18,6 +19,8 @@ from typing import Any
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.registry import Collector
+
+from .routers import RouterNames
 
 log = logging.getLogger(__name__)
 
@@ -56,6 +59,7 @@ class Metrics:
         self._prompt_tokens = self._counter("prompt_tokens", "Prompt tokens of requests that were admitted and ended")
         self._generated_tokens = self._counter("generated_tokens", "Answer tokens delivered, stop tokens left out")
         self._startup_s = self._gauge("startup_seconds", "From the process's start to SERVING, by stage", ["stage"])
+        self._serving = self._gauge("serving", "1 while health checks say SERVING, else 0")
         self._slots = self._gauge("slots", "Decode slots")
         self._slots_in_use = self._gauge("slots_in_use", "Decode slots that hold a request")
         self._queue_depth = self._gauge("queue_depth", "Requests that wait for a slot")
@@ -65,8 +69,12 @@ class Metrics:
         self._ttft_s = self._histogram("ttft", "From admission to the first token", WAIT_S)
         self._tpot_s = self._histogram("tpot", "Mean time of the tokens after the first", STEP_S)
         self._e2e_s = self._histogram("e2e", "From admission to the request's end", ANSWER_S)
-        self._prefill_s = self._histogram("prefill", "A piece of a prompt, or several prompts together", WAIT_S)
-        self._step_s = self._histogram("decode_step", "One decode step of the slots in use", STEP_S)
+        self._prefill_s = self._histogram(
+            "prefill", "A piece of a prompt, or several together, apart from steps", WAIT_S
+        )
+        self._step_s = self._histogram(
+            "decode_step", "One decode step of the slots in use, with the piece that it carries", STEP_S
+        )
         self._slot_steps = self._counter(
             "decode_slot_steps", "Slots in use, summed over decode steps: tokens as they come"
         )
@@ -93,10 +101,18 @@ class Metrics:
         self._queue_depth.set_function(queue_depth)
         self._pages.ask = pages
 
+    def watch_for_routers(self, names: RouterNames) -> None:
+        """Called once: the load under the names that routers and autoscalers know."""
+        self.registry.register(names)
+
     def watch_devices(self, devices: Sequence[Any], compilations: Callable[[], int]) -> None:
         """Called once, when all is warm. `devices` (JAX's) tell their memory from now on. `compilations()` counts the
         programs compiled so far: what it grows by from now on was compiled too late."""
         self.registry.register(_Devices(devices, compilations))
+
+    def serving(self, is_ready: bool) -> None:
+        """What health checks say from now on."""
+        self._serving.set(is_ready)
 
     def started(self, stages: Mapping[str, float]) -> None:
         """The start is over: how long each of its stages took (seconds)."""

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from ..dialects.parts import CallPart, joined
 from .request import Event, TokenLogprob, Usage
 
 
@@ -13,16 +14,47 @@ class SampleText:
 
     token_ids: list[int] = field(default_factory=list)
     text: str = ""
+    reasoning: str = ""
+    calls: tuple[CallPart, ...] = ()
+    """Of tools, each in one piece."""
+    shown: str = ""
+    """All of it for reading, in the order in which it came."""
     finish_reason: str | None = None
     """Set when it is whole."""
     logprobs: list[TokenLogprob] = field(default_factory=list)
     """One a token, if asked for."""
 
     def as_json(self) -> dict[str, Any]:
-        parts = {"token_ids": self.token_ids, "text": self.text, "finish_reason": self.finish_reason}
+        parts: dict[str, Any] = {"token_ids": self.token_ids, "text": self.text, "finish_reason": self.finish_reason}
+        if self.reasoning:
+            parts["reasoning_content"] = self.reasoning
+        if self.calls:
+            parts["tool_calls"] = [
+                {"id": call.id, "name": call.name, "arguments": call.arguments} for call in self.calls
+            ]
         if self.logprobs:
             parts["logprobs"] = [logprob_as_json(token) for token in self.logprobs]
         return parts
+
+    def grow(self, event: Event) -> None:
+        self.token_ids += event.token_ids
+        self._show(event)
+        self.text += event.text
+        self.reasoning += event.reasoning
+        self.calls = joined(self.calls + event.calls)
+        self.logprobs += event.logprobs
+        if event.finish_reason is not None:
+            self.finish_reason = event.finish_reason.value
+
+    def _show(self, event: Event) -> None:
+        self.shown += event.reasoning
+        if event.text and self.reasoning + event.reasoning and not self.text:
+            self.shown += "\n\n"
+        self.shown += event.text
+        for call in event.calls:
+            if call.name:
+                self.shown += ("\n" if self.shown else "") + f"[calls {call.name}] "
+            self.shown += call.arguments
 
 
 @dataclass(kw_only=True)
@@ -44,12 +76,7 @@ class Answer:
         """Raises the error that the request ended with."""
         if event.error is not None:
             raise event.error
-        sample = self.samples[event.index]
-        sample.token_ids += event.token_ids
-        sample.text += event.text
-        sample.logprobs += event.logprobs
-        if event.finish_reason is not None:
-            sample.finish_reason = event.finish_reason.value
+        self.samples[event.index].grow(event)
         self.prompt_logprobs = event.prompt_logprobs or self.prompt_logprobs
         self.usage = event.usage or self.usage
 

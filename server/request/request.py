@@ -1,14 +1,19 @@
 """A request: what the orchestrator is asked for, what it reports back, and what it would refuse."""
 
 import secrets
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from enum import Enum
 from typing import TYPE_CHECKING
 
 from ...engine_impl.errors import RefusedError, TooLongError
 from ...engine_impl.sampling.params import MAX_SEED, SamplingParams
+from ...engine_impl.text.chat import Chat, ChatPrompt
+from ..dialects.form import AnswerForm
+from ..dialects.parts import CallPart
+from .grammar import Grammar
 from .options import AnswerOptions
+from .trace import Trace
 
 if TYPE_CHECKING:
     from ...engine_impl.api import AnyEngine as Engine
@@ -34,6 +39,8 @@ class FinishReason(Enum):
     """The caller left."""
     DEADLINE = "deadline"
     """The caller's time was up."""
+    TOOL_CALLS = "tool_calls"
+    """As STOP, and the answer calls tools."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +77,10 @@ class Event:
     """Which sample."""
     text: str = ""
     """What it adds to the text: whole characters, never a part of a stop string."""
+    reasoning: str = ""
+    """What it adds to what the model tells itself, where that is told apart."""
+    calls: tuple[CallPart, ...] = ()
+    """What it adds to the calls of tools, where those are looked for."""
     token_ids: tuple[int, ...] = ()
     """New tokens, without the stop token."""
     logprobs: tuple[TokenLogprob, ...] = ()
@@ -126,6 +137,12 @@ class Request(AnswerOptions):
     prefix_key: str = ""
     """Cached prefixes are shared among requests of the same key, see prefix_key.py."""
 
+    grammar: Grammar | None = None
+    """What the answer must look like; None: whatever the model writes."""
+
+    form: AnswerForm | None = None
+    """How the answer's text is read; None: it is the answer."""
+
     client: str = ""
     """Who asks, by token or address: clients take turns."""
 
@@ -138,6 +155,8 @@ class Request(AnswerOptions):
     """Its last event is out."""
     cached_tokens: int = 0
     """Tokens of the prompt that came from a cached prefix, the orchestrator's note."""
+    trace: Trace | None = None
+    """None: it is not traced."""
     samples: list[Sample] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -202,10 +221,10 @@ class Limits:
         except TooLongError as error:
             raise self._too_long(f"more than {self.max_prefill_length}") from error
 
-    def ids_of_chat(self, tokenizer: "Tokenizer", messages: Sequence[Mapping[str, str]]) -> list[int]:
-        """Token ids of a conversation. Raises likewise, and what the chat template refuses."""
+    def prompt_of_chat(self, tokenizer: "Tokenizer", chat: Chat) -> ChatPrompt:
+        """A conversation in the model's form. Raises likewise, and what the chat template refuses."""
         try:
-            return tokenizer.encode_chat(messages, self.max_prefill_length)
+            return tokenizer.encode_chat(chat, self.max_prefill_length)
         except TooLongError as error:
             raise self._too_long(f"more than {self.max_prefill_length}") from error
 

@@ -5,7 +5,8 @@
 - plan: plan.py decides what the turn does; nothing is decided here.
 - prefill, insert, generate are only started here: they run on the device, and what they give is copied back meanwhile.
   A request for several samples is prefilled once; each further sample draws its own first token from that prefix. A
-  long prompt is prefilled piece by piece, a piece a turn, each with a step of the running answers behind it.
+  long prompt is prefilled piece by piece, a piece a turn, each with a step of the running answers behind it; or within
+  that step, where the engine carries it along.
 - deliver: reads the results of the turn before, so that the device never waits for the host, and hands them to the
   delivery thread, which makes text and events of them.
 - free: at max_tokens as soon as the last step is started; at a stop token when it is read, one step late; at a cancel,
@@ -29,7 +30,8 @@ from typing import Generic
 
 import numpy as np
 
-from ...engine_impl.api import Engine, ParamsT, PrefixT, StateT
+from ...engine_impl.api import Engine, ParamsT, PrefixT, StateT, StepResult
+from ...engine_impl.errors import PieceError
 from ..delivery.delivery import Delivery
 from ..delivery.result import PendingResult
 from ..errors import FailedError, UnavailableError
@@ -38,7 +40,7 @@ from ..request.request import FinishReason, Request, Sample
 from .failures import DeadError, Failures, describe
 from .parked import Parked
 from .plan import Scene, StepPlan, plan
-from .prefill import compute, store
+from .prefill import compute, next_pieces, store
 from .probes import Probes
 from .prompt import Prompt
 from .queue import RequestQueue
@@ -126,9 +128,10 @@ class Loop(Generic[ParamsT, PrefixT, StateT]):
         self._let_in(turn)
         earlier, self._pending = self._pending, []
         prompts = [prompt for prompt in turn.prefill if prompt in self._in_work]
-        if prompts and (error := self._prefill(prompts)):
+        carried = self._carry(prompts) if prompts else None
+        if prompts and (error := self._prefill(prompts, carried)):
             self._failures.prefill_failed(error)
-        if turn.idle_step or self._slots.live.taken:
+        if carried is None and (turn.idle_step or self._slots.live.taken):
             self._generate()
         for pending in earlier:
             self._deliver(pending)
@@ -210,11 +213,26 @@ class Loop(Generic[ParamsT, PrefixT, StateT]):
         self._room.let_in(prompt, slots)
         self._in_work.append(prompt)
 
-    def _prefill(self, prompts: list[Prompt]) -> Exception | None:
-        """The next pieces. What fails, fails alone: nothing that others have was touched. Returns what went wrong."""
+    def _carry(self, prompts: list[Prompt]) -> PrefixT | None:
+        """The next pieces within a step of the running answers, where the engine gains from it; None: nothing was
+        started. Pieces that it does not take are told by their prefill."""
+        pieces, roster = next_pieces(prompts, self._room), self._slots.live
+        if not self._engine.carries(roster.taken, [len(piece.token_T) for piece in pieces]):
+            return None
+        started, page_NJ = time.monotonic(), self._room.tables(roster.slot_B)
+        try:
+            self._state, result, prefix = self._engine.carry(self._params, self._state, roster.slot_B, page_NJ, pieces)
+        except PieceError:
+            return None
+        self._count_step(result, started)
+        return prefix
+
+    def _prefill(self, prompts: list[Prompt], carried: PrefixT | None = None) -> Exception | None:
+        """The next pieces, stored; `carried` is what a step has made of them. What fails, fails alone: nothing that
+        others have was touched. Returns what went wrong."""
         self._newcomers = not self._newcomers
         try:
-            pieces = compute(self._engine, self._params, self._state, prompts, self._room, self._slots)
+            pieces = compute(self._engine, self._params, self._state, prompts, self._room, self._slots, carried)
         except Exception as error:
             log.exception("the prefill of requests %s failed", ", ".join(prompt.request.id for prompt in prompts))
             if len(prompts) > 1:  # whose fault it was, shows when each goes alone
@@ -237,7 +255,11 @@ class Loop(Generic[ParamsT, PrefixT, StateT]):
         started, roster = time.monotonic(), self._slots.live
         page_NJ = self._room.tables(roster.slot_B)
         self._state, result = self._engine.generate(self._params, self._state, roster.slot_B, page_NJ)
-        self._pending.append(PendingResult(result, roster, is_step=True, started=started))
+        self._count_step(result, started)
+
+    def _count_step(self, result: StepResult, started: float) -> None:
+        """A step of those who are live was started (s of time.monotonic())."""
+        self._pending.append(PendingResult(result, self._slots.live, is_step=True, started=started))
         for sample in self._slots.count_step():
             self._free_slot(sample)
 

@@ -11,6 +11,7 @@ from typing import Generic
 from ...engine_impl.api import Engine, ParamsT, PrefixT, StateT
 from ..errors import DeadlineError, QueueFullError, UnavailableError
 from ..observe.metrics import Metrics
+from ..observe.routers import RouterNames
 from ..request.request import FinishReason, Request, check_slots
 from . import probes
 from .failures import describe
@@ -64,6 +65,16 @@ class Orchestrator(Generic[ParamsT, PrefixT, StateT]):
                 slots_in_use=lambda: self.slots_in_use,
                 slots=self._slots,
                 pages=self._loop.pages,
+            )
+            metrics.watch_for_routers(
+                RouterNames(
+                    model=engine.model_name,
+                    page_rows=engine.page_rows,
+                    waiting=lambda: self.queue_depth,
+                    running=lambda: len(self._loop.live),
+                    slots_used=lambda: self.slots_in_use / self._slots,
+                    pages=self._loop.pages,
+                )
             )
 
     def start(self) -> None:

@@ -7,9 +7,10 @@ from typing import Generic
 
 import numpy as np
 
-from ...engine_impl.api import Engine, ParamsT, PrefixT, StateT
+from ...engine_impl.api import Engine, ParamsT, Piece, PrefixT, StateT
 from ..delivery.result import PendingResult
 from ..request.request import Sample
+from ..request.trace import Chunk
 from .prompt import Prompt
 from .room import Room
 from .slots import Slots
@@ -29,6 +30,11 @@ class Pieces(Generic[PrefixT]):
     pending: Sequence[PendingResult]
 
 
+def next_pieces(prompts: Sequence[Prompt], room: Room) -> list[Piece]:
+    """Of prompts that have pages."""
+    return [prompt.piece(min(prompt.left, room.chunk), room.row(prompt.tables[0])) for prompt in prompts]
+
+
 def compute(
     engine: Engine[ParamsT, PrefixT, StateT],
     params: ParamsT,
@@ -36,17 +42,21 @@ def compute(
     prompts: Sequence[Prompt],
     room: Room,
     slots: Slots,
+    carried: PrefixT | None = None,
 ) -> Pieces[PrefixT]:
-    """The prompts' next pieces. Changes nothing but what it gives, whatever goes wrong."""
-    started = time.monotonic()
-    tokens = [min(prompt.left, room.chunk) for prompt in prompts]
-    pieces = [p.piece(count, room.row(p.tables[0])) for p, count in zip(prompts, tokens, strict=True)]
-    prefix = engine.prefill(params, state, pieces)
+    """The prompts' next pieces; `carried` is what a step has made of them. Changes nothing but what it gives, whatever
+    goes wrong."""
+    started, is_timed = time.monotonic(), carried is None
+    pieces = next_pieces(prompts, room)
+    tokens = [len(piece.token_T) for piece in pieces]
+    prefix = engine.prefill(params, state, pieces) if carried is None else carried
     behind = [(prefix.logprob_NT, tokens[0])]
     logprobs = [*prompts[0].next_logprobs, *behind] if prompts[0].wants_logprobs else []
     firsts = [p.samples[0] if count == p.left else None for p, count in zip(prompts, tokens, strict=True)]
     if not any(firsts):  # a single piece of a long prompt
-        waits = PendingResult(None, slots.of([]), is_step=False, started=started, next_logprobs=behind)
+        waits = PendingResult(
+            None, slots.of([]), is_step=False, started=started, is_timed=is_timed, next_logprobs=behind
+        )
         return Pieces(prompts, tokens, firsts, [prefix], [waits])
     prefixes, pending = list[PrefixT](), list[PendingResult]()
     for owners in (firsts, *([sample] for sample in prompts[0].samples[1:])):
@@ -59,7 +69,7 @@ def compute(
                 slots.of(owners),
                 is_step=False,
                 started=started,
-                is_timed=not pending,
+                is_timed=is_timed and not pending,
                 next_logprobs=[] if pending else logprobs,
             )
         )
@@ -79,6 +89,8 @@ def store(
     ):  # none without slots
         state = engine.insert(prefix, state, [sample.slot], room.row(table)[None])
     for prompt, count, complete in zip(pieces.prompts, pieces.tokens, pieces.firsts, strict=True):
+        if prompt.request.trace is not None:
+            prompt.request.trace.chunks.append(Chunk(pieces.pending[0].started, prompt.done, count))
         room.advance(prompt, count)
         if prompt.wants_logprobs:
             prompt.next_logprobs.append((first.logprob_NT, count))

@@ -57,11 +57,9 @@ def test_an_unknown_input_is_refused():
 
 @pytest.mark.slow
 def test_a_short_run(capsys):
-    options = HostileOptions(only="spaces,objects,lists", callers=3, seconds=0.5, slots=2)
+    options = HostileOptions(only="spaces,lists", callers=3, seconds=0.5, slots=2)
     rows = hostile.run(options)["sweep"]
-    assert [(row["input"], row["callers"]) for row in rows] == [
-        (n, c) for n in ("spaces", "lists", "objects") for c in (1, 3)
-    ]
+    assert [(row["input"], row["callers"]) for row in rows] == [(n, c) for n in ("spaces", "lists") for c in (1, 3)]
     assert all(row["statuses"] == [400] for row in rows)
     # No pace is asked for here: the tests' machine has other work.
     assert all(0 < row["health_ms_max"] < 10_000 for row in rows)

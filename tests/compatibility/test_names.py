@@ -11,6 +11,7 @@ import pytest
 from slipstream.cli import main as cli
 from slipstream.protos import orchestrator_pb2 as pb
 from slipstream.server.observe.metrics import Metrics
+from slipstream.server.observe.routers import RouterNames
 
 HERE = Path(__file__).parent
 WIRE_FIELDS = json.loads((HERE / "wire_fields.json").read_text())
@@ -36,6 +37,9 @@ def test_values_of_enums_keep_their_numbers(name):
 def test_metrics_keep_their_names():
     metrics = Metrics()
     metrics.watch(queue_depth=lambda: 0, slots_in_use=lambda: 0, slots=1, pages=dict)
+    metrics.watch_for_routers(
+        RouterNames(model="m", page_rows=1, waiting=int, running=int, slots_used=float, pages=dict)
+    )
     metrics.watch_devices([], lambda: 0)
     assert set(METRICS) <= {family.name for family in metrics.registry.collect()}
 

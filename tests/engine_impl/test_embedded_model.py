@@ -9,6 +9,7 @@ import torch
 from slipstream.engine_impl.checkpoints.embedded import embedded_model
 from slipstream.engine_impl.sampling.params import SamplingParams
 from slipstream.engine_impl.session import Session
+from slipstream.engine_impl.text.chat import Chat
 
 from .tiny_models import embedded_engine, greedy, logits_behind
 
@@ -31,7 +32,7 @@ TEXTS = [
 @pytest.fixture(scope="module")
 def prompts():
     tokenizer = embedded_engine()[0].get_tokenizer()
-    chats = [tokenizer.render_chat([{"role": "user", "content": text}]) for text in CHATS]
+    chats = [tokenizer.render_chat(Chat.of([{"role": "user", "content": text}])) for text in CHATS]
     return [tokenizer.encode(text) for text in chats + TEXTS]
 
 

@@ -31,14 +31,15 @@ REAL = {  # slots that fit with 4096 tokens each, bf16
 
 
 def small(name: str) -> Engine:
-    """The family with a layer of each kind that it has and one more, a kv head a chip, and windows that cut off."""
+    """The family with a layer of each kind that it has and one more, a kv head a chip, and windows that cut off; few
+    slots, as each costs the compiler time."""
     windows = tuple(window and 500 for window in dict.fromkeys(PRESETS[name].windows))
     layers = max(len(windows), len(getattr(PRESETS[name], "without_rope", ()))) + 1
     shape = replace(
         PRESETS[name], num_layers=layers, windows=windows, num_heads=16, num_kv_heads=8, model_dim=1024,
         ffn_dim=2048, vocab_size=32768,
     )  # fmt: skip
-    config = EngineConfig(model=name, slots=64, cache_length=4096, cache_tokens=64 * 4096)
+    config = EngineConfig(model=name, slots=16, cache_length=4096, cache_tokens=16 * 4096)
     return abstract_engine(shape, TOPOLOGY, config)
 
 

@@ -15,6 +15,7 @@ from slipstream.engine_impl.compiler.budget import cache_copies
 from slipstream.engine_impl.compiler.chips import CHIPS, chip_of
 from slipstream.engine_impl.compiler.hlo import Instruction, Program
 from slipstream.engine_impl.compiler.lowering import (
+    lower_carry,
     lower_first_tokens,
     lower_generate,
     lower_insert,
@@ -32,8 +33,8 @@ from tests.tpu import memory_of, text_of
 
 SLOTS, CACHE_LENGTH, BUCKET, LAYERS, VOCABULARY = 64, 4096, 256, 2, 32768
 PROGRAMS = ("generate", "insert", "prefill")
-SHAPES = ("generate_8", "generate_32", "insert_8x64", "prefill_8x64")
-"""Further shapes of them: slots of a step, pieces of a prefill."""
+SHAPES = ("generate_8", "generate_32", "insert_8x64", "prefill_8x64", "carry_64x256")
+"""Further shapes of them: slots of a step, pieces of a prefill; and a step that carries a piece along."""
 TOPOLOGIES = ("v5e:2x4", "v6e:2x4", "v5p:2x2x2")
 
 PRODUCT = [*itertools.product((*PROGRAMS, *SHAPES), (1, 4, 8), (64, 128), (*TOPOLOGIES, "v4:2x2x1"), ("none", "int8"))]
@@ -55,6 +56,7 @@ PAIRWISE = [  # every pair of program, kv heads a chip, head dim and topology; o
     ("generate_32", 1, 64, "v6e:2x4", "int8"),
     ("insert_8x64", 1, 128, "v5p:2x2x2", "none"),
     ("prefill_8x64", 8, 128, "v5e:2x4", "none"),
+    ("carry_64x256", 4, 128, "v5e:2x4", "none"),
 ]
 CASES = [
     pytest.param(*case, id="-".join(map(str, case)), marks=pytest.mark.slow if case in PAIRWISE else pytest.mark.gates)
@@ -77,12 +79,13 @@ def small_engine(kv_heads: int, head_dim: int, topology: str, quantize_kv: Liter
 
 
 def compiled(engine: Engine, program: str) -> Any:
-    """`generate` of all slots or `generate_8`; `prefill` and `insert` of one piece of BUCKET tokens or `..._8x64`."""
+    """`generate` of all slots or `generate_8`; `prefill` and `insert` of one piece of BUCKET tokens or `..._8x64`;
+    `carry` of slots and tokens."""
     name, _, size = program.partition("_")
     if name == "generate":
         return lower_generate(engine, int(size or SLOTS)).compile()
-    pieces, tokens = map(int, size.split("x")) if size else (1, BUCKET)
-    return {"insert": lower_insert, "prefill": lower_prefill}[name](engine, pieces, tokens).compile()
+    sizes = map(int, size.split("x")) if size else (1, BUCKET)
+    return {"insert": lower_insert, "prefill": lower_prefill, "carry": lower_carry}[name](engine, *sizes).compile()
 
 
 def copies_of_counts(hlo: Program, engine: Engine) -> list[str]:
@@ -141,7 +144,8 @@ def test_a_program_on_real_chips(program, kv_heads, head_dim, topology, quantize
         assert copies_of_counts(hlo, engine) == []
         flushes = len(jax.tree.leaves(engine.layout.abstract(engine.mesh)))
         kernels = {"live_steps": 1, "ragged_attention": LAYERS, "cache_flush": flushes}
-        assert hlo.pallas_calls() == (kernels if program.startswith("generate") else {})
+        kernels |= {"chunk_attention": LAYERS} if program.startswith("carry") else {}
+        assert hlo.pallas_calls() == ({} if program.startswith("insert") else kernels)
 
 
 @pytest.mark.gates
@@ -173,17 +177,18 @@ def test_what_one_program_leaves_the_next_takes_as_it_lies(kv_heads, head_dim, q
         return [leaf.layout for leaf in jax.tree.leaves(formats)]
 
     engine = small_engine(kv_heads, head_dim, "v5e:2x4", quantize_kv=quantize_kv)
-    prefill, insert, generate, few = (
-        compiled(engine, program) for program in ("prefill", "insert", "generate", "generate_8")
+    prefill, insert, generate, few, carry = (
+        compiled(engine, program) for program in ("prefill", "insert", "generate", "generate_8", "carry_64x256")
     )
     (_, read, *_), _ = prefill.input_formats
     (prefix, state_in, *_), _ = insert.input_formats
     states = [state_in, insert.output_formats]
-    for step in (generate, few):
+    for step in (generate, few, carry):
         (_, state, *_), _ = step.input_formats
         states += [state, step.output_formats[0]]
-    for leaf in ("kv", "count_NV"):
-        assert layouts(getattr(prefill.output_formats, leaf)) == layouts(getattr(prefix, leaf))
+    for given in (prefill.output_formats, carry.output_formats[2]):
+        for leaf in ("kv", "count_NV"):
+            assert layouts(getattr(given, leaf)) == layouts(getattr(prefix, leaf))
     for leaf in ("cache", "count_BV"):
         of_states = [layouts(getattr(formats, leaf)) for formats in states]
         assert of_states == of_states[:1] * len(states)
@@ -207,7 +212,9 @@ def test_the_programs_beside_the_step():
         assert first.floats_of((*rows, VOCABULARY)) == []
 
 
-@pytest.mark.parametrize("program", ["generate", "generate_8", "prefill_512"])
+@pytest.mark.parametrize(
+    "program", ["generate", "generate_8", "prefill_512", pytest.param("carry", marks=pytest.mark.gates)]
+)
 @pytest.mark.parametrize(
     ("model", "topology", "slots", "cache_length"),
     [
@@ -222,7 +229,12 @@ def test_long_requests_share_what_memory_leaves(model, topology, slots, cache_le
     config = EngineConfig(model=model, slots=slots, cache_length=cache_length)
     engine = abstract_engine(PRESETS[model], topology, config)
     name, _, size = program.partition("_")
-    lowered = lower_generate(engine, int(size or slots)) if name == "generate" else lower_prefill(engine, 1, int(size))
+    if name == "carry":
+        lowered = lower_carry(engine, *engine.shapes.carries[-1])
+    elif name == "generate":
+        lowered = lower_generate(engine, int(size or slots))
+    else:
+        lowered = lower_prefill(engine, 1, int(size))
     executable = lowered.compile()
     assert cache_copies(Program(text_of(executable)), engine) == []
     memory = memory_of(executable)

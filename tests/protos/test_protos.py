@@ -74,7 +74,17 @@ def test_our_own_numbers_stay():
             "min_tokens": 115, "logit_bias": 116, "cache_salt": 117,
         },
         pb.DecodeResponse: {"usage": 100, "prompt_logprobs": 101},
-        pb.DecodeResponse.StreamContent.Sample: {"finish_reason": 100, "logprobs": 101},
+        pb.DecodeRequest.Message: {
+            "tool_calls": 130, "tool_call_id": 131, "name": 132, "reasoning_content": 133,
+        },
+        pb.DecodeRequest.Chat: {
+            "tools": 130, "tool_choice": 131, "tool_name": 132, "parallel_tool_calls": 133, "documents": 134,
+            "chat_template_kwargs": 135, "enable_thinking": 136, "add_generation_prompt": 137,
+            "continue_final_message": 138,
+        },
+        pb.DecodeResponse.StreamContent.Sample: {
+            "finish_reason": 100, "logprobs": 101, "reasoning": 130, "tool_calls": 131,
+        },
     }  # fmt: skip
     for message, fields in ours.items():
         assert {f.name: f.number for f in message.DESCRIPTOR.fields if f.number >= 100} == fields

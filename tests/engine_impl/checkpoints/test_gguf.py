@@ -118,6 +118,9 @@ def test_the_rope_of_llama_3_comes_from_its_tensor(tmp_path):
         ({"scaling": "longrope"}, "scales its rope by 'longrope'; those there are: none, linear, yarn"),
         ({"family": "qwen2", "fields": {"expert_count": 8}}, "is a qwen2 with experts; those there are: llama"),
         ({"fields": {"rope.scaling.alpha": 8.0}}, r"has rope.scaling.alpha=8.0, which is not there yet"),
+        ({"fields": {"attn_logit_softcapping": 50.0}}, "attn_logit_softcapping=50.0, which is not read for a llama"),
+        ({"fields": {"attention.causal": False}}, "attention.causal=False, which is not read for a llama"),
+        ({"fields": {"attention.value_length": 16}}, "heads of 8 for keys and 16 for values"),
         ({"fields": {"rope.dimension_count": 4}}, "turns only a part of each head"),
         ({"fields": {"attention.head_count_kv": [2, 4]}}, r"layers that differ in attention.head_count_kv: \[2, 4\]"),
         (
@@ -137,6 +140,7 @@ def test_weights_are_never_wrong_in_silence(tmp_path, change, message):
         ({"rope.scale_linear": 4.0}, (4.0,) * 4),
         ({"rope.scaling.factor": 4.0}, (4.0,) * 4),
         ({"rope.scaling.factor": 0.0}, None),
+        ({"logit_scale": 1.0, "attention.scale": 0.0, "attention.causal": True}, None),
         ({}, None),
     ],
 )

@@ -14,6 +14,7 @@ from slipstream.engine_impl.config import EngineConfig
 from slipstream.engine_impl.errors import RefusedError
 from slipstream.engine_impl.loading import build_engine, load_engine
 from slipstream.engine_impl.session import Session
+from slipstream.engine_impl.text.chat import Chat
 
 from ..tiny_models import logits_behind
 from .folders import CONFIG, random_tensors, write_folder
@@ -313,7 +314,7 @@ def test_a_folder_without_tokenizer_takes_ids_and_refuses_texts(tmp_path):
     with pytest.raises(RefusedError, match=r"has no tokenizer .*; give token ids"):
         tokenizer.encode("hello")
     with pytest.raises(RefusedError, match="has no tokenizer"):
-        tokenizer.render_chat([{"role": "user", "content": "hello"}])
+        tokenizer.render_chat(Chat.of([{"role": "user", "content": "hello"}]))
     assert tokenizer.encode("") == []
     stream = tokenizer.stream()
     assert (stream.feed(5), stream.finish(), tokenizer.decode([5, 6])) == ("", "", "")

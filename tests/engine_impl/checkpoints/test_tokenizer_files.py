@@ -9,6 +9,7 @@ import sentencepiece
 from slipstream.engine_impl.checkpoints.pieces import backend_of, read_pieces
 from slipstream.engine_impl.checkpoints.tokenizer_files import read_tokenizer
 from slipstream.engine_impl.errors import RefusedError
+from slipstream.engine_impl.text.chat import Chat
 from slipstream.engine_impl.text.tokenizer import NoTokenizer
 from tokenizers import AddedToken, decoders, models, pre_tokenizers, processors, trainers
 from tokenizers import Tokenizer as Backend
@@ -158,13 +159,13 @@ def test_chats_are_rendered_and_encoded_as_transformers_does(tmp_path, byte_leve
     tokenizer, reference = both(write(tmp_path, tokenizer_config=config))
     for chat in CHATS:
         text = reference.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
-        assert tokenizer.render_chat(chat) == text
+        assert tokenizer.render_chat(Chat.of(chat)) == text
         token_ids = reference.apply_chat_template(chat, add_generation_prompt=True, return_dict=False)
-        assert tokenizer.encode_chat(chat) == token_ids
+        assert tokenizer.encode_chat(Chat.of(chat)).token_ids == token_ids
         assert token_ids[:2] != [0, 0]
         assert tokenizer.encode(text) == token_ids, "a rendered chat that comes as raw text has its BOS already"
     with pytest.raises(RefusedError, match="refuses these messages: system comes first"):
-        tokenizer.render_chat([*CHATS[0], *CHATS[1]])
+        tokenizer.render_chat(Chat.of([*CHATS[0], *CHATS[1]]))
 
 
 def test_a_template_without_bos_gets_none(tmp_path, byte_level):
@@ -172,7 +173,7 @@ def test_a_template_without_bos_gets_none(tmp_path, byte_level):
     config = GENERIC | {"chat_template": "{{ messages[0].content }}"}
     tokenizer, reference = both(write(tmp_path, tokenizer_config=config))
     token_ids = reference.apply_chat_template(CHATS[0], add_generation_prompt=True, return_dict=False)
-    assert tokenizer.encode_chat(CHATS[0]) == token_ids == tokenizer.encode("Hi")[1:]
+    assert tokenizer.encode_chat(Chat.of(CHATS[0])).token_ids == token_ids == tokenizer.encode("Hi")[1:]
 
 
 @pytest.mark.parametrize(
@@ -193,7 +194,7 @@ def test_a_model_without_a_usable_template_still_takes_raw_text(tmp_path, byte_l
     tokenizer = read_tokenizer(write(tmp_path, tokenizer_config=GENERIC | {"chat_template": template}), "m", 999)
     assert tokenizer.decode(tokenizer.encode("hi")) == "hi"
     with pytest.raises(RefusedError, match=message):
-        tokenizer.encode_chat(CHATS[0])
+        tokenizer.encode_chat(Chat.of(CHATS[0]))
 
 
 @pytest.mark.parametrize(

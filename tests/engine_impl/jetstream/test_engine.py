@@ -5,15 +5,8 @@ import numpy as np
 import pytest
 from slipstream.engine_impl.config import EngineConfig
 from slipstream.engine_impl.errors import RefusedError
-from slipstream.engine_impl.jetstream.engine import (
-    NO_BOS,
-    NO_TOKEN,
-    JetStreamEngine,
-    JetStreamTokenizer,
-    create_engine,
-    engine_api,
-    token_utils,
-)
+from slipstream.engine_impl.jetstream.engine import JetStreamEngine, create_engine, engine_api, token_utils
+from slipstream.engine_impl.jetstream.tokenizer import NO_BOS, NO_TOKEN, JetStreamTokenizer
 from slipstream.engine_impl.sizes import with_pages_for_all
 from slipstream.engine_impl.text.tokenizer import NoTokenizer
 
@@ -85,7 +78,7 @@ def decode(engine, prefixes, max_tokens, calls):
 def test_nothing_is_abstract_and_nothing_is_inherited():
     assert issubclass(JetStreamEngine, engine_api.Engine)
     names = engine_api.Engine.__abstractmethods__ | {"build_tokenizer"}
-    assert names <= vars(JetStreamEngine).keys()
+    assert not [name for name in names if getattr(JetStreamEngine, name) is getattr(engine_api.Engine, name)]
     assert not JetStreamEngine.__abstractmethods__
 
 

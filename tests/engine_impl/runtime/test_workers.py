@@ -9,6 +9,7 @@ import pytest
 from slipstream.engine_impl.errors import RefusedError
 from slipstream.engine_impl.runtime.worker import packed
 from slipstream.engine_impl.runtime.workers import WorkerError, Workers
+from slipstream.engine_impl.text.chat import Chat, TemplateFacts
 from slipstream.engine_impl.text.chat_template import render
 
 
@@ -24,7 +25,7 @@ def test_what_a_function_returns_and_raises_comes_back(workers):
     with pytest.raises(ZeroDivisionError, match="by zero"):
         workers.call(operator.truediv, 1, 0)
     with pytest.raises(RefusedError, match="refuses these messages: division by zero"):
-        workers.call(render, "{{ 1 / 0 }}", (), [])
+        workers.call(render, "{{ 1 / 0 }}", (), Chat.of([]), TemplateFacts())
 
 
 def test_an_exception_that_cannot_be_sent_goes_as_what_it_says():

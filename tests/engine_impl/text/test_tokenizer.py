@@ -8,6 +8,7 @@ import pytest
 from slipstream.engine_impl.checkpoints.open import open_checkpoint
 from slipstream.engine_impl.errors import RefusedError, TooLongError
 from slipstream.engine_impl.text import chat_template
+from slipstream.engine_impl.text.chat import Chat
 from slipstream.engine_impl.text.chat_template import ChatTemplate
 from slipstream.engine_impl.text.tokenizer import Tokenizer, byte_level_bpe
 
@@ -52,13 +53,14 @@ def test_bos_only_if_the_tokenizer_says_so(tokenizer, byte_tokenizer):
 
 
 def test_the_chat_form_is_the_models_own(tokenizer):
-    text = tokenizer.render_chat([{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}])
+    chat = Chat.of([{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}])
+    text = tokenizer.render_chat(chat)
     assert text == "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
 
 
 def test_a_model_without_chat_template_refuses_messages(byte_tokenizer):
     with pytest.raises(RefusedError, match="no chat template; send raw text"):
-        byte_tokenizer.render_chat([{"role": "user", "content": "Hi"}])
+        byte_tokenizer.render_chat(Chat.of([{"role": "user", "content": "Hi"}]))
 
 
 def with_template(template):
@@ -78,7 +80,7 @@ def with_template(template):
 )
 def test_templates_run_in_a_sandbox_and_their_refusals_are_told(template, message):
     with pytest.raises(RefusedError, match=message):
-        with_template(template).render_chat([{"role": "user", "content": "Hi"}])
+        with_template(template).render_chat(Chat.of([{"role": "user", "content": "Hi"}]))
 
 
 def test_a_stream_holds_a_character_back_until_it_is_whole(byte_tokenizer):
@@ -172,8 +174,8 @@ def test_templates_that_come_to_no_end_are_refused_at_load_and_later(message, so
         ChatTemplate(source, {}).check()
     tokenizer = with_template("{% if messages[0]['content'] == 'loop' %}" + source + "{% else %}fine{% endif %}")
     with pytest.raises(RefusedError, match=f"{message.strip()}.* with these messages"):
-        tokenizer.render_chat([{"role": "user", "content": "loop"}])
-    assert tokenizer.render_chat([{"role": "user", "content": "Hi"}]) == "fine"
+        tokenizer.render_chat(Chat.of([{"role": "user", "content": "loop"}]))
+    assert tokenizer.render_chat(Chat.of([{"role": "user", "content": "Hi"}])) == "fine"
 
 
 def test_a_template_that_refuses_the_probe_is_no_reason_not_to_load():

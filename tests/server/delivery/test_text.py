@@ -10,10 +10,10 @@ def shown(tokens, stops, min_tokens):
     """(the text, tokens fed until a stop string was found)"""
     text, pieces = Text(FakeTokenizer().stream(), stops, min_tokens), []
     for token_id in tokens:
-        pieces.append(text.feed(token_id))
+        pieces.append(text.feed(token_id).text)
         if text.is_stopped:
             break
-    return "".join(pieces) + text.finish(), len(pieces)
+    return "".join(pieces) + text.finish().text, len(pieces)
 
 
 @pytest.mark.parametrize(

@@ -202,6 +202,7 @@ def test_a_single_device_has_no_halves():
                 "--auth-token-file", "--max-streams-per-client", "--max-queued-tokens", "--profile", "--http-port"
             )
         ),
+        ["--otlp-endpoint", "http://127.0.0.1:4317"],
         ["--no-prefix-cache"],
         ["--no-isolate-prefixes"],
     ],

@@ -12,7 +12,7 @@ from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
 from jetstream.core.proto import jetstream_pb2
 from jetstream.core.proto.jetstream_pb2_grpc import OrchestratorStub
 from slipstream.protos import orchestrator_pb2 as ours
-from slipstream.server.grpc.messages import read_prompt
+from slipstream.server.grpc.messages import DEFAULT, read_prompt
 from slipstream.server.request.request import Limits
 
 from tests.engine_impl.text_models import BOS, byte_tokenizer
@@ -147,4 +147,5 @@ def test_their_benchmark_runs_and_counts_every_token(target):
 )
 def test_token_ids_get_the_bos_that_jetstream_gives_them(adds_bos, sent, has_bos, read):
     message = ours.DecodeRequest(token_content=ours.DecodeRequest.TokenContent(token_ids=sent), has_bos=has_bos)
-    assert read_prompt(message, byte_tokenizer(adds_bos=adds_bos), Limits.of(FakeEngine())) == read
+    prompt = read_prompt(message, byte_tokenizer(adds_bos=adds_bos), Limits.of(FakeEngine()), DEFAULT)
+    assert prompt.token_ids == read

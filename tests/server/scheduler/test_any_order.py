@@ -24,12 +24,14 @@ class AnyOrder(RuleBasedStateMachine):
         chunk=st.sampled_from([4, 8, 48]),
         width=st.integers(1, 3),
         prefix_cache=st.booleans(),
+        carries=st.booleans(),
         entries=st.sampled_from([LONGEST // ROWS + 1, 20, 99]),
     )
-    def build(self, slots, pool, batch, chunk, width, prefix_cache, entries):
+    def build(self, slots, pool, batch, chunk, width, prefix_cache, carries, entries):
         self.engine = reading(
             slots, cache_length=LONGEST, page_rows=ROWS, prefill_chunk=chunk, pages=pool, batch=batch,
-            tokens_per_step=width, table_entries=entries, count_of_step=lambda step: step * 7 % width + 1,
+            carries_pieces=carries, tokens_per_step=width, table_entries=entries,
+            count_of_step=lambda step: step * 7 % width + 1,
         )  # fmt: skip
         self.queue = RequestQueue(999)
         self.loop = Loop(self.engine, None, self.queue, None, prefix_cache=prefix_cache)

@@ -4,6 +4,7 @@ import queue
 import threading
 
 import pytest
+from slipstream.engine_impl.errors import PieceError
 from slipstream.server.errors import FailedError, UnavailableError
 from slipstream.server.request.request import Request
 
@@ -29,12 +30,15 @@ def test_an_error_that_shows_when_tokens_are_read_is_a_failed_step_too():
         assert ask(orchestrator, "a").answer()[0] == "bcd"
 
 
-def test_a_failed_prefill_fails_only_its_request():
+@pytest.mark.parametrize(("carries", "fault"), [(False, RuntimeError), (True, PieceError)])
+def test_a_failed_prefill_fails_only_its_request(carries, fault):
+    """So do pieces that are found wrong before the step that should carry them is started."""
+
     def on_prefill(prompt):
         if prompt == [ord("B")]:
-            raise RuntimeError("no")
+            raise fault("no")
 
-    engine = FakeEngine(on_prefill=on_prefill, pace=threading.Semaphore(1))
+    engine = FakeEngine(on_prefill=on_prefill, carries_pieces=carries, pace=threading.Semaphore(1))
     with running(engine) as orchestrator:
         good = ask(orchestrator, "a", 5)
         good.next()
@@ -43,6 +47,25 @@ def test_a_failed_prefill_fails_only_its_request():
         assert isinstance(bad.answer()[1].error, FailedError)
         assert good.answer()[0] == "cdef"
     assert engine.states_made == 1
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_a_failed_step_fails_the_prompt_that_it_carries_and_the_next_ones_work(late):
+    def on_prefill(prompt):
+        if prompt == [ord("B")]:
+            engine.late_errors = {engine.steps: RuntimeError("no")} if late else {}
+            assert late, "no"
+
+    engine = FakeEngine(on_prefill=on_prefill, carries_pieces=True, pace=threading.Semaphore(1))
+    with running(engine) as orchestrator:
+        running_one = ask(orchestrator, "a", 5)
+        running_one.next()
+        carried = ask(orchestrator, "B", 5)
+        engine.pace.release(99)
+        for request in (running_one, carried):
+            assert isinstance(request.answer()[1].error, FailedError)
+        assert ask(orchestrator, "a").answer()[0] == "bcd"
+    assert engine.states_made == 2
 
 
 @pytest.mark.parametrize(
@@ -128,9 +151,17 @@ def test_a_fault_at_any_stage_fails_its_request_and_the_next_one_works(call, aft
     assert engine.states_made == 1 + loses_the_state
 
 
-@pytest.mark.parametrize(("call", "after"), [("prefill", None), ("first_tokens", "prefill"), ("copy", "prefill")])
-def test_a_fault_before_insert_harms_no_running_answer(call, after):
-    engine = FakeEngine(max_concurrent_decodes=3, pace=threading.Semaphore(1))
+@pytest.mark.parametrize(
+    ("call", "after", "carries"),
+    [
+        ("prefill", None, False),
+        ("first_tokens", "prefill", False),
+        ("copy", "prefill", False),
+        ("first_tokens", "prefill", True),
+    ],
+)
+def test_a_fault_before_insert_harms_no_running_answer(call, after, carries):
+    engine = FakeEngine(max_concurrent_decodes=3, carries_pieces=carries, pace=threading.Semaphore(1))
     with running(engine) as orchestrator:
         good = ask(orchestrator, "a", 8)
         good.next()
@@ -159,7 +190,7 @@ def test_a_fault_in_delivery_fails_only_its_request():
             return super().feed(token_id)
 
     engine = FakeEngine(pace=threading.Semaphore(1))
-    engine.get_tokenizer().__class__.stream, original = lambda self: Stream(self), FakeTokenizer.stream
+    engine.get_tokenizer().__class__.stream, original = lambda self, shown=(): Stream(self), FakeTokenizer.stream
     try:
         with running(engine) as orchestrator:
             good, bad = ask(orchestrator, "a", 30), ask(orchestrator, "A", 100)

@@ -17,8 +17,9 @@ def pages(orchestrator):
     return orchestrator._loop.pages()
 
 
-def test_a_long_prompt_is_computed_in_pieces_with_a_step_behind_each():
-    engine, prompt = reading(), "the quick brown fox jumps"
+@pytest.mark.parametrize("carries", [False, True])
+def test_a_long_prompt_is_computed_in_pieces_with_a_step_behind_each(carries):
+    engine, prompt = reading(carries_pieces=carries), "the quick brown fox jumps"
     with running(engine) as orchestrator:
         other = ask(orchestrator, "a", 50, sampling=FREE)
         other.next()
@@ -34,6 +35,7 @@ def test_a_long_prompt_is_computed_in_pieces_with_a_step_behind_each():
     ]
     for before, behind in itertools.pairwise(at):
         assert engine.log[before:behind].count("generate") == 1, "running answers wait for one piece"
+        assert engine.log[before + 1] == ("generate" if carries else "insert")
 
 
 def test_a_prefix_is_computed_once():

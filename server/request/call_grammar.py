@@ -1,0 +1,153 @@
+"""Grammars of answers that call tools, in llguidance's form of Lark, for each way in which models write calls."""
+
+import json
+from collections.abc import Callable, Collection, Sequence
+
+from ...engine_impl.errors import RefusedError
+from ...engine_impl.text.chat import GEMMA, HERMES, LLAMA, MISTRAL, Tool
+from ..dialects import gemma, hermes, mistral
+from ..dialects.form import AnswerForm
+from .grammar import Grammar, Schema, bounded_json, literal
+
+MAX_CALLS = 16
+"""Of an answer that must call (count): without a bound a model may go on for ever."""
+
+PLAIN = {"type", "properties", "required", "description", "title", "$defs", "definitions", "$schema"}
+"""Keys of schemas that describe an object by its properties alone."""
+
+ControlId = Callable[[str], int | None]
+"""The control token that is written so; None: it is text."""
+
+TEXT = r"TEXT: /(.|\n)*/"
+
+GEMMA_RULES = r"""
+object: "{" (pair ("," pair)*)? "}"
+pair: KEY ":" value
+value: text | NUMBER | "true" | "false" | "null" | object | list
+list: "[" (value ("," value)*)? "]"
+KEY: /[A-Za-z0-9_.-]{1,64}/
+NUMBER: /-?(0|[1-9][0-9]{0,14})(\.[0-9]{1,15})?/
+"""
+
+
+def must_call(tools: Sequence[Tool], form: AnswerForm, control_id: ControlId) -> Grammar:
+    """One of the tools is called, or several are; a thought may come before. Raises RefusedError for parameters that
+    are no schema."""
+    assert form.tool_format is not None
+    most = 1 if form.at_most_one_call else MAX_CALLS
+    rules = [TEXT, *_thought_rules(form, control_id), *RULES[form.tool_format](tools, most, control_id)]
+    return Grammar.of_lark("\n".join(["%llguidance {}", "start: thought calls", *rules]))
+
+
+def strict_if_called(
+    tools: Sequence[Tool], strict: Collection[str], form: AnswerForm, control_id: ControlId
+) -> Grammar | None:
+    """Any text; a call in it is one of the tools', with arguments as the schema says if it is strict. None: where calls
+    are written so that a text may be the beginning of one until its end, this is left to the model."""
+    if form.tool_format != HERMES or control_id(hermes.OPEN) is not None or control_id(hermes.CLOSE) is not None:
+        return None
+    structures = []
+    for tool in tools:
+        schema = _schema(tool) if tool.name in strict else {"type": "object"}
+        begin = f'{hermes.OPEN}\n{{"name": {json.dumps(tool.name)}, "arguments": '
+        structures.append((begin, schema, f"}}\n{hermes.CLOSE}"))
+    return Grammar.of_structural_tag(structures, [hermes.OPEN])
+
+
+def _thought_rules(form: AnswerForm, control_id: ControlId) -> list[str]:
+    if form.think_tags is None:
+        return ['thought: ""']
+    opening, closing = form.think_tags
+    lazy = [f"rest[lazy]: TEXT {literal(closing)}"]
+    if (token_id := control_id(closing)) is not None:
+        lazy = [f"rest: TEXT <[{token_id}]>"]
+    begin = "rest" if form.is_thinking else f"({_mark(opening, control_id)} rest)?"
+    return [f"thought: {begin} BLANKS", *lazy, r"BLANKS: /[ \n]{0,2}/"]
+
+
+def _hermes(tools: Sequence[Tool], most: int, control_id: ControlId) -> list[str]:
+    opening, closing = _mark(hermes.OPEN, control_id), _mark(hermes.CLOSE, control_id)
+    return [
+        _several("call", r'"\n"', most),
+        rf'call: {opening} "\n" function "\n" {closing}',
+        *_json_functions(tools, "arguments"),
+    ]
+
+
+def _llama(tools: Sequence[Tool], most: int, control_id: ControlId) -> list[str]:
+    del most, control_id  # its templates let a turn call one
+    return ["calls: function", *_json_functions(tools, "parameters")]
+
+
+def _mistral(tools: Sequence[Tool], most: int, control_id: ControlId) -> list[str]:
+    opening = _mark(mistral.OPEN, control_id)
+    if control_id(mistral.ARGUMENTS) is None:
+        several = _several("function", '", "', most).replace("calls:", "list:")
+        return [f'calls: {opening} "[" list "]"', several, *_json_functions(tools, "arguments")]
+    arguments = _mark(mistral.ARGUMENTS, control_id)
+    return [
+        _several("call", "", most),
+        f"call: {opening} function",
+        "function: " + " | ".join(f"function_{number}" for number in range(len(tools))),
+        *(
+            f"function_{number}: {literal(tool.name)} {arguments} %json {bounded_json(_schema(tool))}"
+            for number, tool in enumerate(tools)
+        ),
+    ]
+
+
+def _gemma(tools: Sequence[Tool], most: int, control_id: ControlId) -> list[str]:
+    """Names are held to, and the form of arguments; their schemas are not: they are no JSON."""
+    opening, closing, quote = (_mark(mark, control_id) for mark in gemma.MARKS)
+    names = " | ".join(literal(f"call:{tool.name}") for tool in tools)
+    text = f"text: {quote} TEXT {quote}"
+    if control_id(gemma.QUOTE) is None:
+        text = f"text: {quote} quoted\nquoted[lazy]: TEXT {quote}"
+    return [_several("call", "", most), f"call: {opening} ({names}) object {closing}", text, GEMMA_RULES.strip()]
+
+
+RULES: dict[str, Callable[[Sequence[Tool], int, ControlId], list[str]]] = {
+    HERMES: _hermes,
+    LLAMA: _llama,
+    MISTRAL: _mistral,
+    GEMMA: _gemma,
+}
+"""The rule `calls` and those below it."""
+
+
+def _several(rule: str, between: str, most: int) -> str:
+    return f"calls: {rule}" + (f" ({between} {rule}){{0,{most - 1}}}" if most > 1 else "")
+
+
+def _json_functions(tools: Sequence[Tool], key: str) -> list[str]:
+    return [
+        "function: " + " | ".join(f"function_{number}" for number in range(len(tools))),
+        *(
+            f"function_{number}: {literal(_head(tool.name, key))} %json {bounded_json(_schema(tool))} {literal('}')}"
+            for number, tool in enumerate(tools)
+        ),
+    ]
+
+
+def _head(name: str, key: str) -> str:
+    return f'{{"name": {json.dumps(name)}, "{key}": '
+
+
+def _mark(text: str, control_id: ControlId) -> str:
+    token_id = control_id(text)
+    return literal(text) if token_id is None else f"<[{token_id}]>"
+
+
+def _schema(tool: Tool) -> Schema:
+    """Of an object without properties that it does not name: without it a model may invent them for ever."""
+    try:
+        schema = json.loads(tool.parameters)
+    except (ValueError, RecursionError) as error:
+        raise RefusedError(f"the parameters of the tool {tool.name!r} are no JSON ({error})") from error
+    if not isinstance(schema, dict):
+        raise RefusedError(f"the parameters of the tool {tool.name!r} must be a JSON object, a schema")
+    named, required = schema.get("properties", {}), schema.get("required", [])
+    is_closed = isinstance(named, dict) and isinstance(required, list) and set(schema) <= PLAIN
+    if is_closed and all(name in named for name in required):
+        schema["additionalProperties"] = False
+    return {"type": "object", **schema}

@@ -1,0 +1,193 @@
+"""A chat, as a front has read it, becomes a prompt, and what its answers may and must look like. Both fronts' way."""
+
+import re
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from ...engine_impl.errors import RefusedError
+from ...engine_impl.text.chat import HERMES, Chat, TemplateFacts, Tool, Turn
+from ..config import AUTO, ChatConfig
+from ..dialects.form import AnswerForm
+from .call_grammar import must_call, strict_if_called
+from .grammar import Grammar
+
+if TYPE_CHECKING:
+    from ...engine_impl.api import Tokenizer
+    from .request import Limits
+
+ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant", "tool": "tool"}
+"""Of messages, and what chat templates call them: OpenAI renamed system, models did not."""
+
+NONE, REQUIRED = "none", "required"
+TOOL_CHOICES = (NONE, AUTO, REQUIRED)
+
+MAX_TOOLS, MAX_TOOLS_SIZE = 128, 1 << 17
+"""Of a chat (count), and what all of them may take (characters)."""
+MAX_KWARGS_SIZE = 1 << 14
+"""Of chat_template_kwargs (characters)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChatCall:
+    """What a front has read."""
+
+    chat: Chat
+    tool_choice: str = AUTO
+    """One of TOOL_CHOICES."""
+    tool_name: str = ""
+    """The tool that must be called; "": tool_choice tells."""
+    parallel_tool_calls: bool = True
+    strict: frozenset[str] = frozenset()
+    """Names of the tools whose arguments must be as their schema says whenever they are called."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prompt:
+    """What a request is made of."""
+
+    token_ids: list[int]
+    form: AnswerForm | None = None
+    """How answers are read; None: their text is their content."""
+    grammar: Grammar | None = None
+
+
+@dataclass(frozen=True)
+class Dialect:
+    """How the model and its template speak."""
+
+    tool_format: str
+    as_text: bool
+    """The template knows no tools: they are written into the texts."""
+    think_tags: tuple[str, str] | None
+
+
+def dialect_of(facts: TemplateFacts, config: ChatConfig) -> Dialect:
+    """Raises RefusedError for a format that the model cannot be asked for."""
+    think_tags = facts.think_tags if config.reasoning_format == AUTO else None
+    if config.tool_format != AUTO:
+        if not facts.writes_tools and config.tool_format != HERMES:
+            raise RefusedError(
+                f"tool_format={config.tool_format!r} must be {HERMES!r} or {AUTO!r}: the model's chat template writes "
+                "no tools, so they are written into the messages, in Hermes' form"
+            )
+        return Dialect(config.tool_format, not facts.writes_tools, think_tags)
+    return Dialect(facts.tool_format or HERMES, facts.tool_format is None, think_tags)
+
+
+def prompt_of(call: ChatCall, tokenizer: "Tokenizer", limits: "Limits", config: ChatConfig) -> Prompt:
+    """Raises RefusedError for what no model, or this one, is asked so."""
+    check(call)
+    chat, facts = call.chat, tokenizer.template_facts
+    check_names(chat.turns, facts)
+    dialect = dialect_of(facts, config)
+    tools = () if call.tool_choice == NONE and not call.tool_name else chat.tools
+    uses_tools = bool(tools) or any(turn.calls or turn.role == "tool" for turn in chat.turns)
+    chat = replace(chat, tools=tools, as_text=dialect.as_text and uses_tools)
+    prompt = limits.prompt_of_chat(tokenizer, chat)
+    form = AnswerForm(
+        tool_format=dialect.tool_format if tools else None,
+        tools=frozenset(tool.name for tool in tools),
+        at_most_one_call=not call.parallel_tool_calls or bool(call.tool_name),
+        think_tags=dialect.think_tags,
+        is_thinking=begins_in_thought(chat, prompt.end, dialect.think_tags),
+    )
+    return Prompt(
+        token_ids=prompt.token_ids,
+        form=None if form.is_plain else form,
+        grammar=grammar_of(call, form, tokenizer) if tools else None,
+    )
+
+
+def grammar_of(call: ChatCall, form: AnswerForm, tokenizer: "Tokenizer") -> Grammar | None:
+    """What an answer that may call tools must look like; None: whatever the model writes."""
+    if call.tool_name:
+        tools = [tool for tool in call.chat.tools if tool.name == call.tool_name]
+        return must_call(tools, form, tokenizer.control_id)
+    if call.tool_choice == REQUIRED:
+        return must_call(call.chat.tools, form, tokenizer.control_id)
+    return strict_if_called(call.chat.tools, call.strict, form, tokenizer.control_id) if call.strict else None
+
+
+def begins_in_thought(chat: Chat, end: str, tags: tuple[str, str] | None) -> bool:
+    """Whether an answer goes on with a thought. `end`: of the prompt."""
+    if tags is None:
+        return False
+    if chat.continue_final_message:
+        begun = chat.turns[-1].content
+        return begun.rfind(tags[0]) > begun.rfind(tags[1])
+    return end.rstrip().endswith(tags[0])
+
+
+def check(call: ChatCall) -> None:
+    """Raises RefusedError."""
+    chat = call.chat
+    for at, turn in enumerate(chat.turns):
+        check_turn(turn, f"messages[{at}]")
+    check_tools(chat.tools)
+    if len(chat.template_kwargs) > MAX_KWARGS_SIZE:
+        raise RefusedError(
+            f"chat_template_kwargs: {len(chat.template_kwargs)} characters are too many; send at most {MAX_KWARGS_SIZE}"
+        )
+    if call.tool_choice not in TOOL_CHOICES:
+        raise RefusedError(f"tool_choice={call.tool_choice!r:.80} must be one of {', '.join(TOOL_CHOICES)}, or a tool")
+    if (call.tool_name or call.tool_choice == REQUIRED) and not chat.tools:
+        raise RefusedError(f"tool_choice={call.tool_name or call.tool_choice!r:.80} needs tools; send some")
+    if call.tool_name and call.tool_name not in [tool.name for tool in chat.tools]:
+        raise RefusedError(f"tool_choice={call.tool_name!r:.80} is none of the tools; name one of them")
+    if chat.continue_final_message:
+        check_continued(chat)
+
+
+def check_turn(turn: Turn, at: str) -> None:
+    """`at`: where it stands. Raises RefusedError."""
+    if turn.role not in ROLES.values():
+        raise RefusedError(f"{at}.role={turn.role!r:.80} must be one of {', '.join(ROLES)}")
+    if turn.calls and turn.role != "assistant":
+        raise RefusedError(f"{at}.tool_calls are the assistant's; its role is {turn.role!r}")
+    if turn.reasoning and turn.role != "assistant":
+        raise RefusedError(f"{at}.reasoning_content is the assistant's; its role is {turn.role!r}")
+    if turn.call_id and turn.role != "tool":
+        raise RefusedError(f"{at}.tool_call_id is of a tool's message; its role is {turn.role!r}")
+    for number, call in enumerate(turn.calls):
+        check_name(call.name, f"{at}.tool_calls[{number}].function.name")
+
+
+def check_tools(tools: tuple[Tool, ...]) -> None:
+    """Raises RefusedError."""
+    if len(tools) > MAX_TOOLS:
+        raise RefusedError(f"tools: {len(tools)} are too many; send at most {MAX_TOOLS}")
+    size = sum(len(tool.name) + len(tool.description) + len(tool.parameters) for tool in tools)
+    if size > MAX_TOOLS_SIZE:
+        raise RefusedError(f"tools: {size} characters are too many; send at most {MAX_TOOLS_SIZE}")
+    names: set[str] = set()
+    for at, tool in enumerate(tools):
+        check_name(tool.name, f"tools[{at}].function.name")
+        if tool.name in names:
+            raise RefusedError(f"tools[{at}].function.name={tool.name!r} is there twice; name each tool differently")
+        names.add(tool.name)
+
+
+def check_name(name: str, where: str) -> None:
+    """Raises RefusedError."""
+    if not re.fullmatch(r"[a-zA-Z0-9_.-]{1,64}", name):
+        raise RefusedError(f"{where}={name!r:.80} must be 1 to 64 letters, digits, underscores, dots and dashes")
+
+
+def check_names(turns: tuple[Turn, ...], facts: TemplateFacts) -> None:
+    """Raises RefusedError for the name of a speaker that would not be written."""
+    for at, turn in enumerate(turns):
+        if turn.name and turn.role != "tool" and not facts.writes_names:
+            raise RefusedError(
+                f"messages[{at}].name={turn.name!r:.80} is not read by the model's chat template; "
+                "put it into the content"
+            )
+
+
+def check_continued(chat: Chat) -> None:
+    """Raises RefusedError for a last message that no answer can go on with."""
+    if chat.add_generation_prompt:
+        raise RefusedError(
+            "continue_final_message=true is for add_generation_prompt=false: a turn is begun, or the last goes on"
+        )
+    if chat.turns[-1].role == "tool" or chat.turns[-1].calls:
+        raise RefusedError("continue_final_message=true needs a last message that is text alone; add one")

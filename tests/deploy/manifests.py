@@ -1,0 +1,63 @@
+"""The rendered manifests of deploy/kubernetes, by overlay."""
+
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import yaml
+from slipstream.cli.main import parse
+from slipstream.cli.serve import Serve
+
+ROOT = Path(__file__).parents[2]
+KUBERNETES = ROOT / "deploy" / "kubernetes"
+OVERLAYS = sorted(path.name for path in (KUBERNETES / "overlays").iterdir())
+
+Object = dict[str, Any]
+
+
+@cache
+def objects(overlay: str) -> tuple[Object, ...]:
+    """As `make manifests` wrote them."""
+    return tuple(yaml.safe_load_all((KUBERNETES / "rendered" / f"{overlay}.yaml").read_text()))
+
+
+def the(overlay: str, kind: str) -> Object:
+    """The only object of a kind."""
+    (found,) = of_kind(overlay, kind)
+    return found
+
+
+def of_kind(overlay: str, kind: str) -> list[Object]:
+    return [one for one in objects(overlay) if one["kind"] == kind]
+
+
+def pod(overlay: str) -> Object:
+    return the(overlay, "Deployment")["spec"]["template"]["spec"]
+
+
+def server(overlay: str) -> Object:
+    """The container that serves."""
+    (container,) = pod(overlay)["containers"]
+    return container
+
+
+def volume(overlay: str, name: str) -> Object:
+    (found,) = [one for one in pod(overlay)["volumes"] if one["name"] == name]
+    return found
+
+
+def files_of(overlay: str, name: str) -> dict[str, str]:
+    """What a volume shows of a ConfigMap."""
+    config = volume(overlay, name)["configMap"]["name"]
+    (found,) = [one["data"] for one in of_kind(overlay, "ConfigMap") if one["metadata"]["name"] == config]
+    return found
+
+
+def command(overlay: str, tmp_path: Path) -> Serve:
+    """What the server would run, its config file from the ConfigMap."""
+    (mount,) = [one["mountPath"] for one in server(overlay)["volumeMounts"] if one["name"] == "config"]
+    for name, text in files_of(overlay, "config").items():
+        (tmp_path / name).write_text(text)
+    parsed = parse([word.replace(f"--config={mount}/", f"--config={tmp_path}/") for word in server(overlay)["args"]])
+    assert isinstance(parsed, Serve)
+    return parsed
