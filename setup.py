@@ -14,6 +14,7 @@ from pathlib import Path
 from setuptools import Extension, setup
 
 SOURCES = sorted(Path("kernels/native").glob("*.cc"))
+FLAGS = ["-std=c++17", "-O3", "-g0", "-fvisibility=hidden"]
 HEADERS = sorted(Path("kernels/native").glob("*.h"))
 
 
@@ -41,7 +42,14 @@ def extensions() -> list[Extension]:
             [str(path) for path in SOURCES],
             depends=[str(path) for path in HEADERS],
             define_macros=[("SLIPSTREAM_SOURCE", f'"{source}"')],
-            extra_compile_args=["-std=c++17", "-O3", "-g0", "-fvisibility=hidden", f"-isystem{include}"],
+            extra_compile_args=[
+                "-std=c++17",
+                "-O3",
+                "-g0",
+                "-fvisibility=hidden",
+                "-Wno-maybe-uninitialized",
+                f"-isystem{include}",
+            ],
             language="c++",
             optional=True,
         )

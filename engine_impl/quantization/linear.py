@@ -38,6 +38,8 @@ class Stored:
 class EncodedModule(nn.Module):
     """A module whose weight is stored as other arrays: which, where they lie, and the bias, which stays as it is."""
 
+    kind: str
+    """What its weight is stored as: the type of floats, or "int8" or "int4"."""
     reads_stack: ClassVar[bool] = False
     """Its matrix product takes all layers' weights and the number of the layer, `layer`: see forward.py."""
 
@@ -76,13 +78,10 @@ class EncodedModule(nn.Module):
         return out_RO if bias_O is None else out_RO + bias_O
 
 
-class QuantizedLinear(EncodedModule):
-    """One whose weight is codes."""
-
-
-class Int8Linear(QuantizedLinear):
+class Int8Linear(EncodedModule):
     """A scale for each output."""
 
+    kind = "int8"
     code: Tensor
     scale: Tensor
 
@@ -102,9 +101,10 @@ class Int8Linear(QuantizedLinear):
         return self.with_bias(bridge.call_kernel(self.multiply, x_RI, self.code, self.scale))
 
 
-class Int8ExpertLinear(QuantizedLinear):
+class Int8ExpertLinear(EncodedModule):
     """A scale for each output of each expert; the face of `ExpertLinear`."""
 
+    kind = "int8"
     code: Tensor
     scale: Tensor
 
@@ -137,9 +137,10 @@ class Int8ExpertLinear(QuantizedLinear):
         return (out_RO * self.scale[expert_R]).to(x_RI.dtype)
 
 
-class Int4Linear(QuantizedLinear):
+class Int4Linear(EncodedModule):
     """A scale and an offset for each block of inputs; see kernels/blockwise_matmul."""
 
+    kind = "int4"
     reads_stack = True
     packed: Tensor
     scale: Tensor

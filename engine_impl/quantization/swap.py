@@ -16,10 +16,10 @@ from ..errors import RefusedError
 from ..models.decoder import Decoder
 from ..models.parts import ExpertLinear, Linear
 from .int8_matmul import multiply_floats, multiply_rounded, multiply_split
-from .linear import Int4Linear, Int8ExpertLinear, Int8Linear, QuantizedLinear
-from .panels import pack_floats, packs
+from .linear import EncodedModule, Int4Linear, Int8ExpertLinear, Int8Linear
+from .panels import Form, PanelLinear, pack_floats, packs
 
-Swap = Callable[[Linear, int | None], QuantizedLinear]
+Swap = Callable[[Linear, int | None], EncodedModule]
 BLOCKS = (128, 64, 32)
 
 
@@ -130,19 +130,24 @@ def _in_all_layers(name: str) -> str:
 
 
 def _swap_for(config: EngineConfig, dtype: jnp.dtype, mesh: Mesh, backend: Backend) -> Swap:
+    is_packed = packs(mesh, backend) and dtype == jnp.float32
     if config.quantize_weights == "int8":
+        if is_packed and config.quantize_activations == "none":
+            return lambda module, axis: PanelLinear(module, mesh, Form("int8"), backend)
         multiply = multiply_split if mesh.devices.flat[0].platform == "cpu" else multiply_floats
         multiply = multiply_rounded if config.quantize_activations == "int8" else multiply
         return lambda module, axis: Int8Linear(module, axis, mesh, multiply=multiply)
 
     block = config.quantize_block or BLOCKS[-1]
 
-    def swap(module: Linear, axis: int | None) -> QuantizedLinear:
+    def swap(module: Linear, axis: int | None) -> EncodedModule:
         if module.in_features % block:
             raise RefusedError(
                 f"quantize_block={block} does not divide a matrix of {module.in_features} inputs; "
                 "use a smaller block, int8, or leave it out with --quantize-exclude"
             )
+        if is_packed:
+            return PanelLinear(module, mesh, Form("int4", block), backend)
         return Int4Linear(module, axis, mesh, block=block, dtype=dtype, backend=backend)
 
     return swap

@@ -15,14 +15,14 @@ constexpr int64_t SMALL = 1 << 16;  // multiplications that are not worth a seco
 constexpr int64_t ROWS_OF_A_PART = 96;
 constexpr int64_t PARTS_OF_A_THREAD = 4;
 
-std::optional<Stored> stored_as(ffi::AnyBuffer code, int64_t inputs) {
+std::optional<Stored> stored_as(ffi::AnyBuffer code, bool has_offset) {
   switch (code.element_type()) {
     case ffi::DataType::F32:
       return Stored::kF32;
     case ffi::DataType::BF16:
       return Stored::kBF16;
     case ffi::DataType::S8:
-      return code.dimensions()[1] == inputs ? Stored::kInt8 : Stored::kInt4;
+      return has_offset ? Stored::kInt4 : Stored::kInt8;
     default:
       return std::nullopt;
   }
@@ -33,7 +33,7 @@ ffi::Error multiply(ffi::ThreadPool pool, ffi::Buffer<ffi::DataType::F32> x, ffi
                     ffi::Buffer<ffi::DataType::F32> scale, ffi::Buffer<ffi::DataType::F32> offset,
                     ffi::ResultBuffer<ffi::DataType::F32> out) {
   const int64_t R = x.dimensions()[0], I = x.dimensions()[1], O = out->dimensions()[1], P = code.dimensions()[0];
-  const auto stored = stored_as(code, I);
+  const auto stored = stored_as(code, offset.dimensions().size() == 3);
   if (!stored) return ffi::Error::InvalidArgument("weights of a type that has no kernel");
   const int64_t blocks = *stored == Stored::kInt4 ? offset.dimensions()[1] : 1;
   const Panels weight{*stored, code.untyped_data(), scale.typed_data(), offset.typed_data(), I, O, blocks};

@@ -3,9 +3,12 @@
 import jax
 import jax.numpy as jnp
 
-from ..backend import Backend, check_backend
+from ..backend import Backend, check_backend, check_shape
 from .native_cpu import panel_matmul_native
 from .reference import PANEL, Panels, panel_matmul_reference
+
+LONGEST_RUN = 256
+"""Inputs that the native kernel unpacks together: a block of 4-bit codes divides it."""
 
 
 def panel_matmul(x_RI: jax.Array, weight: Panels, *, outputs: int, backend: Backend) -> jax.Array:
@@ -24,12 +27,27 @@ def panel_matmul(x_RI: jax.Array, weight: Panels, *, outputs: int, backend: Back
         ValueError: shapes or dtypes that do not fit together, at trace time.
     """
     check_backend(backend)
-    I, code = x_RI.shape[1], weight.code
     if x_RI.dtype != jnp.float32:
         raise ValueError(f"x_RI must be float32, got {x_RI.dtype}")
-    if code.dtype not in (jnp.float32, jnp.bfloat16):
-        raise ValueError(f"panels have float32 or bfloat16, got {code.dtype}")
-    if code.shape != (-(-outputs // PANEL), I, PANEL):
-        raise ValueError(f"panels of {outputs=} must be [{-(-outputs // PANEL)}, {I}, {PANEL}], got {code.shape}")
+    _check(weight, x_RI.shape[1], outputs)
     matmul = panel_matmul_native if backend == "native_cpu" else panel_matmul_reference
     return matmul(x_RI, weight, outputs)
+
+
+def _check(weight: Panels, inputs: int, outputs: int) -> None:
+    (code, scale, offset), P = weight, -(-outputs // PANEL)
+    of_code = (jnp.float32, jnp.bfloat16) if scale is None else (jnp.int8,)
+    if code.dtype not in of_code or any(leaf is not None and leaf.dtype != jnp.float32 for leaf in (scale, offset)):
+        dtypes = [str(leaf.dtype) for leaf in weight if leaf is not None]
+        raise ValueError(f"panels are float32 or bfloat16, or int8 codes with float32 scales, got {dtypes}")
+    if scale is None or offset is None:
+        check_shape("code", code, (P, inputs, PANEL), "PIX")
+        if scale is not None:
+            check_shape("scale", scale, (P, PANEL), "PX")
+        return
+    check_shape("code", code, (P, inputs // 2, PANEL), "PIX")
+    blocks = scale.shape[1] if scale.ndim == 3 else 0
+    for name, leaf in (("scale", scale), ("offset", offset)):
+        check_shape(name, leaf, (P, blocks, PANEL), "PQX")
+    if not blocks or inputs % blocks or LONGEST_RUN % (inputs // blocks) or inputs // blocks % 2:
+        raise ValueError(f"{inputs=} in {blocks=}: a block must be whole and a divisor of {LONGEST_RUN}, at least 2")

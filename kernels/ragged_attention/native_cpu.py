@@ -25,7 +25,7 @@ def ragged_attention_native(
     scores and weights stay in the nearest cache.
     """
     scale = jnp.zeros((0,), jnp.float32) if scale_LPK2R is None else scale_LPK2R
-    window = jnp.int32(0) if window is None else window
+    seen = jnp.int32(0) if window is None else window
     out_BNH = jax.ShapeDtypeStruct(q_BNH.shape, jnp.float32)
-    operands = (q_BNH, new_BKC, cache_LPKRC, scale, layer, length_B, page_BJ, window)
+    operands = (q_BNH, new_BKC, cache_LPKRC, scale, layer, length_B, page_BJ, seen)
     return native.call("slipstream_ragged_attention", out_BNH, *operands, soft_cap=np.float32(soft_cap or 0.0))
