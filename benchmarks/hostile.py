@@ -20,7 +20,7 @@ import grpc
 from ..engine_impl.errors import RefusedError
 from ..server.child import server
 from ..server.net.ports import listening
-from .load.hostile_inputs import COMPLETIONS, INPUTS
+from .load.hostile_inputs import COMPLETIONS, DECODE, INPUTS
 from .measure import machine
 from .measure.stats import percentile
 from .measure.table import Progress, table
@@ -56,7 +56,7 @@ class Watched:
     answers_ms: list[float] = field(default_factory=list)
     """How long the hostile callers waited."""
     statuses: set[int] = field(default_factory=set)
-    """What they were told."""
+    """What they were told: HTTP's numbers or gRPC's."""
 
     @property
     def chunks_per_second(self) -> float:
@@ -67,7 +67,7 @@ def run(options: HostileOptions) -> dict[str, Any]:
     """Raises RefusedError for an input that is not known."""
     if unknown := [name for name in options.names if name not in INPUTS]:
         raise RefusedError(f"only={unknown[0]!r} is not known; those that are: {', '.join(INPUTS)}")
-    with listening("127.0.0.1", 0, what="HTTP", flag="--http-port") as sock:
+    with listening("127.0.0.1", 0, what="HTTP", flag="--http-port")[0] as sock:
         port = sock.getsockname()[1]
     load_average = machine.warn_if_busy()
     with server(options.engine, "--http-port", str(port)) as (process, address, _):
@@ -86,8 +86,9 @@ async def measure(url: str, address: str, pid: int, options: HostileOptions) -> 
     async with (
         aiohttp.ClientSession(url, connector=connections, timeout=timeout, headers=HEADERS) as session,
         grpc.aio.insecure_channel(address) as channel,
+        grpc.aio.insecure_channel(address, [("grpc.use_local_subchannel_pool", 1)]) as hostile_channel,
     ):
-        watcher = Watcher(session, channel, pid)
+        watcher = Watcher(session, channel, hostile_channel, pid)
         usual = await watcher.watch(None, 0, USUAL_S)
         for name, (path, make) in INPUTS.items():
             if options.names and name not in options.names:
@@ -106,9 +107,13 @@ async def measure(url: str, address: str, pid: int, options: HostileOptions) -> 
 class Watcher:
     """Asks one server what everybody else would."""
 
-    def __init__(self, session: aiohttp.ClientSession, channel: grpc.aio.Channel, pid: int) -> None:
+    def __init__(
+        self, session: aiohttp.ClientSession, channel: grpc.aio.Channel, hostile: grpc.aio.Channel, pid: int
+    ) -> None:
+        """`hostile`: a connection of the hostile callers' own."""
         self._session, self._pid = session, pid
         self._check: Any = channel.unary_unary("/grpc.health.v1.Health/Check")
+        self._decode: Any = hostile.unary_stream(DECODE)
 
     async def watch(self, attack: tuple[str, bytes] | None, callers: int, seconds: float) -> Watched:
         """Until every caller has had its last answer, `seconds` at least."""
@@ -133,13 +138,25 @@ class Watcher:
     async def _attack(self, path: str, body: bytes, until: float, seen: Watched) -> None:
         while True:
             begin = time.perf_counter()
-            with suppress(*NO_ANSWER):  # a server may hang up
-                async with self._session.post(path, data=io.BytesIO(body)) as response:
-                    await response.read()
-                    seen.statuses.add(response.status)
+            if path == DECODE:
+                seen.statuses.add(await self._told(body))
+            else:
+                with suppress(*NO_ANSWER):  # a server may hang up
+                    async with self._session.post(path, data=io.BytesIO(body)) as response:
+                        await response.read()
+                        seen.statuses.add(response.status)
             seen.answers_ms.append(1000 * (time.perf_counter() - begin))
             if time.perf_counter() > until:
                 return
+
+    async def _told(self, message: bytes) -> int:
+        """The number of a gRPC status; 0 is OK."""
+        try:
+            async for _ in self._decode(message, timeout=CALL_S):
+                pass
+        except grpc.aio.AioRpcError as error:
+            return error.code().value[0]
+        return 0
 
     async def _health(self, seen: Watched) -> None:
         async def ask() -> None:

@@ -11,6 +11,7 @@ from ..engine_impl.errors import RefusedError
 from ..server.grpc.channel import DEFAULT_TARGET, PLAIN, ChannelConfig
 from ..server.request.options import AnswerOptions
 from .conversation import ALONE, Conversation
+from .form import FormFlags
 from .show import print_growing
 
 if TYPE_CHECKING:
@@ -25,6 +26,7 @@ class Ask:
     question: tyro.conf.Positional[str]
     """The question, in quotes."""
     answer: AnswerOptions
+    form: FormFlags
     conversation: Conversation = ALONE
     target: str = DEFAULT_TARGET
     """The server's address (host:port)."""
@@ -53,12 +55,12 @@ class Ask:
     def _growing(self, client: "Client") -> "Iterator[list[Answer]]":
         from ..server.request.answer import Answer
 
-        answer = Answer.of(self.answer.num_samples)
+        answer, form = Answer.of(self.answer.num_samples), self.form.form()
         if self.raw:
-            pieces = client.ask_text(self.question, self.answer)
+            pieces = client.ask_text(self.question, self.answer, form)
         else:
             turns = [*self.conversation.opening(), self.conversation.question(self.question)]
-            pieces = client.ask_chat(self.conversation.call(turns), self.answer)
+            pieces = client.ask_chat(self.conversation.call(turns), self.answer, form)
         for piece in pieces:
             answer.grow(piece)
             yield [answer]

@@ -10,6 +10,7 @@ from ..server.errors import UnavailableError
 from ..server.grpc.channel import DEFAULT_TARGET, PLAIN, ChannelConfig
 from ..server.request.options import AnswerOptions
 from .conversation import ALONE, Conversation
+from .form import FormFlags
 
 if TYPE_CHECKING:
     from ..server.grpc.client import Client
@@ -23,6 +24,7 @@ class Chat:
     """Talk with the model of a running server. Ctrl-C stops an answer; /new starts over; Ctrl-D or /exit leaves."""
 
     answer: AnswerOptions
+    form: FormFlags
     conversation: Conversation = ALONE
     target: str = DEFAULT_TARGET
     """The server's address (host:port)."""
@@ -69,7 +71,7 @@ class Chat:
         answer, shown = Answer.of(1), 0
         (sample,) = answer.samples
         try:
-            for piece in client.ask_chat(self.conversation.call(turns), self.answer):
+            for piece in client.ask_chat(self.conversation.call(turns), self.answer, self.form.form()):
                 answer.grow(piece)
                 print(sample.shown[shown:], end="", flush=True)
                 shown = len(sample.shown)

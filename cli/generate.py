@@ -13,6 +13,7 @@ from ..engine_impl.errors import RefusedError
 from ..engine_impl.runtime import timeline
 from ..engine_impl.text.chat import Chat
 from ..server.request.options import AnswerOptions, check_utf8
+from .form import FormFlags
 from .show import print_growing
 
 if TYPE_CHECKING:
@@ -28,6 +29,7 @@ class Generate:
 
     engine: EngineConfig
     answer: AnswerOptions
+    form: FormFlags
     prompt: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
     """A prompt (text); may be given several times."""
     prompt_file: Path | None = None
@@ -39,14 +41,14 @@ class Generate:
     start was spent on (s)."""
 
     def run(self) -> int:
-        prompts = self._prompts()  # refused before the slow load
+        prompts, grammar = self._prompts(), self.form.form().made()  # refused before the slow load
 
         from ..engine_impl.loading import load_engine
         from .offline import answer
 
         engine, params = load_engine(self.engine)
         all_ids = [encode(engine.get_tokenizer(), prompt, raw=self.raw) for prompt in prompts]
-        growing = answer(engine, params, all_ids, self.answer)
+        growing = answer(engine, params, all_ids, self.answer, grammar)
         if self.as_json:
             print_json(engine.model_name, all_ids, growing)
         else:

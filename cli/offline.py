@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from ..server.request.answer import Answer
+from ..server.request.grammar import Grammar
 from ..server.request.options import AnswerOptions
 from ..server.request.prefix_key import prefix_key
 from ..server.request.request import Event, Limits, Request
@@ -27,7 +28,11 @@ def running(engine: "Engine", params: Any, *, max_queued: int) -> Iterator[Orche
 
 
 def answer(
-    engine: "Engine", params: Any, prompts: Sequence[Sequence[int]], options: AnswerOptions
+    engine: "Engine",
+    params: Any,
+    prompts: Sequence[Sequence[int]],
+    options: AnswerOptions,
+    grammar: Grammar | None = None,
 ) -> Iterator[list[Answer]]:
     """Yields all answers, in the order of the prompts (token ids), whenever one has grown.
 
@@ -38,7 +43,9 @@ def answer(
     requests = [request(index, prompt_ids, options, events) for index, prompt_ids in enumerate(prompts)]
     limits = Limits.of(engine)
     for each in requests:
+        each.grammar = grammar
         limits.check(each)
+        each.constrain(engine.get_tokenizer())
     with running(engine, params, max_queued=len(prompts)) as orchestrator:
         for each in requests:
             orchestrator.submit(each)

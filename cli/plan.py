@@ -1,6 +1,7 @@
 """slipstream plan: what the compiler says of a model on chips that are not here."""
 
 import json
+import math
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -10,6 +11,7 @@ import tyro
 
 from ..engine_impl.config import EngineConfig
 from ..engine_impl.errors import RefusedError
+from .manifest import check_slice, overlay
 
 if TYPE_CHECKING:
     from ..engine_impl.compiler.headroom import Headroom
@@ -42,12 +44,23 @@ class Plan:
     """Compile every program in all its shapes, not only in the largest."""
     dump: Path | None = None
     """Write the optimised HLO of each program there (folder), as <program>.hlo.txt."""
+    price: float | None = None
+    """What a chip costs (an hour, in any currency): tells what a million tokens cost at the ceiling, that of --lengths
+    if they are given."""
+    manifest: bool = False
+    """Print a kustomization.yaml for deploy/kubernetes/overlays instead of the table, which goes to stderr."""
     as_json: Annotated[bool, tyro.conf.arg(name="json")] = False
     """Print one JSON object as the last line of stdout (bytes, ms)."""
 
     def __post_init__(self) -> None:
         if self.max_slots and self.lengths is not None:
             raise RefusedError("--max-slots and --lengths ask for two plans: leave one of them out")
+        if self.price is not None and not (math.isfinite(self.price) and self.price > 0):
+            raise RefusedError(f"price={self.price} must be what a chip costs in an hour, more than 0")
+        if self.manifest and self.as_json:
+            raise RefusedError("--manifest and --json ask for two answers on stdout: leave one of them out")
+        if self.manifest:
+            check_slice(self.topology)
 
     def run(self) -> int:
         from ..engine_impl.compiler.budget import Budget
@@ -75,20 +88,34 @@ class Plan:
             report=lambda line: print(line, file=sys.stderr, flush=True),
         )
         room = room if report.fits else None
+        cost = None if self.price is None or not report.fits else cost_of(report, room, self.price)
         if self.as_json:
-            print(json.dumps(report.as_json() | {"headroom": room and asdict(room)}), flush=True)
-        else:
-            print("\n".join([table(report), *([] if room is None else ["", *mixed(room)])]), flush=True)
+            more = {"headroom": room and asdict(room), "cost_per_million_tokens": cost}
+            print(json.dumps(report.as_json() | more), flush=True)
+            return 0 if report.fits else DOES_NOT_FIT
+        lines = [table(report), *([] if room is None else ["", *mixed(room)])]
+        if cost is not None:
+            lines.append(f"A million tokens at that ceiling: {cost:.3g}, with {self.price:g} for a chip's hour")
+        print("\n".join(lines), file=sys.stderr if self.manifest else sys.stdout, flush=True)
+        if self.manifest and report.fits:
+            print(overlay(report, self.engine, "\n".join(headline(report))), end="", flush=True)
         return 0 if report.fits else DOES_NOT_FIT
+
+
+def headline(plan: "Report") -> list[str]:
+    """What was planned, and the memory that it takes."""
+    return [
+        f"{plan.model}, {plan.dtype}, on {plan.chips} x {plan.topology.split(':')[0]} ({plan.topology}): "
+        f"{plan.slots} slots, requests of up to {plan.cache_length:,} tokens, a cache of {plan.cache_tokens:,}",
+        f"HBM a chip: weights {plan.weights_bytes_per_chip / GIB:.2f} + cache {plan.cache_bytes_per_chip / GIB:.2f}, "
+        f"at most {plan.resident_bytes_per_chip / GIB:.2f} of {plan.hbm_bytes_per_chip / GIB:.2f} GiB",
+    ]
 
 
 def table(plan: "Report") -> str:
     """What a person reads."""
     lines = [
-        f"{plan.model}, {plan.dtype}, on {plan.chips} x {plan.topology.split(':')[0]} ({plan.topology}): "
-        f"{plan.slots} slots, requests of up to {plan.cache_length:,} tokens, a cache of {plan.cache_tokens:,}",
-        f"HBM a chip: weights {plan.weights_bytes_per_chip / GIB:.2f} + cache {plan.cache_bytes_per_chip / GIB:.2f}, "
-        f"at most {plan.resident_bytes_per_chip / GIB:.2f} of {plan.hbm_bytes_per_chip / GIB:.2f} GiB",
+        *headline(plan),
         *saving(plan),
         "",
         f"{'program':<15}{'compile s':>10}{'temp MiB':>10}{'code MiB':>10}{'copies':>8}{'floor ms':>10}{'compute':>9}",
@@ -108,6 +135,13 @@ def table(plan: "Report") -> str:
     return "\n".join(
         [*lines, "", f"It fits. Ceiling of the decode step, all slots live and the cache full: {ceiling:,.0f} tokens/s"]
     )
+
+
+def cost_of(plan: "Report", room: "Headroom | None", price: float) -> float:
+    """Of a million tokens at the ceiling, of the mix if there is one; `price`: of a chip for an hour."""
+    ceiling = plan.programs["generate"].tokens_per_second_ceiling if room is None else room.tokens_per_second_ceiling
+    assert ceiling is not None
+    return price * plan.chips / 3600 / ceiling * 1e6
 
 
 def saving(plan: "Report") -> list[str]:

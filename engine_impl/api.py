@@ -77,6 +77,17 @@ class Prefix(Protocol):
         token of a piece without `next_id`, and where nobody asked"""
         ...
 
+    @property
+    def top_token_NTP(self) -> DeviceArray:
+        """i32, the P = MAX_LOGPROBS likeliest tokens in its place, likeliest first; valid where a piece asks for more
+        than 0"""
+        ...
+
+    @property
+    def top_logprob_NTP(self) -> DeviceArray:
+        """f32, their log-probabilities"""
+        ...
+
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Piece:
@@ -89,8 +100,9 @@ class Piece:
     page_J: np.ndarray
     """i32, the text's pages, its first tokens' first; read up to `start`"""
     next_id: int = -1
-    """The token behind them, where it is known and `wants_logprobs` asks for its log-probability too."""
-    wants_logprobs: bool = False
+    """The token behind them, where it is known and `logprobs` asks for its log-probability too."""
+    logprobs: int | None = None
+    """Asks for the log-probability of the token behind each, and of so many likeliest ones; None asks for none."""
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -102,6 +114,45 @@ class Opening:
     prompt_length: int
     """How many of them are the prompt's."""
     sampling: SamplingParams
+    allowed_W: np.ndarray | None = None
+    """Which tokens may come next, see `Matcher.allowed`; None: all."""
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Allowed:
+    """Which tokens may come next in some rows of a step; in the others all may."""
+
+    row_C: np.ndarray
+    """i32, of `slot_N`"""
+    word_CW: np.ndarray
+    """u32, see `Matcher.allowed`"""
+
+
+class Matcher(Protocol):
+    """An answer's place in its grammar: which tokens may come next. One thread at a time."""
+
+    @property
+    def is_over(self) -> bool:
+        """Whether the text is whole and nothing can follow; known when `allowed` was asked."""
+        ...
+
+    @property
+    def error(self) -> str:
+        """Why nothing can be told of the answer any more; "" if it has not failed."""
+        ...
+
+    def copy(self) -> "Matcher":
+        """Another answer at the same place."""
+        ...
+
+    def take(self, token_id: int) -> None:
+        """The answer goes on with this token."""
+        ...
+
+    def allowed(self, end_ids: Iterable[int]) -> np.ndarray:
+        """u32 [W]: whether token v may come next is bit v % 32 of word v // 32; `end_ids`, which end the answer, may
+        where the text is whole. Lets other threads run."""
+        ...
 
 
 class TextStream(Protocol):
@@ -120,12 +171,17 @@ class Tokenizer(Protocol):
     """Text to token ids and back. A model without a tokenizer raises RefusedError wherever text is involved."""
 
     vocab_size: int
+    bos_id: int | None
+    eos_id: int | None
+    """What a text begins and ends with, where the model has such tokens."""
+    first_ids: tuple[int, ...]
+    """What `encode` puts before every text, mostly a BOS."""
     stop_ids: frozenset[int]
     """Tokens that end an answer."""
 
-    def encode(self, text: str, at_most: int | None = None) -> list[int]:
-        """Token ids of raw text, a BOS first where the model wants one. May raise TooLongError for more than `at_most`
-        before all of it is read."""
+    def encode(self, text: str, at_most: int | None = None, *, with_first: bool = True) -> list[int]:
+        """Token ids of raw text, `first_ids` before them unless told not to. May raise TooLongError for more than
+        `at_most` before all of it is read."""
         ...
 
     def encode_chat(self, chat: Chat, at_most: int | None = None) -> ChatPrompt:
@@ -141,8 +197,17 @@ class Tokenizer(Protocol):
         """The control token that is written so; None: there is none."""
         ...
 
-    def decode(self, token_ids: Sequence[int]) -> str:
-        """Text of token ids, control tokens left out."""
+    @property
+    def chat_template(self) -> str | None:
+        """The jinja text of the model's chat form; None without one."""
+        ...
+
+    def decode(self, token_ids: Sequence[int], *, with_control: bool = False) -> str:
+        """Text of token ids, control tokens left out unless asked for."""
+        ...
+
+    def token(self, token_id: int) -> str:
+        """How the vocabulary writes a token; empty for an id that it does not have."""
         ...
 
     def token_bytes(self, token_id: int) -> bytes:
@@ -151,6 +216,15 @@ class Tokenizer(Protocol):
 
     def stream(self, shown: Collection[str] = ()) -> TextStream:
         """For one answer. `shown`: control tokens that it writes out."""
+        ...
+
+    def matcher(self, grammar: str) -> Matcher:
+        """At the beginning of an answer in a grammar of llguidance's. Raises RefusedError for one that cannot be
+        compiled, or takes too much. It takes its time, and lets other threads run."""
+        ...
+
+    def prepare_grammars(self) -> None:
+        """Makes what all grammars need, which else the first one does while others wait."""
         ...
 
 
@@ -257,7 +331,12 @@ class Engine(Protocol[ParamsT, PrefixT, StateT]):
         ...
 
     def generate(
-        self, params: ParamsT, decode_state: StateT, slot_N: np.ndarray, page_NJ: np.ndarray
+        self,
+        params: ParamsT,
+        decode_state: StateT,
+        slot_N: np.ndarray,
+        page_NJ: np.ndarray,
+        allowed: Allowed | None = None,
     ) -> tuple[StateT, StepResult]:
         """One decode step of the slots named, in their order; one that is full gets no token. The state is donated.
 
@@ -273,7 +352,13 @@ class Engine(Protocol[ParamsT, PrefixT, StateT]):
         ...
 
     def carry(
-        self, params: ParamsT, decode_state: StateT, slot_N: np.ndarray, page_NJ: np.ndarray, pieces: Sequence[Piece]
+        self,
+        params: ParamsT,
+        decode_state: StateT,
+        slot_N: np.ndarray,
+        page_NJ: np.ndarray,
+        pieces: Sequence[Piece],
+        allowed: Allowed | None = None,
     ) -> tuple[StateT, StepResult, PrefixT]:
         """`generate` and `prefill` together, of slots and pieces that `carries` said yes to. The state is donated.
 

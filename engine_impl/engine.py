@@ -28,7 +28,7 @@ from jax.sharding import Mesh
 from .. import kernels
 from ..cache_manager import KV
 from . import api, forward
-from .api import Opening, Piece
+from .api import Allowed, Opening, Piece
 from .checkpoints.contract import Checkpoint
 from .config import EngineConfig
 from .errors import PieceError
@@ -37,6 +37,7 @@ from .layout import chunk_of, layout_of
 from .models.decoder import Decoder
 from .programs import GREEDY, Programs
 from .quantization.swap import quantize
+from .sampling.mask import Mask, Masks
 from .sampling.penalties import counts_of_text, is_penalised
 from .sampling.slots import SlotSampling
 from .shapes import Shapes
@@ -70,6 +71,7 @@ class Engine:
         """The device programs as functions: for whoever calls one within a program of his own."""
         self.jitted = self.programs.jitted()
         """The same, as they are run: for whoever lowers them."""
+        self._masks = Masks(model.config.vocab_size, self.programs.everywhere)
         self.max_prefill_length = min(config.max_prefill_length or self.cache_length, self.cache_length)
         """Longest prompt (tokens)."""
         self.shapes = Shapes(
@@ -177,9 +179,10 @@ class Engine:
             raise ValueError(f"{len(openings)} openings for a prefix of {rows}")
         openings = [*openings, *[None] * (rows - len(openings))]
         is_complete_N = np.array([opening is not None for opening in openings])
+        masked = [(n, o.allowed_W) for n, o in enumerate(openings) if o is not None and o.allowed_W is not None]
         token_N, sampling, count_NV, result = self.jitted.first_tokens(
             prefix.logits_NV, prefix.start_N, prefix.count_N, is_complete_N, self._sampling(openings),
-            self._counts(openings, prefix.count_NV),
+            self._counts(openings, prefix.count_NV), self._masks.of(rows, masked),
         )  # fmt: skip
         return replace(prefix, token_N=token_N, sampling=sampling, count_NV=count_NV), result
 
@@ -199,16 +202,22 @@ class Engine:
         return self.jitted.insert(prefix, decode_state, slot_N, self.shapes.table(page_NJ, rows))
 
     def generate(
-        self, params: Params, decode_state: DecodeState, slot_N: np.ndarray, page_NJ: np.ndarray
+        self,
+        params: Params,
+        decode_state: DecodeState,
+        slot_N: np.ndarray,
+        page_NJ: np.ndarray,
+        allowed: Allowed | None = None,
     ) -> tuple[DecodeState, StepResult]:
         """One decode step: every slot named that is neither empty nor full gets its next token. The state is donated.
 
-        Row n of the result belongs to slot_N[n]; rows behind them have a count of 0.
+        Row n of the result belongs to slot_N[n]; rows behind them have a count of 0. `allowed`: which tokens may come.
 
         Raises ValueError for more slots than there are.
         """
         slot_N = self.shapes.step(slot_N)
-        return self.jitted.generate(params, decode_state, slot_N, self.shapes.table(page_NJ, len(slot_N)))
+        mask = self._mask(len(slot_N), allowed)
+        return self.jitted.generate(params, decode_state, slot_N, self.shapes.table(page_NJ, len(slot_N)), mask)
 
     def carries(self, slots: int, lengths: Sequence[int]) -> bool:
         """Whether `carry` takes a step of so many slots and pieces of so many tokens."""
@@ -221,6 +230,7 @@ class Engine:
         slot_N: np.ndarray,
         page_NJ: np.ndarray,
         pieces: Sequence[Piece],
+        allowed: Allowed | None = None,
     ) -> tuple[DecodeState, StepResult, Prefix]:
         """`generate` and `prefill` as one program, which reads the weights once: (state, result, prefix). The state is
         donated.
@@ -232,8 +242,8 @@ class Engine:
             raise PieceError(f"a step of {len(slot_N)} slots does not carry pieces of {lengths} tokens: prefill them")
         slots, tokens = shape
         batch = self.shapes.pieces(pieces, (1, tokens))
-        slot_N = self.shapes.filled(slot_N, slots)
-        return self.jitted.carry(params, decode_state, slot_N, self.shapes.table(page_NJ, slots), batch)
+        slot_N, mask = self.shapes.filled(slot_N, slots), self._mask(slots, allowed)
+        return self.jitted.carry(params, decode_state, slot_N, self.shapes.table(page_NJ, slots), batch, mask)
 
     def score_step(
         self,
@@ -273,6 +283,10 @@ class Engine:
             decode_state, result, _ = self.carry(params, decode_state, nobody, page_NJ, [piece])
         result.token_BW.block_until_ready()
         return decode_state
+
+    def _mask(self, rows: int, allowed: Allowed | None) -> Mask:
+        asked = [] if allowed is None else list(zip(allowed.row_C.tolist(), allowed.word_CW, strict=True))
+        return self._masks.of(rows, asked)
 
     def _sampling(self, openings: Sequence[Opening | None]) -> SlotSampling:
         """[N] each, on the host; `min_tokens` as a position in the text, as a step's tokens have."""

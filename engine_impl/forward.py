@@ -9,13 +9,14 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 from torch import nn
 
 from ..cache_manager import KV
 from . import bridge
 from .attention import Attend
 from .models.decoder import Decoder
-from .sampling.logprobs import prompt_logprobs
+from .sampling.logprobs import Logprobs, prompt_logprobs
 from .state import PieceBatch
 
 LayerLoop = Literal["scan", "unrolled"]
@@ -67,8 +68,8 @@ class Prefilled(NamedTuple):
     """behind each piece's last token"""
     kv: KV
     """all their rows, [L, K, N T, C]"""
-    logprob_NT: jax.Array
-    """f32, of the tokens behind theirs; 0 where nobody asks"""
+    told: Logprobs
+    """of the tokens behind theirs, [N T] each; 0 where nobody asks"""
 
 
 def decode(model: Decoder, params: Params, token_B: jax.Array, length_B: jax.Array, attend: Attend) -> Decoded:
@@ -77,15 +78,21 @@ def decode(model: Decoder, params: Params, token_B: jax.Array, length_B: jax.Arr
     return Decoded(logits(model, params, x_BD), new_LBKC)
 
 
-def prefill(model: Decoder, params: Params, pieces: PieceBatch, attend: Attend) -> Prefilled:
+def prefill(model: Decoder, params: Params, pieces: PieceBatch, attend: Attend, mesh: Mesh) -> Prefilled:
     """Padded pieces of texts, at the positions from `start` on."""
     x_RD, kv = _layers(model, params, *_rows(pieces), attend)
     logits_NV = logits(model, params, _last(x_RD, pieces))
-    return Prefilled(logits_NV, kv, _next_logprobs(model, params, x_RD, pieces))
+    return Prefilled(logits_NV, kv, _next_logprobs(model, params, x_RD, pieces, mesh))
 
 
 def carry(
-    model: Decoder, params: Params, token_B: jax.Array, length_B: jax.Array, pieces: PieceBatch, attend: Attend
+    model: Decoder,
+    params: Params,
+    token_B: jax.Array,
+    length_B: jax.Array,
+    pieces: PieceBatch,
+    attend: Attend,
+    mesh: Mesh,
 ) -> tuple[Decoded, Prefilled]:
     """`decode` and `prefill` in one pass over the weights; `attend` is that of both."""
     B, (token_R, position_R) = token_B.shape[0], _rows(pieces)
@@ -93,8 +100,8 @@ def carry(
     x_RD, (new_LBKC, kv) = _layers(model, params, token_R, position_R, attend)
     x_BD, x_RD = x_RD[:B], x_RD[B:]
     logits_MV = logits(model, params, jnp.concatenate([x_BD, _last(x_RD, pieces)]))
-    logprob_NT = _next_logprobs(model, params, x_RD, pieces)
-    return Decoded(logits_MV[:B], new_LBKC), Prefilled(logits_MV[B:], kv, logprob_NT)
+    told = _next_logprobs(model, params, x_RD, pieces, mesh)
+    return Decoded(logits_MV[:B], new_LBKC), Prefilled(logits_MV[B:], kv, told)
 
 
 def _rows(pieces: PieceBatch) -> tuple[jax.Array, jax.Array]:
@@ -109,15 +116,10 @@ def _last(x_RD: jax.Array, pieces: PieceBatch) -> jax.Array:
     return jax.lax.dynamic_slice_in_dim(x_RD, last_N[0], 1) if N == 1 else x_RD[last_N]
 
 
-def _next_logprobs(model: Decoder, params: Params, x_RD: jax.Array, pieces: PieceBatch) -> jax.Array:
-    """logprob_NT, f32; no logits are computed where nobody asks."""
+def _next_logprobs(model: Decoder, params: Params, x_RD: jax.Array, pieces: PieceBatch, mesh: Mesh) -> Logprobs:
+    """[N T] each; no logits are computed where nobody asks."""
     next_R = pieces.next_NT.reshape(-1)
-    logprob_R = jax.lax.cond(
-        (next_R >= 0).any(),
-        lambda: prompt_logprobs(x_RD, next_R, lambda some_RD: logits(model, params, some_RD)),
-        lambda: jnp.zeros(next_R.shape, jnp.float32),
-    )
-    return logprob_R.reshape(pieces.next_NT.shape)
+    return prompt_logprobs(x_RD, next_R, pieces.asked, lambda some_RD: logits(model, params, some_RD), mesh)
 
 
 def _layers(model: Decoder, params: Params, token_R, position_R, attend: Attend) -> tuple[jax.Array, Any]:

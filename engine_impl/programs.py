@@ -20,7 +20,8 @@ from .attention import Attend, attend_both, attend_cache, attend_chunk
 from .forward import Decoded, Params, Prefilled
 from .models.decoder import Decoder
 from .sampling.choose import sample
-from .sampling.logprobs import logprob_of, logprobs
+from .sampling.logprobs import Logprobs, logprob_of, logprobs
+from .sampling.mask import Mask
 from .sampling.params import SamplingParams
 from .sampling.penalties import count_answer
 from .sampling.slots import SlotSampling
@@ -92,23 +93,29 @@ class Programs:
         return DecodeState(cache, token_B, length_B, state.sampling, count_BV), told, prefix
 
     def generate(
-        self, params: Params, state: DecodeState, slot_N: jax.Array, page_NJ: jax.Array
+        self, params: Params, state: DecodeState, slot_N: jax.Array, page_NJ: jax.Array, mask: Mask
     ) -> tuple[DecodeState, StepResult]:
-        """The step that serves: each slot's token is chosen by its own sampling parameters."""
-        state, result, _ = self.step(params, state, slot_N, page_NJ, self._serving(slot_N))
+        """The step that serves: each slot's token is chosen by its own sampling parameters, of those that may come."""
+        state, result, _ = self.step(params, state, slot_N, page_NJ, self._serving(slot_N, mask))
         return state, result
 
     def carry(
-        self, params: Params, state: DecodeState, slot_N: jax.Array, page_NJ: jax.Array, pieces: PieceBatch
+        self,
+        params: Params,
+        state: DecodeState,
+        slot_N: jax.Array,
+        page_NJ: jax.Array,
+        pieces: PieceBatch,
+        mask: Mask,
     ) -> tuple[DecodeState, StepResult, Prefix | None]:
         """`generate`, with pieces beside it: (state, result, prefix)."""
-        return self.step(params, state, slot_N, page_NJ, self._serving(slot_N), pieces)
+        return self.step(params, state, slot_N, page_NJ, self._serving(slot_N, mask), pieces)
 
-    def _serving(self, slot_N: jax.Array) -> Choose:
+    def _serving(self, slot_N: jax.Array, mask: Mask) -> Choose:
         def choose(logits_NV: jax.Array, rows: Rows, count_BV: jax.Array) -> Chosen:
             count_BV = count_answer(count_BV, slot_N, rows.token_N, rows.sampling.is_penalised, self.mesh)
             # The text so far is `length` cached tokens and this step's own: the chosen token stands behind both.
-            token_N = sample(logits_NV, lambda: count_BV[slot_N], rows.sampling, rows.length_N + 1)
+            token_N = sample(logits_NV, lambda: count_BV[slot_N], rows.sampling, rows.length_N + 1, mask)
             return Chosen(token_N, count_BV, self._result(logits_NV, token_N, rows.is_live_N, rows.sampling))
 
         return choose
@@ -145,7 +152,8 @@ class Programs:
 
     def prefill(self, params: Params, cache: KV, pieces: PieceBatch) -> Prefix:
         """Padded pieces' keys and values; see `forward.prefill`. No token is chosen yet."""
-        return self._prefix(pieces, forward.prefill(self.model, params, pieces, self._attend_pieces(cache, pieces)))
+        attend = self._attend_pieces(cache, pieces)
+        return self._prefix(pieces, forward.prefill(self.model, params, pieces, attend, self.mesh))
 
     def first_tokens(
         self,
@@ -155,10 +163,11 @@ class Programs:
         is_complete_N: jax.Array,
         sampling: SlotSampling,
         count_NV: jax.Array,
+        mask: Mask,
     ) -> tuple[jax.Array, SlotSampling, jax.Array, StepResult]:
         """The token behind each text that is complete: (token_N, sampling and count_NV as they go into the prefix,
         result)."""
-        token_N = sample(logits_NV, lambda: count_NV, sampling, start_N + count_N)
+        token_N = sample(logits_NV, lambda: count_NV, sampling, start_N + count_N, mask)
         return token_N, sampling, count_NV, self._result(logits_NV, token_N, is_complete_N, sampling)
 
     # Slots
@@ -205,7 +214,7 @@ class Programs:
         """`decode` and `prefill` in one pass over the weights."""
         step, chunk = self.attend(cache, rows.length_N, page_NJ), self._attend_pieces(cache, pieces)
         attend = attend_both(step, chunk, rows.slot_N.shape[0])
-        decoded, prefilled = forward.carry(self.model, params, rows.token_N, rows.length_N, pieces, attend)
+        decoded, prefilled = forward.carry(self.model, params, rows.token_N, rows.length_N, pieces, attend, self.mesh)
         return decoded, self._prefix(pieces, prefilled)
 
     def store(self, cache: KV, new: Any, length_N: jax.Array, live_N: jax.Array, page_NJ: jax.Array) -> KV:
@@ -229,11 +238,19 @@ class Programs:
 
     def _prefix(self, pieces: PieceBatch, prefilled: Prefilled) -> Prefix:
         """No token is chosen yet."""
-        logits_NV, kv, logprob_NT = prefilled
-        N, V = logits_NV.shape
-        token_N, count_NV = jnp.full((N,), -1, jnp.int32), jnp.zeros((N, V), jnp.uint16)
+        (N, T), V = pieces.token_NT.shape, prefilled.logits_NV.shape[1]
+        told = Logprobs(*(values.reshape(N, T, *values.shape[1:]) for values in prefilled.told))
         return Prefix(
-            kv, pieces.start_N, pieces.count_N, logits_NV, logprob_NT, token_N, SlotSampling.greedy(N), count_NV
+            kv=prefilled.kv,
+            start_N=pieces.start_N,
+            count_N=pieces.count_N,
+            logits_NV=prefilled.logits_NV,
+            logprob_NT=told.chosen_B,
+            top_token_NTP=told.top_token_BP,
+            top_logprob_NTP=told.top_BP,
+            token_N=jnp.full((N,), -1, jnp.int32),
+            sampling=SlotSampling.greedy(N),
+            count_NV=jnp.zeros((N, V), jnp.uint16),
         )
 
     def state_sharding(self) -> DecodeState:
@@ -245,7 +262,8 @@ class Programs:
         """A sharding for each array of a prefix: where `insert` takes it."""
         everywhere, v = self.everywhere, self._at(None, *self._vocabulary)
         kv = self.layout.shardings(self.mesh)[1]
-        return Prefix(kv, everywhere, everywhere, v, everywhere, everywhere, self._sampling, v)
+        told = everywhere, everywhere, everywhere
+        return Prefix(kv, everywhere, everywhere, v, *told, everywhere, self._sampling, v)
 
     @property
     def everywhere(self) -> Any:

@@ -63,7 +63,7 @@ class Session:
                 start=start,
                 page_J=self.page_BJ[slot],
                 next_id=token_ids[end] if end < len(token_ids) else -1 if next_id is None else next_id,
-                wants_logprobs=next_id is not None,
+                logprobs=None if next_id is None else 0,
             )
             prefix = self.engine.prefill(self.params, self.state, [piece])
             yield prefix

@@ -90,12 +90,13 @@ class Shapes:
                 raise PieceError(f"{piece.start=} must be a multiple of page_rows={self.page_rows}")
             start_N[n], count_N[n] = piece.start, len(piece.token_T)
             token_NT[n, : count_N[n]] = piece.token_T
-            if piece.wants_logprobs:
+            if piece.logprobs is not None:
                 next_NT[n, : count_N[n]] = [*piece.token_T[1:], piece.next_id]
         page_NJ = np.zeros((N, self.pages_per_slot), np.int32)
         for n, piece in enumerate(pieces):
             page_NJ[n, : len(piece.page_J)] = piece.page_J
-        arrays: Any = token_NT, start_N, count_N, next_NT, page_NJ
+        asked = np.int32(max(piece.logprobs or 0 for piece in pieces))
+        arrays: Any = token_NT, start_N, count_N, next_NT, asked, page_NJ
         return PieceBatch(*arrays)
 
     def step(self, slot_N: np.ndarray) -> np.ndarray:

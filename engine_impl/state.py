@@ -18,6 +18,8 @@ class PieceBatch(NamedTuple):
     count_N: jax.Array
     next_NT: jax.Array
     """tokens behind those of token_NT where their log-probability is asked for, else -1"""
+    asked: jax.Array
+    """how many of the likeliest tokens are asked for in their place, at most"""
     page_NJ: jax.Array
     """the texts' rows of the page table"""
 
@@ -42,6 +44,10 @@ class Prefix:
     """the model's dtype, behind each piece's last token"""
     logprob_NT: jax.Array
     """f32, log p(the token behind it | the text up to it) of each token; 0 where nobody asked"""
+    top_token_NTP: jax.Array
+    """i32, the P = MAX_LOGPROBS likeliest tokens there, likeliest first; 0 where nobody asked"""
+    top_logprob_NTP: jax.Array
+    """f32, their log-probabilities"""
     token_N: jax.Array
     """i32, the token chosen behind each piece, not in kv; -1 before `first_tokens`"""
     sampling: SlotSampling

@@ -12,9 +12,7 @@ from typing import Annotated, Literal
 import tyro
 
 from ..engine_impl.errors import RefusedError
-
-MAX_PORT = 65535
-LOOPBACK = ("localhost", "::1")
+from .address import Address, check_port, is_local, join_address
 
 
 def flag(name: str) -> object:
@@ -130,6 +128,16 @@ class ServerConfig:
     """Port of OpenAI's HTTP endpoints, /v1/chat/completions and others (TCP); 0 takes a free one and logs it. Default:
     none."""
 
+    listen: tuple[str, ...] = ()
+    """More addresses for gRPC (HOST:PORT, [IPV6]:PORT, or unix:PATH for a Unix domain socket; several with blanks
+    between)."""
+
+    http_listen: tuple[str, ...] = ()
+    """More addresses for HTTP, likewise, with or without --http-port."""
+
+    served_model_name: tuple[str, ...] = ()
+    """What HTTP clients may call the model; answers have the first one. Default: what --model says."""
+
     max_queued: int = 256
     """Requests that may wait, those not counted that the free slots will take (requests); beyond it they get
     RESOURCE_EXHAUSTED."""
@@ -174,6 +182,11 @@ class ServerConfig:
         if self.http_port and self.http_port in (self.port, self.watch.metrics_port):
             other = "gRPC" if self.http_port == self.port else "metrics"
             raise RefusedError(f"http_port={self.http_port} is the {other} port already; choose another --http-port")
+        more = [str(address) for address in (*self.more_grpc, *self.more_http)]
+        if twice := [address for address in more if more.count(address) > 1 and not address.endswith(":0")]:
+            raise RefusedError(f"{twice[0]!r} is listened on twice; name it once in --listen and --http-listen")
+        if not all(self.served_model_name):
+            raise RefusedError("served_model_name='' must be a name; leave it out for what --model says")
         if self.max_queued < 1:
             raise RefusedError(f"max_queued={self.max_queued} must be at least 1: every request passes the queue")
         if self.max_queued_tokens is not None and self.max_queued_tokens < 1:
@@ -197,15 +210,19 @@ class ServerConfig:
     @property
     def is_local(self) -> bool:
         """Whether only this machine can reach it."""
-        return self.host in LOOPBACK or self.host.startswith("127.")
+        return is_local(self.host) and all(other.is_local for other in (*self.more_grpc, *self.more_http))
 
+    @property
+    def has_http(self) -> bool:
+        """Whether OpenAI's endpoints are served."""
+        return self.http_port is not None or bool(self.http_listen)
 
-def check_port(name: str, port: int) -> None:
-    """Raises RefusedError."""
-    if not 0 <= port <= MAX_PORT:
-        raise RefusedError(f"{name}={port} must be from 0 (any free one) to {MAX_PORT}")
+    @property
+    def more_grpc(self) -> list[Address]:
+        """Beside `address`."""
+        return [Address.parse("listen", text) for text in self.listen]
 
-
-def join_address(host: str, port: int) -> str:
-    """host:port as gRPC reads it."""
-    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+    @property
+    def more_http(self) -> list[Address]:
+        """Beside http_port."""
+        return [Address.parse("http_listen", text) for text in self.http_listen]

@@ -37,3 +37,13 @@ gRPC's metadata a character may take twelve bytes, of which clients take 8,192."
 def brief(message: str) -> str:
     """A message for a caller, who may have sent the megabytes that it quotes."""
     return message if len(message) <= LONGEST else f"{message[: LONGEST - TAIL - 5]} ... {message[-TAIL:]}"
+
+
+def without_frames(error: Exception) -> Exception:
+    """The error and what it came from, without the frames in which they were raised: what is raised behind it would
+    keep them, and with them a call's megabytes, until garbage is collected."""
+    link: BaseException | None = error
+    while link is not None:
+        link.__traceback__ = None
+        link = link.__cause__ or link.__context__
+    return error

@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, contextmanager
 from enum import Enum
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 from ..engine_impl.api import AnyEngine
 from ..engine_impl.errors import RefusedError
@@ -32,6 +32,8 @@ Read = Callable[[AnyEngine, Callable[[int], Deliver]], list[Request]]
 called in a thread. Raises RefusedError."""
 
 
+T = TypeVar("T")
+
 LONG = 1 << 16
 """A call beyond it is long (bytes)."""
 
@@ -43,6 +45,8 @@ class Lane(Enum):
     """Short texts and token ids."""
     CHAT = "chat"
     """Short conversations: a chat template may take seconds, whatever it is given."""
+    GRAMMAR = "grammar"
+    """Not for reading: the grammars of requests that were read are compiled in it."""
     LONG = "long"
     """Calls of more than LONG bytes: one at a time, so that many take no more memory than one."""
 
@@ -52,7 +56,7 @@ class Lane(Enum):
         return cls.LONG if size > LONG else cls.CHAT if is_chat else cls.TEXT
 
 
-THREADS = {Lane.TEXT: 4, Lane.CHAT: 4, Lane.LONG: 1}
+THREADS = {Lane.TEXT: 4, Lane.CHAT: 4, Lane.GRAMMAR: 4, Lane.LONG: 1}
 """Of each lane (count)."""
 
 
@@ -98,6 +102,12 @@ class Gateway:
         finally:
             self.calls -= 1
 
+    async def compute(self, work: Callable[[AnyEngine], T], lane: "Lane") -> T:
+        """What a call wants of the engine's host side alone, such as its tokenizer: in a thread. Raises what `work`
+        raises, and UnavailableError."""
+        engine, _ = self._open()
+        return await asyncio.get_running_loop().run_in_executor(self._lanes[lane], work, engine)
+
     @asynccontextmanager
     async def admit(self, read: Read, lane: "Lane", client: str, header: Header) -> AsyncIterator["Admitted"]:
         """One call's requests, handed in. Leaving early, at whoever's wish, cancels them.
@@ -117,6 +127,12 @@ class Gateway:
         requests = await asyncio.get_running_loop().run_in_executor(
             self._lanes[lane], read, engine, lambda number: partial(mailbox.post, events, number)
         )
+        if any(request.grammar is not None for request in requests):
+            tokenizer = engine.get_tokenizer()
+            for request in requests:
+                await asyncio.get_running_loop().run_in_executor(
+                    self._lanes[Lane.GRAMMAR], request.constrain, tokenizer
+                )
         for request in requests:
             request.client = client
             if self._traces is not None:

@@ -4,18 +4,22 @@ Text is one token per byte. The bytes of a few long characters follow one anothe
 "a" answers "bcd...", "w" answers "xyz" and stops, token 199 answers the bytes of "é€😀".
 """
 
+import json
 import threading
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
-from slipstream.engine_impl.api import Opening, Piece
+from slipstream.engine_impl.api import Allowed, Opening, Piece
+from slipstream.engine_impl.errors import RefusedError
 from slipstream.engine_impl.sampling.params import MAX_LOGPROBS
 from slipstream.engine_impl.text.chat import END, Chat, ChatPrompt, TemplateFacts
 
 STOP_ID = ord("z") + 1
+CONTROL, CONTROL_ID = "<|control|>", ord("e")
+"""A control token, though decoding shows it as an e."""
 BEFORE_LONG = 199
 LONG_TEXT = "é€😀"
 VOCAB_SIZE = 256
@@ -23,19 +27,53 @@ VOCAB_SIZE = 256
 BYTE_OF_ID = {i: i for i in range(128)} | {BEFORE_LONG + 1 + i: byte for i, byte in enumerate(LONG_TEXT.encode())}
 
 
+class FakeMatcher:
+    """Its grammar is a text: the only answer there is. "*" in it are any characters."""
+
+    def __init__(self, text: str) -> None:
+        self.text, self.error, self.is_over = text, "", False
+
+    def copy(self) -> "FakeMatcher":
+        return FakeMatcher(self.text)
+
+    def take(self, token_id: int) -> None:
+        if not self.text or self.text[0] not in ("*", chr(token_id)):
+            self.error = f"{chr(token_id)!r} does not come before {self.text!r}"
+        self.text = self.text[1:]
+
+    def allowed(self, end_ids: Iterable[int]) -> np.ndarray:
+        self.is_over = not (self.error or self.text)
+        may_come_V = np.zeros(VOCAB_SIZE, bool)
+        if self.text:
+            may_come_V[[*range(128)] if self.text[0] == "*" else [ord(self.text[0])]] = True
+        else:
+            may_come_V[list(end_ids)] = True
+        return np.packbits(may_come_V, bitorder="little").view(np.uint32)
+
+
 class FakeTokenizer:
     vocab_size = VOCAB_SIZE
+    bos_id: int | None = None
+    eos_id: int | None = STOP_ID
+    first_ids: tuple[int, ...] = ()
     stop_ids = frozenset({STOP_ID})
+    chat_template: str | None = "{{ messages }}"
 
     def __init__(self, template_facts: TemplateFacts = TemplateFacts()) -> None:  # noqa: B008
         self.template_facts = template_facts
         self.chats: list[Chat] = []
         """All that were encoded."""
 
-    def encode(self, text: str, at_most: int | None = None) -> list[int]:
-        return list(text.encode())
+    def encode(self, text: str, at_most: int | None = None, *, with_first: bool = True) -> list[int]:
+        return [*(self.first_ids if with_first else ()), *text.encode()]
 
-    def decode(self, token_ids: Sequence[int]) -> str:
+    def token(self, token_id: int) -> str:
+        return CONTROL if token_id == CONTROL_ID else self.decode([token_id])
+
+    def control_id(self, text: str) -> int | None:
+        return CONTROL_ID if text == CONTROL else None
+
+    def decode(self, token_ids: Sequence[int], *, with_control: bool = False) -> str:
         return bytes(BYTE_OF_ID.get(token_id, ord("?")) for token_id in token_ids).decode(errors="replace")
 
     def token_bytes(self, token_id: int) -> bytes:
@@ -50,11 +88,20 @@ class FakeTokenizer:
         """Every content, and every role's first letter before it."""
         return "".join(f"<{turn.role[:1]}>{turn.content}" for turn in chat.turns)
 
-    def control_id(self, text: str) -> int | None:
-        return None
-
     def stream(self, shown: Collection[str] = ()) -> "FakeTextStream":
         return FakeTextStream(self)
+
+    def matcher(self, grammar: str) -> FakeMatcher:
+        """The one answer is the grammar itself, or what `start` is, without its quotes; of any schema it is "[]"."""
+        if "bad" in grammar:
+            raise RefusedError("the grammar cannot be compiled: it is bad")
+        if grammar.startswith("{"):
+            (form,) = json.loads(grammar)["grammars"]
+            grammar = form["lark_grammar"].removeprefix("start: ")[1:-1] if "lark_grammar" in form else "[]"
+        return FakeMatcher(grammar)
+
+    def prepare_grammars(self) -> None:
+        pass
 
 
 class FakeTextStream:
@@ -71,6 +118,12 @@ class FakeTextStream:
 
     def finish(self) -> str:
         return self._tokenizer.decode(self._pending)
+
+
+def nearest_allowed(token: int, word_W: np.ndarray) -> int:
+    """The token, or the first one behind it, round the vocabulary, that may come."""
+    allowed = np.flatnonzero(np.unpackbits(word_W.view(np.uint8), bitorder="little"))
+    return int(allowed[np.searchsorted(allowed, token) % len(allowed)])
 
 
 class FakeArray:
@@ -129,6 +182,8 @@ class FakePrefix:
     texts: list[list[int]]
     """Of each piece, up to its end."""
     logprob_NT: FakeArray
+    top_token_NTP: FakeArray
+    top_logprob_NTP: FakeArray
     tokens: list[int]
     """What follows each text, once chosen; -1 for one that is not complete."""
     times_chosen: int = 0
@@ -223,10 +278,12 @@ class FakeEngine:
             self.on_prefill(piece.token_T.tolist())
         logprob_NT = np.zeros((len(pieces), self.prefill_chunk), np.float32)
         for logprob_T, piece in zip(logprob_NT, pieces, strict=True):
-            if piece.wants_logprobs:
+            if piece.logprobs is not None:
                 next_T = np.append(piece.token_T[1:], piece.next_id)
                 logprob_T[: len(next_T)] = -next_T / np.float32(8)
-        return FakePrefix(pieces, texts, self._array(logprob_NT), [-1] * len(pieces))
+        token_NT, top = np.rint(-logprob_NT * 8).astype(np.int32), np.arange(MAX_LOGPROBS)
+        tops = self._array(token_NT[..., None] + top), self._array(logprob_NT[..., None] - top)
+        return FakePrefix(pieces, texts, self._array(logprob_NT), *tops, [-1] * len(pieces))
 
     def first_tokens(self, prefix: FakePrefix, openings: Sequence[Opening | None]) -> tuple[FakePrefix, FakeResult]:
         """Each time that it is asked anew the token is ten later."""
@@ -237,7 +294,10 @@ class FakeEngine:
             if opening is not None:
                 assert list(opening.text) == text
                 self.samplings.append(opening.sampling)
-            tokens.append(-1 if opening is None else self.next_token(text) + 10 * prefix.times_chosen)
+            token = -1 if opening is None else self.next_token(text) + 10 * prefix.times_chosen
+            if opening is not None and opening.allowed_W is not None:
+                token = nearest_allowed(token, opening.allowed_W)
+            tokens.append(token)
         chosen = replace(prefix, tokens=tokens, times_chosen=prefix.times_chosen + 1)
         return chosen, self._result(np.array(tokens)[:, None])
 
@@ -257,7 +317,12 @@ class FakeEngine:
         return state
 
     def generate(
-        self, params: Any, decode_state: FakeState, slot_N: np.ndarray, page_NJ: np.ndarray
+        self,
+        params: Any,
+        decode_state: FakeState,
+        slot_N: np.ndarray,
+        page_NJ: np.ndarray,
+        allowed: Allowed | None = None,
     ) -> tuple[FakeState, FakeResult]:
         step, self.steps = self.steps, self.steps + 1
         state = decode_state.donate()
@@ -271,19 +336,28 @@ class FakeEngine:
             page_N = page_NJ[np.arange(len(slot_N)), np.minimum(length_N // self.page_rows, page_NJ.shape[1] - 1)]
             state.row_PR[page_N[live_N], length_N[live_N] % self.page_rows] = token_N[live_N]
             state.length_B[slot_N] = length_N = length_N + live_N
-            next_N = self.next_tokens(state, token_N[live_N], length_N[live_N], page_NJ[live_N])
-            state.token_B[slot_N[live_N]] = token_NW[live_N, at] = next_N
+            next_N = token_N + 1
+            next_N[live_N] = self.next_tokens(state, token_N[live_N], length_N[live_N], page_NJ[live_N])
+            for row, word_W in () if allowed is None else zip(allowed.row_C, allowed.word_CW, strict=True):
+                next_N[row] = nearest_allowed(int(next_N[row]), word_W)
+            state.token_B[slot_N[live_N]] = token_NW[live_N, at] = next_N[live_N]
         return state, self._result(token_NW, lambda: self._wait(step))
 
     def carries(self, slots: int, lengths: Sequence[int]) -> bool:
         return self.carries_pieces and slots > 0 and len(lengths) == 1
 
     def carry(
-        self, params: Any, decode_state: FakeState, slot_N: np.ndarray, page_NJ: np.ndarray, pieces: Sequence[Piece]
+        self,
+        params: Any,
+        decode_state: FakeState,
+        slot_N: np.ndarray,
+        page_NJ: np.ndarray,
+        pieces: Sequence[Piece],
+        allowed: Allowed | None = None,
     ) -> tuple[FakeState, FakeResult, FakePrefix]:
         assert self.carries(len(slot_N), [len(piece.token_T) for piece in pieces])
         prefix = self.prefill(params, decode_state, pieces)
-        return *self.generate(params, decode_state, slot_N, page_NJ), prefix
+        return *self.generate(params, decode_state, slot_N, page_NJ, allowed), prefix
 
     def next_tokens(
         self, state: FakeState, token_N: np.ndarray, length_N: np.ndarray, page_NJ: np.ndarray

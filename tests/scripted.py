@@ -1,17 +1,41 @@
 """A fake engine that answers every chat with one text, and its tokenizer: a token is a byte, as in fakes.py."""
 
+from collections.abc import Iterable
+
 import numpy as np
 from slipstream.engine_impl.text.chat import Chat, TemplateFacts
 
-from tests.fakes import FakeEngine, FakeTokenizer
+from tests.fakes import VOCAB_SIZE, FakeEngine, FakeMatcher, FakeTokenizer
 
 END = 255
 BEGINS = "\x01"
 """Ends every prompt."""
 
 
+class Anything(FakeMatcher):
+    """The grammar of all texts: the script is what it should be."""
+
+    def copy(self) -> "Anything":
+        return self
+
+    def take(self, token_id: int) -> None:
+        pass
+
+    def allowed(self, end_ids: Iterable[int]) -> np.ndarray:
+        return np.full(VOCAB_SIZE // 32, 0xFFFFFFFF, np.uint32)
+
+
 class ScriptedTokenizer(FakeTokenizer):
     stop_ids = frozenset({END})
+
+    def __init__(self, template_facts: TemplateFacts) -> None:
+        super().__init__(template_facts)
+        self.grammars: list[str] = []
+        """All that were asked for."""
+
+    def matcher(self, grammar: str) -> Anything:
+        self.grammars.append(grammar)
+        return Anything(grammar)
 
     def render_chat(self, chat: Chat) -> str:
         return super().render_chat(chat) + BEGINS

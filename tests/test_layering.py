@@ -25,7 +25,7 @@ MAY_IMPORT: dict[str, tuple[set[str], set[str]]] = {
     "engine_impl": (
         {"kernels", "cache_manager"},
         {"jax", "numpy", "torch", "torchax", "gguf", "tokenizers", "jinja2", "libtpu", "jetstream"}
-        | {"safetensors", "sentencepiece", "huggingface_hub", "google"},
+        | {"safetensors", "sentencepiece", "huggingface_hub", "google", "llguidance"},
     ),
     "server": (
         {"protos", "cache_manager", "engine_impl"},
@@ -68,7 +68,7 @@ SUB_ROOMS: dict[str, dict[str, set[str]]] = {
     "server": {
         "dialects": set(),
         "request": {"errors", "config", "dialects"},
-        "net": {"errors", "config"},
+        "net": {"errors", "address", "config"},
         "observe": {"net", "request"},
         "delivery": {"errors", "dialects", "request", "observe"},
         "scheduler": {"errors", "request", "observe", "delivery"},
@@ -105,6 +105,7 @@ ENGINE_FACE = {
 
 ONLY_IN = {
     "torchax": {"engine_impl/bridge.py"},
+    "llguidance": {"engine_impl/text/grammar.py"},
     "opentelemetry": {"server/observe/traces.py"},
     "jetstream": {
         *(f"engine_impl/jetstream/{name}.py" for name in ("engine", "adapter", "tokenizer")),  # shims: compat.py

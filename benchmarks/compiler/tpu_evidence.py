@@ -165,12 +165,12 @@ def write_rows(topology: str = "v5e:2x4") -> Iterator[str]:
             yield "| " + " | ".join([f"{model}, {slots} x {cache_length}", way, *cells]) + " |"
 
 
-def carried_rows(model: str = "llama-3.1-8b", cache_length: int = 2048) -> Iterator[str]:
+def carried_rows(model: str = "llama-3.1-8b", cache_tokens: int = 65536) -> Iterator[str]:
     """A step and a piece of a prompt, one behind the other and together: what each of the three takes on a chip."""
     yield "| topology | slots | tokens | way | static Mcycles | operations | HBM MiB | floor ms | temp MiB |"
     yield "|---|---|---|---|---|---|---|---|---|"
     for topology, slots, tokens in CARRIED:
-        config = EngineConfig(model=model, slots=slots, cache_length=cache_length, cache_tokens=slots * cache_length)
+        config = EngineConfig(model=model, slots=slots, cache_length=2048, cache_tokens=cache_tokens)
         engine = abstract_engine(shape_of(model), topology, config)
         budget = Budget(engine, chip_of(topology))
         ways = {

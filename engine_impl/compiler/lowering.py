@@ -7,6 +7,7 @@ import jax.numpy as jnp
 
 from ..engine import Engine
 from ..forward import Params
+from ..sampling.mask import Mask
 from ..state import DecodeState, PieceBatch, Prefix
 from ..weights import load
 
@@ -21,8 +22,9 @@ def lower_first_tokens(engine: Engine, pieces: int) -> jax.stages.Lowered:
     prefix = abstract_prefix(engine, pieces, engine.shapes.prefills[0][1])
     is_complete_N = _array(engine, (pieces,), jnp.bool)
     return engine.jitted.first_tokens.lower(
-        prefix.logits_NV, prefix.start_N, prefix.count_N, is_complete_N, prefix.sampling, prefix.count_NV
-    )
+        prefix.logits_NV, prefix.start_N, prefix.count_N, is_complete_N, prefix.sampling, prefix.count_NV,
+        _mask(engine, pieces),
+    )  # fmt: skip
 
 
 def lower_insert(engine: Engine, pieces: int, tokens: int) -> jax.stages.Lowered:
@@ -33,12 +35,14 @@ def lower_insert(engine: Engine, pieces: int, tokens: int) -> jax.stages.Lowered
 
 def lower_generate(engine: Engine, slots: int | None = None) -> jax.stages.Lowered:
     """The decode step of so many slots; None: of all."""
-    return engine.jitted.generate.lower(*_step_arguments(engine, slots))
+    mask = _mask(engine, slots or engine.max_concurrent_decodes)
+    return engine.jitted.generate.lower(*_step_arguments(engine, slots), mask)
 
 
 def lower_carry(engine: Engine, slots: int, tokens: int) -> jax.stages.Lowered:
     """The decode step of so many slots that carries a piece along, padded to `tokens`."""
-    return engine.jitted.carry.lower(*_step_arguments(engine, slots), _pieces(engine, 1, tokens))
+    pieces, mask = _pieces(engine, 1, tokens), _mask(engine, slots)
+    return engine.jitted.carry.lower(*_step_arguments(engine, slots), pieces, mask)
 
 
 def lower_score_step(engine: Engine, slots: int | None = None) -> jax.stages.Lowered:
@@ -75,13 +79,19 @@ def _prefill_arguments(engine: Engine, pieces: int, tokens: int) -> tuple[Any, .
 def _pieces(engine: Engine, pieces: int, tokens: int) -> PieceBatch:
     token_NT: Any = _array(engine, (pieces, tokens), jnp.int32)
     start_N: Any = _array(engine, (pieces,), jnp.int32)
+    asked: Any = _array(engine, (), jnp.int32)
     _, page_NJ = _texts(engine, pieces)
-    return PieceBatch(token_NT, start_N, start_N, token_NT, page_NJ)
+    return PieceBatch(token_NT, start_N, start_N, token_NT, asked, page_NJ)
 
 
 def _texts(engine: Engine, count: int) -> tuple[Any, Any]:
     """(slot_N, page_NJ) of so many texts."""
     return _array(engine, (count,), jnp.int32), _array(engine, (count, engine.pages_per_slot), jnp.int32)
+
+
+def _mask(engine: Engine, rows: int) -> Mask:
+    shapes = Mask.nothing(rows, engine.vocab_size)
+    return jax.tree.map(lambda values: _array(engine, values.shape, values.dtype), shapes)
 
 
 def _array(engine: Engine, shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:

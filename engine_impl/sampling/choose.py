@@ -1,5 +1,5 @@
-"""Sampling on the device, all slots in one program, each by its own parameters: bias, penalties, least length, then
-greedy, or temperature, top-k, top-p, min-p and a seed.
+"""Sampling on the device, all slots in one program, each by its own parameters: bias, penalties, least length, the
+grammar's mask, then greedy, or temperature, top-k, top-p, min-p and a seed.
 
 A token depends on its logits, its request's parameters and its position in the text, never on the slot or on what else
 is in the batch: the random key is folded from the request's seed and the position.
@@ -15,12 +15,20 @@ import jax
 import jax.numpy as jnp
 
 from .bias import biased, without_ends
+from .mask import Mask
 from .penalties import penalise
 from .slots import SlotSampling
 
+LEAST_P = 1e-30
+"""What a top_p of 0 is: less than the likeliest token has, so that it alone is kept."""
+
 
 def sample(
-    logits_BV: jax.Array, counts: Callable[[], jax.Array], sampling: SlotSampling, position_B: jax.Array
+    logits_BV: jax.Array,
+    counts: Callable[[], jax.Array],
+    sampling: SlotSampling,
+    position_B: jax.Array,
+    mask: Mask,
 ) -> jax.Array:
     """Choose one token a slot.
 
@@ -30,6 +38,7 @@ def sample(
             penalty, and not before.
         sampling: [B] each.
         position_B: i32, where in the text the chosen token will stand.
+        mask: which tokens may be chosen.
 
     Returns:
         token_B, i32.
@@ -44,6 +53,7 @@ def sample(
             (sampling.is_biased, lambda wanted_BV: biased(wanted_BV, sampling)),
             (sampling.is_penalised, lambda wanted_BV: penalise(wanted_BV, counts(), sampling)),
             (goes_on_B, lambda wanted_BV: without_ends(wanted_BV, sampling, position_B)),
+            (mask.is_asked_B, mask.applied),
         ):
             wanted_BV = jax.lax.cond(asked_B.any(), applied, lambda wanted_BV: wanted_BV, wanted_BV)
         likeliest_B = _argmax(wanted_BV)
@@ -54,7 +64,7 @@ def sample(
         )
 
     likeliest_B = _argmax(logits_BV)
-    is_asked_B = sampling.is_drawn | sampling.is_biased | sampling.is_penalised | goes_on_B
+    is_asked_B = sampling.is_drawn | sampling.is_biased | sampling.is_penalised | goes_on_B | mask.is_asked_B
     return jax.lax.cond(is_asked_B.any(), asked, lambda: likeliest_B)
 
 
@@ -95,7 +105,8 @@ def _top_k(logits_BV: jax.Array, top_k_B: jax.Array) -> jax.Array:
 
 
 def _top_p(logits_BV: jax.Array, top_p_B: jax.Array) -> jax.Array:
-    order_BV, p_BV, top_p_B1 = _ordered(logits_BV), jax.nn.softmax(logits_BV, axis=-1), top_p_B[:, None]
+    order_BV, p_BV = _ordered(logits_BV), jax.nn.softmax(logits_BV, axis=-1)
+    top_p_B1 = jnp.maximum(top_p_B, LEAST_P)[:, None]
     last_B1 = _largest(
         lambda t_B1: jnp.where(order_BV >= t_B1, p_BV, 0).sum(-1, keepdims=True) >= top_p_B1, like=top_p_B1
     )

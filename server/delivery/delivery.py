@@ -12,9 +12,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
+
 from ...engine_impl.api import TextStream, Tokenizer
-from ..dialects.form import AnswerReader
 from ..dialects.parts import Brought
+from ..dialects.syntax import AnswerReader
 from ..errors import FailedError, UnavailableError
 from ..observe.metrics import Metrics, Outcome
 from ..request.request import Event, FinishReason, Request, Sample, TokenLogprob, Usage
@@ -48,10 +50,11 @@ class CallerGoneError(Exception):
 
 @dataclass(frozen=True)
 class Ending:
-    """A request that is over."""
+    """A request that is over, or one of its samples."""
 
     request: Request
     end: End
+    sample: Sample | None = None
 
 
 class Text:
@@ -69,10 +72,17 @@ class Text:
         """`reader` tells apart what the text holds; None: it is all content."""
         self._stream, self._stops, self._reader = stream, StopStrings(stop_strings), reader
         self._unsearched = min_tokens  # tokens, still to come
+        self.length = 0
+        """Characters so far, those held back or cut off included."""
+
+    @property
+    def stopped_by(self) -> str | None:
+        """The stop string that was met."""
+        return self._stops.met
 
     @property
     def is_stopped(self) -> bool:
-        return self._stops.found or (self._reader is not None and self._reader.is_done)
+        return self._stops.met is not None or (self._reader is not None and self._reader.is_done)
 
     @property
     def has_calls(self) -> bool:
@@ -80,6 +90,7 @@ class Text:
 
     def feed(self, token_id: int) -> Brought:
         piece = self._stream.feed(token_id)
+        self.length += len(piece)
         if self._unsearched:
             self._unsearched -= 1
             return self._read(piece)
@@ -129,6 +140,10 @@ class Delivery:
         """Ends a request, after what was posted before. No effect on one that is done."""
         self._posts.put(Ending(request, end))
 
+    def end_sample(self, sample: Sample) -> None:
+        """Ends one whose answer is whole, likewise. No effect on one that is done."""
+        self._posts.put(Ending(sample.request, FinishReason.STOP, sample))
+
     def close(self) -> None:
         """Returns when all that was posted before is delivered."""
         self._posts.put(None)
@@ -140,7 +155,7 @@ class Delivery:
     def _run(self) -> None:
         while (post := self._posts.get()) is not None:
             if isinstance(post, Ending):
-                self._guarded(post.request, self._end_request, post.request, post.end)
+                self._guarded(post.request, self._end, post)
             else:
                 self._deliver(post)
                 self._room.put(None)
@@ -169,13 +184,14 @@ class Delivery:
         if request.first_token_at is None:
             request.first_token_at = time.monotonic()
         if result.next_logprob_T is not None:
-            values = result.next_logprob_T[: len(request.prompt_ids) - 1].tolist()
-            emit(request, Event(index=sample.index, prompt_logprobs=(0.0, *values)))
+            emit(request, Event(index=sample.index, prompt_logprobs=prompt_logprobs_of(request, result)))
         kept = min(int(result.kept_B[slot]), request.max_tokens - sample.delivered)
-        token_ids, taken, more = result.token_BW[slot, :kept].tolist(), 0, Brought()
-        while taken < kept and not text.is_stopped:
-            more = more.and_then(text.feed(token_ids[taken]))
-            taken += 1
+        token_ids, starts, more = result.token_BW[slot, :kept].tolist(), list[int](), Brought()
+        while len(starts) < kept and not text.is_stopped:
+            token_id = token_ids[len(starts)]
+            starts.append(text.length)
+            more = more.and_then(text.feed(token_id))
+        taken = len(starts)
         sample.delivered += taken
         brought = Event(
             index=sample.index,
@@ -183,10 +199,15 @@ class Delivery:
             reasoning=more.reasoning,
             calls=more.calls,
             token_ids=tuple(token_ids[:taken]),
+            starts=tuple(starts),
             logprobs=logprobs_of(sample, result, slot, taken),
         )
-        if text.is_stopped or (result.stopped_B[slot] and sample.delivered < request.max_tokens):
-            self._end_sample(sample, FinishReason.STOP, brought)
+        if text.is_stopped:
+            self._end_sample(sample, FinishReason.STOP, replace(brought, stopped_by=text.stopped_by))
+        elif result.stopped_B[slot] and sample.delivered < request.max_tokens:
+            stop_id = int(result.token_BW[slot, result.kept_B[slot]])
+            is_asked = stop_id in request.sampling.stop_token_ids
+            self._end_sample(sample, FinishReason.STOP, replace(brought, stopped_by=stop_id if is_asked else None))
         elif sample.delivered == request.max_tokens:
             self._end_sample(sample, FinishReason.LENGTH, brought)
         else:
@@ -206,6 +227,12 @@ class Delivery:
         if all(other.done for other in request.samples):
             last = replace(last, usage=self._close_request(request, OUTCOMES[reason]))
         emit(request, last)
+
+    def _end(self, ending: Ending) -> None:
+        if ending.sample is None:
+            self._end_request(ending.request, ending.end)
+        elif not ending.sample.done:
+            self._end_sample(ending.sample, FinishReason.STOP)
 
     def _end_request(self, request: Request, end: End) -> None:
         if request.done:
@@ -243,12 +270,12 @@ class Delivery:
 
     def _text(self, sample: Sample) -> Text:
         if sample not in self._texts:
-            asked, form = sample.request, sample.request.form
+            asked, syntax = sample.request, sample.request.syntax
             self._texts[sample] = Text(
-                self._tokenizer.stream(() if form is None else form.marks),
+                self._tokenizer.stream(() if syntax is None else syntax.marks),
                 asked.stop_strings,
                 asked.sampling.min_tokens,
-                reader=None if form is None else AnswerReader(form),
+                reader=None if syntax is None else AnswerReader(syntax),
             )
         return self._texts[sample]
 
@@ -267,19 +294,34 @@ def logprobs_of(sample: Sample, result: HostResult, slot: int, taken: int) -> tu
     if asked is None:
         return ()
     assert result.logprob_BW is not None
-    logprobs = result.logprob_BW[slot, :taken].tolist()
+    logprob_T = result.logprob_BW[slot, :taken]
     if not asked:
-        return tuple(map(TokenLogprob, logprobs))
+        return tokens_of(logprob_T)
     assert result.top_token_BWP is not None
     assert result.top_logprob_BWP is not None
-    tops = zip(
-        result.top_token_BWP[slot, :taken, :asked].tolist(),
-        result.top_logprob_BWP[slot, :taken, :asked].tolist(),
-        strict=True,
-    )
-    return tuple(
-        TokenLogprob(logprob, tuple(zip(*top, strict=True))) for logprob, top in zip(logprobs, tops, strict=True)
-    )
+    tops = result.top_token_BWP[slot, :taken, :asked], result.top_logprob_BWP[slot, :taken, :asked]
+    return tokens_of(logprob_T, *tops)
+
+
+def prompt_logprobs_of(request: Request, result: HostResult) -> tuple[TokenLogprob, ...]:
+    """One for each token of the prompt; the first is 0 by definition."""
+    assert result.next_logprob_T is not None
+    count, asked = len(request.prompt_ids) - 1, request.asked_prompt_logprobs
+    first, logprob_T = TokenLogprob(0.0), result.next_logprob_T[:count]
+    if result.next_top_token_TP is None or result.next_top_logprob_TP is None:
+        return (first, *tokens_of(logprob_T))
+    tops = result.next_top_token_TP[:count, :asked], result.next_top_logprob_TP[:count, :asked]
+    return (first, *tokens_of(logprob_T, *tops))
+
+
+def tokens_of(
+    logprob_T: np.ndarray, top_token_TP: np.ndarray | None = None, top_logprob_TP: np.ndarray | None = None
+) -> tuple[TokenLogprob, ...]:
+    """Arrays as what is told of each token."""
+    if top_token_TP is None or top_logprob_TP is None:
+        return tuple(map(TokenLogprob, logprob_T.tolist()))
+    rows = zip(logprob_T.tolist(), top_token_TP.tolist(), top_logprob_TP.tolist(), strict=True)
+    return tuple(TokenLogprob(logprob, tuple(zip(tokens, logprobs, strict=True))) for logprob, tokens, logprobs in rows)
 
 
 def usage_of(request: Request) -> Usage:

@@ -1,11 +1,12 @@
 """Whose the rows of a step's result are, as arrays: what a step costs the host does not grow with the slots."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields
 from functools import cached_property
 
 import numpy as np
 
+from ..request.constraint import Constraint
 from ..request.request import Sample
 
 NO_STOP = -2
@@ -27,6 +28,8 @@ class Roster:
     """i32, the tokens that end an owner's answer; NO_STOP where there is none"""
     logprobs_B: np.ndarray
     """i32, what each owner asked for: how many of the likeliest tokens; -1 asks for no logprobs"""
+    is_constrained_B: np.ndarray
+    """bool, whose answers have a grammar"""
 
     @classmethod
     def empty(cls, slots: int, width: int) -> "Roster":
@@ -36,21 +39,24 @@ class Roster:
             np.full(slots, None, object),
             np.full((slots, width), NO_STOP, np.int32),
             np.full(slots, -1, np.int32),
+            np.zeros(slots, bool),
         )
 
     def having(self, slot: int, sample: Sample | None, stop_ids: Sequence[int] = ()) -> "Roster":
         """With `sample` there, or nobody."""
         owner_B, stop_BE, logprobs_B = self.owner_B.copy(), self.stop_BE.copy(), self.logprobs_B.copy()
+        is_constrained_B = self.is_constrained_B.copy()
         logprobs = sample.request.sampling.logprobs if sample else None
         owner_B[slot] = sample
         stop_BE[slot] = NO_STOP
         stop_BE[slot, : len(stop_ids)] = stop_ids
         logprobs_B[slot] = -1 if logprobs is None else logprobs
-        return replace(self, owner_B=owner_B, stop_BE=stop_BE, logprobs_B=logprobs_B)
+        is_constrained_B[slot] = sample is not None and sample.constraint is not None
+        return Roster(self.slot_B, owner_B, stop_BE, logprobs_B, is_constrained_B)
 
     def of(self, slot_N: np.ndarray) -> "Roster":
         """Of these slots alone, in their order."""
-        return Roster(*(values[slot_N] for values in (self.slot_B, self.owner_B, self.stop_BE, self.logprobs_B)))
+        return Roster(*(getattr(self, one.name)[slot_N] for one in fields(self)))
 
     def ends(self, token_BW: np.ndarray, count_B: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Where answers meet a stop token among their step's tokens.
@@ -71,6 +77,11 @@ class Roster:
     def most_logprobs(self) -> int:
         """The most that an owner asked for; -1: nobody asked."""
         return int(self.logprobs_B.max(initial=-1))
+
+    @cached_property
+    def constrained(self) -> list[tuple[int, Constraint]]:
+        """(row, its constraint) of all whose answers have a grammar."""
+        return [(int(row), self.owner_B[row].constraint) for row in np.flatnonzero(self.is_constrained_B)]
 
     @cached_property
     def taken(self) -> int:

@@ -10,10 +10,11 @@ from ...protos import orchestrator_pb2 as pb
 from ...protos.orchestrator_pb2_grpc import OrchestratorStub
 from ..errors import UnavailableError
 from ..request.chat import ChatCall
+from ..request.form import FREE, AnswerForm
 from ..request.options import AnswerOptions
 from ..request.request import Event
 from .channel import PLAIN, ChannelConfig, channel, metadata
-from .messages import read_reply, write_chat, write_options
+from .messages import read_reply, write_chat, write_form, write_options
 
 Pieces = Generator[Event, None, None]
 """An answer as it comes; the last event has the usage."""
@@ -37,20 +38,21 @@ class Client:
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._channel.close()
 
-    def ask_text(self, text: str, options: AnswerOptions) -> Pieces:
+    def ask_text(self, text: str, options: AnswerOptions, form: AnswerForm = FREE) -> Pieces:
         """Continues raw text."""
-        return self._decode(pb.DecodeRequest(text_content=pb.DecodeRequest.TextContent(text=text)), options)
+        return self._decode(pb.DecodeRequest(text_content=pb.DecodeRequest.TextContent(text=text)), options, form)
 
-    def ask_chat(self, call: ChatCall, options: AnswerOptions) -> Pieces:
+    def ask_chat(self, call: ChatCall, options: AnswerOptions, form: AnswerForm = FREE) -> Pieces:
         """Answers a conversation."""
         request = pb.DecodeRequest(messages=pb.DecodeRequest.Chat())
         write_chat(request.messages, call)
-        return self._decode(request, options)
+        return self._decode(request, options, form)
 
-    def _decode(self, request: pb.DecodeRequest, options: AnswerOptions) -> Pieces:
+    def _decode(self, request: pb.DecodeRequest, options: AnswerOptions, form: AnswerForm) -> Pieces:
         """Closing the iterator cancels the call. Raises RefusedError for a bad request, CallError for the rest."""
         try:
             write_options(request, options)
+            write_form(request, form)
         except ValueError as error:  # protobuf's: a number beyond 32 bits
             raise RefusedError(str(error)) from error
         call = self._stub.Decode(request, metadata=self._metadata)

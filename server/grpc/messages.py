@@ -1,7 +1,7 @@
 """The wire's messages: a DecodeRequest becomes a request, a request's events become DecodeResponses, and back."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ...engine_impl.errors import RefusedError
 from ...engine_impl.text.chat import NO_ARGUMENTS, Call, Chat, Tool, Turn
@@ -9,6 +9,9 @@ from ...protos import orchestrator_pb2 as pb
 from ..config import AUTO, ChatConfig
 from ..dialects.parts import CallPart
 from ..request.chat import ROLES, ChatCall, Prompt, prompt_of
+from ..request.control_stops import with_control_stops
+from ..request.form import FREE, AnswerForm
+from ..request.grammar import Grammar
 from ..request.options import OPTIONS, AnswerOptions
 from ..request.prefix_key import prefix_key
 from ..request.request import Event, FinishReason, Limits, Request, TokenLogprob, Usage, check_messages, check_slots
@@ -48,11 +51,12 @@ def read_request(
         raise RefusedError(f"lora_adapter_id={message.lora_adapter_id!r} must be empty: there are no adapters")
     options = read_options(message)
     check_slots(options.num_samples, engine.max_concurrent_decodes)
-    limits = Limits.of(engine)
-    prompt = read_prompt(message, engine.get_tokenizer(), limits, config)  # last: the text may be megabytes
+    limits, grammar, tokenizer = Limits.of(engine), read_form(message).made(), engine.get_tokenizer()
+    options = with_control_stops(options, tokenizer)
+    prompt = read_prompt(message, tokenizer, limits, config, grammar)  # last: it may be megabytes
     request = Request(
         prompt_ids=prompt.token_ids,
-        form=prompt.form,
+        syntax=prompt.syntax,
         grammar=prompt.grammar,
         deliver=deliver,
         deadline=deadline,
@@ -75,26 +79,50 @@ def read_options(message: pb.DecodeRequest) -> AnswerOptions:
     return AnswerOptions.of(**values)
 
 
-def read_prompt(message: pb.DecodeRequest, tokenizer: "Tokenizer", limits: Limits, config: ChatConfig) -> Prompt:
-    """Of whichever content was sent. Raises RefusedError."""
+def read_form(message: pb.DecodeRequest) -> AnswerForm:
+    """What the answer must look like."""
+    name = message.WhichOneof("form")
+    if name is None:
+        return FREE
+    value: Any = tuple(message.choices.texts) if name == "choices" else getattr(message, name)
+    return AnswerForm(**{name: value})
+
+
+def write_form(message: pb.DecodeRequest, form: AnswerForm) -> None:
+    """What read_form() reads."""
+    for name in form.given:
+        if name == "choices":
+            message.choices.texts.extend(form.choices)
+        else:
+            setattr(message, name, getattr(form, name))
+
+
+def read_prompt(
+    message: pb.DecodeRequest,
+    tokenizer: "Tokenizer",
+    limits: Limits,
+    config: ChatConfig = DEFAULT,
+    grammar: Grammar | None = None,
+) -> Prompt:
+    """Of whichever content was sent. `grammar`: what the answer must look like. Raises RefusedError."""
     match message.WhichOneof("content"):
         case "text_content":
-            return Prompt(token_ids=limits.ids_of_text(tokenizer, message.text_content.text))
+            return Prompt(token_ids=limits.ids_of_text(tokenizer, message.text_content.text), grammar=grammar)
         case "token_content":
             limits.check_count(len(message.token_content.token_ids))
             bos = tokenizer.encode("")  # as JetStream does it: its clients send token ids without
             token_ids = list(message.token_content.token_ids)
             has_bos = message.has_bos or token_ids[: len(bos)] == bos or not token_ids
-            return Prompt(token_ids=token_ids if has_bos else bos + token_ids)
+            return Prompt(token_ids=token_ids if has_bos else bos + token_ids, grammar=grammar)
         case "messages":
             check_messages(len(message.messages.messages))
-            return prompt_of(read_chat(message.messages), tokenizer, limits, config)
+            return prompt_of(read_chat(message.messages, grammar), tokenizer, limits, config)
         case _:
             raise RefusedError("the prompt is missing; set text_content, token_content or messages")
 
 
-def read_chat(message: pb.DecodeRequest.Chat) -> ChatCall:
-    """As both fronts ask."""
+def read_chat(message: pb.DecodeRequest.Chat, grammar: Grammar | None = None) -> ChatCall:
+    """As both fronts ask. `grammar`: what the answer must look like where it calls no tool."""
     goes_on = message.continue_final_message
     begins = message.add_generation_prompt if message.HasField("add_generation_prompt") else not goes_on
     chat = Chat(
@@ -115,6 +143,7 @@ def read_chat(message: pb.DecodeRequest.Chat) -> ChatCall:
         tool_name=message.tool_name,
         parallel_tool_calls=message.parallel_tool_calls if message.HasField("parallel_tool_calls") else True,
         strict=frozenset(tool.name for tool in message.tools if tool.strict),
+        grammar=grammar,
     )
 
 
@@ -177,18 +206,23 @@ def write_reply(events: Iterable[Event], num_samples: int) -> pb.DecodeResponse:
             sample.tool_calls.add(index=part.index, id=part.id, name=part.name, arguments=part.arguments)
         sample.token_ids.extend(event.token_ids)
         for token in event.logprobs:
-            sample.logprobs.add(
-                logprob=token.logprob,
-                top_token_ids=[token_id for token_id, _ in token.top],
-                top_logprobs=[logprob for _, logprob in token.top],
-            )
+            write_logprob(sample.logprobs.add(), token)
         if event.finish_reason is not None:
             sample.finish_reason = REASONS[event.finish_reason]
         if event.prompt_logprobs is not None:
-            reply.prompt_logprobs.extend(event.prompt_logprobs)
+            reply.prompt_logprobs.extend(token.logprob for token in event.prompt_logprobs)
+            if any(token.top for token in event.prompt_logprobs):
+                for token in event.prompt_logprobs:
+                    write_logprob(reply.prompt_likeliest.add(), token)
         if event.usage is not None:
             write_usage(reply.usage, event.usage)
     return reply
+
+
+def write_logprob(message: pb.DecodeResponse.TokenLogprob, token: TokenLogprob) -> None:
+    message.logprob = token.logprob
+    message.top_token_ids.extend(token_id for token_id, _ in token.top)
+    message.top_logprobs.extend(logprob for _, logprob in token.top)
 
 
 def write_usage(message: pb.DecodeResponse.Usage, usage: Usage) -> None:
@@ -202,7 +236,8 @@ def write_usage(message: pb.DecodeResponse.Usage, usage: Usage) -> None:
 
 def read_reply(reply: pb.DecodeResponse) -> Iterator[Event]:
     """The events that write_reply() was given, those of one sample as one. The last one has the usage."""
-    prompt_logprobs = tuple(reply.prompt_logprobs) or None
+    alone = map(TokenLogprob, reply.prompt_logprobs)
+    prompt_logprobs = tuple(map(read_logprob, reply.prompt_likeliest)) or tuple(alone) or None
     events = []
     for index, sample in enumerate(reply.stream_content.samples):
         if sample.text or sample.reasoning or sample.tool_calls or sample.token_ids or sample.finish_reason:

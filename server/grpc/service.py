@@ -11,7 +11,7 @@ from google.protobuf.message import DecodeError, Message
 from ...engine_impl.errors import RefusedError
 from ...protos import orchestrator_pb2 as pb
 from ..config import ChatConfig
-from ..errors import CancelledError, DeadlineError, FailedError, QueueFullError, UnavailableError, brief
+from ..errors import CancelledError, DeadlineError, FailedError, QueueFullError, UnavailableError, brief, without_frames
 from ..gateway import LONG, MAX_REQUEST_ID, REQUEST_ID, RETRY_AFTER, Deliver, Gateway, Lane, check_id, new_id
 from ..net.security import Guard
 from ..request.request import Request
@@ -66,8 +66,11 @@ class GrpcService:
             try:
                 check_id(request_id)
                 await self._answer(data, context, request_id)
+                return
             except tuple(STATUS) as error:
-                await context.abort(status(error), brief(str(error)), trailing_metadata=trailers(error, request_id))
+                failure = without_frames(error)
+            del data  # gRPC keeps this frame until garbage is collected
+            await context.abort(status(failure), brief(str(failure)), trailing_metadata=trailers(failure, request_id))
 
     async def _answer(self, data: bytes, context: grpc.aio.ServicerContext, request_id: str) -> None:
         brought = list(authorizations(context.invocation_metadata()))

@@ -9,8 +9,8 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from ...engine_impl.errors import RefusedError
-from ..errors import CancelledError, FailedError, QueueFullError, UnavailableError, brief
+from ...engine_impl.errors import RefusedError, TooLongError
+from ..errors import CancelledError, FailedError, QueueFullError, UnavailableError, brief, without_frames
 from ..gateway import RETRY_AFTER
 
 log = logging.getLogger(__name__)
@@ -74,11 +74,13 @@ KNOWN = RefusedError, UnknownModelError, QueueFullError, UnavailableError, Cance
 
 
 def told(error: Exception, request_id: str) -> HttpError:
-    """What the client is told; what is neither its doing nor known is logged."""
+    """What the client is told; what is neither its doing nor known is logged. Of the others no frames are kept: asyncio
+    holds what a thread raised until garbage is collected."""
     if isinstance(error, HttpError):
+        without_frames(error)
         return error
     if isinstance(error, KNOWN):
-        return http_error(error)
+        return http_error(without_frames(error))
     if isinstance(error, ConnectionError):
         return HttpError(400, "the connection was closed")  # nobody reads it
     log.error("request %s failed in the HTTP front", request_id, exc_info=error)
@@ -91,6 +93,8 @@ def http_error(error: Exception) -> HttpError:
     match error:
         case BadFieldError():
             return HttpError(400, message, param=error.field)
+        case TooLongError():
+            return HttpError(400, message, param=named(message), code="context_length_exceeded")
         case RefusedError():
             return HttpError(400, message, param=named(message))
         case UnknownModelError():

@@ -2,6 +2,7 @@
 million small objects would keep this one's interpreter from everybody else, and its memory."""
 
 import asyncio
+import re
 import zlib
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -10,10 +11,10 @@ from typing import TypeVar
 from ...engine_impl.runtime.workers import WorkerError, Workers
 from ..errors import FIRST_RETRY_S, QueueFullError
 from ..request.request import Limits
-from .bodies import Body
 from .errors import BadFieldError, HttpError
+from .readable import Readable
 
-BodyT = TypeVar("BodyT", bound=Body)
+BodyT = TypeVar("BodyT", bound=Readable)
 
 SMALL = 1 << 16
 """A body up to here is parsed at once (bytes), in a few milliseconds at worst."""
@@ -22,6 +23,11 @@ COUNT, SECONDS, MEMORY_MIB = 2, 20.0, 768
 """Processes, and what one body may take of them: its million objects of 100 bytes each, twice."""
 MAX_WAITING = 64
 """Large bodies that may be held in memory at once (count)."""
+
+MAX_NESTED = 100_000
+"""Lists and objects of one body (count): more than any request needs, far fewer than 4 MB can hold. Each takes memory
+that its two bytes do not tell of."""
+STRING = re.compile(rb'"(?:[^"\\]++|\\.)*+"', re.DOTALL)
 
 FORMATS = {"gzip": 16 + zlib.MAX_WBITS, "x-gzip": 16 + zlib.MAX_WBITS, "deflate": zlib.MAX_WBITS}
 """What a content-encoding is to zlib."""
@@ -68,9 +74,21 @@ class BodyReader:
 
 def read_aside(kind: type[BodyT], raw: bytes, encoding: str, max_bytes: int, limits: Limits) -> BodyT:
     """In a worker. What comes back is no longer than the engine takes, as far as its tokens are known."""
-    body = kind.read(raw if encoding in PLAIN else unpacked(raw, encoding, max_bytes))
+    plain = raw if encoding in PLAIN else unpacked(raw, encoding, max_bytes)
+    check_nested(plain)
+    body = kind.read(plain)
     body.check_counts(limits)
     return body
+
+
+def check_nested(plain: bytes) -> None:
+    """Raises BadFieldError for more lists and objects than MAX_NESTED, before anything is made of them."""
+    if plain.count(b"[") + plain.count(b"{") <= MAX_NESTED:
+        return
+    bare = STRING.sub(b"", plain)  # brackets in a text are no lists
+    nested = bare.count(b"[") + bare.count(b"{")
+    if nested > MAX_NESTED:
+        raise BadFieldError("", f"the body has {nested} lists and objects and may have {MAX_NESTED}; send fewer")
 
 
 def unpacked(raw: bytes, encoding: str, max_bytes: int) -> bytes:

@@ -1,22 +1,24 @@
 """Grammars of answers that call tools, in llguidance's form of Lark, for each way in which models write calls."""
 
 import json
+import re
 from collections.abc import Callable, Collection, Sequence
+from typing import Any
 
 from ...engine_impl.errors import RefusedError
 from ...engine_impl.text.chat import GEMMA, HERMES, LLAMA, MISTRAL, Tool
 from ..dialects import gemma, hermes, mistral
-from ..dialects.form import AnswerForm
+from ..dialects.syntax import AnswerSyntax
 from .grammar import Grammar, Schema, bounded_json, literal
-
-MAX_CALLS = 16
-"""Of an answer that must call (count): without a bound a model may go on for ever."""
 
 PLAIN = {"type", "properties", "required", "description", "title", "$defs", "definitions", "$schema"}
 """Keys of schemas that describe an object by its properties alone."""
 
 ControlId = Callable[[str], int | None]
 """The control token that is written so; None: it is text."""
+
+CONTENT = "content"
+"""What the grammar of an answer that calls nothing is named within another one."""
 
 TEXT = r"TEXT: /(.|\n)*/"
 
@@ -30,21 +32,33 @@ NUMBER: /-?(0|[1-9][0-9]{0,14})(\.[0-9]{1,15})?/
 """
 
 
-def must_call(tools: Sequence[Tool], form: AnswerForm, control_id: ControlId) -> Grammar:
-    """One of the tools is called, or several are; a thought may come before. Raises RefusedError for parameters that
-    are no schema."""
-    assert form.tool_format is not None
-    most = 1 if form.at_most_one_call else MAX_CALLS
-    rules = [TEXT, *_thought_rules(form, control_id), *RULES[form.tool_format](tools, most, control_id)]
-    return Grammar.of_lark("\n".join(["%llguidance {}", "start: thought calls", *rules]))
+def must_call(tools: Sequence[Tool], syntax: AnswerSyntax, most: int, control_id: ControlId) -> Grammar:
+    """One of the tools is called, or up to `most` are; a thought may come before. Raises RefusedError for parameters
+    that are no schema."""
+    return _made("start: thought calls", _call_rules(tools, syntax, most, control_id), syntax, control_id)
+
+
+def may_call(
+    tools: Sequence[Tool], syntax: AnswerSyntax, most: int, content: Grammar, control_id: ControlId
+) -> Grammar:
+    """As `must_call`, or the answer is as `content` says."""
+    rules = _call_rules(tools, syntax, most, control_id)
+    return _made(f"start: thought (calls | @{CONTENT})", rules, syntax, control_id, content)
+
+
+def after_thought(syntax: AnswerSyntax, content: Grammar, control_id: ControlId) -> Grammar:
+    """`content`, with a thought before it where the model thinks."""
+    if syntax.think_tags is None:
+        return content
+    return _made(f"start: thought @{CONTENT}", [], syntax, control_id, content)
 
 
 def strict_if_called(
-    tools: Sequence[Tool], strict: Collection[str], form: AnswerForm, control_id: ControlId
+    tools: Sequence[Tool], strict: Collection[str], syntax: AnswerSyntax, control_id: ControlId
 ) -> Grammar | None:
     """Any text; a call in it is one of the tools', with arguments as the schema says if it is strict. None: where calls
     are written so that a text may be the beginning of one until its end, this is left to the model."""
-    if form.tool_format != HERMES or control_id(hermes.OPEN) is not None or control_id(hermes.CLOSE) is not None:
+    if syntax.tool_format != HERMES or control_id(hermes.OPEN) is not None or control_id(hermes.CLOSE) is not None:
         return None
     structures = []
     for tool in tools:
@@ -54,14 +68,30 @@ def strict_if_called(
     return Grammar.of_structural_tag(structures, [hermes.OPEN])
 
 
-def _thought_rules(form: AnswerForm, control_id: ControlId) -> list[str]:
-    if form.think_tags is None:
+def _made(
+    start: str, rules: list[str], syntax: AnswerSyntax, control_id: ControlId, content: Grammar | None = None
+) -> Grammar:
+    lark = "\n".join(["%llguidance {}", start, TEXT, *_thought_rules(syntax, control_id), *rules])
+    grammars: list[Any] = [{"lark_grammar": lark}]
+    if content is not None:
+        (own,) = json.loads(content.text)["grammars"]
+        grammars.append({"name": CONTENT, **own})
+    return Grammar(json.dumps({"grammars": grammars}, ensure_ascii=False))
+
+
+def _call_rules(tools: Sequence[Tool], syntax: AnswerSyntax, most: int, control_id: ControlId) -> list[str]:
+    assert syntax.tool_format is not None
+    return RULES[syntax.tool_format](tools, most, control_id)
+
+
+def _thought_rules(syntax: AnswerSyntax, control_id: ControlId) -> list[str]:
+    if syntax.think_tags is None:
         return ['thought: ""']
-    opening, closing = form.think_tags
+    opening, closing = syntax.think_tags
     lazy = [f"rest[lazy]: TEXT {literal(closing)}"]
-    if (token_id := control_id(closing)) is not None:
-        lazy = [f"rest: TEXT <[{token_id}]>"]
-    begin = "rest" if form.is_thinking else f"({_mark(opening, control_id)} rest)?"
+    if control_id(closing) is not None:
+        lazy = [f"rest: TEXT {_mark(closing, control_id)}"]
+    begin = "rest" if syntax.is_thinking else f"({_mark(opening, control_id)} rest)?"
     return [f"thought: {begin} BLANKS", *lazy, r"BLANKS: /[ \n]{0,2}/"]
 
 
@@ -135,7 +165,9 @@ def _head(name: str, key: str) -> str:
 
 def _mark(text: str, control_id: ControlId) -> str:
     token_id = control_id(text)
-    return literal(text) if token_id is None else f"<[{token_id}]>"
+    if token_id is None:
+        return literal(text)
+    return text if re.fullmatch(r"<[^<>\s]+>", text) else f"<[{token_id}]>"
 
 
 def _schema(tool: Tool) -> Schema:

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 from ...engine_impl.errors import RefusedError
 from ...engine_impl.text.chat import HERMES, Chat, TemplateFacts, Tool, Turn
 from ..config import AUTO, ChatConfig
-from ..dialects.form import AnswerForm
-from .call_grammar import must_call, strict_if_called
+from ..dialects.syntax import AnswerSyntax
+from .call_grammar import ControlId, after_thought, may_call, must_call, strict_if_called
 from .grammar import Grammar
 
 if TYPE_CHECKING:
@@ -23,6 +23,9 @@ TOOL_CHOICES = (NONE, AUTO, REQUIRED)
 
 MAX_TOOLS, MAX_TOOLS_SIZE = 128, 1 << 17
 """Of a chat (count), and what all of them may take (characters)."""
+MAX_CALLS = 16
+"""Of an answer that must call (count): without a bound a model may go on for ever. One whose template knows no tools
+goes on with the next one as soon as it may, and has one."""
 MAX_KWARGS_SIZE = 1 << 14
 """Of chat_template_kwargs (characters)."""
 
@@ -39,6 +42,8 @@ class ChatCall:
     parallel_tool_calls: bool = True
     strict: frozenset[str] = frozenset()
     """Names of the tools whose arguments must be as their schema says whenever they are called."""
+    grammar: Grammar | None = None
+    """What the content must look like, where the answer has some."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +51,7 @@ class Prompt:
     """What a request is made of."""
 
     token_ids: list[int]
-    form: AnswerForm | None = None
+    syntax: AnswerSyntax | None = None
     """How answers are read; None: their text is their content."""
     grammar: Grammar | None = None
 
@@ -84,7 +89,7 @@ def prompt_of(call: ChatCall, tokenizer: "Tokenizer", limits: "Limits", config: 
     uses_tools = bool(tools) or any(turn.calls or turn.role == "tool" for turn in chat.turns)
     chat = replace(chat, tools=tools, as_text=dialect.as_text and uses_tools)
     prompt = limits.prompt_of_chat(tokenizer, chat)
-    form = AnswerForm(
+    syntax = AnswerSyntax(
         tool_format=dialect.tool_format if tools else None,
         tools=frozenset(tool.name for tool in tools),
         at_most_one_call=not call.parallel_tool_calls or bool(call.tool_name),
@@ -93,19 +98,25 @@ def prompt_of(call: ChatCall, tokenizer: "Tokenizer", limits: "Limits", config: 
     )
     return Prompt(
         token_ids=prompt.token_ids,
-        form=None if form.is_plain else form,
-        grammar=grammar_of(call, form, tokenizer) if tools else None,
+        syntax=None if syntax.is_plain else syntax,
+        grammar=grammar_of(call, syntax, 1 if dialect.as_text else MAX_CALLS, tokenizer.control_id),
     )
 
 
-def grammar_of(call: ChatCall, form: AnswerForm, tokenizer: "Tokenizer") -> Grammar | None:
-    """What an answer that may call tools must look like; None: whatever the model writes."""
+def grammar_of(call: ChatCall, syntax: AnswerSyntax, most: int, control_id: ControlId) -> Grammar | None:
+    """What an answer must look like; None: whatever the model writes. `most`: calls, if it must have some."""
+    tools = [tool for tool in call.chat.tools if tool.name in syntax.tools]
+    most = 1 if syntax.at_most_one_call else most
     if call.tool_name:
-        tools = [tool for tool in call.chat.tools if tool.name == call.tool_name]
-        return must_call(tools, form, tokenizer.control_id)
+        return must_call([tool for tool in tools if tool.name == call.tool_name], syntax, most, control_id)
     if call.tool_choice == REQUIRED:
-        return must_call(call.chat.tools, form, tokenizer.control_id)
-    return strict_if_called(call.chat.tools, call.strict, form, tokenizer.control_id) if call.strict else None
+        return must_call(tools, syntax, most, control_id)
+    if call.grammar is not None:
+        if tools:
+            return may_call(tools, syntax, most, call.grammar, control_id)
+        return after_thought(syntax, call.grammar, control_id)
+    strict = call.strict & syntax.tools
+    return strict_if_called(tools, strict, syntax, control_id) if strict else None
 
 
 def begins_in_thought(chat: Chat, end: str, tags: tuple[str, str] | None) -> bool:

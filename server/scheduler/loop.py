@@ -26,17 +26,20 @@ import logging
 import time
 from collections import deque
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Generic
 
 import numpy as np
 
 from ...engine_impl.api import Engine, ParamsT, PrefixT, StateT, StepResult
-from ...engine_impl.errors import PieceError
+from ...engine_impl.errors import PieceError, RefusedError
 from ..delivery.delivery import Delivery
 from ..delivery.result import PendingResult
+from ..delivery.roster import Roster
 from ..errors import FailedError, UnavailableError
 from ..observe.metrics import Metrics
 from ..request.request import FinishReason, Request, Sample
+from .constraints import Constraints, allowed_of
 from .failures import DeadError, Failures, describe
 from .parked import Parked
 from .plan import Scene, StepPlan, plan
@@ -75,10 +78,11 @@ class Loop(Generic[ParamsT, PrefixT, StateT]):
         self.probes = Probes()
         self.closing = False
         """Set to end the loop after its turn."""
-        self.delivery = Delivery(engine.get_tokenizer(), metrics, free=self.ended.append, on_end=self.live.discard)
+        self.delivery = Delivery(engine.get_tokenizer(), metrics, free=self._note_ended, on_end=self.live.discard)
         self._slots, self._room = self._nothing_taken()
         self._in_work: list[Prompt] = []  # who is next stands first
         self._parked = Parked()
+        self._constraints = Constraints(on_made=queue.wake)
         self._first_prompts: dict[Request, Prompt] = {}  # of those who come next in the queue
         self._newcomers = True  # whose turn it is, see Scene
         self._is_full = False  # who waits first cannot be let in now
@@ -86,7 +90,13 @@ class Loop(Generic[ParamsT, PrefixT, StateT]):
         self._failures = Failures()
         self._turns = 0
         self._read_at = 0.0  # when the latest result was read (s of time.monotonic())
+        self._step_s = 0.0  # what the latest step took
         self._state: StateT  # from start() on
+
+    def _note_ended(self, sample: Sample) -> None:
+        """In delivery's thread."""
+        self.ended.append(sample)
+        self._queue.wake()
 
     @property
     def slots_in_use(self) -> int:
@@ -105,23 +115,32 @@ class Loop(Generic[ParamsT, PrefixT, StateT]):
         """Makes the decode state; compiles everything if asked to."""
         self._state = self._engine.init_decode_state()
         if warm_up:
-            self._state = self._engine.warm_up(self._params, self._state)
+            with ThreadPoolExecutor(1) as aside:
+                aside.submit(self._engine.get_tokenizer().prepare_grammars)
+                self._state = self._engine.warm_up(self._params, self._state)
 
     def run(self) -> None:
         """Until `closing`. Raises DeadError when the engine keeps failing."""
-        while not self.closing:
-            self._queue.wait(until=self._has_work)
-            try:
-                self._turn()
-            except DeadError:
-                raise
-            except Exception as error:
-                self._recover(error)
+        try:
+            while not self.closing:
+                self._queue.wait(until=self._has_work)
+                try:
+                    self._turn()
+                except DeadError:
+                    raise
+                except Exception as error:
+                    self._recover(error)
+        finally:
+            self._constraints.close()
 
     def _has_work(self) -> bool:
-        return self.closing or bool(self._slots.in_use or self._pending or self._in_work or self._parked or self.probes)
+        """Not while all who decode wait for what their grammars allow."""
+        if self.closing or self._pending or self._in_work or self._parked or self.probes or self.ended:
+            return True
+        return bool(self._slots.due.taken) or self._constraints.is_made
 
     def _turn(self) -> None:
+        self._go_on()
         turn = self._plan()
         self._is_full = turn.is_full
         self._free(turn)
@@ -131,11 +150,27 @@ class Loop(Generic[ParamsT, PrefixT, StateT]):
         carried = self._carry(prompts) if prompts else None
         if prompts and (error := self._prefill(prompts, carried)):
             self._failures.prefill_failed(error)
-        if carried is None and (turn.idle_step or self._slots.live.taken):
-            self._generate()
+        due = self._slots.due
+        if carried is None and (turn.idle_step or due.taken):
+            self._generate(due)
         for pending in earlier:
             self._deliver(pending)
         self._park()
+
+    def _go_on(self) -> None:
+        """Whose grammars tell what may come next. While a step runs, waiting for them costs nothing."""
+        made = self._constraints.collect(self._step_s / 2 if self._pending else 0)
+        for sample in made:
+            assert sample.constraint is not None
+            if sample.constraint.error:
+                why = f"its grammar comes to no end: {sample.constraint.error}; send a simpler one"
+                self.delivery.end(sample.request, RefusedError(f"request {sample.request.id}: {why}"))
+            elif sample.constraint.is_over:
+                self.delivery.end_sample(sample)
+            else:
+                self._slots.go_on(sample)
+                continue
+            self._free_slot(sample)
 
     def _plan(self) -> StepPlan:
         self._turns += 1
@@ -216,15 +251,17 @@ class Loop(Generic[ParamsT, PrefixT, StateT]):
     def _carry(self, prompts: list[Prompt]) -> PrefixT | None:
         """The next pieces within a step of the running answers, where the engine gains from it; None: nothing was
         started. Pieces that it does not take are told by their prefill."""
-        pieces, roster = next_pieces(prompts, self._room), self._slots.live
+        pieces, roster = next_pieces(prompts, self._room), self._slots.due
         if not self._engine.carries(roster.taken, [len(piece.token_T) for piece in pieces]):
             return None
         started, page_NJ = time.monotonic(), self._room.tables(roster.slot_B)
         try:
-            self._state, result, prefix = self._engine.carry(self._params, self._state, roster.slot_B, page_NJ, pieces)
+            self._state, result, prefix = self._engine.carry(
+                self._params, self._state, roster.slot_B, page_NJ, pieces, allowed_of(roster)
+            )
         except PieceError:
             return None
-        self._count_step(result, started)
+        self._count_step(result, roster, started)
         return prefix
 
     def _prefill(self, prompts: list[Prompt], carried: PrefixT | None = None) -> Exception | None:
@@ -251,16 +288,16 @@ class Loop(Generic[ParamsT, PrefixT, StateT]):
             elif not prompt.slots_needed:
                 self._room.leave(prompt.tables[0])
 
-    def _generate(self) -> None:
-        started, roster = time.monotonic(), self._slots.live
-        page_NJ = self._room.tables(roster.slot_B)
-        self._state, result = self._engine.generate(self._params, self._state, roster.slot_B, page_NJ)
-        self._count_step(result, started)
+    def _generate(self, roster: Roster) -> None:
+        started, page_NJ = time.monotonic(), self._room.tables(roster.slot_B)
+        allowed = allowed_of(roster)
+        self._state, result = self._engine.generate(self._params, self._state, roster.slot_B, page_NJ, allowed)
+        self._count_step(result, roster, started)
 
-    def _count_step(self, result: StepResult, started: float) -> None:
-        """A step of those who are live was started (s of time.monotonic())."""
-        self._pending.append(PendingResult(result, self._slots.live, is_step=True, started=started))
-        for sample in self._slots.count_step():
+    def _count_step(self, result: StepResult, roster: Roster, started: float) -> None:
+        """A step of these was started (s of time.monotonic())."""
+        self._pending.append(PendingResult(result, roster, is_step=True, started=started))
+        for sample in self._slots.count_step(roster):
             self._free_slot(sample)
 
     def _deliver(self, pending: PendingResult) -> None:
@@ -270,6 +307,7 @@ class Loop(Generic[ParamsT, PrefixT, StateT]):
             return
         last = self._slots.read(result, is_step=pending.is_step)
         self._parked.read(result)
+        self._constraints.read(result)
         for sample in (*last, *result.roster.owner_B[result.stopped_B]):
             self._free_slot(sample)
         self.delivery.post(result)
@@ -299,6 +337,7 @@ class Loop(Generic[ParamsT, PrefixT, StateT]):
         duration_s, self._read_at = now - max(pending.started, self._read_at), now
         self._failures.worked(is_step=pending.is_step)
         if pending.is_step:
+            self._step_s = duration_s
             self.probes.answer()
         if self._metrics is not None:
             if pending.is_step:

@@ -36,10 +36,12 @@ class Parked:
                     del self._leaving[sample]
 
     def left(self) -> Iterator[tuple[Sample, list[int]]]:
-        """Those who left and whose answers go on, with their texts: nothing of them is in flight any more."""
-        while self._leaving:
-            sample, text = self._leaving.popitem()
-            if len(text) - len(sample.request.prompt_ids) < sample.request.max_tokens:
+        """Those who left and whose answers go on, with their texts: nothing of them is in flight or at work."""
+        for sample, text in list(self._leaving.items()):
+            if sample.constraint is not None and sample.constraint.is_at_work:
+                continue
+            del self._leaving[sample]
+            if not sample.done and len(text) - len(sample.request.prompt_ids) < sample.request.max_tokens:
                 yield sample, text
 
     def wait(self, prompt: Prompt) -> None:

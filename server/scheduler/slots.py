@@ -38,11 +38,21 @@ class Slots:
         self._text_BS = np.zeros((slots, cache_length), np.int32)  # the system gives memory to what is written
         self._known_B = np.zeros(slots, np.int64)  # tokens of the text that were read
         self._deadline_B = np.full(slots, np.inf)
+        self._waits_B = np.zeros(slots, bool)  # which of its tokens may come next is not known yet
 
     @property
     def free(self) -> int:
         """How many."""
         return len(self._free)
+
+    @property
+    def due(self) -> Roster:
+        """Of those who decode, whom the next step can bring a token: one whose answer has a grammar waits until its
+        last token was read, see constraints.py."""
+        if not self._waits_B.any():
+            return self.live
+        decodes_B = self.roster.owner_B != None  # noqa: E711
+        return self.roster.of(np.flatnonzero(decodes_B & ~self._waits_B).astype(np.int32))
 
     @property
     def in_use(self) -> int:
@@ -64,13 +74,14 @@ class Slots:
         self._rows_B[slot] = self._known_B[slot] = known
         self._left_B[slot] = request.max_tokens - (known - len(request.prompt_ids)) - 1
         self._deadline_B[slot] = np.inf if request.deadline is None else request.deadline
+        self._waits_B[slot] = sample.constraint is not None
 
     def take_back(self, sample: Sample) -> int:
         """The slot that it had."""
         slot = sample.slot
         assert slot is not None
         self._change(slot, None)
-        self._left_B[slot], self._deadline_B[slot] = 0, np.inf
+        self._left_B[slot], self._deadline_B[slot], self._waits_B[slot] = 0, np.inf, False
         self._free.append(slot)
         sample.slot = None
         return slot
@@ -85,12 +96,18 @@ class Slots:
         rows_N = self._rows_B[self.live.slot_B] + self._tokens_per_step
         return np.minimum(rows_N, self._cache_length)
 
-    def count_step(self) -> list[Sample]:
-        """A step is started, which brings every owner at least one token. Returns those for whom that is the last."""
-        live_B = self._left_B > 0
-        self._left_B -= live_B
-        self._rows_B += self._tokens_per_step * live_B
-        return list(self.roster.owner_B[live_B & (self._left_B == 0)])
+    def go_on(self, sample: Sample) -> None:
+        """What may come next is known of a sample that waited for it."""
+        if sample.slot is not None:
+            self._waits_B[sample.slot] = False
+
+    def count_step(self, roster: Roster) -> list[Sample]:
+        """A step of these is started, which brings each at least one token. Returns those for whom that is the last."""
+        slot_M = roster.slot_B[self._left_B[roster.slot_B] > 0]
+        self._left_B[slot_M] -= 1
+        self._rows_B[slot_M] += self._tokens_per_step
+        self._waits_B[roster.slot_B] = roster.is_constrained_B
+        return list(self.roster.owner_B[slot_M[self._left_B[slot_M] == 0]])
 
     def read(self, result: HostResult, *, is_step: bool) -> list[Sample]:
         """Takes in what was read. Returns whom a step brought the last tokens, which were not counted as such."""

@@ -105,6 +105,8 @@ def test_help_loads_nothing_heavy(words):
         (["ask", "hi", "--logprobs", "21"], "logprobs=21"),
         (["ask", "hi", "--max-tokens", str(2**40), "--target", NEVER], "out of range"),
         (["ask", "hi", "--stop-token-id", str(2**40), "--target", NEVER], "must be from 0 to 2147483647"),
+        (["ask", "hi", "--raw", "--system", "be"], "--raw sends a text alone"),
+        (["ask", "hi", "--file", "/nowhere/notes"], "cannot read /nowhere/notes"),
         (["chat", "--num-samples", "2"], "num_samples=2 must be 1: a chat shows one answer"),
         (["demo", "--num-samples", "2"], "num_samples=2 must be 1"),
         (["generate", "--prompt-file", "/nowhere/prompts"], "cannot read the prompt file /nowhere/prompts"),
@@ -273,6 +275,70 @@ def test_chat_remembers(target, fake_engine, monkeypatch, capsys):
     assert cli.run(["chat", "--target", target, "--max-tokens", "1", "--system", "s"]) == 0
     prompts = [call.removeprefix("prefill ") for call in fake_engine.log if "prefill" in call]
     assert prompts == ["<s>s<u>a", "<s>s<u>a<a>b<u>A", "<s>s<u>B"]
+
+
+@pytest.fixture
+def scripted():
+    """(host:port, engine): a server whose model answers with a call of `now`."""
+    from tests.scripted import Scripted
+    from tests.serving import serving_in_thread
+
+    engine = Scripted('<tool_call>{"name": "now", "arguments": {"zone": "UTC"}}</tool_call>')
+    with serving_in_thread(engine) as address:
+        yield address, engine
+
+
+@pytest.fixture
+def tools(tmp_path):
+    """A file of tools, in both forms."""
+    file = tmp_path / "tools.json"
+    zone = {"type": "object", "properties": {"zone": {"type": "string"}}}
+    function = {"name": "now", "description": "The time.", "parameters": zone}
+    file.write_text(json.dumps([function, {"type": "function", "function": {"name": "stop"}}]))
+    return str(file)
+
+
+def test_ask_brings_instructions_files_and_tools(scripted, tools, tmp_path, capsys):
+    target, engine = scripted
+    (tmp_path / "notes.txt").write_text("Note.")
+    words = ["ask", "Now?", "--target", target, "--system", "Be", "--file", str(tmp_path / "notes.txt")]
+    assert cli.run([*words, "--tools", tools]) == 0
+    assert capsys.readouterr().out == '[calls now] {"zone": "UTC"}\n'
+    (chat,) = engine.tokenizer.chats
+    assert [(turn.role, turn.content) for turn in chat.turns] == [
+        ("system", "Be"), ("user", "notes.txt:\nNote.\n\nNow?"),
+    ]  # fmt: skip
+    assert [(tool.name, tool.description) for tool in chat.tools] == [("now", "The time."), ("stop", "")]
+    assert cli.run([*words, "--tools", tools, "--json"]) == 0
+    (call,) = results(capsys)["tool_calls"]
+    assert (call["name"], call["arguments"]) == ("now", '{"zone": "UTC"}')
+
+
+def test_chat_asks_what_a_call_gives(scripted, tools, monkeypatch, capsys):
+    target, engine = scripted
+    original = engine.tokenizer.encode_chat
+
+    def answered(chat, at_most=None):
+        engine.script = "Noon." if chat.turns[-1].role == "tool" else engine.script
+        return original(chat, at_most)
+
+    engine.tokenizer.encode_chat = answered
+    Keyboard(monkeypatch, "Now?", "12:00", "/exit")
+    assert cli.run(["chat", "--target", target, "--tools", tools]) == 0
+    assert '[calls now] {"zone": "UTC"}\nNoon.\n' in capsys.readouterr().out
+    assert [(turn.role, turn.content) for turn in engine.tokenizer.chats[-1].turns] == [
+        ("user", "Now?"), ("assistant", ""), ("tool", "12:00"),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("{", "is no JSON"), ("{}", "must be a JSON list"), ('[{"a": 1}]', "tool 1: must be an object")],
+)
+def test_tools_that_cannot_be_read(text, message, target, tmp_path, capsys):
+    (tmp_path / "tools.json").write_text(text)
+    assert cli.run(["ask", "a", "--target", target, "--tools", str(tmp_path / "tools.json")]) == 2
+    assert message in capsys.readouterr().err
 
 
 def test_chat_shows_logprobs_and_stops_at_stop_strings(target, fake_engine, monkeypatch, capsys):

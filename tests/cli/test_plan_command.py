@@ -16,7 +16,7 @@ def test_the_last_line_is_one_json_object(capsys, tmp_path):
     assert run(command) == 0
     report = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert [report[key] for key in ("model", "topology", "chips", "fits")] == ["llama-3.2-1b", "v5e:2x4", 8, True]
-    assert set(report["programs"]) == {"generate", "insert", "prefill_512"}
+    assert set(report["programs"]) == {"generate", "insert", "prefill_512", "carry_16x512"}
     assert (tmp_path / "prefill_512.hlo.txt").exists()
 
 

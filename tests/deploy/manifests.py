@@ -2,6 +2,7 @@
 
 from functools import cache
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import yaml
@@ -53,11 +54,13 @@ def files_of(overlay: str, name: str) -> dict[str, str]:
     return found
 
 
-def command(overlay: str, tmp_path: Path) -> Serve:
+@cache
+def command(overlay: str) -> Serve:
     """What the server would run, its config file from the ConfigMap."""
     (mount,) = [one["mountPath"] for one in server(overlay)["volumeMounts"] if one["name"] == "config"]
-    for name, text in files_of(overlay, "config").items():
-        (tmp_path / name).write_text(text)
-    parsed = parse([word.replace(f"--config={mount}/", f"--config={tmp_path}/") for word in server(overlay)["args"]])
+    with TemporaryDirectory() as folder:
+        for name, text in files_of(overlay, "config").items():
+            (Path(folder) / name).write_text(text)
+        parsed = parse([word.replace(f"--config={mount}/", f"--config={folder}/") for word in server(overlay)["args"]])
     assert isinstance(parsed, Serve)
     return parsed

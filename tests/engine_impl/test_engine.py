@@ -9,6 +9,7 @@ import pytest
 from slipstream.cache_manager import KV
 from slipstream.engine_impl.api import Opening, Piece
 from slipstream.engine_impl.errors import RefusedError
+from slipstream.engine_impl.sampling.mask import Mask
 from slipstream.engine_impl.sampling.params import MAX_LOGPROBS, SamplingParams
 from slipstream.engine_impl.session import Session
 from slipstream.engine_impl.text.tokenizer import NoTokenizer
@@ -443,8 +444,21 @@ def test_the_token_behind_a_text_is_told_of_where_it_is_known(tiny):
     assert unknown[len(PROMPT) - 1] == 0
 
 
+def test_the_likeliest_tokens_in_a_prompt_tokens_place(tiny):
+    engine, params = tiny
+    piece = Piece(token_T=np.array(PROMPT, np.int32), start=0, page_J=np.zeros(0, np.int32), next_id=11, logprobs=3)
+    prefix = engine.prefill(params, engine.init_decode_state(), [piece])
+    for at in (0, len(PROMPT) - 1):
+        logprob_V = jax.nn.log_softmax(logits_behind(engine, params, PROMPT[: at + 1]))
+        np.testing.assert_array_equal(prefix.top_token_NTP[0, at], np.argsort(-logprob_V)[:MAX_LOGPROBS])
+        expected = -np.sort(-logprob_V)[:MAX_LOGPROBS]
+        np.testing.assert_allclose(prefix.top_logprob_NTP[0, at], expected, rtol=1e-4, atol=1e-4)
+
+
 def test_nobody_asked_so_there_are_no_prompt_logprobs(tiny):
-    assert not np.asarray(Session(*tiny).prefilled(0, PROMPT).logprob_NT).any()
+    prefix = Session(*tiny).prefilled(0, PROMPT)
+    for told in (prefix.logprob_NT, prefix.top_token_NTP, prefix.top_logprob_NTP):
+        assert not np.asarray(told).any()
 
 
 @pytest.mark.parametrize("length", [0, 129])
@@ -498,14 +512,14 @@ def test_no_step_nor_insert_copies_the_cache():
     prefix, texts = session.prefilled(0, PROMPT), (np.arange(4, dtype=np.int32), session.page_BJ)
     jitted, state = engine.jitted, session.state
     lowered = [
-        jitted.generate.lower(params, state, *texts),
-        jitted.generate.lower(params, state, texts[0][:1], texts[1][:1]),
+        jitted.generate.lower(params, state, *texts, Mask.nothing(4, engine.vocab_size)),
+        jitted.generate.lower(params, state, texts[0][:1], texts[1][:1], Mask.nothing(1, engine.vocab_size)),
         jitted.insert.lower(prefix, state, texts[0][:1], texts[1][:1]),
         jitted.score_step.lower(params, state, *texts, texts[0]),
     ]
     piece = Piece(token_T=np.zeros(16), start=0, page_J=texts[1][0])
     batch = engine.shapes.pieces([piece])
-    lowered.append(jitted.carry.lower(params, state, *texts, batch))
+    lowered.append(jitted.carry.lower(params, state, *texts, batch, Mask.nothing(4, engine.vocab_size)))
     for each in lowered:
         memory = each.compile().memory_analysis()
         assert memory is not None

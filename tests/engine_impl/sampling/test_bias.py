@@ -9,6 +9,7 @@ import pytest
 import torch
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from slipstream.engine_impl.sampling import bias, choose
+from slipstream.engine_impl.sampling.mask import Mask
 from slipstream.engine_impl.sampling.params import MAX_BIASES, SamplingParams
 from slipstream.engine_impl.sampling.slots import SlotSampling
 
@@ -32,7 +33,7 @@ def slots(*params, model_stop_ids=()):
 
 @jax.jit
 def sample(logits_BV, count_BV, sampling, position_B):
-    return choose.sample(logits_BV, lambda: count_BV, sampling, position_B)
+    return choose.sample(logits_BV, lambda: count_BV, sampling, position_B, Mask.nothing(*logits_BV.shape))
 
 
 def chosen(logits_BV, sampling, position_B):

@@ -7,6 +7,7 @@ import pytest
 import torch
 from slipstream.engine_impl.errors import RefusedError
 from slipstream.engine_impl.sampling import choose
+from slipstream.engine_impl.sampling.mask import Mask
 from slipstream.engine_impl.sampling.params import SamplingParams
 from slipstream.engine_impl.sampling.slots import SlotSampling
 
@@ -16,7 +17,7 @@ cut = jax.jit(choose.cut)
 
 @jax.jit
 def sample(logits_BV, count_BV, sampling, position_B):
-    return choose.sample(logits_BV, lambda: count_BV, sampling, position_B)
+    return choose.sample(logits_BV, lambda: count_BV, sampling, position_B, Mask.nothing(*logits_BV.shape))
 
 
 def logits(seed=0, slots=1):
@@ -43,7 +44,16 @@ def kept_by_sorting(logits_V, top_k, top_p, temperature):
 
 @pytest.mark.parametrize(
     ("top_k", "top_p", "temperature"),
-    [(1, 1.0, 1.0), (7, 1.0, 1.0), (0, 0.5, 1.0), (0, 1e-6, 2.0), (20, 0.7, 0.5), (500, 0.999, 1.0), (9999, 1.0, 1.0)],
+    [
+        (1, 1.0, 1.0),
+        (7, 1.0, 1.0),
+        (0, 0.5, 1.0),
+        (0, 1e-6, 2.0),
+        (0, 0.0, 1.0),
+        (20, 0.7, 0.5),
+        (500, 0.999, 1.0),
+        (9999, 1.0, 1.0),
+    ],
 )
 def test_only_kept_tokens_are_drawn_and_all_of_them(top_k, top_p, temperature):
     logits_V = logits()[0]
@@ -128,7 +138,7 @@ def test_an_infinite_logit_and_negative_zero_do_not_confuse_the_order():
         ({"temperature": -0.1}, "temperature=-0.1 must be 0"),
         ({"temperature": float("nan")}, "temperature=nan"),
         ({"temperature": float("inf")}, "temperature=inf"),
-        ({"top_p": 0.0}, "top_p=0.0 must be above 0"),
+        ({"top_p": -0.1}, "top_p=-0.1 must be from 0"),
         ({"top_p": 1.01}, "top_p=1.01"),
         ({"top_p": float("nan")}, "top_p=nan"),
         ({"top_k": -1}, "top_k=-1"),

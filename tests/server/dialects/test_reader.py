@@ -6,18 +6,18 @@ import json
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from slipstream.server.dialects.form import FORMATS, AnswerForm, AnswerReader
 from slipstream.server.dialects.parts import Brought, CallPart
+from slipstream.server.dialects.syntax import FORMATS, AnswerReader, AnswerSyntax
 
 TOOLS = frozenset({"get_weather", "add"})
 THINK = ("<think>", "</think>")
 
 
 def form(tool_format, **more):
-    return AnswerForm(tool_format=tool_format, tools=TOOLS, **more)
+    return AnswerSyntax(tool_format=tool_format, tools=TOOLS, **more)
 
 
-def read(text, asked: AnswerForm, *cuts):
+def read(text, asked: AnswerSyntax, *cuts):
     """What the text brings, cut at these places."""
     numbers = itertools.count()
     reader, brought = AnswerReader(asked, lambda: f"id{next(numbers)}"), Brought()
@@ -142,12 +142,12 @@ def test_an_answer_of_one_call_at_most_is_done_behind_it():
 @pytest.mark.parametrize(
     ("text", "asked", "expected"),
     [
-        ("<think>\nWell.\n</think>\n\nYes.", AnswerForm(think_tags=THINK), Brought("Yes.", "Well.")),
-        ("\n<think></think>Yes.\n", AnswerForm(think_tags=THINK), Brought("Yes.\n")),
-        ("Well.\n</think>\n\nYes.", AnswerForm(think_tags=THINK, is_thinking=True), Brought("Yes.", "Well.")),
-        ("  Well. ", AnswerForm(think_tags=THINK, is_thinking=True), Brought("", "Well.")),
-        (" Yes <think> no.", AnswerForm(think_tags=THINK), Brought(" Yes <think> no.")),
-        ("<thin ice", AnswerForm(think_tags=THINK), Brought("<thin ice")),
+        ("<think>\nWell.\n</think>\n\nYes.", AnswerSyntax(think_tags=THINK), Brought("Yes.", "Well.")),
+        ("\n<think></think>Yes.\n", AnswerSyntax(think_tags=THINK), Brought("Yes.\n")),
+        ("Well.\n</think>\n\nYes.", AnswerSyntax(think_tags=THINK, is_thinking=True), Brought("Yes.", "Well.")),
+        ("  Well. ", AnswerSyntax(think_tags=THINK, is_thinking=True), Brought("", "Well.")),
+        (" Yes <think> no.", AnswerSyntax(think_tags=THINK), Brought(" Yes <think> no.")),
+        ("<thin ice", AnswerSyntax(think_tags=THINK), Brought("<thin ice")),
         ("<think>Call!</think>\n" + HERMES % PARIS, form("hermes", think_tags=THINK), ONE._replace(reasoning="Call!")),
         ("<think>" + HERMES % PARIS, form("hermes", think_tags=THINK), Brought("", HERMES % PARIS)),
     ],
@@ -164,7 +164,7 @@ SNIPPETS = [
 ]
 TEXTS = st.lists(st.sampled_from(SNIPPETS), max_size=12).map("".join)
 FORMS = st.builds(
-    AnswerForm,
+    AnswerSyntax,
     tool_format=st.sampled_from([None, *FORMATS]),
     tools=st.just(TOOLS),
     at_most_one_call=st.booleans(),

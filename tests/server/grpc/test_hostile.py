@@ -1,17 +1,31 @@
 """Bytes that are no message, at every service, and values too large to be told."""
 
 import asyncio
+import gc
+import weakref
 from typing import Any
 
 import grpc
 import pytest
+from slipstream.engine_impl.errors import RefusedError
 from slipstream.protos import orchestrator_pb2 as pb
 from slipstream.server.config import SecurityConfig
 from slipstream.server.errors import LONGEST, TAIL, brief
+from slipstream.server.grpc import service
 from slipstream.server.request.request import MAX_MESSAGES
 
 from tests.fakes import FakeEngine
-from tests.server.calls import WAIT_S, answer, chat_request, failure, refusal, serving, text_request, token_request
+from tests.server.calls import (
+    WAIT_S,
+    answer,
+    chat_request,
+    failure,
+    refusal,
+    serving,
+    text_request,
+    token_request,
+    until,
+)
 
 HEALTH, WATCH = "/grpc.health.v1.Health/Check", "/grpc.health.v1.Health/Watch"
 REFLECTION = "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo"
@@ -82,6 +96,37 @@ def test_a_large_value_is_told_in_part(character):
             assert details.startswith("lora_adapter_id='")
             assert details.endswith("must be empty: there are no adapters")
             assert len(details) <= LONGEST
+
+    asyncio.run(scenario())
+
+
+class Megabytes(list):
+    """What a call brought."""
+
+
+def test_what_was_refused_is_let_go_at_once(monkeypatch):
+    """Not only when garbage is collected, which may be never while a server is quiet."""
+    kept = []
+
+    def read_request(*args, **known):
+        brought = Megabytes()
+        kept.append(weakref.ref(brought))
+        try:
+            raise ValueError("too much")
+        except ValueError as error:
+            raise RefusedError("the prompt is too long") from error
+
+    monkeypatch.setattr(service, "read_request", read_request)
+
+    async def scenario():
+        async with serving() as (_, channel):
+            gc.disable()
+            try:
+                for text in ("a", "a" * 100_000):
+                    assert (await refusal(channel, text_request(text)))[1] == "the prompt is too long"
+                await until(lambda: [brought() for brought in kept] == [None, None])
+            finally:
+                gc.enable()
 
     asyncio.run(scenario())
 

@@ -3,8 +3,11 @@
 import asyncio
 import threading
 
+import grpc
+import pytest
 from slipstream.protos import orchestrator_pb2 as pb
 from slipstream.protos.orchestrator_pb2_grpc import OrchestratorStub
+from slipstream.server.request.request import TokenLogprob
 
 from tests.fakes import FakeEngine
 from tests.server.calls import EOF, WAIT_S, answer, events, serving, text_request, token_request, until
@@ -37,6 +40,35 @@ def test_least_length_and_bias_over_the_wire():
         first, *samples = engine.samplings
         assert (first.min_tokens, first.logit_bias) == (3, {7: -100, 255: 0.5})
         assert [sampling.min_tokens for sampling in samples] == [2, 2]
+
+    asyncio.run(scenario())
+
+
+def test_the_form_of_an_answer_over_the_wire():
+    """A oneof; the fake answers what the form is, and "[]" to any schema."""
+
+    async def scenario():
+        async with serving() as (_, channel):
+            for fields, expected in [
+                ({"json_schema": '{"type": "object"}'}, "[]"),
+                ({"json_object": True}, "[]"),
+                ({"json_object": False}, "bcdefghij"),
+                ({"regex": "xyz"}, "xyz"),
+                ({"choices": pb.DecodeRequest.Choices(texts=["hello"])}, "hello"),
+                ({"grammar": 'start: "hey"'}, "hey"),
+            ]:
+                text, _, last = await answer(channel, text_request("a", 9, **fields))
+                assert text == expected
+            assert last.stream_content.samples[0].finish_reason == pb.FINISH_REASON_STOP
+            for fields, message in [
+                ({"regex": ""}, "the regex is empty"),
+                ({"json_schema": "{"}, "json_schema is no JSON"),
+                ({"structural_tag": "{}"}, "structural_tag must be"),
+                ({"grammar": "bad"}, "the grammar cannot be compiled: it is bad"),
+            ]:
+                with pytest.raises(grpc.aio.AioRpcError, match=message) as refused:
+                    await answer(channel, text_request("a", 9, **fields))
+                assert refused.value.code() is grpc.StatusCode.INVALID_ARGUMENT
 
     asyncio.run(scenario())
 
@@ -82,8 +114,8 @@ def test_a_sample_without_news_is_an_empty_entry():
 def test_logprobs_and_prompt_logprobs_over_the_wire():
     async def scenario():
         async with serving() as (_, channel):
-            found = await events(channel, token_request([80, 64], 2, logprobs=2, prompt_logprobs=True))
-            assert found[0].prompt_logprobs == (0.0, -8.0)
+            found = await events(channel, token_request([80, 64], 2, logprobs=2, prompt_top_logprobs=1))
+            assert found[0].prompt_logprobs == (TokenLogprob(0.0), TokenLogprob(-8.0, ((64, -8.0),)))
             tokens = [token for event in found for token in event.logprobs]
             assert [token.logprob for token in tokens] == [-65 / 8, -66 / 8]
             assert tokens[0].top == ((65, -65 / 8), (66, -65 / 8 - 1))

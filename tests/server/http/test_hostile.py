@@ -118,6 +118,29 @@ def test_large_bodies_are_answered_as_small_ones_are():
     asyncio.run(asyncio.wait_for(scenario(), WAIT_S))
 
 
+@pytest.mark.parametrize(
+    ("body", "count"),
+    [
+        (b'{"prompt": [%s]}' % b",".join([b"[1]"] * 200), 202),
+        (b'{"messages": [%s]}' % b",".join([b"{}"] * 200), 202),
+        (b'{"prompt": "%s"}' % (b"[{" * 200), None),
+        (b'{"prompt": "%s"}' % (rb"\"[{" * 200), None),
+        (b'{"prompt": "\\\\", "x": [%s]}' % b",".join([b"[]"] * 200), 202),
+        (b'{"prompt": "%s' % (b"[" * 200), 201),
+        (b"[" * 200, 200),
+    ],
+    ids=lambda value: str(value)[:40],
+)
+def test_lists_and_objects_are_counted_before_any_is_made(body, count, monkeypatch):
+    """But not those that stand in a text."""
+    monkeypatch.setattr(reading, "MAX_NESTED", 50)
+    if count is None:
+        reading.check_nested(body)
+        return
+    with pytest.raises(BadFieldError, match=f"the body has {count} lists and objects and may have 50; send fewer"):
+        reading.check_nested(body)
+
+
 @pytest.mark.slow
 def test_a_million_objects_keep_nobody_waiting():
     """Streams and health checks go on while a body is parsed that would hold the interpreter for seconds."""
@@ -138,7 +161,7 @@ def test_a_million_objects_keep_nobody_waiting():
                     assert answer.status == 200
                 waits.append(time.perf_counter() - begin)
                 await asyncio.sleep(0.01)
-            assert all("has 1300000 entries" in message for message in await asyncio.gather(*attacks))
+            assert all("has 1300002 lists and objects" in message for message in await asyncio.gather(*attacks))
             assert max(waits) < 1.0
 
     asyncio.run(asyncio.wait_for(scenario(), 60))

@@ -2,7 +2,7 @@
 
 import pytest
 from slipstream.server.http.bodies import CompletionBody
-from slipstream.server.http.replies import CompletionReply
+from slipstream.server.http.completions import CompletionReply
 from slipstream.server.http.token_names import TokenNames
 from slipstream.server.request.request import Event, FinishReason, Usage
 
@@ -17,7 +17,7 @@ def usage(prompt_tokens, cached_tokens):
 
 @pytest.mark.parametrize("is_stream", [False, True])
 def test_cached_tokens_are_those_of_all_prompts(is_stream):
-    body = CompletionBody(prompt=["abc", "de"], stream=is_stream)
+    body = CompletionBody.model_validate({"prompt": ["abc", "de"], "stream": is_stream})
     requests = body.requests("x", FakeEngine(), lambda number: print)
     reply = CompletionReply(body, requests, "x", "fake", TokenNames(FakeTokenizer()))
     batches = [

@@ -257,6 +257,30 @@ def one_server():
     loop.close()
 
 
+def test_what_must_be_called_is_a_grammar():
+    async def check(client, engine, server):
+        named = {"type": "function", "function": {"name": "now"}}
+        answer_form = {"type": "json_schema", "json_schema": {"name": "a", "schema": {"const": 5}}}
+        strict = {"type": "function", "function": {**WEATHER["function"], "strict": True}}
+        for more, rules in (
+            ({"tool_choice": "required"}, ("get_weather", "now")),
+            ({"tool_choice": named}, ("now",)),
+            ({"tools": [strict]}, ("get_weather",)),
+            ({"response_format": answer_form}, ("get_weather", "now", "@content", "const")),
+            ({"response_format": answer_form, "tool_choice": "none"}, ("const",)),
+            ({"response_format": answer_form, "tool_choice": "required"}, ("get_weather", "now")),
+        ):
+            await chat(client, **more)
+            known = ("get_weather", "now", "@content", "const")
+            assert [rule for rule in known if rule in engine.tokenizer.grammars[-1]] == list(rules)
+        asked = len(engine.tokenizer.grammars)
+        await chat(client)
+        await chat(client, tools=[strict], tool_choice="none")
+        assert len(engine.tokenizer.grammars) == asked
+
+    asked(CALL, check)
+
+
 def test_a_conversation_may_be_long():
     """Large bodies are read in another process: tools and calls come back whole."""
 

@@ -54,7 +54,7 @@ class House:
 
     def steps(self, count):
         for _ in range(count):
-            self.slots.count_step()
+            self.slots.count_step(self.slots.live)
 
     def turn(self, *queued, ended=(), now=0.0, probe=False, newcomers=True):
         return plan(

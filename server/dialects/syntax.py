@@ -15,7 +15,7 @@ FORMATS = MappingProxyType({HERMES: hermes, LLAMA: llama, MISTRAL: mistral, GEMM
 
 
 @dataclass(frozen=True, kw_only=True)
-class AnswerForm:
+class AnswerSyntax:
     """Of one request's answers."""
 
     tool_format: str | None = None
@@ -44,10 +44,10 @@ class AnswerReader:
     """feed() it one answer's text as it comes, and finish() it. Where the pieces end changes nothing but when a part is
     told; no text but blanks and marks is left out."""
 
-    def __init__(self, form: AnswerForm, make_id: Callable[[], str] = new_id) -> None:
+    def __init__(self, syntax: AnswerSyntax, make_id: Callable[[], str] = new_id) -> None:
         self._source = Source()
-        self._calls = Calls(form.tools, at_most_one=form.at_most_one_call, make_id=make_id)
-        self._reading = _answer(self._source, form, self._calls)
+        self._calls = Calls(syntax.tools, at_most_one=syntax.at_most_one_call, make_id=make_id)
+        self._reading = _answer(self._source, syntax, self._calls)
         self.is_done = False
         """Whatever follows is not read."""
 
@@ -75,14 +75,14 @@ class AnswerReader:
         return parts
 
 
-def _answer(source: Source, form: AnswerForm, calls: Calls) -> Reading[None]:
-    if form.think_tags is not None:
-        yield from _thought(source, *form.think_tags, is_begun=form.is_thinking)
-    if form.tool_format is None:
+def _answer(source: Source, syntax: AnswerSyntax, calls: Calls) -> Reading[None]:
+    if syntax.think_tags is not None:
+        yield from _thought(source, *syntax.think_tags, is_begun=syntax.is_thinking)
+    if syntax.tool_format is None:
         yield from _everything(source)
         return
     prose = Prose(Content)
-    yield from FORMATS[form.tool_format].read(source, calls, prose)
+    yield from FORMATS[syntax.tool_format].read(source, calls, prose)
     yield from prose.finish()
 
 

@@ -1,0 +1,75 @@
+"""Answers with a grammar: which of their tokens may come next, made from the last one beside the loop.
+
+The loop reads a step's tokens while the next step runs. Which token may stand behind a step's depends on that step's:
+so an answer with a grammar takes part in every second step, and all others in each one, without waiting for it. Did the
+loop wait for a step's tokens before it starts the next one, the device would stand still meanwhile, for everybody.
+Where nobody else decodes there is no step between, and answers with a grammar wait for the host alone.
+"""
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+
+import numpy as np
+
+from ...engine_impl.api import Allowed
+from ..delivery.result import HostResult
+from ..delivery.roster import Roster
+from ..request.request import Sample
+
+THREADS = 4
+"""That work on grammars (count); the library lets others run meanwhile. A token takes 0.1 ms, and 20 at worst, see
+engine_impl/text/grammar.py: such an answer keeps a thread, and no step."""
+
+
+class Constraints:
+    """The loop's. close() it."""
+
+    def __init__(self, on_made: Callable[[], object]) -> None:
+        """`on_made` is called, from another thread, when there is something to collect."""
+        self._on_made = on_made
+        self._threads = ThreadPoolExecutor(THREADS, "grammars")
+        self._at_work: set[Future[list[Sample]]] = set()
+
+    @property
+    def is_made(self) -> bool:
+        """Whether there is something to collect."""
+        return any(work.done() for work in self._at_work)
+
+    def read(self, result: HostResult) -> None:
+        """Takes in the tokens that were read; what may follow them is made aside."""
+        work = list[tuple[Sample, list[int]]]()
+        for row, constraint in result.roster.constrained:
+            if result.count_B[row] and not result.stopped_B[row]:
+                constraint.is_at_work = True
+                work.append((result.roster.owner_B[row], result.token_BW[row, : result.count_B[row]].tolist()))
+        for start in range(min(THREADS, len(work))):
+            future = self._threads.submit(take, work[start::THREADS])
+            self._at_work.add(future)
+            future.add_done_callback(lambda _: self._on_made())
+
+    def collect(self, wait_s: float) -> list[Sample]:
+        """Whose next token may be chosen now, or whose answers are over. Waits so long for those at work (s)."""
+        if not self._at_work:
+            return []
+        made, self._at_work = wait(self._at_work, wait_s)
+        return [sample for work in made for sample in work.result()]
+
+    def close(self) -> None:
+        self._threads.shutdown(wait=False, cancel_futures=True)
+
+
+def allowed_of(roster: Roster) -> Allowed | None:
+    """What a step of these may choose from; None: nobody has a grammar."""
+    if not roster.constrained:
+        return None
+    rows, constraints = zip(*roster.constrained, strict=True)
+    return Allowed(row_C=np.array(rows, np.int32), word_CW=np.stack([one.allowed_W for one in constraints]))
+
+
+def take(work: Sequence[tuple[Sample, list[int]]]) -> list[Sample]:
+    """In a thread: the samples, with their tokens taken in."""
+    for sample, token_ids in work:
+        assert sample.constraint is not None
+        sample.constraint.take(token_ids)
+        sample.constraint.is_at_work = False
+    return [sample for sample, _ in work]

@@ -1,0 +1,182 @@
+"""Answers with a grammar, beside answers without."""
+
+import threading
+
+import numpy as np
+import pytest
+from slipstream.engine_impl.errors import RefusedError
+from slipstream.engine_impl.sampling.params import SamplingParams
+from slipstream.server.request.constraint import Constraint
+from slipstream.server.request.grammar import Grammar
+from slipstream.server.request.request import FinishReason
+from slipstream.server.scheduler.constraints import Constraints
+
+from tests.fakes import STOP_ID, FakeEngine, FakeMatcher, FakeTokenizer
+from tests.server.scheduler.loop import Asked, ask, running, texts, until
+from tests.server.scheduler.reading import FREE, expected, reading
+from tests.server.scheduler.test_loop_turns import House
+
+
+def noted(engine):
+    """Lists that fill with the slots of every step."""
+    steps, generate = [], engine.generate
+
+    def noting(params, state, slot_N, *args):
+        steps.append(slot_N.tolist())
+        return generate(params, state, slot_N, *args)
+
+    engine.generate = noting
+    return steps
+
+
+class Deaf(FakeEngine):
+    """Chooses what may not come."""
+
+    def generate(self, params, decode_state, slot_N, page_NJ, allowed=None):
+        return super().generate(params, decode_state, slot_N, page_NJ)
+
+
+def constrained(text, max_tokens, grammar, **more):
+    request = Asked(text, max_tokens, grammar=Grammar(grammar), **more)
+    request.constrain(FakeTokenizer())
+    return request
+
+
+def asked(orchestrator, *args, **more):
+    request = constrained(*args, **more)
+    orchestrator.submit(request)
+    return request
+
+
+@pytest.mark.parametrize(
+    ("max_tokens", "text", "reason"),
+    [
+        (20, "hello", FinishReason.STOP),
+        (6, "hello", FinishReason.STOP),
+        (4, "hell", FinishReason.LENGTH),
+        (1, "h", FinishReason.LENGTH),
+    ],
+)
+def test_the_grammars_end_ends_the_answer(max_tokens, text, reason):
+    with running(FakeEngine()) as orchestrator:
+        answer, last = asked(orchestrator, "a", max_tokens, "hello").answer()
+        assert (answer, last.finish_reason, last.usage.generated_tokens) == (text, reason, len(text))
+        until(lambda: orchestrator.slots_in_use == 0)
+        assert ask(orchestrator, "a").answer()[0] == "bcd"
+
+
+def test_an_answer_of_one_token_is_whole():
+    with running(FakeEngine()) as orchestrator:
+        answer, last = asked(orchestrator, "a", 9, "h").answer()
+        assert (answer, last.finish_reason) == ("h", FinishReason.STOP)
+        until(lambda: orchestrator.slots_in_use == 0)
+
+
+def test_samples_follow_the_grammar_each_for_itself():
+    """The fake's first tokens are ten letters apart."""
+    with running(FakeEngine(max_concurrent_decodes=3)) as orchestrator:
+        events = asked(orchestrator, "A", 9, "**llo", num_samples=3).all()
+    assert texts(events) == {0: "BCllo", 1: "LMllo", 2: "VWllo"}
+    assert [event.finish_reason for event in events if event.finish_reason] == [FinishReason.STOP] * 3
+
+
+def test_an_answer_with_a_grammar_takes_part_in_every_second_step_and_the_others_in_each(monkeypatch):
+    collect = Constraints.collect
+    monkeypatch.setattr(Constraints, "collect", lambda self, wait_s: collect(self, 10))  # on the slowest of machines
+    house = House(8)
+    steps = noted(house.loop._engine)
+    free = [house.ask("a", 40) for _ in range(7)]
+    house.turns(7)
+    request = constrained("a", 40, "twelve chars")
+    house.queue.put(request)
+    house.idle()
+    assert request.answer()[0] == "twelve chars"
+    assert [other.answer()[0] for other in free] == [expected("a", 40)] * 7
+    (slot,) = set(range(8)) - set(steps[7])
+    at = [number for number, slots in enumerate(steps) if slot in slots]
+    assert np.diff(at).tolist() == [2] * 10, "of 12 tokens the first is prefill's"
+    assert all(len(steps[number]) == 8 and len(steps[number - 1]) == 7 for number in at)
+
+
+def test_alone_it_takes_part_in_every_step():
+    engine = FakeEngine()
+    steps = noted(engine)
+    with running(engine) as orchestrator:
+        assert asked(orchestrator, "a", 40, "twelve chars").answer()[0] == "twelve chars"
+        until(lambda: orchestrator.slots_in_use == 0)
+    assert steps == [steps[0]] * 11, "no step without it"
+
+
+@pytest.mark.parametrize("carries", [False, True])
+def test_it_goes_on_where_it_was_when_it_gave_its_pages_back(carries):
+    text = "the quick brown fox jumps over the lazy dog"
+    engine = reading(2, pages=14, carries_pieces=carries)
+    with running(engine) as orchestrator:
+        elder = ask(orchestrator, "abc", 44, sampling=FREE)
+        elder.next()
+        younger = asked(orchestrator, "xyz", 60, text, sampling=FREE)
+        answer, last = younger.answer()
+        assert (answer, last.finish_reason) == (text, FinishReason.STOP)
+        assert elder.answer()[0] == expected("abc", 44)[1:]
+        until(lambda: orchestrator.slots_in_use == 0)
+    prefills = [call for call in engine.log if call.startswith("prefill ")]
+    assert len(prefills) > 2, "it was pre-empted"
+
+
+def test_a_matcher_that_fails_fails_its_request_alone():
+    with running(Deaf()) as orchestrator:
+        other = ask(orchestrator, "a", 30, sampling=SamplingParams(ignore_eos=True))
+        *_, last = asked(orchestrator, "a", 9, "hello").all()
+        assert isinstance(last.error, RefusedError)
+        assert "its grammar comes to no end: 'i' does not come before 'ello'; send a simpler one" in str(last.error)
+        assert len(other.answer()[0]) == 30
+        until(lambda: orchestrator.slots_in_use == 0)
+
+
+def test_one_that_is_cancelled_while_its_grammar_is_at_work_gives_its_slot_back(monkeypatch):
+    at_work, goes_on = threading.Event(), threading.Event()
+
+    class Slow(FakeMatcher):
+        def copy(self):
+            return Slow(self.text)
+
+        def take(self, token_id):
+            at_work.set()
+            assert goes_on.wait(10)
+            super().take(token_id)
+
+    monkeypatch.setattr(FakeTokenizer, "matcher", lambda self, text: Slow(text))
+    with running(FakeEngine()) as orchestrator:
+        request = asked(orchestrator, "a", 9, "hello")
+        assert at_work.wait(10)
+        assert ask(orchestrator, "a").answer()[0] == "bcd", "nobody waits for it"
+        orchestrator.cancel(request)
+        assert request.answer()[1].finish_reason is FinishReason.CANCELLED
+        until(lambda: orchestrator.slots_in_use == 0)
+        goes_on.set()
+        assert ask(orchestrator, "a").answer()[0] == "bcd"
+
+
+def test_what_may_end_an_answer():
+    def ends(**sampling):
+        request = constrained("a", 9, "x", sampling=SamplingParams(**sampling))
+        constraint = request.samples[0].constraint
+        assert isinstance(constraint, Constraint)
+        constraint.take([ord("x")])
+        return np.flatnonzero(np.unpackbits(constraint.allowed_W.view(np.uint8), bitorder="little")).tolist()
+
+    assert ends() == [STOP_ID]
+    assert ends(stop_token_ids=(7,)) == [7, STOP_ID]
+    assert ends(ignore_eos=True) == []
+    assert ends(ignore_eos=True, stop_token_ids=(7,)) == [7]
+
+
+def test_a_stop_string_cuts_as_ever():
+    with running(FakeEngine()) as orchestrator:
+        answer, last = asked(orchestrator, "a", 9, "hello", stop_strings=("ll",)).answer()
+    assert (answer, last.finish_reason) == ("he", FinishReason.STOP)
+
+
+def test_a_grammar_that_cannot_be_compiled_is_refused_before_it_is_handed_in():
+    with pytest.raises(RefusedError, match="it is bad"):
+        constrained("a", 9, "bad")
