@@ -9,8 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from slipstream.kernels import native, ragged_attention
-from slipstream.kernels.panel_matmul import PANEL, Panels, columns, pack, panel_matmul
-from slipstream.kernels.panel_matmul.reference import unpack
+from slipstream.kernels.panel_matmul import PANEL, Panels, columns, pack, pack_int4, pack_int8, panel_matmul, unpack
 
 from . import oracle
 
@@ -53,6 +52,36 @@ def test_panels_hold_the_weight(dtype):
     assert np.array_equal(unpack(panels, 70), weight_OI.astype(np.float32))
     output_R = np.array([0, 15, 16, 31, 32, 69])
     assert np.array_equal(columns(panels, jnp.asarray(output_R)), weight_OI.astype(np.float32)[output_R])
+
+
+def test_panels_hold_codes():
+    """By hand: code * scale, and of 4 bits + offset."""
+    rng = np.random.default_rng(0)
+    code_OI, scale_O = rng.integers(-128, 128, (40, 6), np.int8), rng.uniform(1, 2, 40).astype(np.float32)
+    panels = pack_int8(jnp.asarray(code_OI), jnp.asarray(scale_O))
+    assert [leaf.shape for leaf in panels[:2]] == [(2, 6, PANEL), (2, PANEL)]
+    np.testing.assert_allclose(unpack(panels, 40), code_OI * scale_O[:, None], rtol=1e-6)
+    code_IO = rng.integers(-8, 8, (16, 40), np.int8)
+    scale_QO, offset_QO = rng.uniform(1, 2, (2, 2, 40)).astype(np.float32)
+    packed = (code_IO[::2] & 15) | (code_IO[1::2] << 4)
+    panels = pack_int4(*map(jnp.asarray, (packed, scale_QO, offset_QO)))
+    assert [leaf.shape for leaf in panels] == [(2, 8, PANEL), (2, 2, PANEL), (2, 2, PANEL)]
+    weight_IO = code_IO * scale_QO.repeat(8, axis=0) + offset_QO.repeat(8, axis=0)
+    np.testing.assert_allclose(unpack(panels, 40), weight_IO.T, rtol=1e-5)
+
+
+@pytest.mark.parametrize("R", [1, 30])
+def test_products_with_codes(level, R):
+    rng = np.random.default_rng(1)
+    I, O = 288, 70
+    x_RI = oracle.normal(1, R, I)
+    int8 = pack_int8(jnp.asarray(rng.integers(-128, 128, (O, I), np.int8)), oracle.normal(2, O))
+    packed = jnp.asarray(rng.integers(-128, 128, (I // 2, O), np.int8))
+    for panels in (int8, pack_int4(packed, oracle.normal(3, I // 32, O), oracle.normal(4, I // 32, O))):
+        expected_RO = np.asarray(x_RI).astype(np.float64) @ np.asarray(unpack(panels, O)).astype(np.float64).T
+        for backend in ("native_cpu", "xla"):
+            out_RO = MULTIPLY(x_RI, panels, outputs=O, backend=backend)
+            np.testing.assert_allclose(out_RO, expected_RO, rtol=1e-5, atol=1e-5 * np.abs(expected_RO).max())
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
@@ -99,14 +128,29 @@ def test_attention(level, mesh, H, coded):
 
 
 @pytest.mark.parametrize(
-    ("x", "code", "outputs", "message"),
+    ("change", "message"),
     [
-        (jnp.zeros((2, 8), jnp.bfloat16), jnp.zeros((1, 8, 32)), 30, "x_RI must be float32, got bfloat16"),
-        (jnp.zeros((2, 8)), jnp.zeros((1, 8, 32), jnp.float16), 30, "float32 or bfloat16, got float16"),
-        (jnp.zeros((2, 8)), jnp.zeros((1, 8, 32)), 33, r"outputs=33 must be \[2, 8, 32\], got \(1, 8, 32\)"),
-        (jnp.zeros((2, 9)), jnp.zeros((1, 8, 32)), 30, r"must be \[1, 9, 32\]"),
+        ({"x": jnp.zeros((2, 64), jnp.bfloat16)}, "x_RI must be float32, got bfloat16"),
+        ({"code": jnp.zeros((1, 64, 32), jnp.float16)}, r"float32 or bfloat16, or int8 codes .*, got \['float16'\]"),
+        ({"code": jnp.zeros((1, 64, 32), jnp.int8)}, r"got \['int8'\]"),
+        ({"outputs": 33}, r"code must be \[P, I, X\] = \(2, 64, 32\), got \(1, 64, 32\)"),
+        ({"x": jnp.zeros((2, 63))}, r"= \(1, 63, 32\)"),
+        (
+            {"code": jnp.zeros((1, 64, 32), jnp.int8), "scale": jnp.zeros((2, 32))},
+            r"scale must be \[P, X\] = \(1, 32\)",
+        ),
+        (
+            {"code": jnp.zeros((1, 32, 32), jnp.int8), "scale": jnp.zeros((1, 2, 32)), "offset": jnp.zeros((1, 1, 32))},
+            r"offset must be \[P, Q, X\] = \(1, 2, 32\)",
+        ),
+        (
+            {"code": jnp.zeros((1, 32, 32), jnp.int8)} | dict.fromkeys(("scale", "offset"), jnp.zeros((1, 64, 32))),
+            "inputs=64 in blocks=64",
+        ),
     ],
 )
-def test_refuses(x, code, outputs, message):
+def test_refuses(change, message):
+    args = {"x": jnp.zeros((2, 64)), "code": jnp.zeros((1, 64, 32)), "scale": None, "offset": None, "outputs": 30}
+    x_RI, *panels, outputs = (args | change).values()
     with pytest.raises(ValueError, match=message):
-        panel_matmul(x, Panels(code), outputs=outputs, backend="native_cpu")
+        panel_matmul(x_RI, Panels(*panels), outputs=outputs, backend="native_cpu")

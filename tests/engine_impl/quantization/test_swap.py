@@ -239,7 +239,7 @@ def test_experts_become_int8(devices):
     assert greedy(*quantized, prompts, 6) == reference
 
 
-def test_what_is_excluded_stays():
+def test_what_is_excluded_stays(without_native_kernels):
     engine, params = engine_with(
         RandomCheckpoint(SHAPE), quantize_weights="int8", quantize_exclude=("layers.*.mlp.*", "*.o_proj")
     )
@@ -247,8 +247,7 @@ def test_what_is_excluded_stays():
     quantized = {name.removeprefix("layers.1.") for name, kind in linear.items() if kind is Int8Linear}
     quantized = {name for name in quantized if not name.startswith("layers.0.")}
     assert quantized == {"lm_head", "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"}
-    stored = {name: leaf.dtype for name, leaf in params["layers"][0].items() if name.startswith("mlp.up_proj")}
-    assert set(stored.values()) == {jnp.dtype("float32")}  # as `weight`, or in panels
+    assert params["layers"][0]["mlp.up_proj.weight"].dtype == jnp.float32
     assert params["layers"][0]["self_attn.q_proj.code"].dtype == jnp.int8
 
 
