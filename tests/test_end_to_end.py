@@ -8,9 +8,11 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
-from typing import Any
+from functools import partial
+from typing import Any, cast
 
 import grpc
+import jsonschema
 import openai
 import pytest
 from openai.types.chat import ChatCompletionMessageParam
@@ -20,7 +22,8 @@ from slipstream.protos.orchestrator_pb2_grpc import OrchestratorStub
 pytestmark = pytest.mark.slow
 
 CLI = [sys.executable, "-m", "slipstream.cli.main"]
-SIZES = ["--slots", "3", "--cache-length", "256", "--max-prefill-length", "64", "--tensor-parallel", "1"]
+SIZES = ["--slots", "3", "--cache-length", "256", "--max-prefill-length", "192"]
+SIZES += ["--prefill-chunk", "128", "--tensor-parallel", "1"]
 QUESTIONS = ["What is the capital of France?", "Name three colours.", "Wie heißt du?", "2 + 2 =", "Tell me a joke."]
 CALL_S = 120
 
@@ -130,6 +133,52 @@ def test_openais_client_gets_the_same_tokens(server, http_port, offline):
         assert token_ids_of(choice) == [token_id for sample in samples for token_id in sample.token_ids]
 
 
+def test_openais_client_gets_json_of_its_schema(http_port, server):
+    """Sampled, hot, streamed or not: whatever ends validates. A schema that cannot be is refused, and named."""
+    schema = {
+        "type": "object",
+        "properties": {
+            "name": {"type": "string", "minLength": 1, "maxLength": 12},
+            "age": {"type": "integer", "minimum": 0, "maximum": 130},
+            "tags": {"type": "array", "items": {"enum": ["kind", "tall"]}, "maxItems": 2},
+        },
+        "required": ["name", "age", "tags"],
+        "additionalProperties": False,
+    }
+    form: Any = {"type": "json_schema", "json_schema": {"name": "person", "schema": schema, "strict": True}}
+    messages: list[ChatCompletionMessageParam] = [{"role": "user", "content": "A person, as JSON."}]
+    with openai.OpenAI(base_url=f"http://127.0.0.1:{http_port}/v1", api_key="none", timeout=CALL_S) as client:
+        fields: dict[str, Any] = {"model": "embedded", "messages": messages, "response_format": form, "max_tokens": 90}
+        answer = client.chat.completions.create(**fields, n=3, temperature=1.2, seed=1)
+        stream = client.chat.completions.create(**fields, stream=True, temperature=0)
+        chunks = [chunk.choices[0] for chunk in stream]
+        texts = [(choice.message.content, choice.finish_reason) for choice in answer.choices]
+        texts.append(("".join(chunk.delta.content or "" for chunk in chunks), chunks[-1].finish_reason))
+        for text, reason in texts:
+            assert reason == "stop"
+            jsonschema.validate(json.loads(text or ""), schema)
+        form["json_schema"]["schema"] = {"not": {}}
+        with pytest.raises(openai.BadRequestError, match="Unimplemented keys"):
+            client.chat.completions.create(**fields)
+
+
+def test_tools_work_with_a_template_that_knows_none(http_port, server):
+    """One that must be called is called, and what it gives is read."""
+    schema = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}
+    tools: Any = [{"type": "function", "function": {"name": "get_weather", "parameters": schema}}]
+    messages: list[ChatCompletionMessageParam] = [{"role": "user", "content": "How is the weather in Paris?"}]
+    with openai.OpenAI(base_url=f"http://127.0.0.1:{http_port}/v1", api_key="none", timeout=CALL_S) as client:
+        create: Any = partial(client.chat.completions.create, model="embedded", temperature=0, max_tokens=40)
+        (choice,) = create(messages=messages, tools=tools, tool_choice="required").choices
+        assert (choice.finish_reason, choice.message.content) == ("tool_calls", None)
+        (call,) = cast(Any, choice.message.tool_calls)
+        assert call.function.name == "get_weather"
+        assert json.loads(call.function.arguments) == {"city": "Paris"}
+        result: Any = {"role": "tool", "tool_call_id": call.id, "content": "Snow, and -5 degrees."}
+        history = [*messages, choice.message, result, {"role": "user", "content": "Is there snow?"}]
+        assert create(messages=history).choices[0].message.content
+
+
 def test_the_seed_decides_a_sampled_answer(server):
     options = {"temperature": 1.0, "top_p": 0.95, "top_k": 50} | chat("Tell me a story.")
     with grpc.insecure_channel(server[1]) as channel:
@@ -173,7 +222,7 @@ def test_stop_strings_samples_and_logprobs_on_the_real_model(server, offline):
         (chat("hi") | {"max_tokens": 0}, "max_tokens=0 must be at least 1"),
         (chat("hi") | {"max_tokens": -5}, "max_tokens=-5"),
         (chat("hi") | {"max_tokens": 250}, "exceed cache_length=256"),
-        (chat("long " * 100), "tokens, at most 64 are taken"),
+        (chat("long " * 200), "tokens, at most 192 are taken"),
         (chat("hi") | {"temperature": -1.0}, "temperature=-1.0"),
         (chat("hi") | {"top_p": 1.5}, "top_p=1.5"),
         ({"token_content": pb.DecodeRequest.TokenContent(token_ids=[5, 49152])}, "ids go from 0 to 49151"),

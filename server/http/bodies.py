@@ -5,6 +5,7 @@ A field that is null counts as left out. One that is neither here nor in a `refu
 
 from abc import abstractmethod
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 from ...engine_impl.sampling.params import MAX_LOGPROBS
@@ -22,9 +23,9 @@ from .fields import (
     JsonList,
     JsonObject,
     Message,
-    NamedTool,
     Prompts,
     StreamOptions,
+    ToolChoice,
     ToolDefinition,
     few,
 )
@@ -106,8 +107,7 @@ class Body(DeclaredFields, Forms):
         token: str | None = None,
         config: ChatConfig = DEFAULT,
     ) -> list[Request]:
-        """One for each prompt. `token`: the caller's, if its cached prefixes are its own. Raises RefusedError,
-        UnknownModelError."""
+        """One for each prompt. `token`: the caller's, if its cached prefixes are its own. Raises RefusedError."""
         check_slots(self.n, engine.max_concurrent_decodes)
         tokenizer, limits, requests = engine.get_tokenizer(), Limits.of(engine), []
         self._options(limits.longest)  # refused before the prompts are read: they may be megabytes
@@ -157,6 +157,13 @@ class CompletionBody(Body):
     def is_echo_alone(self) -> bool:
         """Whether the prompt is shown and nothing behind it."""
         return self.echo and self.max_tokens == 0
+
+    def _options(self, room: int) -> AnswerOptions:
+        options = super()._options(room)
+        if self.echo and self.logprobs is not None and self.max_tokens == 1:
+            # Evaluation harnesses take one token off the end: it has to be there, the model's end, too.
+            return replace(options, sampling=replace(options.sampling, ignore_eos=True))
+        return options
 
     def text_of(self, number: int) -> str | None:
         """A prompt as it was sent; None for token ids."""
@@ -213,7 +220,7 @@ class ChatBody(Body):
     logprobs: bool = False
     top_logprobs: int | None = None
     tools: Annotated[list[ToolDefinition], *few(MAX_ITEMS)] = []  # noqa: RUF012
-    tool_choice: str | NamedTool = AUTO
+    tool_choice: ToolChoice = AUTO
     parallel_tool_calls: bool = True
     documents: JsonList = ""
     chat_template_kwargs: JsonObject = ""
