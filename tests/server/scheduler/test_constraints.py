@@ -98,6 +98,22 @@ def test_an_answer_with_a_grammar_takes_part_in_every_second_step_and_the_others
     assert all(len(steps[number]) == 8 and len(steps[number - 1]) == 7 for number in at)
 
 
+def test_several_with_nobody_beside_them_go_on_together(monkeypatch):
+    collect = Constraints.collect
+    monkeypatch.setattr(Constraints, "collect", lambda self, wait_s: collect(self, 10))
+    house = House(3)
+    steps = noted(house.loop._engine)
+    requests = [constrained("a", 40, "x" * 20) for _ in range(3)]
+    for request in requests:
+        house.queue.put(request)
+        house.turns(2)
+    house.turns(60)
+    assert [request.answer()[0] for request in requests] == ["x" * 20] * 3
+    together = [number for number, slots in enumerate(steps) if len(slots) == 3]
+    assert len(together) > 12
+    assert together == list(range(together[0], together[-1] + 1)), "no step of a part of them between"
+
+
 def test_alone_it_takes_part_in_every_step():
     engine = FakeEngine()
     steps = noted(engine)
