@@ -67,7 +67,7 @@ def run(options: HostileOptions) -> dict[str, Any]:
     """Raises RefusedError for an input that is not known."""
     if unknown := [name for name in options.names if name not in INPUTS]:
         raise RefusedError(f"only={unknown[0]!r} is not known; those that are: {', '.join(INPUTS)}")
-    with listening("127.0.0.1", 0, what="HTTP", flag="--http-port") as sock:
+    with listening("127.0.0.1", 0, what="HTTP", flag="--http-port")[0] as sock:
         port = sock.getsockname()[1]
     load_average = machine.warn_if_busy()
     with server(options.engine, "--http-port", str(port)) as (process, address, _):

@@ -13,6 +13,7 @@ import os
 import random
 import time
 from collections import Counter
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,8 @@ from ..server.grpc.service import RETRY_AFTER
 from ..server.lifecycle import Serving
 from ..server.observe.metrics import Outcome
 from .load.hosted import hosted, metric
+from .load.hostile_caller import HostileCaller
+from .load.hostile_inputs import INPUTS
 from .measure import machine
 from .measure.table import Progress, table
 from .options.flags import facts
@@ -45,6 +48,8 @@ KINDS: dict[str, tuple[float, set[grpc.StatusCode]]] = {
     "cut off": (0.05, {OK, FULL, CANCELLED}),
     "senseless": (0.1, {BAD, FULL}),  # a full queue is told before the prompt is read
 }
+HOSTILE, REFUSED = "hostile", {"INVALID_ARGUMENT", "RESOURCE_EXHAUSTED", "400", "413", "429"}
+"""One more kind, and what it may be told."""
 QUIET_S = 30.0
 """How long the server may take to be idle after the last call (seconds)."""
 HELD = ("slots_in_use", "queue_depth")
@@ -93,8 +98,8 @@ def measure(serving: Serving, options: SoakOptions) -> dict[str, Any]:
 
 async def _measure(serving: Serving, options: SoakOptions) -> dict[str, Any]:
     progress = Progress()
-    async with grpc.aio.insecure_channel(serving.address) as channel:
-        soak = Soak(serving, options, channel)
+    async with grpc.aio.insecure_channel(serving.address) as channel, _hostile(serving, options) as hostile:
+        soak = Soak(serving, options, channel, hostile)
         await soak.learn()
         before, start, pages = _outcomes(serving), time.perf_counter(), page_counts(serving)
         numbers = iter(range(options.requests))
@@ -135,7 +140,10 @@ async def _measure(serving: Serving, options: SoakOptions) -> dict[str, Any]:
         "preemptions": preemptions,
         "prefix_cached_tokens": int(metric(serving, "prefix_cached_tokens_total")),
         "pages": page_counts(serving),
-        "ends": {kind: {code: n for (k, code), n in sorted(tally.ends.items()) if k == kind} for kind in KINDS},
+        "ends": {
+            kind: {code: n for (k, code), n in sorted(tally.ends.items()) if k == kind}
+            for kind in (*KINDS, *[HOSTILE] * (options.hostile > 0))
+        },
         "first": first,
         "last": last,
         "growth": growth,
@@ -148,8 +156,10 @@ async def _measure(serving: Serving, options: SoakOptions) -> dict[str, Any]:
 class Soak:
     """The requests of one run against one server."""
 
-    def __init__(self, serving: Serving, options: SoakOptions, channel: grpc.aio.Channel) -> None:
-        self._serving, self._options = serving, options
+    def __init__(
+        self, serving: Serving, options: SoakOptions, channel: grpc.aio.Channel, hostile: HostileCaller | None
+    ) -> None:
+        self._serving, self._options, self._hostile = serving, options, hostile
         self._stub = OrchestratorStub(channel)
         draw = random.Random(options.seed)
         self._prompts = [
@@ -172,6 +182,12 @@ class Soak:
     async def one(self, number: int) -> None:
         """One request of a random kind, from its sending to its end."""
         draw = random.Random(f"{self._options.seed} {number}")
+        if self._hostile is not None and draw.random() < self._options.hostile:
+            told = await self._hostile.send(name := draw.choice(list(INPUTS)))
+            self.tally.ends[HOSTILE, told] += 1
+            if told not in REFUSED:
+                self.tally.faults.append(f"request {number}, {name}: {told}")
+            return
         kind = draw.choices(list(KINDS), [share for share, _ in KINDS.values()])[0]
         if kind == "senseless":
             heard = await self._senseless(draw)
@@ -292,6 +308,13 @@ class Soak:
         await self.learn()
         if answers != self._answers:
             self.tally.faults.append("the answers are others than at the beginning")
+
+
+def _hostile(serving: Serving, options: SoakOptions) -> Any:
+    if not options.hostile:
+        return nullcontext()
+    assert serving.http_address is not None
+    return HostileCaller(serving.address, serving.http_address, options.input_bytes, CALL_S)
 
 
 def _request(prompt: list[int], max_tokens: int, samples: int = 1) -> pb.DecodeRequest:

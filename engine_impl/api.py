@@ -20,7 +20,7 @@ import numpy as np
 from .sampling.params import SamplingParams
 from .text.chat import Chat, ChatPrompt, TemplateFacts
 
-ParamsT = TypeVar("ParamsT", contravariant=True)
+ParamsT = TypeVar("ParamsT")
 """The weights on the devices."""
 PrefixT = TypeVar("PrefixT", bound="Prefix")
 """Pieces of texts after prefill."""
@@ -77,6 +77,17 @@ class Prefix(Protocol):
         token of a piece without `next_id`, and where nobody asked"""
         ...
 
+    @property
+    def top_token_NTP(self) -> DeviceArray:
+        """i32, the P = MAX_LOGPROBS likeliest tokens in its place, likeliest first; valid where a piece asks for more
+        than 0"""
+        ...
+
+    @property
+    def top_logprob_NTP(self) -> DeviceArray:
+        """f32, their log-probabilities"""
+        ...
+
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Piece:
@@ -89,8 +100,11 @@ class Piece:
     page_J: np.ndarray
     """i32, the text's pages, its first tokens' first; read up to `start`"""
     next_id: int = -1
-    """The token behind them, where it is known and `wants_logprobs` asks for its log-probability too."""
-    wants_logprobs: bool = False
+    """The token behind them, where it is known and `logprobs` asks for its log-probability too."""
+    logprobs: int | None = None
+    """Asks for the log-probability of the token behind each, and of so many likeliest ones; None asks for none."""
+    adapter: int = 0
+    """Index of the adapter that changes the model for the text, see `Engine.put_adapter`; 0 is none."""
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -159,12 +173,17 @@ class Tokenizer(Protocol):
     """Text to token ids and back. A model without a tokenizer raises RefusedError wherever text is involved."""
 
     vocab_size: int
+    bos_id: int | None
+    eos_id: int | None
+    """What a text begins and ends with, where the model has such tokens."""
+    first_ids: tuple[int, ...]
+    """What `encode` puts before every text, mostly a BOS."""
     stop_ids: frozenset[int]
     """Tokens that end an answer."""
 
-    def encode(self, text: str, at_most: int | None = None) -> list[int]:
-        """Token ids of raw text, a BOS first where the model wants one. May raise TooLongError for more than `at_most`
-        before all of it is read."""
+    def encode(self, text: str, at_most: int | None = None, *, with_first: bool = True) -> list[int]:
+        """Token ids of raw text, `first_ids` before them unless told not to. May raise TooLongError for more than
+        `at_most` before all of it is read."""
         ...
 
     def encode_chat(self, chat: Chat, at_most: int | None = None) -> ChatPrompt:
@@ -180,8 +199,17 @@ class Tokenizer(Protocol):
         """The control token that is written so; None: there is none."""
         ...
 
-    def decode(self, token_ids: Sequence[int]) -> str:
-        """Text of token ids, control tokens left out."""
+    @property
+    def chat_template(self) -> str | None:
+        """The jinja text of the model's chat form; None without one."""
+        ...
+
+    def decode(self, token_ids: Sequence[int], *, with_control: bool = False) -> str:
+        """Text of token ids, control tokens left out unless asked for."""
+        ...
+
+    def token(self, token_id: int) -> str:
+        """How the vocabulary writes a token; empty for an id that it does not have."""
         ...
 
     def token_bytes(self, token_id: int) -> bytes:
@@ -207,6 +235,23 @@ class Device(Protocol):
 
     def memory_stats(self) -> Mapping[str, int] | None:
         """Bytes by name; None where the platform does not tell."""
+        ...
+
+
+class Adapter(Protocol):
+    """A LoRA adapter in the host's memory."""
+
+    @property
+    def rank(self) -> int: ...
+
+    @property
+    def bytes(self) -> int:
+        """Of the host's memory."""
+        ...
+
+    @property
+    def device_bytes(self) -> int:
+        """Of all devices' memory, while it is there."""
         ...
 
 
@@ -269,6 +314,11 @@ class Engine(Protocol[ParamsT, PrefixT, StateT]):
         ...
 
     @property
+    def max_adapters(self) -> int:
+        """Adapters that the devices hold at once; 0: none are served."""
+        ...
+
+    @property
     def devices(self) -> Iterable[Device]:
         """What it runs on."""
         ...
@@ -283,6 +333,15 @@ class Engine(Protocol[ParamsT, PrefixT, StateT]):
 
     def warm_up(self, params: ParamsT, decode_state: StateT) -> StateT:
         """Compiles every program of serving; slots are empty before and after."""
+        ...
+
+    def read_adapter(self, path: str) -> Adapter:
+        """An adapter from disk or the hub; from any thread, takes its time. Raises RefusedError."""
+        ...
+
+    def put_adapter(self, params: ParamsT, index: int, adapter: Any) -> ParamsT:
+        """An adapter that `read_adapter` gave onto the devices, at an index from 1 to `max_adapters`, whatever was
+        there: no text that is computed may use it. The parameters are donated as far as they change."""
         ...
 
     def prefill(self, params: ParamsT, decode_state: StateT, pieces: Sequence[Piece]) -> PrefixT:

@@ -9,7 +9,7 @@ class RefusedError(ValueError):
 
 
 class TooLongError(RefusedError):
-    """A text of more tokens than there may be. How many it has may not be known."""
+    """A text of more tokens than there may be, alone or with its answer. How many it has may not be known."""
 
 
 class PieceError(ValueError):

@@ -20,7 +20,7 @@ from .attention import Attend, attend_both, attend_cache, attend_chunk
 from .forward import Decoded, Params, Prefilled
 from .models.decoder import Decoder
 from .sampling.choose import sample
-from .sampling.logprobs import logprob_of, logprobs
+from .sampling.logprobs import Logprobs, logprob_of, logprobs
 from .sampling.mask import Mask
 from .sampling.params import SamplingParams
 from .sampling.penalties import count_answer
@@ -59,6 +59,8 @@ class Programs:
     mesh: Mesh
     layout: CacheLayout
     backend: Backend
+    has_adapters: bool
+    """whether slots and pieces carry an adapter's index"""
 
     @property
     def cache_length(self) -> int:
@@ -90,7 +92,7 @@ class Programs:
         cache = self.store(state.cache, new, rows.length_N, rows.is_live_N & (token_N >= 0), page_NJ)
         token_B = state.token_B.at[slot_N].set(token_N, mode="drop")
         length_B = state.length_B.at[slot_N].set(rows.length_N + rows.is_live_N, mode="drop")
-        return DecodeState(cache, token_B, length_B, state.sampling, count_BV), told, prefix
+        return DecodeState(cache, token_B, length_B, state.sampling, count_BV, state.adapter_B), told, prefix
 
     def generate(
         self, params: Params, state: DecodeState, slot_N: jax.Array, page_NJ: jax.Array, mask: Mask
@@ -146,13 +148,15 @@ class Programs:
             return jnp.where(is_live, of(values_B), otherwise)
 
         sampling = jax.tree.map(of_live, state.sampling, SlotSampling.of(GREEDY))
-        return Rows(slot_N, is_live_N, of(state.token_B), length_N, sampling)
+        adapter_N = None if state.adapter_B is None else of_live(state.adapter_B, jnp.int32(0))
+        return Rows(slot_N, is_live_N, of(state.token_B), length_N, sampling, adapter_N)
 
     # A text
 
     def prefill(self, params: Params, cache: KV, pieces: PieceBatch) -> Prefix:
         """Padded pieces' keys and values; see `forward.prefill`. No token is chosen yet."""
-        return self._prefix(pieces, forward.prefill(self.model, params, pieces, self._attend_pieces(cache, pieces)))
+        attend = self._attend_pieces(cache, pieces)
+        return self._prefix(pieces, forward.prefill(self.model, params, pieces, attend, self.mesh))
 
     def first_tokens(
         self,
@@ -176,7 +180,8 @@ class Programs:
         slots = self.layout.slots
         nothing_B = jnp.zeros((slots,), jnp.int32)
         count_BV = jnp.zeros((slots, self.model.config.vocab_size), jnp.uint16)
-        return DecodeState(self.empty_cache(), nothing_B, nothing_B, SlotSampling.greedy(slots), count_BV)
+        adapter_B = nothing_B if self.has_adapters else None
+        return DecodeState(self.empty_cache(), nothing_B, nothing_B, SlotSampling.greedy(slots), count_BV, adapter_B)
 
     def insert(self, prefix: Prefix, state: DecodeState, slot_N: jax.Array, page_NJ: jax.Array) -> DecodeState:
         """Pieces into their texts' pages; complete texts into their slots too."""
@@ -190,6 +195,7 @@ class Programs:
             into(state.length_B, prefix.start_N + prefix.count_N),
             jax.tree.map(into, state.sampling, prefix.sampling),
             into(state.count_BV, prefix.count_NV),
+            jax.tree.map(into, state.adapter_B, prefix.adapter_N),
         )
 
     # The cache
@@ -205,7 +211,7 @@ class Programs:
     def decode(self, params: Params, cache: KV, rows: Rows, page_NJ: jax.Array) -> Decoded:
         """The model on each slot's last token."""
         attend = self.attend(cache, rows.length_N, page_NJ)
-        return forward.decode(self.model, params, rows.token_N, rows.length_N, attend)
+        return forward.decode(self.model, params, rows.token_N, rows.length_N, attend, rows.adapter_N)
 
     def decode_and_prefill(
         self, params: Params, cache: KV, rows: Rows, page_NJ: jax.Array, pieces: PieceBatch
@@ -213,7 +219,9 @@ class Programs:
         """`decode` and `prefill` in one pass over the weights."""
         step, chunk = self.attend(cache, rows.length_N, page_NJ), self._attend_pieces(cache, pieces)
         attend = attend_both(step, chunk, rows.slot_N.shape[0])
-        decoded, prefilled = forward.carry(self.model, params, rows.token_N, rows.length_N, pieces, attend)
+        decoded, prefilled = forward.carry(
+            self.model, params, rows.token_N, rows.length_N, pieces, attend, self.mesh, rows.adapter_N
+        )
         return decoded, self._prefix(pieces, prefilled)
 
     def store(self, cache: KV, new: Any, length_N: jax.Array, live_N: jax.Array, page_NJ: jax.Array) -> KV:
@@ -237,23 +245,37 @@ class Programs:
 
     def _prefix(self, pieces: PieceBatch, prefilled: Prefilled) -> Prefix:
         """No token is chosen yet."""
-        logits_NV, kv, logprob_NT = prefilled
-        N, V = logits_NV.shape
-        token_N, count_NV = jnp.full((N,), -1, jnp.int32), jnp.zeros((N, V), jnp.uint16)
+        (N, T), V = pieces.token_NT.shape, prefilled.logits_NV.shape[1]
+        told = Logprobs(*(values.reshape(N, T, *values.shape[1:]) for values in prefilled.told))
         return Prefix(
-            kv, pieces.start_N, pieces.count_N, logits_NV, logprob_NT, token_N, SlotSampling.greedy(N), count_NV
+            kv=prefilled.kv,
+            start_N=pieces.start_N,
+            count_N=pieces.count_N,
+            logits_NV=prefilled.logits_NV,
+            logprob_NT=told.chosen_B,
+            top_token_NTP=told.top_token_BP,
+            top_logprob_NTP=told.top_BP,
+            token_N=jnp.full((N,), -1, jnp.int32),
+            sampling=SlotSampling.greedy(N),
+            count_NV=jnp.zeros((N, V), jnp.uint16),
+            adapter_N=pieces.adapter_N,
         )
 
     def state_sharding(self) -> DecodeState:
         """A sharding for each array of a state."""
         everywhere, rows = self.everywhere, self._vocabulary
-        return DecodeState(self.cache_sharding(), everywhere, everywhere, self._sampling, self._at(None, *rows))
+        adapters = everywhere if self.has_adapters else None
+        return DecodeState(
+            self.cache_sharding(), everywhere, everywhere, self._sampling, self._at(None, *rows), adapters
+        )
 
     def prefix_sharding(self) -> Prefix:
         """A sharding for each array of a prefix: where `insert` takes it."""
         everywhere, v = self.everywhere, self._at(None, *self._vocabulary)
         kv = self.layout.shardings(self.mesh)[1]
-        return Prefix(kv, everywhere, everywhere, v, everywhere, everywhere, self._sampling, v)
+        adapters = everywhere if self.has_adapters else None
+        told = everywhere, everywhere, everywhere
+        return Prefix(kv, everywhere, everywhere, v, *told, everywhere, self._sampling, v, adapters)
 
     @property
     def everywhere(self) -> Any:

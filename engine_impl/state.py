@@ -18,8 +18,17 @@ class PieceBatch(NamedTuple):
     count_N: jax.Array
     next_NT: jax.Array
     """tokens behind those of token_NT where their log-probability is asked for, else -1"""
+    asked: jax.Array
+    """how many of the likeliest tokens are asked for in their place, at most"""
     page_NJ: jax.Array
     """the texts' rows of the page table"""
+    adapter_N: jax.Array | None = None
+    """as in DecodeState"""
+
+    @property
+    def adapter_R(self) -> jax.Array | None:
+        """i32, each token's; None where there are no adapters."""
+        return None if self.adapter_N is None else jnp.repeat(self.adapter_N, self.token_NT.shape[1])
 
     @property
     def position_NT(self) -> jax.Array:
@@ -42,12 +51,18 @@ class Prefix:
     """the model's dtype, behind each piece's last token"""
     logprob_NT: jax.Array
     """f32, log p(the token behind it | the text up to it) of each token; 0 where nobody asked"""
+    top_token_NTP: jax.Array
+    """i32, the P = MAX_LOGPROBS likeliest tokens there, likeliest first; 0 where nobody asked"""
+    top_logprob_NTP: jax.Array
+    """f32, their log-probabilities"""
     token_N: jax.Array
     """i32, the token chosen behind each piece, not in kv; -1 before `first_tokens`"""
     sampling: SlotSampling
     """[N] each, what it was chosen by"""
     count_NV: jax.Array
     """u16, what the texts have, see penalties.py; made for texts with a penalty"""
+    adapter_N: jax.Array | None = None
+    """i32, as in DecodeState"""
 
 
 @jax.tree_util.register_dataclass
@@ -65,6 +80,8 @@ class DecodeState:
     """[B] each"""
     count_BV: jax.Array
     """u16, what the cached tokens are, see penalties.py; up to date for slots with a penalty"""
+    adapter_B: jax.Array | None = None
+    """i32, the adapter that changes the model for the slot, 0 is none; None where there are no adapters"""
 
 
 @jax.tree_util.register_dataclass
@@ -82,6 +99,8 @@ class Rows:
     """i32, as in DecodeState; 0 where there is no slot"""
     sampling: SlotSampling
     """[N] each; greedy where no token is chosen, so that it asks nothing of the sampler"""
+    adapter_N: jax.Array | None = None
+    """i32, as in DecodeState; 0 where no token is chosen"""
 
 
 @jax.tree_util.register_dataclass

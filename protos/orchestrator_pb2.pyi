@@ -23,7 +23,7 @@ FINISH_REASON_DEADLINE: FinishReason
 FINISH_REASON_TOOL_CALLS: FinishReason
 
 class DecodeRequest(_message.Message):
-    __slots__ = ("max_tokens", "text_content", "token_content", "messages", "metadata", "num_samples", "lora_adapter_id", "has_bos", "temperature", "top_k", "top_p", "seed", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty", "stop_strings", "stop_token_ids", "ignore_eos", "logprobs", "prompt_logprobs", "priority", "min_tokens", "logit_bias", "cache_salt", "json_schema", "json_object", "regex", "choices", "grammar", "structural_tag")
+    __slots__ = ("max_tokens", "text_content", "token_content", "messages", "metadata", "num_samples", "lora_adapter_id", "has_bos", "temperature", "top_k", "top_p", "seed", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty", "stop_strings", "stop_token_ids", "ignore_eos", "logprobs", "prompt_logprobs", "priority", "min_tokens", "logit_bias", "prompt_top_logprobs", "cache_salt", "json_schema", "json_object", "regex", "choices", "grammar", "structural_tag")
     class TextContent(_message.Message):
         __slots__ = ("text",)
         TEXT_FIELD_NUMBER: _ClassVar[int]
@@ -133,6 +133,7 @@ class DecodeRequest(_message.Message):
     PRIORITY_FIELD_NUMBER: _ClassVar[int]
     MIN_TOKENS_FIELD_NUMBER: _ClassVar[int]
     LOGIT_BIAS_FIELD_NUMBER: _ClassVar[int]
+    PROMPT_TOP_LOGPROBS_FIELD_NUMBER: _ClassVar[int]
     CACHE_SALT_FIELD_NUMBER: _ClassVar[int]
     JSON_SCHEMA_FIELD_NUMBER: _ClassVar[int]
     JSON_OBJECT_FIELD_NUMBER: _ClassVar[int]
@@ -164,6 +165,7 @@ class DecodeRequest(_message.Message):
     priority: int
     min_tokens: int
     logit_bias: _containers.ScalarMap[int, float]
+    prompt_top_logprobs: int
     cache_salt: str
     json_schema: str
     json_object: bool
@@ -171,10 +173,10 @@ class DecodeRequest(_message.Message):
     choices: DecodeRequest.Choices
     grammar: str
     structural_tag: str
-    def __init__(self, max_tokens: _Optional[int] = ..., text_content: _Optional[_Union[DecodeRequest.TextContent, _Mapping]] = ..., token_content: _Optional[_Union[DecodeRequest.TokenContent, _Mapping]] = ..., messages: _Optional[_Union[DecodeRequest.Chat, _Mapping]] = ..., metadata: _Optional[_Union[DecodeRequest.Metadata, _Mapping]] = ..., num_samples: _Optional[int] = ..., lora_adapter_id: _Optional[str] = ..., has_bos: _Optional[bool] = ..., temperature: _Optional[float] = ..., top_k: _Optional[int] = ..., top_p: _Optional[float] = ..., seed: _Optional[int] = ..., min_p: _Optional[float] = ..., repetition_penalty: _Optional[float] = ..., presence_penalty: _Optional[float] = ..., frequency_penalty: _Optional[float] = ..., stop_strings: _Optional[_Iterable[str]] = ..., stop_token_ids: _Optional[_Iterable[int]] = ..., ignore_eos: _Optional[bool] = ..., logprobs: _Optional[int] = ..., prompt_logprobs: _Optional[bool] = ..., priority: _Optional[int] = ..., min_tokens: _Optional[int] = ..., logit_bias: _Optional[_Mapping[int, float]] = ..., cache_salt: _Optional[str] = ..., json_schema: _Optional[str] = ..., json_object: _Optional[bool] = ..., regex: _Optional[str] = ..., choices: _Optional[_Union[DecodeRequest.Choices, _Mapping]] = ..., grammar: _Optional[str] = ..., structural_tag: _Optional[str] = ...) -> None: ...
+    def __init__(self, max_tokens: _Optional[int] = ..., text_content: _Optional[_Union[DecodeRequest.TextContent, _Mapping]] = ..., token_content: _Optional[_Union[DecodeRequest.TokenContent, _Mapping]] = ..., messages: _Optional[_Union[DecodeRequest.Chat, _Mapping]] = ..., metadata: _Optional[_Union[DecodeRequest.Metadata, _Mapping]] = ..., num_samples: _Optional[int] = ..., lora_adapter_id: _Optional[str] = ..., has_bos: _Optional[bool] = ..., temperature: _Optional[float] = ..., top_k: _Optional[int] = ..., top_p: _Optional[float] = ..., seed: _Optional[int] = ..., min_p: _Optional[float] = ..., repetition_penalty: _Optional[float] = ..., presence_penalty: _Optional[float] = ..., frequency_penalty: _Optional[float] = ..., stop_strings: _Optional[_Iterable[str]] = ..., stop_token_ids: _Optional[_Iterable[int]] = ..., ignore_eos: _Optional[bool] = ..., logprobs: _Optional[int] = ..., prompt_logprobs: _Optional[bool] = ..., priority: _Optional[int] = ..., min_tokens: _Optional[int] = ..., logit_bias: _Optional[_Mapping[int, float]] = ..., prompt_top_logprobs: _Optional[int] = ..., cache_salt: _Optional[str] = ..., json_schema: _Optional[str] = ..., json_object: _Optional[bool] = ..., regex: _Optional[str] = ..., choices: _Optional[_Union[DecodeRequest.Choices, _Mapping]] = ..., grammar: _Optional[str] = ..., structural_tag: _Optional[str] = ...) -> None: ...
 
 class DecodeResponse(_message.Message):
-    __slots__ = ("initial_content", "stream_content", "usage", "prompt_logprobs")
+    __slots__ = ("initial_content", "stream_content", "usage", "prompt_logprobs", "prompt_likeliest")
     class InitialContent(_message.Message):
         __slots__ = ()
         def __init__(self) -> None: ...
@@ -237,11 +239,13 @@ class DecodeResponse(_message.Message):
     STREAM_CONTENT_FIELD_NUMBER: _ClassVar[int]
     USAGE_FIELD_NUMBER: _ClassVar[int]
     PROMPT_LOGPROBS_FIELD_NUMBER: _ClassVar[int]
+    PROMPT_LIKELIEST_FIELD_NUMBER: _ClassVar[int]
     initial_content: DecodeResponse.InitialContent
     stream_content: DecodeResponse.StreamContent
     usage: DecodeResponse.Usage
     prompt_logprobs: _containers.RepeatedScalarFieldContainer[float]
-    def __init__(self, initial_content: _Optional[_Union[DecodeResponse.InitialContent, _Mapping]] = ..., stream_content: _Optional[_Union[DecodeResponse.StreamContent, _Mapping]] = ..., usage: _Optional[_Union[DecodeResponse.Usage, _Mapping]] = ..., prompt_logprobs: _Optional[_Iterable[float]] = ...) -> None: ...
+    prompt_likeliest: _containers.RepeatedCompositeFieldContainer[DecodeResponse.TokenLogprob]
+    def __init__(self, initial_content: _Optional[_Union[DecodeResponse.InitialContent, _Mapping]] = ..., stream_content: _Optional[_Union[DecodeResponse.StreamContent, _Mapping]] = ..., usage: _Optional[_Union[DecodeResponse.Usage, _Mapping]] = ..., prompt_logprobs: _Optional[_Iterable[float]] = ..., prompt_likeliest: _Optional[_Iterable[_Union[DecodeResponse.TokenLogprob, _Mapping]]] = ...) -> None: ...
 
 class HealthCheckRequest(_message.Message):
     __slots__ = ()

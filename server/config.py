@@ -12,9 +12,7 @@ from typing import Annotated, Literal
 import tyro
 
 from ..engine_impl.errors import RefusedError
-
-MAX_PORT = 65535
-LOOPBACK = ("localhost", "::1")
+from .address import Address, check_port, is_local, join_address
 
 
 def flag(name: str) -> object:
@@ -38,6 +36,10 @@ class SecurityConfig:
     auth_token_file: Path | None = None
     """A file of tokens, one a line; requests must bring one as `authorization: Bearer TOKEN`, or are UNAUTHENTICATED.
     Health checks need none. The file is read again when it changes."""
+
+    admin_token_file: Path | None = None
+    """A file of tokens, one a line, likewise: who brings one may load and unload adapters. Default: whoever asks from
+    this machine, if no other can reach the server."""
 
     max_streams_per_client: int | None = None
     """Answers that one client may have under way (requests); beyond it RESOURCE_EXHAUSTED. A client is a token, or
@@ -117,6 +119,38 @@ class ChatConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class AdaptersConfig:
+    """LoRA adapters that requests may name; --max-adapters of them are on the devices at once, the others wait."""
+
+    adapters: tuple[str, ...] = ()
+    """Adapters that are loaded when the server starts (NAME=PATH, several with blanks between): folders as PEFT writes
+    them, or hub ids."""
+
+    adapter_dir: Path | None = None
+    """A folder below which callers may load adapters from while the server runs. Default: they may load none."""
+
+    def __post_init__(self) -> None:
+        names = list(self.named)
+        if len(names) < len(self.adapters):
+            raise RefusedError(f"adapters has a name twice, of {', '.join(names)}; give each a name of its own")
+
+    @property
+    def named(self) -> dict[str, str]:
+        """{name: path}. Raises RefusedError."""
+        named: dict[str, str] = {}
+        for entry in self.adapters:
+            name, _, path = entry.partition("=")
+            if not (name and path):
+                raise RefusedError(f"adapters={entry!r} must be NAME=PATH")
+            named[name] = path
+        return named
+
+    @property
+    def asks_for_some(self) -> bool:
+        return bool(self.adapters) or self.adapter_dir is not None
+
+
+@dataclass(frozen=True, kw_only=True)
 class ServerConfig:
     """Where the server listens, how much it lets wait, how it stops."""
 
@@ -129,6 +163,16 @@ class ServerConfig:
     http_port: int | None = None
     """Port of OpenAI's HTTP endpoints, /v1/chat/completions and others (TCP); 0 takes a free one and logs it. Default:
     none."""
+
+    listen: tuple[str, ...] = ()
+    """More addresses for gRPC (HOST:PORT, [IPV6]:PORT, or unix:PATH for a Unix domain socket; several with blanks
+    between)."""
+
+    http_listen: tuple[str, ...] = ()
+    """More addresses for HTTP, likewise, with or without --http-port."""
+
+    served_model_name: tuple[str, ...] = ()
+    """What HTTP clients may call the model; answers have the first one. Default: what --model says."""
 
     max_queued: int = 256
     """Requests that may wait, those not counted that the free slots will take (requests); beyond it they get
@@ -157,6 +201,7 @@ class ServerConfig:
     probe_timeout_s: Annotated[float, flag("probe-timeout")] = 30.0
     """How long that may take (seconds); more than a step and a chunk of a prompt (--prefill-chunk) take."""
 
+    lora: AdaptersConfig = field(default_factory=AdaptersConfig)
     chat: ChatConfig = field(default_factory=ChatConfig)
     security: SecurityConfig = field(default_factory=SecurityConfig)
     watch: WatchConfig = field(default_factory=WatchConfig)
@@ -174,6 +219,11 @@ class ServerConfig:
         if self.http_port and self.http_port in (self.port, self.watch.metrics_port):
             other = "gRPC" if self.http_port == self.port else "metrics"
             raise RefusedError(f"http_port={self.http_port} is the {other} port already; choose another --http-port")
+        more = [str(address) for address in (*self.more_grpc, *self.more_http)]
+        if twice := [address for address in more if more.count(address) > 1 and not address.endswith(":0")]:
+            raise RefusedError(f"{twice[0]!r} is listened on twice; name it once in --listen and --http-listen")
+        if not all(self.served_model_name):
+            raise RefusedError("served_model_name='' must be a name; leave it out for what --model says")
         if self.max_queued < 1:
             raise RefusedError(f"max_queued={self.max_queued} must be at least 1: every request passes the queue")
         if self.max_queued_tokens is not None and self.max_queued_tokens < 1:
@@ -197,15 +247,19 @@ class ServerConfig:
     @property
     def is_local(self) -> bool:
         """Whether only this machine can reach it."""
-        return self.host in LOOPBACK or self.host.startswith("127.")
+        return is_local(self.host) and all(other.is_local for other in (*self.more_grpc, *self.more_http))
 
+    @property
+    def has_http(self) -> bool:
+        """Whether OpenAI's endpoints are served."""
+        return self.http_port is not None or bool(self.http_listen)
 
-def check_port(name: str, port: int) -> None:
-    """Raises RefusedError."""
-    if not 0 <= port <= MAX_PORT:
-        raise RefusedError(f"{name}={port} must be from 0 (any free one) to {MAX_PORT}")
+    @property
+    def more_grpc(self) -> list[Address]:
+        """Beside `address`."""
+        return [Address.parse("listen", text) for text in self.listen]
 
-
-def join_address(host: str, port: int) -> str:
-    """host:port as gRPC reads it."""
-    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+    @property
+    def more_http(self) -> list[Address]:
+        """Beside http_port."""
+        return [Address.parse("http_listen", text) for text in self.http_listen]

@@ -23,15 +23,20 @@ from ..engine_impl.api import AnyEngine
 from ..engine_impl.errors import RefusedError
 from ..engine_impl.runtime import timeline
 from ..engine_impl.runtime.compilations import programs
-from .config import ServerConfig, join_address
+from .adapters.store import AdapterStore
+from .address import join_address
+from .config import ServerConfig
 from .errors import UnavailableError
 from .gateway import Gateway
+from .grpc import adapters
+from .grpc.adapters import AdapterService
 from .grpc.interceptors import interceptors
 from .grpc.service import JETSTREAM_SERVICE, SERVICE, GrpcService, add_to
 from .http.server import HttpServer
 from .net import tls
 from .net.complaints import Complaints
-from .net.ports import FLUSH_S, check_port_is_free
+from .net.connections import most_connections
+from .net.ports import FLUSH_S, check_port_is_free, free_path
 from .net.security import Guard, warn_if_open
 from .observe.endpoint import Endpoint
 from .observe.metrics import Metrics
@@ -55,6 +60,10 @@ UNUSED = {
 
 KEEPALIVE_S = 20.0
 """How long a connection may be silent before it is pinged (seconds); half of it later it counts as cut."""
+
+HANDSHAKE_S, IDLE_S = 10.0, 300.0
+"""How long a gRPC connection may take to begin, and be without a call (seconds); clients begin the next call on a new
+one."""
 
 
 class Serving:
@@ -85,13 +94,13 @@ class Serving:
         if config.watch.profile is not None:
             self.profile = Profile(config.watch.profile, config.watch.profile_s)
         self._traces = None if config.watch.otlp_endpoint is None else Traces(config.watch.otlp_endpoint)
+        self.adapters = AdapterStore(config.lora.adapter_dir)
         on_call = (lambda: None) if self.profile is None else self.profile.on_call
-        self._gateway = Gateway(on_call, self._traces)
-        guard = Guard(config.security)
+        self._gateway = Gateway(on_call, self._traces, self.adapters)
+        guard = Guard(config.security, is_local=config.is_local)
         self._grpc = GrpcService(self._gateway, guard, config.chat)
-        self._http = (
-            None if config.http_port is None else HttpServer(self._gateway, guard, config, lambda: self.is_ready)
-        )
+        self._adapter_calls = AdapterService(self._gateway, guard)
+        self._http = HttpServer(self._gateway, guard, config, lambda: self.is_ready) if config.has_http else None
         self._health = health.aio.HealthServicer()  # pyright: ignore[reportAttributeAccessIssue]
         self._watchers: list[asyncio.Task[None]] = []
         self._credentials = tls.credentials(config.security)
@@ -104,6 +113,10 @@ class Serving:
                 # A peer that vanished without a word is noticed, and its slot freed.
                 ("grpc.keepalive_time_ms", round(KEEPALIVE_S * 1000)),
                 ("grpc.http2.ping_timeout_ms", round(KEEPALIVE_S * 500)),
+                # Connections that ask for nothing take no file descriptor that the other door needs.
+                ("grpc.max_allowed_incoming_connections", most_connections()),
+                ("grpc.server_handshake_timeout_ms", round(HANDSHAKE_S * 1000)),
+                ("grpc.max_connection_idle_ms", round(IDLE_S * 1000)),
             ],
         )
 
@@ -143,6 +156,7 @@ class Serving:
         await self._set_ready(False)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         add_to(self._server, self._grpc)
+        adapters.add_to(self._server, self._adapter_calls)
         names = (SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME)
         reflection.enable_server_reflection(names, self._server)
         check_port_is_free(self._config)
@@ -162,17 +176,22 @@ class Serving:
         if self._http is not None:
             await self._http.open()
             log.info("OpenAI's endpoints on %s/v1", self._http.url)
-        try:
-            port = self._add_port()
-        except RuntimeError as error:  # taken in the meantime
-            raise RefusedError(f"cannot listen on {self._config.address}: {error}") from error
-        self.address = join_address(self._config.host, port)
+        self.address = join_address(self._config.host, self._add_port(self._config.address))
+        for address in self._config.more_grpc:
+            if address.path:
+                free_path(address.path, "--listen")
+            port = self._add_port(str(address))
+            log.info("gRPC on %s, too", address if address.path else join_address(address.host, port))
         await self._server.start()
 
-    def _add_port(self) -> int:
-        if self._credentials is None:
-            return self._server.add_insecure_port(self._config.address)
-        return self._server.add_secure_port(self._config.address, self._credentials)
+    def _add_port(self, address: str) -> int:
+        """Raises RefusedError."""
+        try:
+            if self._credentials is None:
+                return self._server.add_insecure_port(address)
+            return self._server.add_secure_port(address, self._credentials)
+        except RuntimeError as error:
+            raise RefusedError(f"cannot listen on {address}: {error}") from error
 
     async def _close_orchestrator(self) -> None:
         """If it has come so far."""
@@ -194,6 +213,9 @@ class Serving:
         engine, params = await in_thread(self._load)
         log.info("loaded %s in %.1f s; compiling", engine.model_name, time.monotonic() - start)
         await in_thread(lambda: dialect_of(engine.get_tokenizer().template_facts, self._config.chat))  # may be refused
+        self.adapters.open(engine.read_adapter, (*self._config.served_model_name, engine.model_name))
+        for name, path in self._config.lora.named.items():
+            await self.adapters.load(name, path)
         loop, ready = asyncio.get_running_loop(), asyncio.Event()
         self.orchestrator = Orchestrator(
             engine,

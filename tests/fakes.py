@@ -18,6 +18,8 @@ from slipstream.engine_impl.sampling.params import MAX_LOGPROBS
 from slipstream.engine_impl.text.chat import END, Chat, ChatPrompt, TemplateFacts
 
 STOP_ID = ord("z") + 1
+CONTROL, CONTROL_ID = "<|control|>", ord("e")
+"""A control token, though decoding shows it as an e."""
 BEFORE_LONG = 199
 LONG_TEXT = "é€😀"
 VOCAB_SIZE = 256
@@ -51,17 +53,27 @@ class FakeMatcher:
 
 class FakeTokenizer:
     vocab_size = VOCAB_SIZE
+    bos_id: int | None = None
+    eos_id: int | None = STOP_ID
+    first_ids: tuple[int, ...] = ()
     stop_ids = frozenset({STOP_ID})
+    chat_template: str | None = "{{ messages }}"
 
     def __init__(self, template_facts: TemplateFacts = TemplateFacts()) -> None:  # noqa: B008
         self.template_facts = template_facts
         self.chats: list[Chat] = []
         """All that were encoded."""
 
-    def encode(self, text: str, at_most: int | None = None) -> list[int]:
-        return list(text.encode())
+    def encode(self, text: str, at_most: int | None = None, *, with_first: bool = True) -> list[int]:
+        return [*(self.first_ids if with_first else ()), *text.encode()]
 
-    def decode(self, token_ids: Sequence[int]) -> str:
+    def token(self, token_id: int) -> str:
+        return CONTROL if token_id == CONTROL_ID else self.decode([token_id])
+
+    def control_id(self, text: str) -> int | None:
+        return CONTROL_ID if text == CONTROL else None
+
+    def decode(self, token_ids: Sequence[int], *, with_control: bool = False) -> str:
         return bytes(BYTE_OF_ID.get(token_id, ord("?")) for token_id in token_ids).decode(errors="replace")
 
     def token_bytes(self, token_id: int) -> bytes:
@@ -75,9 +87,6 @@ class FakeTokenizer:
     def render_chat(self, chat: Chat) -> str:
         """Every content, and every role's first letter before it."""
         return "".join(f"<{turn.role[:1]}>{turn.content}" for turn in chat.turns)
-
-    def control_id(self, text: str) -> int | None:
-        return None
 
     def stream(self, shown: Collection[str] = ()) -> "FakeTextStream":
         return FakeTextStream(self)
@@ -140,10 +149,26 @@ class FakeDevice:
         return None
 
 
+@dataclass(frozen=True)
+class FakeAdapter:
+    """Answers count up by more than one: by the number that its path ends with more."""
+
+    path: str
+    rank: int = 4
+    bytes: int = 1 << 20
+    device_bytes: int = 2 << 20
+
+    @property
+    def shift(self) -> int:
+        return int(self.path.rpartition("-")[2])
+
+
 @dataclass
 class FakeState:
     row_PR: np.ndarray
     """The cache: a row is its token; -1 until one is stored."""
+    adapter_B: np.ndarray
+    """Each slot's."""
     token_B: np.ndarray
     """The last token, not in the cache."""
     length_B: np.ndarray
@@ -152,7 +177,7 @@ class FakeState:
     def donate(self) -> "FakeState":
         assert not self.donated, "this state was donated"
         self.donated = True
-        return FakeState(self.row_PR, self.token_B, self.length_B)
+        return FakeState(self.row_PR, self.adapter_B, self.token_B, self.length_B)
 
 
 @dataclass
@@ -173,6 +198,8 @@ class FakePrefix:
     texts: list[list[int]]
     """Of each piece, up to its end."""
     logprob_NT: FakeArray
+    top_token_NTP: FakeArray
+    top_logprob_NTP: FakeArray
     tokens: list[int]
     """What follows each text, once chosen; -1 for one that is not complete."""
     times_chosen: int = 0
@@ -222,6 +249,11 @@ class FakeEngine:
     samplings: list[Any] = field(default_factory=list)
     steps: int = 0
     states_made: int = 0
+    max_adapters: int = 0
+    on_read_adapter: Callable[[str], None] = lambda path: None
+    """Called with every adapter's path; may raise, or take its time."""
+    at_index: dict[int, "FakeAdapter"] = field(default_factory=dict)
+    """Adapters on the devices."""
     devices: tuple[FakeDevice, ...] = (FakeDevice(),)
 
     @property
@@ -243,7 +275,21 @@ class FakeEngine:
         self.states_made += 1
         row_PR = np.full((self.pages, self.page_rows), -1)
         token_B, length_B = np.full((2, self.max_concurrent_decodes), -1)
-        return FakeState(row_PR, token_B, length_B)
+        return FakeState(row_PR, np.zeros(self.max_concurrent_decodes, int), token_B, length_B)
+
+    def read_adapter(self, path: str) -> "FakeAdapter":
+        self.on_read_adapter(path)
+        return FakeAdapter(path)
+
+    def put_adapter(self, params: Any, index: int, adapter: "FakeAdapter") -> Any:
+        assert 1 <= index <= self.max_adapters
+        self._call(f"put_adapter {index}")
+        self.at_index[index] = adapter
+        return params
+
+    def shift(self, index: int) -> int:
+        """What the adapter adds to each token beside one."""
+        return 0 if index == 0 else self.at_index[index].shift
 
     def warm_up(self, params: Any, decode_state: FakeState) -> FakeState:
         self.log.append("warm_up")
@@ -267,21 +313,25 @@ class FakeEngine:
             self.on_prefill(piece.token_T.tolist())
         logprob_NT = np.zeros((len(pieces), self.prefill_chunk), np.float32)
         for logprob_T, piece in zip(logprob_NT, pieces, strict=True):
-            if piece.wants_logprobs:
+            if piece.logprobs is not None:
                 next_T = np.append(piece.token_T[1:], piece.next_id)
                 logprob_T[: len(next_T)] = -next_T / np.float32(8)
-        return FakePrefix(pieces, texts, self._array(logprob_NT), [-1] * len(pieces))
+        token_NT, top = np.rint(-logprob_NT * 8).astype(np.int32), np.arange(MAX_LOGPROBS)
+        tops = self._array(token_NT[..., None] + top), self._array(logprob_NT[..., None] - top)
+        return FakePrefix(pieces, texts, self._array(logprob_NT), *tops, [-1] * len(pieces))
 
     def first_tokens(self, prefix: FakePrefix, openings: Sequence[Opening | None]) -> tuple[FakePrefix, FakeResult]:
         """Each time that it is asked anew the token is ten later."""
         if prefix.times_chosen:
             self._call("first_tokens")
         tokens = []
-        for text, opening in zip(prefix.texts, openings, strict=True):
+        for piece, text, opening in zip(prefix.pieces, prefix.texts, openings, strict=True):
             if opening is not None:
                 assert list(opening.text) == text
                 self.samplings.append(opening.sampling)
             token = -1 if opening is None else self.next_token(text) + 10 * prefix.times_chosen
+            if opening is not None:
+                token += self.shift(piece.adapter)
             if opening is not None and opening.allowed_W is not None:
                 token = nearest_allowed(token, opening.allowed_W)
             tokens.append(token)
@@ -301,6 +351,7 @@ class FakeEngine:
             if slot is not None:
                 assert token >= 0
                 state.token_B[slot], state.length_B[slot] = token, len(text)
+                state.adapter_B[slot] = piece.adapter
         return state
 
     def generate(
@@ -325,6 +376,8 @@ class FakeEngine:
             state.length_B[slot_N] = length_N = length_N + live_N
             next_N = token_N + 1
             next_N[live_N] = self.next_tokens(state, token_N[live_N], length_N[live_N], page_NJ[live_N])
+            if state.adapter_B.any():
+                next_N = next_N + [self.shift(index) for index in state.adapter_B[slot_N]]
             for row, word_W in () if allowed is None else zip(allowed.row_C, allowed.word_CW, strict=True):
                 next_N[row] = nearest_allowed(int(next_N[row]), word_W)
             state.token_B[slot_N[live_N]] = token_NW[live_N, at] = next_N[live_N]

@@ -8,7 +8,8 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
-from typing import Any
+from functools import partial
+from typing import Any, cast
 
 import grpc
 import jsonschema
@@ -21,7 +22,8 @@ from slipstream.protos.orchestrator_pb2_grpc import OrchestratorStub
 pytestmark = pytest.mark.slow
 
 CLI = [sys.executable, "-m", "slipstream.cli.main"]
-SIZES = ["--slots", "3", "--cache-length", "256", "--max-prefill-length", "64", "--tensor-parallel", "1"]
+SIZES = ["--slots", "3", "--cache-length", "256", "--max-prefill-length", "192"]
+SIZES += ["--prefill-chunk", "128", "--tensor-parallel", "1"]
 QUESTIONS = ["What is the capital of France?", "Name three colours.", "Wie heißt du?", "2 + 2 =", "Tell me a joke."]
 CALL_S = 120
 
@@ -160,6 +162,23 @@ def test_openais_client_gets_json_of_its_schema(http_port, server):
             client.chat.completions.create(**fields)
 
 
+def test_tools_work_with_a_template_that_knows_none(http_port, server):
+    """One that must be called is called, and what it gives is read."""
+    schema = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}
+    tools: Any = [{"type": "function", "function": {"name": "get_weather", "parameters": schema}}]
+    messages: list[ChatCompletionMessageParam] = [{"role": "user", "content": "How is the weather in Paris?"}]
+    with openai.OpenAI(base_url=f"http://127.0.0.1:{http_port}/v1", api_key="none", timeout=CALL_S) as client:
+        create: Any = partial(client.chat.completions.create, model="embedded", temperature=0, max_tokens=40)
+        (choice,) = create(messages=messages, tools=tools, tool_choice="required").choices
+        assert (choice.finish_reason, choice.message.content) == ("tool_calls", None)
+        (call,) = cast(Any, choice.message.tool_calls)
+        assert call.function.name == "get_weather"
+        assert json.loads(call.function.arguments) == {"city": "Paris"}
+        result: Any = {"role": "tool", "tool_call_id": call.id, "content": "Snow, and -5 degrees."}
+        history = [*messages, choice.message, result, {"role": "user", "content": "Is there snow?"}]
+        assert create(messages=history).choices[0].message.content
+
+
 def test_the_seed_decides_a_sampled_answer(server):
     options = {"temperature": 1.0, "top_p": 0.95, "top_k": 50} | chat("Tell me a story.")
     with grpc.insecure_channel(server[1]) as channel:
@@ -203,7 +222,7 @@ def test_stop_strings_samples_and_logprobs_on_the_real_model(server, offline):
         (chat("hi") | {"max_tokens": 0}, "max_tokens=0 must be at least 1"),
         (chat("hi") | {"max_tokens": -5}, "max_tokens=-5"),
         (chat("hi") | {"max_tokens": 250}, "exceed cache_length=256"),
-        (chat("long " * 100), "tokens, at most 64 are taken"),
+        (chat("long " * 200), "tokens, at most 192 are taken"),
         (chat("hi") | {"temperature": -1.0}, "temperature=-1.0"),
         (chat("hi") | {"top_p": 1.5}, "top_p=1.5"),
         ({"token_content": pb.DecodeRequest.TokenContent(token_ids=[5, 49152])}, "ids go from 0 to 49151"),

@@ -21,6 +21,10 @@ class SoakOptions(Hosted):
     """Fewer are a fault: the pool was not as tight as it should have been (requests)."""
     requests: int = 3000
     """Requests in all (requests)."""
+    hostile: float = 0.0
+    """Share of inputs made to harm among the requests, as `bench hostile` sends them (a share of 1)."""
+    input_bytes: int = 1 << 20
+    """Size of such an input (bytes)."""
     in_flight: int = 42
     """Requests under way at any time (requests)."""
     max_queued: MaxQueued = 32
@@ -38,6 +42,9 @@ class SoakOptions(Hosted):
 
     def __post_init__(self) -> None:
         check_positive(self, "requests", "in_flight", "max_seconds", "prompts", "prompt_tokens", "answer_tokens")
+        check_positive(self, "input_bytes")
+        if not 0 <= self.hostile < 1:
+            raise RefusedError(f"hostile={self.hostile} must be from 0 to 1, 1 left out")
         if self.min_preemptions < 0:
             raise RefusedError(f"min_preemptions={self.min_preemptions} must be 0 or more")
         _ = self.engine, self.server, self.ids  # refused before the slow import
@@ -50,7 +57,8 @@ class SoakOptions(Hosted):
     @property
     def server(self) -> ServerConfig:
         """Raises RefusedError for a queue that no server has."""
-        return ServerConfig(port=0, grace_s=1.0, max_queued=self.max_queued)
+        http_port = 0 if self.hostile else None
+        return ServerConfig(port=0, http_port=http_port, grace_s=1.0, max_queued=self.max_queued)
 
     @property
     def ids(self) -> tuple[int, int]:

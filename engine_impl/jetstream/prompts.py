@@ -15,6 +15,7 @@ from ..engine import Engine
 from ..errors import RefusedError
 from ..forward import Params
 from ..programs import GREEDY
+from ..sampling.logprobs import nothing
 from ..sampling.params import SamplingParams
 from ..state import Prefix, StepResult
 
@@ -121,8 +122,10 @@ class Prompts:
         _, tokens = self._engine.shapes.prefill_of([len(prompt_ids)])
         kv = self._join(before, behind.kv, np.int32(shared), tokens)
         whole = jax.device_put((np.zeros(1, np.int32), np.array([len(prompt_ids)], np.int32)), self._everywhere)
-        logprob_NT = jax.device_put(np.zeros((1, tokens), np.float32), self._everywhere)
-        return replace(behind, kv=kv, start_N=whole[0], count_N=whole[1], logprob_NT=logprob_NT)
+        nobodys = [np.zeros((1, *values.shape), values.dtype) for values in nothing(tokens)]
+        logprob_NT, token_NTP, logprob_NTP = jax.device_put(nobodys, self._everywhere)
+        told = {"logprob_NT": logprob_NT, "top_token_NTP": token_NTP, "top_logprob_NTP": logprob_NTP}
+        return replace(behind, kv=kv, start_N=whole[0], count_N=whole[1], **told)
 
     def _begun(
         self, text: Prefix, prompt_ids: Sequence[int], samplings: Sequence[SamplingParams]

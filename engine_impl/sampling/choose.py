@@ -19,6 +19,9 @@ from .mask import Mask
 from .penalties import penalise
 from .slots import SlotSampling
 
+LEAST_P = 1e-30
+"""What a top_p of 0 is: less than the likeliest token has, so that it alone is kept."""
+
 
 def sample(
     logits_BV: jax.Array,
@@ -102,7 +105,8 @@ def _top_k(logits_BV: jax.Array, top_k_B: jax.Array) -> jax.Array:
 
 
 def _top_p(logits_BV: jax.Array, top_p_B: jax.Array) -> jax.Array:
-    order_BV, p_BV, top_p_B1 = _ordered(logits_BV), jax.nn.softmax(logits_BV, axis=-1), top_p_B[:, None]
+    order_BV, p_BV = _ordered(logits_BV), jax.nn.softmax(logits_BV, axis=-1)
+    top_p_B1 = jnp.maximum(top_p_B, LEAST_P)[:, None]
     last_B1 = _largest(
         lambda t_B1: jnp.where(order_BV >= t_B1, p_BV, 0).sum(-1, keepdims=True) >= top_p_B1, like=top_p_B1
     )

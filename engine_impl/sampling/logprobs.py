@@ -22,7 +22,7 @@ PROMPT_CHUNK = 128
 
 
 class Logprobs(NamedTuple):
-    """A step's; P is MAX_LOGPROBS. Zeros where no slot asks."""
+    """A row for each slot, or each token of a prompt; P is MAX_LOGPROBS. Zeros where nobody asks."""
 
     chosen_B: jax.Array
     """f32"""
@@ -34,8 +34,7 @@ class Logprobs(NamedTuple):
 
 def logprobs(logits_BV: jax.Array, token_B: jax.Array, asked_B: jax.Array, mesh: Mesh) -> Logprobs:
     """What the slots ask for, given their logits, the tokens chosen, and SlotSampling.logprobs."""
-    slots = token_B.shape[0]
-    no_tops = jnp.zeros((slots, MAX_LOGPROBS), jnp.int32), jnp.zeros((slots, MAX_LOGPROBS), jnp.float32)
+    nobodys = nothing(token_B.shape[0])
 
     def made() -> Logprobs:
         wide_BV = logits_BV.astype(jnp.float32)
@@ -45,11 +44,10 @@ def logprobs(logits_BV: jax.Array, token_B: jax.Array, asked_B: jax.Array, mesh:
             top_token_BP, top_logit_BP = likeliest(wide_BV, mesh)
             return top_token_BP, top_logit_BP - norm_B[:, None]
 
-        top_token_BP, top_BP = jax.lax.cond((asked_B > 0).any(), tops, lambda: no_tops)
+        top_token_BP, top_BP = jax.lax.cond((asked_B > 0).any(), tops, lambda: tuple(nobodys[1:]))
         return Logprobs(_at(wide_BV, token_B) - norm_B, top_token_BP, top_BP)
 
-    nothing_B = jnp.zeros((slots,), jnp.float32)
-    return jax.lax.cond((asked_B >= 0).any(), made, lambda: Logprobs(nothing_B, *no_tops))
+    return jax.lax.cond((asked_B >= 0).any(), made, lambda: nobodys)
 
 
 def logprob_of(logits_RV: jax.Array, token_R: jax.Array) -> jax.Array:
@@ -58,17 +56,39 @@ def logprob_of(logits_RV: jax.Array, token_R: jax.Array) -> jax.Array:
     return _at(wide_RV, token_R) - jax.nn.logsumexp(wide_RV, axis=-1)
 
 
-def prompt_logprobs(x_RD: jax.Array, next_R: jax.Array, logits_of: Callable[[jax.Array], jax.Array]) -> jax.Array:
-    """logprob_R, f32: of the token `next_R` (i32) behind each row; 0 where that is -1.
+def prompt_logprobs(
+    x_RD: jax.Array, next_R: jax.Array, asked: jax.Array, logits_of: Callable[[jax.Array], jax.Array], mesh: Mesh
+) -> Logprobs:
+    """Of the token `next_R` (i32) behind each row, and the likeliest where `asked` (i32) is more than 0. Zeros where
+    next_R is -1, and where nobody asks.
 
     `logits_of` turns rows of the last layer's output into logits. It sees at most PROMPT_CHUNK rows at a time, so that
     the logits of a whole prompt never exist.
     """
     rows = next_R.shape[0]
     chunks = -1, gcd(PROMPT_CHUNK, rows)
-    of_chunks = x_RD.reshape(*chunks, x_RD.shape[1]), next_R.reshape(chunks)
-    logprob_R = jax.lax.map(lambda chunk: logprob_of(logits_of(chunk[0]), chunk[1]), of_chunks).reshape(rows)
-    return jnp.where(next_R >= 0, logprob_R, 0)
+
+    def of_chunk(chunk: tuple[jax.Array, jax.Array]) -> Logprobs:
+        x_CD, next_C = chunk
+        asked_C = jnp.where(next_C >= 0, asked, -1)
+        return logprobs(logits_of(x_CD), next_C, asked_C, mesh)
+
+    def made() -> Logprobs:
+        of_chunks = jax.lax.map(of_chunk, (x_RD.reshape(*chunks, x_RD.shape[1]), next_R.reshape(chunks)))
+        of_rows = Logprobs(*(values.reshape(rows, *values.shape[2:]) for values in of_chunks))
+        is_asked_R = next_R >= 0
+        return Logprobs(
+            jnp.where(is_asked_R, of_rows.chosen_B, 0),
+            *(jnp.where(is_asked_R[:, None], values_RP, 0) for values_RP in of_rows[1:]),
+        )
+
+    return jax.lax.cond((next_R >= 0).any(), made, lambda: nothing(rows))
+
+
+def nothing(rows: int) -> Logprobs:
+    """What nobody asked for."""
+    no_tops = jnp.zeros((rows, MAX_LOGPROBS), jnp.int32), jnp.zeros((rows, MAX_LOGPROBS), jnp.float32)
+    return Logprobs(jnp.zeros((rows,), jnp.float32), *no_tops)
 
 
 def _at(values_RV: jax.Array, token_R: jax.Array) -> jax.Array:

@@ -36,9 +36,9 @@ class SamplingParams:
     """Keep the k likeliest tokens (tokens); 0 keeps all."""
 
     top_p: float = option(
-        1.0, Range(0, 1, "above 0 and at most 1 (1 keeps all tokens)", is_above=True), device="float32"
+        1.0, between(0, 1, means={0: "keep the likeliest alone", 1: "keep all tokens"}), device="float32"
     )
-    """Keep the likeliest tokens that together hold this probability; 1 keeps all."""
+    """Keep the likeliest tokens that together hold this probability; 1 keeps all, 0 the likeliest alone."""
 
     min_p: float = option(0.0, between(0, 1, means={0: "keep all tokens"}), device="float32")
     """Drop tokens below this share of the likeliest one's probability; 0 keeps all."""

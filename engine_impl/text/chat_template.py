@@ -39,13 +39,13 @@ class ChatTemplate:
             source: the jinja text. With a broken one, raw text still works.
             special_tokens: what the template may name, such as {"bos_token": "<s>"}.
         """
-        self._source, self._special_tokens = source, tuple(special_tokens.items())
+        self.source, self._special_tokens = source, tuple(special_tokens.items())
 
     @cached_property
     def facts(self) -> TemplateFacts:
         """Those of none for a template that takes more than it may."""
         try:
-            return WORKERS.call(examine, self._source, self._special_tokens)
+            return WORKERS.call(examine, self.source, self._special_tokens)
         except WorkerError:
             return TemplateFacts()
 
@@ -56,7 +56,7 @@ class ChatTemplate:
         takes more than it may.
         """
         try:
-            return WORKERS.call(render, self._source, self._special_tokens, chat, self.facts)
+            return WORKERS.call(render, self.source, self._special_tokens, chat, self.facts)
         except WorkerError as error:
             raise RefusedError(f"the model's chat template {error} with these messages; send raw text") from error
 
@@ -64,7 +64,7 @@ class ChatTemplate:
         """Raises RefusedError for one that comes to no end with a short conversation. One that is broken, or refuses
         it, is told when a chat comes."""
         try:
-            WORKERS.call(render, self._source, self._special_tokens, PROBE, TemplateFacts())
+            WORKERS.call(render, self.source, self._special_tokens, PROBE, TemplateFacts())
         except WorkerError as error:
             raise RefusedError(f"the model's chat template {error} with one short message; mend it") from error
         except RefusedError:

@@ -63,14 +63,15 @@ class Tokenizer:
         self._is_local = type(backend.model).__name__ in LOCAL
         self._grammars = Grammars(backend, stop_ids, vocab_size)
 
-    def encode(self, text: str, at_most: int | None = None) -> list[int]:
+    def encode(self, text: str, at_most: int | None = None, *, with_first: bool = True) -> list[int]:
         """Token ids of raw text; a BOS comes first only if the model's tokenizer says so, and never twice. Control
-        tokens written out in the text (`<|im_end|>`) become their ids.
+        tokens written out in the text (`<|im_end|>`) become their ids. Without `with_first` there are no others.
 
         Raises TooLongError for a text that has clearly more tokens than `at_most`, without reading all of it.
         """
         token_ids, first_ids = self._encode(text, at_most), list(self.first_ids)
-        return token_ids if first_ids == token_ids[: len(first_ids)] else first_ids + token_ids
+        is_there = first_ids == token_ids[: len(first_ids)]
+        return token_ids if is_there or not with_first else first_ids + token_ids
 
     def encode_chat(self, chat: Chat, at_most: int | None = None) -> ChatPrompt:
         """A conversation in the model's chat form, which brings its own BOS, or has none.
@@ -80,13 +81,17 @@ class Tokenizer:
         text = self.render_chat(chat)
         return ChatPrompt(self._encode(text, at_most), text[-END:])
 
-    def decode(self, token_ids: Sequence[int]) -> str:
-        """Text of token ids; control tokens are left out, bytes that are no UTF-8 become U+FFFD."""
-        return self._backend.decode(list(token_ids), skip_special_tokens=True)
+    def decode(self, token_ids: Sequence[int], *, with_control: bool = False) -> str:
+        """Text of token ids; control tokens are left out unless asked for, bytes that are no UTF-8 become U+FFFD."""
+        return self._backend.decode(list(token_ids), skip_special_tokens=not with_control)
+
+    def token(self, token_id: int) -> str:
+        """How the vocabulary writes a token; empty for an id that it does not have."""
+        return self._backend.id_to_token(token_id) or ""
 
     def token_bytes(self, token_id: int) -> bytes:
         """What one token of a byte-level or byte-fallback vocabulary stands for: perhaps part of a character."""
-        token = self._backend.id_to_token(token_id) or ""
+        token = self.token(token_id)
         if byte := re.fullmatch("<0x([0-9A-F]{2})>", token):
             return bytes.fromhex(byte[1])
         return b"".join(_BYTES_OF_CHARACTER.get(character, character.encode()) for character in token)
@@ -108,6 +113,11 @@ class Tokenizer:
     def control_id(self, text: str) -> int | None:
         """The control token that is written so; None: there is none."""
         return self._control_ids.get(text)
+
+    @property
+    def chat_template(self) -> str | None:
+        """Its jinja text; None without one."""
+        return None if self._chat_template is None else self._chat_template.source
 
     def matcher(self, grammar: str) -> Matcher:
         """At the beginning of an answer in a grammar, see server/request/grammar.py.

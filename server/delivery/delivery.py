@@ -12,6 +12,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
+
 from ...engine_impl.api import TextStream, Tokenizer
 from ..dialects.parts import Brought
 from ..dialects.syntax import AnswerReader
@@ -70,10 +72,17 @@ class Text:
         """`reader` tells apart what the text holds; None: it is all content."""
         self._stream, self._stops, self._reader = stream, StopStrings(stop_strings), reader
         self._unsearched = min_tokens  # tokens, still to come
+        self.length = 0
+        """Characters so far, those held back or cut off included."""
+
+    @property
+    def stopped_by(self) -> str | None:
+        """The stop string that was met."""
+        return self._stops.met
 
     @property
     def is_stopped(self) -> bool:
-        return self._stops.found or (self._reader is not None and self._reader.is_done)
+        return self._stops.met is not None or (self._reader is not None and self._reader.is_done)
 
     @property
     def has_calls(self) -> bool:
@@ -81,6 +90,7 @@ class Text:
 
     def feed(self, token_id: int) -> Brought:
         piece = self._stream.feed(token_id)
+        self.length += len(piece)
         if self._unsearched:
             self._unsearched -= 1
             return self._read(piece)
@@ -174,13 +184,14 @@ class Delivery:
         if request.first_token_at is None:
             request.first_token_at = time.monotonic()
         if result.next_logprob_T is not None:
-            values = result.next_logprob_T[: len(request.prompt_ids) - 1].tolist()
-            emit(request, Event(index=sample.index, prompt_logprobs=(0.0, *values)))
+            emit(request, Event(index=sample.index, prompt_logprobs=prompt_logprobs_of(request, result)))
         kept = min(int(result.kept_B[slot]), request.max_tokens - sample.delivered)
-        token_ids, taken, more = result.token_BW[slot, :kept].tolist(), 0, Brought()
-        while taken < kept and not text.is_stopped:
-            more = more.and_then(text.feed(token_ids[taken]))
-            taken += 1
+        token_ids, starts, more = result.token_BW[slot, :kept].tolist(), list[int](), Brought()
+        while len(starts) < kept and not text.is_stopped:
+            token_id = token_ids[len(starts)]
+            starts.append(text.length)
+            more = more.and_then(text.feed(token_id))
+        taken = len(starts)
         sample.delivered += taken
         brought = Event(
             index=sample.index,
@@ -188,10 +199,15 @@ class Delivery:
             reasoning=more.reasoning,
             calls=more.calls,
             token_ids=tuple(token_ids[:taken]),
+            starts=tuple(starts),
             logprobs=logprobs_of(sample, result, slot, taken),
         )
-        if text.is_stopped or (result.stopped_B[slot] and sample.delivered < request.max_tokens):
-            self._end_sample(sample, FinishReason.STOP, brought)
+        if text.is_stopped:
+            self._end_sample(sample, FinishReason.STOP, replace(brought, stopped_by=text.stopped_by))
+        elif result.stopped_B[slot] and sample.delivered < request.max_tokens:
+            stop_id = int(result.token_BW[slot, result.kept_B[slot]])
+            is_asked = stop_id in request.sampling.stop_token_ids
+            self._end_sample(sample, FinishReason.STOP, replace(brought, stopped_by=stop_id if is_asked else None))
         elif sample.delivered == request.max_tokens:
             self._end_sample(sample, FinishReason.LENGTH, brought)
         else:
@@ -278,19 +294,34 @@ def logprobs_of(sample: Sample, result: HostResult, slot: int, taken: int) -> tu
     if asked is None:
         return ()
     assert result.logprob_BW is not None
-    logprobs = result.logprob_BW[slot, :taken].tolist()
+    logprob_T = result.logprob_BW[slot, :taken]
     if not asked:
-        return tuple(map(TokenLogprob, logprobs))
+        return tokens_of(logprob_T)
     assert result.top_token_BWP is not None
     assert result.top_logprob_BWP is not None
-    tops = zip(
-        result.top_token_BWP[slot, :taken, :asked].tolist(),
-        result.top_logprob_BWP[slot, :taken, :asked].tolist(),
-        strict=True,
-    )
-    return tuple(
-        TokenLogprob(logprob, tuple(zip(*top, strict=True))) for logprob, top in zip(logprobs, tops, strict=True)
-    )
+    tops = result.top_token_BWP[slot, :taken, :asked], result.top_logprob_BWP[slot, :taken, :asked]
+    return tokens_of(logprob_T, *tops)
+
+
+def prompt_logprobs_of(request: Request, result: HostResult) -> tuple[TokenLogprob, ...]:
+    """One for each token of the prompt; the first is 0 by definition."""
+    assert result.next_logprob_T is not None
+    count, asked = len(request.prompt_ids) - 1, request.asked_prompt_logprobs
+    first, logprob_T = TokenLogprob(0.0), result.next_logprob_T[:count]
+    if result.next_top_token_TP is None or result.next_top_logprob_TP is None:
+        return (first, *tokens_of(logprob_T))
+    tops = result.next_top_token_TP[:count, :asked], result.next_top_logprob_TP[:count, :asked]
+    return (first, *tokens_of(logprob_T, *tops))
+
+
+def tokens_of(
+    logprob_T: np.ndarray, top_token_TP: np.ndarray | None = None, top_logprob_TP: np.ndarray | None = None
+) -> tuple[TokenLogprob, ...]:
+    """Arrays as what is told of each token."""
+    if top_token_TP is None or top_logprob_TP is None:
+        return tuple(map(TokenLogprob, logprob_T.tolist()))
+    rows = zip(logprob_T.tolist(), top_token_TP.tolist(), top_logprob_TP.tolist(), strict=True)
+    return tuple(TokenLogprob(logprob, tuple(zip(tokens, logprobs, strict=True))) for logprob, tokens, logprobs in rows)
 
 
 def usage_of(request: Request) -> Usage:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ...engine_impl.api import DeviceArray, StepResult
+from ...engine_impl.api import DeviceArray, Prefix, StepResult
 from .roster import Roster
 
 
@@ -29,6 +29,26 @@ class HostResult:
     top_logprob_BWP: np.ndarray | None
     next_logprob_T: np.ndarray | None
     """f32, likewise, of the token behind each of the owner's prompt"""
+    next_top_token_TP: np.ndarray | None
+    """i32, the likeliest there, the likeliest first; None when nobody asked"""
+    next_top_logprob_TP: np.ndarray | None
+    """f32, likewise"""
+
+
+@dataclass(frozen=True)
+class PieceLogprobs:
+    """Of a piece of a prompt that stands alone."""
+
+    arrays: Sequence[DeviceArray]
+    """[1, T] and, if the likeliest tokens are asked for, two of [1, T, P]; the rest of the prefix may go."""
+    count: int
+    """Its tokens."""
+
+    @classmethod
+    def of(cls, prefix: Prefix, count: int, asked: int | None) -> "PieceLogprobs":
+        """`asked`: how many of the likeliest tokens."""
+        tops = (prefix.top_token_NTP, prefix.top_logprob_NTP) if asked else ()
+        return cls((prefix.logprob_NT, *tops), count)
 
 
 class PendingResult:
@@ -42,11 +62,11 @@ class PendingResult:
         is_step: bool,
         started: float,
         is_timed: bool = True,
-        next_logprobs: Sequence[tuple[DeviceArray, int]] = (),
+        next_logprobs: Sequence[PieceLogprobs] = (),
     ) -> None:
         """`is_step`: of a decode step, not of a prefill. `started`: when it was asked for (s of time.monotonic()).
         `is_timed`: whether it is the first that a step or a prefill brings; further samples draw from the same prefill.
-        `next_logprobs`: of the pieces of a prompt, f32 [1, T] each, see `Prefix`, and how many count."""
+        `next_logprobs`: of the pieces of a prompt."""
         self.roster, self.is_step, self.started, self.is_timed = roster, is_step, started, is_timed
         self._arrays: dict[str, DeviceArray] = {}
         self._next_logprobs = list(next_logprobs)
@@ -56,17 +76,19 @@ class PendingResult:
                 self._arrays["logprob_BW"] = result.logprob_BW
             if roster.most_logprobs > 0:
                 self._arrays |= {"top_token_BWP": result.top_token_BWP, "top_logprob_BWP": result.top_logprob_BWP}
-        for array in (*self._arrays.values(), *(array for array, _ in self._next_logprobs)):
+        for array in (*self._arrays.values(), *(array for piece in self._next_logprobs for array in piece.arrays)):
             array.copy_to_host_async()
 
     def read(self) -> HostResult | None:
         """Waits for the device; None where it chose no tokens. Raises what went wrong there."""
         rows = len(self.roster.owner_B)
-        of_pieces = [np.asarray(array)[0, :count] for array, count in self._next_logprobs]
+        of_pieces = [[np.asarray(array)[0, : piece.count] for array in piece.arrays] for piece in self._next_logprobs]
         arrays = {name: np.asarray(array)[:rows] for name, array in self._arrays.items()}
         if not arrays:
             return None
         token_BW, count_B = arrays["token_BW"], arrays["count_B"]
+        next_logprobs: list[np.ndarray | None] = [np.concatenate(values) for values in zip(*of_pieces, strict=True)]
+        next_logprobs += [None] * (3 - len(next_logprobs))
         return HostResult(
             self.roster,
             token_BW,
@@ -75,5 +97,5 @@ class PendingResult:
             arrays.get("logprob_BW"),
             arrays.get("top_token_BWP"),
             arrays.get("top_logprob_BWP"),
-            np.concatenate(of_pieces) if of_pieces else None,
+            *next_logprobs,
         )

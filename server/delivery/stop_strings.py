@@ -12,20 +12,20 @@ class StopStrings:
 
     def __init__(self, stops: Sequence[str]) -> None:
         """`stops`: none of them empty."""
-        self.found = False
-        """Whether a stop string has been seen: nothing is shown from there on."""
+        self.met: str | None = None
+        """The stop string that has been seen: nothing is shown from there on."""
         self._stops = [(stop, fallbacks(stop)) for stop in stops]
         self._matched = [0] * len(stops)  # of each stop string, how much the text so far ends with
         self._held = ""
 
     def feed(self, piece: str) -> str:
         """What can be shown once `piece` has come."""
-        if self.found or not self._stops:
-            return "" if self.found else piece
+        if self.met is not None or not self._stops:
+            return piece if self.met is None else ""
         start, self._held = len(self._held), self._held + piece
         for end, char in enumerate(piece, start + 1):
             if length := self._advance(char):
-                self.found = True
+                self.met = self._held[end - length : end]
                 return self._held[: end - length]
         shown = len(self._held) - max(self._matched)
         ready, self._held = self._held[:shown], self._held[shown:]
@@ -33,7 +33,7 @@ class StopStrings:
 
     def finish(self) -> str:
         """What was held back, once nothing more comes."""
-        return "" if self.found else self._held
+        return self._held if self.met is None else ""
 
     def _advance(self, char: str) -> int:
         """The length of the longest stop string that ends with this character; 0 for none."""

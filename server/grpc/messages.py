@@ -9,11 +9,22 @@ from ...protos import orchestrator_pb2 as pb
 from ..config import AUTO, ChatConfig
 from ..dialects.parts import CallPart
 from ..request.chat import ROLES, ChatCall, Prompt, prompt_of
+from ..request.control_stops import with_control_stops
 from ..request.form import FREE, AnswerForm
 from ..request.grammar import Grammar
 from ..request.options import OPTIONS, AnswerOptions
 from ..request.prefix_key import prefix_key
-from ..request.request import Event, FinishReason, Limits, Request, TokenLogprob, Usage, check_messages, check_slots
+from ..request.request import (
+    NO_ADAPTERS,
+    Event,
+    FinishReason,
+    Limits,
+    Request,
+    TokenLogprob,
+    Usage,
+    check_messages,
+    check_slots,
+)
 
 if TYPE_CHECKING:
     from ...engine_impl.api import AnyEngine as Engine
@@ -46,12 +57,13 @@ def read_request(
 ) -> Request:
     """Raises RefusedError for what the engine cannot answer. `deadline`: s of time.monotonic(). `token`: the caller's,
     if its cached prefixes are its own."""
-    if message.lora_adapter_id:
-        raise RefusedError(f"lora_adapter_id={message.lora_adapter_id!r} must be empty: there are no adapters")
+    if message.lora_adapter_id and not engine.max_adapters:
+        raise RefusedError(f"lora_adapter_id={message.lora_adapter_id!r} must be empty: {NO_ADAPTERS}")
     options = read_options(message)
     check_slots(options.num_samples, engine.max_concurrent_decodes)
-    limits, grammar = Limits.of(engine), read_form(message).made()
-    prompt = read_prompt(message, engine.get_tokenizer(), limits, config, grammar)  # last: it may be megabytes
+    limits, grammar, tokenizer = Limits.of(engine), read_form(message).made(), engine.get_tokenizer()
+    options = with_control_stops(options, tokenizer)
+    prompt = read_prompt(message, tokenizer, limits, config, grammar)  # last: it may be megabytes
     request = Request(
         prompt_ids=prompt.token_ids,
         syntax=prompt.syntax,
@@ -60,6 +72,7 @@ def read_request(
         deadline=deadline,
         id=request_id,
         prefix_key=prefix_key(options.cache_salt, token),
+        adapter_name=message.lora_adapter_id,
         **options.fields(),
     )
     limits.check(request)
@@ -204,18 +217,23 @@ def write_reply(events: Iterable[Event], num_samples: int) -> pb.DecodeResponse:
             sample.tool_calls.add(index=part.index, id=part.id, name=part.name, arguments=part.arguments)
         sample.token_ids.extend(event.token_ids)
         for token in event.logprobs:
-            sample.logprobs.add(
-                logprob=token.logprob,
-                top_token_ids=[token_id for token_id, _ in token.top],
-                top_logprobs=[logprob for _, logprob in token.top],
-            )
+            write_logprob(sample.logprobs.add(), token)
         if event.finish_reason is not None:
             sample.finish_reason = REASONS[event.finish_reason]
         if event.prompt_logprobs is not None:
-            reply.prompt_logprobs.extend(event.prompt_logprobs)
+            reply.prompt_logprobs.extend(token.logprob for token in event.prompt_logprobs)
+            if any(token.top for token in event.prompt_logprobs):
+                for token in event.prompt_logprobs:
+                    write_logprob(reply.prompt_likeliest.add(), token)
         if event.usage is not None:
             write_usage(reply.usage, event.usage)
     return reply
+
+
+def write_logprob(message: pb.DecodeResponse.TokenLogprob, token: TokenLogprob) -> None:
+    message.logprob = token.logprob
+    message.top_token_ids.extend(token_id for token_id, _ in token.top)
+    message.top_logprobs.extend(logprob for _, logprob in token.top)
 
 
 def write_usage(message: pb.DecodeResponse.Usage, usage: Usage) -> None:
@@ -229,7 +247,8 @@ def write_usage(message: pb.DecodeResponse.Usage, usage: Usage) -> None:
 
 def read_reply(reply: pb.DecodeResponse) -> Iterator[Event]:
     """The events that write_reply() was given, those of one sample as one. The last one has the usage."""
-    prompt_logprobs = tuple(reply.prompt_logprobs) or None
+    alone = map(TokenLogprob, reply.prompt_logprobs)
+    prompt_logprobs = tuple(map(read_logprob, reply.prompt_likeliest)) or tuple(alone) or None
     events = []
     for index, sample in enumerate(reply.stream_content.samples):
         if sample.text or sample.reasoning or sample.tool_calls or sample.token_ids or sample.finish_reason:

@@ -5,27 +5,26 @@ A field that is null counts as left out. One that is neither here nor in a `refu
 
 from abc import abstractmethod
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Self
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
-from pydantic import ValidationError
-from pydantic_core import from_json
-
+from ...engine_impl.sampling.params import MAX_LOGPROBS
 from ...engine_impl.text.chat import Chat
 from ..config import AUTO, ChatConfig
 from ..gateway import Deliver
 from ..request.chat import ChatCall, Prompt, prompt_of
+from ..request.control_stops import with_control_stops
 from ..request.options import AnswerOptions
 from ..request.prefix_key import prefix_key
 from ..request.request import MAX_MESSAGES, Limits, Request, check_slots
-from .errors import BadFieldError, UnknownModelError, bad_body, shown
+from .errors import BadFieldError
 from .fields import (
     MAX_ITEMS,
     JsonList,
     JsonObject,
     Message,
-    NamedTool,
     Prompts,
     StreamOptions,
+    ToolChoice,
     ToolDefinition,
     few,
 )
@@ -54,7 +53,6 @@ class Body(DeclaredFields, Forms):
         "include_stop_str_in_output": (False,),
         "guided_whitespace_pattern": (),
     }
-    """Fields that would change the answer and that we lack, with the values that ask for nothing."""
 
     model: str | None = None
     return_token_ids: bool = False
@@ -62,26 +60,8 @@ class Body(DeclaredFields, Forms):
     stream_options: StreamOptions | None = None
 
     @classmethod
-    def read(cls, body: bytes) -> Self:
-        """Raises BadFieldError."""
-        try:
-            fields = from_json(body)
-        except ValueError as error:
-            raise BadFieldError("", f"the body cannot be read: Invalid JSON: {error}") from error
-        try:
-            return cls.model_validate(cls._given(fields))
-        except ValidationError as error:
-            raise bad_body(error) from error
-
-    @classmethod
     def _given(cls, fields: Any) -> dict[str, Any]:
-        """What is not null. Raises BadFieldError for a field that we lack."""
-        if not isinstance(fields, dict):
-            raise BadFieldError("", f"the body={shown(fields)}: Input should be an object")
-        given = {name: value for name, value in fields.items() if value is not None}
-        for name, neutral in cls.refused.items():
-            if name in given and given[name] not in neutral:
-                raise BadFieldError(name, f"{name}={shown(given[name])} is not supported; leave it out")
+        given = super()._given(fields)
         if "stream_options" in given and not given.get("stream"):
             raise BadFieldError("stream_options", "stream_options are for streams; set stream=true or leave them out")
         return given
@@ -100,8 +80,15 @@ class Body(DeclaredFields, Forms):
     def asked_logprobs(self) -> int | None:
         """As SamplingParams.logprobs has it."""
 
-    def check_counts(self, limits: Limits) -> None:
-        """Raises RefusedError for a prompt of more token ids than the engine takes."""
+    @property
+    def told_prompt_logprobs(self) -> int | None:
+        """How many of the likeliest tokens a choice's `prompt_logprobs` have; None: there are none."""
+        return most(self.prompt_logprobs, self.prompt_top_logprobs or None)
+
+    @property
+    def asked_prompt_logprobs(self) -> int | None:
+        """As AnswerOptions has it."""
+        return self.told_prompt_logprobs
 
     @abstractmethod
     def prompts(self, tokenizer: "Tokenizer", limits: Limits, config: ChatConfig) -> Iterator[Prompt]:
@@ -119,14 +106,12 @@ class Body(DeclaredFields, Forms):
         token: str | None = None,
         config: ChatConfig = DEFAULT,
     ) -> list[Request]:
-        """One for each prompt. `token`: the caller's, if its cached prefixes are its own. Raises RefusedError,
-        UnknownModelError."""
-        if self.model not in (None, engine.model_name):
-            raise UnknownModelError(f"model={self.model!r} is not served; ask for {engine.model_name!r}, or for none")
+        """One for each prompt. `token`: the caller's, if its cached prefixes are its own. Raises RefusedError."""
         check_slots(self.n, engine.max_concurrent_decodes)
-        limits, requests = Limits.of(engine), []
+        tokenizer, limits, requests = engine.get_tokenizer(), Limits.of(engine), []
         self._options(limits.longest)  # refused before the prompts are read: they may be megabytes
-        for number, prompt in enumerate(self.prompts(engine.get_tokenizer(), limits, config)):
+        for number, prompt in enumerate(self.prompts(tokenizer, limits, config)):
+            options = with_control_stops(self._options(limits.longest - len(prompt.token_ids)), tokenizer)
             request = Request(
                 prompt_ids=prompt.token_ids,
                 syntax=prompt.syntax,
@@ -134,29 +119,50 @@ class Body(DeclaredFields, Forms):
                 deliver=deliver_to(number),
                 id=request_id if self.num_prompts == 1 else f"{request_id}-{number}",
                 prefix_key=prefix_key(self.cache_salt, token),
-                **self._options(limits.longest - len(prompt.token_ids)).fields(),
+                **options.fields(),
             )
             limits.check(request)
             requests.append(request)
         return requests
 
     def _options(self, room: int) -> AnswerOptions:
-        return AnswerOptions.of(max_tokens=self.longest(room), logprobs=self.asked_logprobs, **options_in(self))
+        check_logprobs("prompt_logprobs", self.prompt_logprobs)
+        asked, values = self.asked_prompt_logprobs, options_in(self)
+        if asked is not None:
+            values |= {"prompt_logprobs": values["prompt_logprobs"] or not asked, "prompt_top_logprobs": asked}
+        return AnswerOptions.of(max_tokens=self.longest(room), logprobs=self.asked_logprobs, **values)
 
 
 class CompletionBody(Body):
     """POST /v1/completions. Several prompts are several requests."""
 
-    refused: ClassVar[dict[str, tuple[Any, ...]]] = Body.refused | {"echo": (False,), "suffix": ("",)}
+    refused: ClassVar[dict[str, tuple[Any, ...]]] = Body.refused | {"suffix": ("",)}
 
     prompt: Prompts
     max_tokens: int = 16
+    echo: bool = False
     logprobs: int | None = None
     best_of: int | None = None
 
     @property
     def asked_logprobs(self) -> int | None:
         return self.logprobs
+
+    @property
+    def asked_prompt_logprobs(self) -> int | None:
+        return most(self.told_prompt_logprobs, self.logprobs if self.echo else None)
+
+    @property
+    def is_echo_alone(self) -> bool:
+        """Whether the prompt is shown and nothing behind it."""
+        return self.echo and self.max_tokens == 0
+
+    def text_of(self, number: int) -> str | None:
+        """A prompt as it was sent; None for token ids."""
+        if self._is_ids:
+            return None
+        prompt = self.prompt if isinstance(self.prompt, str) else self.prompt[number]
+        return prompt if isinstance(prompt, str) else None
 
     @property
     def num_prompts(self) -> int:
@@ -184,7 +190,7 @@ class CompletionBody(Body):
             yield Prompt(token_ids=limits.ids_of_text(tokenizer, prompt) if is_text else prompt, grammar=grammar)
 
     def longest(self, room: int) -> int:
-        return self.max_tokens
+        return 1 if self.is_echo_alone else self.max_tokens  # the token behind the prompt is not shown
 
 
 class ChatBody(Body):
@@ -206,7 +212,7 @@ class ChatBody(Body):
     logprobs: bool = False
     top_logprobs: int | None = None
     tools: Annotated[list[ToolDefinition], *few(MAX_ITEMS)] = []  # noqa: RUF012
-    tool_choice: str | NamedTool = AUTO
+    tool_choice: ToolChoice = AUTO
     parallel_tool_calls: bool = True
     documents: JsonList = ""
     chat_template_kwargs: JsonObject = ""
@@ -250,3 +256,14 @@ class ChatBody(Body):
     def longest(self, room: int) -> int:
         asked = self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
         return max(room, 1) if asked is None else asked
+
+
+def check_logprobs(name: str, k: int | None) -> None:
+    """Raises BadFieldError."""
+    if k is not None and not 0 <= k <= MAX_LOGPROBS:
+        raise BadFieldError(name, f"{name}={k} must be from 0 (no others) to {MAX_LOGPROBS}, or left out")
+
+
+def most(*asked: int | None) -> int | None:
+    """None where all are."""
+    return max((k for k in asked if k is not None), default=None)

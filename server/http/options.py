@@ -7,9 +7,11 @@ from typing import Annotated, Any, get_args, get_origin
 
 from pydantic import create_model
 
+from ...engine_impl.sampling.params import MAX_SEED
 from ..request.options import OPTIONS
 from .errors import OTHER_NAMES, BadFieldError
-from .fields import MAX_ITEMS, Strict, Texts, at_most, few
+from .fields import MAX_ITEMS, Texts, at_most, few
+from .readable import Readable
 
 OF_EACH_BODY = {"max_tokens", "logprobs"}
 """Options that completions and chats ask for in two ways: fields of their own."""
@@ -43,18 +45,18 @@ def by_id(logit_bias: dict[str, float]) -> dict[int, float]:
     return {int(key): number for key, number in logit_bias.items()}
 
 
-def own_alone(prompt_logprobs: int | None) -> bool:
-    if prompt_logprobs:
-        raise BadFieldError("prompt_logprobs", f"{prompt_logprobs=} must be 0: the prompt's own tokens, no others")
-    return prompt_logprobs is not None
+def lowest_bits(seed: int | None) -> int | None:
+    """OpenAI takes any integer."""
+    return None if seed is None else seed & MAX_SEED
 
 
 DIFFERENCES = {
     "temperature": Difference(default=1.0),
     "top_k": Difference(read=all_or_k),  # vLLM's other way to keep all is -1
+    "seed": Difference(read=lowest_bits),
     "stop_strings": Difference(kind=Texts, read=listed),
+    "prompt_logprobs": Difference(kind=int | None, default=None, read=lambda k: k is not None),  # vLLM's k, see Body
     "logit_bias": Difference(kind=Annotated[dict[str, float], at_most(MAX_ITEMS)], read=by_id),
-    "prompt_logprobs": Difference(kind=int | None, default=None, read=own_alone),
 }
 SAME = Difference()
 
@@ -85,5 +87,5 @@ def _as_field(name: str, kind: Any, default: Any) -> tuple[Any, Any]:
 
 
 _fields: dict[str, Any] = {field_of_option(one.name): _as_field(one.name, one.kind, one.default) for one in IN_BOTH}
-DeclaredFields: Any = create_model("DeclaredFields", __base__=Strict, **_fields)
+DeclaredFields: Any = create_model("DeclaredFields", __base__=Readable, **_fields)
 """A pydantic model with a field for each option IN_BOTH."""

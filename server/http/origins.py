@@ -4,6 +4,7 @@ A browser lets any page send requests to any address, also to a server that only
 page came from (`Origin`), and it asks before it sends JSON (a preflight), which other servers answer for their pages.
 """
 
+import re
 from collections.abc import Sequence
 from urllib.parse import urlsplit
 
@@ -12,6 +13,10 @@ from aiohttp import web
 from .errors import HttpError
 
 ORIGIN = "origin"
+ASKED = "access-control-request-headers"
+HEADERS = ("authorization", "content-type", "x-request-id")
+NAME = re.compile(r"[a-z0-9!#$%&'*+.^_`|~-]{1,64}")
+"""Of a header."""
 MAX_AGE_S = 600
 """How long a browser remembers that it may (seconds)."""
 
@@ -41,6 +46,11 @@ class Origins:
         """Whether a browser asks for a page that was named."""
         return request.method == "OPTIONS" and self.is_named(request.headers.get(ORIGIN, ""))
 
+    def _asked(self, request: web.BaseRequest) -> str:
+        """The headers that a browser asks for: clients in JavaScript send many of their own, which nobody reads."""
+        names = [name.strip() for name in request.headers.get(ASKED, "").lower().split(",")]
+        return ", ".join(dict.fromkeys([*HEADERS, *(name for name in names if NAME.fullmatch(name))]))
+
     def headers(self, request: web.BaseRequest) -> dict[str, str]:
         """Of an answer, for a page that was named."""
         origin = request.headers.get(ORIGIN, "")
@@ -48,7 +58,7 @@ class Origins:
             return {}
         shown = {"access-control-allow-origin": origin, "vary": "Origin", "access-control-expose-headers": "*"}
         if request.method == "OPTIONS":
-            shown["access-control-allow-methods"] = "GET, POST"
-            shown["access-control-allow-headers"] = "authorization, content-type, x-request-id"
+            shown["access-control-allow-methods"] = "GET, HEAD, POST, OPTIONS"
+            shown["access-control-allow-headers"] = self._asked(request)
             shown["access-control-max-age"] = str(MAX_AGE_S)
         return shown

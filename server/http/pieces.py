@@ -19,12 +19,15 @@ class Piece:
     logprobs: list[TokenLogprob] = field(default_factory=list)
     """One a token, if asked for."""
     starts: list[int] = field(default_factory=list)
-    """Where in `text` each token's text begins (characters)."""
-    prompt_logprobs: tuple[float, ...] | None = None
+    """Where in the choice's whole text each token's text begins (characters)."""
+    prompt_logprobs: tuple[TokenLogprob, ...] | None = None
     finish_reason: str | None = None
+    stopped_by: str | int | None = None
+    echoed: int = 0
+    """How many of the tokens are the prompt's."""
 
     def grow(self, event: Event) -> None:
-        self.starts += [len(self.text)] * len(event.token_ids)
+        self.starts += event.starts
         self.text += event.text
         self.reasoning += event.reasoning
         self.calls = joined(self.calls + event.calls)
@@ -32,7 +35,7 @@ class Piece:
         self.logprobs += event.logprobs
         self.prompt_logprobs = event.prompt_logprobs or self.prompt_logprobs
         if event.finish_reason is not None:
-            self.finish_reason = event.finish_reason.value
+            self.finish_reason, self.stopped_by = event.finish_reason.value, event.stopped_by
 
 
 Pieces = defaultdict[int, Piece]

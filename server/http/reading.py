@@ -11,10 +11,10 @@ from typing import TypeVar
 from ...engine_impl.runtime.workers import WorkerError, Workers
 from ..errors import FIRST_RETRY_S, QueueFullError
 from ..request.request import Limits
-from .bodies import Body
 from .errors import BadFieldError, HttpError
+from .readable import Readable
 
-BodyT = TypeVar("BodyT", bound=Body)
+BodyT = TypeVar("BodyT", bound=Readable)
 
 SMALL = 1 << 16
 """A body up to here is parsed at once (bytes), in a few milliseconds at worst."""

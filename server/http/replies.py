@@ -8,7 +8,9 @@ from typing import Any, ClassVar
 from ..delivery.mailbox import Batch
 from ..dialects.parts import CallPart
 from ..request.request import Request, TokenLogprob
+from . import events
 from .bodies import Body
+from .errors import HttpError
 from .pieces import Piece, Pieces, grow, no_pieces
 from .token_names import TokenNames
 
@@ -34,7 +36,7 @@ class Reply(ABC):
         self._head: Json = {"id": f"{self.prefix}-{request_id}", "created": int(time.time()), "model": model}
         self._prompt_tokens = self._cached_tokens = self._completion_tokens = 0
         self._pieces = no_pieces()
-        self._shown: dict[int, int] = {}  # characters in earlier chunks, of the choices that had one
+        self._begun: set[int] = set()  # the choices that had a chunk
 
     def add(self, batch: Batch) -> None:
         """For whole()."""
@@ -43,8 +45,8 @@ class Reply(ABC):
 
     def whole(self) -> Json:
         """Once everything is added."""
-        numbers = range(len(self._requests) * self._body.n)
-        choices = [self._choice(number, self._whole(self._pieces[number]), self._pieces[number]) for number in numbers]
+        pieces = [self._opened(number, self._pieces[number]) for number in range(len(self._requests) * self._body.n)]
+        choices = [self._choice(number, self._whole(piece), piece) for number, piece in enumerate(pieces)]
         return {"object": self.whole_kind, **self._head, "choices": choices, "usage": self._usage()}
 
     def chunk(self, batch: Batch) -> Json | None:
@@ -58,9 +60,31 @@ class Reply(ABC):
         chunk = {"object": self.chunk_kind, **self._head, "choices": choices}
         return chunk | {"usage": None} if self.has_usage_chunk else chunk
 
+    def frames(self, batch: Batch) -> bytes:
+        """What a stream brings for `batch`; empty when there is nothing to show yet."""
+        chunk = self.chunk(batch)
+        return b"" if chunk is None else events.event(chunk)
+
+    def last_frames(self) -> bytes:
+        """Once everything is shown."""
+        return (events.event(self.usage_chunk()) if self.has_usage_chunk else b"") + events.DONE
+
+    def error_frames(self, error: HttpError) -> bytes:
+        """How a stream ends that fails."""
+        return events.event(error.body)
+
     def usage_chunk(self) -> Json:
         """The last one, for who asked for it."""
         return {"object": self.chunk_kind, **self._head, "choices": [], "usage": self._usage()}
+
+    @property
+    def is_large(self) -> bool:
+        """Whether to make it takes long enough to be done in a thread."""
+        return self._body.asked_prompt_logprobs is not None
+
+    def _opened(self, number: int, piece: Piece) -> Piece:
+        """A choice's first piece, with what is shown before the answer."""
+        return piece
 
     @abstractmethod
     def _whole(self, piece: Piece) -> Json:
@@ -71,36 +95,50 @@ class Reply(ABC):
         """What a choice's text grows by."""
 
     @abstractmethod
-    def _logprobs(self, piece: Piece, start: int) -> Json:
-        """`start`: characters shown before."""
+    def _logprobs(self, piece: Piece) -> Json: ...
 
     def _deltas(self, pieces: Pieces) -> Iterable[Json]:
         for number, piece in sorted(pieces.items()):
             has_tokens = bool(piece.token_ids) and (self._body.return_token_ids or bool(piece.logprobs))
             brings = piece.text or piece.reasoning or piece.calls
             if brings or piece.finish_reason or piece.prompt_logprobs or has_tokens:
-                yield self._choice(number, self._delta(piece, is_first=number not in self._shown), piece)
-                self._shown[number] = self._shown.get(number, 0) + len(piece.text)
+                is_first = number not in self._begun
+                self._begun.add(number)
+                shown = self._opened(number, piece) if is_first else piece
+                yield self._choice(number, self._delta(shown, is_first=is_first), shown)
 
     def _choice(self, number: int, text: Json, piece: Piece) -> Json:
         choice = {"index": number, **text, "logprobs": None, "finish_reason": piece.finish_reason}
+        if piece.stopped_by is not None:
+            choice["stop_reason"] = piece.stopped_by  # vLLM's
         if piece.logprobs:
-            choice["logprobs"] = self._logprobs(piece, self._shown.get(number, 0))
+            choice["logprobs"] = self._logprobs(piece)
         if self._body.return_token_ids:
-            choice["token_ids"] = piece.token_ids
-        if piece.prompt_logprobs is not None:
+            choice["token_ids"] = piece.token_ids[piece.echoed :]
+        if piece.prompt_logprobs is not None and self._body.told_prompt_logprobs is not None:
             prompt_ids = self._requests[number // self._body.n].prompt_ids
             choice["prompt_logprobs"] = self._of_prompt(prompt_ids, piece.prompt_logprobs)
         return choice
 
-    def _of_prompt(self, prompt_ids: Sequence[int], logprobs: Sequence[float]) -> list[Json | None]:
+    def _of_prompt(self, prompt_ids: Sequence[int], logprobs: Sequence[TokenLogprob]) -> list[Json | None]:
         """As vLLM writes them: by token id; the first has none."""
-        tokens = zip(prompt_ids, logprobs, strict=True)
-        of_each = [
-            {str(token_id): {"logprob": finite(logprob), "decoded_token": self._names.of(token_id).text}}
-            for token_id, logprob in tokens
-        ]
-        return [None, *of_each[1:]]
+        tokens = zip(prompt_ids[1:], logprobs[1:], strict=True)
+        return [None, *(self._by_id(token_id, token) for token_id, token in tokens)]
+
+    def _by_id(self, own_id: int, token: TokenLogprob) -> Json:
+        """The token itself, then the likeliest. Its rank (1: the likeliest) is known if it is among them."""
+        top = token.top[: self._body.told_prompt_logprobs]
+        ranks: dict[int, int | None] = {own_id: None}
+        ranks |= {token_id: rank for rank, (token_id, _) in enumerate(top, 1)}
+        values = dict(top) | {own_id: token.logprob}
+        return {
+            str(token_id): {
+                "logprob": finite(values[token_id]),
+                "rank": rank,
+                "decoded_token": self._names.of(token_id).text,
+            }
+            for token_id, rank in ranks.items()
+        }
 
     def _count(self, batch: Batch) -> None:
         for _, event in batch:
@@ -116,35 +154,6 @@ class Reply(ABC):
             "total_tokens": self._prompt_tokens + self._completion_tokens,
             "prompt_tokens_details": {"cached_tokens": self._cached_tokens},
         }
-
-
-class CompletionReply(Reply):
-    """Of raw text."""
-
-    prefix, whole_kind, chunk_kind = "cmpl", "text_completion", "text_completion"
-
-    def _whole(self, piece: Piece) -> Json:
-        return {"text": piece.text}
-
-    def _delta(self, piece: Piece, *, is_first: bool) -> Json:
-        return {"text": piece.text}
-
-    def _logprobs(self, piece: Piece, start: int) -> Json:
-        names = [self._names.of(token_id).text for token_id in piece.token_ids]
-        return {
-            "tokens": names,
-            "token_logprobs": [finite(token.logprob) for token in piece.logprobs],
-            "top_logprobs": [self._top(name, token) for name, token in zip(names, piece.logprobs, strict=True)],
-            "text_offset": [start + at for at in piece.starts],
-        }
-
-    def _top(self, chosen: str, token: TokenLogprob) -> dict[str, float]:
-        """By text; the chosen token is always there. Of two tokens of one text, the likelier counts."""
-        top: dict[str, float] = {}
-        for token_id, logprob in token.top:
-            top.setdefault(self._names.of(token_id).text, finite(logprob))
-        top.setdefault(chosen, finite(token.logprob))
-        return top
 
 
 class ChatReply(Reply):
@@ -173,7 +182,7 @@ class ChatReply(Reply):
             delta["tool_calls"] = list(map(call_delta, piece.calls))
         return {"delta": delta}
 
-    def _logprobs(self, piece: Piece, start: int) -> Json:
+    def _logprobs(self, piece: Piece) -> Json:
         tokens = zip(piece.token_ids, piece.logprobs, strict=True)
         return {
             "content": [

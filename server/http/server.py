@@ -6,45 +6,48 @@ before. A stream's status and headers wait for its first tokens, so that what fa
 
 import asyncio
 import json
+import socket
 import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from aiohttp import web
 from aiohttp.typedefs import Handler
-from aiohttp.web_protocol import RequestPayloadError
 
 from ..config import ServerConfig
-from ..errors import UnavailableError
 from ..gateway import REQUEST_ID, Gateway, Lane, check_id, new_id
 from ..net import tls
-from ..net.ports import Listener, address_of, listening
+from ..net.ports import Listener, address_of, listening, listening_at
 from ..net.security import AUTHORIZATION, UNKNOWN, Guard
-from ..request.request import Limits
+from . import adapters
+from .anthropic.answer import MessagesAnswer
+from .anthropic.answer import error_body as anthropics_error
+from .anthropic.body import MessagesBody
 from .bodies import Body, ChatBody, CompletionBody
-from .errors import SERVER, HttpError, UnknownModelError, told
+from .completions import CompletionReply
+from .errors import SERVER, HttpError, told
+from .incoming import check_json, incoming, read_body
+from .models import Names
 from .origins import Origins
 from .reading import BodyReader, too_large
-from .replies import ChatReply, CompletionReply, Reply
-from .stream import stream
+from .replies import ChatReply
+from .responses.answer import ResponsesAnswer
+from .responses.body import ResponsesBody
+from .stream import Answer, stream
+from .surface import HEALTH, PING, Surface
 from .token_names import TokenNames
+from .translated import TranslatedBody
 
 if TYPE_CHECKING:
     from ...engine_impl.api import AnyEngine as Engine
 
-HEALTH = "/health"
-"""Needs no token: whoever watches the server has none."""
-
-BODY_S = 60.0
-"""How long a body may take to arrive (seconds)."""
-
-JSON = "application/json"
-"""What a body must be said to be: a browser sends nothing else to a server that does not know its page."""
-
 OURSELVES = "slipstream"
 """As answers call the server."""
 
-PATHS = f"{HEALTH}, /v1/models, /v1/completions and /v1/chat/completions"
+MESSAGES = "/v1/messages"
+API_KEY = "x-api-key"
+OPEN = (HEALTH, PING)
+"""Paths that need no token."""
 
 NAME = web.RequestKey("name", str)
 """What a request is called, by its caller or by us."""
@@ -61,7 +64,8 @@ class HttpServer:
         self._reader = BodyReader(config.security.max_message_bytes)
         self._listener: Listener | None = None
         self._names: TokenNames | None = None
-        self._created = int(time.time())
+        self._models = Names(config.served_model_name, int(time.time()), gateway.adapters)
+        self._surface = Surface(gateway, self._reader, self._models, config.chat, is_ready)
         self.address: str | None = None
         """host:port once it is open; the port is the real one."""
 
@@ -71,11 +75,19 @@ class HttpServer:
 
     async def open(self) -> None:
         """Raises RefusedError when the port cannot be had."""
-        host, port = self._config.host, self._config.http_port
-        assert port is not None
-        sock = listening(host, port, what="HTTP", flag="--http-port")
-        self._listener = Listener(self._application(), sock, refuse, self._config.security)
-        self.address = address_of(sock, host)
+        host, port, socks = self._config.host, self._config.http_port, list[socket.socket]()
+        try:
+            if port is not None:
+                socks += listening(host, port, what="HTTP", flag="--http-port")
+                self.address = address_of(socks[0], host)
+            for address in self._config.more_http:
+                socks += (more := listening_at(address, what="HTTP", flag="--http-listen"))
+                self.address = self.address or address_of(more[0], address.host)
+        except BaseException:
+            for sock in socks:
+                sock.close()
+            raise
+        self._listener = Listener(self._application(), socks, refuse, self._config.security)
         await self._listener.start()
 
     async def close(self) -> None:
@@ -89,11 +101,13 @@ class HttpServer:
         app.on_response_prepare.append(self._send_name)
         app.add_routes(
             [
-                web.get(HEALTH, self._health),
-                web.get("/v1/models", self._models),
-                web.get("/v1/models/{model:.+}", self._model),
+                *self._surface.routes(),
                 web.post("/v1/completions", self._completions),
                 web.post("/v1/chat/completions", self._chat_completions),
+                web.post("/v1/responses", self._responses),
+                web.post(MESSAGES, self._messages),
+                web.post("/v1/load_lora_adapter", self._load_adapter),
+                web.post("/v1/unload_lora_adapter", self._unload_adapter),
             ]
         )
         return app
@@ -109,40 +123,39 @@ class HttpServer:
             if self._origins.is_preflight(request):
                 return web.Response(status=204)
             self._origins.check(request)
-            if request.path != HEALTH and not self._guard.is_known(authorizations(request)):
+            if request.path not in OPEN and not self._guard.is_known(authorizations(request)):
                 raise HttpError(401, UNKNOWN, code="invalid_api_key", headers={"www-authenticate": "Bearer"})
             return await handler(request)
+        except web.HTTPMethodNotAllowed as error:
+            if request.method == "OPTIONS":
+                return web.Response(status=204, headers={"allow": allowed(error)})
+            return error_response(self._of_aiohttp(request, error), request.path)
         except web.HTTPException as error:  # aiohttp's own
-            return error_response(self._of_aiohttp(request, error))
+            return error_response(self._of_aiohttp(request, error), request.path)
         except Exception as error:
-            return error_response(told(error, request[NAME]))
+            return error_response(told(error, request[NAME]), request.path)
 
     def _of_aiohttp(self, request: web.Request, error: web.HTTPException) -> HttpError:
         match error:
             case web.HTTPNotFound():
-                return HttpError(404, f"there is no {request.path}; there are {PATHS}", code="unknown_url")
+                paths = sorted({route.resource.canonical for route in request.app.router.routes() if route.resource})
+                message = f"there is no {request.path[:80]}; there are {', '.join(paths)}"
+                return HttpError(404, message, code="unknown_url")
             case web.HTTPMethodNotAllowed():
-                allowed = ", ".join(sorted(error.allowed_methods))
-                message = f"{request.method} {request.path} is not there; it takes {allowed}"
-                return HttpError(405, message, headers={"allow": allowed})
+                message = f"{request.method} {request.path} is not there; it takes {allowed(error)}"
+                return HttpError(405, message, headers={"allow": allowed(error)})
             case web.HTTPRequestEntityTooLarge():
                 return too_large(self._config.security.max_message_bytes)
             case _:
                 return HttpError(error.status, error.text or error.reason)
 
-    async def _health(self, request: web.Request) -> web.Response:
-        if not self._is_ready():
-            raise UnavailableError("not ready")
-        return web.json_response({"status": "ready"})
+    async def _load_adapter(self, request: web.Request) -> web.Response:
+        check_json(request)
+        return await adapters.load(self._gateway, self._guard, authorizations(request), await read_body(request))
 
-    async def _models(self, request: web.Request) -> web.Response:
-        return web.json_response({"object": "list", "data": [model_card(self._gateway.engine, self._created)]})
-
-    async def _model(self, request: web.Request) -> web.Response:
-        engine, asked = self._gateway.engine, request.match_info["model"]
-        if asked != engine.model_name:
-            raise UnknownModelError(f"model {asked!r} is not served; {engine.model_name!r} is")
-        return web.json_response(model_card(engine, self._created))
+    async def _unload_adapter(self, request: web.Request) -> web.Response:
+        check_json(request)
+        return await adapters.unload(self._gateway, self._guard, authorizations(request), await read_body(request))
 
     async def _completions(self, request: web.Request) -> web.StreamResponse:
         return await self._answer(request, CompletionBody, CompletionReply)
@@ -150,25 +163,34 @@ class HttpServer:
     async def _chat_completions(self, request: web.Request) -> web.StreamResponse:
         return await self._answer(request, ChatBody, ChatReply)
 
-    async def _answer(self, request: web.Request, kind: type[Body], form: type[Reply]) -> web.StreamResponse:
+    async def _responses(self, request: web.Request) -> web.StreamResponse:
+        return await self._answer(request, ResponsesBody, ResponsesAnswer)
+
+    async def _messages(self, request: web.Request) -> web.StreamResponse:
+        return await self._answer(request, MessagesBody, MessagesAnswer)
+
+    async def _answer(
+        self, request: web.Request, kind: type[Body] | type[TranslatedBody], form: Callable[..., Answer]
+    ) -> web.StreamResponse:
         """Leaving early, at whoever's wish, cancels the requests."""
-        if request.content_type != JSON:
-            sent = request.headers.get("content-type", "")
-            raise HttpError(415, f"content-type={sent[:80]!r} must be {JSON}; send that header")
-        raw, encoding = await read_body(request), request.headers.get("content-encoding", "")
-        body = await self._reader.read(kind, raw, encoding, lambda: Limits.of(self._gateway.engine))
-        lane = Lane.of(len(raw), is_chat=kind is ChatBody)
+        read_in = await incoming(request, kind, self._reader, self._gateway)
+        body, lane = read_in.body, Lane.of(read_in.size, is_chat=kind is not CompletionBody)
+        self._models.check(self._gateway.engine, body.model)
         client = self._guard.client(authorizations(request), request.remote or "")
         held = self._guard.hold(authorizations(request), request.remote or "", body.num_prompts)
         token = self._guard.prefix_owner(authorizations(request))
 
         def read(engine: "Engine", deliver_to: Any):
-            return body.requests(request[NAME], engine, deliver_to, token, self._config.chat)
+            requests = body.requests(request[NAME], engine, deliver_to, token, self._config.chat)
+            for one in requests:
+                one.adapter_name = self._models.adapter(engine, body.model)
+            return requests
 
         with self._gateway.call(), held:
             async with self._gateway.admit(read, lane, client, request.headers.get) as admitted:
                 names = self._token_names(admitted.engine)
-                answer = form(body, admitted.requests, request[NAME], admitted.engine.model_name, names)
+                model = self._models.of_answer(admitted.engine, body.model)
+                answer = form(body, admitted.requests, request[NAME], model, names)
                 if body.stream:
                     return await stream(request, answer, admitted.batches(), request[NAME])
                 async for batch in admitted.batches():
@@ -189,34 +211,21 @@ class HttpServer:
         return self._names
 
 
-async def read_body(request: web.Request) -> bytes:
-    """Raises HttpError, and aiohttp's for one that is too large."""
-    try:
-        async with asyncio.timeout(BODY_S):
-            return await request.read()
-    except TimeoutError:
-        raise HttpError(408, f"the body took longer than {BODY_S:g} s") from None
-    except RequestPayloadError as error:
-        raise HttpError(400, f"the body cannot be read: {error}") from error
-
-
 def authorizations(request: web.Request) -> list[str]:
-    return request.headers.getall(AUTHORIZATION, [])
+    """As OpenAI's clients bring a token, or as Anthropic's do."""
+    keys = [f"Bearer {key}" for key in request.headers.getall(API_KEY, [])]
+    return [*request.headers.getall(AUTHORIZATION, []), *keys]
 
 
-def model_card(engine: "Engine", created: int) -> dict[str, Any]:
-    """As /v1/models lists it; `max_model_len` (tokens) is vLLM's. `created`: s since 1970."""
-    return {
-        "id": engine.model_name,
-        "object": "model",
-        "created": created,
-        "owned_by": "slipstream",
-        "max_model_len": Limits.of(engine).longest,
-    }
+def allowed(error: web.HTTPMethodNotAllowed) -> str:
+    """The methods of a path, as a header tells them."""
+    return ", ".join(sorted({*error.allowed_methods, "OPTIONS"}))
 
 
-def error_response(error: HttpError) -> web.Response:
-    return web.json_response(error.body, status=error.status, headers=error.headers)
+def error_response(error: HttpError, path: str) -> web.Response:
+    """In the form of whoever's path it is."""
+    body = anthropics_error(error) if path.startswith(MESSAGES) else error.body
+    return web.json_response(body, status=error.status, headers=error.headers)
 
 
 def refuse(status: int, message: str) -> web.Response:

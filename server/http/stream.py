@@ -1,43 +1,64 @@
 """An answer as server-sent events."""
 
-import json
+import asyncio
 from collections.abc import AsyncIterator
-from typing import Any
+from typing import Any, Protocol
 
 from aiohttp import web
 
 from ..delivery.mailbox import Batch
-from .errors import told
-from .replies import Reply
+from .errors import HttpError, told
 
 HEADERS = {"content-type": "text/event-stream", "cache-control": "no-cache", "x-accel-buffering": "no"}
 """The last one is for nginx, which would hold chunks back."""
 
-DONE = b"data: [DONE]\n\n"
+
+class Answer(Protocol):
+    """To one call, in a vendor's form: whole, or as a stream."""
+
+    @property
+    def is_large(self) -> bool:
+        """Whether to make it takes long enough to be done in a thread."""
+        ...
+
+    def add(self, batch: Batch) -> None:
+        """For whole()."""
+
+    def whole(self) -> dict[str, Any]:
+        """Once everything is added."""
+        ...
+
+    def frames(self, batch: Batch) -> bytes:
+        """What a stream brings for `batch`; empty when there is nothing to show yet."""
+        ...
+
+    def last_frames(self) -> bytes:
+        """Once everything is shown."""
+        ...
+
+    def error_frames(self, error: HttpError) -> bytes:
+        """How a stream ends that fails."""
+        ...
 
 
 async def stream(
-    request: web.Request, answer: Reply, batches: AsyncIterator[Batch], request_id: str
+    request: web.Request, answer: Answer, batches: AsyncIterator[Batch], request_id: str
 ) -> web.StreamResponse:
-    """One event for each batch that has something to show. Raises what goes wrong before the first; later, it is the
-    last event."""
+    """Events for each batch that has something to show. Raises what goes wrong before the first; later, it is the last
+    event."""
     response = web.StreamResponse(headers=HEADERS)
     try:
         async for batch in batches:
-            if (chunk := answer.chunk(batch)) is not None:
+            frames = await asyncio.to_thread(answer.frames, batch) if answer.is_large else answer.frames(batch)
+            if frames:
                 if not response.prepared:
                     await response.prepare(request)
-                await response.write(event(chunk))
-        await response.write_eof((event(answer.usage_chunk()) if answer.has_usage_chunk else b"") + DONE)
+                await response.write(frames)
+        await response.write_eof(answer.last_frames())
     except ConnectionError:  # the client has left
         pass
     except Exception as error:
         if not response.prepared:
             raise
-        await response.write_eof(event(told(error, request_id).body))
+        await response.write_eof(answer.error_frames(told(error, request_id)))
     return response
-
-
-def event(data: dict[str, Any]) -> bytes:
-    """ASCII: there are clients that break lines at U+2028."""
-    return b"data: " + json.dumps(data, separators=(",", ":")).encode() + b"\n\n"

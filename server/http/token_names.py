@@ -26,7 +26,7 @@ class TokenNames:
     """Of one tokenizer. Each is made once: an answer with 20 alternatives a token asks for 21 names a token."""
 
     def __init__(self, tokenizer: "Tokenizer") -> None:
-        self._tokenizer = tokenizer
+        self.tokenizer = tokenizer
         try:
             # Some decoders drop the space that a text begins with, so every token is decoded behind this one.
             self._before_ids = tokenizer.encode("a")[-1:]
@@ -37,8 +37,8 @@ class TokenNames:
         """token id -> TokenName"""
 
     def _named(self, token_id: int) -> TokenName:
-        text = self._tokenizer.decode([*self._before_ids, token_id]).removeprefix(self._before)
+        text = self.tokenizer.decode([*self._before_ids, token_id]).removeprefix(self._before)
         if text and "\ufffd" not in text:
             return TokenName(text, list(text.encode()))
-        raw = self._tokenizer.token_bytes(token_id)
+        raw = self.tokenizer.token_bytes(token_id)
         return TokenName(raw.decode(errors="replace"), list(raw))

@@ -180,6 +180,8 @@ def check_supported(config: ServerConfig) -> None:
     plain = ServerConfig()
     asked = {
         "--http-port": config.http_port is not None,
+        "--http-listen": bool(config.http_listen),
+        "--listen": bool(config.listen),
         "--max-queued-tokens": config.max_queued_tokens != plain.max_queued_tokens,
         "--no-prefix-cache": not config.prefix_cache,
         "--auth-token-file": config.security.auth_token_file is not None,

@@ -20,8 +20,8 @@ CLOSED_POLL_S = 0.05
 """How often a connection whose client has ended its side is looked at (seconds)."""
 TURNS = 5
 """Of the event loop, within which a request that has come begins."""
-MOST, SPARED = 1 << 16, 128
-"""Connections that may be open at once, and file descriptors that are left for everything else (count)."""
+MOST, SPARED = 1 << 15, 128
+"""Connections that may be open at once at one door, and file descriptors that are left for everything else (count)."""
 TCP_CLOSE = 7
 """The kernel's name for a connection that was reset."""
 ARE_YOU_THERE = b"HTTP/1.1 100 Continue\r\n\r\n"
@@ -123,9 +123,10 @@ class Connection(RequestHandler):
 
 
 def most_connections() -> int:
-    """That may be open at once: of the file descriptors there may be, those that others need are left."""
+    """That may be open at once at one of two doors, HTTP's or gRPC's: of the file descriptors there may be, those that
+    others need are left, and each door has half of the rest."""
     soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    return MOST if soft == resource.RLIM_INFINITY else min(MOST, max(soft - SPARED, soft // 2))
+    return MOST if soft == resource.RLIM_INFINITY else min(MOST, max(soft - SPARED, soft // 2) // 2)
 
 
 def is_reset(sock: Any) -> bool:

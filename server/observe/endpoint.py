@@ -20,10 +20,10 @@ class Endpoint:
     def __init__(self, host: str, port: int, registry: CollectorRegistry, is_ready: Callable[[], bool]) -> None:
         """`is_ready` decides /readyz. Raises RefusedError when the port cannot be had."""
         disable_created_metrics()  # a second series for each, with its time of birth
-        sock = listening(host, port, what="metrics", flag="--metrics-port")
-        self.address = address_of(sock, host)
+        socks = listening(host, port, what="metrics", flag="--metrics-port")
+        self.address = address_of(socks[0], host)
         """host:port; the port is the real one."""
-        self._listener = Listener(application(registry, is_ready), sock, refuse)
+        self._listener = Listener(application(registry, is_ready), socks, refuse)
         self._loop, self._closing = asyncio.new_event_loop(), asyncio.Event()
         self._thread = threading.Thread(target=self._run, name="metrics", daemon=True)
         self._thread.start()

@@ -62,7 +62,7 @@ class Answer:
     """All samples of one request."""
 
     samples: list[SampleText]
-    prompt_logprobs: Sequence[float] | None = None
+    prompt_logprobs: Sequence[TokenLogprob] | None = None
     """One for each token of the prompt, if asked for; the first is 0 by definition."""
     usage: Usage | None = None
     """Set when all are whole."""
@@ -88,7 +88,7 @@ class Answer:
         else:
             parts["samples"] = [sample.as_json() for sample in self.samples]
         if self.prompt_logprobs is not None:
-            parts["prompt_logprobs"] = [None, *self.prompt_logprobs[1:]]
+            parts["prompt_logprobs"] = [None, *(_of_prompt(token) for token in self.prompt_logprobs[1:])]
         if self.usage is not None:
             parts |= {
                 "cached_tokens": self.usage.cached_tokens,
@@ -96,6 +96,11 @@ class Answer:
                 "total_ms": self.usage.total_ms,
             }
         return parts
+
+
+def _of_prompt(token: TokenLogprob) -> float | dict[str, Any]:
+    """The number alone where no others were asked for."""
+    return logprob_as_json(token) if token.top else token.logprob
 
 
 def logprob_as_json(token: TokenLogprob) -> dict[str, Any]:
@@ -109,10 +114,19 @@ def logprob_lines(answer: Answer) -> list[str]:
     """What was asked for of the prompt's and the samples' log-probabilities, for reading; token ids, not texts."""
     lines = []
     if answer.prompt_logprobs is not None:
-        lines.append("prompt: - " + " ".join(f"{logprob:.3f}" for logprob in answer.prompt_logprobs[1:]))
+        lines.append("prompt: - " + " ".join(f"{token.logprob:.3f}" for token in answer.prompt_logprobs[1:]))
+        lines += [
+            f"prompt token {position}: {token.logprob:.3f}{_likeliest(token)}"
+            for position, token in enumerate(answer.prompt_logprobs)
+            if token.top
+        ]
     for number, sample in enumerate(answer.samples):
         for token_id, token in zip(sample.token_ids, sample.logprobs, strict=False):
             name = f"sample {number}, " if len(answer.samples) > 1 else ""
-            top = "".join(f"  {other} {logprob:.3f}" for other, logprob in token.top)
-            lines.append(f"{name}token {token_id}: {token.logprob:.3f}" + (f"  likeliest:{top}" if top else ""))
+            lines.append(f"{name}token {token_id}: {token.logprob:.3f}{_likeliest(token)}")
     return lines
+
+
+def _likeliest(token: TokenLogprob) -> str:
+    top = "".join(f"  {other} {logprob:.3f}" for other, logprob in token.top)
+    return f"  likeliest:{top}" if top else ""

@@ -11,9 +11,6 @@ from ..dialects import gemma, hermes, mistral
 from ..dialects.syntax import AnswerSyntax
 from .grammar import Grammar, Schema, bounded_json, literal
 
-MAX_CALLS = 16
-"""Of an answer that must call (count): without a bound a model may go on for ever."""
-
 PLAIN = {"type", "properties", "required", "description", "title", "$defs", "definitions", "$schema"}
 """Keys of schemas that describe an object by its properties alone."""
 
@@ -35,15 +32,17 @@ NUMBER: /-?(0|[1-9][0-9]{0,14})(\.[0-9]{1,15})?/
 """
 
 
-def must_call(tools: Sequence[Tool], syntax: AnswerSyntax, control_id: ControlId) -> Grammar:
-    """One of the tools is called, or several are; a thought may come before. Raises RefusedError for parameters that
-    are no schema."""
-    return _made("start: thought calls", _call_rules(tools, syntax, control_id), syntax, control_id)
+def must_call(tools: Sequence[Tool], syntax: AnswerSyntax, most: int, control_id: ControlId) -> Grammar:
+    """One of the tools is called, or up to `most` are; a thought may come before. Raises RefusedError for parameters
+    that are no schema."""
+    return _made("start: thought calls", _call_rules(tools, syntax, most, control_id), syntax, control_id)
 
 
-def may_call(tools: Sequence[Tool], syntax: AnswerSyntax, content: Grammar, control_id: ControlId) -> Grammar:
+def may_call(
+    tools: Sequence[Tool], syntax: AnswerSyntax, most: int, content: Grammar, control_id: ControlId
+) -> Grammar:
     """As `must_call`, or the answer is as `content` says."""
-    rules = _call_rules(tools, syntax, control_id)
+    rules = _call_rules(tools, syntax, most, control_id)
     return _made(f"start: thought (calls | @{CONTENT})", rules, syntax, control_id, content)
 
 
@@ -80,9 +79,9 @@ def _made(
     return Grammar(json.dumps({"grammars": grammars}, ensure_ascii=False))
 
 
-def _call_rules(tools: Sequence[Tool], syntax: AnswerSyntax, control_id: ControlId) -> list[str]:
+def _call_rules(tools: Sequence[Tool], syntax: AnswerSyntax, most: int, control_id: ControlId) -> list[str]:
     assert syntax.tool_format is not None
-    return RULES[syntax.tool_format](tools, 1 if syntax.at_most_one_call else MAX_CALLS, control_id)
+    return RULES[syntax.tool_format](tools, most, control_id)
 
 
 def _thought_rules(syntax: AnswerSyntax, control_id: ControlId) -> list[str]:

@@ -1,7 +1,6 @@
 """A chat, as a front has read it, becomes a prompt, and what its answers may and must look like. Both fronts' way."""
 
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -24,6 +23,9 @@ TOOL_CHOICES = (NONE, AUTO, REQUIRED)
 
 MAX_TOOLS, MAX_TOOLS_SIZE = 128, 1 << 17
 """Of a chat (count), and what all of them may take (characters)."""
+MAX_CALLS = 16
+"""Of an answer that must call (count): without a bound a model may go on for ever. One whose template knows no tools
+goes on with the next one as soon as it may, and has one."""
 MAX_KWARGS_SIZE = 1 << 14
 """Of chat_template_kwargs (characters)."""
 
@@ -97,21 +99,23 @@ def prompt_of(call: ChatCall, tokenizer: "Tokenizer", limits: "Limits", config: 
     return Prompt(
         token_ids=prompt.token_ids,
         syntax=None if syntax.is_plain else syntax,
-        grammar=grammar_of(call, tools, syntax, tokenizer.control_id),
+        grammar=grammar_of(call, syntax, 1 if dialect.as_text else MAX_CALLS, tokenizer.control_id),
     )
 
 
-def grammar_of(call: ChatCall, tools: Sequence[Tool], syntax: AnswerSyntax, control_id: ControlId) -> Grammar | None:
-    """What an answer must look like; None: whatever the model writes. `tools`: those that may be called."""
+def grammar_of(call: ChatCall, syntax: AnswerSyntax, most: int, control_id: ControlId) -> Grammar | None:
+    """What an answer must look like; None: whatever the model writes. `most`: calls, if it must have some."""
+    tools = [tool for tool in call.chat.tools if tool.name in syntax.tools]
+    most = 1 if syntax.at_most_one_call else most
     if call.tool_name:
-        return must_call([tool for tool in tools if tool.name == call.tool_name], syntax, control_id)
+        return must_call([tool for tool in tools if tool.name == call.tool_name], syntax, most, control_id)
     if call.tool_choice == REQUIRED:
-        return must_call(tools, syntax, control_id)
+        return must_call(tools, syntax, most, control_id)
     if call.grammar is not None:
         if tools:
-            return may_call(tools, syntax, call.grammar, control_id)
+            return may_call(tools, syntax, most, call.grammar, control_id)
         return after_thought(syntax, call.grammar, control_id)
-    strict = call.strict & {tool.name for tool in tools}
+    strict = call.strict & syntax.tools
     return strict_if_called(tools, strict, syntax, control_id) if strict else None
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from ...engine_impl.errors import RefusedError
 from ...engine_impl.option import Option, Text, Texts, at_least, between, check_options, option, options_of
-from ...engine_impl.sampling.params import SamplingParams
+from ...engine_impl.sampling.params import MAX_LOGPROBS, SamplingParams
 
 MAX_PRIORITY = 10
 """Priorities go from minus this to this: bounded, so that waiting beats any of them in the end."""
@@ -32,6 +32,9 @@ class AnswerOptions:
     prompt_logprobs: bool = option(False)
     """Tell the log-probability of each token of the prompt."""
 
+    prompt_top_logprobs: int = option(0, between(0, MAX_LOGPROBS, means={0: "none"}))
+    """Tell those of the prompt's tokens, and in each one's place those of the k likeliest (tokens)."""
+
     priority: int = option(
         0, between(-MAX_PRIORITY, MAX_PRIORITY, means={-MAX_PRIORITY: "last", MAX_PRIORITY: "first"})
     )
@@ -54,6 +57,11 @@ class AnswerOptions:
         """From OPTIONS by their names. Raises RefusedError for what no server takes."""
         sampling = {one.name: values.pop(one.name) for one in options_of(SamplingParams) if one.name in values}
         return cls(sampling=SamplingParams(**sampling), **values)
+
+    @property
+    def asked_prompt_logprobs(self) -> int | None:
+        """How many of the likeliest tokens in the place of each of the prompt's; None: nothing is asked for there."""
+        return self.prompt_top_logprobs if self.prompt_logprobs or self.prompt_top_logprobs else None
 
     def values(self) -> Iterator[tuple[Option, Any]]:
         """Of all OPTIONS."""

@@ -11,6 +11,7 @@ from ...engine_impl.sampling.params import MAX_SEED, SamplingParams
 from ...engine_impl.text.chat import Chat, ChatPrompt
 from ..dialects.parts import CallPart
 from ..dialects.syntax import AnswerSyntax
+from .adapter import LoadedAdapter
 from .constraint import Constraint
 from .grammar import Grammar
 from .options import AnswerOptions
@@ -27,6 +28,9 @@ SEED_STRIDE = 0x9E3779B9
 MAX_PROMPTS, MAX_MESSAGES, MAX_PARTS = 2048, 10_000, 1000
 """Prompts of one call, messages of a conversation, parts of a message (count). What is beyond is no request but a way
 to keep its reader busy."""
+
+
+NO_ADAPTERS = "there are no adapters; serve with --max-adapters N"
 
 
 class FinishReason(Enum):
@@ -84,12 +88,16 @@ class Event:
     """What it adds to the calls of tools, where those are looked for."""
     token_ids: tuple[int, ...] = ()
     """New tokens, without the stop token."""
+    starts: tuple[int, ...] = ()
+    """Where in the sample's text each of token_ids begins (characters), whatever of it is shown yet."""
     logprobs: tuple[TokenLogprob, ...] = ()
     """One for each of token_ids, if asked for."""
-    prompt_logprobs: tuple[float, ...] | None = None
+    prompt_logprobs: tuple[TokenLogprob, ...] | None = None
     """In the request's first event, if asked for: one for each token of the prompt; the first is 0 by definition."""
     finish_reason: FinishReason | None = None
     """In the sample's last event."""
+    stopped_by: str | int | None = None
+    """There too: the request's stop string, or stop token id, that ended it; None: the model's own, or nothing did."""
     usage: Usage | None = None
     """In the request's last event, if it did not fail."""
     error: Exception | None = None
@@ -140,6 +148,11 @@ class Request(AnswerOptions):
     prefix_key: str = ""
     """Cached prefixes are shared among requests of the same key, see prefix_key.py."""
 
+    adapter_name: str = ""
+    """Of the adapter that it asks for; "" is none."""
+    adapter: LoadedAdapter | None = field(default=None, init=False)
+    """That one, from `adapt` on."""
+
     grammar: Grammar | None = None
     """What the answer must look like; None: whatever the model writes."""
 
@@ -167,6 +180,12 @@ class Request(AnswerOptions):
         if self.sampling.seed is None:
             self.sampling = replace(self.sampling, seed=drawn_seed(self.sampling.temperature))
         self.samples = [Sample(self, index) for index in range(self.num_samples)]
+
+    def adapt(self, adapter: LoadedAdapter) -> None:
+        """The adapter changes its tokens, and so its keys and values: it shares cached prefixes with others of this
+        adapter alone."""
+        self.adapter = adapter
+        self.prefix_key += f"#{adapter.number}"
 
     def constrain(self, tokenizer: "Tokenizer") -> None:
         """Compile the grammar, if there is one, before the request is handed in. It takes its time, and lets other
@@ -226,10 +245,11 @@ class Limits:
             tokens_per_step=engine.tokens_per_step,
         )
 
-    def ids_of_text(self, tokenizer: "Tokenizer", text: str) -> list[int]:
-        """Token ids of raw text. Raises RefusedError for a text that is much too long, before all of it is read."""
+    def ids_of_text(self, tokenizer: "Tokenizer", text: str, *, with_first: bool = True) -> list[int]:
+        """Token ids of raw text, as Tokenizer.encode has them. Raises TooLongError for a text that is much too long,
+        before all of it is read."""
         try:
-            return tokenizer.encode(text, self.max_prefill_length)
+            return tokenizer.encode(text, self.max_prefill_length, with_first=with_first)
         except TooLongError as error:
             raise self._too_long(f"more than {self.max_prefill_length}") from error
 
@@ -245,6 +265,11 @@ class Limits:
         if count > self.max_prefill_length:
             raise self._too_long(f"{count}")
 
+    def check_ids(self, token_ids: Sequence[int]) -> None:
+        """Raises RefusedError for one that the vocabulary lacks."""
+        for position, token_id in enumerate(token_ids):
+            self._check_id(token_id, f"token id {token_id} at position {position}")
+
     @property
     def pool_tokens(self) -> int:
         """What all pages hold."""
@@ -253,7 +278,13 @@ class Limits:
     @property
     def longest(self) -> int:
         """Prompt and answer of a sample that has the server for itself (tokens)."""
-        return min(self.cache_length, self.pool_tokens)
+        return self.cache_length if self.cache_length <= self.pool_tokens else self.pool_tokens - self._ahead
+
+    @property
+    def _ahead(self) -> int:
+        """Rows behind a sample's last token that must have pages: its last step is started while the one before it is
+        not read, and of each one token is sure and `tokens_per_step` may come."""
+        return 2 * (self.tokens_per_step - 1)
 
     def check(self, request: Request) -> None:
         """Raises RefusedError for a request that the engine cannot answer."""
@@ -263,16 +294,16 @@ class Limits:
             raise RefusedError("the prompt is empty; send at least one token")
         self.check_count(length)
         check_room(length, max_tokens, "cache_length", self.cache_length)
-        check_room(length, max_tokens, "cache_tokens", self.pool_tokens)
+        if self.longest < self.cache_length:
+            check_room(length, max_tokens, "cache_tokens", self.pool_tokens, self._ahead)
         self._check_start(length, max(1, request.slots_needed))
-        for position, token_id in enumerate(request.prompt_ids):
-            self._check_id(token_id, f"token id {token_id} at position {position}")
+        self.check_ids(request.prompt_ids)
         for token_id in request.sampling.logit_bias:
             self._check_id(token_id, f"logit_bias: token id {token_id}")
 
-    def _too_long(self, count: str) -> RefusedError:
+    def _too_long(self, count: str) -> TooLongError:
         flag = "--max-prefill-length" if self.max_prefill_length < self.cache_length else "--cache-length"
-        return RefusedError(
+        return TooLongError(
             f"the prompt has {count} tokens, at most {self.max_prefill_length} are taken; "
             f"shorten the prompt or serve with a larger {flag}"
         )
@@ -311,12 +342,15 @@ def check_messages(count: int) -> None:
         raise RefusedError(f"messages has {count} entries and may have {MAX_MESSAGES}; send fewer")
 
 
-def check_room(length: int, max_tokens: int, name: str, tokens: int) -> None:
-    """Raises RefusedError when prompt and answer exceed `tokens`; `name` is what bounds them, and its flag's."""
-    if length + max_tokens > tokens:
-        less = f"ask for at most {tokens - length} tokens" if length < tokens else "shorten the prompt"
-        raise RefusedError(
-            f"a prompt of {length} tokens and {max_tokens=} exceed {name}={tokens}; "
+def check_room(length: int, max_tokens: int, name: str, tokens: int, ahead: int = 0) -> None:
+    """Raises TooLongError when prompt and answer exceed `tokens`, less those that steps need ahead; `name` is what
+    bounds them, and its flag's."""
+    room = tokens - ahead - length
+    if max_tokens > room:
+        less = f"ask for at most {room} tokens" if room > 0 else "shorten the prompt"
+        kept = f" less {ahead} that steps need ahead" if ahead else ""
+        raise TooLongError(
+            f"a prompt of {length} tokens and {max_tokens=} exceed {name}={tokens}{kept}; "
             f"{less} or serve with a larger --{name.replace('_', '-')}"
         )
 

@@ -8,7 +8,7 @@ from typing import Generic
 import numpy as np
 
 from ...engine_impl.api import Engine, ParamsT, Piece, PrefixT, StateT
-from ..delivery.result import PendingResult
+from ..delivery.result import PendingResult, PieceLogprobs
 from ..request.request import Sample
 from ..request.trace import Chunk
 from .prompt import Prompt
@@ -50,12 +50,12 @@ def compute(
     pieces = next_pieces(prompts, room)
     tokens = [len(piece.token_T) for piece in pieces]
     prefix = engine.prefill(params, state, pieces) if carried is None else carried
-    behind = [(prefix.logprob_NT, tokens[0])]
-    logprobs = [*prompts[0].next_logprobs, *behind] if prompts[0].wants_logprobs else []
+    behind = PieceLogprobs.of(prefix, tokens[0], prompts[0].request.asked_prompt_logprobs)
+    logprobs = [*prompts[0].next_logprobs, behind] if prompts[0].wants_logprobs else []
     firsts = [p.samples[0] if count == p.left else None for p, count in zip(prompts, tokens, strict=True)]
     if not any(firsts):  # a single piece of a long prompt
         waits = PendingResult(
-            None, slots.of([]), is_step=False, started=started, is_timed=is_timed, next_logprobs=behind
+            None, slots.of([]), is_step=False, started=started, is_timed=is_timed, next_logprobs=[behind]
         )
         return Pieces(prompts, tokens, firsts, [prefix], [waits])
     prefixes, pending = list[PrefixT](), list[PendingResult]()
@@ -93,7 +93,7 @@ def store(
             prompt.request.trace.chunks.append(Chunk(pieces.pending[0].started, prompt.done, count))
         room.advance(prompt, count)
         if prompt.wants_logprobs:
-            prompt.next_logprobs.append((first.logprob_NT, count))
+            prompt.next_logprobs.append(PieceLogprobs.of(first, count, prompt.request.asked_prompt_logprobs))
         if complete is not None and prompt.slots_needed:
             for sample in prompt.samples:
                 slots.seat(sample, prompt.token_T)

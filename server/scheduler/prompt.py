@@ -5,7 +5,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from ...engine_impl.api import DeviceArray, Opening, Piece
+from ...engine_impl.api import Opening, Piece
+from ..delivery.result import PieceLogprobs
 from ..request.request import Request, Sample
 
 
@@ -24,9 +25,11 @@ class Prompt:
     tables: list[int] = field(default_factory=list[int])
     """Rows of the page table: one for each slot that its samples reserved; else one that is no slot's. Empty while it
     waits."""
+    adapter: int = 0
+    """Its adapter's index on the devices, from when it is let in; 0 is none."""
     done: int = 0
     """Tokens whose rows are in the cache."""
-    next_logprobs: list[tuple[DeviceArray, int]] = field(default_factory=list[tuple[DeviceArray, int]])
+    next_logprobs: list[PieceLogprobs] = field(default_factory=list[PieceLogprobs])
     """Of the pieces so far, where they are asked for."""
 
     @property
@@ -55,7 +58,7 @@ class Prompt:
 
     @property
     def wants_logprobs(self) -> bool:
-        return self.request.prompt_logprobs and self.is_fresh
+        return self.request.asked_prompt_logprobs is not None and self.is_fresh
 
     @property
     def stands_alone(self) -> bool:
@@ -70,7 +73,8 @@ class Prompt:
             start=self.done,
             page_J=page_J,
             next_id=int(self.token_T[end]) if end < len(self.token_T) else -1,
-            wants_logprobs=self.wants_logprobs,
+            logprobs=self.request.asked_prompt_logprobs if self.is_fresh else None,
+            adapter=self.adapter,
         )
 
     def opening(self, sample: Sample) -> Opening:

@@ -39,6 +39,25 @@ def test_a_short_soak(capsys):
 
 
 @pytest.mark.slow
+def test_a_soak_with_inputs_made_to_harm():
+    """Large enough to go to the processes where large bodies are read."""
+    options = dataclasses.replace(OPTIONS, requests=150, in_flight=8, hostile=0.3, input_bytes=100_000)
+    config = dataclasses.replace(CONFIG, http_port=0)
+    with hosted(FakeEngine(max_concurrent_decodes=4, step_s=0.001), None, config) as serving:
+        result = soak.measure(serving, options)
+    assert result["faults"] == []
+    assert result["requests"] == 150
+    assert sum(result["ends"]["hostile"].values()) > 30
+    assert {"400", "INVALID_ARGUMENT"} <= result["ends"]["hostile"].keys()
+
+
+def test_a_share_is_checked():
+    with pytest.raises(RefusedError, match="hostile=1 must be from 0 to 1, 1 left out"):
+        dataclasses.replace(OPTIONS, hostile=1)
+    assert OPTIONS.server.http_port is None
+
+
+@pytest.mark.slow
 def test_wrong_tokens_are_found():
     class Confused(FakeEngine):
         """After a while, behind the first answers, every slot counts by two."""

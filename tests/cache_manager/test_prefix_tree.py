@@ -107,6 +107,16 @@ def test_shared_pages_are_not_evicted(pages, tree):
     assert tree.of(text(1, 2)) == [one]
 
 
+def test_a_shared_page_that_eviction_meets_is_as_if_it_were_asked_for(pages, tree):
+    """It is not met again by every call that follows."""
+    one, two = cached(pages, tree, text(1, 2))
+    pages.share(1, [one, two])
+    three, four = cached(pages, tree, text(3, 4))
+    assert list(tree) == [two, one, four, three]
+    assert tree.evict(1) == 1
+    assert list(tree) == [three, two, one]
+
+
 TEXTS = st.lists(st.integers(0, 1), max_size=4).map(lambda bits: text(*bits))
 
 

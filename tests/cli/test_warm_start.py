@@ -41,7 +41,7 @@ async def main():
             stub = OrchestratorStub(channel)
             asks = [
                 ask(stub, 1), ask(stub, 20), ask(stub, 32), ask(stub, 30, temperature=0.7, top_k=5, top_p=0.9, seed=1),
-                ask(stub, 3, num_samples=2), ask(stub, 3, logprobs=5, prompt_logprobs=True, priority=1),
+                ask(stub, 3, num_samples=2), ask(stub, 3, logprobs=5, prompt_top_logprobs=3, priority=1),
                 ask(stub, 3, temperature=0.5, min_p=0.1, repetition_penalty=1.2, presence_penalty=0.1),
                 ask(stub, 3, stop_strings=["never"], stop_token_ids=[254], ignore_eos=True),
                 ask(stub, 3, logit_bias={5: 1.5, 7: -100}, min_tokens=3, stop_token_ids=[9], num_samples=2),

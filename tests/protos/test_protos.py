@@ -71,10 +71,10 @@ def test_our_own_numbers_stay():
             "messages": 100, "temperature": 101, "top_k": 102, "top_p": 103, "seed": 104, "min_p": 105,
             "repetition_penalty": 106, "presence_penalty": 107, "frequency_penalty": 108, "stop_strings": 109,
             "stop_token_ids": 110, "ignore_eos": 111, "logprobs": 112, "prompt_logprobs": 113, "priority": 114,
-            "min_tokens": 115, "logit_bias": 116, "cache_salt": 117, "json_schema": 120, "json_object": 121,
-            "regex": 122, "choices": 123, "grammar": 124, "structural_tag": 125,
+            "min_tokens": 115, "logit_bias": 116, "cache_salt": 117, "prompt_top_logprobs": 118, "json_schema": 120,
+            "json_object": 121, "regex": 122, "choices": 123, "grammar": 124, "structural_tag": 125,
         },
-        pb.DecodeResponse: {"usage": 100, "prompt_logprobs": 101},
+        pb.DecodeResponse: {"usage": 100, "prompt_logprobs": 101, "prompt_likeliest": 102},
         pb.DecodeRequest.Message: {
             "tool_calls": 130, "tool_call_id": 131, "name": 132, "reasoning_content": 133,
         },

@@ -43,7 +43,7 @@ def start(port: int, *, shell: str = "exec {}", **more) -> subprocess.Popen[str]
 
 @pytest.fixture
 def port() -> int:
-    with listening("127.0.0.1", 0, what="HTTP", flag="--http-port") as sock:
+    with listening("127.0.0.1", 0, what="HTTP", flag="--http-port")[0] as sock:
         return sock.getsockname()[1]
 
 
@@ -147,6 +147,6 @@ def test_connections_that_ask_for_nothing_give_way(port):
 
 
 def test_the_bound_on_connections_follows_the_limit_on_files(monkeypatch):
-    for soft, most in ((32, 16), (256, 128), (1024, 896), (resource.RLIM_INFINITY, 65536), (1 << 20, 65536)):
+    for soft, most in ((32, 8), (256, 64), (1024, 448), (resource.RLIM_INFINITY, 32768), (1 << 20, 32768)):
         monkeypatch.setattr(resource, "getrlimit", lambda _, soft=soft: (soft, soft))
         assert most_connections() == most

@@ -44,7 +44,16 @@ def kept_by_sorting(logits_V, top_k, top_p, temperature):
 
 @pytest.mark.parametrize(
     ("top_k", "top_p", "temperature"),
-    [(1, 1.0, 1.0), (7, 1.0, 1.0), (0, 0.5, 1.0), (0, 1e-6, 2.0), (20, 0.7, 0.5), (500, 0.999, 1.0), (9999, 1.0, 1.0)],
+    [
+        (1, 1.0, 1.0),
+        (7, 1.0, 1.0),
+        (0, 0.5, 1.0),
+        (0, 1e-6, 2.0),
+        (0, 0.0, 1.0),
+        (20, 0.7, 0.5),
+        (500, 0.999, 1.0),
+        (9999, 1.0, 1.0),
+    ],
 )
 def test_only_kept_tokens_are_drawn_and_all_of_them(top_k, top_p, temperature):
     logits_V = logits()[0]
@@ -129,7 +138,7 @@ def test_an_infinite_logit_and_negative_zero_do_not_confuse_the_order():
         ({"temperature": -0.1}, "temperature=-0.1 must be 0"),
         ({"temperature": float("nan")}, "temperature=nan"),
         ({"temperature": float("inf")}, "temperature=inf"),
-        ({"top_p": 0.0}, "top_p=0.0 must be above 0"),
+        ({"top_p": -0.1}, "top_p=-0.1 must be from 0"),
         ({"top_p": 1.01}, "top_p=1.01"),
         ({"top_p": float("nan")}, "top_p=nan"),
         ({"top_k": -1}, "top_k=-1"),

@@ -67,7 +67,18 @@ def test_a_prompts_logprobs_are_of_the_token_behind_each(rows, asked):
     x_RD, weight_DV = random.normal(size=(rows, 8)).astype(np.float32), random.normal(size=(8, 50)).astype(np.float32)
     next_R = random.integers(0, 50, rows)
     x_RD[asked:], next_R[asked:] = np.nan, -1
-    logprob_R = prompt_logprobs(jnp.asarray(x_RD), jnp.asarray(next_R), lambda some_RD: some_RD @ weight_DV)
-    expected_R = np.zeros(rows)
-    expected_R[:asked] = softmax(x_RD[:asked] @ weight_DV)[np.arange(asked), next_R[:asked]]
-    np.testing.assert_allclose(logprob_R, expected_R, rtol=1e-4, atol=1e-5)
+    devices = mesh(1)
+    told = [
+        prompt_logprobs(jnp.asarray(x_RD), jnp.asarray(next_R), jnp.int32(k), lambda some: some @ weight_DV, devices)
+        for k in (0, 3)
+    ]
+    logprob_RV = softmax(x_RD[:asked] @ weight_DV)
+    expected_R, top_RP = np.zeros(rows), np.zeros((rows, MAX_LOGPROBS))
+    expected_R[:asked] = logprob_RV[np.arange(asked), next_R[:asked]]
+    top_RP[:asked] = -np.sort(-logprob_RV)[:, :MAX_LOGPROBS]
+    for of_tokens in told:
+        np.testing.assert_allclose(of_tokens.chosen_B, expected_R, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(told[1].top_BP, top_RP, rtol=1e-4, atol=1e-5)
+    np.testing.assert_array_equal(told[1].top_token_BP[:asked, 0], logprob_RV.argmax(-1))
+    assert not np.asarray(told[1].top_token_BP[asked:]).any()
+    assert not np.asarray(told[0].top_BP).any()

@@ -12,7 +12,7 @@ from tests.fakes import FakeTextStream, FakeTokenizer
 def stream(pieces, stops):
     """What is shown, piece by piece, and at the end."""
     found = StopStrings(stops)
-    return [found.feed(piece) for piece in pieces] + [found.finish()], found.found
+    return [found.feed(piece) for piece in pieces] + [found.finish()], found.met is not None
 
 
 def cut(text, stops):

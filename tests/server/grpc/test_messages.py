@@ -49,6 +49,7 @@ OPTIONS = st.fixed_dictionaries(
         "ignore_eos": st.booleans(),
         "logprobs": INT32,
         "prompt_logprobs": st.booleans(),
+        "prompt_top_logprobs": INT32,
         "priority": INT32,
         "min_tokens": INT32,
         "logit_bias": st.dictionaries(INT32, FLOAT, max_size=5),
@@ -127,7 +128,7 @@ USAGE = Usage(prompt_tokens=3, cached_tokens=1, generated_tokens=2, queue_ms=0.5
 
 def test_events_are_read_back_from_the_wire():
     events = [
-        Event(prompt_logprobs=(0.0, -1.5)),
+        Event(prompt_logprobs=(TokenLogprob(0.0), TokenLogprob(-1.5, ((3, -0.5),)))),
         Event(index=1, text="a", token_ids=(5,), logprobs=(TokenLogprob(-0.5, ((5, -0.5), (6, -1.0))),)),
         Event(index=1, text="b", token_ids=(6,), logprobs=(TokenLogprob(-0.25),)),
         Event(index=2, finish_reason=FinishReason.DEADLINE, usage=USAGE),
@@ -135,7 +136,7 @@ def test_events_are_read_back_from_the_wire():
     reply = pb.DecodeResponse.FromString(write_reply(events, 3).SerializeToString())
     assert len(reply.stream_content.samples) == 3
     assert list(read_reply(reply)) == [
-        Event(prompt_logprobs=(0.0, -1.5)),
+        Event(prompt_logprobs=(TokenLogprob(0.0), TokenLogprob(-1.5, ((3, -0.5),)))),
         Event(index=1, text="ab", token_ids=(5, 6), logprobs=events[1].logprobs + events[2].logprobs),
         Event(index=2, finish_reason=FinishReason.DEADLINE),
         Event(usage=USAGE),

@@ -144,7 +144,7 @@ def test_logprobs_of_the_chosen_and_the_likeliest_tokens():
 def test_prompt_logprobs_come_first_and_once():
     with running(FakeEngine()) as orchestrator:
         events = ask(orchestrator, "aB@", 3, prompt_logprobs=True, num_samples=2).all()
-    assert events[0].prompt_logprobs == (0.0, -66 / 8, -64 / 8)
+    assert [token.logprob for token in events[0].prompt_logprobs] == [0.0, -66 / 8, -64 / 8]
     assert all(event.prompt_logprobs is None for event in events[1:])
     assert texts(events) == {0: "ABC", 1: "KLM"}
 

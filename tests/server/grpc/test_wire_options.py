@@ -7,6 +7,7 @@ import grpc
 import pytest
 from slipstream.protos import orchestrator_pb2 as pb
 from slipstream.protos.orchestrator_pb2_grpc import OrchestratorStub
+from slipstream.server.request.request import TokenLogprob
 
 from tests.fakes import FakeEngine
 from tests.server.calls import EOF, WAIT_S, answer, events, serving, text_request, token_request, until
@@ -113,8 +114,8 @@ def test_a_sample_without_news_is_an_empty_entry():
 def test_logprobs_and_prompt_logprobs_over_the_wire():
     async def scenario():
         async with serving() as (_, channel):
-            found = await events(channel, token_request([80, 64], 2, logprobs=2, prompt_logprobs=True))
-            assert found[0].prompt_logprobs == (0.0, -8.0)
+            found = await events(channel, token_request([80, 64], 2, logprobs=2, prompt_top_logprobs=1))
+            assert found[0].prompt_logprobs == (TokenLogprob(0.0), TokenLogprob(-8.0, ((64, -8.0),)))
             tokens = [token for event in found for token in event.logprobs]
             assert [token.logprob for token in tokens] == [-65 / 8, -66 / 8]
             assert tokens[0].top == ((65, -65 / 8), (66, -65 / 8 - 1))

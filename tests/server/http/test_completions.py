@@ -7,7 +7,7 @@ import grpc
 from slipstream.protos import orchestrator_pb2 as pb
 from slipstream.protos.orchestrator_pb2_grpc import OrchestratorStub
 
-from tests.fakes import BEFORE_LONG, LONG_TEXT, FakeEngine
+from tests.fakes import BEFORE_LONG, CONTROL, LONG_TEXT, FakeEngine
 from tests.server.calls import WAIT_S, until
 from tests.server.http.serving import serving
 
@@ -161,9 +161,110 @@ def test_prompt_logprobs():
     async def scenario():
         async with serving() as (_, client):
             more = {"extra_body": {"prompt_logprobs": 0}}
-            expected = [None, {"64": {"logprob": -8.0, "decoded_token": "@"}}]
+            expected = [None, {"64": {"logprob": -8.0, "rank": None, "decoded_token": "@"}}]
             assert (await complete(client, [80, 64], n=2, **more)).choices[0].prompt_logprobs == expected
             assert (await chunks(client, [80, 64], **more))[0].choices[0].prompt_logprobs == expected
+
+    asyncio.run(scenario())
+
+
+def test_the_likeliest_in_a_prompt_tokens_place():
+    """The fake's are the token itself and those that follow it, each less likely by 1."""
+
+    async def scenario():
+        async with serving() as (_, client):
+            told = (await complete(client, [80, 64], extra_body={"prompt_logprobs": 2})).choices[0].prompt_logprobs
+            assert told == [
+                None,
+                {
+                    "64": {"logprob": -8.0, "rank": 1, "decoded_token": "@"},
+                    "65": {"logprob": -9.0, "rank": 2, "decoded_token": "A"},
+                },
+            ]
+
+    asyncio.run(scenario())
+
+
+def test_an_echoed_prompt_comes_before_the_answer():
+    async def scenario():
+        async with serving() as (_, client):
+            answer = await complete(client, ["ab", "AB"], n=2, echo=True)
+            assert [choice.text for choice in answer.choices] == ["abcde", "abmno", "ABCDE", "ABMNO"]
+            streamed = await chunks(client, "ab", echo=True, n=2)
+            texts = ["", ""]
+            for chunk in streamed:
+                for choice in chunk.choices:
+                    texts[choice.index] += choice.text
+            assert texts == ["abcde", "abmno"]
+            assert (await complete(client, list(b"ab"), echo=True)).choices[0].text == "abcde", "of token ids, too"
+
+    asyncio.run(scenario())
+
+
+def test_an_echoed_prompt_has_logprobs_as_evaluation_harnesses_sum_them():
+    """max_tokens 0 and 1, alone and in streams; of the first token nothing is known."""
+    more = {"echo": True, "logprobs": 1}
+
+    async def scenario():
+        async with serving() as (_, client):
+            (choice,) = (await complete(client, "AB", max_tokens=1, **more)).choices
+            assert (choice.text, choice.finish_reason) == ("ABC", "length")
+            assert choice.logprobs.tokens == ["A", "B", "C"]
+            assert choice.logprobs.token_logprobs == [None, -66 / 8, -67 / 8]
+            assert choice.logprobs.top_logprobs == [None, {"B": -66 / 8}, {"C": -67 / 8}]
+            assert choice.logprobs.text_offset == [0, 1, 2]
+            assert "prompt_logprobs" not in choice.to_dict()
+            alone = await complete(client, "AB", max_tokens=0, n=2, **more)
+            for choice in alone.choices:
+                assert (choice.text, choice.finish_reason) == ("AB", "length")
+                assert choice.logprobs.token_logprobs == [None, -66 / 8]
+            assert (alone.usage.prompt_tokens, alone.usage.completion_tokens) == (2, 0)
+            for max_tokens, tokens, offsets in ((0, "AB", [0, 1]), (3, "ABCDE", [0, 1, 2, 3, 4])):
+                told = [
+                    chunk.choices[0].logprobs for chunk in await chunks(client, "AB", max_tokens=max_tokens, **more)
+                ]
+                assert [token for each in told if each for token in each.tokens] == list(tokens)
+                assert [at for each in told if each for at in each.text_offset] == offsets
+
+    asyncio.run(scenario())
+
+
+def test_text_offsets_are_those_without_a_stop_string():
+    """A stop string that never comes holds text back; where tokens begin stays what it is."""
+
+    async def scenario():
+        async with serving() as (_, client):
+            for stop in (None, "cdefgX", "fgX"):
+                for found in (
+                    [(await complete(client, "ab", max_tokens=6, logprobs=0, stop=stop)).choices[0].logprobs],
+                    [c.choices[0].logprobs for c in await chunks(client, "ab", max_tokens=6, logprobs=0, stop=stop)],
+                ):
+                    assert [at for each in found if each for at in each.text_offset] == [0, 1, 2, 3, 4, 5], stop
+
+    asyncio.run(scenario())
+
+
+def test_a_control_token_as_a_stop_string_ends_the_answer_before_it():
+    """Its text is never shown, so it is met as a token: the fake's is its e."""
+
+    async def scenario():
+        async with serving() as (_, client):
+            for stop in (CONTROL, ["nope", CONTROL]):
+                (choice,) = (await complete(client, max_tokens=20, stop=stop)).choices
+                assert (choice.text, choice.finish_reason) == ("bcd", "stop")
+
+    asyncio.run(scenario())
+
+
+def test_any_integer_is_a_seed_and_top_p_may_be_0():
+    async def scenario():
+        engine = FakeEngine()
+        async with serving(engine) as (_, client):
+            for seed in (-1, 2**63 - 1, 2**32 + 5):
+                await complete(client, "a", seed=seed, top_p=0)
+        assert [(asked.seed, asked.top_p) for asked in engine.samplings] == [
+            (2**32 - 1, 0), (2**32 - 1, 0), (5, 0),
+        ]  # fmt: skip
 
     asyncio.run(scenario())
 

@@ -10,8 +10,8 @@ import aiohttp
 import pytest
 from openai import APIError, BadRequestError, InternalServerError, NotFoundError, RateLimitError
 from slipstream.server.config import SecurityConfig, ServerConfig
-from slipstream.server.http import server as http_server
-from slipstream.server.http.replies import CompletionReply
+from slipstream.server.http import incoming
+from slipstream.server.http.completions import CompletionReply
 from slipstream.server.lifecycle import Serving
 
 from tests.fakes import FakeEngine
@@ -46,30 +46,29 @@ def messages(*turns):
         ("completions", {"prompt": [[1], [True]]}, "prompt[1][0]", "prompt[1][0]=True"),
         ("completions", {"prompt": [65, 256]}, None, "token id 256 at position 1 is outside the vocabulary"),
         ("completions", {"prompt": [10**30]}, None, "is outside the vocabulary"),
-        ("completions", {"prompt": "a" * 17}, None, "the prompt has 17 tokens, at most 16 are taken"),
         ("completions", A | {"max_tokens": 0}, "max_tokens", "max_tokens=0 must be at least 1"),
-        ("completions", A | {"max_tokens": 256}, None, "ask for at most 255 tokens"),
         ("completions", A | {"max_tokens": "3"}, "max_tokens", "max_tokens='3': Input should be a valid integer"),
         ("completions", A | {"max_tokens": 3.5}, "max_tokens", "max_tokens=3.5"),
         ("completions", A | {"temperature": -1}, "temperature", "temperature=-1.0 must be 0 (greedy)"),
         ("completions", A | {"temperature": math.nan}, "temperature", "temperature=nan"),
         ("completions", A | {"temperature": "hot"}, "temperature", "temperature='hot'"),
-        ("completions", A | {"top_p": 0}, "top_p", "top_p=0.0"),
+        ("completions", A | {"top_p": -0.5}, "top_p", "top_p=-0.5 must be from 0 (keep the likeliest alone) to 1"),
         ("completions", A | {"top_k": -2}, "top_k", "top_k=-2"),
-        ("completions", A | {"seed": -1}, "seed", "seed=-1 must be from 0 to 4294967295"),
+        ("completions", A | {"seed": 0.5}, "seed", "seed=0.5: Input should be a valid integer"),
         ("completions", A | {"presence_penalty": 3}, "presence_penalty", "must be from -2 to 2"),
         ("completions", A | {"n": 3}, "n", "num_samples=3 needs as many slots and the server has 2"),
         ("completions", A | {"n": 0}, "n", "must be at least 1"),
         ("completions", A | {"logprobs": 21}, "logprobs", "logprobs=21"),
         ("completions", A | {"logprobs": True}, "logprobs", "logprobs=True: Input should be a valid integer"),
-        ("completions", A | {"prompt_logprobs": 2}, "prompt_logprobs", "prompt_logprobs=2 must be 0"),
+        ("completions", A | {"prompt_logprobs": 21}, "prompt_logprobs", "prompt_logprobs=21 must be from 0"),
         ("completions", A | {"stop": [""]}, None, "a stop string of 0 characters"),
         ("completions", A | {"stop": 3}, "stop", "must be a string, or a list of strings"),
         ("completions", A | {"stop_token_ids": [2**31]}, None, "stop token id 2147483648 must be from 0"),
         ("completions", A | {"priority": 11}, "priority", "priority=11"),
         ("completions", A | {"stream": "yes"}, "stream", "stream='yes'"),
         ("completions", A | {"stream_options": {}}, "stream_options", "set stream=true"),
-        ("completions", A | {"echo": True}, "echo", "echo=True is not supported; leave it out"),
+        ("completions", A | {"echo": 1}, "echo", "echo=1: Input should be a valid boolean"),
+        ("completions", A | {"echo": True, "max_tokens": -1}, "max_tokens", "max_tokens=-1 must be at least 1"),
         ("completions", A | {"suffix": "."}, "suffix", "suffix='.' is not supported"),
         ("completions", A | {"best_of": 2}, "best_of", "best_of=2 must be n=1"),
         ("completions", A | {"logit_bias": {"x": 1}}, "logit_bias", "'x' must be a token id, such as"),
@@ -114,6 +113,23 @@ def test_bad_bodies_are_refused_and_the_server_goes_on(path, body, param, messag
                 assert message in error["message"]
                 assert (error["type"], error["param"], error["code"]) == ("invalid_request_error", param, None)
             assert (await client.completions.create(model="fake", **A)).choices[0].text == "bcd"
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        ({"prompt": "a" * 17}, "the prompt has 17 tokens, at most 16 are taken"),
+        (A | {"max_tokens": 256}, "ask for at most 255 tokens"),
+    ],
+)
+def test_what_exceeds_the_context_has_openais_code(body, message):
+    async def scenario():
+        async with serving() as (_, client):
+            with pytest.raises(BadRequestError, match=message) as refused:
+                await client.completions.create(model="fake", **body)
+            assert refused.value.code == "context_length_exceeded"
 
     asyncio.run(scenario())
 
@@ -194,7 +210,7 @@ def test_a_bug_of_ours_is_told_and_logged_and_the_server_goes_on(is_stream, monk
 
 
 def test_a_body_that_does_not_come_is_given_up(monkeypatch):
-    monkeypatch.setattr(http_server, "BODY_S", 0.05)
+    monkeypatch.setattr(incoming, "BODY_S", 0.05)
 
     async def scenario():
         async with serving() as (server, _):
@@ -220,9 +236,9 @@ def test_paths_methods_and_sizes():
 
             answer, message = await error("GET", "/v1/nothing")
             assert answer.status == 404
-            assert "there is no /v1/nothing; there are /health, /v1/models" in message
+            assert "there is no /v1/nothing; there are /detokenize, /health, " in message
             answer, message = await error("GET", "/v1/completions")
-            assert (answer.status, answer.headers["allow"]) == (405, "POST")
+            assert (answer.status, answer.headers["allow"]) == (405, "OPTIONS, POST")
             answer, message = await error("POST", "/v1/completions", data=b" " * 1001)
             assert answer.status == 413
             assert "the body exceeds max_message_bytes=1000" in message

@@ -14,6 +14,7 @@ from slipstream.engine_impl.text.chat import Tool
 from slipstream.engine_impl.text.grammar import Bytes
 from slipstream.server.dialects.syntax import FORMATS, AnswerReader, AnswerSyntax
 from slipstream.server.request.call_grammar import after_thought, may_call, must_call, strict_if_called
+from slipstream.server.request.chat import MAX_CALLS
 from slipstream.server.request.grammar import Grammar
 
 SCHEMA = {
@@ -86,7 +87,7 @@ def walk(grammar, seed):
 @pytest.mark.parametrize("tool_format", FORMATS)
 @pytest.mark.parametrize("think_tags", [None, THINK])
 def test_calls_are_taken_and_nothing_else(tool_format, think_tags):
-    grammar = must_call(TOOLS, syntax(tool_format, think_tags=think_tags), no_control)
+    grammar = must_call(TOOLS, syntax(tool_format, think_tags=think_tags), MAX_CALLS, no_control)
     whole = WHOLE[tool_format]
     assert takes(grammar, whole)
     assert takes(grammar, f"<think>Hm, <x></think>\n\n{whole}") == (think_tags is not None)
@@ -96,7 +97,7 @@ def test_calls_are_taken_and_nothing_else(tool_format, think_tags):
 
 @pytest.mark.parametrize("tool_format", ["hermes", "llama", "mistral"])
 def test_arguments_are_as_the_schema_says(tool_format):
-    grammar, whole = must_call(TOOLS, syntax(tool_format), no_control), WHOLE[tool_format]
+    grammar, whole = must_call(TOOLS, syntax(tool_format), MAX_CALLS, no_control), WHOLE[tool_format]
     for arguments in ("{}", '{"city": 5}', '{"city": "Rome, Italy"}', '{"city": "Rome", "x": 1}'):
         assert not takes(grammar, whole.replace(ROME, arguments))
     assert takes(grammar, whole.replace(ROME, '{"city": "Rome", "days": 2.5}'))
@@ -105,7 +106,7 @@ def test_arguments_are_as_the_schema_says(tool_format):
 
 @pytest.mark.parametrize("tool_format", FORMATS)
 def test_a_thought_that_the_prompt_began_is_ended_first(tool_format):
-    grammar = must_call(TOOLS, syntax(tool_format, think_tags=THINK, is_thinking=True), no_control)
+    grammar = must_call(TOOLS, syntax(tool_format, think_tags=THINK, is_thinking=True), MAX_CALLS, no_control)
     assert takes(grammar, f"Hm.\n</think>\n\n{WHOLE[tool_format]}")
     assert not takes(grammar, WHOLE[tool_format])
 
@@ -119,8 +120,8 @@ def test_several_calls_are_taken_unless_one_is_asked_for(tool_format):
         "mistral": f"{whole[:-1]}, {whole.removeprefix('[TOOL_CALLS][')}",
         "gemma": whole + whole,
     }[tool_format]
-    assert takes(must_call(TOOLS, syntax(tool_format), no_control), twice) == (tool_format != "llama")
-    assert not takes(must_call(TOOLS, syntax(tool_format, at_most_one_call=True), no_control), twice)
+    assert takes(must_call(TOOLS, syntax(tool_format), MAX_CALLS, no_control), twice) == (tool_format != "llama")
+    assert not takes(must_call(TOOLS, syntax(tool_format), 1, no_control), twice)
 
 
 @pytest.mark.parametrize("tool_format", FORMATS)
@@ -128,7 +129,7 @@ def test_several_calls_are_taken_unless_one_is_asked_for(tool_format):
 def test_whatever_is_taken_is_read_as_a_call(tool_format, seed):
     asked = syntax(tool_format, think_tags=THINK if seed % 2 else None)
     reader = AnswerReader(asked)
-    brought = reader.feed(walk(must_call(TOOLS, asked, no_control), seed)).and_then(reader.finish())
+    brought = reader.feed(walk(must_call(TOOLS, asked, MAX_CALLS, no_control), seed)).and_then(reader.finish())
     assert brought.text == ""
     assert brought.calls
     for call in brought.calls:
@@ -138,13 +139,13 @@ def test_whatever_is_taken_is_read_as_a_call(tool_format, seed):
 
 
 def test_marks_that_are_control_tokens_are_these_tokens():
-    following = matcher(must_call(TOOLS, syntax("mistral"), control_id))
+    following = matcher(must_call(TOOLS, syntax("mistral"), MAX_CALLS, control_id))
     opening, arguments = map(control_id, ("[TOOL_CALLS]", "[ARGS]"))
     calls = [opening, *b"get_weather", arguments, *ROME.encode(), opening, *b"now", arguments, *b"{}"]
     assert following.try_consume_tokens(calls) == len(calls)
     assert following.is_accepting()
     for tags in (THINK, ("[THINK]", "[/THINK]")):
-        following = matcher(must_call(TOOLS, syntax("llama", think_tags=tags), control_id))
+        following = matcher(must_call(TOOLS, syntax("llama", think_tags=tags), MAX_CALLS, control_id))
         tokens = [control_id(tags[0]), *b"Hm <", control_id(tags[1]), *WHOLE["llama"].encode()]
         assert following.try_consume_tokens(tokens) == len(tokens)
         assert following.is_accepting()
@@ -155,7 +156,7 @@ def test_marks_that_are_control_tokens_are_these_tokens():
     "content", [Grammar.of_json_schema({"const": "Yes"}), Grammar.of_choices(['"Yes"']), Grammar.of_regex('"Yes"')]
 )
 def test_an_answer_calls_or_is_as_its_form_says(tool_format, content):
-    grammar = may_call(TOOLS, syntax(tool_format, think_tags=THINK), content, no_control)
+    grammar = may_call(TOOLS, syntax(tool_format, think_tags=THINK), MAX_CALLS, content, no_control)
     for text in (WHOLE[tool_format], '"Yes"', '<think>Hm</think>\n"Yes"'):
         assert takes(grammar, text)
     for text in ("Yes", "", f'"Yes"{WHOLE[tool_format]}'):
@@ -187,4 +188,4 @@ def test_strict_tools_hold_in_free_text():
 @pytest.mark.parametrize("parameters", ["5", "{", "[" * 9999])
 def test_parameters_that_are_no_schema_are_refused(parameters):
     with pytest.raises(RefusedError, match="the parameters of the tool 'a'"):
-        must_call([Tool(name="a", parameters=parameters)], syntax("hermes"), no_control)
+        must_call([Tool(name="a", parameters=parameters)], syntax("hermes"), 1, no_control)

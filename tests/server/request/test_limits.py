@@ -52,6 +52,17 @@ def test_what_can_never_fit_is_refused_with_both_numbers(limits, length, max_tok
         limits.check(asked(length, max_tokens))
 
 
+def test_steps_of_several_tokens_need_room_ahead_where_the_pool_is_less_than_a_slot():
+    """The last step is started while the one before it, of up to three tokens too, is not read."""
+    assert replace(LIMITS, tokens_per_step=3).longest == 64
+    limits = replace(SMALL_POOL, tokens_per_step=3)
+    limits.check(asked(40, limits.longest - 40))
+    with pytest.raises(
+        RefusedError, match="exceed cache_tokens=48 less 4 that steps need ahead; ask for at most 4 tok"
+    ):
+        limits.check(asked(40, limits.longest - 39))
+
+
 def test_a_bound_on_prompts_alone_is_told_by_its_flag():
     with pytest.raises(RefusedError, match=r"the prompt has 33 tokens, at most 32 .* a larger --max-prefill-length$"):
         replace(LIMITS, max_prefill_length=32).check(asked(33, 1))

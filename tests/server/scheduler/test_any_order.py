@@ -3,7 +3,8 @@
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
-from slipstream.server.request.request import FinishReason
+from slipstream.engine_impl.errors import RefusedError
+from slipstream.server.request.request import FinishReason, Limits
 from slipstream.server.scheduler.loop import Loop
 from slipstream.server.scheduler.queue import RequestQueue
 
@@ -19,7 +20,7 @@ class AnyOrder(RuleBasedStateMachine):
 
     @initialize(
         slots=st.integers(1, 4),
-        pool=st.integers(LONGEST // ROWS, 30),
+        pool=st.integers(7, 30),
         batch=st.integers(1, 3),
         chunk=st.sampled_from([4, 8, 48]),
         width=st.integers(1, 3),
@@ -33,6 +34,7 @@ class AnyOrder(RuleBasedStateMachine):
             carries_pieces=carries, tokens_per_step=width, table_entries=entries,
             count_of_step=lambda step: step * 7 % width + 1,
         )  # fmt: skip
+        self.limits = Limits.of(self.engine)
         self.queue = RequestQueue(999)
         self.loop = Loop(self.engine, None, self.queue, None, prefix_cache=prefix_cache)
         self.loop.start(warm_up=False)
@@ -54,13 +56,17 @@ class AnyOrder(RuleBasedStateMachine):
             samples = 1
         request = Asked(
             text,
-            min(tokens, LONGEST - len(text)),
+            max(1, min(tokens, self.limits.longest - len(text))),
             num_samples=min(samples, self.engine.max_concurrent_decodes),
             priority=priority,
             prompt_logprobs=logprobs,
             sampling=FREE,
         )
         request.prefix_key = key
+        try:
+            self.limits.check(request)
+        except RefusedError:
+            return
         self.queue.put(request)
         self.requests.append(request)
 
@@ -113,7 +119,7 @@ class AnyOrder(RuleBasedStateMachine):
             assert found == text[len(prompt) :]
             assert len(found) == request.max_tokens or request in self.cancelled
         if request.prompt_logprobs and request.delivered:
-            assert events[0].prompt_logprobs == (0.0, *(-token / 8 for token in prompt[1:]))
+            assert [told.logprob for told in events[0].prompt_logprobs] == [0.0, *(-token / 8 for token in prompt[1:])]
 
 
 TestAnyOrder = AnyOrder.TestCase

@@ -149,6 +149,23 @@ def test_a_matcher_that_fails_fails_its_request_alone():
         until(lambda: orchestrator.slots_in_use == 0)
 
 
+def test_a_library_that_panics_fails_its_request_alone(monkeypatch):
+    class Panicking(FakeMatcher):
+        def copy(self):
+            return Panicking(self.text)
+
+        def take(self, token_id):
+            raise BaseException("index out of bounds")
+
+    with running(FakeEngine()) as orchestrator:
+        other = ask(orchestrator, "a", 20)
+        with monkeypatch.context() as patched:
+            patched.setattr(FakeTokenizer, "matcher", lambda self, text: Panicking(text))
+            *_, last = asked(orchestrator, "a", 9, "hello").all()
+        assert "comes to no end: BaseException: index out of bounds" in str(last.error)
+        assert len(other.answer()[0]) == 20
+
+
 def test_one_that_is_cancelled_while_its_grammar_is_at_work_gives_its_slot_back(monkeypatch):
     at_work, goes_on = threading.Event(), threading.Event()
 

@@ -6,7 +6,7 @@ import threading
 import pytest
 from slipstream.server.errors import FailedError, QueueFullError
 from slipstream.server.observe.metrics import Metrics
-from slipstream.server.request.request import FinishReason
+from slipstream.server.request.request import FinishReason, TokenLogprob
 from slipstream.server.scheduler import loop as loop_module
 
 from tests.server.scheduler.loop import Asked, ask, running, until
@@ -100,9 +100,12 @@ def test_prompt_logprobs_of_several_pieces():
     engine, prompt = reading(), "a prompt of several pieces"
     with running(engine) as orchestrator:
         for _ in range(2):  # the second time the prefix is cached, and computed all the same
-            request = ask(orchestrator, prompt, 2, prompt_logprobs=True, sampling=FREE)
-            told = request.all()[0].prompt_logprobs
-            assert told == (0.0, *(-ord(letter) / 8 for letter in prompt[1:]))
+            request = ask(orchestrator, prompt, 2, prompt_top_logprobs=2, sampling=FREE)
+            first, *told = request.all()[0].prompt_logprobs
+            assert first == TokenLogprob(0.0)
+            for letter, token in zip(prompt[1:], told, strict=True):
+                logprob = -ord(letter) / 8
+                assert token == TokenLogprob(logprob, ((ord(letter), logprob), (ord(letter) + 1, logprob - 1)))
             assert request.cached_tokens == 0
             until(lambda: orchestrator.slots_in_use == 0)
 

@@ -30,7 +30,7 @@ def read(slots, roster, *tokens_of_slots, is_step=True):
     token_BW = np.full((len(tokens_of_slots), max(1, count_B.max())), -1)
     for row, tokens in enumerate(tokens_of_slots):
         token_BW[row, : len(tokens)] = tokens
-    nothing = [None] * 4
+    nothing = [None] * 6
     result = HostResult(roster, token_BW, count_B, *roster.ends(token_BW, count_B), *nothing)
     return slots.read(result, is_step=is_step)
 

@@ -1,0 +1,1 @@
+"""POST /v1/messages: conversations in Anthropic's form, text."""
