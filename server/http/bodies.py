@@ -22,9 +22,9 @@ from .fields import (
     JsonList,
     JsonObject,
     Message,
-    NamedTool,
     Prompts,
     StreamOptions,
+    ToolChoice,
     ToolDefinition,
     few,
 )
@@ -212,7 +212,7 @@ class ChatBody(Body):
     logprobs: bool = False
     top_logprobs: int | None = None
     tools: Annotated[list[ToolDefinition], *few(MAX_ITEMS)] = []  # noqa: RUF012
-    tool_choice: str | NamedTool = AUTO
+    tool_choice: ToolChoice = AUTO
     parallel_tool_calls: bool = True
     documents: JsonList = ""
     chat_template_kwargs: JsonObject = ""
