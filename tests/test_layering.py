@@ -45,7 +45,9 @@ SUB_ROOMS: dict[str, dict[str, set[str]]] = {
         "blockwise_matmul": {"backend"},
         "cache_flush": {"backend"},
         "chunk_attention": {"backend", "lanes", "scores"},
-        "ragged_attention": {"backend", "lanes", "scores"},
+        "native": set(),
+        "panel_matmul": {"backend", "native"},
+        "ragged_attention": {"backend", "lanes", "native", "scores"},
     },
     "engine_impl": {
         "runtime": set(),
