@@ -100,7 +100,7 @@ def test_a_carried_piece_is_as_a_prefilled_one(tiny):
     """Its rows, its logits and the log-probabilities of its prompt."""
     engine, params = tiny
     session, _ = running(engine, params)
-    (piece,) = pieces_of(session, 3, LONG[:100], wants_logprobs=True)
+    (piece,) = pieces_of(session, 3, LONG[:100], logprobs=0)
     theirs = engine.prefill(params, session.state, [piece])
     _, ours = carry(session, piece)
     np.testing.assert_allclose(ours.kv.rows[:, :, :100], theirs.kv.rows[:, :, :100], rtol=1e-4, atol=1e-5)
