@@ -14,7 +14,7 @@ from pathlib import Path
 from setuptools import Extension, setup
 
 SOURCES = sorted(Path("kernels/native").glob("*.cc"))
-FLAGS = ["-std=c++17", "-O3", "-g0", "-fvisibility=hidden"]
+FLAGS = ["-std=c++17", "-O3", "-g0", "-fvisibility=hidden", "-Wno-maybe-uninitialized"]
 HEADERS = sorted(Path("kernels/native").glob("*.h"))
 
 
@@ -42,14 +42,7 @@ def extensions() -> list[Extension]:
             [str(path) for path in SOURCES],
             depends=[str(path) for path in HEADERS],
             define_macros=[("SLIPSTREAM_SOURCE", f'"{source}"')],
-            extra_compile_args=[
-                "-std=c++17",
-                "-O3",
-                "-g0",
-                "-fvisibility=hidden",
-                "-Wno-maybe-uninitialized",
-                f"-isystem{include}",
-            ],
+            extra_compile_args=[*FLAGS, f"-isystem{include}"],
             language="c++",
             optional=True,
         )

@@ -18,5 +18,5 @@ def xla_twin(engine: Engine, params: Params) -> tuple[Engine, Params]:
     if not parts or not all(isinstance(part, PanelWeight) for part in parts):
         raise RefusedError("versus='xla' is for engines whose products are all native: one CPU, and `make setup`")
     model = registry.build(engine.model.config)
-    programs = Programs(model, engine.mesh, engine.layout, "xla")
+    programs = Programs(model, engine.mesh, engine.layout, "xla", engine.programs.has_adapters)
     return engine.twin(programs), decoded(engine.model, params)

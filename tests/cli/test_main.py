@@ -11,6 +11,7 @@ from typing import get_args, get_type_hints
 
 import pytest
 from slipstream.cli import main as cli
+from slipstream.cli.adapter import with_room
 from slipstream.cli.bench import Bench
 from slipstream.cli.serve import Serve
 from slipstream.engine_impl.config import EngineConfig
@@ -425,3 +426,33 @@ def test_ctrl_c_is_no_traceback(monkeypatch, capsys):
 def test_what_a_stranger_wrote_does_not_command_the_terminal(capsys):
     assert cli.tell(RefusedError("tensor '\x1b[31mred\x07' in\nfile é"), 2) == 2
     assert capsys.readouterr().err == "slipstream: tensor '\\x1b[31mred\\x07' in\nfile é\n"
+
+
+def test_generate_with_an_adapter(fake_engine, capsys, tmp_path):
+    """A place of its rank is made for it; the fake counts up by one more for a path that ends with -1."""
+    folder = tmp_path / "lora-1"
+    folder.mkdir()
+    config = {"peft_type": "LORA", "r": 24, "lora_alpha": 1, "target_modules": ["q_proj"]}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    fake_engine.max_adapters = 1
+    words = ["generate", "--raw", "--prompt", "a", "--max-tokens", "3", "--adapter", str(folder)]
+    assert cli.run(words) == 0
+    assert capsys.readouterr().out == "ceg\n"
+    asked = with_room(EngineConfig(), str(folder))
+    assert (asked.max_adapters, asked.max_adapter_rank) == (1, 24)
+    assert with_room(EngineConfig(), None) == EngineConfig()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--adapters", "a=b"], "add --max-adapters N"),
+        (["--adapter-dir", "x"], "add --max-adapters N"),
+        (["--max-adapters", "-1"], "max_adapters=-1 must be 0"),
+        (["--max-adapter-rank", "129"], "max_adapter_rank=129 must be from 1 to 128"),
+        (["--max-adapters", "1", "--adapters", "a"], "must be NAME=PATH"),
+    ],
+)
+def test_serve_refuses_adapters_that_it_has_no_room_for(words, message, capsys):
+    assert cli.run(["serve", *words]) == 2
+    assert message in capsys.readouterr().err
