@@ -8,6 +8,7 @@ is that of all threads, which other programs disturb less.
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 
 import jax
 import numpy as np
@@ -15,6 +16,7 @@ import numpy as np
 from ..engine_impl.api import Piece
 from ..engine_impl.config import EngineConfig
 from ..engine_impl.session import Session
+from ..engine_impl.shapes import Carried
 from .measure.models import Loaded, load
 from .measure.stats import Ratio
 from .measure.table import table
@@ -43,11 +45,11 @@ def run(model: str, cases: list[tuple[int, int]], pairs: int = PAIRS, cache_leng
 def both_ways(loaded: Loaded, slots: int, tokens: int) -> tuple[Callable[[], None], Callable[[], None]]:
     """One turn each, until the device is done: the piece and a step, and both together."""
     engine, session = loaded.engine, Session(loaded.engine, loaded.params)
+    engine.shapes = replace(engine.shapes, carried=Carried(slots, tokens, tokens))
     for slot in range(slots):
         session.start(slot, [slot + at for at in range(LIVE_TOKENS)])
     slot_N, page_NJ = np.arange(slots, dtype=np.int32), session.page_BJ
     piece = Piece(token_T=np.arange(tokens, dtype=np.int32), start=0, page_J=page_NJ[0])
-    batch = engine.shapes.pieces([piece], (1, tokens))
 
     def apart() -> None:
         prefix = engine.prefill(loaded.params, session.state, [piece])
@@ -55,7 +57,7 @@ def both_ways(loaded: Loaded, slots: int, tokens: int) -> tuple[Callable[[], Non
         jax.block_until_ready((prefix, result))
 
     def together() -> None:
-        session.state, result, prefix = engine.jitted.carry(loaded.params, session.state, slot_N, page_NJ, batch)
+        session.state, result, prefix = engine.carry(loaded.params, session.state, slot_N, page_NJ, [piece])
         jax.block_until_ready((prefix, result))
 
     return apart, together

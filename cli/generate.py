@@ -13,6 +13,7 @@ from ..engine_impl.errors import RefusedError
 from ..engine_impl.runtime import timeline
 from ..engine_impl.text.chat import Chat
 from ..server.request.options import AnswerOptions, check_utf8
+from .adapter import with_room
 from .form import FormFlags
 from .show import print_growing
 
@@ -36,6 +37,8 @@ class Generate:
     """A file of prompts (path): a JSON string or a JSON list of token ids per line."""
     raw: bool = False
     """Take the text as it is, without the model's chat template. Token ids always are."""
+    adapter: str | None = None
+    """A LoRA adapter that changes the model: a folder as PEFT writes it, or a hub id."""
     as_json: Annotated[bool, tyro.conf.arg(name="json")] = False
     """Print one JSON object as the last line of stdout: token ids, texts, finish reasons, times (ms), and what the
     start was spent on (s)."""
@@ -46,9 +49,9 @@ class Generate:
         from ..engine_impl.loading import load_engine
         from .offline import answer
 
-        engine, params = load_engine(self.engine)
+        engine, params = load_engine(with_room(self.engine, self.adapter))
         all_ids = [encode(engine.get_tokenizer(), prompt, raw=self.raw) for prompt in prompts]
-        growing = answer(engine, params, all_ids, self.answer, grammar)
+        growing = answer(engine, params, all_ids, self.answer, grammar, self.adapter)
         if self.as_json:
             print_json(engine.model_name, all_ids, growing)
         else:

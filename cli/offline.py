@@ -5,6 +5,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+from ..server.request.adapter import LoadedAdapter
 from ..server.request.answer import Answer
 from ..server.request.grammar import Grammar
 from ..server.request.options import AnswerOptions
@@ -33,8 +34,10 @@ def answer(
     prompts: Sequence[Sequence[int]],
     options: AnswerOptions,
     grammar: Grammar | None = None,
+    adapter: str | None = None,
 ) -> Iterator[list[Answer]]:
-    """Yields all answers, in the order of the prompts (token ids), whenever one has grown.
+    """Yields all answers, in the order of the prompts (token ids), whenever one has grown. `adapter` (a folder or a hub
+    id) changes the model; the engine has a place for it.
 
     Raises RefusedError before anything is run, or the error that a request ended with.
     """
@@ -42,6 +45,10 @@ def answer(
     events: queue.SimpleQueue[tuple[int, Event]] = queue.SimpleQueue()
     requests = [request(index, prompt_ids, options, events) for index, prompt_ids in enumerate(prompts)]
     limits = Limits.of(engine)
+    if adapter is not None:
+        loaded = LoadedAdapter("adapter", adapter, engine.read_adapter(adapter))
+        for each in requests:
+            each.adapt(loaded)
     for each in requests:
         each.grammar = grammar
         limits.check(each)

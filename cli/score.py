@@ -8,6 +8,7 @@ import tyro
 
 from ..engine_impl.config import EngineConfig
 from ..engine_impl.errors import RefusedError
+from .adapter import with_room
 
 
 @dataclass(frozen=True)
@@ -22,6 +23,8 @@ class Score:
     through: Literal["prefill", "decode"] = "prefill"
     """`prefill` takes all tokens as a prompt's, chunk by chunk; `decode` one by one through the cache, as an
     answer's tokens are."""
+    adapter: str | None = None
+    """A LoRA adapter that changes the model: a folder as PEFT writes it, or a hub id."""
     as_json: Annotated[bool, tyro.conf.arg(name="json")] = False
     """Print one JSON object as the last line of stdout: token_ids, logprobs (null for the first), perplexity."""
 
@@ -32,10 +35,13 @@ class Score:
         from ..engine_impl.scoring import perplexity, score
         from ..engine_impl.session import Session
 
-        engine, params = load_engine(self.engine)
+        engine, params = load_engine(with_room(self.engine, self.adapter))
+        session = Session(engine, params)
+        if self.adapter is not None:
+            session.use_adapter(engine.read_adapter(self.adapter))
         tokenizer = engine.get_tokenizer()
         token_ids = tokenizer.encode(self.text or "") if given is None else given
-        logprobs = score(Session(engine, params), token_ids, self.through)
+        logprobs = score(session, token_ids, self.through)
         total = perplexity(logprobs)
         if self.as_json:
             print(json.dumps({"token_ids": token_ids, "logprobs": [None, *logprobs], "perplexity": total}), flush=True)

@@ -20,7 +20,7 @@ import numpy as np
 from .sampling.params import SamplingParams
 from .text.chat import Chat, ChatPrompt, TemplateFacts
 
-ParamsT = TypeVar("ParamsT", contravariant=True)
+ParamsT = TypeVar("ParamsT")
 """The weights on the devices."""
 PrefixT = TypeVar("PrefixT", bound="Prefix")
 """Pieces of texts after prefill."""
@@ -103,6 +103,8 @@ class Piece:
     """The token behind them, where it is known and `logprobs` asks for its log-probability too."""
     logprobs: int | None = None
     """Asks for the log-probability of the token behind each, and of so many likeliest ones; None asks for none."""
+    adapter: int = 0
+    """Index of the adapter that changes the model for the text, see `Engine.put_adapter`; 0 is none."""
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -236,6 +238,23 @@ class Device(Protocol):
         ...
 
 
+class Adapter(Protocol):
+    """A LoRA adapter in the host's memory."""
+
+    @property
+    def rank(self) -> int: ...
+
+    @property
+    def bytes(self) -> int:
+        """Of the host's memory."""
+        ...
+
+    @property
+    def device_bytes(self) -> int:
+        """Of all devices' memory, while it is there."""
+        ...
+
+
 class Engine(Protocol[ParamsT, PrefixT, StateT]):
     """A model on its devices, serving `max_concurrent_decodes` requests together."""
 
@@ -295,6 +314,11 @@ class Engine(Protocol[ParamsT, PrefixT, StateT]):
         ...
 
     @property
+    def max_adapters(self) -> int:
+        """Adapters that the devices hold at once; 0: none are served."""
+        ...
+
+    @property
     def devices(self) -> Iterable[Device]:
         """What it runs on."""
         ...
@@ -309,6 +333,15 @@ class Engine(Protocol[ParamsT, PrefixT, StateT]):
 
     def warm_up(self, params: ParamsT, decode_state: StateT) -> StateT:
         """Compiles every program of serving; slots are empty before and after."""
+        ...
+
+    def read_adapter(self, path: str) -> Adapter:
+        """An adapter from disk or the hub; from any thread, takes its time. Raises RefusedError."""
+        ...
+
+    def put_adapter(self, params: ParamsT, index: int, adapter: Any) -> ParamsT:
+        """An adapter that `read_adapter` gave onto the devices, at an index from 1 to `max_adapters`, whatever was
+        there: no text that is computed may use it. The parameters are donated as far as they change."""
         ...
 
     def prefill(self, params: ParamsT, decode_state: StateT, pieces: Sequence[Piece]) -> PrefixT:

@@ -7,6 +7,8 @@ from .errors import RefusedError
 
 TILE = 128
 """The cache's rows are a multiple of it (tokens)."""
+MAX_RANK = 128
+"""Of adapters."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,7 +67,17 @@ class EngineConfig:
     quantize_exclude: tuple[str, ...] = ("lm_head",)
     """Modules that keep their weights as they are, by patterns such as `*.down_proj`; in all layers alike."""
 
+    max_adapters: int = 0
+    """LoRA adapters that the devices hold at once, for requests that name one (count). 0: none are served."""
+
+    max_adapter_rank: int = 16
+    """The largest rank of an adapter, which each one's place on the devices has room for (1 to 128)."""
+
     def __post_init__(self) -> None:
+        if self.max_adapters < 0:
+            raise RefusedError(f"max_adapters={self.max_adapters} must be 0 (none) or more")
+        if not 1 <= self.max_adapter_rank <= MAX_RANK:
+            raise RefusedError(f"max_adapter_rank={self.max_adapter_rank} must be from 1 to {MAX_RANK}")
         if self.quantize_block not in (None, 32, 64, 128):
             raise RefusedError(f"quantize_block={self.quantize_block} must be 32, 64 or 128")
         if self.quantize_activations != "none" and self.quantize_weights not in ("auto", "int8"):

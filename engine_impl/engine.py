@@ -28,10 +28,13 @@ from jax.sharding import Mesh
 from .. import kernels
 from ..cache_manager import KV
 from . import api, forward
+from .adapters.peft_folder import adapter_folder, read_adapter
+from .adapters.sites import adapt, sites_of
+from .adapters.stacks import AdapterPlaces, AdapterWeights
 from .api import Allowed, Opening, Piece
 from .checkpoints.contract import Checkpoint
 from .config import EngineConfig
-from .errors import PieceError
+from .errors import PieceError, RefusedError
 from .forward import LayerLoop, Params
 from .layout import chunk_of, layout_of
 from .models.decoder import Decoder
@@ -43,17 +46,26 @@ from .sampling.slots import SlotSampling
 from .shapes import Shapes
 from .state import DecodeState, Prefix, StepResult
 from .text.tokenizer import Tokenizer
-from .weights.load import load_params
+from .weights.load import load_params, needed_shapes
 
 
 class Engine:
     """A model on a mesh, serving `slots` requests together. Nothing on it changes after it is built."""
 
     def __init__(
-        self, model: Decoder, mesh: Mesh, config: EngineConfig, dtype: jnp.dtype, tokenizer: Tokenizer, model_name: str
+        self,
+        model: Decoder,
+        mesh: Mesh,
+        config: EngineConfig,
+        dtype: jnp.dtype,
+        tokenizer: Tokenizer,
+        model_name: str,
+        kv_heads: int | None = None,
     ) -> None:
         """`model` may be on the meta device; its kv heads must be a multiple of the mesh's size (see `loading`). Its
-        linear modules are swapped here if the config asks for quantised weights.
+        linear modules are swapped here if the config asks for quantised weights, and adapted if it asks for adapters.
+
+        `kv_heads`: as checkpoints and adapters have them; default: the model's.
 
         Raises RefusedError for a cache or a chunk that is not whole pages.
         """
@@ -63,11 +75,19 @@ class Engine:
         self.layer_loop: LayerLoop = forward.layer_loop_for(platform)
         backend = kernels.backend_for(platform)
         self.layout = layout_of(config, model.config, mesh, dtype)
+        sites = sites_of(model, mesh) if config.max_adapters else ()
         quantize(model, config, dtype, mesh, backend)
+        adapt(model, sites)
         self.model = model
         """The modules, with their linear ones as quantisation left them; they hold no weights."""
-        self._tokenizer = tokenizer
-        self.programs = Programs(model, mesh, self.layout, backend)
+        self._tokenizer, self._kv_heads = tokenizer, kv_heads or model.config.num_kv_heads
+        self.adapter_places: AdapterPlaces | None = None
+        """Of the adapters that the devices hold; None: there are none."""
+        if config.max_adapters:
+            self.adapter_places = AdapterPlaces(
+                sites, len(model.layers), config.max_adapters, config.max_adapter_rank, mesh, dtype
+            )
+        self.programs = Programs(model, mesh, self.layout, backend, has_adapters=config.max_adapters > 0)
         """The device programs as functions: for whoever calls one within a program of his own."""
         self.jitted = self.programs.jitted()
         """The same, as they are run: for whoever lowers them."""
@@ -80,6 +100,7 @@ class Engine:
             page_rows=self.layout.page_rows,
             chunk=chunk_of(config, self.layout, self.max_prefill_length, platform),
             platform=platform,
+            has_adapters=config.max_adapters > 0,
         )
 
     def twin(self, programs: Programs | None = None, layer_loop: LayerLoop | None = None) -> "Engine":
@@ -152,7 +173,31 @@ class Engine:
 
     def load_params(self, checkpoint: Checkpoint) -> Params:
         """Read the weights onto the mesh. Raises RefusedError when the checkpoint does not fit the model."""
-        return load_params(self.model, checkpoint, self.mesh, self.layout.dtype, self.layer_loop)
+        params = load_params(self.model, checkpoint, self.mesh, self.layout.dtype, self.layer_loop)
+        if self.adapter_places is None:
+            return params
+        return params | {"adapters": self.adapter_places.empty(self.layer_loop)}
+
+    @property
+    def max_adapters(self) -> int:
+        """Adapters that the devices hold at once."""
+        return 0 if self.adapter_places is None else self.adapter_places.count
+
+    def read_adapter(self, path: str) -> AdapterWeights:
+        """A PEFT folder's, or a hub id's, into the host's memory; from any thread.
+
+        Raises RefusedError for one that does not fit the model or its place, and where there are no places.
+        """
+        if self.adapter_places is None:
+            raise RefusedError("there are no adapters; serve with --max-adapters N")
+        shapes = needed_shapes(self.model, self._kv_heads)
+        return read_adapter(adapter_folder(path), self.model, shapes, self._kv_heads, self.adapter_places)
+
+    def put_adapter(self, params: Params, index: int, adapter: AdapterWeights) -> Params:
+        """An adapter onto the devices, at `index` (from 1 to `max_adapters`), whatever was there. The adapters of
+        `params` are donated: hold what it gives."""
+        assert self.adapter_places is not None
+        return params | {"adapters": self.adapter_places.with_adapter(params["adapters"], index, adapter)}
 
     def init_decode_state(self) -> DecodeState:
         """All slots empty."""

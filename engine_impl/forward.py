@@ -14,6 +14,7 @@ from torch import nn
 
 from ..cache_manager import KV
 from . import bridge
+from .adapters import sites
 from .attention import Attend
 from .models.decoder import Decoder
 from .sampling.logprobs import Logprobs, prompt_logprobs
@@ -23,7 +24,7 @@ LayerLoop = Literal["scan", "unrolled"]
 
 Params = dict[str, Any]
 """`embed_tokens`, `norm`, `lm_head`: {parameter name: array}; `layers`: the same with all layers stacked ("scan"), or a
-tuple with one such dict a layer ("unrolled").
+tuple with one such dict a layer ("unrolled"). `adapters`, where there may be some: likewise, see adapters/stacks.py.
 
 A scan hands each layer its slice of the stacks. Modules that read the stack themselves (`reads_stack`) get all of it
 and, as `layer`, the layer's number; where nothing is stacked, that is 0."""
@@ -72,15 +73,22 @@ class Prefilled(NamedTuple):
     """of the tokens behind theirs, [N T] each; 0 where nobody asks"""
 
 
-def decode(model: Decoder, params: Params, token_B: jax.Array, length_B: jax.Array, attend: Attend) -> Decoded:
-    """One token a slot, at position `length`."""
-    x_BD, new_LBKC = _layers(model, params, token_B, length_B, attend)
+def decode(
+    model: Decoder,
+    params: Params,
+    token_B: jax.Array,
+    length_B: jax.Array,
+    attend: Attend,
+    adapter_B: jax.Array | None = None,
+) -> Decoded:
+    """One token a slot, at position `length`. `adapter_B` as in DecodeState."""
+    x_BD, new_LBKC = _layers(model, params, token_B, length_B, attend, adapter_B)
     return Decoded(logits(model, params, x_BD), new_LBKC)
 
 
 def prefill(model: Decoder, params: Params, pieces: PieceBatch, attend: Attend, mesh: Mesh) -> Prefilled:
     """Padded pieces of texts, at the positions from `start` on."""
-    x_RD, kv = _layers(model, params, *_rows(pieces), attend)
+    x_RD, kv = _layers(model, params, *_rows(pieces), attend, pieces.adapter_R)
     logits_NV = logits(model, params, _last(x_RD, pieces))
     return Prefilled(logits_NV, kv, _next_logprobs(model, params, x_RD, pieces, mesh))
 
@@ -93,11 +101,15 @@ def carry(
     pieces: PieceBatch,
     attend: Attend,
     mesh: Mesh,
+    adapter_B: jax.Array | None = None,
 ) -> tuple[Decoded, Prefilled]:
     """`decode` and `prefill` in one pass over the weights; `attend` is that of both."""
     B, (token_R, position_R) = token_B.shape[0], _rows(pieces)
     token_R, position_R = jnp.concatenate([token_B, token_R]), jnp.concatenate([length_B, position_R])
-    x_RD, (new_LBKC, kv) = _layers(model, params, token_R, position_R, attend)
+    adapter_R = pieces.adapter_R
+    if adapter_B is not None and adapter_R is not None:
+        adapter_R = jnp.concatenate([adapter_B, adapter_R])
+    x_RD, (new_LBKC, kv) = _layers(model, params, token_R, position_R, attend, adapter_R)
     x_BD, x_RD = x_RD[:B], x_RD[B:]
     logits_MV = logits(model, params, jnp.concatenate([x_BD, _last(x_RD, pieces)]))
     told = _next_logprobs(model, params, x_RD, pieces, mesh)
@@ -122,15 +134,36 @@ def _next_logprobs(model: Decoder, params: Params, x_RD: jax.Array, pieces: Piec
     return prompt_logprobs(x_RD, next_R, pieces.asked, lambda some_RD: logits(model, params, some_RD), mesh)
 
 
-def _layers(model: Decoder, params: Params, token_R, position_R, attend: Attend) -> tuple[jax.Array, Any]:
+def _layers(
+    model: Decoder, params: Params, token_R, position_R, attend: Attend, adapter_R: jax.Array | None
+) -> tuple[jax.Array, Any]:
     """The residual stream behind the last layer, and each layer's k, v in the form to be stored.
 
-    Layers differ in their weights, in how far back they see and in their rope. Under a scan all three are selected by
-    the layer's number; unrolled, a layer is traced once for each way of seeing.
+    Where there are adapters the loop is there twice: rows of which none has one do not pay for those that there are.
     """
     x_RD = bridge.run(model.embed_tokens, params["embed_tokens"], token_R)
     x_RD = bridge.run(model.after_embedding, {}, x_RD)
     ropes = bridge.run(model.rope, {}, position_R)
+    layers = params["layers"]
+    if adapter_R is None:
+        return _walk(model, layers, x_RD, ropes, attend, {})
+    stacks = params["adapters"]
+    both = layers | stacks if isinstance(layers, dict) else tuple(map(dict.__or__, layers, stacks))
+    return jax.lax.cond(
+        (adapter_R > 0).any(),
+        lambda: _walk(model, both, x_RD, ropes, attend, sites.of_rows(model.layers[0], adapter_R)),
+        lambda: _walk(model, layers, x_RD, ropes, attend, sites.of_nobody(model.layers[0])),
+    )
+
+
+def _walk(
+    model: Decoder, layers: Any, x_RD: jax.Array, ropes: Any, attend: Attend, of_all: dict[str, jax.Array]
+) -> tuple[jax.Array, Any]:
+    """The layer loop itself. `of_all`: arrays that all layers take alike.
+
+    Layers differ in their weights, in how far back they see and in their rope. Under a scan all three are selected by
+    the layer's number; unrolled, a layer is traced once for each way of seeing.
+    """
     kind_of_layer, rope_of_layer = attend.kind_of_layer, model.config.rope_of_layer
 
     def layer(x_RD, weights, index, kind, rope):
@@ -140,15 +173,17 @@ def _layers(model: Decoder, params: Params, token_R, position_R, attend: Attend)
         x_RD, k_RKH, v_RKH = bridge.run(model.layers[0], weights, x_RD, rope, attend_layer)
         return x_RD, attend.stored(k_RKH, v_RKH)
 
-    if isinstance(params["layers"], dict):
+    if isinstance(layers, dict):
         readers = stack_readers(model.layers[0])
-        whole = {name: stack for name, stack in params["layers"].items() if name.startswith(readers)}
-        sliced = {name: stack for name, stack in params["layers"].items() if name not in whole}
+        whole = {
+            name: stack for name, stack in layers.items() if name.startswith(readers) and not sites.is_of_adapters(name)
+        }
+        sliced = {name: stack for name, stack in layers.items() if name not in whole}
         ropes_stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *ropes) if len(ropes) > 1 else None
 
         def step(x_RD, of_layer):
             weights, index, kind, which = of_layer
-            weights = {**weights, **whole, **numbered(model.layers[0], index)}
+            weights = {**weights, **whole, **of_all, **numbered(model.layers[0], index)}
             rope = ropes[0] if ropes_stacked is None else jax.tree.map(lambda leaves: leaves[which], ropes_stacked)
             return layer(x_RD, weights, index, kind, rope)
 
@@ -157,8 +192,8 @@ def _layers(model: Decoder, params: Params, token_R, position_R, attend: Attend)
 
     layer = jax.jit(layer, static_argnums=3)  # XLA inlines the calls, so a layer's index is a constant again
     per_layer = []
-    for index, weights in enumerate(params["layers"]):
-        weights = {**weights, **numbered(model.layers[0], jnp.int32(0))}
+    for index, weights in enumerate(layers):
+        weights = {**weights, **of_all, **numbered(model.layers[0], jnp.int32(0))}
         x_RD, kv = layer(x_RD, weights, jnp.int32(index), kind_of_layer[index], ropes[rope_of_layer[index]])
         per_layer.append(kv)
     return x_RD, jax.tree.map(lambda *of_layers: jnp.stack(of_layers), *per_layer)

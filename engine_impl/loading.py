@@ -96,7 +96,7 @@ def build_engine(
             f"{checkpoint.name} has {len(tokenizer.stop_ids)} stop tokens, more than {MAX_MODEL_STOP_IDS}; "
             "list fewer as eos_token_id in its generation_config.json"
         )
-    engine = Engine(model, mesh, config, dtype, tokenizer, config.model)
+    engine = Engine(model, mesh, config, dtype, tokenizer, config.model, shape.num_kv_heads)
     log.info(
         "%d slots, requests of up to %d tokens, a cache of %d tokens (%d MiB), prompts in chunks of %d",
         engine.max_concurrent_decodes,

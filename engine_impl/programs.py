@@ -59,6 +59,8 @@ class Programs:
     mesh: Mesh
     layout: CacheLayout
     backend: Backend
+    has_adapters: bool
+    """whether slots and pieces carry an adapter's index"""
 
     @property
     def cache_length(self) -> int:
@@ -90,7 +92,7 @@ class Programs:
         cache = self.store(state.cache, new, rows.length_N, rows.is_live_N & (token_N >= 0), page_NJ)
         token_B = state.token_B.at[slot_N].set(token_N, mode="drop")
         length_B = state.length_B.at[slot_N].set(rows.length_N + rows.is_live_N, mode="drop")
-        return DecodeState(cache, token_B, length_B, state.sampling, count_BV), told, prefix
+        return DecodeState(cache, token_B, length_B, state.sampling, count_BV, state.adapter_B), told, prefix
 
     def generate(
         self, params: Params, state: DecodeState, slot_N: jax.Array, page_NJ: jax.Array, mask: Mask
@@ -146,7 +148,8 @@ class Programs:
             return jnp.where(is_live, of(values_B), otherwise)
 
         sampling = jax.tree.map(of_live, state.sampling, SlotSampling.of(GREEDY))
-        return Rows(slot_N, is_live_N, of(state.token_B), length_N, sampling)
+        adapter_N = None if state.adapter_B is None else of_live(state.adapter_B, jnp.int32(0))
+        return Rows(slot_N, is_live_N, of(state.token_B), length_N, sampling, adapter_N)
 
     # A text
 
@@ -177,7 +180,8 @@ class Programs:
         slots = self.layout.slots
         nothing_B = jnp.zeros((slots,), jnp.int32)
         count_BV = jnp.zeros((slots, self.model.config.vocab_size), jnp.uint16)
-        return DecodeState(self.empty_cache(), nothing_B, nothing_B, SlotSampling.greedy(slots), count_BV)
+        adapter_B = nothing_B if self.has_adapters else None
+        return DecodeState(self.empty_cache(), nothing_B, nothing_B, SlotSampling.greedy(slots), count_BV, adapter_B)
 
     def insert(self, prefix: Prefix, state: DecodeState, slot_N: jax.Array, page_NJ: jax.Array) -> DecodeState:
         """Pieces into their texts' pages; complete texts into their slots too."""
@@ -191,6 +195,7 @@ class Programs:
             into(state.length_B, prefix.start_N + prefix.count_N),
             jax.tree.map(into, state.sampling, prefix.sampling),
             into(state.count_BV, prefix.count_NV),
+            jax.tree.map(into, state.adapter_B, prefix.adapter_N),
         )
 
     # The cache
@@ -206,7 +211,7 @@ class Programs:
     def decode(self, params: Params, cache: KV, rows: Rows, page_NJ: jax.Array) -> Decoded:
         """The model on each slot's last token."""
         attend = self.attend(cache, rows.length_N, page_NJ)
-        return forward.decode(self.model, params, rows.token_N, rows.length_N, attend)
+        return forward.decode(self.model, params, rows.token_N, rows.length_N, attend, rows.adapter_N)
 
     def decode_and_prefill(
         self, params: Params, cache: KV, rows: Rows, page_NJ: jax.Array, pieces: PieceBatch
@@ -214,7 +219,9 @@ class Programs:
         """`decode` and `prefill` in one pass over the weights."""
         step, chunk = self.attend(cache, rows.length_N, page_NJ), self._attend_pieces(cache, pieces)
         attend = attend_both(step, chunk, rows.slot_N.shape[0])
-        decoded, prefilled = forward.carry(self.model, params, rows.token_N, rows.length_N, pieces, attend, self.mesh)
+        decoded, prefilled = forward.carry(
+            self.model, params, rows.token_N, rows.length_N, pieces, attend, self.mesh, rows.adapter_N
+        )
         return decoded, self._prefix(pieces, prefilled)
 
     def store(self, cache: KV, new: Any, length_N: jax.Array, live_N: jax.Array, page_NJ: jax.Array) -> KV:
@@ -251,19 +258,24 @@ class Programs:
             token_N=jnp.full((N,), -1, jnp.int32),
             sampling=SlotSampling.greedy(N),
             count_NV=jnp.zeros((N, V), jnp.uint16),
+            adapter_N=pieces.adapter_N,
         )
 
     def state_sharding(self) -> DecodeState:
         """A sharding for each array of a state."""
         everywhere, rows = self.everywhere, self._vocabulary
-        return DecodeState(self.cache_sharding(), everywhere, everywhere, self._sampling, self._at(None, *rows))
+        adapters = everywhere if self.has_adapters else None
+        return DecodeState(
+            self.cache_sharding(), everywhere, everywhere, self._sampling, self._at(None, *rows), adapters
+        )
 
     def prefix_sharding(self) -> Prefix:
         """A sharding for each array of a prefix: where `insert` takes it."""
         everywhere, v = self.everywhere, self._at(None, *self._vocabulary)
         kv = self.layout.shardings(self.mesh)[1]
+        adapters = everywhere if self.has_adapters else None
         told = everywhere, everywhere, everywhere
-        return Prefix(kv, everywhere, everywhere, v, *told, everywhere, self._sampling, v)
+        return Prefix(kv, everywhere, everywhere, v, *told, everywhere, self._sampling, v, adapters)
 
     @property
     def everywhere(self) -> Any:

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 import jax
 import numpy as np
 
+from .adapters.stacks import AdapterWeights
 from .api import Opening, Piece
 from .engine import Engine
 from .errors import RefusedError
@@ -29,11 +30,17 @@ class Session:
     def __init__(self, engine: Engine, params: Params) -> None:
         self.engine, self.params = engine, params
         self.state: DecodeState = engine.init_decode_state()
+        self.adapter = 0
+        """Index of the adapter that texts begin with; 0 is none."""
         self.slots: list[int] = []
         """Those in use, in the order of a step's results."""
         slots = min(engine.max_concurrent_decodes, engine.pages // engine.pages_per_slot)
         self.page_BJ = np.arange(slots * engine.pages_per_slot, dtype=np.int32).reshape(slots, engine.pages_per_slot)
         """The page table, of as many slots as the pool has pages for."""
+
+    def use_adapter(self, adapter: AdapterWeights) -> None:
+        """It changes the model for all texts from now on; the engine has a place for it."""
+        self.params, self.adapter = self.engine.put_adapter(self.params, 1, adapter), 1
 
     def prefill(self, slot: int, token_ids: Sequence[int], next_id: int | None = None) -> Iterator[Prefix]:
         """A text for a slot, piece by piece. A piece is stored when the next one is asked for; the last is left to
@@ -64,6 +71,7 @@ class Session:
                 page_J=self.page_BJ[slot],
                 next_id=token_ids[end] if end < len(token_ids) else -1 if next_id is None else next_id,
                 logprobs=None if next_id is None else 0,
+                adapter=self.adapter,
             )
             prefix = self.engine.prefill(self.params, self.state, [piece])
             yield prefix

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -22,10 +22,23 @@ BURST = (2, 8, 64)
 """Short texts that are prefilled together, by platform: how many at least and at most, and the longest (tokens). On a
 CPU each row costs its multiplications, padding too. SmolLM2-135M on two cores, ms of CPU time: a text of 32 tokens
 alone 108, eight in 8 x 64 rows 642."""
-CARRIED = {"tpu": (32, 256)}
-"""The smallest step that carries a piece along, and the shortest padded length of one that it carries, by platform:
-(slots, tokens). Where none is named a piece and a step are two programs, as they take no less time together. Numbers:
-docs/tpu-evidence.md, benchmarks/README.md."""
+
+
+class Carried(NamedTuple):
+    """Which steps carry a piece of a prompt along."""
+
+    slots: int
+    """the smallest step that does; what is smaller is padded"""
+    shortest: int
+    """padded length of a piece (tokens), likewise"""
+    longest: int
+    """likewise; longer ones are prefilled, with a step behind"""
+
+
+CARRIED = {"tpu": Carried(32, 256, 1024)}
+"""By platform: where both take so much less time together than one behind the other that their programs are worth their
+compilation (docs/tpu-evidence.md). CPUs' are not: short pieces gain most, and each of their programs takes longer to
+compile than any other (benchmarks/README.md). GPUs were not measured."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +51,9 @@ class Shapes:
     chunk: int
     """most tokens of a piece"""
     platform: str = "cpu"
+    has_adapters: bool = False
+    carried: Carried | None = None
+    """instead of the platform's, for tests and benchmarks"""
 
     @property
     def prefills(self) -> tuple[tuple[int, int], ...]:
@@ -64,11 +80,12 @@ class Shapes:
     @property
     def carries(self) -> tuple[tuple[int, int], ...]:
         """(slots of a step, tokens of the piece that it carries along), the smallest first."""
-        if self.platform not in CARRIED:
+        carried = self.carried or CARRIED.get(self.platform)
+        if carried is None or self.slots == 1:
             return ()
-        fewest, shortest = CARRIED[self.platform]
-        sizes = [size for size in self.steps if size >= min(fewest, self.slots)]
-        lengths = [tokens for pieces, tokens in self.prefills if pieces == 1 and tokens >= min(shortest, self.chunk)]
+        sizes = [size for size in self.steps if size >= min(carried.slots, self.slots)]
+        shortest, longest = min(carried.shortest, self.chunk), carried.longest
+        lengths = [tokens for pieces, tokens in self.prefills if pieces == 1 and shortest <= tokens <= longest]
         return tuple((size, tokens) for size in sizes for tokens in lengths)
 
     def carry_of(self, slots: int, lengths: Sequence[int]) -> tuple[int, int] | None:
@@ -84,19 +101,22 @@ class Shapes:
         """
         N, T = shape or self.prefill_of([len(piece.token_T) for piece in pieces])
         token_NT, next_NT = np.zeros((N, T), np.int32), np.full((N, T), -1, np.int32)
-        start_N, count_N = np.zeros(N, np.int32), np.zeros(N, np.int32)
+        start_N, count_N, adapter_N = np.zeros((3, N), np.int32)
         for n, piece in enumerate(pieces):
             if piece.start % self.page_rows:
                 raise PieceError(f"{piece.start=} must be a multiple of page_rows={self.page_rows}")
-            start_N[n], count_N[n] = piece.start, len(piece.token_T)
+            start_N[n], count_N[n], adapter_N[n] = piece.start, len(piece.token_T), piece.adapter
             token_NT[n, : count_N[n]] = piece.token_T
             if piece.logprobs is not None:
                 next_NT[n, : count_N[n]] = [*piece.token_T[1:], piece.next_id]
         page_NJ = np.zeros((N, self.pages_per_slot), np.int32)
         for n, piece in enumerate(pieces):
             page_NJ[n, : len(piece.page_J)] = piece.page_J
-        asked = np.int32(max(piece.logprobs or 0 for piece in pieces))
-        arrays: Any = token_NT, start_N, count_N, next_NT, asked, page_NJ
+        asked, adapters = (
+            np.int32(max(piece.logprobs or 0 for piece in pieces)),
+            adapter_N if self.has_adapters else None,
+        )
+        arrays: Any = token_NT, start_N, count_N, next_NT, asked, page_NJ, adapters
         return PieceBatch(*arrays)
 
     def step(self, slot_N: np.ndarray) -> np.ndarray:

@@ -16,6 +16,8 @@ from jax.sharding import Mesh
 
 from ..cache_manager import CacheLayout, codec_for
 from ..kernels import backend_for, is_xla
+from .adapters.sites import sites_of
+from .adapters.stacks import AdapterPlaces
 from .attention import stored_head_dim
 from .config import TILE, EngineConfig
 from .forward import layer_loop_for
@@ -108,15 +110,17 @@ class Demand:
         outputs = sum(module.out_features for module in layer if isinstance(module, Linear))
         outputs += sum(chosen * module.weight.shape[-1] for module in layer if isinstance(module, ExpertLinear))
         width = next(parameter.shape[1] for parameter in model.embed_tokens.parameters())
+        sites = sites_of(model, mesh)
         quantize(model, config, dtype, mesh, backend)
+        loop = layer_loop_for(platform)
+        places = AdapterPlaces(sites, shape.num_layers, config.max_adapters, config.max_adapter_rank, mesh, dtype)
         tile = CacheLayout(
             layers=shape.num_layers, slots=1, pages=1, kv_heads=shape.num_kv_heads, length=TILE, page_rows=TILE,
             head_dim=stored_head_dim(shape.head_dim, backend), dtype=dtype, codec=codec_for(config.quantize_kv),
         )  # fmt: skip
         self.is_xla = is_xla(backend)
-        self.weights_bytes = device_bytes(
-            jax.tree.leaves(weights.abstract_params(model, mesh, dtype, layer_loop_for(platform)))
-        )
+        params = weights.abstract_params(model, mesh, dtype, loop)
+        self.weights_bytes = device_bytes(jax.tree.leaves((params, places.abstract(loop))))
         self.row_bytes = tile.bytes // TILE // mesh.size
         """A token in the cache of all layers."""
         self._token_bytes = (STREAM_COPIES * width + LAYER_COPIES * outputs // mesh.size) * dtype.itemsize

@@ -22,6 +22,13 @@ class PieceBatch(NamedTuple):
     """how many of the likeliest tokens are asked for in their place, at most"""
     page_NJ: jax.Array
     """the texts' rows of the page table"""
+    adapter_N: jax.Array | None = None
+    """as in DecodeState"""
+
+    @property
+    def adapter_R(self) -> jax.Array | None:
+        """i32, each token's; None where there are no adapters."""
+        return None if self.adapter_N is None else jnp.repeat(self.adapter_N, self.token_NT.shape[1])
 
     @property
     def position_NT(self) -> jax.Array:
@@ -54,6 +61,8 @@ class Prefix:
     """[N] each, what it was chosen by"""
     count_NV: jax.Array
     """u16, what the texts have, see penalties.py; made for texts with a penalty"""
+    adapter_N: jax.Array | None = None
+    """i32, as in DecodeState"""
 
 
 @jax.tree_util.register_dataclass
@@ -71,6 +80,8 @@ class DecodeState:
     """[B] each"""
     count_BV: jax.Array
     """u16, what the cached tokens are, see penalties.py; up to date for slots with a penalty"""
+    adapter_B: jax.Array | None = None
+    """i32, the adapter that changes the model for the slot, 0 is none; None where there are no adapters"""
 
 
 @jax.tree_util.register_dataclass
@@ -88,6 +99,8 @@ class Rows:
     """i32, as in DecodeState; 0 where there is no slot"""
     sampling: SlotSampling
     """[N] each; greedy where no token is chosen, so that it asks nothing of the sampler"""
+    adapter_N: jax.Array | None = None
+    """i32, as in DecodeState; 0 where no token is chosen"""
 
 
 @jax.tree_util.register_dataclass

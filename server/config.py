@@ -37,6 +37,10 @@ class SecurityConfig:
     """A file of tokens, one a line; requests must bring one as `authorization: Bearer TOKEN`, or are UNAUTHENTICATED.
     Health checks need none. The file is read again when it changes."""
 
+    admin_token_file: Path | None = None
+    """A file of tokens, one a line, likewise: who brings one may load and unload adapters. Default: whoever asks from
+    this machine, if no other can reach the server."""
+
     max_streams_per_client: int | None = None
     """Answers that one client may have under way (requests); beyond it RESOURCE_EXHAUSTED. A client is a token, or
     without tokens a network address. Default: no limit."""
@@ -115,6 +119,38 @@ class ChatConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class AdaptersConfig:
+    """LoRA adapters that requests may name; --max-adapters of them are on the devices at once, the others wait."""
+
+    adapters: tuple[str, ...] = ()
+    """Adapters that are loaded when the server starts (NAME=PATH, several with blanks between): folders as PEFT writes
+    them, or hub ids."""
+
+    adapter_dir: Path | None = None
+    """A folder below which callers may load adapters from while the server runs. Default: they may load none."""
+
+    def __post_init__(self) -> None:
+        names = list(self.named)
+        if len(names) < len(self.adapters):
+            raise RefusedError(f"adapters has a name twice, of {', '.join(names)}; give each a name of its own")
+
+    @property
+    def named(self) -> dict[str, str]:
+        """{name: path}. Raises RefusedError."""
+        named: dict[str, str] = {}
+        for entry in self.adapters:
+            name, _, path = entry.partition("=")
+            if not (name and path):
+                raise RefusedError(f"adapters={entry!r} must be NAME=PATH")
+            named[name] = path
+        return named
+
+    @property
+    def asks_for_some(self) -> bool:
+        return bool(self.adapters) or self.adapter_dir is not None
+
+
+@dataclass(frozen=True, kw_only=True)
 class ServerConfig:
     """Where the server listens, how much it lets wait, how it stops."""
 
@@ -165,6 +201,7 @@ class ServerConfig:
     probe_timeout_s: Annotated[float, flag("probe-timeout")] = 30.0
     """How long that may take (seconds); more than a step and a chunk of a prompt (--prefill-chunk) take."""
 
+    lora: AdaptersConfig = field(default_factory=AdaptersConfig)
     chat: ChatConfig = field(default_factory=ChatConfig)
     security: SecurityConfig = field(default_factory=SecurityConfig)
     watch: WatchConfig = field(default_factory=WatchConfig)

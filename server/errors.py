@@ -25,6 +25,14 @@ class CancelledError(Exception):
     """The caller left, so nobody reads this: CANCELLED on the wire."""
 
 
+class UnknownModelError(Exception):
+    """A model or an adapter is asked for that is not served: NOT_FOUND on the wire."""
+
+
+class DeniedError(Exception):
+    """The caller may not do this: PERMISSION_DENIED on the wire."""
+
+
 class FailedError(Exception):
     """The engine failed while it worked on the request: INTERNAL on the wire."""
 

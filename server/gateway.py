@@ -2,7 +2,7 @@
 
 import asyncio
 import secrets
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, contextmanager
 from enum import Enum
@@ -11,11 +11,13 @@ from typing import Any, TypeVar
 
 from ..engine_impl.api import AnyEngine
 from ..engine_impl.errors import RefusedError
+from .adapters.store import AdapterStore
 from .delivery.mailbox import Batch, Mailbox
 from .errors import CancelledError, DeadlineError, UnavailableError
 from .observe.logs import log_prompt
 from .observe.traces import Header, Traces
-from .request.request import Event, FinishReason, Request
+from .request.adapter import LoadedAdapter
+from .request.request import NO_ADAPTERS, Event, FinishReason, Request
 from .scheduler.orchestrator import Orchestrator
 
 REQUEST_ID = "x-request-id"
@@ -63,10 +65,17 @@ THREADS = {Lane.TEXT: 4, Lane.CHAT: 4, Lane.GRAMMAR: 4, Lane.LONG: 1}
 class Gateway:
     """One server's, of one event loop. Refuses with UnavailableError until `open()`."""
 
-    def __init__(self, on_call: Callable[[], object] = lambda: None, traces: Traces | None = None) -> None:
-        """`on_call` is told of every call that begins; `traces` of every request that is admitted, if there are any."""
+    def __init__(
+        self,
+        on_call: Callable[[], object] = lambda: None,
+        traces: Traces | None = None,
+        adapters: AdapterStore | None = None,
+    ) -> None:
+        """`on_call` is told of every call that begins; `traces` of every request that is admitted, if there are any.
+        `adapters`: those that requests may name; default: none."""
         self.calls = 0
         """Calls that are being answered."""
+        self.adapters = adapters or AdapterStore()
         self._on_call, self._traces = on_call, traces
         self._served: tuple[AnyEngine, Orchestrator[Any, Any, Any]] | None = None
         self._closed = "the model is still loading; try again later"
@@ -80,6 +89,7 @@ class Gateway:
     def close(self, reason: str) -> None:
         """From now on new requests are refused; those in flight go on."""
         self._served, self._closed = None, reason
+        self.adapters.close()
         for lane in self._lanes.values():
             lane.shutdown(wait=False)
 
@@ -91,6 +101,19 @@ class Gateway:
     def engine(self) -> AnyEngine:
         """Raises UnavailableError while the gateway is closed."""
         return self._open()[0]
+
+    @property
+    def open_adapters(self) -> AdapterStore:
+        """For whoever loads or unloads. Raises UnavailableError while the gateway is closed, RefusedError where there
+        are no adapters."""
+        if not self.engine.max_adapters:
+            raise RefusedError(NO_ADAPTERS)
+        return self.adapters
+
+    @property
+    def adapters_on_devices(self) -> Collection[LoadedAdapter]:
+        """Raises UnavailableError while the gateway is closed."""
+        return self._open()[1].adapters_on_devices
 
     @contextmanager
     def call(self) -> Iterator[None]:
@@ -118,7 +141,8 @@ class Gateway:
             client: who asks; clients take turns.
             header: what the caller sent beside it, by name; asked for where requests are traced.
 
-        Raises what `read` raises, UnavailableError, QueueFullError, and DeadlineError for one that has passed already.
+        Raises what `read` raises, UnavailableError, QueueFullError, UnknownModelError, and DeadlineError for one that
+        has passed already, or does while an adapter is being loaded.
         """
         engine, orchestrator = self._open()
         orchestrator.check_room(client)
@@ -135,6 +159,8 @@ class Gateway:
                 )
         for request in requests:
             request.client = client
+            if request.adapter_name:
+                request.adapt(await self.adapters.get(request.adapter_name, request.deadline))
             if self._traces is not None:
                 request.trace = self._traces.begin(header)
             log_prompt(request.id, request.prompt_ids, engine.get_tokenizer())

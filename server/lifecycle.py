@@ -23,10 +23,13 @@ from ..engine_impl.api import AnyEngine
 from ..engine_impl.errors import RefusedError
 from ..engine_impl.runtime import timeline
 from ..engine_impl.runtime.compilations import programs
+from .adapters.store import AdapterStore
 from .address import join_address
 from .config import ServerConfig
 from .errors import UnavailableError
 from .gateway import Gateway
+from .grpc import adapters
+from .grpc.adapters import AdapterService
 from .grpc.interceptors import interceptors
 from .grpc.service import JETSTREAM_SERVICE, SERVICE, GrpcService, add_to
 from .http.server import HttpServer
@@ -91,10 +94,12 @@ class Serving:
         if config.watch.profile is not None:
             self.profile = Profile(config.watch.profile, config.watch.profile_s)
         self._traces = None if config.watch.otlp_endpoint is None else Traces(config.watch.otlp_endpoint)
+        self.adapters = AdapterStore(config.lora.adapter_dir)
         on_call = (lambda: None) if self.profile is None else self.profile.on_call
-        self._gateway = Gateway(on_call, self._traces)
-        guard = Guard(config.security)
+        self._gateway = Gateway(on_call, self._traces, self.adapters)
+        guard = Guard(config.security, is_local=config.is_local)
         self._grpc = GrpcService(self._gateway, guard, config.chat)
+        self._adapter_calls = AdapterService(self._gateway, guard)
         self._http = HttpServer(self._gateway, guard, config, lambda: self.is_ready) if config.has_http else None
         self._health = health.aio.HealthServicer()  # pyright: ignore[reportAttributeAccessIssue]
         self._watchers: list[asyncio.Task[None]] = []
@@ -151,6 +156,7 @@ class Serving:
         await self._set_ready(False)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         add_to(self._server, self._grpc)
+        adapters.add_to(self._server, self._adapter_calls)
         names = (SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME)
         reflection.enable_server_reflection(names, self._server)
         check_port_is_free(self._config)
@@ -207,6 +213,9 @@ class Serving:
         engine, params = await in_thread(self._load)
         log.info("loaded %s in %.1f s; compiling", engine.model_name, time.monotonic() - start)
         await in_thread(lambda: dialect_of(engine.get_tokenizer().template_facts, self._config.chat))  # may be refused
+        self.adapters.open(engine.read_adapter, (*self._config.served_model_name, engine.model_name))
+        for name, path in self._config.lora.named.items():
+            await self.adapters.load(name, path)
         loop, ready = asyncio.get_running_loop(), asyncio.Event()
         self.orchestrator = Orchestrator(
             engine,

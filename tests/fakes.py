@@ -149,10 +149,26 @@ class FakeDevice:
         return None
 
 
+@dataclass(frozen=True)
+class FakeAdapter:
+    """Answers count up by more than one: by the number that its path ends with more."""
+
+    path: str
+    rank: int = 4
+    bytes: int = 1 << 20
+    device_bytes: int = 2 << 20
+
+    @property
+    def shift(self) -> int:
+        return int(self.path.rpartition("-")[2])
+
+
 @dataclass
 class FakeState:
     row_PR: np.ndarray
     """The cache: a row is its token; -1 until one is stored."""
+    adapter_B: np.ndarray
+    """Each slot's."""
     token_B: np.ndarray
     """The last token, not in the cache."""
     length_B: np.ndarray
@@ -161,7 +177,7 @@ class FakeState:
     def donate(self) -> "FakeState":
         assert not self.donated, "this state was donated"
         self.donated = True
-        return FakeState(self.row_PR, self.token_B, self.length_B)
+        return FakeState(self.row_PR, self.adapter_B, self.token_B, self.length_B)
 
 
 @dataclass
@@ -233,6 +249,11 @@ class FakeEngine:
     samplings: list[Any] = field(default_factory=list)
     steps: int = 0
     states_made: int = 0
+    max_adapters: int = 0
+    on_read_adapter: Callable[[str], None] = lambda path: None
+    """Called with every adapter's path; may raise, or take its time."""
+    at_index: dict[int, "FakeAdapter"] = field(default_factory=dict)
+    """Adapters on the devices."""
     devices: tuple[FakeDevice, ...] = (FakeDevice(),)
 
     @property
@@ -254,7 +275,21 @@ class FakeEngine:
         self.states_made += 1
         row_PR = np.full((self.pages, self.page_rows), -1)
         token_B, length_B = np.full((2, self.max_concurrent_decodes), -1)
-        return FakeState(row_PR, token_B, length_B)
+        return FakeState(row_PR, np.zeros(self.max_concurrent_decodes, int), token_B, length_B)
+
+    def read_adapter(self, path: str) -> "FakeAdapter":
+        self.on_read_adapter(path)
+        return FakeAdapter(path)
+
+    def put_adapter(self, params: Any, index: int, adapter: "FakeAdapter") -> Any:
+        assert 1 <= index <= self.max_adapters
+        self._call(f"put_adapter {index}")
+        self.at_index[index] = adapter
+        return params
+
+    def shift(self, index: int) -> int:
+        """What the adapter adds to each token beside one."""
+        return 0 if index == 0 else self.at_index[index].shift
 
     def warm_up(self, params: Any, decode_state: FakeState) -> FakeState:
         self.log.append("warm_up")
@@ -290,11 +325,13 @@ class FakeEngine:
         if prefix.times_chosen:
             self._call("first_tokens")
         tokens = []
-        for text, opening in zip(prefix.texts, openings, strict=True):
+        for piece, text, opening in zip(prefix.pieces, prefix.texts, openings, strict=True):
             if opening is not None:
                 assert list(opening.text) == text
                 self.samplings.append(opening.sampling)
             token = -1 if opening is None else self.next_token(text) + 10 * prefix.times_chosen
+            if opening is not None:
+                token += self.shift(piece.adapter)
             if opening is not None and opening.allowed_W is not None:
                 token = nearest_allowed(token, opening.allowed_W)
             tokens.append(token)
@@ -314,6 +351,7 @@ class FakeEngine:
             if slot is not None:
                 assert token >= 0
                 state.token_B[slot], state.length_B[slot] = token, len(text)
+                state.adapter_B[slot] = piece.adapter
         return state
 
     def generate(
@@ -338,6 +376,8 @@ class FakeEngine:
             state.length_B[slot_N] = length_N = length_N + live_N
             next_N = token_N + 1
             next_N[live_N] = self.next_tokens(state, token_N[live_N], length_N[live_N], page_NJ[live_N])
+            if state.adapter_B.any():
+                next_N = next_N + [self.shift(index) for index in state.adapter_B[slot_N]]
             for row, word_W in () if allowed is None else zip(allowed.row_C, allowed.word_CW, strict=True):
                 next_N[row] = nearest_allowed(int(next_N[row]), word_W)
             state.token_B[slot_N[live_N]] = token_NW[live_N, at] = next_N[live_N]

@@ -55,6 +55,7 @@ SUB_ROOMS: dict[str, dict[str, set[str]]] = {
         "models": {"errors"},
         "sampling": {"errors", "option"},
         "checkpoints": {"errors", "models", "text", "runtime"},
+        "adapters": {"errors", "config", "bridge", "models", "checkpoints"},
         "quantization": {"errors", "config", "bridge", "models", "checkpoints"},
         "weights": {"errors", "forward", "models", "checkpoints", "quantization"},
         "compiler": {
@@ -68,6 +69,7 @@ SUB_ROOMS: dict[str, dict[str, set[str]]] = {
     "server": {
         "dialects": set(),
         "request": {"errors", "config", "dialects"},
+        "adapters": {"errors", "request"},
         "net": {"errors", "address", "config"},
         "observe": {"net", "request"},
         "delivery": {"errors", "dialects", "request", "observe"},

@@ -49,7 +49,9 @@ def eager_twin(engine: Engine, form: CacheForm, scatter: Scatter = "indexed") ->
         raise RefusedError(f"the eager baseline has no windows or soft caps as {engine.model_name} needs them")
     if engine.layout.codec != Plain():
         raise RefusedError(f"the eager baseline stores rows as they are, not by {engine.layout.codec=}")
-    programs = EagerPrograms(engine.model, engine.mesh, engine.layout, engine.programs.backend, form, scatter)
+    programs = EagerPrograms(
+        engine.model, engine.mesh, engine.layout, engine.programs.backend, engine.programs.has_adapters, form, scatter
+    )
     return engine.twin(programs, "unrolled" if form == "per_layer" else engine.layer_loop)
 
 

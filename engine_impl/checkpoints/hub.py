@@ -19,6 +19,9 @@ FILES = [
 ]  # fmt: skip
 """What is fetched. Never a pickle."""
 
+ADAPTER_FILES = ["adapter_config.json", "adapter_model.safetensors"]
+"""Of an adapter."""
+
 _ID = re.compile(r"([\w-][\w.-]*/[\w-][\w.-]*)(?:@([\w./-]+))?")
 
 
@@ -41,6 +44,14 @@ def model_folder(model: str) -> Path:
     """The model's files: from the cache if they are whole, else fetched. Raises RefusedError as `fetch` does."""
     folder = _cached(model, FILES)
     return folder if folder is not None and _is_whole(folder) else fetch(model)
+
+
+def adapter_folder(name: str) -> Path:
+    """An adapter's files, likewise."""
+    folder = _cached(name, ADAPTER_FILES)
+    if folder is not None and all((folder / file).is_file() for file in ADAPTER_FILES):
+        return folder
+    return _download(name, ADAPTER_FILES)
 
 
 def config_file(model: str) -> Path:

@@ -50,7 +50,7 @@ _CODES = {
 
 
 @dataclass(frozen=True)
-class _Stored:
+class Stored:
     """Where a tensor lies."""
 
     file: Path
@@ -58,6 +58,12 @@ class _Stored:
     """bytes from the file's start"""
     shape: tuple[int, ...]
     dtype: np.dtype
+
+    def read(self) -> np.ndarray:
+        """A read-only memory map."""
+        if not math.prod(self.shape):
+            return np.zeros(self.shape, self.dtype)
+        return np.memmap(self.file, self.dtype, "r", self.offset, self.shape)
 
 
 class SafetensorsCheckpoint:
@@ -78,9 +84,9 @@ class SafetensorsCheckpoint:
         self.config = read_hf_config(folder)
         self._format = read_format(read_fields(folder), str(config_path(folder)))
         family = registry.family_of(self.config)
-        self._tensors: dict[str, _Stored] = {}
+        self._tensors: dict[str, Stored] = {}
         for file in weight_files(folder, self.name):
-            for stored_name, tensor in _header(file).items():
+            for stored_name, tensor in header(file).items():
                 parameter = family.without_prefix(stored_name.replace(COMPILED, ""))
                 if parameter in self._tensors:
                     raise RefusedError(f"{self.name} holds {stored_name} twice, again in {file.name}; fetch it anew")
@@ -121,10 +127,7 @@ class SafetensorsCheckpoint:
         return self._format.floats(matrix, {part: self._stored(stored) for part, stored in matrix.parts.items()})
 
     def _stored(self, name: str) -> np.ndarray:
-        at = self._tensors[name]
-        if not math.prod(at.shape):
-            return np.zeros(at.shape, at.dtype)
-        return np.memmap(at.file, at.dtype, "r", at.offset, at.shape)
+        return self._tensors[name].read()
 
     def tokenizer(self) -> Tokenizer:
         """The folder's; one that takes only token ids if it has none."""
@@ -165,7 +168,7 @@ def _why_no_weights(folder: Path, name: str) -> str:
     return f"{name} has neither {SINGLE} nor {INDEX}; give a folder or hub id with safetensors weights, or a GGUF file"
 
 
-def _header(file: Path) -> dict[str, _Stored]:
+def header(file: Path) -> dict[str, Stored]:
     """What a file holds. The safetensors library checks it: every tensor whole, no gap, no overlap."""
     try:
         with safe_open(file, framework="np"):
@@ -182,7 +185,7 @@ def _header(file: Path) -> dict[str, _Stored]:
         raise _not_floats(str(file), foreign)
     start = 8 + length
     return {
-        name: _Stored(file, start + of["data_offsets"][0], tuple(of["shape"]), dtypes[of["dtype"]])
+        name: Stored(file, start + of["data_offsets"][0], tuple(of["shape"]), dtypes[of["dtype"]])
         for name, of in fields.items()
     }
 

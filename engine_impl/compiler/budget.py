@@ -68,7 +68,8 @@ class Budget:
         self.weights_bytes = device_bytes(jax.tree.leaves(params))
         is_tied = params["lm_head"] is params["embed_tokens"]
         embedding = 0 if is_tied else device_bytes([params["embed_tokens"]["weight"]])
-        self.read_bytes = self.weights_bytes - embedding  # a step gathers a few rows of the embedding
+        adapters = device_bytes(jax.tree.leaves(params.get("adapters")))  # read by who uses one
+        self.read_bytes = self.weights_bytes - embedding - adapters  # a step gathers a few rows of the embedding
         self.cache_bytes = engine.layout.bytes // engine.mesh.size
         self.resident = self.weights_bytes + self.cache_bytes
         self.row_seconds = 0.0

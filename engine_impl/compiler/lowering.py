@@ -53,7 +53,10 @@ def lower_score_step(engine: Engine, slots: int | None = None) -> jax.stages.Low
 
 def abstract_params(engine: Engine) -> Params:
     """Shapes, types and shardings of the parameters."""
-    return load.abstract_params(engine.model, engine.mesh, engine.layout.dtype, engine.layer_loop)
+    params = load.abstract_params(engine.model, engine.mesh, engine.layout.dtype, engine.layer_loop)
+    if engine.adapter_places is None:
+        return params
+    return params | {"adapters": engine.adapter_places.abstract(engine.layer_loop)}
 
 
 def abstract_state(engine: Engine) -> DecodeState:
@@ -81,7 +84,8 @@ def _pieces(engine: Engine, pieces: int, tokens: int) -> PieceBatch:
     start_N: Any = _array(engine, (pieces,), jnp.int32)
     asked: Any = _array(engine, (), jnp.int32)
     _, page_NJ = _texts(engine, pieces)
-    return PieceBatch(token_NT, start_N, start_N, token_NT, asked, page_NJ)
+    adapter_N = start_N if engine.programs.has_adapters else None
+    return PieceBatch(token_NT, start_N, start_N, token_NT, asked, page_NJ, adapter_N)
 
 
 def _texts(engine: Engine, count: int) -> tuple[Any, Any]:

@@ -16,9 +16,10 @@ from torch import nn
 
 from ..checkpoints.by_rows import copied, stacked
 from ..checkpoints.contract import WEIGHT, Checkpoint
+from ..checkpoints.sources import repeat_heads, taken
 from ..errors import RefusedError
 from ..forward import LayerLoop, Params
-from ..models.decoder import Decoder, Pairs, RowRange, Transposed
+from ..models.decoder import Decoder, RowRange, Transposed
 from ..quantization.linear import EncodedModule
 from .sharding import parameter_spec
 
@@ -216,10 +217,10 @@ class _Loader:
         """One parameter. Every device's share is read for itself, so that no more of a memory map is touched."""
         if len(self._finite) > 1:
             self._finite[-2][1].block_until_ready()
-        sources = [_taken(self._checkpoint.tensor(source), source) for source in self._model.sources(name)]
+        sources = [taken(self._checkpoint.tensor(source), source) for source in self._model.sources(name)]
         if _of_kv_heads(self._model, name):
             heads = self._checkpoint.config.num_kv_heads, self._model.config.num_kv_heads
-            sources = [_repeat_heads(source, *heads) for source in sources]
+            sources = [repeat_heads(source, *heads) for source in sources]
 
         def share(index: Any) -> np.ndarray:
             if len(sources) == 1:
@@ -291,21 +292,3 @@ def _build(model: Decoder, mesh: Mesh, loop: LayerLoop, maker: "_Loader | _Descr
         "norm": section(model.norm, ["norm"]),
         "lm_head": embed_tokens if model.config.tied_embeddings else section(model.lm_head, ["lm_head"]),
     }
-
-
-def _taken(tensor: np.ndarray, source: str) -> np.ndarray:
-    """What the model takes of a checkpoint's tensor."""
-    if isinstance(source, Transposed):
-        return tensor.T
-    if isinstance(source, Pairs):
-        return tensor.take(source.order(tensor.shape[source.axis]), axis=source.axis)
-    return tensor[source.start : source.stop] if isinstance(source, RowRange) else tensor
-
-
-def _repeat_heads(weight: np.ndarray, heads: int, wanted: int) -> np.ndarray:
-    """Rows of k or v, each head `wanted / heads` times: with more devices than kv heads, a device's query heads find
-    their kv head on the device."""
-    if heads == wanted:
-        return weight
-    by_head = weight.reshape(heads, -1, *weight.shape[1:])
-    return by_head.repeat(wanted // heads, axis=0).reshape(-1, *weight.shape[1:])

@@ -14,7 +14,17 @@ from ..request.form import FREE, AnswerForm
 from ..request.grammar import Grammar
 from ..request.options import OPTIONS, AnswerOptions
 from ..request.prefix_key import prefix_key
-from ..request.request import Event, FinishReason, Limits, Request, TokenLogprob, Usage, check_messages, check_slots
+from ..request.request import (
+    NO_ADAPTERS,
+    Event,
+    FinishReason,
+    Limits,
+    Request,
+    TokenLogprob,
+    Usage,
+    check_messages,
+    check_slots,
+)
 
 if TYPE_CHECKING:
     from ...engine_impl.api import AnyEngine as Engine
@@ -47,8 +57,8 @@ def read_request(
 ) -> Request:
     """Raises RefusedError for what the engine cannot answer. `deadline`: s of time.monotonic(). `token`: the caller's,
     if its cached prefixes are its own."""
-    if message.lora_adapter_id:
-        raise RefusedError(f"lora_adapter_id={message.lora_adapter_id!r} must be empty: there are no adapters")
+    if message.lora_adapter_id and not engine.max_adapters:
+        raise RefusedError(f"lora_adapter_id={message.lora_adapter_id!r} must be empty: {NO_ADAPTERS}")
     options = read_options(message)
     check_slots(options.num_samples, engine.max_concurrent_decodes)
     limits, grammar, tokenizer = Limits.of(engine), read_form(message).made(), engine.get_tokenizer()
@@ -62,6 +72,7 @@ def read_request(
         deadline=deadline,
         id=request_id,
         prefix_key=prefix_key(options.cache_salt, token),
+        adapter_name=message.lora_adapter_id,
         **options.fields(),
     )
     limits.check(request)

@@ -11,7 +11,16 @@ from google.protobuf.message import DecodeError, Message
 from ...engine_impl.errors import RefusedError
 from ...protos import orchestrator_pb2 as pb
 from ..config import ChatConfig
-from ..errors import CancelledError, DeadlineError, FailedError, QueueFullError, UnavailableError, brief, without_frames
+from ..errors import (
+    CancelledError,
+    DeadlineError,
+    FailedError,
+    QueueFullError,
+    UnavailableError,
+    UnknownModelError,
+    brief,
+    without_frames,
+)
 from ..gateway import LONG, MAX_REQUEST_ID, REQUEST_ID, RETRY_AFTER, Deliver, Gateway, Lane, check_id, new_id
 from ..net.security import Guard
 from ..request.request import Request
@@ -30,6 +39,7 @@ STATUS: dict[type[Exception], grpc.StatusCode] = {
     RefusedError: grpc.StatusCode.INVALID_ARGUMENT,
     QueueFullError: grpc.StatusCode.RESOURCE_EXHAUSTED,
     UnavailableError: grpc.StatusCode.UNAVAILABLE,
+    UnknownModelError: grpc.StatusCode.NOT_FOUND,
     DeadlineError: grpc.StatusCode.DEADLINE_EXCEEDED,
     CancelledError: grpc.StatusCode.CANCELLED,
     FailedError: grpc.StatusCode.INTERNAL,

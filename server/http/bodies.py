@@ -22,9 +22,9 @@ from .fields import (
     JsonList,
     JsonObject,
     Message,
-    NamedTool,
     Prompts,
     StreamOptions,
+    ToolChoice,
     ToolDefinition,
     few,
 )
@@ -106,8 +106,7 @@ class Body(DeclaredFields, Forms):
         token: str | None = None,
         config: ChatConfig = DEFAULT,
     ) -> list[Request]:
-        """One for each prompt. `token`: the caller's, if its cached prefixes are its own. Raises RefusedError,
-        UnknownModelError."""
+        """One for each prompt. `token`: the caller's, if its cached prefixes are its own. Raises RefusedError."""
         check_slots(self.n, engine.max_concurrent_decodes)
         tokenizer, limits, requests = engine.get_tokenizer(), Limits.of(engine), []
         self._options(limits.longest)  # refused before the prompts are read: they may be megabytes
@@ -213,7 +212,7 @@ class ChatBody(Body):
     logprobs: bool = False
     top_logprobs: int | None = None
     tools: Annotated[list[ToolDefinition], *few(MAX_ITEMS)] = []  # noqa: RUF012
-    tool_choice: str | NamedTool = AUTO
+    tool_choice: ToolChoice = AUTO
     parallel_tool_calls: bool = True
     documents: JsonList = ""
     chat_template_kwargs: JsonObject = ""

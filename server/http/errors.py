@@ -10,7 +10,16 @@ from typing import Any
 from pydantic import ValidationError
 
 from ...engine_impl.errors import RefusedError, TooLongError
-from ..errors import CancelledError, FailedError, QueueFullError, UnavailableError, brief, without_frames
+from ..errors import (
+    CancelledError,
+    DeniedError,
+    FailedError,
+    QueueFullError,
+    UnavailableError,
+    UnknownModelError,
+    brief,
+    without_frames,
+)
 from ..gateway import RETRY_AFTER
 
 log = logging.getLogger(__name__)
@@ -65,11 +74,7 @@ class BadFieldError(RefusedError):
         return BadFieldError, (self.field, str(self))
 
 
-class UnknownModelError(Exception):
-    """A model is asked for that is not served."""
-
-
-KNOWN = RefusedError, UnknownModelError, QueueFullError, UnavailableError, CancelledError, FailedError
+KNOWN = RefusedError, UnknownModelError, DeniedError, QueueFullError, UnavailableError, CancelledError, FailedError
 """What http_error() translates."""
 
 
@@ -99,6 +104,8 @@ def http_error(error: Exception) -> HttpError:
             return HttpError(400, message, param=named(message))
         case UnknownModelError():
             return HttpError(404, message, param="model", code="model_not_found")
+        case DeniedError():
+            return HttpError(403, message, code="permission_denied")
         case QueueFullError():
             hints = {
                 "retry-after": str(math.ceil(error.retry_after_s)),

@@ -223,6 +223,21 @@ class NamedTool(Strict):
     function: NamedFunction
 
 
+def choice_of(value: Any) -> str | None:
+    """As `kind_of`."""
+    return {str: "<text>", dict: "<named>", NamedTool: "<named>"}.get(type(value))
+
+
+ToolChoice = Annotated[
+    Annotated[str, Tag("<text>")] | Annotated[NamedTool, Tag("<named>")],
+    Discriminator(
+        choice_of,
+        custom_error_type="kind",
+        custom_error_message='must be none, auto, required, or {"type": "function", "function": {"name": ...}}',
+    ),
+]
+
+
 class StreamOptions(Strict):
     """What a stream brings beside the answer."""
 

@@ -30,11 +30,16 @@ class Incoming(Generic[BodyT]):
 
 async def incoming(request: web.Request, kind: type[BodyT], reader: BodyReader, gateway: Gateway) -> Incoming[BodyT]:
     """Raises HttpError, aiohttp's for one that is too large, and as BodyReader.read() does."""
+    check_json(request)
+    raw, encoding = await read_body(request), request.headers.get("content-encoding", "")
+    return Incoming(await reader.read(kind, raw, encoding, lambda: Limits.of(gateway.engine)), len(raw))
+
+
+def check_json(request: web.Request) -> None:
+    """Raises HttpError for a body that is said to be something else."""
     if request.content_type != JSON:
         sent = request.headers.get("content-type", "")
         raise HttpError(415, f"content-type={sent[:80]!r} must be {JSON}; send that header")
-    raw, encoding = await read_body(request), request.headers.get("content-encoding", "")
-    return Incoming(await reader.read(kind, raw, encoding, lambda: Limits.of(gateway.engine)), len(raw))
 
 
 async def read_body(request: web.Request) -> bytes:

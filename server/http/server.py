@@ -19,13 +19,14 @@ from ..gateway import REQUEST_ID, Gateway, Lane, check_id, new_id
 from ..net import tls
 from ..net.ports import Listener, address_of, listening, listening_at
 from ..net.security import AUTHORIZATION, UNKNOWN, Guard
+from . import adapters
 from .anthropic.answer import MessagesAnswer
 from .anthropic.answer import error_body as anthropics_error
 from .anthropic.body import MessagesBody
 from .bodies import Body, ChatBody, CompletionBody
 from .completions import CompletionReply
 from .errors import SERVER, HttpError, told
-from .incoming import incoming
+from .incoming import check_json, incoming, read_body
 from .models import Names
 from .origins import Origins
 from .reading import BodyReader, too_large
@@ -63,7 +64,7 @@ class HttpServer:
         self._reader = BodyReader(config.security.max_message_bytes)
         self._listener: Listener | None = None
         self._names: TokenNames | None = None
-        self._models = Names(config.served_model_name, created=int(time.time()))
+        self._models = Names(config.served_model_name, int(time.time()), gateway.adapters)
         self._surface = Surface(gateway, self._reader, self._models, config.chat, is_ready)
         self.address: str | None = None
         """host:port once it is open; the port is the real one."""
@@ -105,6 +106,8 @@ class HttpServer:
                 web.post("/v1/chat/completions", self._chat_completions),
                 web.post("/v1/responses", self._responses),
                 web.post(MESSAGES, self._messages),
+                web.post("/v1/load_lora_adapter", self._load_adapter),
+                web.post("/v1/unload_lora_adapter", self._unload_adapter),
             ]
         )
         return app
@@ -146,6 +149,14 @@ class HttpServer:
             case _:
                 return HttpError(error.status, error.text or error.reason)
 
+    async def _load_adapter(self, request: web.Request) -> web.Response:
+        check_json(request)
+        return await adapters.load(self._gateway, self._guard, authorizations(request), await read_body(request))
+
+    async def _unload_adapter(self, request: web.Request) -> web.Response:
+        check_json(request)
+        return await adapters.unload(self._gateway, self._guard, authorizations(request), await read_body(request))
+
     async def _completions(self, request: web.Request) -> web.StreamResponse:
         return await self._answer(request, CompletionBody, CompletionReply)
 
@@ -170,12 +181,15 @@ class HttpServer:
         token = self._guard.prefix_owner(authorizations(request))
 
         def read(engine: "Engine", deliver_to: Any):
-            return body.requests(request[NAME], engine, deliver_to, token, self._config.chat)
+            requests = body.requests(request[NAME], engine, deliver_to, token, self._config.chat)
+            for one in requests:
+                one.adapter_name = self._models.adapter(engine, body.model)
+            return requests
 
         with self._gateway.call(), held:
             async with self._gateway.admit(read, lane, client, request.headers.get) as admitted:
                 names = self._token_names(admitted.engine)
-                model = self._models.of(admitted.engine)[0]
+                model = self._models.of_answer(admitted.engine, body.model)
                 answer = form(body, admitted.requests, request[NAME], model, names)
                 if body.stream:
                     return await stream(request, answer, admitted.batches(), request[NAME])

@@ -57,9 +57,7 @@ class Surface:
         return web.json_response({"server_load": self._gateway.calls})
 
     async def _models(self, request: web.Request) -> web.Response:
-        engine = self._gateway.engine
-        cards = [self._names.card(engine, name) for name in self._names.of(engine)]
-        return web.json_response({"object": "list", "data": cards})
+        return web.json_response({"object": "list", "data": self._names.cards(self._gateway.engine)})
 
     async def _model(self, request: web.Request) -> web.Response:
         engine, asked = self._gateway.engine, request.match_info["model"]

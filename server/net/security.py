@@ -10,7 +10,7 @@ from pathlib import Path
 
 from ...engine_impl.errors import RefusedError
 from ..config import SecurityConfig, ServerConfig
-from ..errors import FIRST_RETRY_S, QueueFullError
+from ..errors import FIRST_RETRY_S, DeniedError, QueueFullError
 
 log = logging.getLogger(__name__)
 
@@ -50,10 +50,10 @@ def stamp(path: Path) -> tuple[int, int, int] | None:
 class Tokens:
     """The tokens of a file, one a line."""
 
-    def __init__(self, path: Path) -> None:
-        """Raises RefusedError for a file that cannot be read or holds no token."""
-        self._path, self._file = path, WatchedFiles(path)
-        self._tokens = read_tokens(path)
+    def __init__(self, path: Path, flag: str = "auth_token_file") -> None:
+        """Raises RefusedError, naming the flag, for a file that cannot be read or holds no token."""
+        self._path, self._flag, self._file = path, flag, WatchedFiles(path)
+        self._tokens = read_tokens(path, flag)
 
     def number_of(self, token: str) -> int | None:
         """Which of the tokens it is; None of none. Takes as long for a wrong one as for a right one."""
@@ -66,24 +66,22 @@ class Tokens:
     def _read_again(self) -> None:
         """A damaged file must not lock everybody out, nor let everybody in: then the old tokens stay."""
         try:
-            self._tokens = read_tokens(self._path)
+            self._tokens = read_tokens(self._path, self._flag)
         except RefusedError as error:
             log.error("the old tokens stay: %s", error)
         else:
             log.info("read %d tokens from %s", len(self._tokens), self._path)
 
 
-def read_tokens(path: Path) -> list[bytes]:
+def read_tokens(path: Path, flag: str = "auth_token_file") -> list[bytes]:
     """Blank lines and blanks around a token are left out. Raises RefusedError; warns of a file that others may read."""
-    tokens = [line.strip() for line in read_bytes("auth_token_file", path).splitlines() if line.strip()]
+    tokens = [line.strip() for line in read_bytes(flag, path).splitlines() if line.strip()]
     if not tokens:
-        raise RefusedError(f"auth_token_file={path} holds no token; write one a line")
+        raise RefusedError(f"{flag}={path} holds no token; write one a line")
     if not all(token.isascii() and token.decode().isprintable() for token in tokens):
-        raise RefusedError(f"auth_token_file={path} must hold printable ASCII: gRPC carries nothing else")
+        raise RefusedError(f"{flag}={path} must hold printable ASCII: gRPC carries nothing else")
     if (mode := path.stat().st_mode & 0o777) & OTHERS:
-        log.warning(
-            "auth_token_file=%s has the mode %03o: others on this machine may read it; chmod 600 it", path, mode
-        )
+        log.warning("%s=%s has the mode %03o: others on this machine may read it; chmod 600 it", flag, path, mode)
     return tokens
 
 
@@ -127,15 +125,32 @@ class Streams:
 class Guard:
     """Whom a server lets in, by whichever protocol, and how much it lets one client have under way."""
 
-    def __init__(self, config: SecurityConfig) -> None:
-        """Raises RefusedError for a token file that cannot be used."""
+    def __init__(self, config: SecurityConfig, *, is_local: bool = False) -> None:
+        """`is_local`: only this machine can ask. Raises RefusedError for a token file that cannot be used."""
         self.tokens = None if config.auth_token_file is None else Tokens(config.auth_token_file)
+        self._managers = None
+        if config.admin_token_file is not None:
+            self._managers = Tokens(config.admin_token_file, "admin_token_file")
+        self._is_local = is_local
         self.streams = None if config.max_streams_per_client is None else Streams(config.max_streams_per_client)
         self._isolates_prefixes = config.isolate_prefixes
 
     def is_known(self, authorizations: Iterable[str]) -> bool:
         """Whether they may ask. `authorizations`: what came as `authorization`, in metadata or headers."""
-        return self.tokens is None or token_number(self.tokens, authorizations) is not None
+        brought = list(authorizations)
+        return self.tokens is None or any(
+            tokens is not None and token_number(tokens, brought) is not None for tokens in (self.tokens, self._managers)
+        )
+
+    def check_manager(self, authorizations: Iterable[str]) -> None:
+        """Raises DeniedError for who may not load and unload adapters: that takes a token of --admin-token-file. Where
+        there is none, this machine may."""
+        if self._managers is None and not self._is_local:
+            raise DeniedError("adapters are loaded and unloaded from this machine alone; serve with --admin-token-file")
+        if self._managers is not None and token_number(self._managers, authorizations) is None:
+            raise DeniedError(
+                "adapters are loaded and unloaded with a token of --admin-token-file; send one as a bearer"
+            )
 
     def prefix_owner(self, authorizations: Iterable[str]) -> str | None:
         """The token whose cached prefixes a call finds and adds to; None: those of everybody."""

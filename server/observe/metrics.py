@@ -20,7 +20,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Proc
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.registry import Collector
 
-from .routers import RouterNames
+from .routers import AdapterNames, RouterNames
 
 log = logging.getLogger(__name__)
 
@@ -101,8 +101,8 @@ class Metrics:
         self._queue_depth.set_function(queue_depth)
         self._pages.ask = pages
 
-    def watch_for_routers(self, names: RouterNames) -> None:
-        """Called once: the load under the names that routers and autoscalers know."""
+    def watch_for_routers(self, names: RouterNames | AdapterNames) -> None:
+        """Called once for each: the load under the names that routers and autoscalers know."""
         self.registry.register(names)
 
     def watch_devices(self, devices: Sequence[Any], compilations: Callable[[], int]) -> None:

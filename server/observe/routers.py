@@ -5,11 +5,13 @@ vllm:num_requests_waiting       requests in the queue
 vllm:num_requests_running       requests taken from the queue and not at their end, pre-empted ones too
 vllm:kv_cache_usage_perc        pages that slots hold, of all (0 to 1); cached prefixes count as free: they make room
 vllm:cache_config_info          1; its labels tell a page's tokens (block_size) and the pages (num_gpu_blocks)
+vllm:lora_requests_info         where there are adapters: their names are labels, the value is when it was asked
 jetstream_prefill_backlog_size  requests in the queue
 jetstream_slots_used_percentage decode slots in use, of all (0 to 1)
 """
 
-from collections.abc import Callable, Iterable, Mapping
+import time
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 
 from prometheus_client.core import GaugeMetricFamily
@@ -55,3 +57,19 @@ class RouterNames(Collector):
         family = GaugeMetricFamily(f"vllm:{name}", text, labels=list(labels))
         family.add_metric(list(labels.values()), value)
         return family
+
+
+@dataclass(frozen=True, eq=False)
+class AdapterNames(Collector):
+    """Which adapters requests use, likewise."""
+
+    most: int
+    """On the devices at once."""
+    names: Callable[[], tuple[Collection[str], Collection[str]]]
+    """Of those that run, and of those that requests wait for."""
+
+    def collect(self) -> Iterable[GaugeMetricFamily]:
+        labels = ["max_lora", "running_lora_adapters", "waiting_lora_adapters"]
+        family = GaugeMetricFamily("vllm:lora_requests_info", "Adapters that requests use", labels=labels)
+        family.add_metric([str(self.most), *(",".join(sorted(names)) for names in self.names())], time.time())
+        yield family

@@ -11,6 +11,7 @@ from ...engine_impl.sampling.params import MAX_SEED, SamplingParams
 from ...engine_impl.text.chat import Chat, ChatPrompt
 from ..dialects.parts import CallPart
 from ..dialects.syntax import AnswerSyntax
+from .adapter import LoadedAdapter
 from .constraint import Constraint
 from .grammar import Grammar
 from .options import AnswerOptions
@@ -27,6 +28,9 @@ SEED_STRIDE = 0x9E3779B9
 MAX_PROMPTS, MAX_MESSAGES, MAX_PARTS = 2048, 10_000, 1000
 """Prompts of one call, messages of a conversation, parts of a message (count). What is beyond is no request but a way
 to keep its reader busy."""
+
+
+NO_ADAPTERS = "there are no adapters; serve with --max-adapters N"
 
 
 class FinishReason(Enum):
@@ -144,6 +148,11 @@ class Request(AnswerOptions):
     prefix_key: str = ""
     """Cached prefixes are shared among requests of the same key, see prefix_key.py."""
 
+    adapter_name: str = ""
+    """Of the adapter that it asks for; "" is none."""
+    adapter: LoadedAdapter | None = field(default=None, init=False)
+    """That one, from `adapt` on."""
+
     grammar: Grammar | None = None
     """What the answer must look like; None: whatever the model writes."""
 
@@ -171,6 +180,12 @@ class Request(AnswerOptions):
         if self.sampling.seed is None:
             self.sampling = replace(self.sampling, seed=drawn_seed(self.sampling.temperature))
         self.samples = [Sample(self, index) for index in range(self.num_samples)]
+
+    def adapt(self, adapter: LoadedAdapter) -> None:
+        """The adapter changes its tokens, and so its keys and values: it shares cached prefixes with others of this
+        adapter alone."""
+        self.adapter = adapter
+        self.prefix_key += f"#{adapter.number}"
 
     def constrain(self, tokenizer: "Tokenizer") -> None:
         """Compile the grammar, if there is one, before the request is handed in. It takes its time, and lets other

@@ -38,15 +38,17 @@ from ..delivery.result import PendingResult
 from ..delivery.roster import Roster
 from ..errors import FailedError, UnavailableError
 from ..observe.metrics import Metrics
+from ..request.adapter import LoadedAdapter
 from ..request.request import FinishReason, Request, Sample
 from .constraints import Constraints, allowed_of
 from .failures import DeadError, Failures, describe
 from .parked import Parked
-from .plan import Scene, StepPlan, plan
+from .plan import Scene, StepPlan, adapters_used, plan
 from .prefill import compute, next_pieces, store
 from .probes import Probes
 from .prompt import Prompt
 from .queue import RequestQueue
+from .residents import Residents
 from .room import Room
 from .slots import Slots
 
@@ -80,6 +82,7 @@ class Loop(Generic[ParamsT, PrefixT, StateT]):
         """Set to end the loop after its turn."""
         self.delivery = Delivery(engine.get_tokenizer(), metrics, free=self._note_ended, on_end=self.live.discard)
         self._slots, self._room = self._nothing_taken()
+        self._residents = Residents(engine.max_adapters)
         self._in_work: list[Prompt] = []  # who is next stands first
         self._parked = Parked()
         self._constraints = Constraints(on_made=queue.wake)
@@ -106,6 +109,11 @@ class Loop(Generic[ParamsT, PrefixT, StateT]):
     def slots_free(self) -> int:
         """That requests in the queue may count on: none while the first that waits finds no room."""
         return 0 if self._is_full else self._slots.free
+
+    @property
+    def adapters_on_devices(self) -> frozenset[LoadedAdapter]:
+        """May be asked from another thread."""
+        return self._residents.adapters
 
     def pages(self) -> dict[str, int]:
         """How many are free, live and cached."""
@@ -189,6 +197,7 @@ class Loop(Generic[ParamsT, PrefixT, StateT]):
                 probe=bool(self.probes) and not any(pending.is_step for pending in self._pending),
                 newcomers=self._newcomers,
                 batch=self._engine.prefill_batch,
+                max_adapters=self._engine.max_adapters,
             )
         )
 
@@ -244,9 +253,29 @@ class Loop(Generic[ParamsT, PrefixT, StateT]):
                     self._metrics.prefix_cached(prompt.done)
 
     def _give_room(self, prompt: Prompt) -> None:
+        try:
+            prompt.adapter = self._brought(prompt.request.adapter)
+        except Exception as error:
+            log.exception("the adapter of request %s could not be brought onto the devices", prompt.request.id)
+            self._fail(prompt.request, error)
+            self._failures.prefill_failed(error)
+            return
         slots = [self._slots.reserve(sample) for sample in prompt.samples[: prompt.slots_needed]]
         self._room.let_in(prompt, slots)
         self._in_work.append(prompt)
+
+    def _brought(self, adapter: LoadedAdapter | None) -> int:
+        """The adapter's index on the devices; if it has to be written there, that comes behind the steps in flight."""
+        index = self._residents.find(adapter)
+        if index is None:
+            assert adapter is not None
+            index = self._residents.place(adapter, adapters_used(self._slots, self._in_work, ()))
+            try:
+                self._params = self._engine.put_adapter(self._params, index, adapter.weights)
+            except Exception:
+                self._residents.forget(adapter)
+                raise
+        return index
 
     def _carry(self, prompts: list[Prompt]) -> PrefixT | None:
         """The next pieces within a step of the running answers, where the engine gains from it; None: nothing was

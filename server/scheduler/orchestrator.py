@@ -11,7 +11,8 @@ from typing import Generic
 from ...engine_impl.api import Engine, ParamsT, PrefixT, StateT
 from ..errors import DeadlineError, QueueFullError, UnavailableError
 from ..observe.metrics import Metrics
-from ..observe.routers import RouterNames
+from ..observe.routers import AdapterNames, RouterNames
+from ..request.adapter import LoadedAdapter
 from ..request.request import FinishReason, Request, check_slots
 from . import probes
 from .failures import describe
@@ -76,6 +77,8 @@ class Orchestrator(Generic[ParamsT, PrefixT, StateT]):
                     pages=self._loop.pages,
                 )
             )
+            if engine.max_adapters:
+                metrics.watch_for_routers(AdapterNames(engine.max_adapters, self.adapter_names))
 
     def start(self) -> None:
         sys.setswitchinterval(min(SWITCH_S, sys.getswitchinterval()))
@@ -139,6 +142,16 @@ class Orchestrator(Generic[ParamsT, PrefixT, StateT]):
     @property
     def slots_in_use(self) -> int:
         return self._loop.slots_in_use
+
+    @property
+    def adapters_on_devices(self) -> frozenset[LoadedAdapter]:
+        return self._loop.adapters_on_devices
+
+    def adapter_names(self) -> tuple[set[str], set[str]]:
+        """Those that requests in work use, and those that others wait for."""
+        live = self._loop.live.copy()
+        running = {request.adapter.name for request in live if request.adapter is not None}
+        return running, {adapter.name for adapter in self._queue.adapters()} - running
 
     @property
     def queue_depth(self) -> int:

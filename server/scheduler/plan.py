@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
+from ..request.adapter import LoadedAdapter
 from ..request.request import Request, Sample
 from .prompt import Prompt
 from .queue import is_overdue
@@ -67,6 +68,8 @@ class Scene:
     """Whether it is the turn of those who wait, rather than of those in work."""
     batch: tuple[int, int, int]
     """See `Engine.prefill_batch`."""
+    max_adapters: int = 0
+    """See `Engine.max_adapters`."""
 
 
 def plan(scene: Scene) -> StepPlan:
@@ -155,6 +158,7 @@ def admitted(
     on_its_way = {name for prompt in in_work for name in room.missing(prompt)}
     is_alone = not in_work and {*slots.live.slot_B.tolist()} <= {*gone}
     least, most, short = scene.batch
+    adapters = adapters_used(slots, in_work, gone) if scene.max_adapters else frozenset[LoadedAdapter]()
     let_in: list[Prompt] = []
     for prompt in waiting:
         need, missing = room.need(prompt), room.missing(prompt)
@@ -169,9 +173,11 @@ def admitted(
             or need.pages + margin > pages
             or need.entries > entries
             or (missing and missing[0] in on_its_way)
+            or len(adapters | adapter_of(prompt)) > scene.max_adapters
         ):
             break
         let_in.append(prompt)
+        adapters |= adapter_of(prompt)
         free_slots -= prompt.slots_needed
         spare_tables -= not prompt.slots_needed
         pages, entries = pages - need.pages, entries - need.entries
@@ -179,6 +185,17 @@ def admitted(
         if not fits_batch:
             break
     return let_in if len(let_in) >= least else let_in[:1]
+
+
+def adapters_used(slots: Slots, in_work: Iterable[Prompt], gone: Sequence[int]) -> frozenset[LoadedAdapter]:
+    """Those that must stay on the devices, but for the tables that are `gone`."""
+    staying = (sample.request.adapter for sample in slots.live.owner_B if sample.slot not in gone)
+    return frozenset(adapter for adapter in (*staying, *(p.request.adapter for p in in_work)) if adapter is not None)
+
+
+def adapter_of(prompt: Prompt) -> frozenset[LoadedAdapter]:
+    """The one that it needs, if any."""
+    return frozenset() if prompt.request.adapter is None else frozenset({prompt.request.adapter})
 
 
 def margin_for(prompt: Prompt, scene: Scene) -> int:

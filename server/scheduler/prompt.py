@@ -25,6 +25,8 @@ class Prompt:
     tables: list[int] = field(default_factory=list[int])
     """Rows of the page table: one for each slot that its samples reserved; else one that is no slot's. Empty while it
     waits."""
+    adapter: int = 0
+    """Its adapter's index on the devices, from when it is let in; 0 is none."""
     done: int = 0
     """Tokens whose rows are in the cache."""
     next_logprobs: list[PieceLogprobs] = field(default_factory=list[PieceLogprobs])
@@ -72,6 +74,7 @@ class Prompt:
             page_J=page_J,
             next_id=int(self.token_T[end]) if end < len(self.token_T) else -1,
             logprobs=self.request.asked_prompt_logprobs if self.is_fresh else None,
+            adapter=self.adapter,
         )
 
     def opening(self, sample: Sample) -> Opening:

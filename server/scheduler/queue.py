@@ -9,6 +9,7 @@ from itertools import accumulate, chain, islice, takewhile
 
 from ...engine_impl.errors import RefusedError
 from ..errors import FIRST_RETRY_S, QueueFullError
+from ..request.adapter import LoadedAdapter
 from ..request.request import Request
 from .turns import Turn, in_turn, rank
 
@@ -78,6 +79,11 @@ class RequestQueue:
         """Raises what put() would raise for the client's shortest prompt."""
         with self._changed:
             self._check_room([1], 1, client)
+
+    def adapters(self) -> set[LoadedAdapter]:
+        """Those that requests wait for."""
+        with self._changed:
+            return {request.adapter for request in self._waiting if request.adapter is not None}
 
     def first(self, count: int) -> list[Request]:
         """Whose turn it is, and who comes then: up to so many of those whose deadline has not passed."""

@@ -10,7 +10,7 @@ from slipstream.engine_impl.api import Opening, Piece
 from slipstream.engine_impl.errors import PieceError
 from slipstream.engine_impl.sampling.params import SamplingParams
 from slipstream.engine_impl.session import Session
-from slipstream.engine_impl.shapes import Shapes
+from slipstream.engine_impl.shapes import Carried, Shapes
 
 from .tiny_models import TINY, greedy, tiny_engine
 
@@ -20,9 +20,9 @@ LONG = [n * 5 % 101 for n in range(300)]
 
 
 def carrying_engine(config=TINY, devices=1):
-    """It carries, as on platforms that gain from it."""
+    """It carries whole chunks, and what is shorter is padded."""
     engine, params = tiny_engine(config, devices=devices, slots=SLOTS, cache_length=512, prefill_chunk=CHUNK)
-    engine.shapes = replace(engine.shapes, platform="tpu")
+    engine.shapes = replace(engine.shapes, carried=Carried(SLOTS, CHUNK, CHUNK))
     assert engine.shapes.carries == ((SLOTS, CHUNK),)
     return engine, params
 
@@ -126,6 +126,7 @@ def test_what_no_step_carries_is_told_before_anything_is_started(tiny, slots, le
     [
         ("cpu", 256, 512, ()),
         ("gpu", 256, 512, ()),
+        ("tpu", 1, 512, ()),
         ("tpu", 3, 128, ((3, 128),)),
         ("tpu", 256, 512, ((32, 256), (32, 512), (128, 256), (128, 512), (256, 256), (256, 512))),
     ],

@@ -12,6 +12,7 @@ from slipstream.engine_impl.errors import RefusedError
 from slipstream.engine_impl.sampling.mask import Mask
 from slipstream.engine_impl.sampling.params import MAX_LOGPROBS, SamplingParams
 from slipstream.engine_impl.session import Session
+from slipstream.engine_impl.shapes import Carried
 from slipstream.engine_impl.text.tokenizer import NoTokenizer
 
 from .tiny_models import TINY, greedy, logits_behind, tiny_engine
@@ -246,8 +247,8 @@ def test_an_answer_that_was_interrupted_goes_on_as_it_would_have(tiny, monkeypat
 
 def test_everything_is_compiled_once():
     """However slots fill, prompts vary and parameters change: warm_up compiles all there is to compile."""
-    engine, params = tiny_engine(slots=10, cache_length=256, prefill_chunk=128)
-    engine.shapes = replace(engine.shapes, platform="tpu")  # which has programs of every kind
+    engine, params = tiny_engine(slots=4, cache_length=256, prefill_chunk=128)
+    engine.shapes = replace(engine.shapes, carried=Carried(4, 64, 64))
     engine.get_tokenizer = lambda: NoTokenizer("tiny", vocab_size=101, bos_id=None, stop_ids=frozenset({3}))
     compilations = []
 
@@ -260,9 +261,9 @@ def test_everything_is_compiled_once():
         session = Session(engine, params)
         compilations.clear()
         session.state = engine.warm_up(params, session.state)
-        assert engine.shapes.prefills == ((1, 16), (1, 64), (1, 128), (8, 64))
-        assert (engine.shapes.steps, engine.shapes.carries) == ((8, 10), ((10, 128),))
-        assert len(compilations) == 4 + 4 + 2 + 2 + 1, "prefill and insert; first tokens of 1 and of 8; steps; carry"
+        assert engine.shapes.prefills == ((1, 16), (1, 64), (1, 128), (4, 32))
+        assert (engine.shapes.steps, engine.shapes.carries) == ((1, 4), ((4, 64),))
+        assert len(compilations) == 4 + 4 + 2 + 2 + 1, "prefill and insert; first tokens of 1 and of 4; steps; carry"
         compilations.clear()
         for round_, length in enumerate([1, 16, 17, 128, 3, 129, 250]):
             sampling = SamplingParams(
@@ -284,12 +285,12 @@ def test_everything_is_compiled_once():
         prefix, _ = engine.first_tokens(prefix, [opening([0, 1], sampling), None])
         session.state = engine.insert(prefix, session.state, [1, None], session.page_BJ[:2])
         np.asarray(session.step().token_BW)
-        for length in (1, 128):
-            piece = Piece(token_T=np.zeros(length, np.int32), start=0, page_J=session.page_BJ[4])
+        for length in (1, 64):
+            piece = Piece(token_T=np.zeros(length, np.int32), start=0, page_J=session.page_BJ[3])
             texts = np.array([1, 0], np.int32), session.page_BJ[[1, 0]]
             session.state, result, prefix = engine.carry(params, session.state, *texts, [piece])
             prefix, _ = engine.first_tokens(prefix, [opening([0] * length, sampling)])
-            session.insert(prefix, 4)
+            session.insert(prefix, 3)
             np.asarray(result.token_BW)
     finally:
         jax.monitoring.unregister_event_duration_listener(listen)

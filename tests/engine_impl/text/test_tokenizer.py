@@ -83,6 +83,14 @@ def test_templates_run_in_a_sandbox_and_their_refusals_are_told(template, messag
         with_template(template).render_chat(Chat.of([{"role": "user", "content": "Hi"}]))
 
 
+def test_a_stream_writes_out_the_control_tokens_that_it_is_told_to(tokenizer):
+    token_ids = tokenizer.encode("one<|im_start|> two<|im_end|>")
+    for shown, text in (((), "one two"), (["<|im_start|>", "none"], "one<|im_start|> two")):
+        stream = tokenizer.stream(shown)
+        assert "".join(map(stream.feed, token_ids)) + stream.finish() == text
+    assert (tokenizer.control_id("<|im_start|>"), tokenizer.control_id("one")) == (1, None)
+
+
 def test_a_stream_holds_a_character_back_until_it_is_whole(byte_tokenizer):
     stream = byte_tokenizer.stream()
     pieces = [stream.feed(token) for token in byte_tokenizer.encode("é€🥚a")[1:]]

@@ -94,7 +94,7 @@ def test_a_large_value_is_told_in_part(character):
             assert error.code() is grpc.StatusCode.INVALID_ARGUMENT
             details = error.details() or ""
             assert details.startswith("lora_adapter_id='")
-            assert details.endswith("must be empty: there are no adapters")
+            assert details.endswith("must be empty: there are no adapters; serve with --max-adapters N")
             assert len(details) <= LONGEST
 
     asyncio.run(scenario())

@@ -222,6 +222,8 @@ def called(**more):
         ({"tool_choice": "any"}, "tool_choice", "must be one of none, auto, required"),
         ({"tools": [NOW], "tool_choice": {"type": "function", "function": {"name": "then"}}}, "tool_choice",
          "'then' is none of the tools"),
+        ({"tool_choice": 5}, "tool_choice", "must be none, auto, required, or"),
+        ({"tool_choice": {"type": "custom"}}, "tool_choice.type", "Input should be 'function'"),
         ({"functions": [{"name": "a"}]}, "functions", "is not supported"),
         ({"continue_final_message": True, "add_generation_prompt": True}, "continue_final_message",
          "is for add_generation_prompt=false"),

@@ -1,0 +1,1 @@
+"""Adapters by their names: loaded, listed and unloaded while the server runs."""

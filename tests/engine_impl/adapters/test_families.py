@@ -1,0 +1,66 @@
+"""Adapters against PEFT's own merged model, for every family: three and none mixed in one batch."""
+
+import copy
+from dataclasses import replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from slipstream.engine_impl.checkpoints.safetensors import SafetensorsCheckpoint
+from slipstream.engine_impl.config import EngineConfig
+from slipstream.engine_impl.engine import Engine
+from slipstream.engine_impl.models import registry
+from slipstream.engine_impl.session import Session
+from slipstream.engine_impl.weights.sharding import make_mesh
+
+from ..models.test_families import FAMILIES, written_by_transformers
+from .peft_adapters import NAMES, PLACES, peft_logits, saved, with_adapters
+
+STEPS = 4
+PROMPT = [(7 * i * i + 3 * i) % 101 for i in range(13)]
+
+VARIANTS = {"llama-biases", "qwen2-windows", "smollm3-windows", "stablelm-parallel"}
+CASES = [
+    pytest.param(family, 1 + 7 * (number % 2), marks=() if family == "phi3" else pytest.mark.slow)
+    for number, family in enumerate(sorted(set(FAMILIES) - VARIANTS, key=lambda family: (family != "phi3", family)), 1)
+]
+"""Every other one on eight devices, where the layers are scanned. Phi-3 has copied kv heads and fused matrices."""
+
+
+def engine_of(folder, devices):
+    checkpoint = SafetensorsCheckpoint(folder)
+    shape = checkpoint.config
+    mesh = make_mesh(jax.devices(), shape.num_heads, shape.num_kv_heads, devices)
+    model = registry.build(replace(shape, num_kv_heads=max(shape.num_kv_heads, mesh.size)))
+    config = EngineConfig(slots=4, cache_length=128, cache_tokens=512, prefill_chunk=128, **PLACES)
+    tokenizer: Any = None
+    engine = Engine(model, mesh, config, jnp.dtype("float32"), tokenizer, "tiny", shape.num_kv_heads)
+    if devices > 1:
+        engine.layer_loop = "scan"
+    return engine, engine.load_params(checkpoint)
+
+
+@pytest.mark.parametrize(("family", "devices"), CASES)
+def test_logits_and_tokens_equal_pefts_merged_model(family, devices, tmp_path_factory):
+    folder, reference = written_by_transformers(family, tmp_path_factory.getbasetemp())
+    adapted = with_adapters(copy.deepcopy(reference))
+    folders = saved(adapted, tmp_path_factory.mktemp(family))
+    engine, params = engine_of(folder, devices)
+    for index, name in enumerate(NAMES, 1):
+        params = engine.put_adapter(params, index, engine.read_adapter(str(folders[name])))
+    session, answers = Session(engine, params), []
+    expected = [peft_logits(adapted, name, PROMPT)[-1] for name in (None, *NAMES)]
+    for slot, logits_V in enumerate(expected):
+        session.adapter = slot
+        prefix = session.prefilled(slot, PROMPT)
+        np.testing.assert_allclose(np.asarray(prefix.logits_NV)[0], logits_V, atol=2e-4)
+        answers.append([int(session.start(slot, PROMPT).token_BW[0, 0])])
+        assert all(np.abs(logits_V - other).max() > 0.05 for other in expected[:slot])
+    for _ in range(STEPS):
+        for answer, token_W in zip(answers, np.asarray(session.step().token_BW), strict=True):
+            answer.append(int(token_W[0]))
+    for name, answer in zip((None, *NAMES), answers, strict=True):
+        logits_TV = peft_logits(adapted, name, PROMPT + answer[:-1])[len(PROMPT) - 1 :]
+        assert answer == logits_TV.argmax(-1).tolist()
