@@ -7,7 +7,7 @@ ROOMS := protos kernels cache_manager engine_impl server benchmarks cli
 
 NATIVE := setup.py $(wildcard kernels/native/*.cc kernels/native/*.h)  # what `pip install` compiles
 
-.PHONY: demo test test-fast gates gpu-gates native-check setup check protos manifests rules clean
+.PHONY: demo test test-fast gates gpu-gates web-test native-check setup check protos manifests rules clean
 
 demo: $(VENV)/.runtime           ## serve the embedded model, ask it a question, stop
 	@$(BIN)/slipstream demo
@@ -16,7 +16,7 @@ test: $(VENV)/.test              ## the whole suite
 	$(PYTEST)
 
 test-fast: $(VENV)/.test         ## what does not take long
-	$(PYTEST) -m "not slow and not gates and not gpu_gates"
+	$(PYTEST) -m "not slow and not gates and not gpu_gates and not web"
 
 gates: $(VENV)/.test             ## every program x heads x head dim x chip, by the TPU compiler
 	$(PYTEST) tests/gates -m "not gpu_gates"
@@ -24,6 +24,10 @@ gates: $(VENV)/.test             ## every program x heads x head dim x chip, by 
 gpu-gates: $(VENV)/.test         ## the same for an H100; installs XLA's GPU compiler (175 MB), no GPU needed
 	$(BIN)/python -m pip install jax-cuda12-pjrt==$$($(BIN)/python -c "import jaxlib; print(jaxlib.__version__)")
 	$(PYTEST) tests/gates/test_gpu.py -m gpu_gates
+
+web-test: $(VENV)/.test          ## the page to try the model, in a real headless Chromium (Debian's package)
+	@command -v chromium > /dev/null || { echo "chromium is missing: apt-get install chromium" >&2; exit 1; }
+	$(BIN)/python -m pytest tests/web -m web
 
 native-check: .pytest_cache/native_check ## the CPU kernels in C++ against plain loops, under sanitizers
 	.pytest_cache/native_check

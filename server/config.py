@@ -171,6 +171,10 @@ class ServerConfig:
     http_listen: tuple[str, ...] = ()
     """More addresses for HTTP, likewise, with or without --http-port."""
 
+    web: bool = False
+    """Serve the page to try the model, at / of the HTTP port, to other machines, too. A server that only this machine
+    reaches always has it."""
+
     served_model_name: tuple[str, ...] = ()
     """What HTTP clients may call the model; answers have the first one. Default: what --model says."""
 
@@ -222,6 +226,8 @@ class ServerConfig:
         more = [str(address) for address in (*self.more_grpc, *self.more_http)]
         if twice := [address for address in more if more.count(address) > 1 and not address.endswith(":0")]:
             raise RefusedError(f"{twice[0]!r} is listened on twice; name it once in --listen and --http-listen")
+        if self.web and not self.has_http:
+            raise RefusedError("--web is a page of the HTTP port: add --http-port")
         if not all(self.served_model_name):
             raise RefusedError("served_model_name='' must be a name; leave it out for what --model says")
         if self.max_queued < 1:
@@ -253,6 +259,11 @@ class ServerConfig:
     def has_http(self) -> bool:
         """Whether OpenAI's endpoints are served."""
         return self.http_port is not None or bool(self.http_listen)
+
+    @property
+    def has_page(self) -> bool:
+        """Whether / is the page to try the model."""
+        return self.has_http and (self.web or self.is_local)
 
     @property
     def more_grpc(self) -> list[Address]:

@@ -75,7 +75,7 @@ SUB_ROOMS: dict[str, dict[str, set[str]]] = {
         "delivery": {"errors", "dialects", "request", "observe"},
         "scheduler": {"errors", "request", "observe", "delivery"},
         "grpc": {"errors", "config", "dialects", "request", "net", "gateway"},
-        "http": {"errors", "config", "dialects", "request", "net", "delivery", "gateway"},
+        "http": {"errors", "config", "adapters", "dialects", "request", "net", "delivery", "gateway"},
         "jetstream": {"errors", "config", "net", "observe", "grpc", "lifecycle"},
     },
     "benchmarks": {

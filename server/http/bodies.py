@@ -5,6 +5,7 @@ A field that is null counts as left out. One that is neither here nor in a `refu
 
 from abc import abstractmethod
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 from ...engine_impl.sampling.params import MAX_LOGPROBS
@@ -156,6 +157,13 @@ class CompletionBody(Body):
     def is_echo_alone(self) -> bool:
         """Whether the prompt is shown and nothing behind it."""
         return self.echo and self.max_tokens == 0
+
+    def _options(self, room: int) -> AnswerOptions:
+        options = super()._options(room)
+        if self.echo and self.logprobs is not None and self.max_tokens == 1:
+            # Evaluation harnesses take one token off the end: it has to be there, the model's end, too.
+            return replace(options, sampling=replace(options.sampling, ignore_eos=True))
+        return options
 
     def text_of(self, number: int) -> str | None:
         """A prompt as it was sent; None for token ids."""

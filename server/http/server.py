@@ -29,6 +29,7 @@ from .errors import SERVER, HttpError, told
 from .incoming import check_json, incoming, read_body
 from .models import Names
 from .origins import Origins
+from .page import Page
 from .reading import BodyReader, too_large
 from .replies import ChatReply
 from .responses.answer import ResponsesAnswer
@@ -44,9 +45,10 @@ if TYPE_CHECKING:
 OURSELVES = "slipstream"
 """As answers call the server."""
 
+PAGE = "/"
 MESSAGES = "/v1/messages"
 API_KEY = "x-api-key"
-OPEN = (HEALTH, PING)
+OPEN = (HEALTH, PING, PAGE)
 """Paths that need no token."""
 
 NAME = web.RequestKey("name", str)
@@ -102,6 +104,7 @@ class HttpServer:
         app.add_routes(
             [
                 *self._surface.routes(),
+                *([web.get(PAGE, Page().get)] if self._config.has_page else []),
                 web.post("/v1/completions", self._completions),
                 web.post("/v1/chat/completions", self._chat_completions),
                 web.post("/v1/responses", self._responses),

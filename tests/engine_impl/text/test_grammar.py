@@ -94,6 +94,7 @@ def test_what_ends_validates(tokenizer, schema):
     assert check(tokenizer, schema, range(6)), "no answer came to an end"
 
 
+SLOW = [HealthCheck.too_slow, HealthCheck.filter_too_much]
 LEAVES = st.one_of(
     st.sampled_from([{"type": name} for name in ("string", "integer", "number", "boolean", "null")]),
     st.lists(st.one_of(st.integers(-99, 99), st.text(max_size=4), st.none()), min_size=1, max_size=4).map(
@@ -127,7 +128,10 @@ def nested(inner):
     )
 
 
-@settings(max_examples=120, deadline=None, derandomize=True, suppress_health_check=[*HealthCheck.__members__.values()])
+UNHURRIED = [HealthCheck.too_slow, HealthCheck.filter_too_much, HealthCheck.data_too_large]
+
+
+@settings(max_examples=120, deadline=None, derandomize=True, suppress_health_check=UNHURRIED)
 @given(schema=st.recursive(LEAVES, nested, max_leaves=6), seed=st.integers(0, 99))
 def test_what_ends_validates_of_any_schema(tokenizer, schema, seed):
     check(tokenizer, schema, [seed])
@@ -140,7 +144,7 @@ PERSONS = st.fixed_dictionaries(
 ).map(lambda person: {name: person[name] for name in PERSON["properties"] if name in person})
 
 
-@settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=[*HealthCheck.__members__.values()])
+@settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=UNHURRIED)
 @given(schema=st.sampled_from(VALUED), data=st.data(), indent=st.sampled_from([None, 2]))
 def test_what_validates_is_accepted(tokenizer, schema, data, indent):
     """The other way round: a value that the schema describes, written as json.dumps does it, is an answer. Objects'

@@ -164,7 +164,7 @@ def check_refused(error, message):
         (token_request([-1]), "token id -1 at position 0"),
         (text_request("a", temperature=-1), "temperature=-1.0"),
         (text_request("a", temperature=float("nan")), "temperature=nan"),
-        (text_request("a", top_p=0), "top_p=0.0"),
+        (text_request("a", top_p=-0.5), "top_p=-0.5"),
         (text_request("a", top_p=1.5), "top_p=1.5"),
         (text_request("a", top_k=-1), "top_k=-1"),
         (text_request("a", seed=2**32), "seed=4294967296"),

@@ -214,6 +214,8 @@ def test_an_echoed_prompt_has_logprobs_as_evaluation_harnesses_sum_them():
             assert choice.logprobs.top_logprobs == [None, {"B": -66 / 8}, {"C": -67 / 8}]
             assert choice.logprobs.text_offset == [0, 1, 2]
             assert "prompt_logprobs" not in choice.to_dict()
+            (choice,) = (await complete(client, "yz", max_tokens=1, **more)).choices
+            assert choice.logprobs.tokens == ["y", "z", "{"], "the model's end is a token here: one is taken off"
             alone = await complete(client, "AB", max_tokens=0, n=2, **more)
             for choice in alone.choices:
                 assert (choice.text, choice.finish_reason) == ("AB", "length")

@@ -1,13 +1,14 @@
 """What tools ask for beside answers, asked as they do."""
 
 import asyncio
+import re
 from contextlib import asynccontextmanager
 from typing import Any
 
 import aiohttp
 import pytest
 from openai import NotFoundError
-from slipstream.server.config import SecurityConfig
+from slipstream.server.config import SecurityConfig, ServerConfig
 
 from tests.fakes import FakeEngine, FakeTokenizer
 from tests.server.http.serving import serving, url
@@ -154,5 +155,29 @@ def test_a_named_pages_browser_may_send_what_its_client_sends():
             assert {"authorization", "content-type", "x-stainless-os", "x-api-key"} <= set(allowed)
             assert not any(" " in name for name in allowed)
             assert (await ask("OPTIONS", "/v1/models", **wanted | {"origin": "https://other.example"}))[0] == 403
+
+    asyncio.run(scenario())
+
+
+def test_the_page_is_this_machines_unless_it_is_asked_for(monkeypatch):
+    """It is one file, under a policy that lets it load nothing."""
+
+    async def scenario():
+        async with serving() as (server, _), aiohttp.ClientSession() as session:
+            async with session.get(url(server, "/")) as answer:
+                assert (answer.status, answer.content_type) == (200, "text/html")
+                policy = answer.headers["content-security-policy"]
+                assert policy.startswith("default-src 'none'; script-src 'sha256-")
+                assert "http" not in policy
+                text = await answer.text()
+            assert not re.search(r"(src|href)=.(https?:|//|/)", text)
+        for local, web, status in ((False, False, 404), (False, True, 200), (True, False, 200)):
+            monkeypatch.setattr(ServerConfig, "is_local", local)
+            async with (
+                serving(web=web) as (server, _),
+                aiohttp.ClientSession() as session,
+                session.get(url(server, "/")) as answer,
+            ):
+                assert answer.status == status
 
     asyncio.run(scenario())
