@@ -84,7 +84,7 @@ def test_blocks_alternate_and_each_pair_has_its_own_prompts():
 def test_another_token_ends_it_with_status_1(monkeypatch, capsys, tiny_loaded):
     monkeypatch.setattr(prefill, "load", lambda config: tiny_loaded)
     monkeypatch.setattr(flops, "SIDE", {"cpu": 8})
-    monkeypatch.setattr(prefill, "baseline", lambda loaded: SimpleNamespace(first_token=lambda prompt: -1))
+    monkeypatch.setattr(prefill, "baseline", lambda versus, loaded: SimpleNamespace(first_token=lambda prompt: -1))
     assert cli.run([*QUICK, "--prompt-tokens", "16", "--versus", "transformers"]) == cli.FAILED
     out = capsys.readouterr().out
     assert "UNEQUAL TOKENS" in out
