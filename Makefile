@@ -5,7 +5,9 @@ PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile  # two processes; each ma
 
 ROOMS := protos kernels cache_manager engine_impl server benchmarks cli
 
-.PHONY: demo test test-fast gates gpu-gates web-test setup check protos manifests rules clean
+NATIVE := setup.py $(wildcard kernels/native/*.cc kernels/native/*.h)  # what `pip install` compiles
+
+.PHONY: demo test test-fast gates gpu-gates web-test native-check setup check protos manifests rules clean
 
 demo: $(VENV)/.runtime           ## serve the embedded model, ask it a question, stop
 	@$(BIN)/slipstream demo
@@ -26,6 +28,14 @@ gpu-gates: $(VENV)/.test         ## the same for an H100; installs XLA's GPU com
 web-test: $(VENV)/.test          ## the page to try the model, in a real headless Chromium (Debian's package)
 	@command -v chromium > /dev/null || { echo "chromium is missing: apt-get install chromium" >&2; exit 1; }
 	$(BIN)/python -m pytest tests/web -m web
+
+native-check: .pytest_cache/native_check ## the CPU kernels in C++ against plain loops, under sanitizers
+	.pytest_cache/native_check
+
+.pytest_cache/native_check: tests/kernels/native_check.cc $(NATIVE)
+	mkdir -p $(@D)
+	$(CXX) -std=c++17 -O1 -g -Wall -Wextra -Wno-psabi -pthread -fsanitize=address,undefined \
+		-fno-sanitize-recover=undefined -o $@ $< $(filter-out %/ffi.cc,$(filter %.cc,$(wildcard kernels/native/*.cc)))
 
 setup: $(VENV)/.test             ## the environment for development
 
@@ -53,11 +63,11 @@ FORCE:
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 
-$(VENV)/.runtime: pyproject.toml | $(VENV)/bin/python
+$(VENV)/.runtime: pyproject.toml $(NATIVE) | $(VENV)/bin/python
 	$(BIN)/python -m pip install --editable .
 	@touch $@
 
-$(VENV)/.test: pyproject.toml | $(VENV)/bin/python
+$(VENV)/.test: pyproject.toml $(NATIVE) | $(VENV)/bin/python
 	$(BIN)/python -m pip install --editable '.[test]'
 	$(BIN)/python -m pip install --no-deps google-jetstream==0.2.2
 	@touch $@ $(VENV)/.runtime
@@ -66,4 +76,4 @@ $(VENV)/.test: pyproject.toml | $(VENV)/bin/python
 	for room in $(ROOMS); do ln -sfn ../../$$room .pkg/slipstream/$$room; done
 
 clean:
-	rm -rf $(VENV) .pkg .pytest_cache build *.egg-info
+	rm -rf $(VENV) .pkg .pytest_cache build *.egg-info kernels/native/*.so

@@ -25,7 +25,7 @@ from ..engine_impl.forward import Params
 from ..engine_impl.loading import build_engine, choose_devices
 from ..engine_impl.models import registry
 from ..engine_impl.models.parts import Linear
-from ..engine_impl.quantization.linear import Int4Linear, QuantizedLinear
+from ..engine_impl.quantization.linear import EncodedModule
 from ..engine_impl.scoring import perplexity
 from ..engine_impl.weights.load import HEAD, float_shapes
 from . import exam
@@ -159,16 +159,18 @@ def agreement(expected_BA: np.ndarray, answer_BA: np.ndarray) -> dict[str, float
 def theory_bytes(engine: Engine) -> int:
     """Weights by arithmetic: n elements of a matrix of I inputs as int8 n + 4 n / I bytes, as int4 in blocks of b
     n / 2 + 2 s n / b, where s is the size of a float; all else s n."""
-    size, bytes_there = engine.layout.dtype.itemsize, 0
+    bytes_there = 0
     for path, shape in _float_shapes(engine):
-        part, count = engine.model.get_submodule(path), math.prod(shape)
-        if isinstance(part, Int4Linear):
+        part: Any = engine.model.get_submodule(path)
+        count = math.prod(shape)
+        kind, size = _kind(part), engine.layout.dtype.itemsize
+        if kind == "int4":
             bytes_there += count // 2 + 2 * size * count // part.block
-        elif isinstance(part, QuantizedLinear):
+        elif kind == "int8":
             inputs = shape[1]  # of [O, I] and of experts, [E, I, O]
             bytes_there += count + 4 * count // inputs
         else:
-            bytes_there += size * count
+            bytes_there += count * (2 if kind == "bfloat16" else size)
     return bytes_there
 
 
@@ -182,7 +184,11 @@ def cache_theory_bytes(engine: Engine, quantize_kv: str) -> int:
 def quantized_share(engine: Engine) -> float:
     """Share of the parameters that are codes."""
     counts = [(engine.model.get_submodule(path), math.prod(shape)) for path, shape in _float_shapes(engine)]
-    return sum(count for part, count in counts if isinstance(part, QuantizedLinear)) / sum(n for _, n in counts)
+    return sum(count for part, count in counts if _kind(part) in ("int8", "int4")) / sum(n for _, n in counts)
+
+
+def _kind(part: Any) -> str:
+    return part.kind if isinstance(part, EncodedModule) else "none"
 
 
 def _float_shapes(engine: Engine) -> Iterator[tuple[str, tuple[int, ...]]]:

@@ -6,19 +6,20 @@ which the last is padded, as in the server; what the padding costs is in the tim
 
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
 from ..engine_impl.errors import RefusedError
 from .baselines.prefillers import EnginePrefiller, Prefiller, TransformersPrefiller, in_turns, timed
+from .baselines.xla import xla_twin
 from .measure import machine
 from .measure.datasheet import datasheet_flops
 from .measure.flops import matmul_flops, prefill_flops
 from .measure.models import Loaded, load
 from .measure.stats import Ratio
 from .measure.table import Progress, table
-from .measure.traffic import stored_as
+from .measure.traffic import stored_as, weights_dtype
 from .measure.verdict import UNEQUAL_TOKENS, has_unequal_tokens
 from .options.prefill import PrefillOptions, PrefillPoint
 
@@ -56,7 +57,7 @@ class PrefillBench:
         self._engine = self._loaded.engine
         self._prefillers: list[Prefiller] = [EnginePrefiller(self._engine, self._loaded.params)]
         if options.versus != "none":
-            self._prefillers.append(baseline(self._loaded))
+            self._prefillers.append(baseline(options.versus, self._loaded))
         self._device = self._engine.mesh.devices.flat[0]
         self._matmul_flops = matmul_flops(self._device, self._engine.layout.dtype)
 
@@ -72,7 +73,7 @@ class PrefillBench:
         result = (
             {"model": self._options.model, **asdict(point)}
             | {
-                "dtype": self._engine.layout.dtype.name,
+                "dtype": weights_dtype(self._engine),
                 "quantize_weights": stored_as(self._engine),
                 "prefill_chunk": self._engine.prefill_chunk,
                 "compile_seconds": round(max(0.0, first_ms[0] - p50) / 1000, 3),
@@ -115,13 +116,16 @@ class PrefillBench:
         }
 
 
-def baseline(loaded: Loaded) -> Prefiller:
-    """transformers on the same weights and type. Raises RefusedError where the engine does not run on a CPU."""
+def baseline(versus: Literal["transformers", "xla"], loaded: Loaded) -> Prefiller:
+    """Another way to prefill the same weights. Raises RefusedError where the engine does not run on a CPU, and as
+    `xla_twin` does."""
+    if versus == "xla":
+        return EnginePrefiller(*xla_twin(loaded.engine, loaded.params))
     if loaded.engine.mesh.devices.flat[0].platform != "cpu":
         raise RefusedError("versus='transformers' is compared on CPUs only; use --platform cpu")
     from .baselines.huggingface import transformers_model
 
-    return TransformersPrefiller(transformers_model(loaded.checkpoint, loaded.engine.layout.dtype.name))
+    return TransformersPrefiller(transformers_model(loaded.checkpoint, weights_dtype(loaded.engine)))
 
 
 def summary(results: Sequence[dict[str, Any]]) -> str:

@@ -19,12 +19,13 @@ from ..engine_impl.errors import RefusedError
 from ..engine_impl.loading import choose_devices
 from .baselines.eager import eager_twin
 from .baselines.steppers import PROMPT_LENGTH, Block, EngineStepper, Stepper
+from .baselines.xla import xla_twin
 from .measure import machine
 from .measure.datasheet import datasheet_bandwidth
 from .measure.models import Loaded, load, resized
 from .measure.stats import Ratio, percentile
 from .measure.table import Progress, table
-from .measure.traffic import bytes_per_step, stored_as
+from .measure.traffic import bytes_per_step, stored_as, weights_dtype
 from .measure.verdict import UNEQUAL_TOKENS, has_unequal_tokens
 from .options.step import Point, StepOptions, Versus
 
@@ -99,7 +100,7 @@ class PointBench:
         # Virtual CPU devices share one memory; real ones each have their own.
         chips = 1 if devices[0].platform == "cpu" else len(list(devices))
         datasheet = datasheet_bandwidth(devices[0])
-        taken = {"dtype": self.engine.layout.dtype.name, "quantize_weights": stored_as(self.engine)}
+        taken = {"dtype": weights_dtype(self.engine), "quantize_weights": stored_as(self.engine)}
         result = (
             {"model": self._options.model, **asdict(point)}
             | taken
@@ -158,6 +159,8 @@ def baseline_for(versus: Versus, loaded: Loaded) -> Stepper:
     Raises RefusedError for one that does not run where the engine runs.
     """
     engine, params, checkpoint = loaded
+    if versus == "xla":
+        return EngineStepper(*xla_twin(engine, params))
     if versus == "eager":
         return EngineStepper(eager_twin(engine, "stacked"), params)
     if versus == "eager-per-layer":
@@ -168,7 +171,7 @@ def baseline_for(versus: Versus, loaded: Loaded) -> Stepper:
     from .baselines.huggingface import TransformersStepper, transformers_model
 
     return TransformersStepper(
-        transformers_model(checkpoint, engine.layout.dtype.name),
+        transformers_model(checkpoint, weights_dtype(engine)),
         cache_length=engine.cache_length,
         cache="dynamic" if versus == "transformers-dynamic" else "static",
     )

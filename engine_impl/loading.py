@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from ..kernels import backend_for
 from .checkpoints.contract import Checkpoint
 from .checkpoints.embedded import home
 from .checkpoints.open import open_checkpoint
@@ -19,6 +20,7 @@ from .engine import Engine
 from .errors import RefusedError
 from .forward import Params
 from .models import registry
+from .quantization.panels import packs
 from .quantization.swap import resolved
 from .runtime import compilations, timeline
 from .sampling.params import MAX_MODEL_STOP_IDS
@@ -81,6 +83,8 @@ def build_engine(
     mesh = make_mesh(devices, shape.num_heads, shape.num_kv_heads, config.tensor_parallel)
     model = registry.build(replace(shape, num_kv_heads=max(shape.num_kv_heads, mesh.size)))
     dtype = choose_dtype(config.dtype, devices[0].platform)
+    if packs(mesh, backend_for(devices[0].platform)):
+        dtype = jnp.dtype("float32")  # of activations and cache; weights become what the config says
     config = resolved(config, checkpoint.quantization, model, mesh)
     asked, config = config, sized(config, model.config, mesh, dtype, memory_of(mesh.devices.flat), free_memory())
     if reserves and asked.slots is None:

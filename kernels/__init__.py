@@ -9,19 +9,28 @@ from .backend import AXIS, Backend, backend_for, is_xla
 from .blockwise_matmul import Blockwise, Split, blockwise_matmul
 from .cache_flush import cache_flush
 from .chunk_attention import chunk_attention
+from .panel_matmul import PANEL, Panels, columns, pack, pack_int4, pack_int8, panel_matmul, unpack
 from .ragged_attention import attention_steps, page_rows, ragged_attention
 
 __all__ = [
     "AXIS",
+    "PANEL",
     "Backend",
     "Blockwise",
+    "Panels",
     "Split",
     "attention_steps",
     "backend_for",
     "blockwise_matmul",
     "cache_flush",
     "chunk_attention",
+    "columns",
     "is_xla",
+    "pack",
+    "pack_int4",
+    "pack_int8",
     "page_rows",
+    "panel_matmul",
     "ragged_attention",
+    "unpack",
 ]

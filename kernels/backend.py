@@ -6,23 +6,29 @@ import jax
 import jax.numpy as jnp
 from jax.experimental.pallas import tpu as pltpu
 
-Backend = Literal["pallas", "pallas_interpret", "xla", "xla_gpu"]
-"""`pallas`: Mosaic, TPU only. `xla`: the reference, and what CPUs run. `xla_gpu`: the same, but for attention,
-which has forms of its own there. `pallas_interpret`: the TPU kernel, simulated, for tests on a device or two: on more
-virtual devices than CPU cores the simulator may wait for itself forever."""
+from . import native
+
+Backend = Literal["pallas", "pallas_interpret", "xla", "xla_gpu", "native_cpu"]
+"""`pallas`: Mosaic, TPU only. `xla`: the reference, and what runs where nothing else does. `xla_gpu`: the same, but for
+attention, which has forms of its own there. `native_cpu`: the same, but for decode attention and products with weights
+in panels, which are C++ of ours (native/) in float32; where the package was built with a compiler. `pallas_interpret`:
+the TPU kernel, simulated, for tests on a device or two: on more virtual devices than CPU cores the simulator may wait
+for itself forever."""
 
 AXIS = "tensor"  # the mesh axis that heads are sharded on
 
 
 def backend_for(platform: str) -> Backend:
     """The implementation to use on a JAX platform ("tpu", "cpu", "gpu", ...)."""
+    if platform == "cpu":
+        return "native_cpu" if native.is_built() else "xla"
     backends: dict[str, Backend] = {"tpu": "pallas", "gpu": "xla_gpu"}
     return backends.get(platform, "xla")
 
 
 def is_xla(backend: Backend) -> bool:
-    """Whether ops are plain XLA, without kernels of ours and what their tiles ask of shapes."""
-    return backend in ("xla", "xla_gpu")
+    """Whether ops run in XLA's own layouts, without what the tiles of a TPU's kernels ask of shapes."""
+    return backend in ("xla", "xla_gpu", "native_cpu")
 
 
 def interpret_params(backend: Backend) -> pltpu.InterpretParams | bool:

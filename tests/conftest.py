@@ -33,6 +33,14 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture
+def without_native_kernels(monkeypatch):
+    """CPUs as the package has them without a compiler: XLA's path, and weights lie as a checkpoint has them."""
+    from slipstream.kernels import native
+
+    monkeypatch.setattr(native, "is_built", lambda: False)
+
+
+@pytest.fixture
 def fake_engine(monkeypatch):
     """What the command line loads, whatever model it is asked for."""
     from tests.fakes import FakeEngine

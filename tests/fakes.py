@@ -28,7 +28,7 @@ BYTE_OF_ID = {i: i for i in range(128)} | {BEFORE_LONG + 1 + i: byte for i, byte
 
 
 class FakeMatcher:
-    """Its grammar is a text: the only answer there is. "*" in it are any characters."""
+    """Its grammar is a text: the only answer there is. "*" in it is any token."""
 
     def __init__(self, text: str) -> None:
         self.text, self.error, self.is_over = text, "", False
@@ -45,7 +45,7 @@ class FakeMatcher:
         self.is_over = not (self.error or self.text)
         may_come_V = np.zeros(VOCAB_SIZE, bool)
         if self.text:
-            may_come_V[[*range(128)] if self.text[0] == "*" else [ord(self.text[0])]] = True
+            may_come_V[slice(None) if self.text[0] == "*" else ord(self.text[0])] = True
         else:
             may_come_V[list(end_ids)] = True
         return np.packbits(may_come_V, bitorder="little").view(np.uint32)

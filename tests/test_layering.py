@@ -45,7 +45,9 @@ SUB_ROOMS: dict[str, dict[str, set[str]]] = {
         "blockwise_matmul": {"backend"},
         "cache_flush": {"backend"},
         "chunk_attention": {"backend", "lanes", "scores"},
-        "ragged_attention": {"backend", "lanes", "scores"},
+        "native": set(),
+        "panel_matmul": {"backend", "native"},
+        "ragged_attention": {"backend", "lanes", "native", "scores"},
     },
     "engine_impl": {
         "runtime": set(),
@@ -73,7 +75,7 @@ SUB_ROOMS: dict[str, dict[str, set[str]]] = {
         "delivery": {"errors", "dialects", "request", "observe"},
         "scheduler": {"errors", "request", "observe", "delivery"},
         "grpc": {"errors", "config", "dialects", "request", "net", "gateway"},
-        "http": {"errors", "config", "dialects", "request", "net", "delivery", "gateway"},
+        "http": {"errors", "config", "adapters", "dialects", "request", "net", "delivery", "gateway"},
         "jetstream": {"errors", "config", "net", "observe", "grpc", "lifecycle"},
     },
     "benchmarks": {

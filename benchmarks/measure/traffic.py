@@ -8,7 +8,7 @@ import jax
 from ...engine_impl.engine import Engine
 from ...engine_impl.forward import Params
 from ...engine_impl.models.parts import ExpertLinear
-from ...engine_impl.quantization.linear import Int4Linear, Int8ExpertLinear, QuantizedLinear
+from ...engine_impl.quantization.linear import EncodedModule, Int8ExpertLinear
 
 
 def bytes_per_step(engine: Engine, params: Params, live_tokens: int) -> int:
@@ -32,10 +32,17 @@ def bytes_per_step(engine: Engine, params: Params, live_tokens: int) -> int:
 
 def stored_as(engine: Engine) -> Literal["none", "int8", "int4"]:
     """What most of the weights are codes of: `auto` says it of no checkpoint."""
-    parts = [part for part in engine.model.modules() if isinstance(part, QuantizedLinear)]
-    if not parts:
-        return "none"
-    return "int4" if any(isinstance(part, Int4Linear) for part in parts) else "int8"
+    kinds = _kinds(engine)
+    return "int4" if "int4" in kinds else "int8" if "int8" in kinds else "none"
+
+
+def weights_dtype(engine: Engine) -> str:
+    """The type of the weights that are no codes: on CPUs it may be narrower than that of the activations."""
+    return "bfloat16" if "bfloat16" in _kinds(engine) else engine.layout.dtype.name
+
+
+def _kinds(engine: Engine) -> set[str]:
+    return {part.kind for part in engine.model.modules() if isinstance(part, EncodedModule)}
 
 
 def _expert_weights(engine: Engine, layer: dict[str, Any]) -> set[str]:

@@ -31,8 +31,9 @@ class PrefillOptions(Timed):
     """Cache length (tokens), and the longest prompt."""
     prefill_chunk: int | None = None
     """Tokens of a prompt that are computed together (tokens). Default: as the server's."""
-    versus: Literal["none", "transformers"] = "none"
-    """Time this baseline in turns (A B A B): Hugging Face transformers on the same weights, type and cores (CPU)."""
+    versus: Literal["none", "transformers", "xla"] = "none"
+    """Time this baseline in turns (A B A B): Hugging Face transformers on the same weights, type and cores (CPU); XLA's
+    own products in float32 instead of our native ones, on weights of the same values (CPU)."""
     repeats: int = 2
     """Prompts of one block (prompts); one more before them is not timed."""
     as_json: Json = False
@@ -45,7 +46,7 @@ class PrefillOptions(Timed):
                     f"prompt_tokens={point.prompt_tokens} must be at most cache_length={self.cache_length}; raise "
                     "--cache-length"
                 )
-            if self.versus != "none" and point.quantize_weights in ("int8", "int4"):
+            if self.versus == "transformers" and point.quantize_weights in ("int8", "int4"):
                 raise RefusedError(f"versus={self.versus!r} is given float weights; leave out --quantize-weights")
         check_positive(self, "repeats", "pairs", "threads")
 

@@ -7,7 +7,7 @@ from ...engine_impl.config import EngineConfig
 from ...engine_impl.errors import RefusedError
 from .flags import Dtype, Json, Timed, check_positive, integers, words
 
-Versus = Literal["none", "eager", "eager-per-layer", "transformers", "transformers-dynamic"]
+Versus = Literal["none", "eager", "eager-per-layer", "transformers", "transformers-dynamic", "xla"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,7 +50,8 @@ class StepOptions(Timed):
     """none or int8 (a comma list sweeps)."""
     versus: Versus = "none"
     """Time this baseline in turns (A B A B): the eager cache, stacked or an array per layer; Hugging Face transformers
-    with a static or a dynamic cache (CPU)."""
+    with a static or a dynamic cache (CPU); XLA's own products and attention in float32 instead of our native ones, on
+    weights of the same values (CPU)."""
     attention: bool = False
     """Time decode attention alone too, and tell what the step would take if that took no longer than its bytes."""
     steps: int = 16

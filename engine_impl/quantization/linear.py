@@ -35,9 +35,11 @@ class Stored:
         return PartitionSpec(*[AXIS if i == own else None for i in range(len(self.shape))])
 
 
-class QuantizedLinear(nn.Module):
-    """What all kinds share: what is stored, where it lies, and the bias, which stays as it is."""
+class EncodedModule(nn.Module):
+    """A module whose weight is stored as other arrays: which, where they lie, and the bias, which stays as it is."""
 
+    kind: str
+    """What its weight is stored as: the type of floats, or "int8" or "int4"."""
     reads_stack: ClassVar[bool] = False
     """Its matrix product takes all layers' weights and the number of the layer, `layer`: see forward.py."""
 
@@ -76,9 +78,10 @@ class QuantizedLinear(nn.Module):
         return out_RO if bias_O is None else out_RO + bias_O
 
 
-class Int8Linear(QuantizedLinear):
+class Int8Linear(EncodedModule):
     """A scale for each output."""
 
+    kind = "int8"
     code: Tensor
     scale: Tensor
 
@@ -98,9 +101,10 @@ class Int8Linear(QuantizedLinear):
         return self.with_bias(bridge.call_kernel(self.multiply, x_RI, self.code, self.scale))
 
 
-class Int8ExpertLinear(QuantizedLinear):
+class Int8ExpertLinear(EncodedModule):
     """A scale for each output of each expert; the face of `ExpertLinear`."""
 
+    kind = "int8"
     code: Tensor
     scale: Tensor
 
@@ -133,9 +137,10 @@ class Int8ExpertLinear(QuantizedLinear):
         return (out_RO * self.scale[expert_R]).to(x_RI.dtype)
 
 
-class Int4Linear(QuantizedLinear):
+class Int4Linear(EncodedModule):
     """A scale and an offset for each block of inputs; see kernels/blockwise_matmul."""
 
+    kind = "int4"
     reads_stack = True
     packed: Tensor
     scale: Tensor

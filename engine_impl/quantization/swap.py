@@ -16,9 +16,10 @@ from ..errors import RefusedError
 from ..models.decoder import Decoder
 from ..models.parts import ExpertLinear, Linear
 from .int8_matmul import multiply_floats, multiply_rounded, multiply_split
-from .linear import Int4Linear, Int8ExpertLinear, Int8Linear, QuantizedLinear
+from .linear import EncodedModule, Int4Linear, Int8ExpertLinear, Int8Linear
+from .panels import Form, PanelLinear, pack_floats, packs
 
-Swap = Callable[[Linear, int | None], QuantizedLinear]
+Swap = Callable[[Linear, int | None], EncodedModule]
 BLOCKS = (128, 64, 32)
 
 
@@ -88,14 +89,20 @@ def _linear(model: Decoder) -> dict[str, Linear | ExpertLinear]:
 
 def quantize(model: Decoder, config: EngineConfig, dtype: jnp.dtype, mesh: Mesh, backend: Backend) -> None:
     """Swaps the model's `Linear` modules for what `config.quantize_weights` says, but for those that
-    `config.quantize_exclude` names. An embedding is never swapped, nor an lm_head that is one (tied). Experts become
+    `config.quantize_exclude` names. On CPUs with native kernels those become panels of floats (panels.py), a tied
+    embedding too. Otherwise an embedding is never swapped, nor an lm_head that is one (tied). Experts become
     int8 with int4 too: their product has no blocks. `auto` that was not `resolved` is `none`: nothing is known of a
     checkpoint.
 
     Raises RefusedError for a pattern that names nothing, and for inputs that no block divides.
     """
-    if config.quantize_weights not in ("int8", "int4"):
-        return
+    if config.quantize_weights in ("int8", "int4"):
+        _encode(model, config, dtype, mesh, backend)
+    if packs(mesh, backend) and dtype == jnp.float32:
+        pack_floats(model, config, mesh, backend)
+
+
+def _encode(model: Decoder, config: EngineConfig, dtype: jnp.dtype, mesh: Mesh, backend: Backend) -> None:
     swap = _swap_for(config, dtype, mesh, backend)
     linear, excluded = _linear(model), set[str]()
     for pattern in config.quantize_exclude:
@@ -123,19 +130,24 @@ def _in_all_layers(name: str) -> str:
 
 
 def _swap_for(config: EngineConfig, dtype: jnp.dtype, mesh: Mesh, backend: Backend) -> Swap:
+    is_packed = packs(mesh, backend) and dtype == jnp.float32
     if config.quantize_weights == "int8":
+        if is_packed and config.quantize_activations == "none":
+            return lambda module, axis: PanelLinear(module, mesh, Form("int8"), backend)
         multiply = multiply_split if mesh.devices.flat[0].platform == "cpu" else multiply_floats
         multiply = multiply_rounded if config.quantize_activations == "int8" else multiply
         return lambda module, axis: Int8Linear(module, axis, mesh, multiply=multiply)
 
     block = config.quantize_block or BLOCKS[-1]
 
-    def swap(module: Linear, axis: int | None) -> QuantizedLinear:
+    def swap(module: Linear, axis: int | None) -> EncodedModule:
         if module.in_features % block:
             raise RefusedError(
                 f"quantize_block={block} does not divide a matrix of {module.in_features} inputs; "
                 "use a smaller block, int8, or leave it out with --quantize-exclude"
             )
+        if is_packed:
+            return PanelLinear(module, mesh, Form("int4", block), backend)
         return Int4Linear(module, axis, mesh, block=block, dtype=dtype, backend=backend)
 
     return swap

@@ -20,7 +20,7 @@ from ..checkpoints.sources import repeat_heads, taken
 from ..errors import RefusedError
 from ..forward import LayerLoop, Params
 from ..models.decoder import Decoder, RowRange, Transposed
-from ..quantization.linear import QuantizedLinear
+from ..quantization.linear import EncodedModule
 from .sharding import parameter_spec
 
 HEAD, EMBEDDING = "lm_head.weight", "embed_tokens.weight"
@@ -70,10 +70,10 @@ def needed_shapes(model: Decoder, kv_heads: int) -> dict[str, tuple[int, ...]]:
 
 def float_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
     """The parameters as they were before anything was quantised."""
-    quantized = {path: part for path, part in model.named_modules() if isinstance(part, QuantizedLinear)}
-    stored = {_join(path, name) for path, part in quantized.items() for name in part.stored}
+    encoded = {path: part for path, part in model.named_modules() if isinstance(part, EncodedModule)}
+    stored = {_join(path, name) for path, part in encoded.items() for name in part.stored}
     shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters() if name not in stored}
-    return shapes | {_join(path, WEIGHT): part.float_shape for path, part in quantized.items()}
+    return shapes | {_join(path, WEIGHT): part.float_shape for path, part in encoded.items()}
 
 
 def matrices(model: Decoder, mesh: Mesh) -> Iterator[tuple[nn.Module, int]]:
@@ -83,7 +83,7 @@ def matrices(model: Decoder, mesh: Mesh) -> Iterator[tuple[nn.Module, int]]:
         if len(shape) < 2 or name == EMBEDDING:
             continue
         part = model.get_submodule(name.rpartition(".")[0])
-        if isinstance(part, QuantizedLinear):
+        if isinstance(part, EncodedModule):
             spec = part.float_spec
         else:
             lies_as = EMBEDDING if name == HEAD and model.config.tied_embeddings else name
@@ -181,7 +181,7 @@ class _Loader:
         """A leaf as the checkpoint has it."""
         return self._assembled(leaf, self._dtype, {"": leaf}, lambda array: {"": array})[""]
 
-    def quantized(self, leaf: _Leaf, parts: dict[str, "_Leaf"], module: QuantizedLinear) -> dict[str, jax.Array]:
+    def encoded(self, leaf: _Leaf, parts: dict[str, "_Leaf"], module: EncodedModule) -> dict[str, jax.Array]:
         """The arrays that stand for `leaf`. Encoded from float32: rounding first would move values off their grid."""
         return self._assembled(leaf, jnp.dtype("float32"), parts, module.encode)
 
@@ -247,9 +247,7 @@ class _Describer:
     def plain(self, leaf: _Leaf) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(leaf.full_shape, self._dtype, sharding=leaf.sharding)
 
-    def quantized(
-        self, leaf: _Leaf, parts: dict[str, _Leaf], module: QuantizedLinear
-    ) -> dict[str, jax.ShapeDtypeStruct]:
+    def encoded(self, leaf: _Leaf, parts: dict[str, _Leaf], module: EncodedModule) -> dict[str, jax.ShapeDtypeStruct]:
         return {
             name: jax.ShapeDtypeStruct(part.full_shape, module.stored[name].dtype, sharding=part.sharding)
             for name, part in parts.items()
@@ -269,17 +267,17 @@ def _build(model: Decoder, mesh: Mesh, loop: LayerLoop, maker: "_Loader | _Descr
             names = [f"{prefix}.{name}" for prefix in prefixes]
             return _Leaf(names, shape, spec or parameter_spec(model, names[0], shape, mesh), mesh, stacked)
 
-        quantized = {path: part for path, part in module.named_modules() if isinstance(part, QuantizedLinear)}
-        stored = {_join(path, name) for path, part in quantized.items() for name in part.stored}
+        encoded = {path: part for path, part in module.named_modules() if isinstance(part, EncodedModule)}
+        stored = {_join(path, name) for path, part in encoded.items() for name in part.stored}
         made = {
             name: maker.plain(leaf(name, tuple(parameter.shape)))
             for name, parameter in module.named_parameters()
             if name not in stored
         }
-        for path, part in quantized.items():
+        for path, part in encoded.items():
             parts = {name: leaf(_join(path, name), of.shape, of.spec(part.axis)) for name, of in part.stored.items()}
             weight = leaf(_join(path, WEIGHT), part.float_shape, part.float_spec)
-            made |= {_join(path, name): array for name, array in maker.quantized(weight, parts, part).items()}
+            made |= {_join(path, name): array for name, array in maker.encoded(weight, parts, part).items()}
         return made
 
     layer_names = [f"layers.{i}" for i in range(len(model.layers))]

@@ -20,6 +20,7 @@ from ..backend import (
     is_xla,
 )
 from ..scores import check_soft_cap, check_window
+from .native_cpu import ragged_attention_native
 from .pallas_tpu import ragged_attention_tpu
 from .reference import ragged_attention_reference
 from .steps import Steps, live_steps
@@ -89,8 +90,11 @@ def ragged_attention(
 
     heads, length_B, page_BJ = P(None, AXIS), length_B.astype(jnp.int32), page_BJ.astype(jnp.int32)
     window = None if window is None else jnp.asarray(window, jnp.int32)
+    operands = ()
     if is_xla(backend):
-        attention, operands = ragged_attention_gpu if backend == "xla_gpu" else ragged_attention_reference, ()
+        attention = ragged_attention_gpu if backend == "xla_gpu" else ragged_attention_reference
+        if backend == "native_cpu" and q_BNH.dtype == jnp.float32:
+            attention = ragged_attention_native
     else:
         attention = functools.partial(ragged_attention_tpu, interpret=interpret_params(backend))
         operands = (steps or _list_steps(cache_LPKRC, length_B, page_BJ, window, None, mesh, backend),)

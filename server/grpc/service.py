@@ -1,5 +1,6 @@
 """The gRPC front: the calls, their beginning, their end and their status codes."""
 
+import logging
 import time
 from collections.abc import Callable
 from functools import partial
@@ -29,6 +30,11 @@ from .messages import DEFAULT, read_request, write_reply
 
 if TYPE_CHECKING:
     from ...engine_impl.api import AnyEngine as Engine
+
+# gRPC's own Python logs a traceback for each header that is no text; strangers must not fill the log with them.
+logging.getLogger("grpc._cython.cygrpc").addFilter(
+    lambda record: not (record.exc_info and isinstance(record.exc_info[1], UnicodeDecodeError))
+)
 
 M = TypeVar("M", bound=Message)
 
@@ -66,7 +72,7 @@ class GrpcService:
             parse(pb.HealthCheckRequest, data)
         except RefusedError as error:
             await context.abort(status(error), brief(str(error)), trailing_metadata=trailers(error, own_id(context)))
-        await context.send_initial_metadata(((REQUEST_ID, own_id(context)),))
+        await context.send_initial_metadata((named(own_id(context)),))
         return pb.HealthCheckResponse(is_live=self._gateway.is_open)
 
     async def Decode(self, data: bytes, context: grpc.aio.ServicerContext) -> None:
@@ -144,11 +150,16 @@ def deadline_of(context: grpc.aio.ServicerContext) -> float | None:
 
 def trailers(error: Exception, request_id: str) -> tuple[tuple[str, str], ...]:
     """Trailing metadata of a call that is not answered."""
-    named = ((REQUEST_ID, request_id),)
     if not isinstance(error, QueueFullError):
-        return named
+        return (named(request_id),)
     milliseconds = str(round(error.retry_after_s * 1000))
-    return (*named, (RETRY_AFTER, milliseconds), (PUSHBACK, milliseconds))
+    return (named(request_id), (RETRY_AFTER, milliseconds), (PUSHBACK, milliseconds))
+
+
+def named(request_id: str) -> tuple[str, str]:
+    """As metadata; another name for one that could not be sent."""
+    is_sound = request_id.isascii() and request_id.isprintable()
+    return REQUEST_ID, request_id if is_sound else new_id()
 
 
 def status(error: Exception) -> grpc.StatusCode:

@@ -15,14 +15,18 @@ class Constraint:
         self._matcher, self._end_ids = matcher, end_ids
         self.allowed_W = matcher.allowed(end_ids)
         """u32, which tokens may come next, see `Matcher.allowed`; not while `is_at_work`."""
+        self._failure = ""
         self.is_at_work = False
         """Whether tokens were read that it does not know yet, the scheduler's note."""
 
     def take(self, token_ids: Sequence[int]) -> None:
-        """The answer goes on with these."""
-        for token_id in token_ids:
-            self._matcher.take(token_id)
-        self.allowed_W = self._matcher.allowed(self._end_ids)
+        """The answer goes on with these. Raises nothing: see `error`."""
+        try:
+            for token_id in token_ids:
+                self._matcher.take(token_id)
+            self.allowed_W = self._matcher.allowed(self._end_ids)
+        except BaseException as error:  # a library's panic is no Exception
+            self._failure = f"{type(error).__name__}: {error}"
 
     @property
     def is_over(self) -> bool:
@@ -32,4 +36,4 @@ class Constraint:
     @property
     def error(self) -> str:
         """Why nothing can be told of the answer any more; "" if it has not failed."""
-        return self._matcher.error
+        return self._failure or self._matcher.error

@@ -3,7 +3,11 @@
 The loop reads a step's tokens while the next step runs. Which token may stand behind a step's depends on that step's:
 so an answer with a grammar takes part in every second step, and all others in each one, without waiting for it. Did the
 loop wait for a step's tokens before it starts the next one, the device would stand still meanwhile, for everybody.
-Where nobody else decodes there is no step between, and answers with a grammar wait for the host alone.
+Where nobody else decodes there is no step between: answers with a grammar take part in each step, all together, and
+wait for the host between two.
+
+Steps of 8 ms, 7 answers without a grammar and one with, two busy cores: a token of the seven takes 8.0 to 10.3 ms (as
+without the eighth: 8.1 to 10.9), and would take 9.0 to 16.5 if all waited.
 """
 
 from collections.abc import Callable, Sequence
@@ -12,9 +16,10 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 import numpy as np
 
 from ...engine_impl.api import Allowed
-from ..delivery.result import HostResult
+from ..delivery.result import HostResult, PendingResult
 from ..delivery.roster import Roster
 from ..request.request import Sample
+from .slots import Slots
 
 THREADS = 4
 """That work on grammars (count); the library lets others run meanwhile. A token takes 0.1 ms, and 20 at worst, see
@@ -64,6 +69,16 @@ def allowed_of(roster: Roster) -> Allowed | None:
         return None
     rows, constraints = zip(*roster.constrained, strict=True)
     return Allowed(row_C=np.array(rows, np.int32), word_CW=np.stack([one.allowed_W for one in constraints]))
+
+
+def due_now(slots: Slots, in_flight: Sequence[PendingResult]) -> Roster:
+    """Whom the next step brings a token, where these are not read yet: who is due, but not a part of those with a
+    grammar alone: they would take turns, and each step would bring half of them a token."""
+    due = slots.due
+    is_alone = len(due.constrained) == due.taken
+    if due.taken and is_alone and any(result.is_step and result.roster.constrained for result in in_flight):
+        return due.of(np.array([], np.int32))
+    return due
 
 
 def take(work: Sequence[tuple[Sample, list[int]]]) -> list[Sample]:

@@ -40,7 +40,7 @@ from ..errors import FailedError, UnavailableError
 from ..observe.metrics import Metrics
 from ..request.adapter import LoadedAdapter
 from ..request.request import FinishReason, Request, Sample
-from .constraints import Constraints, allowed_of
+from .constraints import Constraints, allowed_of, due_now
 from .failures import DeadError, Failures, describe
 from .parked import Parked
 from .plan import Scene, StepPlan, adapters_used, plan
@@ -155,10 +155,10 @@ class Loop(Generic[ParamsT, PrefixT, StateT]):
         self._let_in(turn)
         earlier, self._pending = self._pending, []
         prompts = [prompt for prompt in turn.prefill if prompt in self._in_work]
-        carried = self._carry(prompts) if prompts else None
+        carried = self._carry(prompts, due_now(self._slots, earlier)) if prompts else None
         if prompts and (error := self._prefill(prompts, carried)):
             self._failures.prefill_failed(error)
-        due = self._slots.due
+        due = due_now(self._slots, earlier)
         if carried is None and (turn.idle_step or due.taken):
             self._generate(due)
         for pending in earlier:
@@ -166,8 +166,9 @@ class Loop(Generic[ParamsT, PrefixT, StateT]):
         self._park()
 
     def _go_on(self) -> None:
-        """Whose grammars tell what may come next. While a step runs, waiting for them costs nothing."""
-        made = self._constraints.collect(self._step_s / 2 if self._pending else 0)
+        """Whose grammars tell what may come next. While a step runs, waiting for them costs nothing; and where none
+        does, they go on together."""
+        made = self._constraints.collect(self._step_s / 2)
         for sample in made:
             assert sample.constraint is not None
             if sample.constraint.error:
@@ -277,10 +278,10 @@ class Loop(Generic[ParamsT, PrefixT, StateT]):
                 raise
         return index
 
-    def _carry(self, prompts: list[Prompt]) -> PrefixT | None:
+    def _carry(self, prompts: list[Prompt], roster: Roster) -> PrefixT | None:
         """The next pieces within a step of the running answers, where the engine gains from it; None: nothing was
         started. Pieces that it does not take are told by their prefill."""
-        pieces, roster = next_pieces(prompts, self._room), self._slots.due
+        pieces = next_pieces(prompts, self._room)
         if not self._engine.carries(roster.taken, [len(piece.token_T) for piece in pieces]):
             return None
         started, page_NJ = time.monotonic(), self._room.tables(roster.slot_B)

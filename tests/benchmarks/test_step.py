@@ -62,7 +62,7 @@ def test_one_point_is_one_flat_object(last_line):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("versus", ["eager", "transformers", *DEAR])
+@pytest.mark.parametrize("versus", ["eager", "transformers", "xla", *DEAR])
 def test_a_baseline_gives_equal_tokens_and_a_ratio_a_pair(last_line, versus):
     result = last_line("--live-tokens", "40", "--versus", versus)
     assert set(result) >= KEYS | VERSUS_KEYS
@@ -212,7 +212,7 @@ def test_what_attention_alone_takes_and_what_its_floor_would_gain(last_line):
     assert result["attention_ms_p50"] > 0
 
 
-def test_bytes_of_codes_and_scales():
+def test_bytes_of_codes_and_scales(without_native_kernels):
     """By hand, as below: a byte a code, a scale an output; 2 * 16 codes and two scales a row and head."""
     config = EngineConfig(slots=2, cache_length=128, quantize_weights="int8", quantize_kv="int8", tensor_parallel=1)
     engine = build_engine(config, RandomCheckpoint(TINY))
@@ -223,7 +223,7 @@ def test_bytes_of_codes_and_scales():
     assert stored_as(engine) == "int8"
 
 
-def test_only_experts_that_are_chosen_count():
+def test_only_experts_that_are_chosen_count(without_native_kernels):
     """By hand: of four experts two slots, one expert each, choose 4 * (1 - 0.75^2) = 1.75 on average."""
     shape = {name: value for name, value in vars(TINY).items() if name != "num_experts"}
     config = MixtralConfig(**shape, num_experts=4, experts_per_token=1)
@@ -236,9 +236,9 @@ def test_only_experts_that_are_chosen_count():
     assert stored_as(engine) == "none"
 
 
-def test_bytes_are_weights_but_the_embedding_and_live_rows(tiny_loaded):
+def test_bytes_are_weights_but_the_embedding_and_live_rows(without_native_kernels):
     """By hand, for two layers of TINY in f32, two slots with 9 rows to read and one to write."""
-    engine, params, _ = tiny_loaded
+    engine, params = tiny_engine(slots=2)
     layer = 32 * (8 + 4 + 4) * 16 + 8 * 16 * 32 + 3 * 32 * 48 + 2 * 32
     weights = 2 * layer + 32 + 101 * 32
     rows = 2 * 2 * 4 * 2 * 16 * (9 + 1)

@@ -100,12 +100,13 @@ def test_a_carried_piece_is_as_a_prefilled_one(tiny):
     """Its rows, its logits and the log-probabilities of its prompt."""
     engine, params = tiny
     session, _ = running(engine, params)
-    (piece,) = pieces_of(session, 3, LONG[:100], wants_logprobs=True)
+    (piece,) = pieces_of(session, 3, LONG[:100], logprobs=2)
     theirs = engine.prefill(params, session.state, [piece])
     _, ours = carry(session, piece)
     np.testing.assert_allclose(ours.kv.rows[:, :, :100], theirs.kv.rows[:, :, :100], rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(ours.logits_NV, theirs.logits_NV, rtol=1e-4, atol=1e-4)
     np.testing.assert_allclose(ours.logprob_NT, theirs.logprob_NT, rtol=1e-3, atol=1e-4)
+    np.testing.assert_array_equal(ours.top_token_NTP[:, :99], theirs.top_token_NTP[:, :99])
     assert np.asarray(ours.logprob_NT)[0, :99].all()
 
 

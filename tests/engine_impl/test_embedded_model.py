@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from slipstream.engine_impl.checkpoints.embedded import embedded_model
+from slipstream.engine_impl.quantization.panels import decoded
 from slipstream.engine_impl.sampling.params import SamplingParams
 from slipstream.engine_impl.session import Session
 from slipstream.engine_impl.text.chat import Chat
@@ -120,7 +121,8 @@ def test_three_devices_give_the_tokens_of_one(prompts):
 @pytest.mark.slow
 def test_the_weights_are_transformers_weights():
     """GGUF's permuted q and k rows, tied embeddings and norms: bit for bit."""
-    _, params = embedded_engine()
+    engine, params = embedded_engine()
+    params = decoded(engine.model, params)
     state = reference().state_dict()
     for i in (0, 29):
         for name, value in params["layers"][i].items():

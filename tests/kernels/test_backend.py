@@ -1,5 +1,8 @@
-from slipstream.kernels import backend_for
+import pytest
+from slipstream.kernels import backend_for, native
 
 
-def test_backend_for():
-    assert [backend_for(platform) for platform in ("tpu", "cpu", "gpu")] == ["pallas", "xla", "xla_gpu"]
+@pytest.mark.parametrize(("is_built", "of_cpus"), [(True, "native_cpu"), (False, "xla")])
+def test_backend_for(is_built, of_cpus, monkeypatch):
+    monkeypatch.setattr(native, "is_built", lambda: is_built)
+    assert [backend_for(platform) for platform in ("tpu", "cpu", "gpu")] == ["pallas", of_cpus, "xla_gpu"]

@@ -105,7 +105,7 @@ def cached_by_hand(k, v, H, S, slack=np.nan, dtype="float32"):
     return np.concatenate([[by_hand(k, v, H, dtype)], np.full((S - 1, 2 * H), slack, dtype)])[None, None, None]
 
 
-@pytest.mark.parametrize("backend", ["xla", "xla_gpu", "pallas_interpret"])
+@pytest.mark.parametrize("backend", ["xla", "xla_gpu", "pallas_interpret", "native_cpu"])
 def test_by_hand(mesh, backend):
     """Scores 0 for the cached row and log 3 for the new one: weights 1/4 and 3/4."""
     H, S = 64, 128
@@ -116,14 +116,14 @@ def test_by_hand(mesh, backend):
     np.testing.assert_allclose(out_BNH, np.full((1, 1, H), 5.0), rtol=1e-6)
 
 
-@pytest.mark.parametrize("backend", ["xla", "xla_gpu", "pallas_interpret"])
+@pytest.mark.parametrize("backend", ["xla", "xla_gpu", "pallas_interpret", "native_cpu"])
 def test_all_slots_dead(mesh, backend):
     q_BNH, new_BKC, cache_LBKSC, length_B = inputs([0, 0, 0], 128, 1, 3, 64, jnp.float32)
     out_BNH = attend(q_BNH, new_BKC, cache_LBKSC, LAYER, length_B, mesh=mesh, backend=backend)
     assert np.array_equal(out_BNH, np.repeat(new_BKC[..., 64:], 3, axis=1))
 
 
-@pytest.mark.parametrize("backend", ["xla", "xla_gpu"])
+@pytest.mark.parametrize("backend", ["xla", "xla_gpu", "native_cpu"])
 def test_large_scores_do_not_overflow(mesh, backend):
     """exp of a score that is not taken relative to the largest so far is inf."""
     q_BNH, new_BKC, cache_LBKSC, length_B = inputs([100, 300], 384, 1, 2, 64, jnp.float32)
@@ -349,7 +349,7 @@ def test_two_cores():
     oracle.assert_close(out_BNH, oracle.ragged_attention(q_BNH, new_BKC, cache_LBKSC, LAYER, length_B))
 
 
-@pytest.mark.parametrize("backend", ["xla", "xla_gpu", "pallas_interpret"])
+@pytest.mark.parametrize("backend", ["xla", "xla_gpu", "pallas_interpret", "native_cpu"])
 def test_slots_share_pages(mesh, backend):
     """Two slots with one first page, of which the second sees less; more references than the pool has pages."""
     lengths, S = [R + 9, R - 5, R + 3, R], 2 * R

@@ -5,6 +5,11 @@ import pytest
 from .vocabularies import train_pieces
 
 
+@pytest.fixture(autouse=True)
+def weights_as_they_come(without_native_kernels):
+    """Not in panels: these tests compare what an engine holds with what a file has."""
+
+
 @pytest.fixture(scope="session")
 def llama_pieces():
     """As Llama 2's: BPE, byte fallback, text as it is."""

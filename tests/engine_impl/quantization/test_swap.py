@@ -239,7 +239,7 @@ def test_experts_become_int8(devices):
     assert greedy(*quantized, prompts, 6) == reference
 
 
-def test_what_is_excluded_stays():
+def test_what_is_excluded_stays(without_native_kernels):
     engine, params = engine_with(
         RandomCheckpoint(SHAPE), quantize_weights="int8", quantize_exclude=("layers.*.mlp.*", "*.o_proj")
     )

@@ -94,6 +94,7 @@ def test_what_ends_validates(tokenizer, schema):
     assert check(tokenizer, schema, range(6)), "no answer came to an end"
 
 
+SLOW = [HealthCheck.too_slow, HealthCheck.filter_too_much]
 LEAVES = st.one_of(
     st.sampled_from([{"type": name} for name in ("string", "integer", "number", "boolean", "null")]),
     st.lists(st.one_of(st.integers(-99, 99), st.text(max_size=4), st.none()), min_size=1, max_size=4).map(

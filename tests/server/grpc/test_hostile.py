@@ -3,6 +3,7 @@
 import asyncio
 import gc
 import weakref
+from contextlib import suppress
 from typing import Any
 
 import grpc
@@ -26,6 +27,7 @@ from tests.server.calls import (
     token_request,
     until,
 )
+from tests.server.test_raw_bytes import HEADERS, MESSAGE, PREFACE, frame, literal
 
 HEALTH, WATCH = "/grpc.health.v1.Health/Check", "/grpc.health.v1.Health/Watch"
 REFLECTION = "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo"
@@ -98,6 +100,31 @@ def test_a_large_value_is_told_in_part(character):
             assert len(details) <= LONGEST
 
     asyncio.run(scenario())
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [(b"x-\xa9", b"a"), (b"x-a", b"\xa9"), (b"authorization", b"Bearer \xff"), (b"x-request-id", b"\xff")],
+)
+def test_metadata_that_is_no_text_is_no_line_of_the_log(name, value, caplog):
+    """gRPC's own Python logs a traceback for each."""
+
+    async def scenario():
+        async with serving() as (server, channel):
+            reader, writer = await asyncio.open_connection(*server.address.split(":"))
+            data = b"\x00" + len(MESSAGE).to_bytes(4, "big") + MESSAGE
+            writer.write(PREFACE + frame(1, 4, 1, HEADERS + literal(name, value)) + frame(0, 1, 1, data))
+            came = b""
+            with suppress(TimeoutError):
+                async with asyncio.timeout(0.3):
+                    while piece := await reader.read(65536):
+                        came += piece
+            writer.close()
+            assert came, "it is answered, in whatever way"
+            assert (await answer(channel, text_request("a")))[0] == "bcd"
+
+    asyncio.run(scenario())
+    assert [record for record in caplog.records if record.levelname in ("WARNING", "ERROR")] == []
 
 
 class Megabytes(list):

@@ -98,6 +98,22 @@ def test_an_answer_with_a_grammar_takes_part_in_every_second_step_and_the_others
     assert all(len(steps[number]) == 8 and len(steps[number - 1]) == 7 for number in at)
 
 
+def test_several_with_nobody_beside_them_go_on_together(monkeypatch):
+    collect = Constraints.collect
+    monkeypatch.setattr(Constraints, "collect", lambda self, wait_s: collect(self, 10))
+    house = House(3)
+    steps = noted(house.loop._engine)
+    requests = [constrained("a", 40, "x" * 20) for _ in range(3)]
+    for request in requests:
+        house.queue.put(request)
+        house.turns(2)
+    house.turns(60)
+    assert [request.answer()[0] for request in requests] == ["x" * 20] * 3
+    together = [number for number, slots in enumerate(steps) if len(slots) == 3]
+    assert len(together) > 12
+    assert together == list(range(together[0], together[-1] + 1)), "no step of a part of them between"
+
+
 def test_alone_it_takes_part_in_every_step():
     engine = FakeEngine()
     steps = noted(engine)
@@ -131,6 +147,23 @@ def test_a_matcher_that_fails_fails_its_request_alone():
         assert "its grammar comes to no end: 'i' does not come before 'ello'; send a simpler one" in str(last.error)
         assert len(other.answer()[0]) == 30
         until(lambda: orchestrator.slots_in_use == 0)
+
+
+def test_a_library_that_panics_fails_its_request_alone(monkeypatch):
+    class Panicking(FakeMatcher):
+        def copy(self):
+            return Panicking(self.text)
+
+        def take(self, token_id):
+            raise BaseException("index out of bounds")
+
+    with running(FakeEngine()) as orchestrator:
+        other = ask(orchestrator, "a", 20)
+        with monkeypatch.context() as patched:
+            patched.setattr(FakeTokenizer, "matcher", lambda self, text: Panicking(text))
+            *_, last = asked(orchestrator, "a", 9, "hello").all()
+        assert "comes to no end: BaseException: index out of bounds" in str(last.error)
+        assert len(other.answer()[0]) == 20
 
 
 def test_one_that_is_cancelled_while_its_grammar_is_at_work_gives_its_slot_back(monkeypatch):

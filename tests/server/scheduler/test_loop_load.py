@@ -9,8 +9,9 @@ import pytest
 from slipstream.engine_impl.sampling.params import SamplingParams
 from slipstream.server.errors import DeadlineError, FailedError, QueueFullError
 from slipstream.server.observe.metrics import Metrics, Outcome
+from slipstream.server.request.grammar import Grammar
 
-from tests.fakes import FakeEngine
+from tests.fakes import FakeEngine, FakeTokenizer
 from tests.server.calls import sample
 from tests.server.scheduler.loop import Asked, ask, running, texts, until
 
@@ -46,8 +47,8 @@ def test_a_step_costs_the_loop_the_same_however_many_slots_are_live():
 
 @pytest.mark.parametrize(("seed", "width"), [(0, 1), (1, 1), (2, 1), (3, 1), (4, 2), (5, 4), (6, 4)])
 def test_any_mixture_answers_every_request_once_and_leaves_nothing_behind(seed, width):
-    """Cancels, deadlines, stop strings, samples, priorities and faults at random, from several threads; up to `width`
-    tokens per step."""
+    """Cancels, deadlines, stop strings, samples, priorities, grammars and faults at random, from several threads; up to
+    `width` tokens per step."""
     faults, counts = random.Random(seed), random.Random(seed)
 
     def on_call(call):
@@ -83,7 +84,9 @@ def test_any_mixture_answers_every_request_once_and_leaves_nothing_behind(seed, 
                     stop_strings=stops,
                     priority=dice.randint(-10, 10),
                     sampling=SamplingParams(logprobs=dice.choice([None, 0, 3])),
+                    grammar=Grammar("*" * dice.randint(1, 30)) if width == 1 and dice.random() < 0.4 else None,
                 )
+                request.constrain(FakeTokenizer())
                 try:
                     orchestrator.submit(request)
                 except (QueueFullError, DeadlineError) as error:
@@ -123,5 +126,5 @@ def check_answer(request, events):
         ids = [token_id for event in events if event.index == index for token_id in event.token_ids]
         first = request.prompt_ids[-1] + 1 + 10 * index
         assert ids == list(range(first, first + len(ids)))
-        assert len(ids) <= request.max_tokens
+        assert len(ids) <= min(request.max_tokens, len(request.grammar.text) if request.grammar else 60)
         assert not any(stop in text for stop in request.stop_strings)

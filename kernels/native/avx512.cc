@@ -1,0 +1,41 @@
+// The kernels by avx512's instructions. The pragmas stand behind the standard headers, whose functions any level may share.
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <vector>
+
+#include "kernels.h"
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+
+#define LANES 16
+#define ROWS 12   // of a product that stay in registers
+#define HEADS 3  // of a group that share a row of the cache
+
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma"))), apply_to = function)
+#else
+#pragma GCC push_options
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")
+#endif
+namespace slipstream {
+namespace {
+#include "vectors.h"
+#include "panel_matmul.h"
+#include "ragged_attention.h"
+}  // namespace
+#if defined(__clang__)
+#pragma clang attribute pop
+#else
+#pragma GCC pop_options
+#endif
+
+const Kernels* avx512() {
+  static const Kernels own{"avx512", panels, attend};
+  return &own;
+}
+}  // namespace slipstream
+#else
+const slipstream::Kernels* slipstream::avx512() { return nullptr; }
+#endif

@@ -1,0 +1,114 @@
+// The kernels as XLA calls them: handlers of its foreign function interface, on its own thread pool.
+#include <optional>
+#include <string>
+
+#include "kernels.h"
+#include "share.h"
+#include "xla/ffi/api/ffi.h"
+
+namespace ffi = xla::ffi;
+
+namespace slipstream {
+namespace {
+
+constexpr int64_t SMALL = 1 << 16;  // multiplications that are not worth a second thread
+constexpr int64_t ROWS_OF_A_PART = 96;
+constexpr int64_t PARTS_OF_A_THREAD = 4;
+
+std::optional<Stored> stored_as(ffi::AnyBuffer code, bool has_offset) {
+  switch (code.element_type()) {
+    case ffi::DataType::F32:
+      return Stored::kF32;
+    case ffi::DataType::BF16:
+      return Stored::kBF16;
+    case ffi::DataType::S8:
+      return has_offset ? Stored::kInt4 : Stored::kInt8;
+    default:
+      return std::nullopt;
+  }
+}
+
+// Shapes are checked where the call is made, in op.py.
+ffi::Error multiply(ffi::ThreadPool pool, ffi::Buffer<ffi::DataType::F32> x, ffi::AnyBuffer code,
+                    ffi::Buffer<ffi::DataType::F32> scale, ffi::Buffer<ffi::DataType::F32> offset,
+                    ffi::ResultBuffer<ffi::DataType::F32> out) {
+  const int64_t R = x.dimensions()[0], I = x.dimensions()[1], O = out->dimensions()[1], P = code.dimensions()[0];
+  const auto stored = stored_as(code, offset.dimensions().size() == 3);
+  if (!stored) return ffi::Error::InvalidArgument("weights of a type that has no kernel");
+  const int64_t blocks = *stored == Stored::kInt4 ? offset.dimensions()[1] : 1;
+  const Panels weight{*stored, code.untyped_data(), scale.typed_data(), offset.typed_data(), I, O, blocks};
+  const Kernels& own = kernels();
+  const int64_t threads = R * I * O < SMALL ? 1 : pool.num_threads();
+  const int64_t row_parts = R > ROWS_OF_A_PART ? (R + ROWS_OF_A_PART - 1) / ROWS_OF_A_PART : 1;
+  const int64_t rows = (R + row_parts - 1) / row_parts;
+  const int64_t panel_parts = std::min(P, std::max<int64_t>(1, threads * PARTS_OF_A_THREAD / row_parts));
+  const int64_t panels = (P + panel_parts - 1) / panel_parts;
+  const float* from = x.typed_data();
+  float* to = out->typed_data();
+  share(pool, threads, row_parts * panel_parts, [=, &own](int64_t part) {
+    const int64_t row = part % row_parts * rows, panel = part / row_parts * panels;
+    const int64_t count = std::min(rows, R - row), last = std::min(panel + panels, P);
+    if (count > 0 && panel < last) own.panels(from + row * I, weight, to + row * O, count, panel, last);
+  });
+  return ffi::Error::Success();
+}
+
+ffi::Error attend(ffi::ThreadPool pool, ffi::Buffer<ffi::DataType::F32> q, ffi::Buffer<ffi::DataType::F32> fresh,
+                  ffi::AnyBuffer cache, ffi::Buffer<ffi::DataType::F32> scale, ffi::Buffer<ffi::DataType::S32> layer,
+                  ffi::Buffer<ffi::DataType::S32> length, ffi::Buffer<ffi::DataType::S32> page,
+                  ffi::Buffer<ffi::DataType::S32> window, ffi::ResultBuffer<ffi::DataType::F32> out, float soft_cap) {
+  const auto query = q.dimensions(), pages = cache.dimensions();
+  const bool coded = cache.element_type() == ffi::DataType::S8;
+  if (!coded && cache.element_type() != ffi::DataType::F32)
+    return ffi::Error::InvalidArgument("a cache of a type that has no kernel");
+  const Attention of{
+      q.typed_data(), fresh.typed_data(), cache.untyped_data(), coded ? scale.typed_data() : nullptr,
+      length.typed_data(), page.typed_data(), out->typed_data(),
+      query[0], query[1], pages[2], query[2],
+      pages[0], pages[1], pages[3], page.dimensions()[1],
+      *layer.typed_data(), *window.typed_data(), soft_cap,
+  };
+  int64_t rows = 0;
+  for (int64_t b = 0; b < of.slots; ++b) rows += of.length[b] + 1;
+  const Kernels& own = kernels();
+  const int64_t threads = rows * of.heads * of.head_dim < SMALL ? 1 : pool.num_threads();
+  share(pool, threads, of.slots * of.kv_heads,
+        [=, &own](int64_t part) { own.attend(of, part / of.kv_heads, part % of.kv_heads); });
+  return ffi::Error::Success();
+}
+
+}  // namespace
+}  // namespace slipstream
+
+#define EXPORTED __attribute__((visibility("default")))
+
+extern "C" {
+EXPORTED XLA_FFI_Error* slipstream_panel_matmul(XLA_FFI_CallFrame*);
+EXPORTED XLA_FFI_Error* slipstream_ragged_attention(XLA_FFI_CallFrame*);
+EXPORTED const char* slipstream_level() { return slipstream::kernels().name; }
+EXPORTED bool slipstream_use_level(const char* name) { return slipstream::use_level(name); }
+EXPORTED const char* slipstream_source() { return SLIPSTREAM_SOURCE; }
+}
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(slipstream_panel_matmul, slipstream::multiply,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<ffi::Buffer<ffi::DataType::F32>>()   // x_RI
+                                  .Arg<ffi::AnyBuffer>()                    // code
+                                  .Arg<ffi::Buffer<ffi::DataType::F32>>()   // scale, or empty
+                                  .Arg<ffi::Buffer<ffi::DataType::F32>>()   // offset, or empty
+                                  .Ret<ffi::Buffer<ffi::DataType::F32>>());  // out_RO
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(slipstream_ragged_attention, slipstream::attend,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<ffi::Buffer<ffi::DataType::F32>>()  // q_BNH
+                                  .Arg<ffi::Buffer<ffi::DataType::F32>>()  // new_BKC
+                                  .Arg<ffi::AnyBuffer>()                   // cache_LPKRC
+                                  .Arg<ffi::Buffer<ffi::DataType::F32>>()  // scale_LPK2R, or empty
+                                  .Arg<ffi::Buffer<ffi::DataType::S32>>()  // layer
+                                  .Arg<ffi::Buffer<ffi::DataType::S32>>()  // length_B
+                                  .Arg<ffi::Buffer<ffi::DataType::S32>>()  // page_BJ
+                                  .Arg<ffi::Buffer<ffi::DataType::S32>>()  // window, 0 is none
+                                  .Ret<ffi::Buffer<ffi::DataType::F32>>()  // out_BNH
+                                  .Attr<float>("soft_cap"));

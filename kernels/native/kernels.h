@@ -1,0 +1,64 @@
+// The native CPU kernels: what they take, and the levels of vector instructions that they are compiled for.
+//
+// Axes as in cache_manager/layout.py; of a product R rows, I inputs, O outputs, P panels of PANEL outputs.
+#pragma once
+
+#include <cstdint>
+
+namespace slipstream {
+
+constexpr int PANEL = 32;
+
+// How a panel's weights are stored. All are read in the order of memory, an input's 32 outputs (or two inputs') at once.
+enum class Stored {
+  kF32,   // float [P, I, 32]
+  kBF16,  // bfloat16 [P, I, 32]; outputs o and o + 16 are neighbours, so that a 32-bit word holds a vector's lane of each
+  kInt8,  // int8 [P, I, 32], scale [P, 32]
+  kInt4,  // int8 [P, I / 2, 32], input 2 i in the low half and 2 i + 1 in the high one; scale, offset [P, Q, 32]
+};
+
+struct Panels {
+  Stored stored;
+  const void* code;
+  const float* scale;
+  const float* offset;
+  int64_t inputs;
+  int64_t outputs;  // the last panel may have fewer than 32
+  int64_t blocks;   // Q, blocks of inputs that share a scale; of int4 alone
+};
+
+struct Attention {
+  const float* q;       // [B, N, H]
+  const float* fresh;   // [B, K, 2 H], the step's own k and v
+  const void* cache;    // [L, P, K, R, 2 H], float, or int8 where there are scales
+  const float* scale;   // [L, P, K, 2, R], or null
+  const int32_t* length;  // [B]
+  const int32_t* page;    // [B, J]
+  float* out;           // [B, N, H]
+  int64_t slots, heads, kv_heads, head_dim;
+  int64_t layers, pool, page_rows, pages_per_slot;
+  int32_t layer;
+  int32_t window;  // tokens that a query sees, itself included; 0 is no window
+  float soft_cap;  // 0 is none
+};
+
+// One level's kernels. Each computes a part of an op's result, which the parts share among threads.
+struct Kernels {
+  const char* name;
+  // out[rows, outputs] of the panels [first, last) and these rows; `out` and `x` begin at the first row.
+  void (*panels)(const float* x, const Panels& weight, float* out, int64_t rows, int64_t first, int64_t last);
+  // The query heads of one kv head of one slot.
+  void (*attend)(const Attention& of, int64_t slot, int64_t kv_head);
+};
+
+// Null where the compiler's target has no such instructions.
+const Kernels* avx512();
+const Kernels* avx2();
+const Kernels* generic();
+
+// The best that this CPU runs, or the one that `use_level` chose.
+const Kernels& kernels();
+// Whether there is a level of this name and this CPU runs it; then `kernels` are its own from now on.
+bool use_level(const char* name);
+
+}  // namespace slipstream

@@ -1,0 +1,74 @@
+// Vectors of LANES floats, by the compiler's vector types. Included once for each level, within its namespace, behind
+// the pragma that allows its instructions.
+
+#define INLINE inline __attribute__((always_inline))
+
+typedef float F __attribute__((vector_size(LANES * 4)));
+typedef int32_t I32 __attribute__((vector_size(LANES * 4)));
+typedef int8_t I8 __attribute__((vector_size(LANES)));
+typedef float F4 __attribute__((vector_size(16)));
+
+static INLINE F load(const float* from) {
+  F value;
+  __builtin_memcpy(&value, from, sizeof value);
+  return value;
+}
+
+static INLINE void store(float* to, F value) { __builtin_memcpy(to, &value, sizeof value); }
+
+// int8 to int32, as many as a vector of floats has.
+static INLINE I32 widened(const int8_t* from) {
+#if LANES == 16
+  return (I32)_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
+#elif LANES == 8
+  return (I32)_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from)));
+#else
+  I8 codes;
+  __builtin_memcpy(&codes, from, sizeof codes);
+  return __builtin_convertvector(codes, I32);
+#endif
+}
+
+static INLINE F load(const int8_t* from) { return __builtin_convertvector(widened(from), F); }
+
+static INLINE F splat(float value) { return value - F{}; }
+
+static INLINE F as_floats(I32 bits) { return (F)bits; }
+
+static INLINE F larger(F a, F b) { return a > b ? a : b; }
+
+static INLINE float largest(F value) {
+  float found = value[0];
+  for (int i = 1; i < LANES; ++i) found = found > value[i] ? found : value[i];
+  return found;
+}
+
+// The sum of a vector's lanes as four partial ones.
+static INLINE F4 folded(F value) {
+  F4 part[LANES / 4];
+  __builtin_memcpy(part, &value, sizeof value);
+  for (int n = LANES / 8; n; n /= 2)
+    for (int i = 0; i < n; ++i) part[i] += part[i + n];
+  return part[0];
+}
+
+static INLINE float sum(F value) {
+  const F4 part = folded(value);
+  return (part[0] + part[2]) + (part[1] + part[3]);
+}
+
+// exp(x) for x <= 0, with a relative error of 2e-7; what is below 1e-38 may come out as that.
+static INLINE F exp_of_negative(F x) {
+  x = larger(x, splat(-87.0f));
+  const I32 whole = __builtin_convertvector(x * 1.44269504f - 0.5f, I32);  // rounds towards 0: to the nearest
+  const F n = __builtin_convertvector(whole, F);
+  const F r = (x - n * 0.693359375f) - n * -2.12194440e-4f;  // ln 2 in two parts
+  F p = splat(1.0f / 5040);
+  p = p * r + 1.0f / 720;
+  p = p * r + 1.0f / 120;
+  p = p * r + 1.0f / 24;
+  p = p * r + 1.0f / 6;
+  p = p * r + 0.5f;
+  p = p * (r * r) + (r + 1.0f);
+  return p * as_floats((whole + 127) << 23);
+}

@@ -1,0 +1,53 @@
+"""Activations times weights in panels."""
+
+import jax
+import jax.numpy as jnp
+
+from ..backend import Backend, check_backend, check_shape
+from .native_cpu import panel_matmul_native
+from .reference import PANEL, Panels, panel_matmul_reference
+
+LONGEST_RUN = 256
+"""Inputs that the native kernel unpacks together: a block of 4-bit codes divides it."""
+
+
+def panel_matmul(x_RI: jax.Array, weight: Panels, *, outputs: int, backend: Backend) -> jax.Array:
+    """x @ weight, one row or many; weights become floats in registers, sums are f32.
+
+    Args:
+        x_RI: activations, f32.
+        weight: see `Panels`.
+        outputs: O; the last panel's other outputs are not computed.
+        backend: "native_cpu", or any other for XLA's product of the unpacked weight.
+
+    Returns:
+        f32 [R, O].
+
+    Raises:
+        ValueError: shapes or dtypes that do not fit together, at trace time.
+    """
+    check_backend(backend)
+    if x_RI.dtype != jnp.float32:
+        raise ValueError(f"x_RI must be float32, got {x_RI.dtype}")
+    _check(weight, x_RI.shape[1], outputs)
+    matmul = panel_matmul_native if backend == "native_cpu" else panel_matmul_reference
+    return matmul(x_RI, weight, outputs)
+
+
+def _check(weight: Panels, inputs: int, outputs: int) -> None:
+    (code, scale, offset), P = weight, -(-outputs // PANEL)
+    of_code = (jnp.float32, jnp.bfloat16) if scale is None else (jnp.int8,)
+    if code.dtype not in of_code or any(leaf is not None and leaf.dtype != jnp.float32 for leaf in (scale, offset)):
+        dtypes = [str(leaf.dtype) for leaf in weight if leaf is not None]
+        raise ValueError(f"panels are float32 or bfloat16, or int8 codes with float32 scales, got {dtypes}")
+    if scale is None or offset is None:
+        check_shape("code", code, (P, inputs, PANEL), "PIX")
+        if scale is not None:
+            check_shape("scale", scale, (P, PANEL), "PX")
+        return
+    check_shape("code", code, (P, inputs // 2, PANEL), "PIX")
+    blocks = scale.shape[1] if scale.ndim == 3 else 0
+    for name, leaf in (("scale", scale), ("offset", offset)):
+        check_shape(name, leaf, (P, blocks, PANEL), "PQX")
+    if not blocks or inputs % blocks or LONGEST_RUN % (inputs // blocks) or inputs // blocks % 2:
+        raise ValueError(f"{inputs=} in {blocks=}: a block must be whole and a divisor of {LONGEST_RUN}, at least 2")

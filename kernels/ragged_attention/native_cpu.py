@@ -1,0 +1,31 @@
+"""Decode attention in C++: kernels/native/ragged_attention.h."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from .. import native
+
+
+def ragged_attention_native(
+    q_BNH: jax.Array,
+    new_BKC: jax.Array,
+    cache_LPKRC: jax.Array,
+    scale_LPK2R: jax.Array | None,
+    layer: jax.Array,
+    length_B: jax.Array,
+    page_BJ: jax.Array,
+    window: jax.Array | None,
+    *,
+    soft_cap: float | None = None,
+) -> jax.Array:
+    """`op.ragged_attention` on one shard's heads; `layer` and `window` are i32 scalars, floats are f32.
+
+    A slot's kv heads are the parts that threads share: each is read to its own length, page by page, and a page's
+    scores and weights stay in the nearest cache.
+    """
+    scale = jnp.zeros((0,), jnp.float32) if scale_LPK2R is None else scale_LPK2R
+    seen = jnp.int32(0) if window is None else window
+    out_BNH = jax.ShapeDtypeStruct(q_BNH.shape, jnp.float32)
+    operands = (q_BNH, new_BKC, cache_LPKRC, scale, layer, length_B, page_BJ, seen)
+    return native.call("slipstream_ragged_attention", out_BNH, *operands, soft_cap=np.float32(soft_cap or 0.0))

@@ -1,0 +1,69 @@
+"""Engines on a CPU with native kernels: their weights lie in panels, and their tokens are those of XLA's path."""
+
+from dataclasses import replace
+
+import jax.numpy as jnp
+import pytest
+from slipstream.benchmarks.baselines.xla import xla_twin
+from slipstream.engine_impl.config import EngineConfig
+from slipstream.engine_impl.errors import RefusedError
+from slipstream.engine_impl.loading import build_engine
+from slipstream.engine_impl.quantization.panels import PanelEmbedding, PanelLinear, PanelWeight
+
+from ..tiny_models import TINY, RandomCheckpoint, greedy
+
+SHAPE = replace(TINY, model_dim=64, ffn_dim=96)  # blocks of 32
+TIED = replace(SHAPE, tied_embeddings=True)
+PROMPTS = [[5, 17, 3], [90, 2, 41, 8, 60, 77, 13] * 4]
+
+
+def engine_with(shape, devices=1, **options):
+    checkpoint = RandomCheckpoint(shape)
+    config = EngineConfig(slots=4, cache_length=128, max_prefill_length=64, tensor_parallel=devices, **options)
+    engine = build_engine(config, checkpoint)
+    return engine, engine.load_params(checkpoint)
+
+
+def kinds(engine):
+    return {part.kind for part in engine.model.modules() if isinstance(part, PanelWeight)}
+
+
+@pytest.mark.parametrize(
+    ("options", "shape", "expected"),
+    [
+        ({}, TIED, {"float32"}),
+        pytest.param({}, SHAPE, {"float32"}, marks=pytest.mark.slow),
+        pytest.param({"dtype": "bfloat16"}, TIED, {"bfloat16"}, marks=pytest.mark.slow),
+        pytest.param({"quantize_weights": "int8"}, SHAPE, {"float32", "int8"}, marks=pytest.mark.slow),
+        pytest.param({"quantize_weights": "int4"}, TIED, {"float32", "int4"}, marks=pytest.mark.slow),
+        pytest.param({"quantize_kv": "int8"}, SHAPE, {"float32"}, marks=pytest.mark.slow),
+    ],
+)
+def test_tokens_are_those_of_xla(options, shape, expected):
+    engine, params = engine_with(shape, **options)
+    assert engine.programs.backend == "native_cpu", "build the native kernels: make setup"
+    assert kinds(engine) == expected
+    assert engine.layout.dtype == jnp.float32, "of activations and cache, whatever the weights are"
+    twin = xla_twin(engine, params)
+    assert twin[0].programs.backend == "xla"
+    assert greedy(engine, params, PROMPTS, 12) == greedy(*twin, PROMPTS, 12)
+
+
+def test_a_tied_embedding_lies_there_once():
+    engine, params = engine_with(TIED, dtype="bfloat16")
+    assert type(engine.model.embed_tokens) is PanelEmbedding
+    assert type(engine.model.lm_head) is PanelLinear
+    assert params["lm_head"] is params["embed_tokens"]
+    assert {name: leaf.dtype for name, leaf in params["embed_tokens"].items()} == {"code": jnp.dtype("bfloat16")}
+
+
+def test_several_devices_have_no_panels():
+    engine, params = engine_with(TINY, devices=2)
+    assert kinds(engine) == set()
+    with pytest.raises(RefusedError, match="versus='xla' is for engines whose products are all native"):
+        xla_twin(engine, params)
+
+
+def test_without_native_kernels_weights_lie_as_they_come(without_native_kernels):
+    engine, _ = engine_with(TINY, dtype="bfloat16")
+    assert (kinds(engine), engine.programs.backend, engine.layout.dtype) == (set(), "xla", jnp.dtype("bfloat16"))

@@ -1,0 +1,263 @@
+// The native kernels against plain loops in double precision, to be run under sanitizers: make native-check.
+//
+// Every array is as long as it must be and not longer, so that the address sanitizer finds a value read too many; what
+// must not be used is NaN. Each level that this CPU runs is forced in turn.
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <functional>
+#include <limits>
+#include <random>
+#include <thread>
+#include <vector>
+
+#include "../../kernels/native/kernels.h"
+#include "../../kernels/native/share.h"
+
+using namespace slipstream;
+
+namespace {
+
+constexpr float NOT_A_NUMBER = std::numeric_limits<float>::quiet_NaN();
+int failures = 0;
+std::mt19937 generator(0);
+
+std::vector<float> normal(size_t count) {
+  std::vector<float> values(count);
+  std::normal_distribution<float> draw;
+  for (float& value : values) value = draw(generator);
+  return values;
+}
+
+std::vector<int8_t> codes(size_t count) {
+  std::vector<int8_t> values(count);
+  for (int8_t& value : values) value = static_cast<int8_t>(generator() % 256 - 128);
+  return values;
+}
+
+void expect(bool is_fine, const char* what, double error) {
+  if (is_fine) return;
+  ++failures;
+  std::printf("FAILED %s: %s, off by %g\n", kernels().name, what, error);
+}
+
+// A thread for each task; `late` ones begin when all work may be done.
+struct Pool {
+  bool late;
+  std::vector<std::thread> threads;
+
+  template <typename Task>
+  void Schedule(Task task) {
+    threads.emplace_back([task, wait = late] {
+      if (wait) std::this_thread::sleep_for(std::chrono::milliseconds(2));
+      task();
+    });
+  }
+  ~Pool() {
+    for (std::thread& thread : threads) thread.join();
+  }
+};
+
+void check_sharing() {
+  for (int64_t threads : {0, 1, 2, 7})
+    for (int64_t parts : {0, 1, 2, 50})
+      for (bool late : {false, true}) {
+        std::vector<std::atomic<int>> count(parts);
+        {
+          Pool pool{late, {}};
+          auto* first = count.data();
+          share(pool, threads, parts, [first](int64_t part) { ++first[part]; });
+          for (auto& of_part : count) expect(of_part == 1, "a part is done once, before share returns", of_part);
+        }
+      }
+}
+
+struct Weight {
+  std::vector<float> floats, scale, offset;
+  std::vector<uint16_t> halves;
+  std::vector<int8_t> bytes;
+  std::vector<double> plain;  // [O, I]
+  Panels panels;
+};
+
+double widened(uint16_t half) {
+  const uint32_t bits = static_cast<uint32_t>(half) << 16;
+  float value;
+  __builtin_memcpy(&value, &bits, sizeof value);
+  return value;
+}
+
+// Lanes behind the last output are NaN where floats can say so.
+void fill(Weight& weight, Stored stored, int64_t I, int64_t O, int64_t block) {
+  const int64_t P = (O + PANEL - 1) / PANEL, Q = stored == Stored::kInt4 ? I / block : 1;
+  weight.plain.resize(O * I);
+  if (stored == Stored::kF32) weight.floats = normal(P * I * PANEL);
+  if (stored == Stored::kBF16) {
+    weight.halves.resize(P * I * PANEL);
+    for (uint16_t& half : weight.halves) half = static_cast<uint16_t>(0x3c00 + generator() % 0x400 + (generator() % 2 << 15));
+  }
+  if (stored == Stored::kInt8) weight.bytes = codes(P * I * PANEL), weight.scale = normal(P * PANEL);
+  if (stored == Stored::kInt4) {
+    weight.bytes = codes(P * I / 2 * PANEL);
+    weight.scale = normal(P * Q * PANEL), weight.offset = normal(P * Q * PANEL);
+  }
+  for (int64_t o = 0; o < P * PANEL; ++o)
+    for (int64_t i = 0; i < I; ++i) {
+      const int64_t p = o / PANEL, lane = o % PANEL, at = (p * I + i) * PANEL;
+      double value = 0;
+      switch (stored) {
+        case Stored::kF32:
+          if (o >= O) weight.floats[at + lane] = NOT_A_NUMBER;
+          value = weight.floats[at + lane];
+          break;
+        case Stored::kBF16: {
+          uint16_t& half = weight.halves[at + lane % 16 * 2 + lane / 16];
+          if (o >= O) half = 0x7fc0;
+          value = widened(half);
+          break;
+        }
+        case Stored::kInt8:
+          value = static_cast<double>(weight.bytes[at + lane]) * weight.scale[p * PANEL + lane];
+          break;
+        case Stored::kInt4: {
+          const int8_t pair = weight.bytes[(p * I / 2 + i / 2) * PANEL + lane];
+          const int code = i % 2 ? pair >> 4 : static_cast<int8_t>(static_cast<uint8_t>(pair) << 4) >> 4;
+          const int64_t grid = (p * Q + i / block) * PANEL + lane;
+          value = static_cast<double>(code) * weight.scale[grid] + weight.offset[grid];
+          break;
+        }
+      }
+      if (o < O) weight.plain[o * I + i] = value;
+    }
+  const void* code = stored == Stored::kF32    ? static_cast<const void*>(weight.floats.data())
+                     : stored == Stored::kBF16 ? static_cast<const void*>(weight.halves.data())
+                                               : static_cast<const void*>(weight.bytes.data());
+  weight.panels = Panels{stored, code, weight.scale.data(), weight.offset.data(), I, O, Q};
+}
+
+void check_product(Stored stored, int64_t R, int64_t I, int64_t O, int64_t block) {
+  Weight weight;
+  fill(weight, stored, I, O, block);
+  const std::vector<float> x = normal(R * I);
+  std::vector<float> out(R * O, NOT_A_NUMBER);
+  const int64_t P = (O + PANEL - 1) / PANEL, middle = P / 2;
+  kernels().panels(x.data(), weight.panels, out.data(), R, 0, middle);
+  kernels().panels(x.data(), weight.panels, out.data(), R, middle, P);
+  double worst = 0;
+  for (int64_t r = 0; r < R; ++r)
+    for (int64_t o = 0; o < O; ++o) {
+      double sum = 0, size = 1e-30;
+      for (int64_t i = 0; i < I; ++i) {
+        const double term = x[r * I + i] * weight.plain[o * I + i];
+        sum += term, size += std::fabs(term);
+      }
+      const double error = std::fabs(out[r * O + o] - sum) / size;
+      worst = error <= worst ? worst : error;  // a NaN is kept
+    }
+  expect(worst < 2e-6, "a product", worst);
+}
+
+void check_products() {
+  for (Stored stored : {Stored::kF32, Stored::kBF16, Stored::kInt8, Stored::kInt4})
+    for (int64_t R : {1, 2, 3, 4, 5, 6, 7, 8, 9, 11, 12, 13, 25, 40})
+      for (int64_t I : {64, 288, 608})  // 288 and 608 end within a run of unpacked inputs
+        for (int64_t O : {1, 31, 32, 33, 70}) check_product(stored, R, I, O, 32);
+  for (int64_t I : {1, 3, 17, 257}) {  // inputs that nothing divides
+    for (int64_t R : {1, 14}) {
+      check_product(Stored::kF32, R, I, 40, 1);
+      check_product(Stored::kBF16, R, I, 40, 1);
+      check_product(Stored::kInt8, R, I, 40, 1);
+    }
+  }
+  for (int64_t block : {8, 64, 128}) check_product(Stored::kInt4, 3, 384, 40, block);
+  for (int64_t block : {8, 64, 128}) check_product(Stored::kInt4, 30, 384, 40, block);
+}
+
+void check_attention(bool coded, int64_t K, int64_t G, int64_t H, int32_t window, float cap) {
+  const int64_t R = 128, J = 3, L = 2, P = 10, N = K * G, layer = 1;
+  const std::vector<int32_t> length = {0, 1, 127, 128, 129, 200, 384};
+  const int64_t B = length.size();
+  std::vector<int32_t> page(B * J, -7);
+  std::vector<float> cache(coded ? 0 : L * P * K * R * 2 * H, NOT_A_NUMBER);
+  std::vector<int8_t> cells = coded ? codes(L * P * K * R * 2 * H) : std::vector<int8_t>();
+  std::vector<float> scale(coded ? L * P * K * 2 * R : 0, NOT_A_NUMBER);
+  const std::vector<float> q = normal(B * N * H), fresh = normal(B * K * 2 * H);
+  std::vector<float> out(B * N * H, NOT_A_NUMBER);
+  int32_t next = 0;
+  for (int64_t b = 0; b < B; ++b)
+    for (int64_t j = 0; j * R < length[b]; ++j) page[b * J + j] = next++ % P;  // the last slots share pages
+  auto row = [&](int64_t b, int64_t k, int64_t s) { return ((layer * P + page[b * J + s / R]) * K + k) * R + s % R; };
+  auto first = [&](int64_t b) { return window ? std::max<int64_t>(0, length[b] - window + 1) : 0; };
+  for (int64_t b = 0; b < B; ++b)
+    for (int64_t k = 0; k < K; ++k)
+      for (int64_t s = first(b); s < length[b]; ++s) {
+        const std::vector<float> values = normal(2 * H);
+        for (int64_t h = 0; h < 2 * H && !coded; ++h) cache[row(b, k, s) * 2 * H + h] = values[h];
+        if (coded) {
+          const int64_t at = row(b, k, s) / R * 2 * R + s % R;
+          scale[at] = 0.01f * std::fabs(values[0]), scale[at + R] = 0.01f * std::fabs(values[1]);
+        }
+      }
+  auto value = [&](int64_t b, int64_t k, int64_t s, int64_t h) -> double {
+    if (s == length[b]) return fresh[(b * K + k) * 2 * H + h];
+    const int64_t at = row(b, k, s);
+    if (!coded) return cache[at * 2 * H + h];
+    return static_cast<double>(cells[at * 2 * H + h]) * scale[at / R * 2 * R + s % R + (h < H ? 0 : R)];
+  };
+  const void* stored = coded ? static_cast<const void*>(cells.data()) : static_cast<const void*>(cache.data());
+  const Attention of{q.data(),      fresh.data(), stored, coded ? scale.data() : nullptr,
+                     length.data(), page.data(),  out.data(), B, N, K, H, L, P, R, J,
+                     static_cast<int32_t>(layer), window, cap};
+  for (int64_t b = 0; b < B; ++b)
+    for (int64_t k = 0; k < K; ++k) kernels().attend(of, b, k);
+  double worst = 0;
+  for (int64_t b = 0; b < B; ++b)
+    for (int64_t n = 0; n < N; ++n) {
+      std::vector<double> score, sum(H, 0.0);
+      double most = -1e300, whole = 0;
+      for (int64_t s = first(b); s <= length[b]; ++s) {
+        double dot = 0;
+        for (int64_t h = 0; h < H; ++h) dot += q[(b * N + n) * H + h] * value(b, n / G, s, h);
+        dot /= std::sqrt(static_cast<double>(H));
+        score.push_back(cap > 0 ? cap * std::tanh(dot / cap) : dot);
+        most = std::max(most, score.back());
+      }
+      for (int64_t s = first(b); s <= length[b]; ++s) {
+        const double weight = std::exp(score[s - first(b)] - most);
+        whole += weight;
+        for (int64_t h = 0; h < H; ++h) sum[h] += weight * value(b, n / G, s, H + h);
+      }
+      for (int64_t h = 0; h < H; ++h) {
+        const double error = std::fabs(out[(b * N + n) * H + h] - sum[h] / whole);
+        worst = error <= worst ? worst : error;
+      }
+    }
+  expect(worst < 1e-5, coded ? "attention over int8" : "attention", worst);
+}
+
+void check_attentions() {
+  for (bool coded : {false, true})
+    for (int64_t H : {8, 16, 24, 64, 80, 96, 128})
+      for (int64_t G : {1, 2, 3, 4, 7}) check_attention(coded, 2, G, H, 0, 0);
+  for (bool coded : {false, true})
+    for (int32_t window : {1, 2, 100, 128, 129, 1000}) check_attention(coded, 1, 3, 64, window, 5.0f);
+}
+
+}  // namespace
+
+int main() {
+  check_sharing();
+  int levels = 0;
+  for (const char* level : {"generic", "avx2", "avx512"}) {
+    if (!use_level(level)) {
+      std::printf("%s: not on this CPU\n", level);
+      continue;
+    }
+    ++levels;
+    check_products();
+    check_attentions();
+    std::printf("%s: checked\n", level);
+  }
+  expect(levels > 0 && !use_level("avx9000"), "levels by their names", levels);
+  return failures ? EXIT_FAILURE : EXIT_SUCCESS;
+}

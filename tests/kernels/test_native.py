@@ -1,0 +1,156 @@
+"""The C++ kernels as XLA calls them, by each level of vector instructions that this CPU has. `make native-check` runs
+them without Python, under sanitizers."""
+
+import hashlib
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from slipstream.kernels import native, ragged_attention
+from slipstream.kernels.panel_matmul import PANEL, Panels, columns, pack, pack_int4, pack_int8, panel_matmul, unpack
+
+from . import oracle
+
+SOURCES = Path(__file__).parents[2] / "kernels" / "native"
+MULTIPLY = jax.jit(panel_matmul, static_argnames=("outputs", "backend"))
+ATTEND = jax.jit(ragged_attention, static_argnames=("window", "soft_cap", "mesh", "backend"))
+LEVELS = ("generic", "avx2", "avx512")
+
+
+@pytest.fixture(params=LEVELS)
+def level(request):
+    """Each level that the CPU runs; where it runs none, the library is not built, and that is told."""
+    best = native.level()
+    if LEVELS.index(request.param) > LEVELS.index(best):
+        pytest.skip(f"this CPU has no {request.param}")
+    native.use_level(request.param)
+    yield request.param
+    native.use_level(best)
+
+
+def test_the_library_was_built_from_these_sources():
+    paths = [*sorted(SOURCES.glob("*.cc")), *sorted(SOURCES.glob("*.h"))]
+    assert native.source() == hashlib.sha256(b"".join(path.read_bytes() for path in paths)).hexdigest(), (
+        "the native kernels are older than their sources; build them anew: make setup"
+    )
+
+
+def test_a_level_that_the_cpu_has_not_is_refused():
+    before = native.level()
+    with pytest.raises(ValueError, match="does not run the kernels of name='avx9000'"):
+        native.use_level("avx9000")
+    assert native.level() == before
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_panels_hold_the_weight(dtype):
+    weight_OI = oracle.normal(0, 70, 5, dtype=dtype)
+    panels = pack(jnp.asarray(weight_OI, jnp.float32), dtype)
+    assert panels.code.shape == (3, 5, PANEL)
+    assert np.array_equal(unpack(panels, 70), weight_OI.astype(np.float32))
+    output_R = np.array([0, 15, 16, 31, 32, 69])
+    assert np.array_equal(columns(panels, jnp.asarray(output_R)), weight_OI.astype(np.float32)[output_R])
+
+
+def test_panels_hold_codes():
+    """By hand: code * scale, and of 4 bits + offset."""
+    rng = np.random.default_rng(0)
+    code_OI, scale_O = rng.integers(-128, 128, (40, 6), np.int8), rng.uniform(1, 2, 40).astype(np.float32)
+    panels = pack_int8(jnp.asarray(code_OI), jnp.asarray(scale_O))
+    assert [leaf.shape for leaf in panels[:2]] == [(2, 6, PANEL), (2, PANEL)]
+    np.testing.assert_allclose(unpack(panels, 40), code_OI * scale_O[:, None], rtol=1e-6)
+    code_IO = rng.integers(-8, 8, (16, 40), np.int8)
+    scale_QO, offset_QO = rng.uniform(1, 2, (2, 2, 40)).astype(np.float32)
+    packed = (code_IO[::2] & 15) | (code_IO[1::2] << 4)
+    panels = pack_int4(*map(jnp.asarray, (packed, scale_QO, offset_QO)))
+    assert [leaf.shape for leaf in panels] == [(2, 8, PANEL), (2, 2, PANEL), (2, 2, PANEL)]
+    weight_IO = code_IO * scale_QO.repeat(8, axis=0) + offset_QO.repeat(8, axis=0)
+    np.testing.assert_allclose(unpack(panels, 40), weight_IO.T, rtol=1e-5)
+
+
+@pytest.mark.parametrize("R", [1, 30])
+def test_products_with_codes(level, R):
+    rng = np.random.default_rng(1)
+    I, O = 288, 70
+    x_RI = oracle.normal(1, R, I)
+    int8 = pack_int8(jnp.asarray(rng.integers(-128, 128, (O, I), np.int8)), oracle.normal(2, O))
+    packed = jnp.asarray(rng.integers(-128, 128, (I // 2, O), np.int8))
+    for panels in (int8, pack_int4(packed, oracle.normal(3, I // 32, O), oracle.normal(4, I // 32, O))):
+        expected_RO = np.asarray(x_RI).astype(np.float64) @ np.asarray(unpack(panels, O)).astype(np.float64).T
+        for backend in ("native_cpu", "xla"):
+            out_RO = MULTIPLY(x_RI, panels, outputs=O, backend=backend)
+            np.testing.assert_allclose(out_RO, expected_RO, rtol=1e-5, atol=1e-5 * np.abs(expected_RO).max())
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("R", [1, 8, 13, 200])
+def test_products(level, R, dtype):
+    """Few rows and many, by one thread or several; what fills the last panel up is NaN."""
+    I, O = 300, 200
+    x_RI = oracle.normal(1, R, I)
+    panels = pack(jnp.asarray(oracle.normal(2, O, I)), dtype)
+    weight_OI = np.asarray(unpack(panels, O)).astype(np.float64)
+    lane = np.arange(PANEL) if dtype == jnp.float32 else np.arange(PANEL).reshape(2, -1).T.reshape(-1)
+    filled_PX = (np.arange(len(panels.code))[:, None] * PANEL + lane) >= O
+    panels = Panels(jnp.where(filled_PX[:, None], jnp.asarray(jnp.nan, dtype), panels.code))
+    for backend in ("native_cpu", "xla"):
+        out_RO = MULTIPLY(x_RI, panels, outputs=O, backend=backend)
+        assert out_RO.dtype == jnp.float32
+        np.testing.assert_allclose(out_RO, np.asarray(x_RI).astype(np.float64) @ weight_OI.T, rtol=2e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("coded", [False, True])
+@pytest.mark.parametrize("H", [20, 64])
+def test_attention(level, mesh, H, coded):
+    """Lengths around a page's border, a window, a cap, an odd head; NaN in rows and scales that nobody may read."""
+    K, G, R, L, layer = 2, 3, 128, 2, 1
+    length_B = np.array([0, 1, 127, 128, 129, 256], np.int32)
+    B, S, window, cap = len(length_B), 2 * R, 120, 3.0
+    before_BS = length_B[:, None] - np.arange(S)[None, :]
+    used_BS = (before_BS > 0) & (before_BS < window)
+    q_BNH, new_BKC = oracle.normal(3, B, K * G, H), oracle.normal(4, B, K, 2 * H)
+    rows_LBKSC, options = oracle.normal(5, L, B, K, S, 2 * H), {"window": window, "soft_cap": cap}
+    page_BJ, pool = oracle.table(length_B, S, R)
+    if coded:
+        rows_LBKSC = np.round(rows_LBKSC * 40).clip(-127, 127).astype(np.int8)
+        scale_LBK2S = np.abs(oracle.normal(6, L, B, K, 2, S)) / 40
+        scale_LBK2S = np.where(used_BS[None, :, None, None], scale_LBK2S, np.nan).astype(np.float32)
+        options["scale_LPK2R"] = oracle.paged(scale_LBK2S, page_BJ, pool, R, row_axis=4)
+    else:
+        rows_LBKSC = np.where(used_BS[None, :, None, :, None], rows_LBKSC, np.nan).astype(np.float32)
+    args = (q_BNH, new_BKC, oracle.paged(jnp.asarray(rows_LBKSC), page_BJ, pool, R), layer, jnp.asarray(length_B))
+    out_BNH, expected_BNH = (
+        ATTEND(*args, jnp.asarray(page_BJ), **options, mesh=mesh, backend=backend) for backend in ("native_cpu", "xla")
+    )
+    np.testing.assert_allclose(out_BNH, expected_BNH, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"x": jnp.zeros((2, 64), jnp.bfloat16)}, "x_RI must be float32, got bfloat16"),
+        ({"code": jnp.zeros((1, 64, 32), jnp.float16)}, r"float32 or bfloat16, or int8 codes .*, got \['float16'\]"),
+        ({"code": jnp.zeros((1, 64, 32), jnp.int8)}, r"got \['int8'\]"),
+        ({"outputs": 33}, r"code must be \[P, I, X\] = \(2, 64, 32\), got \(1, 64, 32\)"),
+        ({"x": jnp.zeros((2, 63))}, r"= \(1, 63, 32\)"),
+        (
+            {"code": jnp.zeros((1, 64, 32), jnp.int8), "scale": jnp.zeros((2, 32))},
+            r"scale must be \[P, X\] = \(1, 32\)",
+        ),
+        (
+            {"code": jnp.zeros((1, 32, 32), jnp.int8), "scale": jnp.zeros((1, 2, 32)), "offset": jnp.zeros((1, 1, 32))},
+            r"offset must be \[P, Q, X\] = \(1, 2, 32\)",
+        ),
+        (
+            {"code": jnp.zeros((1, 32, 32), jnp.int8)} | dict.fromkeys(("scale", "offset"), jnp.zeros((1, 64, 32))),
+            "inputs=64 in blocks=64",
+        ),
+    ],
+)
+def test_refuses(change, message):
+    args = {"x": jnp.zeros((2, 64)), "code": jnp.zeros((1, 64, 32)), "scale": None, "offset": None, "outputs": 30}
+    x_RI, *panels, outputs = (args | change).values()
+    with pytest.raises(ValueError, match=message):
+        panel_matmul(x_RI, Panels(*panels), outputs=outputs, backend="native_cpu")
