@@ -5,6 +5,7 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
+import jax.numpy as jnp
 import numpy as np
 
 from ..checkpoints import hub
@@ -59,7 +60,7 @@ def read_adapter(
         for module, used in users.items():
             if (module, "A") not in tensors:
                 continue
-            ends = _ends(tensors, module, config)
+            ends = _ends(tensors, module, config, places.dtype)
             for layer, site, source in used:
                 for part, end in _taken_by(site, source, ends, model, kv_heads).items():
                     shape = (places.layers, *site.shape(part, config.largest_rank))
@@ -129,12 +130,24 @@ def _check_names(
         raise RefusedError(f"{config.where} does not fit the model; {'; '.join(told)}")
 
 
-def _ends(tensors: Mapping[tuple[str, str], Stored], module: str, config: PeftConfig) -> tuple[np.ndarray, np.ndarray]:
-    """A [r, I] and B [O, r] of a checkpoint's module in float32, B with the adapter's scale in it."""
+def _ends(
+    tensors: Mapping[tuple[str, str], Stored], module: str, config: PeftConfig, dtype: jnp.dtype
+) -> tuple[np.ndarray, np.ndarray]:
+    """A [r, I] and B [O, r] of a checkpoint's module, B with the adapter's scale in it.
+
+    Raises RefusedError for values that are not finite as the devices get them. A row's answer takes B of all adapters
+    times 0 but of its own: an infinity of one would be NaN for everybody.
+    """
     down_rI, up_Or = (tensors[module, end].read().astype(np.float32) for end in "AB")
-    if not (np.isfinite(down_rI).all() and np.isfinite(up_Or).all()):
-        raise RefusedError(f"{config.where}: {module} has values that are NaN or infinite; fetch it anew")
-    return down_rI, up_Or * np.float32(config.scale(module))
+    scale = config.scale(module)
+    with np.errstate(over="ignore", invalid="ignore"):
+        ends = down_rI.astype(dtype), (up_Or * np.float32(scale)).astype(dtype)
+    if not all(np.isfinite(end).all() for end in ends):
+        raise RefusedError(
+            f"{config.where}: {module} has values that are NaN or infinite, or become so by the scale {scale:g}; "
+            "fetch it anew"
+        )
+    return ends
 
 
 def _taken_by(

@@ -91,6 +91,9 @@ def test_half_precision_is_read(tmp_path):
         ({"layers_to_transform": [0]}, r"unexpected: layers.1.mlp.down_proj.lora_A"),
         ({"exclude_modules": ["q_proj"]}, r"unexpected: layers.0.self_attn.q_proj.lora_A"),
         ({"r": 3}, r"lora_A is \(2, 48\), the model needs \(3, 48\)"),
+        ({"lora_alpha": float("nan")}, "q_proj has values that are NaN or infinite, or become so by the scale nan"),
+        ({"lora_alpha": 7e38}, "infinite, or become so by the scale 3.5e"),
+        ({"lora_alpha": 4e36}, "infinite, or become so by the scale 2e"),
         ({"r": 5}, "rank 5, at most 4 is served; serve with --max-adapter-rank 5"),
     ],
 )
