@@ -63,6 +63,19 @@ def test_tensors_become_arrays_with_the_scale_in_b(tmp_path):
     assert adapter.bytes == sum(2 * 4 * 2 * (O + I) for O, I in SHAPES.values())
 
 
+def test_patterns_of_whole_names_are_those_of_the_trained_model(tmp_path):
+    """PEFT writes them with the prefix that the model had there, such as `model.`."""
+    whole = "model.layers.1.self_attn.q_proj"
+    tensors = {name: tensor for name, tensor in tensors_of().items() if "layers.0.mlp" not in name}
+    for end, shape in (("A", (3, 32)), ("B", (128, 3))):
+        tensors[f"base_model.model.{whole}.lora_{end}.weight"] = np.ones(shape, np.float32)
+    changes = {"rank_pattern": {f"^{whole}": 3}, "alpha_pattern": {whole: 12}}
+    adapter = read(written(tmp_path, tensors, exclude_modules=["model.layers.0.mlp.down_proj"], **changes))
+    assert adapter.rank == 3
+    assert (adapter.array[f"self_attn.q_proj.{UP}"][1] == 4).all()  # alpha / r
+    assert not adapter.array[f"mlp.down_proj.{UP}"][0].any()
+
+
 def test_half_precision_is_read(tmp_path):
     halved = {name: tensor.astype(np.float16) for name, tensor in tensors_of().items()}
     assert read(written(tmp_path, halved)).array[f"mlp.down_proj.{DOWN}"][1, 0, 0] == 1
