@@ -96,7 +96,7 @@ def read_peft_config(folder: Path) -> PeftConfig:
         raise RefusedError(
             f"{str(path)!r} cannot be read ({error.strerror}); give the folder of a PEFT adapter"
         ) from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise RefusedError(f"{str(path)!r} is no JSON ({error}); fetch it anew") from error
     where = str(path)
     if not isinstance(fields, dict) or fields.get("peft_type") != "LORA":
@@ -116,7 +116,7 @@ def read_peft_config(folder: Path) -> PeftConfig:
         )
     try:
         return _config(where, fields)
-    except (KeyError, TypeError, ValueError) as error:
+    except (AttributeError, KeyError, OverflowError, TypeError, ValueError) as error:
         raise RefusedError(f"{where} lacks a field or has one of another kind ({error!r}); fetch it anew") from error
 
 

@@ -97,6 +97,8 @@ def test_half_precision_is_read(tmp_path):
         ({"r": 0}, "ranks from 0 to 0"),
         ({"rank_pattern": {"q_proj": 129}}, "ranks from 2 to 129"),
         ({"r": "two"}, "one of another kind"),
+        ({"r": float("inf")}, "one of another kind"),
+        ({"rank_pattern": [3]}, "one of another kind"),
         ({"target_modules": None}, "one of another kind"),
         ({"target_modules": ["x"]}, "name none of its linear modules"),
         ({"target_modules": ["q_proj"]}, r"unexpected: layers.0.mlp.down_proj.lora_A, .*lora_B"),
@@ -143,6 +145,9 @@ def test_files_that_are_not_right_are_refused(tmp_path):
     with pytest.raises(RefusedError, match=r"adapter_config.json' cannot be read \(No such file"):
         read(tmp_path)
     (tmp_path / "adapter_config.json").write_text("{")
+    with pytest.raises(RefusedError, match="is no JSON"):
+        read(tmp_path)
+    (tmp_path / "adapter_config.json").write_text("[" * 100_000)
     with pytest.raises(RefusedError, match="is no JSON"):
         read(tmp_path)
     (tmp_path / "adapter_config.json").write_text(json.dumps(CONFIG))
