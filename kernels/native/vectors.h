@@ -59,7 +59,7 @@ static INLINE float sum(F value) {
 
 // exp(x) for x <= 0, with a relative error of 2e-7; what is below 1e-38 may come out as that.
 static INLINE F exp_of_negative(F x) {
-  x = larger(x, splat(-87.0f));
+  x = larger(splat(-87.0f), x);  // NaN stays NaN
   const I32 whole = __builtin_convertvector(x * 1.44269504f - 0.5f, I32);  // rounds towards 0: to the nearest
   const F n = __builtin_convertvector(whole, F);
   const F r = (x - n * 0.693359375f) - n * -2.12194440e-4f;  // ln 2 in two parts

@@ -76,7 +76,7 @@ def test_agreement_by_hand():
 
 
 @pytest.mark.slow
-def test_a_run_on_a_model_that_is_int4(monkeypatch, capsys):
+def test_a_run_on_a_model_that_is_int4(without_native_kernels, monkeypatch, capsys):
     monkeypatch.setattr(accuracy, "open_checkpoint", lambda model: OnGrid(replace(TINY, num_layers=1)))
     words = ["--modes", "int4-32,int8+kv8", "--tokens", "256", "--tensor-parallel", "1", "--json"]
     assert cli.run(["bench", "accuracy", *words]) == 0

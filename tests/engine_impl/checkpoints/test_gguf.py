@@ -34,7 +34,10 @@ def write_model(path, *, family="llama", drop=(), extra=None, shapes=None, scali
     writer.add_layer_norm_rms_eps(1e-5)
     writer.add_rope_freq_base(10000.0)
     for key, value in (fields or {}).items():
-        kinds = {int: gguf.GGUFValueType.UINT32, float: gguf.GGUFValueType.FLOAT32, list: gguf.GGUFValueType.ARRAY}
+        kinds = {
+            bool: gguf.GGUFValueType.BOOL, int: gguf.GGUFValueType.UINT32, float: gguf.GGUFValueType.FLOAT32,
+            list: gguf.GGUFValueType.ARRAY,
+        }  # fmt: skip
         key = key if key.startswith("tokenizer") else f"{family}.{key}"
         if f"{family}." in key and isinstance(value, list):
             writer.add_array(key, value)

@@ -19,7 +19,7 @@ from slipstream.engine_impl.models.llama import LlamaConfig
 from slipstream.engine_impl.models.rope import frequencies
 
 SMALL = replace(preset("llama-3.2-1b"), num_layers=2)
-PREFILL, CARRY = "prefill_512", "carry_96x512"
+PREFILL, CARRY = "prefill_512", "carry_16x512"
 """Of a whole chunk, and of it beside all slots."""
 
 

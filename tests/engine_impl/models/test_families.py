@@ -391,8 +391,8 @@ def test_a_family_from_outside_is_served(parrot):
         model=str(folder), model_module="parrots", slots=1, cache_length=128, max_prefill_length=64, tensor_parallel=1
     )
     engine, params = load_engine(config)
-    logits_V = logits_behind(engine, params, PROMPTS[0])
-    np.testing.assert_allclose(logits_V, reference_logits(reference, PROMPTS[0])[-1], atol=1e-4)
+    logits_V = logits_behind(engine, params, PROMPTS[0][:40])
+    np.testing.assert_allclose(logits_V, reference_logits(reference, PROMPTS[0][:40])[-1], atol=1e-4)
 
 
 def test_a_family_from_an_installed_package_is_found(parrot, tmp_path):

@@ -66,7 +66,7 @@ def test_the_text_model_equals_transformers(written):
     reference, folder, _ = written
     assert {"language_model.model.norm.weight", "multi_modal_projector.mm_soft_emb_norm.weight"} <= names_in(folder)
     engine, params = load(folder, devices=1)
-    prompts = [PROMPTS[0], [(7 * i * i + 3 * i) % 101 for i in range(136)]]
+    prompts = [PROMPTS[0][:40], [(7 * i * i + 3 * i) % 101 for i in range(136)]]
     for prompt, answer in zip(prompts, greedy(engine, params, prompts, 16), strict=True):
         expected = reference_logits(reference, prompt + answer[:-1])[len(prompt) - 1 :]
         logits_V = logits_behind(engine, params, prompt)

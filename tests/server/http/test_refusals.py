@@ -236,7 +236,7 @@ def test_paths_methods_and_sizes():
 
             answer, message = await error("GET", "/v1/nothing")
             assert answer.status == 404
-            assert "there is no /v1/nothing; there are /detokenize, /health, " in message
+            assert "there is no /v1/nothing; there are /, /detokenize, /health, " in message
             answer, message = await error("GET", "/v1/completions")
             assert (answer.status, answer.headers["allow"]) == (405, "OPTIONS, POST")
             answer, message = await error("POST", "/v1/completions", data=b" " * 1001)
