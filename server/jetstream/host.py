@@ -185,6 +185,7 @@ def check_supported(config: ServerConfig) -> None:
         "--max-queued-tokens": config.max_queued_tokens != plain.max_queued_tokens,
         "--no-prefix-cache": not config.prefix_cache,
         "--auth-token-file": config.security.auth_token_file is not None,
+        "--admin-token-file": config.security.admin_token_file is not None,
         "--no-isolate-prefixes": not config.security.isolate_prefixes,
         "--max-streams-per-client": config.security.max_streams_per_client is not None,
         "--max-message-bytes": config.security.max_message_bytes != plain.security.max_message_bytes,

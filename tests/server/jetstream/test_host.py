@@ -199,7 +199,8 @@ def test_a_single_device_has_no_halves():
         *(
             [flag, "7"]
             for flag in (
-                "--auth-token-file", "--max-streams-per-client", "--max-queued-tokens", "--profile", "--http-port"
+                "--auth-token-file", "--admin-token-file", "--max-streams-per-client", "--max-queued-tokens",
+                "--profile", "--http-port",
             )
         ),
         ["--otlp-endpoint", "http://127.0.0.1:4317"],
