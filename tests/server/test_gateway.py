@@ -7,6 +7,7 @@ import pytest
 from slipstream.server.errors import UnavailableError
 from slipstream.server.gateway import Gateway, Lane
 from slipstream.server.request.grammar import Grammar
+from slipstream.server.request.request import Request
 
 from tests.fakes import FakeEngine
 from tests.server.scheduler.loop import Asked
@@ -25,7 +26,7 @@ def test_a_server_that_stops_while_a_call_is_read_does_not_begin_to_compile_its_
         orchestrator: Any = Roomy()
         gateway.open(FakeEngine(), orchestrator)
 
-        def read(engine, deliver_to):
+        def read(engine, deliver_to) -> list[Request]:
             loop.call_soon_threadsafe(gateway.close, "the server is stopping")
             return [Asked("a", grammar=Grammar("hello"))]
 
