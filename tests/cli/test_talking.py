@@ -53,6 +53,7 @@ def test_a_call_whose_result_is_refused_does_not_stay_without_it(monkeypatch):
 
 def test_a_stop_string_that_is_a_control_token_ends_an_answer_without_a_server():
     options = AnswerOptions(max_tokens=20, stop_strings=(CONTROL,))
-    *_, (whole,) = answer(FakeEngine(), None, [[ord("a")]], options)
+    engine: Any = FakeEngine()
+    *_, (whole,) = answer(engine, None, [[ord("a")]], options)
     (sample,) = whole.samples
     assert (sample.text, sample.finish_reason) == ("bcd", "stop")
