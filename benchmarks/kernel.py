@@ -12,7 +12,7 @@ import numpy as np
 
 from ..engine_impl.loading import choose_devices, choose_dtype
 from ..engine_impl.weights.sharding import make_mesh
-from ..kernels import Backend, backend_for, cache_flush
+from ..kernels import Backend, backend_for, cache_flush, is_xla
 from .baselines.attentions import AttentionVariant, Case, attentions
 from .measure import machine
 from .measure.stats import percentile
@@ -39,7 +39,7 @@ def run(options: KernelOptions) -> dict[str, Any]:
     for title, rows in (("attention, all layers", attention), ("flush, all layers", flush)):
         print(f"{title}\n{_table(rows)}\n")
     if platform == "cpu":
-        print("XLA programs only, on a CPU: JAX's paged and ragged kernels and our Pallas ones need an accelerator.")
+        print("On a CPU: JAX's paged and ragged kernels and our Pallas ones need an accelerator.")
     shape = facts(options) | {"dtype": bench.dtype.name, "copy_bandwidth_bytes_per_second": round(bandwidth)}
     shape["load_average"] = load_average
     return shape | {"attention": attention, "flush": flush} | machine.describe(machine.use_threads(None))
@@ -133,8 +133,9 @@ class KernelBench:
                 cache, new, position, page_B1, mesh=self._mesh, backend=backend
             )
 
-        yield f"slipstream ({self._backend})", ours(self._backend)
-        if self._backend != "xla":
+        backend: Backend = "xla" if is_xla(self._backend) else self._backend  # what has no flush of its own
+        yield f"slipstream ({backend})", ours(backend)
+        if backend != "xla":
             yield "slipstream (xla scatter)", ours("xla")
         yield "dynamic_update_slice a slot", _update_slots
         yield "vmap of dynamic_update_slice", jax.vmap(_update_slot, in_axes=(1, 1, 0), out_axes=1)

@@ -2,7 +2,8 @@
 
 They know nothing of models, requests or slots' owners. Each op is a folder: `op.py` validates at trace time, shards
 over the mesh axis "tensor" and picks the backend; `reference.py` is the definition in plain XLA, and what runs where
-there is no TPU; `pallas_tpu.py` is the TPU kernel. The axes' letters are explained in `cache_manager/layout.py`.
+no other file does; `pallas_tpu.py` is the TPU kernel, `native_cpu.py` calls the CPU's (native/). The axes' letters are
+explained in `cache_manager/layout.py`.
 """
 
 from .backend import AXIS, Backend, backend_for, is_xla

@@ -52,7 +52,8 @@ CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 @dataclass(frozen=True)
 class PeftConfig:
-    """One adapter's."""
+    """One adapter's. Its patterns are of whole names in the model that was trained; a module is asked for by all the
+    names that it may have had there."""
 
     where: str
     """for messages"""
@@ -71,19 +72,19 @@ class PeftConfig:
     def largest_rank(self) -> int:
         return max([self.r, *self.rank_pattern.values()])
 
-    def rank(self, module: str) -> int:
-        return int(_of_pattern(self.rank_pattern, module, self.r))
+    def rank(self, names: Sequence[str]) -> int:
+        return int(_of_pattern(self.rank_pattern, names, self.r))
 
-    def scale(self, module: str) -> float:
+    def scale(self, names: Sequence[str]) -> float:
         """What B A is multiplied by (Kalajdzievski, arXiv 2312.03732, has the square root)."""
-        rank = self.rank(module)
-        return _of_pattern(self.alpha_pattern, module, self.alpha) / (math.sqrt(rank) if self.use_rslora else rank)
+        rank = self.rank(names)
+        return _of_pattern(self.alpha_pattern, names, self.alpha) / (math.sqrt(rank) if self.use_rslora else rank)
 
-    def is_changed(self, module: str, layer: int) -> bool:
-        """Whether the adapter changes a module, by its whole name in the checkpoint."""
+    def is_changed(self, names: Sequence[str], layer: int) -> bool:
+        """Whether the adapter changes a module of this layer."""
         if self.layers is not None and layer not in self.layers:
             return False
-        return _names(self.target_modules, module) and not _names(self.exclude_modules, module)
+        return _match(self.target_modules, names) and not _match(self.exclude_modules, names)
 
 
 def read_peft_config(folder: Path) -> PeftConfig:
@@ -95,7 +96,7 @@ def read_peft_config(folder: Path) -> PeftConfig:
         raise RefusedError(
             f"{str(path)!r} cannot be read ({error.strerror}); give the folder of a PEFT adapter"
         ) from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise RefusedError(f"{str(path)!r} is no JSON ({error}); fetch it anew") from error
     where = str(path)
     if not isinstance(fields, dict) or fields.get("peft_type") != "LORA":
@@ -115,7 +116,7 @@ def read_peft_config(folder: Path) -> PeftConfig:
         )
     try:
         return _config(where, fields)
-    except (KeyError, TypeError, ValueError) as error:
+    except (AttributeError, KeyError, OverflowError, TypeError, ValueError) as error:
         raise RefusedError(f"{where} lacks a field or has one of another kind ({error!r}); fetch it anew") from error
 
 
@@ -142,14 +143,15 @@ def _listed(names: str | Sequence[str]) -> str | tuple[str, ...]:
     return names if isinstance(names, str) else tuple(map(str, names))
 
 
-def _names(pattern: str | tuple[str, ...], module: str) -> bool:
+def _match(pattern: str | tuple[str, ...], names: Sequence[str]) -> bool:
     if isinstance(pattern, str):
-        return bool(re.fullmatch(pattern, module))
-    return any(module == end or module.endswith(f".{end}") for end in pattern)
+        return any(re.fullmatch(pattern, name) for name in names)
+    return any(name == end or name.endswith(f".{end}") for name in names for end in pattern)
 
 
-def _of_pattern(pattern: Mapping[str, float], module: str, otherwise: float) -> float:
-    return next((value for key, value in pattern.items() if re.match(rf"(.*\.)?({key})$", module)), otherwise)
+def _of_pattern(pattern: Mapping[str, float], names: Sequence[str], otherwise: float) -> float:
+    found = (value for key, value in pattern.items() if any(re.match(rf"(.*\.)?({key})$", name) for name in names))
+    return next(found, otherwise)
 
 
 def _shown(value: Any) -> str:

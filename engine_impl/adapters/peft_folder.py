@@ -5,6 +5,7 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
+import jax.numpy as jnp
 import numpy as np
 
 from ..checkpoints import hub
@@ -59,7 +60,7 @@ def read_adapter(
         for module, used in users.items():
             if (module, "A") not in tensors:
                 continue
-            ends = _ends(tensors, module, config)
+            ends = _ends(tensors, module, config, model, places.dtype)
             for layer, site, source in used:
                 for part, end in _taken_by(site, source, ends, model, kv_heads).items():
                     shape = (places.layers, *site.shape(part, config.largest_rank))
@@ -104,16 +105,14 @@ def _check_names(
 ) -> None:
     """Raises one RefusedError with all that does not agree; reads no tensor."""
     wanted = {
-        module
-        for module, ((layer, *_), *_) in users.items()
-        if any(config.is_changed(f"{prefix}{module}", layer) for prefix in (*model.prefixes, ""))
+        module for module, ((layer, *_), *_) in users.items() if config.is_changed(_whole_names(model, module), layer)
     }
     needed = {(module, end) for module in wanted for end in "AB"}
     misshapen = []
     for (module, end), stored in tensors.items():
         if module in wanted:
             outputs, inputs = shapes[f"{module}.{WEIGHT}"]
-            rank = config.rank(module)
+            rank = config.rank(_whole_names(model, module))
             shape = (rank, inputs) if end == "A" else (outputs, rank)
             if stored.shape != shape:
                 misshapen.append(f"{_called(module, end)} is {stored.shape}, the model needs {shape}")
@@ -129,12 +128,29 @@ def _check_names(
         raise RefusedError(f"{config.where} does not fit the model; {'; '.join(told)}")
 
 
-def _ends(tensors: Mapping[tuple[str, str], Stored], module: str, config: PeftConfig) -> tuple[np.ndarray, np.ndarray]:
-    """A [r, I] and B [O, r] of a checkpoint's module in float32, B with the adapter's scale in it."""
+def _whole_names(model: Decoder, module: str) -> list[str]:
+    """What a module may have been called in the model that was trained."""
+    return [f"{prefix}{module}" for prefix in (*model.prefixes, "")]
+
+
+def _ends(
+    tensors: Mapping[tuple[str, str], Stored], module: str, config: PeftConfig, model: Decoder, dtype: jnp.dtype
+) -> tuple[np.ndarray, np.ndarray]:
+    """A [r, I] and B [O, r] of a checkpoint's module, B with the adapter's scale in it.
+
+    Raises RefusedError for values that are not finite as the devices get them. A row's answer takes B of all adapters
+    times 0 but of its own: an infinity of one would be NaN for everybody.
+    """
     down_rI, up_Or = (tensors[module, end].read().astype(np.float32) for end in "AB")
-    if not (np.isfinite(down_rI).all() and np.isfinite(up_Or).all()):
-        raise RefusedError(f"{config.where}: {module} has values that are NaN or infinite; fetch it anew")
-    return down_rI, up_Or * np.float32(config.scale(module))
+    scale = config.scale(_whole_names(model, module))
+    with np.errstate(over="ignore", invalid="ignore"):
+        ends = down_rI.astype(dtype), (up_Or * np.float32(scale)).astype(dtype)
+    if not all(np.isfinite(end).all() for end in ends):
+        raise RefusedError(
+            f"{config.where}: {module} has values that are NaN or infinite, or become so by the scale {scale:g}; "
+            "fetch it anew"
+        )
+    return ends
 
 
 def _taken_by(

@@ -1,4 +1,4 @@
-"""Decode attention in plain XLA: the definition, and what runs on CPUs."""
+"""Decode attention in plain XLA: the definition, and what runs on CPUs without native kernels."""
 
 import jax
 import jax.numpy as jnp

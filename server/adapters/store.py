@@ -98,8 +98,12 @@ class AdapterStore:
         if self._folder is None:
             raise RefusedError("no adapter may be loaded by callers; serve with --adapter-dir FOLDER")
         folder = self._folder.resolve()
-        asked = (folder / path).resolve()
-        if folder not in asked.parents or not asked.is_dir():
+        try:
+            asked = (folder / path).resolve()
+            is_there = folder in asked.parents and asked.is_dir()
+        except (OSError, RuntimeError, ValueError):  # a name that no file can have, links in a circle
+            is_there = False
+        if not is_there:
             raise RefusedError(f"adapter_path={path!r:.200} must be a folder below adapter_dir={str(self._folder)!r}")
         return str(asked)
 

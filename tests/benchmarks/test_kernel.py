@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
+from slipstream import kernels
 from slipstream.benchmarks.baselines import attentions
 from slipstream.benchmarks.kernel import KernelBench
 from slipstream.benchmarks.options.kernel import KernelOptions
@@ -21,9 +22,10 @@ def test_all_agree_and_a_cpu_says_what_it_cannot_run(capsys):
     assert cli.run(["bench", "kernel", *flags, "--live-tokens", "127", "--repeats", "2", "--json"]) == 0
     *text, last = capsys.readouterr().out.splitlines()
     result = json.loads(last)
-    assert "XLA programs only, on a CPU" in "\n".join(text)
-    assert len(result["attention"]) == 3
-    assert len(result["flush"]) == 3
+    assert "On a CPU: JAX's paged" in "\n".join(text)
+    ours = [f"slipstream ({backend})" for backend in dict.fromkeys((kernels.backend_for("cpu"), "xla"))]
+    assert [row["name"] for row in result["attention"]][:-2] == ours
+    assert [row["name"] for row in result["flush"]][:-2] == ["slipstream (xla)"]  # there is no native one
     for row in result["attention"] + result["flush"]:
         assert row["refused"] is None
         assert row["us_p50"] > 0

@@ -45,6 +45,14 @@ def test_the_image_holds_every_room():
     assert sorted(copied) == sorted(PROJECT["tool"]["setuptools"]["package-dir"].values())
 
 
+def test_the_image_is_built_with_its_native_kernels():
+    """Slim images have no compiler, and without setup.py the package is built without an extension, silently."""
+    stage, *_ = re.findall(r"^FROM (\S+) AS build$", DOCKERFILE, flags=re.M)
+    assert "slim" not in stage
+    assert re.search(r"^COPY .*\bsetup\.py\b.* \./$", DOCKERFILE, flags=re.M)
+    assert "**/*.so" in IGNORE  # a developer's own
+
+
 def test_what_is_copied_is_there_and_not_ignored():
     sources = [
         source for line in re.findall(r"^COPY (?!--from)(.*) \S+$", DOCKERFILE, flags=re.M) for source in line.split()

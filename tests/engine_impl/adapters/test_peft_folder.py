@@ -63,6 +63,19 @@ def test_tensors_become_arrays_with_the_scale_in_b(tmp_path):
     assert adapter.bytes == sum(2 * 4 * 2 * (O + I) for O, I in SHAPES.values())
 
 
+def test_patterns_of_whole_names_are_those_of_the_trained_model(tmp_path):
+    """PEFT writes them with the prefix that the model had there, such as `model.`."""
+    whole = "model.layers.1.self_attn.q_proj"
+    tensors = {name: tensor for name, tensor in tensors_of().items() if "layers.0.mlp" not in name}
+    for end, shape in (("A", (3, 32)), ("B", (128, 3))):
+        tensors[f"base_model.model.{whole}.lora_{end}.weight"] = np.ones(shape, np.float32)
+    changes = {"rank_pattern": {f"^{whole}": 3}, "alpha_pattern": {whole: 12}}
+    adapter = read(written(tmp_path, tensors, exclude_modules=["model.layers.0.mlp.down_proj"], **changes))
+    assert adapter.rank == 3
+    assert (adapter.array[f"self_attn.q_proj.{UP}"][1] == 4).all()  # alpha / r
+    assert not adapter.array[f"mlp.down_proj.{UP}"][0].any()
+
+
 def test_half_precision_is_read(tmp_path):
     halved = {name: tensor.astype(np.float16) for name, tensor in tensors_of().items()}
     assert read(written(tmp_path, halved)).array[f"mlp.down_proj.{DOWN}"][1, 0, 0] == 1
@@ -84,6 +97,8 @@ def test_half_precision_is_read(tmp_path):
         ({"r": 0}, "ranks from 0 to 0"),
         ({"rank_pattern": {"q_proj": 129}}, "ranks from 2 to 129"),
         ({"r": "two"}, "one of another kind"),
+        ({"r": float("inf")}, "one of another kind"),
+        ({"rank_pattern": [3]}, "one of another kind"),
         ({"target_modules": None}, "one of another kind"),
         ({"target_modules": ["x"]}, "name none of its linear modules"),
         ({"target_modules": ["q_proj"]}, r"unexpected: layers.0.mlp.down_proj.lora_A, .*lora_B"),
@@ -91,6 +106,9 @@ def test_half_precision_is_read(tmp_path):
         ({"layers_to_transform": [0]}, r"unexpected: layers.1.mlp.down_proj.lora_A"),
         ({"exclude_modules": ["q_proj"]}, r"unexpected: layers.0.self_attn.q_proj.lora_A"),
         ({"r": 3}, r"lora_A is \(2, 48\), the model needs \(3, 48\)"),
+        ({"lora_alpha": float("nan")}, "q_proj has values that are NaN or infinite, or become so by the scale nan"),
+        ({"lora_alpha": 7e38}, "infinite, or become so by the scale 3.5e"),
+        ({"lora_alpha": 4e36}, "infinite, or become so by the scale 2e"),
         ({"r": 5}, "rank 5, at most 4 is served; serve with --max-adapter-rank 5"),
     ],
 )
@@ -127,6 +145,9 @@ def test_files_that_are_not_right_are_refused(tmp_path):
     with pytest.raises(RefusedError, match=r"adapter_config.json' cannot be read \(No such file"):
         read(tmp_path)
     (tmp_path / "adapter_config.json").write_text("{")
+    with pytest.raises(RefusedError, match="is no JSON"):
+        read(tmp_path)
+    (tmp_path / "adapter_config.json").write_text("[" * 100_000)
     with pytest.raises(RefusedError, match="is no JSON"):
         read(tmp_path)
     (tmp_path / "adapter_config.json").write_text(json.dumps(CONFIG))

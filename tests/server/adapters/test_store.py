@@ -111,9 +111,11 @@ def test_callers_load_from_below_a_folder_alone(tmp_path):
     (tmp_path / "inside" / "a-1").mkdir(parents=True)
     (tmp_path / "outside").mkdir()
     (tmp_path / "inside" / "link").symlink_to(tmp_path / "outside")
+    (tmp_path / "inside" / "circle").symlink_to(tmp_path / "inside" / "circle")
     store = store_of(folder=tmp_path / "inside")
     assert store.allowed("a-1") == store.allowed(str(tmp_path / "inside" / "a-1")) == str(tmp_path / "inside" / "a-1")
-    for path in ("", ".", "..", "../outside", "link", str(tmp_path), "/etc", "b", "a-1/../.."):
+    no_file = ("circle", "a\0b", "a" * 300, "\ud800")
+    for path in ("", ".", "..", "../outside", "link", str(tmp_path), "/etc", "b", "a-1/../..", *no_file):
         with pytest.raises(RefusedError, match="must be a folder below adapter_dir"):
             store.allowed(path)
     with pytest.raises(RefusedError, match="serve with --adapter-dir"):

@@ -199,11 +199,14 @@ def test_a_single_device_has_no_halves():
         *(
             [flag, "7"]
             for flag in (
-                "--auth-token-file", "--admin-token-file", "--max-streams-per-client", "--max-queued-tokens",
-                "--profile", "--http-port",
+                "--auth-token-file", "--max-streams-per-client", "--max-queued-tokens", "--profile", "--http-port",
+                "--admin-token-file", "--served-model-name",
             )
         ),
         ["--otlp-endpoint", "http://127.0.0.1:4317"],
+        ["--tool-format", "hermes"],
+        ["--reasoning-format", "none"],
+        ["--allow-origin", "https://ui.example"],
         ["--no-prefix-cache"],
         ["--no-isolate-prefixes"],
     ],
