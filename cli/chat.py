@@ -55,14 +55,12 @@ class Chat:
             calls = tuple(Call(id=call.id, name=call.name, arguments=call.arguments) for call in sample.calls)
             calls = calls if sample.finish_reason == "tool_calls" else ()
             new.append(Turn(role="assistant", content=sample.text, calls=calls))
-            results = [read_line(f"{call.name} gives: ") for call in calls]
-            turns += new
-            new = [
-                Turn(role="tool", content=result or "", name=call.name, call_id=call.id)
-                for call, result in zip(calls, results, strict=True)
-            ]
             if not calls:
+                turns += new
                 return
+            for call in calls:
+                result = read_line(f"{call.name} gives: ") or ""
+                new.append(Turn(role="tool", content=result, name=call.name, call_id=call.id))
 
     def _answered(self, client: "Client", turns: list[Turn]) -> "SampleText | None":
         """The answer, shown as it comes; None when the server refuses."""

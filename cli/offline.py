@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..server.request.adapter import LoadedAdapter
 from ..server.request.answer import Answer
+from ..server.request.control_stops import with_control_stops
 from ..server.request.grammar import Grammar
 from ..server.request.options import AnswerOptions
 from ..server.request.prefix_key import prefix_key
@@ -43,8 +44,8 @@ def answer(
     """
     answers = [Answer.of(options.num_samples) for _ in prompts]
     events: queue.SimpleQueue[tuple[int, Event]] = queue.SimpleQueue()
+    options, limits = with_control_stops(options, engine.get_tokenizer()), Limits.of(engine)
     requests = [request(index, prompt_ids, options, events) for index, prompt_ids in enumerate(prompts)]
-    limits = Limits.of(engine)
     if adapter is not None:
         loaded = LoadedAdapter("adapter", adapter, engine.read_adapter(adapter))
         for each in requests:

@@ -125,7 +125,7 @@ class Gateway:
         finally:
             self.calls -= 1
 
-    async def compute(self, work: Callable[[AnyEngine], T], lane: "Lane") -> T:
+    async def compute(self, work: Callable[[AnyEngine], T], lane: Lane) -> T:
         """What a call wants of the engine's host side alone, such as its tokenizer: in a thread. Raises what `work`
         raises, and UnavailableError."""
         engine, _ = self._open()
@@ -151,13 +151,9 @@ class Gateway:
         requests = await asyncio.get_running_loop().run_in_executor(
             self._lanes[lane], read, engine, lambda number: partial(mailbox.post, events, number)
         )
-        if any(request.grammar is not None for request in requests):
-            tokenizer = engine.get_tokenizer()
-            for request in requests:
-                await asyncio.get_running_loop().run_in_executor(
-                    self._lanes[Lane.GRAMMAR], request.constrain, tokenizer
-                )
         for request in requests:
+            if request.grammar is not None:
+                await self.compute(partial(constrain, request), Lane.GRAMMAR)
             request.client = client
             if request.adapter_name:
                 request.adapt(await self.adapters.get(request.adapter_name, request.deadline))
@@ -200,6 +196,10 @@ class Admitted:
             for request, event in last:
                 check_ended(request, event)
             under_way -= len(last)
+
+
+def constrain(request: Request, engine: AnyEngine) -> None:
+    request.constrain(engine.get_tokenizer())
 
 
 def check_ended(request: Request, last: Event) -> None:

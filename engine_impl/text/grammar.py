@@ -6,6 +6,7 @@ its own answer.
 """
 
 import json
+import re
 import threading
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
@@ -34,6 +35,8 @@ MAX_KEPT = 64
 first."""
 REASON = 400
 """The longest reason of a refusal that is passed on (characters)."""
+NUMBERED = re.compile(r"<\[[\d,\s^-]+\]>")
+"""Tokens by their ids, in a grammar. Whoever compiles without the model's vocabulary has none of those numbers."""
 
 
 class Matcher:
@@ -139,11 +142,11 @@ class Bytes:
     """A vocabulary for whoever compiles without the model's: single bytes, and the names that a grammar may use."""
 
     is_tokenizer_wrapper = True
-    bos_token_id = None
+    bos_token_id, eos_token_id = None, 256
 
     def __init__(self, special: Sequence[str]) -> None:
         self.tokens = [*(bytes([byte]) for byte in range(256)), b"<eos>", *(name.encode() for name in special)]
-        self.eos_token_id, self.special_token_ids = 256, list(range(256, len(self.tokens)))
+        self.special_token_ids = list(range(self.eos_token_id, len(self.tokens)))
 
     def __call__(self, text: bytes | str) -> list[int]:
         return list(text if isinstance(text, bytes) else text.encode())
@@ -159,8 +162,11 @@ def compile_aside(text: str, special: Sequence[str]) -> str:
     except Exception as error:  # of GBNF's parser, whose errors have no common name
         raise refusal(str(error)) from error
     made = json.dumps(grammars)
+    for grammar in grammars["grammars"]:
+        if "lark_grammar" in grammar:
+            grammar["lark_grammar"] = NUMBERED.sub(f"<[{Bytes.eos_token_id}]>", grammar["lark_grammar"])
     tokenizer: Any = Bytes(special)  # a duck that the library's stubs do not know
-    matcher = LLMatcher(LLTokenizer(tokenizer, slices=[]), made, log_level=0, limits=LIMITS)
+    matcher = LLMatcher(LLTokenizer(tokenizer, slices=[]), json.dumps(grammars), log_level=0, limits=LIMITS)
     matcher.compute_bitmask()
     if matcher.is_error():
         raise refusal(reason_of(matcher.get_error()))

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ...engine_impl.errors import RefusedError
-from ..errors import DeadlineError, UnknownModelError
+from ..errors import DeadlineError, UnavailableError, UnknownModelError
 from ..request.adapter import LoadedAdapter
 
 log = logging.getLogger(__name__)
@@ -55,7 +55,7 @@ class AdapterStore:
         self._read, self._model_names = read, model_names
 
     def close(self) -> None:
-        """What is being read is dropped."""
+        """Loads that have not begun do not begin any more."""
         self._thread.shutdown(wait=False, cancel_futures=True)
 
     def __iter__(self) -> Iterator[LoadedAdapter]:
@@ -110,7 +110,8 @@ class AdapterStore:
     async def load(self, name: str, path: str, *, anew: bool = False) -> LoadedAdapter:
         """Reads an adapter; one that is there already from this path is left as it is, unless `anew`.
 
-        Raises RefusedError for what cannot be read, and for a name that another one has.
+        Raises RefusedError for what cannot be read, and for a name that another one has; UnavailableError when the
+        store is closed first.
         """
         if self._read is None or len(name) > LONGEST_NAME or not NAME.fullmatch(name) or name in self._model_names:
             raise RefusedError(
@@ -160,6 +161,8 @@ class AdapterStore:
         started = time.monotonic()
         try:
             weights = await asyncio.get_running_loop().run_in_executor(self._thread, read, path)
+        except asyncio.CancelledError:  # by close(): whoever waits was not cancelled himself
+            raise UnavailableError(f"adapter {name!r} is not loaded any more: the server is stopping") from None
         finally:
             del self._loading[name]
         adapter = LoadedAdapter(name, path, weights, time.monotonic() - started)

@@ -34,7 +34,7 @@ from .reading import BodyReader, too_large
 from .replies import ChatReply
 from .responses.answer import ResponsesAnswer
 from .responses.body import ResponsesBody
-from .stream import Answer, stream
+from .stream import Answer, made, stream
 from .surface import HEALTH, PING, Surface
 from .token_names import TokenNames
 from .translated import TranslatedBody
@@ -197,7 +197,7 @@ class HttpServer:
                 if body.stream:
                     return await stream(request, answer, admitted.batches(), request[NAME])
                 async for batch in admitted.batches():
-                    answer.add(batch)
+                    await made(answer, answer.add, batch)
                 # In a thread: with log-probabilities it may be megabytes.
                 text = await asyncio.to_thread(lambda: json.dumps(answer.whole()))
                 return web.Response(text=text, content_type="application/json")

@@ -1,13 +1,15 @@
 """An answer as server-sent events."""
 
 import asyncio
-from collections.abc import AsyncIterator
-from typing import Any, Protocol
+from collections.abc import AsyncIterator, Callable
+from typing import Any, Protocol, TypeVar
 
 from aiohttp import web
 
 from ..delivery.mailbox import Batch
 from .errors import HttpError, told
+
+T = TypeVar("T")
 
 HEADERS = {"content-type": "text/event-stream", "cache-control": "no-cache", "x-accel-buffering": "no"}
 """The last one is for nginx, which would hold chunks back."""
@@ -41,6 +43,11 @@ class Answer(Protocol):
         ...
 
 
+async def made(answer: Answer, work: Callable[[Batch], T], batch: Batch) -> T:
+    """What `work`, a method of the answer's, makes of a batch: in a thread where it takes long."""
+    return await asyncio.to_thread(work, batch) if answer.is_large else work(batch)
+
+
 async def stream(
     request: web.Request, answer: Answer, batches: AsyncIterator[Batch], request_id: str
 ) -> web.StreamResponse:
@@ -49,7 +56,7 @@ async def stream(
     response = web.StreamResponse(headers=HEADERS)
     try:
         async for batch in batches:
-            frames = await asyncio.to_thread(answer.frames, batch) if answer.is_large else answer.frames(batch)
+            frames = await made(answer, answer.frames, batch)
             if frames:
                 if not response.prepared:
                     await response.prepare(request)

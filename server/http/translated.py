@@ -1,15 +1,18 @@
 """Conversations in other forms than that of /v1/chat/completions: read into a chat, answered in their own form."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, ClassVar, Self
+
+from pydantic import ValidationError
 
 from ..config import ChatConfig
 from ..delivery.mailbox import Batch
 from ..gateway import Deliver
 from ..request.request import Request
 from .bodies import ChatBody
-from .errors import BadFieldError, HttpError
+from .errors import BadFieldError, HttpError, bad_body
 from .pieces import Piece
 from .readable import Readable
 from .token_names import TokenNames
@@ -34,7 +37,8 @@ class TranslatedBody(Readable):
     def read(cls, body: bytes) -> Self:
         """Raises BadFieldError."""
         made = super().read(body)
-        made.chat()
+        with cls._own_names():
+            made.chat()
         return made
 
     @abstractmethod
@@ -54,10 +58,25 @@ class TranslatedBody(Readable):
         config: ChatConfig,
     ) -> list[Request]:
         """As Body.requests()."""
-        try:
+        with self._own_names():
             return self.chat().requests(request_id, engine, deliver_to, token, config)
+
+    @classmethod
+    @contextmanager
+    def _own_names(cls) -> Iterator[None]:
+        """Of fields that are refused."""
+        try:
+            yield
         except BadFieldError as error:
-            raise BadFieldError(self.names.get(error.field, error.field), str(error)) from error
+            raise BadFieldError(cls.names.get(error.field, error.field), str(error)) from error
+
+
+def as_chat(**fields: Any) -> ChatBody:
+    """Raises BadFieldError."""
+    try:
+        return ChatBody.model_validate(fields)
+    except ValidationError as error:
+        raise bad_body(error) from error
 
 
 class TranslatedAnswer(ABC):

@@ -17,7 +17,7 @@ class Constraint:
         """u32, which tokens may come next, see `Matcher.allowed`; not while `is_at_work`."""
         self._failure = ""
         self.is_at_work = False
-        """Whether tokens were read that it does not know yet, the scheduler's note."""
+        """Whether tokens were read and what may follow them is not collected yet, the scheduler's note."""
 
     def take(self, token_ids: Sequence[int]) -> None:
         """The answer goes on with these. Raises nothing: see `error`."""

@@ -56,8 +56,12 @@ class Constraints:
         """Whose next token may be chosen now, or whose answers are over. Waits so long for those at work (s)."""
         if not self._at_work:
             return []
-        made, self._at_work = wait(self._at_work, wait_s)
-        return [sample for work in made for sample in work.result()]
+        done, self._at_work = wait(self._at_work, wait_s)
+        made = [sample for work in done for sample in work.result()]
+        for sample in made:
+            assert sample.constraint is not None
+            sample.constraint.is_at_work = False
+        return made
 
     def close(self) -> None:
         self._threads.shutdown(wait=False, cancel_futures=True)
@@ -86,5 +90,4 @@ def take(work: Sequence[tuple[Sample, list[int]]]) -> list[Sample]:
     for sample, token_ids in work:
         assert sample.constraint is not None
         sample.constraint.take(token_ids)
-        sample.constraint.is_at_work = False
     return [sample for sample, _ in work]

@@ -180,6 +180,7 @@ class Loop(Generic[ParamsT, PrefixT, StateT]):
                 self._slots.go_on(sample)
                 continue
             self._free_slot(sample)
+            self._parked.forget(sample)
 
     def _plan(self) -> StepPlan:
         self._turns += 1

@@ -27,6 +27,10 @@ class Parked:
         """A sample that has left its slot; `text_T` is its prompt and answer as far as they were read."""
         self._leaving[sample] = text_T.tolist()
 
+    def forget(self, sample: Sample) -> None:
+        """It was leaving, perhaps, and its answer is over."""
+        self._leaving.pop(sample, None)
+
     def read(self, result: HostResult) -> None:
         """Takes in what a step in flight brought for those who left."""
         for sample, text in list(self._leaving.items()):

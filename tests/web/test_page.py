@@ -92,6 +92,27 @@ def test_an_answer_is_stopped_and_its_slot_is_free(tmp_path, how):
     asyncio.run(scenario())
 
 
+def test_what_came_of_an_answer_is_no_part_of_the_conversation_that_is_begun_meanwhile(tmp_path):
+    engine = FakeEngine(max_prefill_length=128, prefill_chunk=128, pace=threading.Semaphore(3), cache_length=256)
+
+    async def scenario():
+        async with opened(tmp_path, engine) as (_, tab):
+            await tab.write("A")
+            await tab.press("Enter")
+            await tab.until(f"{ARTICLES}.length === 2 && {ARTICLES}[1][1].length >= 3")
+            await tab.value("document.getElementById('new').click()")
+            await tab.until(IDLE)
+            engine.pace.release(999)
+            await tab.value(setting("max_tokens", 2))
+            await tab.write("k")
+            await tab.press("Enter")
+            await tab.until(f"{IDLE} && {ARTICLES}.length === 2")
+            assert await tab.value(ARTICLES) == [["user", "k"], ["assistant", "lm"]]
+            assert [call for call in engine.log if call.startswith("prefill")][-1].endswith(" <u>k")
+
+    asyncio.run(scenario())
+
+
 def test_errors_and_tokens_and_text_that_looks_like_a_page(tmp_path):
     (tmp_path / "tokens").write_text("secret\n")
     security = SecurityConfig(auth_token_file=tmp_path / "tokens")

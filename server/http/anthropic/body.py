@@ -8,8 +8,8 @@ from ...config import ChatConfig
 from ...request.request import MAX_MESSAGES, MAX_PARTS, Limits
 from ..bodies import ChatBody
 from ..errors import BadFieldError
-from ..fields import Part, Strict, few, one_of
-from ..translated import TranslatedBody
+from ..fields import MAX_ITEMS, Part, Strict, few, one_of
+from ..translated import TranslatedBody, as_chat
 
 if TYPE_CHECKING:
     from ....engine_impl.api import AnyEngine as Engine
@@ -46,7 +46,7 @@ class CountBody(TranslatedBody):
     system: Text | None = None
 
     def chat(self) -> ChatBody:
-        return ChatBody.model_validate({"messages": self._turns()})
+        return as_chat(messages=self._turns())
 
     def reply(self, engine: "Engine", config: ChatConfig) -> dict[str, Any]:
         """Raises RefusedError."""
@@ -77,11 +77,11 @@ class MessagesBody(CountBody):
     temperature: float = 1.0
     top_p: float = 1.0
     top_k: int = 0
-    stop_sequences: list[str] = []  # noqa: RUF012
+    stop_sequences: Annotated[list[str], *few(MAX_ITEMS)] = []  # noqa: RUF012
 
     def chat(self) -> ChatBody:
         fields = {name: getattr(self, name) for name in ("max_tokens", "temperature", "top_p", "top_k")}
-        return ChatBody.model_validate({"messages": self._turns(), "stop": self.stop_sequences, **fields})
+        return as_chat(messages=self._turns(), stop=self.stop_sequences, **fields)
 
 
 def text_of(where: str, content: Any) -> str:

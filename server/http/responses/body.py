@@ -8,7 +8,7 @@ from ...request.request import MAX_MESSAGES, MAX_PARTS
 from ..bodies import ChatBody
 from ..errors import BadFieldError
 from ..fields import Part, Strict, few, one_of
-from ..translated import TranslatedBody
+from ..translated import TranslatedBody, as_chat
 
 ROLES = ("system", "developer", "user", "assistant")
 PARTS = ("input_text", "output_text", "text")
@@ -88,4 +88,4 @@ class ResponsesBody(TranslatedBody):
         else:
             turns += [item.turn(f"input[{at}]") for at, item in enumerate(self.input)]
         fields = {"max_completion_tokens": self.max_output_tokens, "temperature": self.temperature, "top_p": self.top_p}
-        return ChatBody.model_validate({"messages": turns, **fields})
+        return as_chat(messages=turns, **fields)

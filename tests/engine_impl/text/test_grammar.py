@@ -249,6 +249,7 @@ def test_a_token_that_may_not_come_fails_the_matcher(tokenizer):
         (Grammar.of_lark("start: " + "(" * 9000 + '"a"' + ")" * 9000), "too deeply nested"),
         (Grammar.of_lark('root ::= "a'), "cannot be compiled"),
         (Grammar.of_lark('start: <|nope|> "a"'), "unknown special token"),
+        (Grammar.of_lark('start: <[260]> "a"'), "Token range end too large: 260"),
         (Grammar.of_lark("\n" * 60_000 + "x"), "the grammar"),
     ],
     ids=lambda value: (value if isinstance(value, str) else value.text)[:40],
@@ -294,6 +295,12 @@ def test_control_tokens_come_where_a_grammar_names_them_and_nowhere_else(tokeniz
     assert not {END, BOS} & set(allowed(anything))
     matcher = tokenizer.matcher(Grammar.of_lark('start: <s> "a"').text)
     assert allowed(matcher).tolist() == [BOS]
+
+
+@pytest.mark.parametrize("name", ["<[40000]>", "<[5, 300-40000]>", "<[^40000]>"])
+def test_tokens_are_named_by_ids_that_the_compiler_aside_lacks(name):
+    text = Grammar.of_lark(f'start: {name} "a"').text
+    assert grammars.compile_aside(text, ()) == text
 
 
 def test_ids_beyond_the_model_and_a_model_without_stop_tokens():

@@ -9,7 +9,7 @@ import pytest
 from slipstream.engine_impl.errors import RefusedError
 from slipstream.server.adapters.store import AdapterStore
 from slipstream.server.config import AdaptersConfig
-from slipstream.server.errors import DeadlineError, UnknownModelError
+from slipstream.server.errors import DeadlineError, UnavailableError, UnknownModelError
 
 from tests.fakes import FakeAdapter
 
@@ -129,3 +129,27 @@ def test_names_and_paths_of_the_command_line():
             AdaptersConfig(adapters=wrong)
     with pytest.raises(RefusedError, match="a name twice, of a"):
         AdaptersConfig(adapters=("a=x", "a=y"))
+
+
+def test_who_waits_for_a_load_that_does_not_begin_before_the_close_is_told():
+    async def scenario():
+        begun, goes_on = threading.Event(), threading.Event()
+
+        def read(path):
+            begun.set()
+            assert goes_on.wait(WAIT_S)
+            return FakeAdapter(path)
+
+        store = store_of(read)
+        first, second = (asyncio.create_task(store.load(name, "x-1")) for name in "ab")
+        assert await asyncio.to_thread(begun.wait, WAIT_S)
+        asked = asyncio.create_task(store.get("b"))
+        await asyncio.sleep(0)
+        store.close()
+        for waiting in (second, asked):
+            with pytest.raises(UnavailableError, match="adapter 'b' is not loaded any more: the server is stopping"):
+                await waiting
+        goes_on.set()
+        assert (await first).name == "a", "what is being read is not cut off"
+
+    run(scenario())

@@ -6,6 +6,8 @@ import threading
 import grpc
 from slipstream.protos import orchestrator_pb2 as pb
 from slipstream.protos.orchestrator_pb2_grpc import OrchestratorStub
+from slipstream.server.http import completions
+from slipstream.server.http.echo import echo_of
 
 from tests.fakes import BEFORE_LONG, CONTROL, LONG_TEXT, FakeEngine
 from tests.server.calls import WAIT_S, until
@@ -199,6 +201,25 @@ def test_an_echoed_prompt_comes_before_the_answer():
             assert (await complete(client, list(b"ab"), echo=True)).choices[0].text == "abcde", "of token ids, too"
 
     asyncio.run(scenario())
+
+
+def test_an_echo_is_made_beside_the_event_loop(monkeypatch):
+    threads = []
+
+    def noting(*args):
+        threads.append(threading.current_thread())
+        return echo_of(*args)
+
+    monkeypatch.setattr(completions, "echo_of", noting)
+
+    async def scenario():
+        async with serving() as (_, client):
+            assert (await complete(client, echo=True)).choices[0].text == "abcd"
+            assert len(await chunks(client, echo=True)) > 1
+
+    asyncio.run(scenario())
+    assert len(threads) == 2
+    assert threading.current_thread() not in threads
 
 
 def test_an_echoed_prompt_has_logprobs_as_evaluation_harnesses_sum_them():

@@ -111,6 +111,8 @@ def test_anthropics_errors(tmp_path):
                 ({"max_tokens": 0}, "max_tokens=0 must be at least 1"),
                 ({"extra_body": {"temperature": -1}}, "temperature=-1"),
                 ({"stop_sequences": [""]}, "a stop string of 0 characters"),
+                ({"stop_sequences": ["x"] * 1001}, "stop_sequences=.*has 1001 entries and may have 1000"),
+                ({"system": "S", "messages": HI * 10_000}, "messages=.*has 10001 entries and may have 10000"),
             ):
                 with pytest.raises(anthropic.BadRequestError, match=message):
                     await client.messages.create(**ASK | more)
@@ -190,6 +192,7 @@ def test_instructions_and_items_reach_the_template():
         ({"background": True}, "background=True is not supported"),
         ({"text": {"format": {"type": "json_object"}}}, "text=.* is not supported"),
         ({"input": []}, "is empty"),
+        ({"input": HI * 10_000, "instructions": "S"}, "has 10001 entries and may have 10000"),
         ({"input": [{"type": "item_reference", "id": "x"}]}, r"input\[0\].type='item_reference' is not supported"),
         ({"input": [{"role": "tool", "content": "x"}]}, r"input\[0\].role='tool' must be one of"),
         ({"max_output_tokens": 0}, "max_output_tokens=0 must be at least 1"),

@@ -1,15 +1,19 @@
 """Answers with a grammar, beside answers without."""
 
 import threading
+from typing import Any
 
 import numpy as np
 import pytest
 from slipstream.engine_impl.errors import RefusedError
 from slipstream.engine_impl.sampling.params import SamplingParams
+from slipstream.server.delivery.result import HostResult
+from slipstream.server.delivery.roster import Roster
 from slipstream.server.request.constraint import Constraint
 from slipstream.server.request.grammar import Grammar
 from slipstream.server.request.request import FinishReason
 from slipstream.server.scheduler.constraints import Constraints
+from slipstream.server.scheduler.parked import Parked
 
 from tests.fakes import STOP_ID, FakeEngine, FakeMatcher, FakeTokenizer
 from tests.server.scheduler.loop import Asked, ask, running, texts, until
@@ -188,6 +192,45 @@ def test_one_that_is_cancelled_while_its_grammar_is_at_work_gives_its_slot_back(
         until(lambda: orchestrator.slots_in_use == 0)
         goes_on.set()
         assert ask(orchestrator, "a").answer()[0] == "bcd"
+
+
+def brought(sample, letter):
+    """A step's result for it."""
+    one_B = np.ones(1, np.int32)
+    none: Any = [None] * 6
+    roster = Roster.empty(1, 1).having(0, sample)
+    return HostResult(roster, np.array([[ord(letter)]], np.int32), one_B, one_B, np.zeros(1, bool), *none)
+
+
+def test_one_that_left_is_parked_once_what_follows_was_collected():
+    """Were it parked before, it could decode again by then: with what may follow another token."""
+    (sample,) = constrained("a", 9, "hi").samples
+    made = threading.Event()
+    constraints, parked = Constraints(on_made=made.set), Parked()
+    parked.leave(sample, np.array([ord("a")], np.int32))
+    parked.read(brought(sample, "h"))
+    constraints.read(brought(sample, "h"))
+    assert made.wait(10)
+    assert list(parked.left()) == []
+    assert constraints.collect(10) == [sample]
+    assert list(parked.left()) == [(sample, list(b"ah"))]
+    constraints.close()
+
+
+def test_one_that_left_and_is_over_is_not_parked(monkeypatch):
+    """Not even while delivery is behind and nobody has been told."""
+    collect = Constraints.collect
+    monkeypatch.setattr(Constraints, "collect", lambda self, wait_s: collect(self, 10))
+    house, request = House(1), constrained("a", 9, "hi")
+    (sample,), loop, posted = request.samples, house.loop, []
+    monkeypatch.setattr(loop.delivery, "end_sample", posted.append)
+    house.queue.put(request)
+    until(lambda: house.turns() or any(result.is_step for result in loop._pending))
+    loop._parked.leave(sample, loop._slots.text(sample))  # as _free does
+    loop._free_slot(sample)
+    house.turns(2)
+    assert posted == [sample]
+    assert not loop._parked
 
 
 def test_what_may_end_an_answer():
