@@ -66,7 +66,7 @@ class NoText:
 
     stop_ids = frozenset()
 
-    def stream(self, marks: Any = ()) -> "NoText":
+    def stream(self, shown: Any = ()) -> "NoText":
         return self
 
     def feed(self, token_id: int) -> str:
