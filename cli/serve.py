@@ -37,6 +37,7 @@ class Serve:
         watch = self.server.watch
         line = StatusLine() if watch.log_format == "text" else None
         logs.configure(watch.log_format, prompts=watch.log_prompts, line=line)
+        logs.take_over_stderr()
         if self.server.orchestrator == "jetstream":
             from ..server.jetstream.host import host
 

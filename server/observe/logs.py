@@ -9,13 +9,14 @@ import time
 from collections.abc import Sequence
 from contextlib import suppress
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from .status import StatusLine
 
 if TYPE_CHECKING:
     from ...engine_impl.api import Tokenizer
 
+log = logging.getLogger(__name__)
 PROMPTS = logging.getLogger("slipstream.server.prompts")
 """Prompts are logged here, at DEBUG: deaf unless configure() is told otherwise."""
 
@@ -32,6 +33,19 @@ def configure(form: Literal["text", "json"], *, prompts: bool = False, line: Sta
     logging.basicConfig(handlers=[handler], force=True)
     logging.getLogger("slipstream").setLevel(logging.INFO)
     PROMPTS.setLevel(logging.DEBUG if prompts else logging.INFO)
+
+
+def take_over_stderr() -> None:
+    """For the process's whole life: what Python itself tells of (warnings, exceptions that nobody can catch) goes into
+    the log too. Written directly it would wait for whoever has stopped to read."""
+    logging.captureWarnings(True)
+
+    def tell(what: object, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        info: Any = (kind, error, trace)
+        log.error("an exception that nobody caught in %r", what, exc_info=info)
+
+    sys.unraisablehook = lambda it: tell(it.object, it.exc_type, it.exc_value, it.exc_traceback)
+    threading.excepthook = lambda it: tell(it.thread, it.exc_type, it.exc_value, it.exc_traceback)
 
 
 def log_prompt(request_id: str, prompt_ids: Sequence[int], tokenizer: "Tokenizer") -> None:

@@ -29,6 +29,7 @@ from slipstream.cli.main import open_standard_files
 from tests.fakes import FakeEngine
 open_standard_files()
 logs.configure("text")
+logs.take_over_stderr()
 load = lambda: (FakeEngine(model_name="m" * 2000), None)
 sys.exit(asyncio.run(serve(load, ServerConfig(port=0, http_port=int(sys.argv[1]), grace_s=5))))
 """
@@ -113,6 +114,31 @@ def test_it_serves_whoever_holds_its_files(shell, port):
         os.killpg(process.pid, signal.SIGTERM)
         process.wait(2 * WAIT_S)
     assert get(port) == 0
+
+
+def test_what_python_tells_goes_into_the_log():
+    """Warnings, and exceptions in threads and finalisers: each a record, and serving does not wait for a reader."""
+    code = """
+import threading, warnings
+from slipstream.server.observe import logs
+class Bad:
+    def __del__(self):
+        raise ValueError("in a finaliser")
+def fail():
+    raise ValueError("in a thread")
+logs.configure("json")
+logs.take_over_stderr()
+warnings.warn("a warning")
+Bad()
+thread = threading.Thread(target=fail)
+thread.start()
+thread.join()
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    records = [json.loads(line) for line in done.stderr.splitlines()]
+    assert ["a warning" in records[0]["message"], *("in a " in record["exception"] for record in records[1:])] == [
+        True
+    ] * 3
 
 
 def test_signals_that_mean_nothing_are_told_and_end_nothing(port):
