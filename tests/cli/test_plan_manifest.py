@@ -77,7 +77,7 @@ def test_it_tells_of_the_plan_above():
     )
 
 
-@pytest.mark.skipif(shutil.which("kubectl") is None, reason="kubectl renders it")
+@pytest.mark.tools
 @pytest.mark.parametrize("chip", ["v5e", "v6e"])
 def test_it_renders_to_the_pods_of_the_overlay_that_is_there(chip, tmp_path):
     """But for the host's memory and CPUs, which a plan asks for by the model's size."""

@@ -25,7 +25,7 @@ SCHEMAS = {path.stem: json.loads(path.read_text()) for path in (Path(__file__).p
 on_every_overlay = pytest.mark.parametrize("overlay", OVERLAYS)
 
 
-@pytest.mark.skipif(shutil.which("kubectl") is None, reason="kubectl renders them")
+@pytest.mark.tools
 @on_every_overlay
 def test_rendered_files_are_current(overlay):
     rendered = subprocess.run(
@@ -49,7 +49,7 @@ def test_kubernetes_takes_them_strictly(version):
         kubernetes_validate.validate(one, version, strict=True)
 
 
-@pytest.mark.skipif(shutil.which("kubectl") is None, reason="kubectl renders it")
+@pytest.mark.tools
 def test_components_may_be_left_out(tmp_path):
     shutil.copytree(KUBERNETES, tmp_path / "kubernetes")
     overlay = tmp_path / "kubernetes" / "overlays" / "v5e-8"

@@ -2,7 +2,6 @@
 
 import json
 import re
-import shutil
 import subprocess
 
 import pytest
@@ -25,8 +24,6 @@ FUNCTIONS = {
     *("max_over_time", "min_over_time"),
 }  # fmt: skip
 GIVEN_BY_PROMETHEUS = {"job", "instance"}
-
-needs_promtool = pytest.mark.skipif(shutil.which("promtool") is None, reason="promtool is Prometheus' own")
 
 
 def asked(expression: str) -> list[tuple[str, dict[str, str]]]:
@@ -77,14 +74,14 @@ def test_panels_have_a_place_each():
     assert [panel["id"] for panel in PANELS] == list(range(1, len(PANELS) + 1))
 
 
-@needs_promtool
+@pytest.mark.tools
 def test_rules_hold_their_own_tests():
     for words in (["check", "rules", "rules.yaml"], ["test", "rules", "rules_test.yaml"]):
         done = subprocess.run(["promtool", *words], cwd=MONITORING, capture_output=True, text=True)
         assert done.returncode == 0, done.stdout + done.stderr
 
 
-@needs_promtool
+@pytest.mark.tools
 def test_prometheus_reads_the_dashboards_queries(tmp_path):
     queries = [query.replace("$__rate_interval", "5m") for query in QUERIES.values()]
     rules = [{"record": f"dashboard:{number}", "expr": query} for number, query in enumerate(queries)]

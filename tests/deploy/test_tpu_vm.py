@@ -2,7 +2,6 @@
 
 import os
 import re
-import shutil
 import subprocess
 
 import pytest
@@ -51,7 +50,7 @@ def system(tmp_path):
     return run
 
 
-@pytest.mark.skipif(shutil.which("shellcheck") is None, reason="shellcheck is a program of its own")
+@pytest.mark.tools
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
 def test_scripts_are_clean(script):
     done = subprocess.run(["shellcheck", str(script)], capture_output=True, text=True)
