@@ -226,8 +226,9 @@ class Programs:
 
     def store(self, cache: KV, new: Any, length_N: jax.Array, live_N: jax.Array, page_NJ: jax.Array) -> KV:
         """The cache with what `decode` left to be stored, of the live slots alone."""
+        new_LNWKC, count_N = new[:, :, None], live_N.astype(jnp.int32)
         return cache_manager.flush(
-            cache, new, length_N, live_N, page_NJ, codec=self.layout.codec, mesh=self.mesh, backend=self.backend
+            cache, new_LNWKC, length_N, count_N, page_NJ, codec=self.layout.codec, mesh=self.mesh, backend=self.backend
         )
 
     def store_texts(self, cache: KV, kv: KV, page_NJ: jax.Array, start_N: jax.Array, count_N: jax.Array) -> KV:
