@@ -58,6 +58,10 @@ UNUSED = {
 }
 """Signals that would end the process, and what is logged instead."""
 
+SWITCH_S = 0.0005
+"""After how long a thread that computes in Python lets another one on (seconds): a tenth of Python's usual. A step of
+the engine needs the interpreter several times, and may wait so long each time while others are being answered."""
+
 KEEPALIVE_S = 20.0
 """How long a connection may be silent before it is pinged (seconds); half of it later it counts as cut."""
 
@@ -297,6 +301,7 @@ class Serving:
 
 async def serve(load: Load, config: ServerConfig, line: StatusLine | None = None) -> int:
     """Serves until SIGTERM or SIGINT. Returns the process's exit status: 0, or 1 when the engine was given up."""
+    sys.setswitchinterval(SWITCH_S)
     serving = Serving(load, config, line)
     is_ready = False
 
