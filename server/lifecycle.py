@@ -98,7 +98,7 @@ class Serving:
         if config.watch.profile is not None:
             self.profile = Profile(config.watch.profile, config.watch.profile_s)
         self._traces = None if config.watch.otlp_endpoint is None else Traces(config.watch.otlp_endpoint)
-        self.adapters = AdapterStore(config.lora.adapter_dir)
+        self.adapters = AdapterStore(config.lora.adapter_dir, config.lora.max_host_adapters)
         on_call = (lambda: None) if self.profile is None else self.profile.on_call
         self._gateway = Gateway(on_call, self._traces, self.adapters)
         guard = Guard(config.security, is_local=config.is_local)

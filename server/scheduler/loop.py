@@ -172,8 +172,8 @@ class Loop(Generic[ParamsT, PrefixT, StateT]):
         for sample in made:
             assert sample.constraint is not None
             if sample.constraint.error:
-                why = f"its grammar comes to no end: {sample.constraint.error}; send a simpler one"
-                self.delivery.end(sample.request, RefusedError(f"request {sample.request.id}: {why}"))
+                why = f"request {sample.request.id}: {sample.constraint.error}"
+                self.delivery.end(sample.request, RefusedError(why))
             elif sample.constraint.is_over:
                 self.delivery.end_sample(sample)
             else:
