@@ -62,7 +62,7 @@ def chunk_attention(
         window: how many tokens a query sees, itself included. A Python int or an i32 scalar, traced or not: layers
             under one scan may differ. What no query of a block sees is not computed. None is everything.
         soft_cap: scores become cap * tanh(score / cap), after scaling (arXiv:2408.00118). None: they do not.
-        sink_N: f32, a learned score of each query head that has no key and no value: it takes part in the softmax, after
+        sink_N: a learned score of each query head that has no key and no value: it takes part in the softmax, after
             scale and cap, and adds nothing to the answer. Sharded as q's heads. None: there is none.
         mesh: heads are sharded on its axis "tensor".
         backend: see `Backend`.

@@ -66,7 +66,7 @@ def ragged_attention(
             An i32 scalar, traced or not: layers under one scan may differ, J R + 1 and above being everything. None is
             everything too, by a program that has no windows. Only the window's pages are read.
         soft_cap: scores become cap * tanh(score / cap), after scaling (arXiv:2408.00118). None: they do not.
-        sink_N: f32, a learned score of each query head that has no key and no value: it takes part in the softmax, after
+        sink_N: a learned score of each query head that has no key and no value: it takes part in the softmax, after
             scale and cap, and adds nothing to the answer. Sharded as q's heads. None: there is none.
         mesh: heads are sharded on its axis "tensor".
         backend: see `Backend`.
@@ -94,7 +94,8 @@ def ragged_attention(
         check_shape("sink_N", sink_N, (N,), "N")
         sink_N = sink_N.astype(jnp.float32)
 
-    heads, length_B, page_BJ = P(None, AXIS), length_B.astype(jnp.int32), page_BJ.astype(jnp.int32)
+    heads, pages = P(None, AXIS), P(None, None, AXIS)
+    length_B, page_BJ = length_B.astype(jnp.int32), page_BJ.astype(jnp.int32)
     window = None if window is None else jnp.asarray(window, jnp.int32)
     operands = ()
     if is_xla(backend):
@@ -107,7 +108,7 @@ def ragged_attention(
     sharded = jax.shard_map(
         functools.partial(attention, soft_cap=soft_cap),
         mesh=mesh,
-        in_specs=(heads, heads, P(None, None, AXIS), P(None, None, AXIS), P(), P(), P(), P(), P(AXIS), *(P() for _ in operands)),
+        in_specs=(heads, heads, pages, pages, P(), P(), P(), P(), P(AXIS), *(P() for _ in operands)),
         out_specs=heads,
         check_vma=False,  # pallas_call's results carry no varying-axes type
     )

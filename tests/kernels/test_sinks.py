@@ -25,7 +25,7 @@ def test_a_step_by_hand(mesh, backend):
     q_BNH = by_hand(8.0, 0.0, H)[None, None, :H]  # times H**-0.5 is 1
     new_BKC, cache_LBKSC = by_hand(np.log(3.0), 4.0, H)[None, None], cached_by_hand(0.0, 8.0, H, S)
     args = (q_BNH, new_BKC, cache_LBKSC, 0, np.array([1], np.int32))
-    out_BNH = attend(*args, sink_N=np.float32([np.log(4.0)]), mesh=mesh, backend=backend)
+    out_BNH = attend(*args, sink_N=np.array([np.log(4.0)], np.float32), mesh=mesh, backend=backend)
     np.testing.assert_allclose(out_BNH, np.full((1, 1, H), 2.5), rtol=1e-6)
 
 
@@ -34,9 +34,7 @@ def test_a_step_by_hand(mesh, backend):
 def test_a_step(mesh, backend, window):
     """Each query head has its own; a dead slot's new token shares with it, too."""
     K, G, sink_N = 2, 3, sinks(6)
-    q_BNH, new_BKC, cache_LBKSC, length_B = inputs(
-        [0, 1, R, R + 1, 3 * R], 3 * R, K, G, 64, jnp.float32, window=window
-    )
+    q_BNH, new_BKC, cache_LBKSC, length_B = inputs([0, 1, R, R + 1, 3 * R], 3 * R, K, G, 64, jnp.float32, window=window)
     args = (q_BNH, new_BKC, cache_LBKSC, LAYER, length_B)
     out_BNH = attend(*args, window=window, sink_N=sink_N, mesh=mesh, backend=backend)
     oracle.assert_close(out_BNH, oracle.ragged_attention(*args, window=window, sink_N=sink_N))
