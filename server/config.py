@@ -52,6 +52,10 @@ class SecurityConfig:
     """Web pages that may use the HTTP port from a browser (SCHEME://HOST[:PORT], several with blanks between). Default:
     those of the server's own address."""
 
+    behind_proxy: bool = False
+    """Other machines' requests come through a proxy on this machine (nginx, Ray Serve): nobody counts as this machine,
+    and the last address of `x-forwarded-for` on a local connection is the client's, which the proxy must set."""
+
     isolate_prefixes: bool = True
     """Callers with different tokens share no cached prefixes, so that timing tells no tenant what another asked.
     --no-isolate-prefixes lets all tokens share them. Without --auth-token-file everybody does."""
@@ -253,6 +257,13 @@ class ServerConfig:
         if not (math.isfinite(self.probe_timeout_s) and self.probe_timeout_s > 0):
             raise RefusedError(f"probe_timeout={self.probe_timeout_s} must be a positive number of seconds")
 
+    def check_adapters(self, places: int) -> None:
+        """Raises RefusedError for what takes other places on the devices than the engine has (--max-adapters)."""
+        if self.lora.asks_for_some and not places:
+            raise RefusedError("--adapters and --adapter-dir need room on the devices: add --max-adapters N")
+        if places and self.orchestrator == "jetstream":
+            raise RefusedError("JetStream's orchestrator knows no adapters: leave --max-adapters out")
+
     @property
     def address(self) -> str:
         """host:port, an IPv6 host in brackets."""
@@ -265,7 +276,12 @@ class ServerConfig:
 
     @property
     def is_local(self) -> bool:
-        """Whether only this machine can reach it."""
+        """Whether nobody but this machine asks."""
+        return self.listens_locally and not self.security.behind_proxy
+
+    @property
+    def listens_locally(self) -> bool:
+        """Whether only this machine can connect."""
         return is_local(self.host) and all(other.is_local for other in (*self.more_grpc, *self.more_http))
 
     @property
