@@ -133,10 +133,18 @@ class AdaptersConfig:
     adapter_dir: Path | None = None
     """A folder below which callers may load adapters from while the server runs. Default: they may load none."""
 
+    max_host_adapters: int = 64
+    """Adapters in the host's memory, those on the devices among them (adapters); who loads one more has to unload one.
+    """
+
     def __post_init__(self) -> None:
         names = list(self.named)
         if len(names) < len(self.adapters):
             raise RefusedError(f"adapters has a name twice, of {', '.join(names)}; give each a name of its own")
+        if self.max_host_adapters < max(1, len(names)):
+            raise RefusedError(
+                f"max_host_adapters={self.max_host_adapters} must be at least {max(1, len(names))}: those of --adapters"
+            )
 
     @property
     def named(self) -> dict[str, str]:
@@ -260,6 +268,11 @@ class ServerConfig:
     def address(self) -> str:
         """host:port, an IPv6 host in brackets."""
         return join_address(self.host, self.port)
+
+    @property
+    def hosts(self) -> list[str]:
+        """Names and IPs that HTTP is served on."""
+        return [self.host, *(address.host for address in self.more_http)]
 
     @property
     def is_local(self) -> bool:

@@ -62,7 +62,7 @@ class HttpServer:
         """`is_ready` decides /health. Raises RefusedError for certificates that cannot be used."""
         self._gateway, self._guard, self._config, self._is_ready = gateway, guard, config, is_ready
         tls.context(config.security)  # to check it before the load
-        self._origins = Origins(config.security.allow_origin)
+        self._origins = Origins(config.security.allow_origin, config.hosts)
         self._reader = BodyReader(config.security.max_message_bytes)
         self._listener: Listener | None = None
         self._names: TokenNames | None = None
