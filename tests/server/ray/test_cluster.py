@@ -188,6 +188,7 @@ def test_prompts_that_begin_alike_go_to_one_replica(ray):
     """Among two, by turns they would not find each other's pages."""
 
     async def run():
+        await until(ray, lambda: len(ray.replicas()) == 1)
         async with client_of(ray) as client, Load(ray, 8) as load:
             await newcomer(ray, ray.replicas())
             cached = []
