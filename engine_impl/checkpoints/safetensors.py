@@ -117,7 +117,7 @@ class SafetensorsCheckpoint:
         if self._format is not None and self._format.quantization is None:
             log.info(
                 "%s has %d matrices of %s, which are widened to floats; --quantize-weights int8 takes a byte for each",
-                self.name, len(self._matrices), self._format.codes,
+                self.name, len(self._matrices), self._format.kind,
             )  # fmt: skip
 
     @property

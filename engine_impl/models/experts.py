@@ -33,9 +33,9 @@ SHARED = {"w1": (0, 2), "w3": (0, 2), "w2": (0, 1)}
 class MixtureOfExperts(nn.Module):
     """Each token goes to its likeliest experts, and their answers are added up by likelihood.
 
-    All rows go through all experts that a chip has, and what was not chosen counts for nothing. A step reads all weights
-    anyway, and reading is what takes its time. A layer's experts under a scan on v5e:2x4, bf16, in millions of cycles by
-    the compiler's estimate (libtpu 0.0.42), without the all-reduce that all have:
+    All rows go through all experts that a chip has, and what was not chosen counts for nothing. A step reads nearly all
+    weights anyway, and reading is what takes its time. A layer's experts under a scan on v5e:2x4, bf16, in millions of
+    cycles by the compiler's estimate (libtpu 0.0.42), without the all-reduce that all have:
 
         rows                                           8      64     256     512    1024    2048
         qwen3-30b-a3b   experts shared, all          0.44    0.46    0.51    0.76    1.32    2.60
@@ -51,8 +51,8 @@ class MixtureOfExperts(nn.Module):
 
     Parts of a narrow ffn (768 / 8, 2880 / 8) are no whole tiles, and of gpt-oss-120b the compiler then copies a layer's
     weights, 253 MiB. Rows sorted by expert are multiplied by groups (`ragged_dot`), a kernel whose own time is not in
-    these cycles: it wants the weights copied out of the scan's stack, and a copy of each row for each choice. One by one
-    are 311 operations a layer instead of 20.
+    these cycles: it wants the weights copied out of the scan's stack, and a copy of each row for each choice. One by
+    one are 311 operations a layer instead of 20.
 
     A row by itself, which a step on TPUs never has, reads only the experts that it chose.
     """
