@@ -49,15 +49,22 @@ class Replay:
         """How many results are kept."""
         return len(self._held)
 
-    def do(self, call: pb.Call) -> list[StepResult]:
-        """The verb's results that are no handles. One that raises has none: the leader's must have raised, too, as the
-        next call tells.
+    def begin(self, call: pb.Call) -> None:
+        """What each call tells of those before it: which results nobody wants any more, and which calls failed.
 
-        Raises DivergedError.
+        Raises DivergedError where one has failed on one side alone.
         """
-        self.compare(call)
         for number in call.freed:
             self._held.pop(number, None)
+        for number in call.failed:
+            if self._failed.pop(number, None) is None:
+                raise DivergedError(f"call {number} failed on the leader and not here")
+        for number, error in self._failed.items():
+            raise DivergedError(f"call {number} failed here and not on the leader: {error}")
+
+    def do(self, call: pb.Call) -> list[StepResult]:
+        """The verb's results that are no handles. One that raises has none: the leader's must have raised, too, as the
+        next call tells."""
         arguments = [decoded(value, self._held.__getitem__) for value in call.arguments]
         keywords = {name: decoded(value, self._held.__getitem__) for name, value in call.keywords.items()}
         try:
@@ -74,14 +81,6 @@ class Replay:
         except RefusedError as error:
             return str(error)
         return ""
-
-    def compare(self, call: pb.Call) -> None:
-        """Whether the calls before this one have failed on both sides, or on none."""
-        for number in call.failed:
-            if self._failed.pop(number, None) is None:
-                raise DivergedError(f"call {number} failed on the leader and not here")
-        for number, error in self._failed.items():
-            raise DivergedError(f"call {number} failed here and not on the leader: {error}")
 
     def _keep(self, call: pb.Call, results: Any) -> list[StepResult]:
         told = []
@@ -109,6 +108,7 @@ class Follower:
         self.is_ready = False
         """Whether every program is compiled, and the leader can count on this host."""
         self._replay: Replay | None = None
+        self._refusal = ""
         self._calls = queue.SimpleQueue[pb.Call]()
         self._reports = queue.SimpleQueue[pb.Report | None]()
         self._results = queue.SimpleQueue[StepResult | None]()
@@ -165,6 +165,8 @@ class Follower:
             why = "it has given the group up"
         except grpc.RpcError as error:
             why = f"its stream broke, {error.code() if isinstance(error, grpc.Call) else error}"
+        if self._refusal:
+            self._finish(REFUSED, self._refusal)
         self._finish(FAILED, f"the leader is gone: {why}")
 
     def _take(self, call: pb.Call, agree: Agree) -> None:
@@ -173,16 +175,16 @@ class Follower:
             try:
                 self._replay = Replay(agree(facts, sizes))
             except RefusedError as error:
-                self._reports.put(pb.Report(number=call.number, error=str(error)))
-                raise
-            self._reports.put(pb.Report(number=call.number))
+                self._refusal = str(error)  # the leader is told first, and then refuses the group
+            self._reports.put(pb.Report(number=call.number, error=self._refusal))
             return
         assert self._replay is not None
+        self._replay.begin(call)
         if call.verb == "read_adapter":
             threading.Thread(target=self._read_adapter, args=(self._replay, call), name="adapter", daemon=True).start()
             return
         for result in self._done(self._replay, call):
-            result.count_B.copy_to_host_async()
+            result.token_BW.copy_to_host_async()
             self._results.put(result)
         self.is_ready |= call.verb == "warm_up"
 
@@ -200,7 +202,7 @@ class Follower:
         try:
             for result in iter(self._results.get, None):
                 with self._dogs[1].working("a step"):
-                    np.asarray(result.count_B)
+                    np.asarray(result.token_BW)
         except Exception as error:
             self._fail(f"a step failed: {type(error).__name__}: {error}")
 
@@ -214,7 +216,7 @@ class Follower:
                 return
             self._end = (status, why)
         self.is_ready = False
-        if status == FAILED:
+        if status != DONE:
             self._reports.put(pb.Report(lost=why))
         self._reports.put(None)
         self._ended.set()
