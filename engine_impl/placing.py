@@ -7,11 +7,11 @@ import jax
 TreeT = TypeVar("TreeT")
 
 
-def placed(tree: TreeT, sharding: jax.sharding.Sharding) -> TreeT:
-    """Arrays that every host has; they are on their way when this returns.
+def placed(tree: TreeT, sharding: jax.sharding.Sharding | None) -> TreeT:
+    """Arrays that every host has, by `sharding`; None: on the first device. They are on their way when this returns.
 
     Where a sharding spans hosts, `jax.device_put` would first compare what they have, by a program of its own.
     """
-    if sharding.is_fully_addressable:
+    if sharding is None or sharding.is_fully_addressable:
         return jax.device_put(tree, sharding)
     return jax.tree.map(lambda array: jax.make_array_from_callback(array.shape, sharding, array.__getitem__), tree)

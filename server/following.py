@@ -13,7 +13,7 @@ from .observe.metrics import Metrics
 
 log = logging.getLogger(__name__)
 
-REFUSED = 2
+FAILED, REFUSED = 1, 2
 
 
 def follow(group: Following, config: ServerConfig) -> int:
@@ -31,7 +31,8 @@ def follow(group: Following, config: ServerConfig) -> int:
     def on_signal(*_: object) -> None:
         if is_asked.is_set():
             log.error("stopped without the leader")
-            leave_at_once(1)
+            leave_at_once(FAILED)
+            return
         is_asked.set()
         if group.leave():
             log.info("asked the leader to stop the group")

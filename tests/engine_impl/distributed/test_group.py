@@ -123,7 +123,7 @@ def test_an_adapter_that_a_host_lacks_is_refused_with_the_hosts_number():
         raise RefusedError(f"there is no {path}")
 
     with group(FakeEngine(), FakeEngine(), FakeEngine(on_read_adapter=lacks)) as made:
-        with pytest.raises(RefusedError, match="^host 2: there is no adapter-3$"):
+        with pytest.raises(RefusedError, match=r"^host 2: there is no adapter-3$"):
             made.leader.read_adapter("adapter-3")
         assert made.lost.reasons == []
 

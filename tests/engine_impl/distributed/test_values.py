@@ -35,8 +35,8 @@ def equal(one, other):
 @pytest.mark.parametrize(
     "value",
     [
-        None, True, False, 0, -1, 2**40, 0.1, float("inf"), "ä\n", (), (1, 2), (1, None), ("a", (True, 2.5)), {}, {3: 0.5},
-        np.zeros((0, 4), np.int32), np.arange(6, dtype=np.uint32).reshape(2, 3), np.array(7, np.int32),
+        None, True, False, 0, -1, 2**40, 0.1, float("inf"), "ä\n", (), (1, 2), (1, None), ("a", (True, 2.5)), {},
+        {3: 0.5}, np.zeros((0, 4), np.int32), np.arange(6, dtype=np.uint32).reshape(2, 3), np.array(7, np.int32),
         np.arange(12, dtype=np.int32).reshape(3, 4)[:, ::2],
         SAMPLING,
         Piece(token_T=np.arange(3, dtype=np.int32), start=16, page_J=np.array([4], np.int32), logprobs=0, adapter=2),
