@@ -1,13 +1,11 @@
 """Host arrays onto the devices of a sharding, be they this host's or several hosts'."""
 
-from typing import TypeVar
+from typing import Any
 
 import jax
 
-TreeT = TypeVar("TreeT")
 
-
-def placed(tree: TreeT, sharding: jax.sharding.Sharding | None) -> TreeT:
+def placed(tree: Any, sharding: jax.sharding.Sharding | None) -> Any:
     """Arrays that every host has, by `sharding`; None: on the first device. They are on their way when this returns.
 
     Where a sharding spans hosts, `jax.device_put` would first compare what they have, by a program of its own.

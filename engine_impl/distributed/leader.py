@@ -13,7 +13,7 @@ import numpy as np
 
 from ...protos import hosts_pb2 as pb
 from .. import api
-from ..api import Adapter, Allowed, AnyEngine, Opening, Piece, StepResult, Tokenizer
+from ..api import Allowed, AnyEngine, Opening, Piece, StepResult, Tokenizer
 from ..errors import RefusedError
 from .handles import AdapterHandle, Handle, PrefixHandle
 from .plan_stream import PlanStream
@@ -64,7 +64,7 @@ class Leader:
     def warm_up(self, params: Handle, decode_state: Handle) -> Handle:
         return self._call("warm_up", params, decode_state)
 
-    def read_adapter(self, path: str) -> Adapter:
+    def read_adapter(self, path: str) -> AdapterHandle:
         """From every host's disk, or the hub. Raises RefusedError, which names the host."""
         weights = self._engine.read_adapter(path)
         handle = AdapterHandle(next(self._handles), weights, self._freed)

@@ -38,6 +38,15 @@ def answer(engine: Leader, state, prompt: str, steps: int):
     return state, "".join(map(chr, tokens))
 
 
+def until(event: threading.Event):
+    """A call that takes until then."""
+
+    def wait(_) -> None:
+        event.wait(WAIT_S)
+
+    return wait
+
+
 def read(result):
     result.token_BW.copy_to_host_async()
     return int(np.asarray(result.token_BW)[0, 0])
@@ -130,7 +139,7 @@ def test_an_adapter_that_a_host_lacks_is_refused_with_the_hosts_number():
 
 def test_a_slow_adapter_holds_up_no_step():
     may_go_on = threading.Event()
-    with group(FakeEngine(), FakeEngine(on_read_adapter=lambda path: may_go_on.wait(WAIT_S))) as made:
+    with group(FakeEngine(), FakeEngine(on_read_adapter=until(may_go_on))) as made:
         reading = threading.Thread(target=made.leader.read_adapter, args=("adapter-1",))
         reading.start()
         assert answer(made.leader, made.leader.init_decode_state(), "a", steps=1)[1] == "bc"
@@ -172,7 +181,7 @@ def test_a_step_that_does_not_end_on_a_follower_ends_the_group(what):
     """Its own watchdog: the stream to it stands, and JAX's heartbeat goes on."""
     may_end = threading.Event()
     if what == "call":
-        hanging = FakeEngine(on_generate=lambda step: may_end.wait(WAIT_S))
+        hanging = FakeEngine(on_generate=until(may_end))
     else:
         hanging = FakeEngine(pace=SimpleNamespace(acquire=lambda timeout: may_end.wait(WAIT_S)))  # pyright: ignore
     with group(FakeEngine(), hanging, step_timeout_s=0.2) as made:

@@ -1,7 +1,9 @@
 """What an engine's verbs are called with arrives as it was."""
 
 from collections import deque
+from collections.abc import Callable
 from dataclasses import fields
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,7 +16,11 @@ from slipstream.protos import hosts_pb2 as pb
 SAMPLING = SamplingParams(temperature=0.7, seed=2**32 - 1, logit_bias={3: -1.5, 7: 0.25}, stop_token_ids=(5, 6))
 
 
-def sent(value, held=dict):
+def nothing(number: int):
+    pytest.fail("no handle was sent")
+
+
+def sent(value, held: Callable[[int], Any] = nothing):
     """Through the wire's bytes."""
     return decoded(pb.Value.FromString(encoded(value).SerializeToString()), held)
 
@@ -66,6 +72,6 @@ def test_what_has_no_form_is_told():
 
 def test_a_message_can_name_no_other_type():
     with pytest.raises(KeyError):
-        decoded(pb.Value(record=pb.Record(type="Popen")), dict)
+        decoded(pb.Value(record=pb.Record(type="Popen")), nothing)
     with pytest.raises(ValueError, match="no known kind"):
-        decoded(pb.Value(), dict)
+        decoded(pb.Value(), nothing)
