@@ -51,6 +51,7 @@ from .queue import RequestQueue
 from .residents import Residents
 from .room import Room
 from .slots import Slots
+from .widths import Widths
 
 log = logging.getLogger(__name__)
 
@@ -82,6 +83,7 @@ class Loop(Generic[ParamsT, PrefixT, StateT]):
         """Set to end the loop after its turn."""
         self.delivery = Delivery(engine.get_tokenizer(), metrics, free=self._note_ended, on_end=self.live.discard)
         self._slots, self._room = self._nothing_taken()
+        self._widths = Widths(engine.widths, engine.max_concurrent_decodes)
         self._residents = Residents(engine.max_adapters)
         self._in_work: list[Prompt] = []  # who is next stands first
         self._parked = Parked()
@@ -160,7 +162,7 @@ class Loop(Generic[ParamsT, PrefixT, StateT]):
             self._failures.prefill_failed(error)
         due = due_now(self._slots, earlier)
         if carried is None and (turn.idle_step or due.taken):
-            self._generate(due)
+            self._generate(due, turn.width)
         for pending in earlier:
             self._deliver(pending)
         self._park()
@@ -191,6 +193,7 @@ class Loop(Generic[ParamsT, PrefixT, StateT]):
             Scene(
                 slots=self._slots,
                 room=self._room,
+                widths=self._widths,
                 in_work=self._in_work,
                 parked=self._parked.waiting,
                 queued=self._first_in_queue(),
@@ -292,7 +295,7 @@ class Loop(Generic[ParamsT, PrefixT, StateT]):
             )
         except PieceError:
             return None
-        self._count_step(result, roster, started)
+        self._count_step(result, roster, started, 1)
         return prefix
 
     def _prefill(self, prompts: list[Prompt], carried: PrefixT | None = None) -> Exception | None:
@@ -319,16 +322,19 @@ class Loop(Generic[ParamsT, PrefixT, StateT]):
             elif not prompt.slots_needed:
                 self._room.leave(prompt.tables[0])
 
-    def _generate(self, roster: Roster) -> None:
+    def _generate(self, roster: Roster, width: int) -> None:
         started, page_NJ = time.monotonic(), self._room.tables(roster.slot_B)
         allowed = allowed_of(roster)
-        self._state, result = self._engine.generate(self._params, self._state, roster.slot_B, page_NJ, allowed)
-        self._count_step(result, roster, started)
+        self._state, result = self._engine.generate(self._params, self._state, roster.slot_B, page_NJ, allowed, width)
+        self._count_step(result, roster, started, width)
 
-    def _count_step(self, result: StepResult, roster: Roster, started: float) -> None:
+    def _count_step(self, result: StepResult, roster: Roster, started: float, width: int) -> None:
         """A step of these was started (s of time.monotonic())."""
-        self._pending.append(PendingResult(result, roster, is_step=True, started=started))
-        for sample in self._slots.count_step(roster):
+        pending = PendingResult(
+            result, roster, is_step=True, started=started, width=width, has_drafts=self._widths.are_several
+        )
+        self._pending.append(pending)
+        for sample in self._slots.count_step(roster, width):
             self._free_slot(sample)
 
     def _deliver(self, pending: PendingResult) -> None:
@@ -337,6 +343,7 @@ class Loop(Generic[ParamsT, PrefixT, StateT]):
         if result is None:
             return
         last = self._slots.read(result, is_step=pending.is_step)
+        self._widths.read(result)
         self._parked.read(result)
         self._constraints.read(result)
         for sample in (*last, *result.roster.owner_B[result.stopped_B]):
@@ -369,6 +376,7 @@ class Loop(Generic[ParamsT, PrefixT, StateT]):
         self._failures.worked(is_step=pending.is_step)
         if pending.is_step:
             self._step_s = duration_s
+            self._widths.took(pending.roster, pending.width, duration_s)
             self.probes.answer()
         if self._metrics is not None:
             if pending.is_step:
@@ -402,7 +410,6 @@ class Loop(Generic[ParamsT, PrefixT, StateT]):
             engine.max_concurrent_decodes,
             self._stop_ids,
             cache_length=engine.cache_length,
-            tokens_per_step=engine.tokens_per_step,
         )
         return slots, Room(engine, prefix_cache=self._prefix_cache)
 

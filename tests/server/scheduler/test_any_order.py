@@ -31,7 +31,7 @@ class AnyOrder(RuleBasedStateMachine):
     def build(self, slots, pool, batch, chunk, width, prefix_cache, carries, entries):
         self.engine = reading(
             slots, cache_length=LONGEST, page_rows=ROWS, prefill_chunk=chunk, pages=pool, batch=batch,
-            carries_pieces=carries, tokens_per_step=width, table_entries=entries,
+            carries_pieces=carries, widths=(width,), table_entries=entries,
             count_of_step=lambda step: step * 7 % width + 1,
         )  # fmt: skip
         self.limits = Limits.of(self.engine)
