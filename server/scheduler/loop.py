@@ -34,7 +34,7 @@ import numpy as np
 from ...engine_impl.api import Engine, ParamsT, PrefixT, StateT, StepResult
 from ...engine_impl.errors import PieceError, RefusedError
 from ..delivery.delivery import Delivery
-from ..delivery.result import PendingResult
+from ..delivery.result import HostResult, PendingResult
 from ..delivery.roster import Roster
 from ..errors import FailedError, UnavailableError
 from ..observe.metrics import Metrics
@@ -331,7 +331,7 @@ class Loop(Generic[ParamsT, PrefixT, StateT]):
     def _count_step(self, result: StepResult, roster: Roster, started: float, width: int) -> None:
         """A step of these was started (s of time.monotonic())."""
         pending = PendingResult(
-            result, roster, is_step=True, started=started, width=width, has_drafts=self._widths.are_several
+            result, roster, is_step=True, started=started, width=width, has_drafts=self._widths.are_drafts
         )
         self._pending.append(pending)
         for sample in self._slots.count_step(roster, width):
@@ -344,6 +344,8 @@ class Loop(Generic[ParamsT, PrefixT, StateT]):
             return
         last = self._slots.read(result, is_step=pending.is_step)
         self._widths.read(result)
+        if pending.is_step and self._metrics is not None:
+            count_drafts(self._metrics, result)
         self._parked.read(result)
         self._constraints.read(result)
         for sample in (*last, *result.roster.owner_B[result.stopped_B]):
@@ -415,3 +417,14 @@ class Loop(Generic[ParamsT, PrefixT, StateT]):
 
     def _fail(self, request: Request, error: Exception) -> None:
         self.delivery.end(request, FailedError(f"request {request.id} failed in the engine: {describe(error)}"))
+
+
+def count_drafts(metrics: Metrics, result: HostResult) -> None:
+    """Of a step."""
+    rows = int(np.count_nonzero(result.count_B))
+    if result.drafted_B is None or result.agreed_B is None or not rows:
+        return
+    asked_B = np.minimum(result.drafted_B, result.width - 1)
+    accepted_B = np.minimum(result.agreed_B, asked_B)
+    metrics.tokens(result.count_B.sum() / rows)
+    metrics.drafts(accepted=int(accepted_B.sum()), rejected=int((asked_B - accepted_B).sum()))

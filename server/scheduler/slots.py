@@ -17,7 +17,7 @@ class Slots:
     """The loop's. One thread. A sample reserves its slot, and decodes from when it is seated."""
 
     def __init__(self, slots: int, model_stop_ids: Sequence[int], *, cache_length: int) -> None:
-        """`model_stop_ids` end every answer whose request does not ignore them. `cache_length`: a text's most tokens."""
+        """`model_stop_ids` end every answer whose request does not ignore them. `cache_length`: of a text (tokens)."""
         self._model_stop_ids = tuple(model_stop_ids)
         self._stop_width = MAX_STOP_TOKEN_IDS + len(self._model_stop_ids)
         self._cache_length = cache_length

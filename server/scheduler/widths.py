@@ -18,7 +18,7 @@ GAIN = 1.03
 ROW_COSTS = 0.1
 """Before it was measured, each token of the width beside the first is held to lengthen a step by this share."""
 FADES = 0.005
-"""What was measured of a width counts by this share less with each step of another one: in the end it is tried again."""
+"""What was measured of a width counts by this share less with each step of another: it is tried again in the end."""
 NEWEST = 0.2
 """The share of the latest step in the mean time of a width's steps."""
 FORGETS = 0.98
@@ -38,9 +38,9 @@ class Widths:
         self._counts: dict[tuple[int, int], float] = {}  # how much that counts
 
     @property
-    def are_several(self) -> bool:
+    def are_drafts(self) -> bool:
         """Whether anything drafts."""
-        return len(self._widths) > 1
+        return self._widths[-1] > 1
 
     def choose(self, roster: Roster) -> int:
         """For a step of these."""
@@ -76,7 +76,7 @@ class Widths:
 
     def took(self, roster: Roster, width: int, seconds: float) -> None:
         """A step of these."""
-        if not self.are_several:
+        if not self.are_drafts:
             return
         size = size_of(roster)
         known_s = self._step_s.get((size, width), seconds)

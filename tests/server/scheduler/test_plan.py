@@ -61,8 +61,8 @@ class House:
     def turn(self, *queued, ended=(), now=0.0, probe=False, newcomers=True):
         return plan(
             Scene(
-                slots=self.slots, room=self.room, widths=self.widths, in_work=self.in_work, parked=self.parked, queued=queued, ended=ended,
-                now=now, probe=probe, newcomers=newcomers, batch=self.batch,
+                slots=self.slots, room=self.room, widths=self.widths, in_work=self.in_work, parked=self.parked,
+                queued=queued, ended=ended, now=now, probe=probe, newcomers=newcomers, batch=self.batch,
             )
         )  # fmt: skip
 

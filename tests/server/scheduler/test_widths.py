@@ -2,16 +2,18 @@
 
 import numpy as np
 import pytest
+from prometheus_client import generate_latest
+from slipstream.engine_impl.errors import TooLongError
 from slipstream.engine_impl.sampling.params import SamplingParams
 from slipstream.server.delivery.result import HostResult
 from slipstream.server.delivery.roster import Roster
+from slipstream.server.observe.metrics import Metrics
 from slipstream.server.request.constraint import Constraint
-from slipstream.server.request.request import Request
+from slipstream.server.request.request import Limits, Request
 from slipstream.server.scheduler.widths import Widths
 
-from tests.fakes import FakeEngine, FakeMatcher
+from tests.fakes import FakeEngine, FakeMatcher, FakeTokenizer
 from tests.server.scheduler.loop import ask, running
-
 
 ON = SamplingParams(ignore_eos=True)
 
@@ -127,3 +129,41 @@ def test_nobody_gives_pages_back_for_drafts():
         asked = [ask(orchestrator, text, 31, sampling=ON) for text in ("a", "A")]
         assert [len(tokens(one)) for one in asked] == [31, 31]
     assert [call for call in engine.log if call.startswith("prefill")] == ["prefill a", "prefill A"]
+
+
+def test_drafts_that_took_part_are_told_to_the_caller_and_counted():
+    """Steps of 4 of which two drafts are right, and one is wrong."""
+    metrics, engine = Metrics(), FakeEngine(widths=(4,), count_of_step=lambda step: 3)
+    with running(engine, metrics=metrics) as orchestrator:
+        last = ask(orchestrator, "a", 10, sampling=ON).all()[-1]
+    assert (last.usage.accepted_draft_tokens, last.usage.rejected_draft_tokens) == (6, 3)
+    scraped = generate_latest(metrics.registry).decode()
+    steps = engine.widths_used.count(4)
+    for line in (
+        f'slipstream_draft_tokens_total{{outcome="accepted"}} {2.0 * steps}',
+        f'slipstream_draft_tokens_total{{outcome="rejected"}} {1.0 * steps}',
+        f"slipstream_step_tokens_sum {3.0 * steps}",
+        f"slipstream_step_tokens_count {1.0 * steps}",
+    ):
+        assert line in scraped
+
+
+def test_a_prediction_comes_to_the_engine_in_tokens():
+    seen = []
+
+    class Noting(FakeEngine):
+        def first_tokens(self, prefix, openings):
+            seen.extend(list(opening.prediction) for opening in openings if opening)
+            return super().first_tokens(prefix, openings)
+
+    engine = Noting(widths=(1, 4))
+    prediction_ids = Limits.of(engine).ids_of_prediction(engine.get_tokenizer(), "bcd")
+    with running(engine) as orchestrator:
+        ask(orchestrator, "a", 3, prediction_ids=prediction_ids).all()
+    assert seen == [[ord(letter) for letter in "bcd"]]
+
+
+def test_a_prediction_longer_than_any_answer_is_refused():
+    limits = Limits.of(FakeEngine(widths=(1, 4)))
+    with pytest.raises(TooLongError, match=r"^prediction: more than 256 tokens, which no answer has here"):
+        limits.ids_of_prediction(FakeTokenizer(), "x" * 10_000)
