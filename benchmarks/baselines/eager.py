@@ -172,8 +172,8 @@ class EagerLayers:
             cache_LPKRC = self._insert(cache_LPKRC, new_BKC, index)
             # The op takes the step's own row apart, so of the updated cache it reads the rows before it: the same
             # arithmetic as ours, hence equal tokens, and one row less to read.
-            args = (q_BNH, new_BKC, cache_LPKRC, index, self._length_B, self._page_BJ, steps)
-            return ragged_attention(*args, mesh=self._mesh, backend=self._backend)
+            args = (q_BNH[:, None], new_BKC[:, None], cache_LPKRC, index, self._length_B, self._page_BJ, steps)
+            return ragged_attention(*args, mesh=self._mesh, backend=self._backend)[:, 0]
 
         x_BD, _, _ = bridge.run(
             self._model.layers[0], weights, x_BD, rope, lambda q, k, v: bridge.call_kernel(attend, q, k, v)
