@@ -16,6 +16,7 @@ from .checkpoints.embedded import home
 from .checkpoints.open import open_checkpoint
 from .compiler.chips import GPU_MEMORY_SHARE
 from .config import EngineConfig
+from .draft_model import check_same_tokens, draft_model
 from .engine import Engine
 from .errors import RefusedError
 from .forward import Params
@@ -47,10 +48,10 @@ def load_engine(
     """
     with timeline.THIS_PROCESS.loading():
         devices = devices or choose_devices(config.platform)  # refused before a download
-        checkpoint = _open(config)
-        engine = build_engine(config, checkpoint, devices, reserves=reserves)
+        checkpoint, draft = _open(config), _open_draft(config)
+        engine = build_engine(config, checkpoint, devices, reserves=reserves, draft_checkpoint=draft)
         check_memory(engine, memory_of(engine.mesh.devices.flat), free_memory())  # refused before weights are read
-        return engine, engine.load_params(checkpoint)
+        return engine, engine.load_params(checkpoint, draft)
 
 
 def build_engine(
@@ -59,6 +60,7 @@ def build_engine(
     devices: Sequence[Any] | None = None,
     *,
     reserves: bool = False,
+    draft_checkpoint: Checkpoint | None = None,
 ) -> Engine:
     """The engine that the config describes, with its tokenizer and without weights: `engine.load_params` reads them.
 
@@ -67,6 +69,7 @@ def build_engine(
         devices: default: all of the platform's.
         reserves: every slot has its longest request's pages for itself: where slots were left out, no more of them than
             the cache has pages for.
+        draft_checkpoint: the draft model's likewise; default: what `config.draft_model` names.
 
     Raises RefusedError as `load_engine` does.
     """
@@ -85,24 +88,29 @@ def build_engine(
     dtype = choose_dtype(config.dtype, devices[0].platform)
     if packs(mesh, backend_for(devices[0].platform)):
         dtype = jnp.dtype("float32")  # of activations and cache; weights become what the config says
+    tokenizer, draft, draft_checkpoint = checkpoint.tokenizer(), None, draft_checkpoint or _open_draft(config)
+    if draft_checkpoint is not None:
+        check_same_tokens(tokenizer, draft_checkpoint.tokenizer(), draft_checkpoint.name)
+        length = config.cache_length or shape.context_length
+        draft = draft_model(config, draft_checkpoint.config, draft_checkpoint.quantization, mesh, length)
     config = resolved(config, checkpoint.quantization, model, mesh)
-    asked, config = config, sized(config, model.config, mesh, dtype, memory_of(mesh.devices.flat), free_memory())
+    memory, free = memory_of(mesh.devices.flat), free_memory()
+    asked, config = config, sized(config, model.config, mesh, dtype, memory, free, draft)
     if reserves and asked.slots is None:
         config = with_pages_for_all(config)
     model = registry.build(model.config.for_length(longest_text(config, model.config)))
-    tokenizer = checkpoint.tokenizer()
     if tokenizer is not None and len(tokenizer.stop_ids) > MAX_MODEL_STOP_IDS:
         raise RefusedError(
             f"{checkpoint.name} has {len(tokenizer.stop_ids)} stop tokens, more than {MAX_MODEL_STOP_IDS}; "
             "list fewer as eos_token_id in its generation_config.json"
         )
-    engine = Engine(model, mesh, config, dtype, tokenizer, config.model, shape.num_kv_heads)
+    engine = Engine(model, mesh, config, dtype, tokenizer, config.model, shape.num_kv_heads, draft)
     log.info(
         "%d slots, requests of up to %d tokens, a cache of %d tokens (%d MiB), prompts in chunks of %d",
         engine.max_concurrent_decodes,
         engine.cache_length,
         engine.pages * engine.page_rows,
-        engine.layout.bytes >> 20,
+        engine.cache_bytes >> 20,
         engine.prefill_chunk,
     )
     return engine
@@ -120,11 +128,11 @@ def check_memory(engine: Engine, memory: int | None, free: int | None) -> None:
     there = free if memory is None else memory * engine.mesh.size
     if there is None:
         return
-    layout = engine.layout
-    if layout.bytes > there:
-        tokens, fitting = layout.pages * layout.page_rows, there * layout.pages // layout.bytes * layout.page_rows
+    layout, cache_bytes = engine.layout, engine.cache_bytes
+    if cache_bytes > there:
+        tokens, fitting = layout.pages * layout.page_rows, there * layout.pages // cache_bytes * layout.page_rows
         raise RefusedError(
-            f"cache_tokens={tokens} take {layout.bytes >> 20} MiB and there are {there >> 20} MiB: "
+            f"cache_tokens={tokens} take {cache_bytes >> 20} MiB and there are {there >> 20} MiB: "
             f"use at most {fitting}, or leave --cache-tokens out"
         )
     slot_bytes = COUNT_BYTES * engine.vocab_size
@@ -138,6 +146,10 @@ def check_memory(engine: Engine, memory: int | None, free: int | None) -> None:
 def _open(config: EngineConfig) -> Checkpoint:
     registry.use_module(config.model_module)
     return open_checkpoint(config.model)
+
+
+def _open_draft(config: EngineConfig) -> Checkpoint | None:
+    return None if config.draft_model is None else open_checkpoint(config.draft_model)
 
 
 def choose_devices(platform: str) -> list[Any]:

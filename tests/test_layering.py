@@ -54,12 +54,13 @@ SUB_ROOMS: dict[str, dict[str, set[str]]] = {
         "text": {"errors", "runtime"},
         "models": {"errors"},
         "sampling": {"errors", "option"},
+        "speculation": {"api"},
         "checkpoints": {"errors", "models", "text", "runtime"},
         "adapters": {"errors", "config", "bridge", "models", "checkpoints"},
         "quantization": {"errors", "config", "bridge", "models", "checkpoints"},
         "weights": {"errors", "forward", "models", "checkpoints", "quantization"},
         "compiler": {
-            *("errors", "config", "sizes", "sampling", "forward", "state", "programs", "shapes", "engine"),
+            *("errors", "config", "sizes", "sampling", "forward", "state", "programs", "shapes", "draft_model", "engine"),
             *("models", "checkpoints", "quantization", "weights"),
         },
         "jetstream": {

@@ -106,22 +106,36 @@ def slots_to_write(page_B: jax.Array, row_B: jax.Array) -> tuple[jax.Array, jax.
     return jnp.maximum(count, 1), of_slot(slot_B), of_slot(page_B), row_B
 
 
+def _places(position_B: jax.Array, page_BJ: jax.Array, rows: int) -> tuple[jax.Array, jax.Array]:
+    """i32 (page_B, row_B) of each slot's position; row -1 where there is nothing to write."""
+    J = page_BJ.shape[1]
+    is_inside_B = (position_B >= 0) & (position_B < J * rows)
+    is_page_BJ = jnp.arange(J, dtype=jnp.int32)[None, :] == (position_B // rows)[:, None]
+    page_B = jnp.sum(jnp.where(is_page_BJ, page_BJ, 0), axis=1, dtype=jnp.int32)
+    return page_B, jnp.where(is_inside_B, position_B % rows, -1)
+
+
 def cache_flush_tpu(
     cache: jax.Array,
     new: jax.Array,
-    page_B: jax.Array,
-    row_B: jax.Array,
+    position_B: jax.Array,
+    count_B: jax.Array,
+    page_BJ: jax.Array,
     *,
     row_axis: int,
     cores: int | None = None,
     interpret: pltpu.InterpretParams | bool = False,
     vmem_bytes: int = VMEM_BYTES,
 ) -> jax.Array:
-    """`op.cache_flush` on one chip's heads: new[:, b] goes to row row_B[b] of page page_B[b]; row -1 writes nothing.
+    """`op.cache_flush` on one chip's heads.
 
     `cores`: TensorCores that share the layers; None: all of a JAX device (two on v5p), where they divide the layers.
     """
     (L, P, K), B, R = cache.shape[:3], new.shape[1], cache.shape[row_axis]
+    if new.shape[2] != 1:
+        raise NotImplementedError(f"W={new.shape[2]} tokens per slot")
+    new = new[:, :, 0]
+    page_B, row_B = _places(jnp.where(count_B > 0, position_B, -1), page_BJ, R)
     if cores is None:
         cores = pltpu.get_tpu_info().num_cores
         cores = cores if L % cores == 0 else 1

@@ -8,8 +8,8 @@ from .. import native
 
 
 def ragged_attention_native(
-    q_BNH: jax.Array,
-    new_BKC: jax.Array,
+    q_BWNH: jax.Array,
+    new_BWKC: jax.Array,
     cache_LPKRC: jax.Array,
     scale_LPK2R: jax.Array | None,
     layer: jax.Array,
@@ -26,6 +26,7 @@ def ragged_attention_native(
     """
     scale = jnp.zeros((0,), jnp.float32) if scale_LPK2R is None else scale_LPK2R
     seen = jnp.int32(0) if window is None else window
-    out_BNH = jax.ShapeDtypeStruct(q_BNH.shape, jnp.float32)
-    operands = (q_BNH, new_BKC, cache_LPKRC, scale, layer, length_B, page_BJ, seen)
-    return native.call("slipstream_ragged_attention", out_BNH, *operands, soft_cap=np.float32(soft_cap or 0.0))
+    out_BNH = jax.ShapeDtypeStruct((q_BWNH.shape[0], *q_BWNH.shape[2:]), jnp.float32)
+    operands = (q_BWNH[:, 0], new_BWKC[:, 0], cache_LPKRC, scale, layer, length_B, page_BJ, seen)
+    out = native.call("slipstream_ragged_attention", out_BNH, *operands, soft_cap=np.float32(soft_cap or 0.0))
+    return out[:, None]

@@ -113,8 +113,8 @@ def _kernel(
 
 @functools.partial(jax.jit, static_argnames=("soft_cap", "interpret"))
 def ragged_attention_tpu(
-    q_BNH: jax.Array,
-    new_BKC: jax.Array,
+    q_BWNH: jax.Array,
+    new_BWKC: jax.Array,
     cache_LPKRC: jax.Array,
     scale_LPK2R: jax.Array | None,
     layer: jax.Array,
@@ -128,7 +128,10 @@ def ragged_attention_tpu(
 ) -> jax.Array:
     """`op.ragged_attention` on one chip's heads; `layer` and `window` are i32 scalars. The page table is what `steps`
     were made of, and not read again."""
-    (B, N, H), (K, R, C) = q_BNH.shape, cache_LPKRC.shape[2:]
+    (B, W, N, H), (K, R, C) = q_BWNH.shape, cache_LPKRC.shape[2:]
+    if W != 1:
+        raise NotImplementedError(f"{W=} tokens per slot")
+    q_BNH, new_BKC = q_BWNH[:, 0], new_BWKC[:, 0]
     G, cores = N // K, steps.count.size
     max_steps = steps.slot.size // cores
     q_BKGQ = q_BNH.reshape(B, K, G, H)
@@ -183,7 +186,7 @@ def ragged_attention_tpu(
         interpret=interpret,
         name=f"ragged_attention_{K}x{H}_page{R}",
     )(layer_and_window, length_B, *steps, q_BKGQ, new_BKC, cache)
-    return out_BKGH.reshape(B, N, H)
+    return out_BKGH.reshape(B, W, N, H)
 
 
 def _cost_of_full_slots(q_BNH, new_BKC, cache, page_BJ, q_lanes: int) -> pl.CostEstimate:

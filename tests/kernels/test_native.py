@@ -110,7 +110,7 @@ def test_attention(level, mesh, H, coded):
     B, S, window, cap = len(length_B), 2 * R, 120, 3.0
     before_BS = length_B[:, None] - np.arange(S)[None, :]
     used_BS = (before_BS > 0) & (before_BS < window)
-    q_BNH, new_BKC = oracle.normal(3, B, K * G, H), oracle.normal(4, B, K, 2 * H)
+    q_BWNH, new_BWKC = oracle.normal(3, B, 1, K * G, H), oracle.normal(4, B, 1, K, 2 * H)
     rows_LBKSC, options = oracle.normal(5, L, B, K, S, 2 * H), {"window": window, "soft_cap": cap}
     page_BJ, pool = oracle.table(length_B, S, R)
     if coded:
@@ -120,11 +120,11 @@ def test_attention(level, mesh, H, coded):
         options["scale_LPK2R"] = oracle.paged(scale_LBK2S, page_BJ, pool, R, row_axis=4)
     else:
         rows_LBKSC = np.where(used_BS[None, :, None, :, None], rows_LBKSC, np.nan).astype(np.float32)
-    args = (q_BNH, new_BKC, oracle.paged(jnp.asarray(rows_LBKSC), page_BJ, pool, R), layer, jnp.asarray(length_B))
-    out_BNH, expected_BNH = (
+    args = (q_BWNH, new_BWKC, oracle.paged(jnp.asarray(rows_LBKSC), page_BJ, pool, R), layer, jnp.asarray(length_B))
+    out_BWNH, expected_BWNH = (
         ATTEND(*args, jnp.asarray(page_BJ), **options, mesh=mesh, backend=backend) for backend in ("native_cpu", "xla")
     )
-    np.testing.assert_allclose(out_BNH, expected_BNH, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(out_BWNH, expected_BWNH, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize(
