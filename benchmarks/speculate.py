@@ -1,7 +1,7 @@
 """Speculation on and off, each in a server of its own on the same model, under the same load in turns over gRPC.
 
-Two kinds of answers: a paragraph that the model is asked to write once more with one word changed, and what it makes of
-random tokens, where there is little to copy. Both servers must give the same tokens.
+Two kinds of answers: a paragraph that the model is asked to write once more with one word changed, and random tokens that
+go on at a high temperature, where there is nothing to copy. Both servers must give the same tokens.
 """
 
 import asyncio
@@ -28,6 +28,8 @@ from .options.speculate import SpeculateOptions
 IDS = (300, 1000)
 RANDOM_TOKENS = 64
 """Of a prompt (tokens)."""
+TEMPERATURE = 2.0
+"""Of their answers: the likeliest tokens of a small model soon go round in circles."""
 SENTENCES = 5
 """Of a paragraph."""
 NAMES = ("Maria", "Omar", "Ingrid", "Pavel", "Aiko", "Tunde", "Lucia", "Sven")
@@ -39,18 +41,20 @@ THINGS = ("apples", "lanterns", "boats", "kettles", "letters", "carpets")
 class Ask(LoadRequest):
     """A request of text."""
 
-    text: str = ""
-    """What a user says; empty: the token ids are the prompt."""
+    text: str
+    """What a user says."""
 
 
 class Caller(GrpcCaller):
     """Sends either."""
 
     def message(self, ask: LoadRequest) -> pb.DecodeRequest:
-        if not isinstance(ask, Ask) or not ask.text:
-            return super().message(ask)
-        message = pb.DecodeRequest.Message(role="user", content=ask.text)
-        return pb.DecodeRequest(messages=pb.DecodeRequest.Chat(messages=[message]), max_tokens=ask.max_tokens)
+        if isinstance(ask, Ask):
+            message = pb.DecodeRequest.Message(role="user", content=ask.text)
+            return pb.DecodeRequest(messages=pb.DecodeRequest.Chat(messages=[message]), max_tokens=ask.max_tokens)
+        message = super().message(ask)
+        message.temperature, message.seed = TEMPERATURE, ask.prompt_ids[0]
+        return message
 
 
 def copying(options: SpeculateOptions, block: int) -> list[LoadRequest]:

@@ -175,8 +175,9 @@ def test_what_the_text_repeats_is_drafted():
     assert told.tokens == plain.tokens
     copied = PROMPT + plain.tokens + PROMPT
     (by_one, by_four), _ = (
-        told_by(engine, params, [(copied, SamplingParams(), ())], TOKENS, width)[0][0] for width in (1, 4)
-    ), None
+        (told_by(engine, params, [(copied, SamplingParams(), ())], TOKENS, width)[0][0] for width in (1, 4)),
+        None,
+    )
     assert by_one.tokens == by_four.tokens
 
 
