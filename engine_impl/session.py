@@ -118,9 +118,7 @@ class Session:
     def step(self, width: int = 1) -> StepResult:
         """A token for every slot in use, or up to `width`, one of the engine's `widths`."""
         slot_N = np.array(self.slots, np.int32)
-        self.state, result = self.engine.generate(
-            self.params, self.state, slot_N, self.page_BJ[slot_N], width=width
-        )
+        self.state, result = self.engine.generate(self.params, self.state, slot_N, self.page_BJ[slot_N], width=width)
         return result
 
     def score(self, next_token_N: Sequence[int] | np.ndarray) -> jax.Array:

@@ -60,7 +60,18 @@ SUB_ROOMS: dict[str, dict[str, set[str]]] = {
         "quantization": {"errors", "config", "bridge", "models", "checkpoints"},
         "weights": {"errors", "forward", "models", "checkpoints", "quantization"},
         "compiler": {
-            *("errors", "config", "sizes", "sampling", "forward", "state", "programs", "shapes", "draft_model", "engine"),
+            *(
+                "errors",
+                "config",
+                "sizes",
+                "sampling",
+                "forward",
+                "state",
+                "programs",
+                "shapes",
+                "draft_model",
+                "engine",
+            ),
             *("models", "checkpoints", "quantization", "weights"),
         },
         "jetstream": {

@@ -19,9 +19,7 @@ looked_up = jax.jit(look_up.look_up, static_argnames=("width", "shortest"))
 def found(text, prediction=(), prompt_length=None, **more):
     """The drafts behind a text whose last token is chosen already, as a list."""
     prompt_length = len(text) - 1 if prompt_length is None else prompt_length
-    opening = Opening(
-        text=text, prompt_length=prompt_length, sampling=SamplingParams(), prediction=prediction
-    )
+    opening = Opening(text=text, prompt_length=prompt_length, sampling=SamplingParams(), prediction=prediction)
     texts = jax.tree.map(jnp.asarray, texts_of([opening], S))
     drafts = looked_up(texts, jnp.array([len(text) - 1]), width=W, **more)
     return drafts.token_NW[0, : int(drafts.count_N[0])].tolist()
@@ -102,9 +100,7 @@ def test_a_text_that_goes_on_has_what_it_would_have():
     answer, predicted = [1, 2, 9, 4], [1, 2, 3, 4, 5, 6]
     opening = partial(Opening, prompt_length=3, sampling=SamplingParams(), prediction=predicted)
     begun = texts_of([opening(text=PROMPT)], S)
-    grown = jax.tree.map(jnp.asarray, begun).longer(
-        jnp.array([0]), jnp.array([3]), jnp.array([answer]), jnp.array([4])
-    )
+    grown = jax.tree.map(jnp.asarray, begun).longer(jnp.array([0]), jnp.array([3]), jnp.array([answer]), jnp.array([4]))
     jax.tree.map(np.testing.assert_array_equal, grown, texts_of([opening(text=PROMPT + answer)], S))
 
 
