@@ -47,6 +47,7 @@ class Serve:
         return asyncio.run(serve(self._load, self.server, line))
 
     def _load(self):
-        from ..engine_impl.loading import load_engine
+        from ..engine_impl.loading import load_disaggregated, load_engine
 
-        return load_engine(self.engine)
+        apart = self.server.prefill_devices
+        return load_engine(self.engine) if apart is None else load_disaggregated(self.engine, apart)

@@ -74,9 +74,9 @@ class EngineConfig:
     """The largest rank of an adapter, which each one's place on the devices has room for (1 to 128)."""
 
     speculate: Literal["off", "auto"] = "off"
-    """Several tokens a step: what follows a text's last tokens where they stood before is taken as drafts of what comes,
-    as are a request's prediction and what a draft model says; the step tells which of them are right. No answer
-    changes, whatever the drafts. `auto`: as many as what was right of late, and steps' times, make worth it."""
+    """Several tokens a step. Drafts of what comes are what followed a text's last tokens where they stood before, a
+    request's prediction, and what a draft model says; a step tells which of them are right. They change no answer.
+    `auto`: as many a step as those of late and the steps' times make worth it."""
 
     draft_model: str | None = None
     """A small model of the same tokenizer that drafts too, named as `model` is; it has a cache of its own in the same

@@ -46,7 +46,7 @@ def draft_model(
         )
     if length > shape.context_length:
         log.warning(
-            "the draft model was trained for %d tokens, requests have up to %d: behind that its drafts are worth little",
+            "the draft model was trained for %d tokens and requests have up to %d: then its drafts are worth little",
             shape.context_length,
             length,
         )

@@ -133,7 +133,7 @@ class Programs:
         mask: Mask,
         width: int = 1,
     ) -> tuple[DecodeState, StepResult]:
-        """The step that serves: each slot's tokens are chosen by its own sampling parameters, of those that may come."""
+        """The step that serves: each slot's tokens are chosen by its own sampling parameters of those that may come."""
         state, rows = self._begun(params, state, slot_N, page_NJ, mask, width)
         state, result, _ = self.step(params, state, rows, page_NJ, self._serving(mask))
         return state, result
@@ -382,7 +382,7 @@ class Programs:
             self._text_sharding, everywhere, everywhere, v, *told, everywhere, self._sampling, v,
             adapter_N=everywhere if self.has_adapters else None,
             texts=None if self.drafting is None else Texts(everywhere, everywhere),
-            draft_kv=None if self._small is None else self._small._text_sharding,  # noqa: SLF001
+            draft_kv=None if self._small is None else self._small._text_sharding,
         )  # fmt: skip
 
     @property

@@ -70,6 +70,10 @@ class Prefix:
     draft_kv: KV | None = None
     """as kv, of the draft model"""
 
+    def is_ready(self) -> bool:
+        """Whether the devices have computed all of it."""
+        return all(array.is_ready() for array in jax.tree.leaves(self))
+
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
@@ -133,7 +137,7 @@ class Rows:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class StepResult:
-    """What a step tells the host: up to W tokens of each slot named. A prefill's has a row for each piece, and W = 1."""
+    """What a step tells the host: up to W tokens of each slot named. A prefill's has a row for each piece, W = 1."""
 
     token_BW: jax.Array
     """i32, the slot's tokens in order; -1 from `count` on"""

@@ -204,7 +204,11 @@ class FakePrefix:
     top_logprob_NTP: FakeArray
     tokens: list[int]
     """What follows each text, once chosen; -1 for one that is not complete."""
+    ready: Callable[[], bool]
     times_chosen: int = 0
+
+    def is_ready(self) -> bool:
+        return self.ready()
 
 
 class Unpaced(threading.Semaphore):
@@ -231,6 +235,9 @@ class FakeEngine:
     """Likewise."""
     carries_pieces: bool = False
     """Whether a step carries a piece along."""
+    prefills_apart: bool = False
+    is_prefix_ready: Callable[[], bool] = lambda: True
+    """Asked for each prefix."""
     step_s: float = 0.0
     widths: tuple[int, ...] = (1,)
     """A real engine's begin with 1."""
@@ -326,7 +333,7 @@ class FakeEngine:
                 logprob_T[: len(next_T)] = -next_T / np.float32(8)
         token_NT, top = np.rint(-logprob_NT * 8).astype(np.int32), np.arange(MAX_LOGPROBS)
         tops = self._array(token_NT[..., None] + top), self._array(logprob_NT[..., None] - top)
-        return FakePrefix(pieces, texts, self._array(logprob_NT), *tops, [-1] * len(pieces))
+        return FakePrefix(pieces, texts, self._array(logprob_NT), *tops, [-1] * len(pieces), self.is_prefix_ready)
 
     def first_tokens(self, prefix: FakePrefix, openings: Sequence[Opening | None]) -> tuple[FakePrefix, FakeResult]:
         """Each time that it is asked anew the token is ten later."""

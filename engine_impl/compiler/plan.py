@@ -87,8 +87,8 @@ def plan(
     dump: Path | None = None,
     report: Callable[[str], None] = lambda line: None,
 ) -> PlanReport:
-    """Compile generate (of all slots, and the widest of several tokens a slot where something drafts), insert, prefill (of a whole chunk) and carry (of both, where steps carry) for a
-    topology, or each in all its shapes.
+    """Compile generate (of all slots; and where something drafts the widest), insert, prefill (of a whole chunk) and
+    carry (of both, where steps carry) for a topology, or each in all its shapes.
 
     `stored` is how the checkpoint keeps its weights (see `quantization_of`); `dump` gets each program's optimised HLO
     as <program>.hlo.txt; `report` is told what is being compiled.

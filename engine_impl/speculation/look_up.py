@@ -1,7 +1,7 @@
 """Drafts from the text itself: what followed its last tokens where they stood before.
 
-All of it is arithmetic on the devices, within the step: the tokens that a step chooses are where the next one looks, and
-the host knows them one step later. So the loop stays one step ahead, whatever the width.
+All of it is arithmetic on the devices, within the step: the next one looks for tokens that this one chooses, which the
+host knows one step later. So the loop stays one step ahead, whatever the width.
 """
 
 import jax

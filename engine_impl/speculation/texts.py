@@ -1,5 +1,4 @@
-"""The slots' texts on the devices, which are where drafts are looked for: prompt, answer, and what somebody predicted of
-the answer.
+"""The slots' texts on the devices, where drafts are looked for: prompt, answer, and what somebody predicted of it.
 
     token_BS  | prompt | answer so far |  free  | prompt's last | prediction |
               0                        length + 1  ^ predicted               S

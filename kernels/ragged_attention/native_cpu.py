@@ -22,11 +22,10 @@ def ragged_attention_native(
     """`op.ragged_attention` on one shard's heads; `layer` and `window` are i32 scalars, floats are f32.
 
     A slot's kv heads are the parts that threads share: each is read to its own length, page by page, and a page's
-    scores and weights stay in the nearest cache.
+    scores and weights stay in the nearest cache. All W tokens share one read of a page.
     """
     scale = jnp.zeros((0,), jnp.float32) if scale_LPK2R is None else scale_LPK2R
     seen = jnp.int32(0) if window is None else window
-    out_BNH = jax.ShapeDtypeStruct((q_BWNH.shape[0], *q_BWNH.shape[2:]), jnp.float32)
-    operands = (q_BWNH[:, 0], new_BWKC[:, 0], cache_LPKRC, scale, layer, length_B, page_BJ, seen)
-    out = native.call("slipstream_ragged_attention", out_BNH, *operands, soft_cap=np.float32(soft_cap or 0.0))
-    return out[:, None]
+    out_BWNH = jax.ShapeDtypeStruct(q_BWNH.shape, jnp.float32)
+    operands = (q_BWNH, new_BWKC, cache_LPKRC, scale, layer, length_B, page_BJ, seen)
+    return native.call("slipstream_ragged_attention", out_BWNH, *operands, soft_cap=np.float32(soft_cap or 0.0))

@@ -97,7 +97,7 @@ def ragged_attention(
     operands = ()
     if is_xla(backend):
         attention = ragged_attention_gpu if backend == "xla_gpu" else ragged_attention_reference
-        if backend == "native_cpu" and q_BWNH.dtype == jnp.float32 and W == 1:
+        if backend == "native_cpu" and q_BWNH.dtype == jnp.float32:
             attention = ragged_attention_native
     else:
         attention = functools.partial(ragged_attention_tpu, interpret=interpret_params(backend))

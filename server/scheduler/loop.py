@@ -44,7 +44,7 @@ from .constraints import Constraints, allowed_of, due_now
 from .failures import DeadError, Failures, describe
 from .parked import Parked
 from .plan import Scene, StepPlan, adapters_used, plan
-from .prefill import compute, next_pieces, store
+from .prefill import Pieces, compute, next_pieces, store
 from .probes import Probes
 from .prompt import Prompt
 from .queue import RequestQueue
@@ -92,6 +92,7 @@ class Loop(Generic[ParamsT, PrefixT, StateT]):
         self._newcomers = True  # whose turn it is, see Scene
         self._is_full = False  # who waits first cannot be let in now
         self._pending: list[PendingResult] = []  # what the next turn delivers
+        self._apart: Pieces[PrefixT] | None = None  # what devices of their own compute, while steps go on
         self._failures = Failures()
         self._turns = 0
         self._read_at = 0.0  # when the latest result was read (s of time.monotonic())
@@ -151,6 +152,7 @@ class Loop(Generic[ParamsT, PrefixT, StateT]):
 
     def _turn(self) -> None:
         self._go_on()
+        self._take_up()
         turn = self._plan()
         self._is_full = turn.is_full
         self._free(turn)
@@ -184,25 +186,35 @@ class Loop(Generic[ParamsT, PrefixT, StateT]):
             self._free_slot(sample)
             self._parked.forget(sample)
 
+    def _take_up(self) -> None:
+        """Stores what was computed apart, as soon as no step has to wait for it."""
+        if self._apart is not None and (self._apart.is_ready() or not self._slots.due.taken):
+            pieces, self._apart = self._apart, None
+            self._store(pieces)
+
     def _plan(self) -> StepPlan:
         self._turns += 1
         if self._turns % TURNS_A_CHECK == 0:
             self._room.check_integrity()
-        ended = [self.ended.popleft() for _ in range(len(self.ended))]
+        apart = [] if self._apart is None else self._apart.prompts
+        in_parts = {sample for prompt in apart for sample in prompt.samples}
+        over = [self.ended.popleft() for _ in range(len(self.ended))]
+        self.ended.extend(sample for sample in over if sample in in_parts)  # to be freed when they are stored
         return plan(
             Scene(
                 slots=self._slots,
                 room=self._room,
                 widths=self._widths,
-                in_work=self._in_work,
+                in_work=[prompt for prompt in self._in_work if prompt not in apart],
                 parked=self._parked.waiting,
                 queued=self._first_in_queue(),
-                ended=ended,
+                ended=[sample for sample in over if sample not in in_parts],
                 now=time.monotonic(),
                 probe=bool(self.probes) and not any(pending.is_step for pending in self._pending),
                 newcomers=self._newcomers,
                 batch=self._engine.prefill_batch,
                 max_adapters=self._engine.max_adapters,
+                is_computing=self._apart is not None,
             )
         )
 
@@ -298,24 +310,34 @@ class Loop(Generic[ParamsT, PrefixT, StateT]):
         self._count_step(result, roster, started, 1)
         return prefix
 
-    def _prefill(self, prompts: list[Prompt], carried: PrefixT | None = None) -> Exception | None:
-        """The next pieces, stored; `carried` is what a step has made of them. What fails, fails alone: nothing that
-        others have was touched. Returns what went wrong."""
+    def _prefill(
+        self, prompts: list[Prompt], carried: PrefixT | None = None, *, at_once: bool = False
+    ) -> Exception | None:
+        """The next pieces, stored; `carried` is what a step has made of them. Those that are computed apart are stored
+        later, unless `at_once`. What fails, fails alone: nothing that others have was touched. Returns what went
+        wrong."""
         self._newcomers = not self._newcomers
         try:
             pieces = compute(self._engine, self._params, self._state, prompts, self._room, self._slots, carried)
         except Exception as error:
             log.exception("the prefill of requests %s failed", ", ".join(prompt.request.id for prompt in prompts))
             if len(prompts) > 1:  # whose fault it was, shows when each goes alone
-                errors = [self._prefill([prompt]) for prompt in prompts]
+                errors = [self._prefill([prompt], at_once=True) for prompt in prompts]
                 return next(filter(None, errors), None)
             for prompt in prompts:
                 self._drop(prompt)
                 self._fail(prompt.request, error)
             return error
+        if self._engine.prefills_apart and not at_once:
+            self._apart = pieces
+        else:
+            self._store(pieces)
+        return None
+
+    def _store(self, pieces: Pieces[PrefixT]) -> None:
         self._pending += pieces.pending
         self._state = store(self._engine, self._state, pieces, self._room, self._slots)
-        for prompt in prompts:
+        for prompt in pieces.prompts:
             self._in_work.remove(prompt)
             if prompt.left:
                 self._in_work.append(prompt)  # the others first
@@ -396,7 +418,7 @@ class Loop(Generic[ParamsT, PrefixT, StateT]):
         in_work = (sample for prompt in self._in_work for sample in prompt.samples)
         for sample in (*self._slots.live.owner_B, *in_work, *of_failed):
             sample.slot = None
-        self._pending, self._in_work = [], []
+        self._pending, self._in_work, self._apart = [], [], None
         self._parked.keep({*live} - {*failed})
         self._slots, self._room = self._nothing_taken()
         del self._state  # before the new one is made: two may not fit the device

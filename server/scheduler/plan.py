@@ -74,6 +74,9 @@ class Scene:
     """See `Engine.prefill_batch`."""
     max_adapters: int = 0
     """See `Engine.max_adapters`."""
+    is_computing: bool = False
+    """Whether devices that compute prompts apart are at work: they get no more until that is stored. The prompts that
+    they have are not in `in_work`."""
 
 
 def plan(scene: Scene) -> StepPlan:
@@ -106,9 +109,9 @@ def plan(scene: Scene) -> StepPlan:
     if waiting and not victims:
         let_in = admitted(scene, waiting, computed, gone, sum(grow.values()))
     is_full = bool(waiting) and not let_in
-    if computed and not scene.newcomers:
+    if scene.is_computing or (computed and not scene.newcomers):
         let_in = []
-    prefill = let_in or computed[:1]
+    prefill = let_in or computed[: not scene.is_computing]
     return StepPlan(
         expired=tuple(dict.fromkeys([*(s.request for s in overdue), *(p.request for p in late)])),
         drop=tuple(drop),

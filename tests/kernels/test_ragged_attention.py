@@ -192,7 +192,7 @@ def test_layers_of_one_scan_have_windows_of_their_own(mesh, backend):
         oracle.assert_close(out_LBWNH[layer], expected_BWNH)
 
 
-@pytest.mark.parametrize("backend", ["xla", "xla_gpu"])
+@pytest.mark.parametrize("backend", ["xla", "xla_gpu", "native_cpu"])
 @pytest.mark.parametrize(("W", "K", "G", "H", "dtype"), [(4, 1, 4, 128, jnp.bfloat16), (3, 3, 3, 64, jnp.float32)])
 def test_several_tokens(mesh, backend, W, K, G, H, dtype):
     """Each sees the cached rows and, of the step's own, those up to itself: one that saw the next would differ."""

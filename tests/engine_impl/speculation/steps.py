@@ -1,5 +1,6 @@
 """Answers by steps of any width, and a proposer that says what a test has it say."""
 
+import itertools
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -10,7 +11,6 @@ from slipstream.cache_manager import KV
 from slipstream.engine_impl.programs import Drafting
 from slipstream.engine_impl.session import Session
 from slipstream.engine_impl.speculation.drafts import Drafts
-from slipstream.engine_impl.speculation.texts import LONGEST
 
 
 class Told(NamedTuple):
@@ -23,45 +23,53 @@ class Told(NamedTuple):
     """tokens of each step"""
 
 
-def scripted(prompt_length):
-    """Engine -> an engine like it, whose drafts are the request's predictions, token by token in their places; a -1 is
-    no draft, and ends them. For prompts of one length."""
+def scripted(engine):
+    """An engine like it, whose drafts `script` says."""
 
     def propose(texts, rows, width):
-        S = texts.token_BS.shape[1]
-        first_N = texts.predicted_B + LONGEST - 1 - prompt_length + rows.length_N + 1
-        at_NW = first_N[:, None] + jnp.arange(width)
-        token_NW = jnp.take_along_axis(texts.token_BS, jnp.minimum(at_NW, S - 1), axis=1)
-        is_draft_NW = (at_NW < S) & (token_NW >= 0)
-        return Drafts(token_NW, jnp.cumprod(is_draft_NW, axis=1).sum(axis=1).astype(jnp.int32))
+        at_NW = rows.length_N[:, None] + 1 + jnp.arange(width)
+        last = texts.token_BS.shape[1] - 1
+        token_NW = jnp.where(at_NW <= last, jnp.take_along_axis(texts.token_BS, jnp.minimum(at_NW, last), axis=1), -1)
+        return Drafts(token_NW, jnp.cumprod(token_NW >= 0, axis=1).sum(axis=1).astype(jnp.int32))
 
-    def of(engine):
-        model = engine.programs.drafting.model
-        return engine.twin(replace(engine.programs, drafting=Drafting(propose=propose, model=model)))
+    model = engine.programs.drafting.model
+    return engine.twin(replace(engine.programs, drafting=Drafting(propose=propose, model=model)))
 
-    return of
+
+def script(session, slot, drafts):
+    """What stands in a slot's place from the next step on, as drafts, token by token in their places: where its text
+    will stand. A -1 is no draft, and ends them."""
+    texts, first = session.state.texts, int(session.state.length_B[slot]) + 1
+    token_BS = np.array(texts.token_BS)
+    token_BS[slot, first:] = -1
+    token_BS[slot, first:][: len(drafts)] = drafts[: token_BS.shape[1] - first]
+    there = jax.device_put(token_BS, texts.token_BS.sharding)
+    session.state = replace(session.state, texts=replace(texts, token_BS=there))
 
 
 def poisoned(cache):
     return jax.tree.map(lambda leaf: jnp.full_like(leaf, jnp.nan), cache)
 
 
-def told_by(engine, params, openings, tokens, width, *, checks_rows=False, step=None):
-    """(Told of each of `openings`: (prompt, sampling, prediction), by steps of one width; the session). All that is not
-    stored is NaN.
+def told_by(loaded, openings, tokens, width, *, scripts=(), checks_rows=False):
+    """(Told of each of `openings`: (prompt, sampling, prediction), by steps of these widths in turns; the session). All
+    that is not stored is NaN.
 
-    `step`: instead of the session's.
+    `scripts`: each one's drafts.
     """
-    session = Session(engine, params)
+    widths = itertools.cycle([width] if isinstance(width, int) else width)
+    session = Session(*loaded)
     session.state = replace(session.state, cache=poisoned(session.state.cache))
     if session.state.draft_cache is not None:
         session.state = replace(session.state, draft_cache=poisoned(session.state.draft_cache))
     told = [Told([], [], [], []) for _ in openings]
     for slot, (prompt, sampling, prediction) in enumerate(openings):
         _take(told[slot], session.start(slot, prompt, sampling, prediction=prediction), 0)
+    for slot, drafts in enumerate(scripts):
+        script(session, slot, drafts)
     while min(len(one.tokens) for one in told) < tokens:
         lengths = np.array(session.state.length_B)
-        result = session.step(width) if step is None else step(session, width)
+        result = session.step(next(widths))
         for row, one in enumerate(told):
             _take(one, result, row)
         if checks_rows:

@@ -1,8 +1,5 @@
 """Steps of several tokens: no answer changes by them, whatever is drafted, and nothing of a rejected draft is kept."""
 
-from dataclasses import replace
-
-import jax
 import numpy as np
 import pytest
 from slipstream.engine_impl.api import Allowed
@@ -11,7 +8,7 @@ from slipstream.engine_impl.session import Session
 from slipstream.engine_impl.text.tokenizer import NoTokenizer
 
 from ..tiny_models import tiny_engine
-from .steps import scripted, told_by
+from .steps import script, scripted, told_by
 
 PROMPT = [n * 7 % 101 for n in range(16)]  # as long as the smallest piece: no padding is stored behind it
 TOKENS = 40
@@ -28,15 +25,14 @@ def with_tokenizer(engine):
     return engine
 
 
-def openings(predictions=((),) * 4):
-    return [(PROMPT, sampling, prediction) for sampling, prediction in zip(SAMPLINGS, predictions, strict=True)]
+OPENINGS = [(PROMPT, sampling, ()) for sampling in SAMPLINGS]
 
 
 @pytest.fixture(scope="module")
 def plain():
     """Told of each sampling without speculation."""
     engine, params = tiny_engine()
-    told, _ = told_by(with_tokenizer(engine), params, openings(), TOKENS, 1)
+    told, _ = told_by((with_tokenizer(engine), params), OPENINGS, TOKENS, 1)
     assert all(len({*one.tokens}) > 8 for one in told), "a model that repeats itself would prove little"
     return told
 
@@ -44,7 +40,7 @@ def plain():
 @pytest.fixture(scope="module")
 def drafting():
     engine, params = tiny_engine(speculate="auto")
-    return with_tokenizer(scripted(len(PROMPT))(engine)), params
+    return with_tokenizer(scripted(engine)), params
 
 
 def wrong(token):
@@ -63,80 +59,72 @@ SCRIPTS = {
 }
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
-def test_no_draft_changes_what_is_told(plain, drafting, script):
-    """Tokens, log-probabilities and the likeliest tokens of four slots, each with its own sampling; and rows of rejected
-    drafts are nowhere stored."""
-    told, _ = told_by(*drafting, openings([SCRIPTS[script](one.tokens) for one in plain]), TOKENS, 4, checks_rows=True)
+@pytest.mark.parametrize("drafts", SCRIPTS)
+def test_no_draft_changes_what_is_told(plain, drafting, drafts):
+    """Tokens, log-probabilities and the likeliest tokens of four slots, each with its own sampling; and rows of drafts
+    that are rejected are nowhere stored."""
+    scripts = [SCRIPTS[drafts](one.tokens[1:]) for one in plain]
+    told, _ = told_by(drafting, OPENINGS, TOKENS, 4, scripts=scripts, checks_rows=True)
     for ours, theirs in zip(told, plain, strict=True):
         assert ours.tokens == theirs.tokens
         assert ours.tops == theirs.tops
         np.testing.assert_allclose(ours.logprobs, theirs.logprobs, rtol=1e-3, atol=1e-4)
     steps = {len(one.counts) for one in told}
-    if script == "right":
+    if drafts == "right":
         assert {*told[0].counts[1:]} == {4}
-    if script in ("wrong", "none"):
+    if drafts in ("wrong", "none"):
         assert steps == {TOKENS}
 
 
 def test_the_widest_step_changes_nothing_either(plain, drafting):
-    answers = [SCRIPTS["right"](one.tokens) for one in plain]
-    told, _ = told_by(*drafting, openings(answers), TOKENS, 8)
+    told, _ = told_by(drafting, OPENINGS, TOKENS, 8, scripts=[one.tokens[1:] for one in plain])
     assert [one.tokens for one in told] == [one.tokens for one in plain]
     assert {*told[0].counts[1:]} == {8}
 
 
 def test_widths_may_change_from_step_to_step(plain, drafting):
-    answers = [SCRIPTS["wrong at 3"](one.tokens) for one in plain]
-    widths = iter([1, 4, 8, 1, 1, 8, 4] * 9)
-    told, _ = told_by(*drafting, openings(answers), TOKENS, 1, step=lambda session, _: session.step(next(widths)))
+    scripts = [SCRIPTS["wrong at 3"](one.tokens[1:]) for one in plain]
+    told, _ = told_by(drafting, OPENINGS, TOKENS, [1, 4, 8, 1, 1, 8, 4], scripts=scripts)
     assert [one.tokens for one in told] == [one.tokens for one in plain]
+
+
+def started(drafting, prompt, drafts):
+    """A session whose slot 0 has these drafts; in another one, which comes first in a step's result, there are none."""
+    session = Session(*drafting)
+    session.start(1, PROMPT)
+    session.start(0, prompt)
+    script(session, 1, [])
+    script(session, 0, drafts)
+    return session
 
 
 def test_a_result_tells_how_many_drafts_there_were_and_how_many_were_right(plain, drafting):
     answer = plain[0].tokens
-    session = Session(*drafting)
-    session.start(0, PROMPT, prediction=[*answer[:6], wrong(answer[6]), *answer[7:12]])
-    told = []
+    session, told = started(drafting, PROMPT, [*answer[1:6], wrong(answer[6]), *answer[7:13]]), []
     for width in (1, 4, 4, 8, 1):
         result = session.step(width)
-        told.append([int(counts[0]) for counts in (result.drafted_B, result.agreed_B, result.count_B)])
-    # One draft would have been right; four were, of which three took part; the next is the wrong one, at width 4 and 8;
-    # behind it all that are left, six of eight; none.
-    assert told == [[1, 1, 1], [4, 4, 4], [4, 0, 1], [5, 5, 6], [0, 0, 1]]
-    assert result.drafted_B.tolist()[1:] == [0, 0, 0]
+        told.append([int(counts[1]) for counts in (result.drafted_B, result.agreed_B, result.count_B)])
+        assert [int(counts[0]) for counts in (result.drafted_B, result.agreed_B, result.count_B)] == [0, 0, 1]
+    # One would have been right; three are, and the fourth, which is wrong, took no part; then it does; behind it six
+    # are right and no more there; none.
+    assert told == [[1, 1, 1], [4, 4, 4], [4, 0, 1], [6, 6, 7], [0, 0, 1]]
 
 
 @pytest.mark.parametrize("room", [1, 2, 3, 4, 5])
 def test_a_full_cache_ends_the_accepted_run(drafting, room):
     """Exactly there: its last token is told, nothing is stored behind, and the slot beside goes on."""
-    engine, params = drafting
-    length = engine.cache_length
-    prompt = (PROMPT * 9)[: length - room]
-    plain = Session(engine, params)
-    expected = [int(plain.start(0, prompt).token_BW[0, 0])]
-    expected += [int(plain.step().token_BW[0, 0]) for _ in range(room)]
-    assert plain.step().count_B.tolist()[0] == 0
-    twin = scripted(len(prompt))(engine)
-    session = Session(twin, params)
-    session.start(1, PROMPT)
-    session.start(0, prompt)
-    texts = session.state.texts  # no prediction has room there: the drafts are put in its place
-    ahead = [0] * (length - len(expected[1:])) + expected[1:]
-    token_BS = np.array(texts.token_BS)
-    token_BS[0] = ahead
-    predicted_B = np.array(texts.predicted_B)
-    predicted_B[0] = length - len(expected[1:]) - 3
-    session.state = replace(
-        session.state,
-        texts=jax.device_put(replace(texts, token_BS=token_BS, predicted_B=predicted_B), texts.token_BS.sharding),
-    )
-    told = []
+    engine, _ = drafting
+    prompt = (PROMPT * 9)[: engine.cache_length - room]
+    plain = started(drafting, prompt, [])
+    expected = [int(plain.step().token_BW[1, 0]) for _ in range(room)]
+    assert plain.step().count_B.tolist()[1] == 0
+    session, told, steps = started(drafting, prompt, expected), [], 0
     while (count := int((result := session.step(4)).count_B[1])) > 0:
-        assert int(result.count_B[0]) >= 1
         told += np.asarray(result.token_BW)[1, :count].tolist()
-    assert told == expected[1:]
-    assert session.state.length_B.tolist()[:2] == [length, len(PROMPT) + 2 + len(told) // 4]
+        steps += 1
+    assert told == expected
+    assert steps == -(-room // 4)
+    assert session.state.length_B.tolist()[:2] == [engine.cache_length, len(PROMPT) + steps + 1]
 
 
 def test_a_row_with_a_mask_gets_one_token_and_the_others_theirs(plain, drafting):
@@ -149,7 +137,8 @@ def test_a_row_with_a_mask_gets_one_token_and_the_others_theirs(plain, drafting)
     for width in (1, 4):
         session = Session(*drafting)
         for slot in (0, 1):
-            session.start(slot, PROMPT, SAMPLINGS[slot], prediction=answers[slot])
+            session.start(slot, PROMPT, SAMPLINGS[slot])
+            script(session, slot, answers[slot][1:])
         slot_N = np.array([0, 1], np.int32)
         allowed = Allowed(row_C=np.array([0], np.int32), word_CW=word_W[None])
         session.state, result = session.engine.generate(
@@ -162,44 +151,48 @@ def test_a_row_with_a_mask_gets_one_token_and_the_others_theirs(plain, drafting)
     assert tokens[1] == tokens[4] != answers[0][1]
 
 
-def test_what_the_text_repeats_is_drafted():
-    """The proposer that serves: a prompt that has the answer in it, and one with a prediction."""
-    engine, params = tiny_engine(speculate="auto", cache_length=256)
-    (plain, *_), _ = told_by(engine, params, [(PROMPT, SamplingParams(), ())], TOKENS, 1)
-    for width in (4, 8):
-        (told,), _ = told_by(engine, params, [(PROMPT, SamplingParams(), plain.tokens)], TOKENS, width)
-        assert told.tokens == plain.tokens
-        assert max(told.counts) == width
-        assert len(told.counts) < TOKENS / 2
-    (told,), _ = told_by(engine, params, [(PROMPT, SamplingParams(), plain.tokens * 9)], TOKENS, 4)
-    assert told.tokens == plain.tokens
-    copied = PROMPT + plain.tokens + PROMPT
-    (by_one, by_four), _ = (
-        (told_by(engine, params, [(copied, SamplingParams(), ())], TOKENS, width)[0][0] for width in (1, 4)),
-        None,
-    )
-    assert by_one.tokens == by_four.tokens
-
-
-def test_an_answer_that_was_interrupted_drafts_and_chooses_as_it_would_have(drafting):
+@pytest.fixture(scope="module")
+def serving():
+    """With the proposer that serves."""
     engine, params = tiny_engine(speculate="auto")
-    sampling = SamplingParams(temperature=0.9, seed=5)
-    session = Session(engine, params)
-    (plain,), _ = told_by(engine, params, [(PROMPT, sampling, ())], TOKENS, 1)
-    predicted = [wrong(token) if n % 9 == 8 else token for n, token in enumerate(plain.tokens)]
-    (whole,), _ = told_by(engine, params, [(PROMPT, sampling, predicted)], TOKENS, 4)
-    assert whole.tokens == plain.tokens
+    return with_tokenizer(engine), params
+
+
+def test_what_the_text_repeats_and_what_is_predicted_is_drafted(plain, serving):
+    """A prediction that is right, one that is too long, a wrong one, and a prompt that asks for what it has."""
+    answer = plain[0].tokens
+    edited = [wrong(token) if n % 10 == 9 else token for n, token in enumerate(answer)]
+    copied = PROMPT + answer + PROMPT
+    cases = [(PROMPT, SAMPLINGS[0], prediction) for prediction in (answer, [*answer, *range(101)], edited)]
+    cases.append((copied, SAMPLINGS[0], ()))
+    by_one, _ = told_by(serving, cases, TOKENS, 1)
+    assert [one.tokens for one in by_one[:3]] == [answer] * 3
+    for width in (4, 8):
+        told, _ = told_by(serving, cases, TOKENS, width)
+        assert [one.tokens for one in told] == [one.tokens for one in by_one]
+        right, long, wrong_in_places, _ = (one.counts for one in told)
+        assert {*right[1 : TOKENS // width]} == {width}
+        assert right[1 : TOKENS // width] == long[1 : TOKENS // width]
+        assert 1.5 < np.mean(wrong_in_places[1 : TOKENS // width]) < width
+
+
+def test_an_answer_that_was_interrupted_drafts_and_chooses_as_it_would_have(plain, serving):
+    answer, sampling = plain[1].tokens, SAMPLINGS[1]
+    predicted = [wrong(token) if n % 9 == 8 else token for n, token in enumerate(answer)]
+    other = (PROMPT, SAMPLINGS[0], ())
+    (whole, _), session = told_by(serving, [(PROMPT, sampling, predicted), other], TOKENS, 4)
+    assert whole.tokens == answer
     for steps in (1, 3):
         kept = sum(whole.counts[: steps + 1])
-        text = PROMPT + whole.tokens[:kept]
-        first = session.start(2, text[:-1], sampling, prompt_length=len(PROMPT), prediction=predicted)
+        text = PROMPT + whole.tokens[: kept - 1]
+        first = session.start(0, text, sampling, prompt_length=len(PROMPT), prediction=predicted)
         tokens, counts = [int(first.token_BW[0, 0])], []
         for _ in whole.counts[steps + 1 :]:
             result = session.step(4)
             counts.append(int(result.count_B[0]))
             tokens += np.asarray(result.token_BW)[0, : counts[-1]].tolist()
-        assert tokens[: TOKENS - kept] == whole.tokens[kept - 1 :][: TOKENS - kept]
         assert counts == whole.counts[steps + 1 :]
+        assert tokens[: TOKENS - kept + 1] == answer[kept - 1 :]
 
 
 def test_a_width_that_there_is_not_is_told(drafting):
