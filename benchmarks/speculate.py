@@ -1,7 +1,7 @@
 """Speculation on and off, each in a server of its own on the same model, under the same load in turns over gRPC.
 
-Two kinds of answers: a paragraph that the model is asked to write once more with one word changed, and random tokens that
-go on at a high temperature, where there is nothing to copy. Both servers must give the same tokens.
+Two kinds of answers: a paragraph that the model is asked to write once more with one word changed, and random tokens
+that go on at a high temperature, where there is nothing to copy. Both servers must give the same tokens.
 """
 
 import asyncio

@@ -308,8 +308,8 @@ class Engine(Protocol[ParamsT, PrefixT, StateT]):
 
     @property
     def prefills_apart(self) -> bool:
-        """Whether pieces are computed on devices of their own, while those of the steps go on. `insert` of a prefix that
-        is not ready makes the steps behind it wait."""
+        """Whether pieces are computed on devices of their own, while steps go on. Steps behind the `insert` of a prefix
+        that is not ready wait for it."""
         ...
 
     @property
