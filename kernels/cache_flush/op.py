@@ -8,7 +8,7 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from ..backend import AXIS, Backend, check_backend, check_pages, check_shape, heads_per_shard, interpret_params, is_xla
-from .pallas_tpu import cache_flush_tpu
+from .pallas_tpu import MOST_TOKENS, cache_flush_tpu
 from .reference import cache_flush_reference
 
 
@@ -31,7 +31,7 @@ def cache_flush(
     Args:
         cache: pages of rows, cache_LPKRC of any dtype, or of their scales, scale_LPK2R in f32; R a multiple of 128.
             Sharded on K.
-        new: the step's rows new_LBWKC, or scales new_LBWK2, of the cache's dtype. Sharded on K.
+        new: the step's rows new_LBWKC, or scales new_LBWK2, of the cache's dtype; W at most 8 on TPUs. Sharded on K.
         position_B: i32, the token that a slot's first new row is.
         count_B: i32, how many of its rows are stored, 0 to W; those behind them are nowhere seen. Tokens outside
             [0, J R) are not stored either.
@@ -59,6 +59,11 @@ def cache_flush(
     check_pages("page_BJ", page_BJ, texts=B, rows=R)
     if cache.dtype != new.dtype:
         raise ValueError(f"{new.dtype=} must be the cache's, {cache.dtype}; encode the new rows first")
+
+    if not is_xla(backend) and new.shape[2] > MOST_TOKENS:
+        raise ValueError(
+            f"W={new.shape[2]} tokens per slot must be at most {MOST_TOKENS} on a TPU; flush them in parts"
+        )
 
     if is_xla(backend):
         flush = cache_flush_reference

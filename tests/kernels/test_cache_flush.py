@@ -10,8 +10,8 @@ from slipstream.kernels.cache_flush.pallas_tpu import (
     VMEM_BYTES,
     cache_flush_tpu,
     layer_group,
-    slots_to_write,
     tile_rows,
+    tiles_to_write,
 )
 
 from tests.tpu import memory_of
@@ -20,6 +20,7 @@ from . import oracle
 
 R = 128
 FLUSH = jax.jit(cache_flush, static_argnames=("row_axis", "mesh", "backend"))
+TILES = jax.jit(tiles_to_write, static_argnames=("tokens", "tile", "rows"))
 
 
 def pages_of(B, J=2, seed=3):
@@ -73,9 +74,17 @@ def test_writes_its_rows_and_nothing_else(mesh, backend, K, C, dtype):
     assert np.array_equal(oracle.bits(out_LPKRC), oracle.bits(expected(*args)))
 
 
-@pytest.mark.parametrize("backend", ["xla"])
+@pytest.mark.parametrize("backend", ["xla", "pallas_interpret"])
 @pytest.mark.parametrize(
-    ("W", "K", "C", "dtype"), [(4, 1, 256, jnp.bfloat16), (7, 3, 128, jnp.float32), (5, 1, 128, jnp.int8)]
+    ("W", "K", "C", "dtype"),
+    [
+        (4, 1, 256, jnp.bfloat16),
+        (7, 1, 128, jnp.int8),
+        pytest.param(7, 3, 128, jnp.float32, marks=pytest.mark.slow),
+        pytest.param(8, 2, 128, jnp.bfloat16, marks=pytest.mark.slow),
+        pytest.param(8, 3, 256, jnp.int8, marks=pytest.mark.slow),
+        pytest.param(2, 1, 256, jnp.int8, marks=pytest.mark.slow),
+    ],
 )
 def test_writes_the_rows_that_were_accepted(mesh, backend, W, K, C, dtype):
     """None, some or all of them, over borders of tiles and of pages, past the last page; a rejected one is NaN."""
@@ -108,7 +117,7 @@ def test_scales_are_written_on_the_lanes(mesh, backend, K, B):
     assert np.array_equal(oracle.bits(out), oracle.bits(expected(*args, row_axis=4)))
 
 
-@pytest.mark.parametrize("backend", ["xla"])
+@pytest.mark.parametrize("backend", ["xla", "pallas_interpret"])
 def test_scales_of_the_rows_that_were_accepted(mesh, backend):
     W, K, rows = 5, 3, 256
     positions, counts = [126, 0, 254, 256, 509, 512, 60, 3], [5, 2, 5, 1, 5, 2, 0, 4]
@@ -127,21 +136,31 @@ def test_several_layer_groups():
     assert layer_group(6, 1, 128, jnp.float32, 4 * layer_bytes) == 3
     args = inputs(6, 1, 128, jnp.float32, [5, 2 * R, 127])
     for cores, vmem_bytes in ((1, 4 * layer_bytes), (2, VMEM_BYTES)):
-        out_LPKRC = cache_flush_tpu(
-            *args, row_axis=3, cores=cores, interpret=interpret_params("pallas_interpret"), vmem_bytes=vmem_bytes
-        )
+        options = {"cores": cores, "interpret": interpret_params("pallas_interpret"), "vmem_bytes": vmem_bytes}
+        out_LPKRC = jax.jit(functools.partial(cache_flush_tpu, row_axis=3, **options))(*args)
         assert np.array_equal(oracle.bits(out_LPKRC), oracle.bits(expected(*args)))
 
 
 @pytest.mark.parametrize(
-    ("row_B", "count", "slots"), [([-1, 3, -1, 9], 2, [1, 3]), ([0, 1, 2, 3], 4, [0, 1, 2, 3]), ([-1] * 4, 1, [])]
-)
-def test_slots_with_nothing_to_write_have_no_step(row_B, count, slots):
-    page_B = jnp.array([40, 41, 42, 43], jnp.int32)
-    listed, slot_B, pages_B, rows_B = slots_to_write(page_B, jnp.array(row_B, jnp.int32))
-    n = len(slots)
-    assert (int(listed), slot_B.tolist()[:n], pages_B.tolist()[:n]) == (count, slots, [40 + b for b in slots])
-    assert rows_B.tolist() == [row_B[b] for b in slots] + [-1] * (4 - n)
+    ("tokens", "positions", "counts", "steps"),
+    [  # a step: slot, its page, the page's tile, first and last new row counted from the tile
+        (1, [9, 3, -1, 127], [0, 1, 1, 1], [(1, 0, 0, 3, 4), (3, 0, 15, 7, 8)]),
+        (1, [256, 255, 128, 5], [1, 1, 1, 1], [(1, 1, 15, 7, 8), (2, 1, 0, 0, 1), (3, 0, 0, 5, 6)]),
+        (4, [126, 8, 5, 254], [4, 4, 2, 4], [
+            (0, 0, 15, 6, 10), (0, 1, 0, -2, 2), (1, 0, 1, 0, 4), (2, 0, 0, 5, 7), (3, 1, 15, 6, 10),
+        ]),
+        (8, [-3, 1, 0, 300], [5, 8, 0, 2], [(0, 0, 0, -3, 2), (1, 0, 0, 1, 9), (1, 0, 1, -7, 1)]),
+        (3, [7, 7, 7, 7], [0, 0, 0, 0], []),
+    ],
+)  # fmt: skip
+def test_a_step_for_each_tile_that_changes(tokens, positions, counts, steps):
+    page_BJ = jnp.arange(8, dtype=jnp.int32).reshape(4, 2) + 40
+    at = jnp.array(positions, jnp.int32), jnp.array(counts, jnp.int32)
+    tiles = TILES(*at, page_BJ, tokens=tokens, tile=8, rows=R)
+    assert int(tiles.count) == max(1, len(steps))
+    listed = list(zip(*(values.tolist() for values in tiles[1:]), strict=True))
+    assert listed[: len(steps)] == [(b, int(page_BJ[b, j]), *rest) for b, j, *rest in steps]
+    assert set(listed[len(steps) :]) <= {(0, 0, 0, 0, 0)}, "what has nothing to write gives a tile back as it was"
 
 
 @pytest.mark.parametrize(
@@ -189,6 +208,7 @@ def test_sharded_equals_one_device(mesh, mesh_of_8):
         ((2, 1, 4, 1, 64), jnp.float32, (1, 2), r"new must be \[L, B, W, K, C\] = \(2, 1, 4, 1, 128\)"),
         ((2, 1, 1, 128), jnp.float32, (1, 2), r"new must have 5 axes, .*, got \(2, 1, 1, 128\)"),
         ((2, 1, 1, 1, 128), jnp.bfloat16, (1, 2), "encode the new rows first"),
+        ((2, 1, 9, 1, 128), jnp.float32, (1, 2), r"W=9 tokens per slot must be at most 8 on a TPU"),
         ((2, 1, 1, 1, 128), jnp.float32, (2, 2), r"page_BJ must be \[B, J\]"),
     ],
 )
@@ -196,4 +216,4 @@ def test_refuses(mesh, new_shape, new_dtype, page_shape, message):
     cache_LPKRC, new_LBWKC = jnp.zeros((2, 3, 1, R, 128)), jnp.zeros(new_shape, new_dtype)
     page_BJ, one_B = jnp.zeros(page_shape, jnp.int32), jnp.ones(1, jnp.int32)
     with pytest.raises(ValueError, match=message):
-        cache_flush(cache_LPKRC, new_LBWKC, one_B, one_B, page_BJ, mesh=mesh, backend="xla")
+        cache_flush(cache_LPKRC, new_LBWKC, one_B, one_B, page_BJ, mesh=mesh, backend="pallas")

@@ -192,20 +192,59 @@ def test_layers_of_one_scan_have_windows_of_their_own(mesh, backend):
         oracle.assert_close(out_LBWNH[layer], expected_BWNH)
 
 
-@pytest.mark.parametrize("backend", ["xla", "xla_gpu", "native_cpu"])
-@pytest.mark.parametrize(("W", "K", "G", "H", "dtype"), [(4, 1, 4, 128, jnp.bfloat16), (3, 3, 3, 64, jnp.float32)])
+@pytest.mark.parametrize("backend", ["xla", "xla_gpu", "native_cpu", "pallas_interpret"])
+@pytest.mark.parametrize(
+    ("W", "K", "G", "H", "dtype"),
+    [
+        (4, 1, 4, 128, jnp.bfloat16),
+        (3, 3, 3, 64, jnp.float32),
+        pytest.param(8, 2, 1, 128, jnp.float32, marks=pytest.mark.slow),
+        pytest.param(2, 1, 8, 256, jnp.bfloat16, marks=pytest.mark.slow),
+        pytest.param(5, 4, 2, 64, jnp.bfloat16, marks=pytest.mark.slow),
+        pytest.param(7, 1, 3, 64, jnp.float32, marks=pytest.mark.slow),
+    ],
+)
 def test_several_tokens(mesh, backend, W, K, G, H, dtype):
     """Each sees the cached rows and, of the step's own, those up to itself: one that saw the next would differ."""
-    S = 3 * R
-    lengths = [0, 1, R - 1, 0, R, R + 1, S - W, 2 * R - 2, 0]
-    for window in (None, 1, 2, 3, R, R + 2):
-        args = inputs(lengths, S, K, G, H, dtype, window=window, W=W)
-        options = {} if window is None else {"window": jnp.int32(window)}
-        out_BWNH = attend(*args[:3], LAYER, args[3], **options, mesh=mesh, backend=backend)
+    args = inputs([0, 1, R - 1, 0, R, R + 1, 3 * R - W, 2 * R - 2, 0], 3 * R, K, G, H, dtype, W=W)
+    out_BWNH = attend(*args[:3], LAYER, args[3], mesh=mesh, backend=backend)
+    oracle.assert_close(out_BWNH, oracle.ragged_attention(*args[:3], LAYER, args[3]))
+    v_BWNH = np.repeat(args[1][..., H:], G, axis=2)
+    for dead in (0, 3, 8):
+        assert np.array_equal(out_BWNH[dead, 0], v_BWNH[dead, 0]), "a first token that sees itself alone gives its v"
+
+
+@pytest.mark.parametrize(
+    ("backend", "W", "K", "G", "H", "dtype", "windows"),
+    [
+        *(
+            (backend, 4, 2, 2, 64, jnp.float32, [1, 2, 3, 4, *WINDOWS[2:]])
+            for backend in ("xla", "xla_gpu", "native_cpu")
+        ),
+        pytest.param("pallas_interpret", 4, 1, 3, 64, jnp.bfloat16, [3, R + 2], marks=pytest.mark.slow),
+        pytest.param("pallas_interpret", 8, 2, 2, 128, jnp.float32, [*range(1, 10), *WINDOWS], marks=pytest.mark.slow),
+    ],
+)
+def test_several_tokens_with_windows(mesh, backend, W, K, G, H, dtype, windows):
+    """Each token's window begins a row later than that of the one before it, within the cache or the step's own."""
+    lengths = [0, 1, R - 1, R, R + 2, 3 * R - W, 2 * R]
+    for window in windows:
+        args = inputs(lengths, 3 * R, K, G, H, dtype, window=window, W=W)
+        out_BWNH = attend(*args[:3], LAYER, args[3], window=jnp.int32(window), mesh=mesh, backend=backend)
         oracle.assert_close(out_BWNH, oracle.ragged_attention(*args[:3], LAYER, args[3], window=window))
-        v_BWNH = np.repeat(args[1][..., H:], G, axis=2)
-        for dead in (0, 3, 8):
-            assert np.array_equal(out_BWNH[dead, 0], v_BWNH[dead, 0]), "a first token's answer is v_new, exactly"
+
+
+@pytest.mark.parametrize("backend", ["xla", "xla_gpu", "native_cpu", "pallas_interpret"])
+def test_several_tokens_over_int8_with_a_cap(mesh, backend):
+    """What the step's own rows do not have, scales, is nowhere applied to them; their scores are capped, too."""
+    W, H, window = 3, 64, 130
+    q_BWNH, new_BWKC, cache_LBKSC, length_B = inputs([0, 2, 129, 256, 140], 256, 2, 2, H, jnp.float32, 0, window, W)
+    codes, scales, meant = quantised(np.asarray(cache_LBKSC))
+    out_BWNH = attend(
+        *(q_BWNH, new_BWKC, codes, LAYER, length_B),
+        scale_LBK2S=scales, window=window, soft_cap=3.0, mesh=mesh, backend=backend,
+    )  # fmt: skip
+    oracle.assert_close(out_BWNH, oracle.ragged_attention(q_BWNH, new_BWKC, meant, LAYER, length_B, window, 3.0))
 
 
 @pytest.mark.parametrize(

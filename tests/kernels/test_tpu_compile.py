@@ -104,8 +104,8 @@ def decode_step(mesh, flush, weight_LDD, token_RD, cache_LPKRC, length_B, page_B
     return token_RD, flush(cache_LPKRC, new_LBWKC, length_B, jnp.minimum(length_B, 1), page_BJ)
 
 
-def compile_step(chips, K, G, H, dtype, flush_of, W=1):
-    mesh = tpu_mesh(chips=chips)
+def compile_step(chips, K, G, H, dtype, flush_of, *, topology="v5e:2x4", W=1):
+    mesh = tpu_mesh(topology, chips=chips)
     _, _, cache_LPKRC, _, length_B, page_BJ = arrays(mesh, K, G, H, dtype)
     D = max(K * G * H, 2 * K * H) * mesh.size
     weight_LDD = abstract(mesh, (L, D, D), dtype, None, None, "tensor")
@@ -115,17 +115,44 @@ def compile_step(chips, K, G, H, dtype, flush_of, W=1):
     return cache_LPKRC, compile_for(mesh, step, *args, donate=(2,))
 
 
-@CHIPS
-@pytest.mark.parametrize(("K", "G", "H", "dtype"), [case for i, case in enumerate(quick(2, 3, 5)) if i != 1])
-def test_step(chips, K, G, H, dtype):
-    """Layouts are chosen per module: kernels that are clean alone may disagree about the cache's inside a step."""
+STEP = pytest.mark.parametrize(("K", "G", "H", "dtype"), [case for i, case in enumerate(quick(2, 3, 5)) if i != 1])
 
+
+def assert_step_is_clean(*args, **options):
     def flush_of(mesh):
         return functools.partial(cache_flush, mesh=mesh, backend="pallas")
 
-    cache_LPKRC, compiled = compile_step(chips, K, G, H, dtype, flush_of)
+    cache_LPKRC, compiled = compile_step(*args, flush_of, **options)
     assert_no_copy_of(cache_LPKRC, compiled)
     assert memory_of(compiled).alias_size_in_bytes == nbytes(cache_LPKRC)
+
+
+@CHIPS
+@STEP
+def test_step(chips, K, G, H, dtype):
+    """Layouts are chosen per module: kernels that are clean alone may disagree about the cache's inside a step."""
+    assert_step_is_clean(chips, K, G, H, dtype)
+
+
+@pytest.mark.parametrize(
+    ("topology", "chips", "case", "W"),
+    [
+        ("v5e:2x4", 1, CASES[2], 4),
+        *(
+            pytest.param(topology, chips, CASES[case], W, marks=pytest.mark.slow)
+            for topology, chips, case, W in [
+                ("v5e:2x4", 8, 0, 4),
+                ("v5e:2x4", 1, 3, 8),
+                ("v5e:2x4", 1, 5, 3),
+                ("v4:2x2x1", 1, 0, 4),
+                ("v5p:2x2x1", 1, 4, 4),
+                ("v6e:2x2", 1, 1, 4),
+            ]
+        ),
+    ],
+)
+def test_step_of_several_tokens(topology, chips, case, W):
+    assert_step_is_clean(chips, *case, topology=topology, W=W)
 
 
 def test_the_gate_sees_copies():
@@ -179,26 +206,27 @@ def test_other_chips(topology):
 
 
 @pytest.mark.parametrize(
-    ("topology", "chips", "K", "G", "H"),
+    ("topology", "chips", "K", "G", "H", "W"),
     [
-        ("v5e:2x4", 1, 4, 3, 64),
+        ("v5e:2x4", 1, 4, 3, 64, 1),
+        ("v5e:2x4", 1, 1, 8, 64, 4),
         *(
             pytest.param(*case, marks=pytest.mark.slow)
             for case in [
-                ("v5e:2x4", 1, 1, 4, 128),
-                ("v5e:2x4", 1, 1, 8, 64),
-                ("v5e:2x4", 8, 4, 2, 128),
-                ("v5p:2x2x1", 1, 4, 3, 64),
-                ("v6e:2x2", 1, 4, 2, 128),
-                ("v4:2x2x1", 1, 1, 4, 128),
+                ("v5e:2x4", 1, 4, 3, 64, 3),
+                ("v5e:2x4", 1, 1, 4, 128, 8),
+                ("v5e:2x4", 8, 4, 2, 128, 1),
+                ("v5p:2x2x1", 1, 4, 3, 64, 4),
+                ("v6e:2x2", 1, 4, 2, 128, 4),
+                ("v4:2x2x1", 1, 1, 4, 128, 4),
             ]
         ),
     ],
 )
-def test_int8(topology, chips, K, G, H):
+def test_int8(topology, chips, K, G, H, W):
     """Codes and scales: neither is copied, and the scales take the 8 bytes a token that they should."""
     mesh = tpu_mesh(topology, chips=chips)
-    q_BWNH, new_LBWKC, code_LPKRC, layer, length_B, page_BJ = arrays(mesh, K, G, H, jnp.int8)
+    q_BWNH, new_LBWKC, code_LPKRC, layer, length_B, page_BJ = arrays(mesh, K, G, H, jnp.int8, W)
     q_BWNH, new_LBWKC = (jax.ShapeDtypeStruct(x.shape, jnp.bfloat16, sharding=x.sharding) for x in (q_BWNH, new_LBWKC))
     pool, rows = page_shape(mesh, K, H, jnp.int8)
     scale_LPK2R = abstract(mesh, (L, pool, K * chips, 2, rows), jnp.float32, None, None, "tensor")
@@ -209,7 +237,7 @@ def test_int8(topology, chips, K, G, H):
         new = Int8().encode(new_LBWKC + out_BWNH[0, 0, 0, 0])  # the flush comes after the attention
         flush = functools.partial(cache_flush, mesh=mesh, backend="pallas")
         assert new.scales is not None
-        where = (length_B, jnp.minimum(length_B, 1), page_BJ)
+        where = (length_B, jnp.minimum(length_B, W), page_BJ)
         code_LPKRC = flush(code_LPKRC, new.rows, *where)
         return code_LPKRC, flush(scale_LPK2R, new.scales, *where, row_axis=4), out_BWNH
 
@@ -225,11 +253,14 @@ def test_int8(topology, chips, K, G, H):
 @pytest.mark.parametrize(
     "topology", ["v5e:2x4", *(pytest.param(t, marks=pytest.mark.slow) for t in ("v5p:2x2x1", "v6e:2x2"))]
 )
-@pytest.mark.parametrize(("K", "G", "H", "dtype"), [CASES[2], CASES[3]])
-def test_window_and_soft_cap(topology, K, G, H, dtype):
+@pytest.mark.parametrize(
+    ("K", "G", "H", "dtype", "W"),
+    [(*CASES[2], 4), (*CASES[3], 1), pytest.param(2, 4, 256, jnp.bfloat16, 5, marks=pytest.mark.slow)],
+)
+def test_window_and_soft_cap(topology, K, G, H, dtype, W):
     """A window that is known at run time only, as under a scan over layers of two kinds."""
     mesh = tpu_mesh(topology, chips=1)
-    args = arrays(mesh, K, G, H, dtype)
+    args = arrays(mesh, K, G, H, dtype, W)
 
     def attend(q_BWNH, new_LBWKC, cache_LPKRC, layer, length_B, page_BJ, window):
         args = (q_BWNH, new_LBWKC[0], cache_LPKRC, layer, length_B, page_BJ)

@@ -6,7 +6,7 @@ import json
 import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -170,11 +170,11 @@ def draw_weights(model, seed):
                 parameter.copy_(drawn * (0.3 if "embed" in name else 2) / parameter.shape[-1] ** 0.5)
 
 
-def load(folder, devices):
+def load(folder, devices, speculate: Literal["off", "auto"] = "off"):
     checkpoint = SafetensorsCheckpoint(folder)
     mesh = make_mesh(jax.devices(), checkpoint.config.num_heads, checkpoint.config.num_kv_heads, devices)
     model = registry.build(replace(checkpoint.config, num_kv_heads=max(checkpoint.config.num_kv_heads, mesh.size)))
-    config = EngineConfig(slots=2, cache_length=256, cache_tokens=512, prefill_chunk=128)
+    config = EngineConfig(slots=2, cache_length=256, cache_tokens=512, prefill_chunk=128, speculate=speculate)
     tokenizer: Any = None
     engine = Engine(model, mesh, config, jnp.dtype("float32"), tokenizer, "tiny")
     if devices > 1:
