@@ -49,9 +49,9 @@ def load_engine(
     """
     with timeline.THIS_PROCESS.loading():
         devices = devices or choose_devices(config.platform)  # refused before a download
-        checkpoint, draft = _open(config), _open_draft(config)
+        checkpoint, draft = open_model(config), _open_draft(config)
         engine = build_engine(config, checkpoint, devices, reserves=reserves, draft_checkpoint=draft)
-        check_memory(engine, memory_of(engine.mesh.devices.flat), free_memory())  # refused before weights are read
+        check_memory(engine, memory_of(engine.mesh.local_devices), free_memory())  # refused before weights are read
         return engine, engine.load_params(checkpoint, draft)
 
 
@@ -63,7 +63,7 @@ def load_disaggregated(config: EngineConfig, prefill_devices: int) -> tuple[Disa
     with timeline.THIS_PROCESS.loading():
         devices = choose_devices(config.platform)
         check_share(prefill_devices, len(devices))
-        checkpoint, draft = _open(config), _open_draft(config)
+        checkpoint, draft = open_model(config), _open_draft(config)
         shape = checkpoint.config
         of_prefill, of_decode = devices[:prefill_devices], devices[prefill_devices:]
         sizes = [
@@ -87,7 +87,7 @@ def load_disaggregated(config: EngineConfig, prefill_devices: int) -> tuple[Disa
         if [one.shape for one in prefill.cache_layouts] != [one.shape for one in decode.cache_layouts]:
             raise RefusedError(f"prefill_devices={prefill_devices}: the draft model's caches differ; halve the devices")
         for engine in (prefill, decode):
-            check_memory(engine, memory_of(engine.mesh.devices.flat), free_memory())
+            check_memory(engine, memory_of(engine.mesh.local_devices), free_memory())
         params = BothParams(prefill.load_params(checkpoint, draft), decode.load_params(checkpoint, draft))
         return DisaggregatedEngine(prefill, decode), params
 
@@ -125,7 +125,7 @@ def build_engine(
     """
     devices = devices or choose_devices(config.platform)
     compilations.keep_in(home() / "compiled")
-    checkpoint = checkpoint or _open(config)
+    checkpoint = checkpoint or open_model(config)
     shape = checkpoint.config
     for name, value in {"cache_length": config.cache_length, "max_prefill_length": config.max_prefill_length}.items():
         if value is not None and value > shape.context_length:
@@ -144,7 +144,7 @@ def build_engine(
         length = config.cache_length or shape.context_length
         draft = draft_model(config, draft_checkpoint.config, draft_checkpoint.quantization, mesh, length)
     config = resolved(config, checkpoint.quantization, model, mesh)
-    memory, free = memory_of(mesh.devices.flat), free_memory()
+    memory, free = memory_of(mesh.local_devices), free_memory()
     asked, config = config, sized(config, model.config, mesh, dtype, memory, free, draft)
     if reserves and asked.slots is None:
         config = with_pages_for_all(config)
@@ -193,7 +193,8 @@ def check_memory(engine: Engine, memory: int | None, free: int | None) -> None:
         )
 
 
-def _open(config: EngineConfig) -> Checkpoint:
+def open_model(config: EngineConfig) -> Checkpoint:
+    """What `config.model` names. Raises RefusedError."""
     registry.use_module(config.model_module)
     return open_checkpoint(config.model)
 

@@ -23,6 +23,11 @@ def by_token(out_BKXH: jax.Array, tokens: int) -> jax.Array:
     return out_BKXH.reshape(B, K, tokens, X // tokens, H).swapaxes(1, 2).reshape(B, tokens, -1, H)
 
 
+def sinks_of(sink_N: jax.Array | None, num_kv_heads: int, tokens: int) -> jax.Array | None:
+    """A sink for each query of `by_kv_head`, sink_KX."""
+    return None if sink_N is None else jnp.tile(sink_N.reshape(num_kv_heads, -1), (1, tokens))
+
+
 def first_seen(length: jax.Array, window: jax.Array, token: jax.Array) -> jax.Array:
     """The first row that a step's token sees; at or past `length` where it sees no cached one."""
     return length + token - window + 1
