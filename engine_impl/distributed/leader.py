@@ -38,6 +38,8 @@ class Leader:
         self.max_prefill_length = engine.max_prefill_length
         self.prefill_chunk = engine.prefill_chunk
         self.prefill_batch = engine.prefill_batch
+        self.prefills_apart = engine.prefills_apart
+        self.widths = engine.widths
         self.tokens_per_step = engine.tokens_per_step
         self.page_rows = engine.page_rows
         self.pages = engine.pages
@@ -94,8 +96,9 @@ class Leader:
         slot_N: np.ndarray,
         page_NJ: np.ndarray,
         allowed: Allowed | None = None,
+        width: int = 1,
     ) -> tuple[Handle, StepResult]:
-        return self._call("generate", params, decode_state, slot_N, page_NJ, allowed)
+        return self._call("generate", params, decode_state, slot_N, page_NJ, allowed, width)
 
     def carry(
         self,

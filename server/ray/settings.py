@@ -19,7 +19,7 @@ NOT_HERE = {
     "tls-key": ENDS_AT_PROXY,
     "tls-client-ca": ENDS_AT_PROXY,
     "orchestrator": "replicas have our own",
-    "disaggregated": "replicas have our own orchestrator",
+    "prefill-devices": "all devices of a replica do both",
     **dict.fromkeys(flags_of(HostsConfig), "a replica has one host"),
     "adapter-dir": "an adapter would be loaded into one replica of many: name it in adapters, and each loads it",
 }
