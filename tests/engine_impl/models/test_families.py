@@ -306,6 +306,7 @@ def test_both_forms_of_a_config_say_the_same(family):
         ("mixtral", {"model_type": "mixtrol"}, "family 'mixtrol'; the families there are: cohere, cohere2, gemma"),
         ("gpt_oss", {"hidden_act": "gelu"}, "hidden_act='gelu'; those there are: silu"),
         ("gpt_oss", {"attention_bias": False}, "attention_bias=False; those there are: True"),
+        ("llama", {"model_type": "deepseek_v2"}, r"'deepseek_v2', which is not there: its cache .*\(MLA\)"),
         ("llama", {"model_type": "deepseek_v3"}, r"'deepseek_v3', which is not there: its cache .*\(MLA\)"),
         ("qwen3_moe", {"mlp_only_layers": [0]}, r"mlp_only_layers=\[0\]"),
         ("qwen3_moe", {"decoder_sparse_step": 2}, "decoder_sparse_step=2"),
