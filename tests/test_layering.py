@@ -25,7 +25,7 @@ MAY_IMPORT: dict[str, tuple[set[str], set[str]]] = {
     "engine_impl": (
         {"kernels", "cache_manager"},
         {"jax", "numpy", "torch", "torchax", "gguf", "tokenizers", "jinja2", "libtpu", "jetstream"}
-        | {"safetensors", "sentencepiece", "huggingface_hub", "google", "llguidance"},
+        | {"safetensors", "sentencepiece", "huggingface_hub", "google", "llguidance", "transformers"},
     ),
     "server": (
         {"protos", "cache_manager", "engine_impl"},

@@ -87,7 +87,7 @@ class SafetensorsCheckpoint:
         self._tensors: dict[str, Stored] = {}
         for file in weight_files(folder, self.name):
             for stored_name, tensor in header(file).items():
-                parameter = family.without_prefix(stored_name.replace(COMPILED, ""))
+                parameter = family.own_name(self.config, stored_name.replace(COMPILED, ""))
                 if parameter in self._tensors:
                     raise RefusedError(f"{self.name} holds {stored_name} twice, again in {file.name}; fetch it anew")
                 self._tensors[parameter] = tensor
