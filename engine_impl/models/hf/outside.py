@@ -68,7 +68,7 @@ def _ropes(parameters: Mapping[str, Any]) -> list[Mapping[str, Any]]:
 
 
 def _fill_constants(model: Any, where: str) -> None:
-    """Buffers that no checkpoint has get their values, as when transformers itself loads one. The others are weights."""
+    """Buffers that no checkpoint has get their values, as when transformers itself loads one; others become weights."""
     for path, module in model.named_modules():
         left_out = module._non_persistent_buffers_set
         for name, buffer in list(module._buffers.items()):
