@@ -18,7 +18,6 @@ NAME = "slipstream"
 
 HARMLESS = {"is_causal", "position_ids", "return_dict", "sliding_window"}
 """Arguments of attention that change nothing which the mask does not tell. What is None or False changes nothing."""
-SINKS = "sinks, which the kernels do not have"
 
 
 class CannotError(Exception):
@@ -63,7 +62,17 @@ class Attending:
     """as the cache has them; None: as the layers do"""
     calls: list[Called] = field(default_factory=list)
 
-    def answer(self, q: Tensor, k: Tensor, v: Tensor, mask: Any, scale: float | None, soft_cap: float | None) -> Tensor:
+    def answer(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        mask: Any,
+        *,
+        scale: float | None,
+        soft_cap: float | None,
+        sink_N: Tensor | None,
+    ) -> Tensor:
         """[1, heads, R, H] each -> [1, R, N, H]"""
         if k.shape[2] != q.shape[2]:
             raise CannotError(
@@ -80,7 +89,7 @@ class Attending:
             copies = self.kv_heads // k_RKH.shape[1]
             k_RKH, v_RKH = k_RKH.repeat_interleave(copies, 1), v_RKH.repeat_interleave(copies, 1)
         self.calls.append(Called(q_RNH.shape[1], k_RKH, v_RKH, mask, soft_cap))
-        return self.attend(q_RNH, k_RKH, v_RKH)[None]
+        return self.attend(q_RNH, k_RKH, v_RKH, *(() if sink_N is None else (sink_N,)))[None]
 
 
 _now: ContextVar[Attending] = ContextVar("attending")
@@ -114,14 +123,16 @@ def _attention(
     scaling: float | None = None,
     dropout: float = 0.0,
     softcap: float | None = None,
+    s_aux: Tensor | None = None,
     **more: Any,
 ) -> tuple[Tensor, None]:
     for name, argument in more.items():
         if argument is not None and argument is not False and name not in HARMLESS:
-            raise CannotError(f"whose attention takes {SINKS if name in ('s_aux', 'sinks') else name}")
+            raise CannotError(f"whose attention takes {name}")
     if more.get("is_causal") is False or getattr(module, "is_causal", True) is False:
         raise CannotError("whose attention lets tokens see later ones")
-    return _now.get().answer(query, key, value, attention_mask, scaling, softcap), None
+    answer = _now.get().answer(query, key, value, attention_mask, scale=scaling, soft_cap=softcap, sink_N=s_aux)
+    return answer, None
 
 
 def _mask(*, mask_function: Callable[..., Any] | None = None, local_size: int | None = None, **more: Any) -> Mask:

@@ -13,8 +13,10 @@ DRAWN = 1 << 26
 """Elements of a matrix up to which its rows may differ."""
 
 
-def by_row(q_RNH: Tensor, k_RKH: Tensor, v_RKH: Tensor) -> Tensor:
-    """An attention of each row to itself, in which q, k and v all count."""
+def by_row(q_RNH: Tensor, k_RKH: Tensor, v_RKH: Tensor, sink_N: Tensor | None = None, /) -> Tensor:
+    """An attention of each row to itself, in which q, k, v and sinks all count."""
+    if sink_N is not None:
+        q_RNH = q_RNH + sink_N[:, None]
     copies = q_RNH.shape[1] // k_RKH.shape[1]
     k_RNH, v_RNH = k_RKH.repeat_interleave(copies, 1), v_RKH.repeat_interleave(copies, 1)
     return v_RNH * (1 + torch.tanh((q_RNH * k_RNH).sum(-1, keepdim=True)))

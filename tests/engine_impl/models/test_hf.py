@@ -139,7 +139,6 @@ def test_layers_that_are_not_alike_are_not_stacked_and_take_no_adapters():
         ("diffllama", {}, "several times in one"),
         ("bart", {}, "with 0 lists of 2 layers"),
         ("minicpm3", {}, r"keys of 96 dimensions and values of 8 \(MLA\)"),
-        ("granite_swa", {}, "takes sinks, which the kernels do not have"),
         ("llama4_text", {}, "a mask that is neither causal nor a sliding window"),
         ("olmoe", {}, "with experts"),
         ("jetmoe", {}, "goes by its rows' values"),
