@@ -82,7 +82,7 @@ class Engine:
         self.model_name = model_name
         self.mesh = mesh
         platform = mesh.devices.flat[0].platform
-        self.layer_loop: LayerLoop = forward.layer_loop_for(platform)
+        self.layer_loop: LayerLoop = forward.layer_loop_for(platform, model)
         backend = kernels.backend_for(platform)
         self.layout = layout_of(config, model.config, mesh, dtype, page_rows)
         sites = sites_of(model, mesh) if config.max_adapters else ()
