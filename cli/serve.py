@@ -28,10 +28,7 @@ class Serve:
     """A YAML file of flags (`slots: 64`, a line for each, their names without dashes). Flags given here win over it."""
 
     def __post_init__(self) -> None:
-        if self.server.lora.asks_for_some and not self.engine.max_adapters:
-            raise RefusedError("--adapters and --adapter-dir need room on the devices: add --max-adapters N")
-        if self.engine.max_adapters and self.server.orchestrator == "jetstream":
-            raise RefusedError("JetStream's orchestrator knows no adapters: leave --max-adapters out")
+        self.server.check_adapters(self.engine.max_adapters)
         if self.hosts != HostsConfig() and self.server.orchestrator == "jetstream":
             raise RefusedError("JetStream's orchestrator serves from one host: leave --hosts and --coordinator out")
 

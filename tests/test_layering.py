@@ -55,7 +55,7 @@ SUB_ROOMS: dict[str, dict[str, set[str]]] = {
         "models": {"errors"},
         "sampling": {"errors", "option", "placing"},
         "checkpoints": {"errors", "models", "text", "runtime"},
-        "adapters": {"errors", "config", "bridge", "models", "checkpoints", "placing"},
+        "adapters": {"errors", "config", "bridge", "runtime", "models", "checkpoints", "placing"},
         "quantization": {"errors", "config", "bridge", "models", "checkpoints"},
         "weights": {"errors", "forward", "models", "checkpoints", "quantization"},
         "compiler": {

@@ -76,6 +76,9 @@ class Leader:
     def put_adapter(self, params: Handle, index: int, adapter: AdapterHandle) -> Handle:
         return self._call("put_adapter", params, index, adapter)
 
+    def without_adapters(self, params: Handle) -> Handle:
+        return self._call("without_adapters", params)
+
     def prefill(self, params: Handle, decode_state: Handle, pieces: Sequence[Piece]) -> PrefixHandle:
         return self._call("prefill", params, decode_state, pieces)
 
