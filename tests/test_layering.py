@@ -30,7 +30,7 @@ MAY_IMPORT: dict[str, tuple[set[str], set[str]]] = {
     "server": (
         {"protos", "cache_manager", "engine_impl"},
         {"grpc", "grpc_health", "grpc_reflection", "google", "numpy", "jetstream", "prometheus_client"}
-        | {"aiohttp", "pydantic", "pydantic_core", "tyro", "opentelemetry"},
+        | {"aiohttp", "pydantic", "pydantic_core", "ray", "starlette", "tyro", "opentelemetry", "yarl"},
     ),
     "benchmarks": (
         {"protos", "kernels", "cache_manager", "engine_impl", "server"},
@@ -80,6 +80,7 @@ SUB_ROOMS: dict[str, dict[str, set[str]]] = {
         "grpc": {"errors", "config", "dialects", "request", "net", "gateway"},
         "http": {"errors", "config", "adapters", "dialects", "request", "net", "delivery", "gateway"},
         "jetstream": {"errors", "config", "net", "observe", "grpc", "lifecycle"},
+        "ray": {"errors", "config", "flags", "gateway", "grpc", "http", "lifecycle", "net", "observe", "scheduler"},
     },
     "benchmarks": {
         "options": set(),
@@ -114,6 +115,9 @@ ONLY_IN = {
     "torchax": {"engine_impl/bridge.py"},
     "llguidance": {"engine_impl/text/grammar.py"},
     "opentelemetry": {"server/observe/traces.py"},
+    "ray": {f"server/ray/{name}.py" for name in ("application", "ingress", "router", "scaling")},
+    "starlette": {"server/ray/ingress.py"},
+    "yarl": {"server/ray/fronts.py"},
     "jetstream": {
         *(f"engine_impl/jetstream/{name}.py" for name in ("engine", "adapter", "tokenizer")),  # shims: compat.py
         "server/jetstream/host.py",
