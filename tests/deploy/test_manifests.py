@@ -187,12 +187,9 @@ def test_selectors_and_references_meet(overlay):
     names = {port["name"] for port in server(overlay)["ports"]}
     policy = the(overlay, "NetworkPolicy")["spec"]
     assert {port["port"] for rule in policy["ingress"] for port in rule.get("ports", [])} == names
-    peers = policy["podSelector"]
-    among = [
-        [{"podSelector": peers}] in (rule.get("from"), rule.get("to"))
-        for rule in (*policy["ingress"], *policy["egress"])
-    ]
-    assert sum(among) == (2 if hosts(overlay) > 1 else 0), "hosts of a group reach each other on any port"
+    to_each_other = [{"podSelector": policy["podSelector"]}]
+    among = [{"from": to_each_other} in policy["ingress"], {"to": to_each_other} in policy["egress"]]
+    assert among == [hosts(overlay) > 1] * 2, "hosts of a group reach each other on any port"
     for one in of_kind(overlay, "HorizontalPodAutoscaler"):
         target = one["spec"]["scaleTargetRef"]
         scaled = workload(overlay)
