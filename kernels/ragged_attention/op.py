@@ -58,7 +58,8 @@ def ragged_attention(
             K. Rows at or past a slot's length are never used, whatever they hold, NaN included; nor their scales, nor
             pages that are in no table.
         layer: which layer to read, a Python int or an i32 scalar, traced or not.
-        length_B: i32, rows in use, 0 <= length <= J R. With 0, and no sinks, the first token gives exactly its v_new.
+        length_B: i32, rows in use, 0 <= length <= J R. With 0 the first token gives exactly its v_new, if there are
+            no sinks.
         page_BJ: i32, the pages of each slot, its first tokens' first. Entries behind the last row are not used. Slots
             may share pages.
         steps: `attention_steps` of these lengths and pages, and of this window. None lists them here, once a call.
@@ -98,8 +99,7 @@ def ragged_attention(
         check_shape("sink_N", sink_N, (N,), "N")
         sink_N = sink_N.astype(jnp.float32)
 
-    heads = P(None, None, AXIS)
-    length_B, page_BJ = length_B.astype(jnp.int32), page_BJ.astype(jnp.int32)
+    heads, length_B, page_BJ = P(None, None, AXIS), length_B.astype(jnp.int32), page_BJ.astype(jnp.int32)
     window = None if window is None else jnp.asarray(window, jnp.int32)
     operands = ()
     if is_xla(backend):

@@ -29,7 +29,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from ..lanes import LANES, split_row
 from ..scores import add_sink, cap_scores, rows_seen
-from .own_rows import by_kv_head, by_token, sinks_of
+from .own_rows import by_kv_head, by_token, sinks_by_kv_head
 from .steps import Steps
 
 
@@ -83,7 +83,7 @@ def _kernel(
         """Whether a row's query is of a token before that of its column."""
         return jax.lax.broadcasted_iota(jnp.int32, shape, 0) < token * G
 
-    def start_from_one():
+    def start_from_own_token():
         k_KC, v_KC = split_row(new_ref[...].astype(jnp.float32), head_dim)
         for k in range(K):
             score_G1 = jnp.sum(q_ref[k].astype(jnp.float32) * k_KC[k : k + 1], axis=-1, keepdims=True) * scale
@@ -91,7 +91,7 @@ def _kernel(
             acc_ref[k] = jnp.broadcast_to(v_KC[k : k + 1], acc_ref.shape[1:])
         l_ref[...] = jnp.ones_like(l_ref)
 
-    def start_from_several():
+    def start_from_own_tokens():
         for k in range(K):
             k_WC, v_WC = split_row(new_ref[k], head_dim)
             score_XW = capped(dot(q_ref[k], k_WC, (((1,), (1,)), ((), ()))) * scale)
@@ -106,11 +106,8 @@ def _kernel(
             acc_ref[k] = dot(p_XW.astype(v_WC.dtype), v_WC, (((1,), (0,)), ((), ())))
 
     @pl.when(is_live & is_first_page)
-    def start_from_own_tokens():
-        if W == 1:
-            start_from_one()
-        else:
-            start_from_several()
+    def start():
+        start_from_own_token() if W == 1 else start_from_own_tokens()
         for sink_ref in sink_refs:
             m_ref[...], l_ref[...], acc_ref[...] = add_sink(m_ref[...], l_ref[...], acc_ref[...], sink_ref[...])
 
@@ -206,7 +203,7 @@ def ragged_attention_tpu(
         cache = (*cache, in_hbm(scale_LPK2R))
         cache_specs = (*cache_specs, pl.BlockSpec((None, None, K, 2, R), page_index))
 
-    sinks = () if sink_N is None else (sinks_of(sink_N, K, W)[..., None],)
+    sinks = () if sink_N is None else (sinks_by_kv_head(sink_N, K, W)[..., None],)
 
     out_BKXH = pl.pallas_call(
         functools.partial(_kernel, head_dim=H, tokens=W, max_steps=max_steps, soft_cap=soft_cap),

@@ -3,8 +3,8 @@
 import jax
 import jax.numpy as jnp
 
-from ..scores import add_sink, cap_scores, rows_seen
-from .own_rows import attend_own, by_kv_head, by_token, first_seen, sinks_of
+from ..scores import cap_scores, rows_seen
+from .own_rows import attend_own, by_kv_head, by_token, first_seen
 
 
 def ragged_attention_reference(
@@ -33,8 +33,7 @@ def ragged_attention_reference(
     q_BKXH = by_kv_head(q_BWNH.astype(jnp.float32) * H**-0.5, K)
     q_BKXC = jnp.pad(q_BKXH, ((0, 0), (0, 0), (0, 0), (0, C - H)))
     token_X = jnp.arange(W * N // K) // (N // K)
-    m_BKX, l_BKX, acc_BKXH = attend_own(q_BKXH, new_BWKC.swapaxes(1, 2).astype(jnp.float32), window, soft_cap)
-    m_BKX, l_BKX, acc_BKXH = add_sink(m_BKX, l_BKX, acc_BKXH, sinks_of(sink_N, K, W))
+    m_BKX, l_BKX, acc_BKXH = attend_own(q_BKXH, new_BWKC.swapaxes(1, 2).astype(jnp.float32), window, soft_cap, sink_N)
     acc_BKXC = jnp.pad(acc_BKXH, ((0, 0), (0, 0), (0, 0), (C - H, 0)))
     first_B, end_B = rows_seen(length_B, window)
     first_B, end_B = jnp.broadcast_to(first_B, end_B.shape), jnp.minimum(end_B, J * R)

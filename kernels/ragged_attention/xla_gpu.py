@@ -3,8 +3,8 @@
 import jax
 import jax.numpy as jnp
 
-from ..scores import add_sink, cap_scores, rows_seen
-from .own_rows import attend_own, by_kv_head, by_token, first_seen, sinks_of
+from ..scores import cap_scores, rows_seen
+from .own_rows import attend_own, by_kv_head, by_token, first_seen
 
 BLOCK_BYTES, BLOCK_ROWS = 128 * 2**20, 1024
 """What one turn of the loop reads at most: bytes of all slots' rows, and rows of a slot. A turn costs a dozen kernels
@@ -44,8 +44,7 @@ def ragged_attention_gpu(
     layer = jax.lax.optimization_barrier(layer)
     pages_KRC = cache_LPKRC.reshape(L * pool, K, R, C)
     q_BKXH = by_kv_head(q_BWNH.astype(jnp.float32) * H**-0.5, K)
-    m_BKX, l_BKX, acc_BKXH = attend_own(q_BKXH, new_BWKC.swapaxes(1, 2).astype(jnp.float32), window, soft_cap)
-    m_BKX, l_BKX, acc_BKXH = add_sink(m_BKX, l_BKX, acc_BKXH, sinks_of(sink_N, K, W))
+    m_BKX, l_BKX, acc_BKXH = attend_own(q_BKXH, new_BWKC.swapaxes(1, 2).astype(jnp.float32), window, soft_cap, sink_N)
     token_1X = (jnp.arange(X) // (X // W))[None, :]
     first_B, end_B = rows_seen(length_B, window)
     first_B, end_B = jnp.broadcast_to(first_B, end_B.shape), jnp.minimum(end_B, J * R)
