@@ -213,7 +213,7 @@ def answers_of_decoded_weights(kind):
 )
 def test_an_engine_equals_one_with_the_decoded_weights(kind, devices, loop, monkeypatch):
     reference = answers_of_decoded_weights(kind)
-    monkeypatch.setattr(forward, "layer_loop_for", lambda platform: loop)
+    monkeypatch.setattr(forward, "layer_loop_for", lambda platform, model: loop)
     engine = engine_with(RandomCheckpoint(OF_8_BLOCKS), devices=devices, quantize_weights=kind)
     assert greedy(*engine, PROMPTS, 12) == reference
 
