@@ -69,8 +69,8 @@ def sample(
 
 
 def _argmax(values_BV: jax.Array) -> jax.Array:
-    """i32. XLA:CPU computes an argmax one value at a time, 7.1 ms of CPU time for 32 slots of 49,152 tokens; the largest
-    value and the first place that is not below it are two reductions by vectors, 1.0 ms."""
+    """i32. XLA:CPU computes an argmax one value at a time, 7.1 ms of CPU time for 32 slots of 49,152 tokens; the
+    largest value and the first place that is not below it are two reductions by vectors, 1.0 ms."""
 
     def first_of_largest(values_BV):
         V = values_BV.shape[1]
