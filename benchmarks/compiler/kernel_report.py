@@ -139,7 +139,7 @@ class AttentionRow:
 
 @dataclass(frozen=True)
 class FlushRow:
-    """Bundles of the flush kernel's step: one slot, FLUSH_LAYERS layers."""
+    """Bundles of the flush kernel's step: one tile, FLUSH_LAYERS layers."""
 
     chip: str
     setting: Setting
@@ -431,7 +431,7 @@ def report(rows: list[Row]) -> str:
         table(
             ("chip", "K", "H", "dtype", "heads", "block", "pipeline", "diagonal", "own", "cached", "DMA", "MXU"), chunks
         ),
-        f"Flush: bundles per grid step (a slot, {FLUSH_LAYERS} layers)",
+        f"Flush of one token per slot: bundles per grid step (a tile, {FLUSH_LAYERS} layers)",
         table(("chip", "K", "H", "dtype", "step", "DMA"), flush),
     ])  # fmt: skip
 
