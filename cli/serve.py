@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..engine_impl.config import EngineConfig
-from ..engine_impl.errors import RefusedError
 from ..server.config import ServerConfig
 
 
@@ -21,10 +20,7 @@ class Serve:
     """A YAML file of flags (`slots: 64`, a line for each, their names without dashes). Flags given here win over it."""
 
     def __post_init__(self) -> None:
-        if self.server.lora.asks_for_some and not self.engine.max_adapters:
-            raise RefusedError("--adapters and --adapter-dir need room on the devices: add --max-adapters N")
-        if self.engine.max_adapters and self.server.orchestrator == "jetstream":
-            raise RefusedError("JetStream's orchestrator knows no adapters: leave --max-adapters out")
+        self.server.check_adapters(self.engine.max_adapters)
 
     def run(self) -> int:
         # gRPC's core has a line on stderr for every handshake that fails, such as those of port scanners.

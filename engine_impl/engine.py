@@ -34,7 +34,7 @@ from .adapters.stacks import AdapterPlaces, AdapterWeights
 from .api import Allowed, Opening, Piece
 from .checkpoints.contract import Checkpoint
 from .config import EngineConfig
-from .errors import PieceError, RefusedError
+from .errors import AdaptersLostError, PieceError, RefusedError
 from .forward import LayerLoop, Params
 from .layout import chunk_of, layout_of
 from .models.decoder import Decoder
@@ -174,9 +174,7 @@ class Engine:
     def load_params(self, checkpoint: Checkpoint) -> Params:
         """Read the weights onto the mesh. Raises RefusedError when the checkpoint does not fit the model."""
         params = load_params(self.model, checkpoint, self.mesh, self.layout.dtype, self.layer_loop)
-        if self.adapter_places is None:
-            return params
-        return params | {"adapters": self.adapter_places.empty(self.layer_loop)}
+        return self.without_adapters(params)
 
     @property
     def max_adapters(self) -> int:
@@ -195,9 +193,26 @@ class Engine:
 
     def put_adapter(self, params: Params, index: int, adapter: AdapterWeights) -> Params:
         """An adapter onto the devices, at `index` (from 1 to `max_adapters`), whatever was there. The adapters of
-        `params` are donated: hold what it gives."""
+        `params` are donated: hold what it gives.
+
+        Raises AdaptersLostError when it fails once they are donated; before, what made it fail.
+        """
         assert self.adapter_places is not None
-        return params | {"adapters": self.adapter_places.with_adapter(params["adapters"], index, adapter)}
+        before = params["adapters"]
+        try:
+            return params | {"adapters": self.adapter_places.with_adapter(before, index, adapter)}
+        except Exception as error:
+            if not any(array.is_deleted() for array in jax.tree.leaves(before)):
+                raise
+            raise AdaptersLostError("the adapters on the devices are lost: another could not be written") from error
+
+    def without_adapters(self, params: Params) -> Params:
+        """The parameters with no adapter on the devices, whatever has become of those that were there."""
+        if self.adapter_places is None:
+            return params
+        for array in jax.tree.leaves(params.get("adapters", ())):
+            array.delete()  # before the new ones are made: two may not fit
+        return params | {"adapters": self.adapter_places.empty(self.layer_loop)}
 
     def init_decode_state(self) -> DecodeState:
         """All slots empty."""

@@ -58,6 +58,10 @@ UNUSED = {
 }
 """Signals that would end the process, and what is logged instead."""
 
+SWITCH_S = 0.0005
+"""After how long a thread that computes in Python lets another one on (seconds): a tenth of Python's usual. A step of
+the engine needs the interpreter several times, and may wait so long each time while others are being answered."""
+
 KEEPALIVE_S = 20.0
 """How long a connection may be silent before it is pinged (seconds); half of it later it counts as cut."""
 
@@ -94,7 +98,7 @@ class Serving:
         if config.watch.profile is not None:
             self.profile = Profile(config.watch.profile, config.watch.profile_s)
         self._traces = None if config.watch.otlp_endpoint is None else Traces(config.watch.otlp_endpoint)
-        self.adapters = AdapterStore(config.lora.adapter_dir)
+        self.adapters = AdapterStore(config.lora.adapter_dir, config.lora.max_host_adapters)
         on_call = (lambda: None) if self.profile is None else self.profile.on_call
         self._gateway = Gateway(on_call, self._traces, self.adapters)
         guard = Guard(config.security, is_local=config.is_local)
@@ -297,6 +301,7 @@ class Serving:
 
 async def serve(load: Load, config: ServerConfig, line: StatusLine | None = None) -> int:
     """Serves until SIGTERM or SIGINT. Returns the process's exit status: 0, or 1 when the engine was given up."""
+    sys.setswitchinterval(SWITCH_S)
     serving = Serving(load, config, line)
     is_ready = False
 

@@ -55,7 +55,7 @@ SUB_ROOMS: dict[str, dict[str, set[str]]] = {
         "models": {"errors"},
         "sampling": {"errors", "option"},
         "checkpoints": {"errors", "models", "text", "runtime"},
-        "adapters": {"errors", "config", "bridge", "models", "checkpoints"},
+        "adapters": {"errors", "config", "bridge", "runtime", "models", "checkpoints"},
         "quantization": {"errors", "config", "bridge", "models", "checkpoints"},
         "weights": {"errors", "forward", "models", "checkpoints", "quantization"},
         "compiler": {

@@ -19,8 +19,12 @@ from .pieces import CONTROL, USER_DEFINED, Pieces, backend_of
 
 _SPECIAL_TOKENS = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
 _ENDS = ("eos", "eot", "eom")
-TURN_ENDS = ("<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<end_of_turn>", "<|end|>", "<|end_of_turn|>")
+TURN_ENDS = (
+    "<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<end_of_turn>", "<|end|>", "<|end_of_turn|>", "<|return|>", "<|call|>",
+)  # fmt: skip
 """Control tokens that end a turn, whatever a file's fields say: as in llama.cpp."""
+MESSAGE_END = "<|end|>"
+"""It ends a message, and not the turn, where there is a `<|call|>`: gpt-oss' chat form has several messages a turn."""
 
 
 class GGUFCheckpoint:
@@ -98,7 +102,8 @@ class GGUFCheckpoint:
         """What the file calls an end, and the tokens that end a turn in the chat forms that there are."""
         told = {self._field(f"tokenizer.ggml.{end}_token_id", None) for end in _ENDS} - {None}
         kinds = self._field("tokenizer.ggml.token_type")
-        turns = {i for i, token in enumerate(tokens) if token in TURN_ENDS and kinds[i] in (CONTROL, USER_DEFINED)}
+        ends = set(TURN_ENDS) - ({MESSAGE_END} if "<|call|>" in tokens else set())
+        turns = {i for i, token in enumerate(tokens) if token in ends and kinds[i] in (CONTROL, USER_DEFINED)}
         return frozenset(told | turns)
 
     def _byte_level_bpe(self, tokens: Sequence[str]) -> Backend:
@@ -127,6 +132,8 @@ class GGUFCheckpoint:
         """
         of_layer = re.fullmatch(r"blk\.(\d+)\.(\w+)\.(\w+)", stored_name)
         layer, module, kind = of_layer.groups() if of_layer else ("", *stored_name.rpartition(".")[::2])
+        if of_layer and (own := self._architecture.layer_parameters.get(f"{module}.{kind}")):
+            return {f"layers.{layer}.{own}": (stored_name, None)}
         if of_layer and module in self._architecture.stacks:
             several, count = self._architecture.stacks[module], self._file.tensors[stored_name].shape[0]
             return {f"layers.{layer}.{several.format(i)}.{kind}": (stored_name, i) for i in range(count)}

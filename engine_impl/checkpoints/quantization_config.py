@@ -8,13 +8,14 @@ from ..errors import RefusedError
 from ..models.fields import Fields
 from . import prequantized
 from .contract import Quantization
+from .mxfp4 import MXFP4
 from .prequantized import PER_WORD, Format
 from .widened import NF4, Float8
 
 REMEDY = "take a copy of the model that is not quantised, and give --quantize-weights int8 or int4"
 
 
-AnyFormat = Format | Float8 | NF4
+AnyFormat = Format | Float8 | NF4 | MXFP4
 
 
 def read_format(fields: Mapping[str, Any], where: str) -> AnyFormat | None:
@@ -122,6 +123,10 @@ def _bitsandbytes(said: _Said) -> NF4:
     return NF4(where=said.where)
 
 
+def _mxfp4(said: _Said) -> MXFP4:
+    return MXFP4(where=said.where)
+
+
 def _compressed_tensors(said: _Said) -> Format | Float8:
     said.only("format", "int-quantized", "naive-quantized", "pack-quantized", "float-quantized")
     if said.get("kv_cache_scheme"):
@@ -203,4 +208,5 @@ METHODS: dict[str, Callable[[_Said], AnyFormat]] = {
     "fp8": _fp8,
     "fbgemm_fp8": _fbgemm_fp8,
     "bitsandbytes": _bitsandbytes,
+    "mxfp4": _mxfp4,
 }

@@ -19,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 
 from ..errors import RefusedError
 from ..models import registry
+from ..models.decoder import Part
 from ..text.tokenizer import Tokenizer
 from .contract import WEIGHT, Quantization
 from .damage import damage_told
@@ -56,14 +57,25 @@ class Stored:
     file: Path
     offset: int
     """bytes from the file's start"""
-    shape: tuple[int, ...]
+    full_shape: tuple[int, ...]
     dtype: np.dtype
+    part: Part | None = None
+    """what is meant of it; None is all"""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self._of(np.broadcast_to(np.zeros((), bool), self.full_shape)).shape
 
     def read(self) -> np.ndarray:
         """A read-only memory map."""
-        if not math.prod(self.shape):
-            return np.zeros(self.shape, self.dtype)
-        return np.memmap(self.file, self.dtype, "r", self.offset, self.shape)
+        if not math.prod(self.full_shape):
+            return self._of(np.zeros(self.full_shape, self.dtype))
+        return self._of(np.memmap(self.file, self.dtype, "r", self.offset, self.full_shape))
+
+    def _of(self, whole: np.ndarray) -> np.ndarray:
+        if self.part is None:
+            return whole
+        return whole[self.part.index].T if self.part.transposed else whole[self.part.index]
 
 
 class SafetensorsCheckpoint:
@@ -87,10 +99,13 @@ class SafetensorsCheckpoint:
         self._tensors: dict[str, Stored] = {}
         for file in weight_files(folder, self.name):
             for stored_name, tensor in header(file).items():
-                parameter = family.without_prefix(stored_name.replace(COMPILED, ""))
-                if parameter in self._tensors:
-                    raise RefusedError(f"{self.name} holds {stored_name} twice, again in {file.name}; fetch it anew")
-                self._tensors[parameter] = tensor
+                own_name = family.without_prefix(stored_name.replace(COMPILED, ""))
+                for parameter, part in family.parts_of(own_name, tensor.full_shape).items():
+                    if parameter in self._tensors:
+                        raise RefusedError(
+                            f"{self.name} holds {stored_name} twice, again in {file.name}; fetch it anew"
+                        )
+                    self._tensors[parameter] = replace(tensor, part=part)
         shapes = {name: tensor.shape for name, tensor in self._tensors.items()}
         self._matrices = {} if self._format is None else self._format.matrices(shapes, self._stored)
         parts = {part for matrix in self._matrices.values() for part in matrix.parts.values()}
@@ -120,7 +135,7 @@ class SafetensorsCheckpoint:
 
     def tensor(self, name: str) -> np.ndarray:
         """One tensor by its parameter's name: a read-only memory map of the file, in the file's type; of a quantised
-        matrix, float32."""
+        matrix, floats that hold its values."""
         if self._format is None or name not in self._matrices:
             return self._stored(name)
         matrix = self._matrices[name]

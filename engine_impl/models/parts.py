@@ -19,27 +19,39 @@ class Embedding(nn.Embedding):
 
 
 class ExpertLinear(nn.Module):
-    """A `Linear` without bias for each of E experts, weight [E, in, out], as TPUs multiply by groups."""
+    """A `Linear` for each of E experts, weight [E, in, out], as TPUs multiply by groups, and bias [E, out]."""
 
-    def __init__(self, experts: int, in_features: int, out_features: int) -> None:
+    def __init__(self, experts: int, in_features: int, out_features: int, *, bias: bool = False) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(experts, in_features, out_features))
+        self.bias = nn.Parameter(torch.empty(experts, out_features)) if bias else None
 
     def of_all(self, x_RI: Tensor) -> Tensor:
         """Every expert's answer to every row: [E, R, out]."""
-        return torch.einsum("ri,eio->ero", x_RI, self.weight)
+        out_ERO = torch.einsum("ri,eio->ero", x_RI, self.weight)
+        return out_ERO if self.bias is None else out_ERO + self.bias[:, None]
 
-    def summed(self, x_ERI: Tensor) -> Tensor:
-        """The sum of the experts' answers, each to its own rows: [R, out]."""
-        return torch.einsum("eri,eio->ro", x_ERI, self.weight)
+    def summed(self, x_ERI: Tensor, share_ER: Tensor) -> Tensor:
+        """The sum of the experts' answers, each to its own rows and times its share: [R, out]."""
+        out_RO = torch.einsum("eri,eio->ro", x_ERI * share_ER[..., None], self.weight)
+        return out_RO if self.bias is None else out_RO + share_ER.T @ self.bias
 
     def of_one(self, x_I: Tensor, expert: Tensor) -> Tensor:
         """One expert's answer to one row; `expert` is an integer scalar. Only that expert's weights are read."""
-        return x_I @ self.weight[expert]
+        out_O = x_I @ self.weight[expert]
+        return out_O if self.bias is None else out_O + self.bias[expert]
 
     def of_groups(self, x_RI: Tensor, count_E: Tensor) -> Tensor:
         """Rows sorted by expert, `count` of them each: [R, out]."""
-        return grouped_matmul(x_RI, self.weight, count_E)
+        out_RO = grouped_matmul(x_RI, self.weight, count_E)
+        return out_RO if self.bias is None else out_RO + self.bias[expert_of_row(len(x_RI), count_E)]
+
+
+def expert_of_row(rows: int, count_E: Tensor) -> Tensor:
+    """[R], of rows sorted by expert."""
+    first_E = count_E.cumsum(0) - count_E
+    row_R1 = torch.arange(rows, device=count_E.device)[:, None]
+    return (row_R1 >= first_E).sum(1) - 1
 
 
 def grouped_matmul(x_RI: Tensor, weight_EIO: Tensor, count_E: Tensor) -> Tensor:

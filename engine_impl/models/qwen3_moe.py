@@ -6,8 +6,8 @@ from typing import Any, ClassVar
 from torch import nn
 
 from .decoder import Transposed, split_name
+from .experts import MixtureConfig, MixtureOfExperts
 from .fields import Fields
-from .mixtral import MixtureConfig, MixtureOfExperts
 from .qwen3 import normed_attention
 from .transformer import Layer, Transformer, read_rope, read_shape
 

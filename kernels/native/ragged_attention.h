@@ -111,6 +111,11 @@ static void attend_over(const Attention& of, int64_t slot, int64_t kv_head) {
       acc[g * H + h] = fresh[H + h];
     }
     m[g] = capped(dot, of.soft_cap), l[g] = 1;
+    if (of.sink) {
+      const float own = of.sink[kv_head * G + g], most = own > m[g] ? own : m[g], decay = std::exp(m[g] - most);
+      for (int64_t h = 0; h < H; ++h) acc[g * H + h] *= decay;
+      m[g] = most, l[g] = decay + std::exp(own - most);
+    }
   }
   const int64_t layer = of.layer < 0 ? 0 : of.layer < of.layers ? of.layer : of.layers - 1;
   for (int64_t block = first / R; block * R < end; ++block) {

@@ -25,7 +25,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from ..lanes import LANES, split_row
-from ..scores import cap_scores, rows_seen
+from ..scores import add_sink, cap_scores, rows_seen
 from .steps import Steps
 
 
@@ -38,6 +38,7 @@ def _kernel(
     page_ref,  # [cores * N]
     q_ref,  # [K, G, Q]
     new_ref,  # [K, C]
+    sink_refs,  # [K, G, 1] f32; none where there are no sinks
     cache_refs,  # [K, R, C]; of an int8 cache also the scales, [K, 2, R] f32
     out_ref,  # [K, G, H]
     m_ref,  # [K, G, 1] f32: largest score so far
@@ -77,6 +78,8 @@ def _kernel(
             m_ref[k] = capped(score_G1)
             acc_ref[k] = jnp.broadcast_to(v_KC[k : k + 1], acc_ref.shape[1:])
         l_ref[...] = jnp.ones_like(l_ref)
+        for sink_ref in sink_refs:
+            m_ref[...], l_ref[...], acc_ref[...] = add_sink(m_ref[...], l_ref[...], acc_ref[...], sink_ref[...])
 
     def is_seen(shape: tuple[int, ...], axis: int) -> jax.Array:
         at = jax.lax.broadcasted_iota(jnp.int32, shape, axis)
@@ -121,6 +124,7 @@ def ragged_attention_tpu(
     length_B: jax.Array,
     page_BJ: jax.Array,
     window: jax.Array | None,
+    sink_N: jax.Array | None,
     steps: Steps,
     *,
     soft_cap: float | None = None,
@@ -160,6 +164,8 @@ def ragged_attention_tpu(
         cache = (*cache, in_hbm(scale_LPK2R))
         cache_specs = (*cache_specs, pl.BlockSpec((None, None, K, 2, R), page_index))
 
+    sinks = () if sink_N is None else (sink_N.reshape(K, G, 1),)
+
     out_BKGH = pl.pallas_call(
         functools.partial(_kernel, head_dim=H, max_steps=max_steps, soft_cap=soft_cap),
         grid_spec=pltpu.PrefetchScalarGridSpec(
@@ -168,6 +174,7 @@ def ragged_attention_tpu(
             in_specs=[
                 pl.BlockSpec((None, K, G, Q), slot_index),
                 pl.BlockSpec((None, K, C), lambda *ids: slot_index(*ids)[:3]),
+                tuple(pl.BlockSpec((K, G, 1), lambda *ids: (0, 0, 0)) for _ in sinks),
                 cache_specs,
             ],
             out_specs=pl.BlockSpec((None, K, G, H), slot_index),
@@ -182,7 +189,7 @@ def ragged_attention_tpu(
         cost_estimate=_cost_of_full_slots(q_BNH, new_BKC, cache, page_BJ, Q),
         interpret=interpret,
         name=f"ragged_attention_{K}x{H}_page{R}",
-    )(layer_and_window, length_B, *steps, q_BKGQ, new_BKC, cache)
+    )(layer_and_window, length_B, *steps, q_BKGQ, new_BKC, sinks, cache)
     return out_BKGH.reshape(B, N, H)
 
 

@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from ..scores import cap_scores, rows_seen
+from ..scores import add_sink, cap_scores, rows_seen
 
 
 def ragged_attention_reference(
@@ -15,6 +15,7 @@ def ragged_attention_reference(
     length_B: jax.Array,
     page_BJ: jax.Array,
     window: jax.Array | None,
+    sink_N: jax.Array | None,
     *,
     soft_cap: float | None = None,
 ) -> jax.Array:
@@ -34,6 +35,8 @@ def ragged_attention_reference(
     m_BKG = cap_scores(jnp.einsum("BKGC,BKC->BKG", q_BKGC, new_BKC), soft_cap)
     l_BKG = jnp.ones_like(m_BKG)
     acc_BKGC = jnp.broadcast_to(new_BKC[:, :, None], q_BKGC.shape)
+    sink_KG = None if sink_N is None else sink_N.reshape(K, N // K)
+    m_BKG, l_BKG, acc_BKGC = add_sink(m_BKG, l_BKG, acc_BKGC, sink_KG)
     first_B, end_B = rows_seen(length_B, window)
     first_B, end_B = jnp.broadcast_to(first_B, end_B.shape), jnp.minimum(end_B, J * R)
 

@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from ..scores import cap_scores, rows_seen
+from ..scores import add_sink, cap_scores, rows_seen
 
 BLOCK_BYTES, BLOCK_ROWS = 128 * 2**20, 1024
 """What one turn of the loop reads at most: bytes of all slots' rows, and rows of a slot. A turn costs a dozen kernels
@@ -21,6 +21,7 @@ def ragged_attention_gpu(
     length_B: jax.Array,
     page_BJ: jax.Array,
     window: jax.Array | None,
+    sink_N: jax.Array | None,
     *,
     soft_cap: float | None = None,
 ) -> jax.Array:
@@ -46,6 +47,7 @@ def ragged_attention_gpu(
     m_BKG = cap_scores((q_BKGH * new_BKC[:, :, None, :H]).sum(-1), soft_cap)
     l_BKG = jnp.ones_like(m_BKG)
     acc_BKGH = jnp.broadcast_to(new_BKC[:, :, None, H:], q_BKGH.shape)
+    m_BKG, l_BKG, acc_BKGH = add_sink(m_BKG, l_BKG, acc_BKGH, None if sink_N is None else sink_N.reshape(K, G))
     first_B, end_B = rows_seen(length_B, window)
     first_B, end_B = jnp.broadcast_to(first_B, end_B.shape), jnp.minimum(end_B, J * R)
 

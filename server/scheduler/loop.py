@@ -32,7 +32,7 @@ from typing import Generic
 import numpy as np
 
 from ...engine_impl.api import Engine, ParamsT, PrefixT, StateT, StepResult
-from ...engine_impl.errors import PieceError, RefusedError
+from ...engine_impl.errors import AdaptersLostError, PieceError, RefusedError
 from ..delivery.delivery import Delivery
 from ..delivery.result import PendingResult
 from ..delivery.roster import Roster
@@ -172,8 +172,8 @@ class Loop(Generic[ParamsT, PrefixT, StateT]):
         for sample in made:
             assert sample.constraint is not None
             if sample.constraint.error:
-                why = f"its grammar comes to no end: {sample.constraint.error}; send a simpler one"
-                self.delivery.end(sample.request, RefusedError(f"request {sample.request.id}: {why}"))
+                why = f"request {sample.request.id}: {sample.constraint.error}"
+                self.delivery.end(sample.request, RefusedError(why))
             elif sample.constraint.is_over:
                 self.delivery.end_sample(sample)
             else:
@@ -257,6 +257,8 @@ class Loop(Generic[ParamsT, PrefixT, StateT]):
     def _give_room(self, prompt: Prompt) -> None:
         try:
             prompt.adapter = self._brought(prompt.request.adapter)
+        except AdaptersLostError:  # others compute with those
+            raise
         except Exception as error:
             log.exception("the adapter of request %s could not be brought onto the devices", prompt.request.id)
             self._fail(prompt.request, error)
@@ -394,6 +396,9 @@ class Loop(Generic[ParamsT, PrefixT, StateT]):
             self._fail(request, error)
         self.probes.answer(UnavailableError(f"a step of the engine failed: {describe(error)}"))
         self._failures.step_failed(error)
+        if self._engine.max_adapters:  # what was being written is lost with the step
+            self._residents = Residents(self._engine.max_adapters)
+            self._params = self._engine.without_adapters(self._params)
         self._state = self._engine.init_decode_state()
 
     def _nothing_taken(self) -> tuple[Slots, Room]:

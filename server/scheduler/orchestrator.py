@@ -72,7 +72,7 @@ class Orchestrator(Generic[ParamsT, PrefixT, StateT]):
                     model=engine.model_name,
                     page_rows=engine.page_rows,
                     waiting=lambda: self.queue_depth,
-                    running=lambda: len(self._loop.live),
+                    running=lambda: self.in_work,
                     slots_used=lambda: self.slots_in_use / self._slots,
                     pages=self._loop.pages,
                 )
@@ -157,6 +157,11 @@ class Orchestrator(Generic[ParamsT, PrefixT, StateT]):
     def queue_depth(self) -> int:
         """Requests that wait for a slot."""
         return len(self._queue)
+
+    @property
+    def in_work(self) -> int:
+        """Requests that have left the queue and are not at their end, pre-empted ones too."""
+        return len(self._loop.live)
 
     @contextmanager
     def _refusals_counted(self) -> Generator[None, None, None]:

@@ -345,7 +345,9 @@ def test_two_cores():
     assert steps.count.tolist() == [5, 4]
     cache_LPKRC = oracle.paged(cache_LBKSC, page_BJ, pool, R)
     attend = jax.jit(functools.partial(ragged_attention_tpu, interpret=interpret_params("pallas_interpret")))
-    out_BNH = attend(q_BNH, new_BKC, cache_LPKRC, None, jnp.int32(LAYER), length_B, jnp.asarray(page_BJ), None, steps)
+    out_BNH = attend(
+        q_BNH, new_BKC, cache_LPKRC, None, jnp.int32(LAYER), length_B, jnp.asarray(page_BJ), None, None, steps
+    )
     oracle.assert_close(out_BNH, oracle.ragged_attention(q_BNH, new_BKC, cache_LBKSC, LAYER, length_B))
 
 
