@@ -1,8 +1,9 @@
 """Gates: the engine's own programs, compiled by the real TPU compiler, as they will run on real chips.
 
-`make test` runs a pairwise selection with few slots, each of which costs the compiler time (of the sampler, a third of a
-second for four); `make gates` the whole product with many. Two layers show what all layers do, in one and the same pool.
-The int8 cache's scales would fit into VMEM (128 MiB) here, which invites XLA to move them there and back.
+`make test` runs a pairwise selection with few slots, each of which costs the compiler time (the sampler of 64 takes it
+three times as long as that of 16); `make gates` the whole product with many. The pool of pages is the same. Two layers
+show what all layers do. The int8 cache's scales would fit into VMEM (128 MiB) here, which invites XLA to move them there
+and back.
 """
 
 import functools
