@@ -7,7 +7,7 @@ ROOMS := protos kernels cache_manager engine_impl server benchmarks cli
 
 NATIVE := setup.py $(wildcard kernels/native/*.cc kernels/native/*.h)  # what `pip install` compiles
 
-.PHONY: demo test test-fast gates gpu-gates web-test tools-test native-check setup check protos manifests rules clean
+.PHONY: demo test test-fast product gates gpu-gates web-test tools-test native-check setup check protos manifests rules clean
 
 demo: $(VENV)/.runtime           ## serve the embedded model, ask it a question, stop
 	@$(BIN)/slipstream demo
@@ -16,7 +16,10 @@ test: $(VENV)/.test              ## the whole suite
 	$(PYTEST)
 
 test-fast: $(VENV)/.test         ## what does not take long
-	$(PYTEST) -m "not slow and not gates and not gpu_gates and not web and not tools"
+	$(PYTEST) -m "not slow and not product and not gates and not gpu_gates and not web and not tools"
+
+product: $(VENV)/.test           ## whole cross products, where the suite has a covering set
+	$(PYTEST) -m product
 
 gates: $(VENV)/.test             ## every program x heads x head dim x chip, by the TPU compiler
 	$(PYTEST) tests/gates -m "not gpu_gates"

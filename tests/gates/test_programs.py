@@ -2,8 +2,8 @@
 
 `make test` runs a pairwise selection with few slots, each of which costs the compiler time (the sampler of 64 takes it
 three times as long as that of 16); `make gates` the whole product with many. The pool of pages is the same. Two layers
-show what all layers do. The int8 cache's scales would fit into VMEM (128 MiB) here, which invites XLA to move them there
-and back.
+show what all layers do. The int8 cache's scales would fit into VMEM (128 MiB) here, which invites XLA to move them
+there and back.
 """
 
 import functools
@@ -82,9 +82,7 @@ def _engine(kv_heads: int, head_dim: int, topology: str, quantize_kv: Literal["n
         model_dim=1024, ffn_dim=2048, vocab_size=VOCABULARY, context_length=8192, tied_embeddings=False,
         rope_theta=1e4, rms_norm_eps=1e-5,
     )  # fmt: skip
-    config = EngineConfig(
-        slots=slots, cache_length=CACHE_LENGTH, cache_tokens=CACHE_TOKENS, quantize_kv=quantize_kv
-    )
+    config = EngineConfig(slots=slots, cache_length=CACHE_LENGTH, cache_tokens=CACHE_TOKENS, quantize_kv=quantize_kv)
     return abstract_engine(shape, topology, config)
 
 
@@ -150,7 +148,7 @@ def test_a_program_on_real_chips(program, kv_heads, head_dim, topology, quantize
         assert memory.temp_size_in_bytes < 0.05 * cache_bytes + 2 * 2**20  # v5p turns queries and rows around
     else:
         logits_bytes = 4 * slots * VOCABULARY // engine.mesh.size  # a sampled step holds a few of these
-        assert memory.temp_size_in_bytes < 0.01 * cache_bytes + 8 * logits_bytes
+        assert memory.temp_size_in_bytes < 0.01 * cache_bytes + 8 * logits_bytes + 2**20
         state_bytes = cache_bytes + 2 * slots * VOCABULARY // engine.mesh.size  # a u16 a slot and token
         state_bytes += sampling_bytes(engine)
         assert state_bytes <= memory.alias_size_in_bytes < state_bytes + 64 * 1024  # the rest, and what tiles pad

@@ -51,4 +51,4 @@ def test_codes_stay_codes(topology, mode, program):
         assert cache_copies(hlo, engine) == []
         assert hlo.collectives()["all-reduce"] == 2 * LAYERS + 1
         logits_bytes = 4 * FEW * SHAPE.vocab_size // chips
-        assert memory.temp_size_in_bytes < 0.01 * cache_bytes + 8 * logits_bytes
+        assert memory.temp_size_in_bytes < 0.01 * cache_bytes + 8 * logits_bytes + 2**20
