@@ -1,7 +1,8 @@
 VENV := .venv
 BIN := $(VENV)/bin
 PYTHON ?= python3
-PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile  # two processes; each may take 5 GB
+# Two processes; each may take 5 GB. Files as tests/conftest.py orders them, which xdist would reorder.
+PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 ROOMS := protos kernels cache_manager engine_impl server benchmarks cli
 

@@ -4,6 +4,7 @@ import it is imported within a fixture."""
 import os
 import signal
 import sys
+from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -35,8 +36,21 @@ os.environ.update(
     JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS="0.1",
 )
 
+SLOW = 50
+"""So many other tests last as long as a slow one."""
+
 # A shell that starts the suite in the background has it ignore Ctrl-C, which some tests press.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(config, items):
+    """Several processes take the files that last longest first: one that came last would leave the others idle."""
+    if hasattr(config, "workerinput"):
+        weight = Counter()
+        for item in items:
+            weight[item.path] += SLOW if item.get_closest_marker("slow") else 1
+        items.sort(key=lambda item: -weight[item.path])
 
 
 @pytest.fixture

@@ -32,11 +32,13 @@ def inputs(L, K, C, dtype, positions):
     """A cache with NaN in half of its rows, new rows, positions, pages."""
     B = len(positions)
     page_BJ, pool = pages_of(B)
-    cache_LPKRC = oracle.normal(0, L, pool, K, R, C, dtype=jnp.float32) * 50
+    cache_LPKRC, new_LBKC = (
+        np.clip(np.asarray(oracle.normal(seed, *shape, times=50)), -128, 127).astype(jnp.dtype(dtype))
+        for seed, shape in enumerate([(L, pool, K, R, C), (L, B, K, C)])
+    )
     if jnp.issubdtype(dtype, jnp.floating):
-        cache_LPKRC = jnp.where(jnp.arange(R)[None, None, None, :, None] % 2 == 0, jnp.nan, cache_LPKRC)
-    new_LBKC = oracle.normal(1, L, B, K, C, dtype=jnp.float32) * 50
-    return cache_LPKRC.astype(dtype), new_LBKC.astype(dtype), jnp.array(positions, jnp.int32), jnp.asarray(page_BJ)
+        cache_LPKRC[:, :, :, ::2] = np.nan
+    return tuple(map(jnp.asarray, (cache_LPKRC, new_LBKC, np.array(positions, np.int32), page_BJ)))
 
 
 def expected(cache_LPKRC, new_LBKC, position_B, page_BJ):
