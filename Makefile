@@ -1,8 +1,9 @@
 VENV := .venv
 BIN := $(VENV)/bin
 PYTHON ?= python3
-# Two processes; each may take 5 GB. Files as tests/conftest.py orders them, which xdist would reorder.
-PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+# Two processes; each may take 5 GB. Files come as tests/conftest.py orders them, which xdist would reorder. Bytecode is
+# kept: pytest's is dear to make, and every process that tests start reads that of the rooms.
+PYTEST := PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 ROOMS := protos kernels cache_manager engine_impl server benchmarks cli
 

@@ -41,6 +41,7 @@ def branches(hlo: Program) -> list[set[str]]:
     return next(of_one for of_one in loops if all("while" in opcodes for opcodes in of_one))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "weights", ["none", *(pytest.param(kind, marks=pytest.mark.gates) for kind in ("int8", "int4"))]
 )
