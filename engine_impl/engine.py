@@ -38,6 +38,7 @@ from .errors import AdaptersLostError, PieceError, RefusedError
 from .forward import LayerLoop, Params
 from .layout import chunk_of, layout_of
 from .models.decoder import Decoder
+from .placing import placed
 from .programs import GREEDY, Programs
 from .quantization.swap import quantize
 from .sampling.mask import Mask, Masks
@@ -164,8 +165,8 @@ class Engine:
 
     @property
     def devices(self) -> list[api.Device]:
-        """What it runs on."""
-        return list(self.mesh.devices.flat)
+        """What it runs on, of this host's."""
+        return list(self.mesh.local_devices)
 
     def get_tokenizer(self) -> Tokenizer:
         """The model's tokenizer."""
@@ -250,7 +251,7 @@ class Engine:
         """Given tokens behind the pieces instead of chosen ones, one for each."""
         token_N = np.full(prefix.token_N.shape, -1, np.int32)
         token_N[: len(tokens)] = tokens
-        return replace(prefix, token_N=jax.device_put(token_N, prefix.token_N.sharding))
+        return replace(prefix, token_N=placed(token_N, prefix.token_N.sharding))
 
     def insert(
         self, prefix: Prefix, decode_state: DecodeState, slots: Sequence[int | None], page_NJ: np.ndarray
@@ -369,7 +370,7 @@ class Engine:
         for n, opening in enumerate(openings):
             if opening is not None and is_penalised(opening.sampling):
                 count_NV[n] = counts_of_text(opening.text, opening.prompt_length, self.vocab_size)
-        return jax.device_put(count_NV, made_NV.sharding)
+        return placed(count_NV, made_NV.sharding)
 
 
 if TYPE_CHECKING:

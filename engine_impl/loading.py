@@ -47,9 +47,9 @@ def load_engine(
     """
     with timeline.THIS_PROCESS.loading():
         devices = devices or choose_devices(config.platform)  # refused before a download
-        checkpoint = _open(config)
+        checkpoint = open_model(config)
         engine = build_engine(config, checkpoint, devices, reserves=reserves)
-        check_memory(engine, memory_of(engine.mesh.devices.flat), free_memory())  # refused before weights are read
+        check_memory(engine, memory_of(engine.mesh.local_devices), free_memory())  # refused before weights are read
         return engine, engine.load_params(checkpoint)
 
 
@@ -72,7 +72,7 @@ def build_engine(
     """
     devices = devices or choose_devices(config.platform)
     compilations.keep_in(home() / "compiled")
-    checkpoint = checkpoint or _open(config)
+    checkpoint = checkpoint or open_model(config)
     shape = checkpoint.config
     for name, value in {"cache_length": config.cache_length, "max_prefill_length": config.max_prefill_length}.items():
         if value is not None and value > shape.context_length:
@@ -86,7 +86,7 @@ def build_engine(
     if packs(mesh, backend_for(devices[0].platform)):
         dtype = jnp.dtype("float32")  # of activations and cache; weights become what the config says
     config = resolved(config, checkpoint.quantization, model, mesh)
-    asked, config = config, sized(config, model.config, mesh, dtype, memory_of(mesh.devices.flat), free_memory())
+    asked, config = config, sized(config, model.config, mesh, dtype, memory_of(mesh.local_devices), free_memory())
     if reserves and asked.slots is None:
         config = with_pages_for_all(config)
     model = registry.build(model.config.for_length(longest_text(config, model.config)))
@@ -135,7 +135,8 @@ def check_memory(engine: Engine, memory: int | None, free: int | None) -> None:
         )
 
 
-def _open(config: EngineConfig) -> Checkpoint:
+def open_model(config: EngineConfig) -> Checkpoint:
+    """What `config.model` names. Raises RefusedError."""
     registry.use_module(config.model_module)
     return open_checkpoint(config.model)
 

@@ -217,6 +217,10 @@ class ServerConfig:
     probe_timeout_s: Annotated[float, flag("probe-timeout")] = 30.0
     """How long that may take (seconds); more than a step and a chunk of a prompt (--prefill-chunk) take."""
 
+    step_timeout_s: Annotated[float, flag("step-timeout")] = 120.0
+    """How long a step, with the pieces of prompts around it, may take (seconds). A device that takes longer is given
+    up: requests end with UNAVAILABLE, the process with status 1. 0: never."""
+
     lora: AdaptersConfig = field(default_factory=AdaptersConfig)
     chat: ChatConfig = field(default_factory=ChatConfig)
     security: SecurityConfig = field(default_factory=SecurityConfig)
@@ -256,6 +260,8 @@ class ServerConfig:
             )
         if not (math.isfinite(self.probe_timeout_s) and self.probe_timeout_s > 0):
             raise RefusedError(f"probe_timeout={self.probe_timeout_s} must be a positive number of seconds")
+        if not (math.isfinite(self.step_timeout_s) and self.step_timeout_s >= 0):
+            raise RefusedError(f"step_timeout={self.step_timeout_s} must be 0 (never) or a positive number of seconds")
 
     def check_adapters(self, places: int) -> None:
         """Raises RefusedError for what takes other places on the devices than the engine has (--max-adapters)."""

@@ -16,6 +16,7 @@ from .gguf_architectures import MODULES
 from .gguf_config import LONG_FACTORS, ROPE_FACTORS, SHORT_FACTORS, GGUFFields, dequantised, read_gguf_config
 from .gguf_parts import GGUFParts
 from .pieces import CONTROL, USER_DEFINED, Pieces, backend_of
+from .sources import halves_from_pairs
 
 _SPECIAL_TOKENS = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
 _ENDS = ("eos", "eot", "eom")
@@ -57,9 +58,9 @@ class GGUFCheckpoint:
         stored, index = self._stored[name]
         value = dequantised(self._file, stored, str(self.path), index)
         if self._architecture.pairs and ".q_proj." in name:
-            return _halves_from_pairs(value, self.config.num_heads)
+            return halves_from_pairs(value, self.config.num_heads)
         if self._architecture.pairs and ".k_proj." in name:
-            return _halves_from_pairs(value, self.config.num_kv_heads)
+            return halves_from_pairs(value, self.config.num_kv_heads)
         if self._architecture.norms_from_zero and name.endswith("norm.weight"):
             return value - 1
         return value
@@ -140,9 +141,3 @@ class GGUFCheckpoint:
         if of_layer and module in self._architecture.layer_modules:
             return {f"layers.{layer}.{self._architecture.layer_modules[module]}.{kind}": (stored_name, None)}
         return {f"{MODULES[module]}.{kind}" if module in MODULES else stored_name: (stored_name, None)}
-
-
-def _halves_from_pairs(weight: np.ndarray, heads: int) -> np.ndarray:
-    """GGUF stores llama's q and k rows for a rope that turns neighbours (2i, 2i+1); ours turns halves (i, i + H/2)."""
-    pairs = weight.reshape(heads, weight.shape[0] // heads // 2, 2, *weight.shape[1:])
-    return pairs.swapaxes(1, 2).reshape(weight.shape)

@@ -34,7 +34,7 @@ class MXFP4:
 
     quantization: None = None
     """They count as floats."""
-    codes: str = "MXFP4"
+    kind: str = "MXFP4"
     where: str
     """the config.json that says so"""
 

@@ -24,7 +24,9 @@ from ..text.tokenizer import Tokenizer
 from .contract import WEIGHT, Quantization
 from .damage import damage_told
 from .hf_config import config_path, read_fields, read_hf_config
+from .mistral_format import PARAMS, WEIGHTS, folder_error, own_name
 from .quantization_config import read_format
+from .sources import halves_from_pairs
 from .tokenizer_files import read_tokenizer
 
 log = logging.getLogger(__name__)
@@ -96,11 +98,13 @@ class SafetensorsCheckpoint:
         self.config = read_hf_config(folder)
         self._format = read_format(read_fields(folder), str(config_path(folder)))
         family = registry.family_of(self.config)
+        self._is_mistrals = config_path(folder).name == PARAMS
         self._tensors: dict[str, Stored] = {}
         for file in weight_files(folder, self.name):
             for stored_name, tensor in header(file).items():
-                own_name = family.without_prefix(stored_name.replace(COMPILED, ""))
-                for parameter, part in family.parts_of(own_name, tensor.full_shape).items():
+                own = family.without_prefix(stored_name.replace(COMPILED, ""))
+                own = own_name(stored_name) if self._is_mistrals else own
+                for parameter, part in ({} if own is None else family.parts_of(own, tensor.full_shape)).items():
                     if parameter in self._tensors:
                         raise RefusedError(
                             f"{self.name} holds {stored_name} twice, again in {file.name}; fetch it anew"
@@ -117,7 +121,7 @@ class SafetensorsCheckpoint:
         if self._format is not None and self._format.quantization is None:
             log.info(
                 "%s has %d matrices of %s, which are widened to floats; --quantize-weights int8 takes a byte for each",
-                self.name, len(self._matrices), self._format.codes,
+                self.name, len(self._matrices), self._format.kind,
             )  # fmt: skip
 
     @property
@@ -136,6 +140,9 @@ class SafetensorsCheckpoint:
     def tensor(self, name: str) -> np.ndarray:
         """One tensor by its parameter's name: a read-only memory map of the file, in the file's type; of a quantised
         matrix, floats that hold its values."""
+        if self._is_mistrals and name.endswith(("q_proj.weight", "k_proj.weight")):
+            heads = self.config.num_heads if "q_proj" in name else self.config.num_kv_heads
+            return halves_from_pairs(self._stored(name), heads)
         if self._format is None or name not in self._matrices:
             return self._stored(name)
         matrix = self._matrices[name]
@@ -156,6 +163,12 @@ def weight_files(folder: Path, name: str) -> list[Path]:
     Raises RefusedError when there are none, or not all.
     """
     index = folder / INDEX
+    if config_path(folder).name == PARAMS:
+        index = folder / f"{WEIGHTS}.safetensors.index.json"
+        if (folder / f"{WEIGHTS}.safetensors").is_file():
+            return [folder / f"{WEIGHTS}.safetensors"]
+        if not index.is_file():
+            raise folder_error(name)
     if (folder / SINGLE).is_file():
         return [folder / SINGLE]
     if not index.is_file():

@@ -1,6 +1,6 @@
 """What every model family offers to the layer loop."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol, Self
 
@@ -110,8 +110,9 @@ class Decoder(nn.Module):
 
     config_type: ClassVar[type[ModelConfig]]
     """The family's own, by which `registry.build` finds it."""
-    shard_axis: ClassVar[dict[str, int]]
-    """Module name -> the axis of its weight [out, in] that the chips share; all else is replicated."""
+    shard_axis: ClassVar[dict[str, int | tuple[int, ...]]]
+    """Module name -> the axis of its weight [out, in] that the chips share, or several of which they share the first
+    that they divide; all else is replicated."""
     of_kv_heads: ClassVar[tuple[str, ...]] = ("k_proj", "v_proj")
     """Names of modules whose parameters have a part for each kv head along their first axis. With fewer kv heads than
     chips, these parts are repeated."""
@@ -153,6 +154,12 @@ class Decoder(nn.Module):
     def without_prefix(cls, name: str) -> str:
         """A tensor's name in a Hugging Face checkpoint as ours."""
         return name.removeprefix(next((prefix for prefix in cls.prefixes if name.startswith(prefix)), ""))
+
+    def shared_axis(self, module: str, shape: Sequence[int], chips: int) -> int | None:
+        """The axis of a module's parameter of this shape that so many chips share; None: each has a copy."""
+        axes = self.shard_axis.get(module, ())
+        axes = (axes,) if isinstance(axes, int) else axes
+        return next((axis for axis in axes if axis < len(shape) and shape[axis] % chips == 0), None)
 
     @classmethod
     def parts_of(cls, name: str, shape: tuple[int, ...]) -> Mapping[str, Part | None]:

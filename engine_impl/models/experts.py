@@ -26,29 +26,35 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     return functional.silu(gate) * up
 
 
-MANY_ROWS = 2048
-"""From here on rows are sorted by expert, below they all go through all experts. The table in `MixtureOfExperts` says
-that it pays from some 1500 on; most programs have 1024 rows or fewer."""
+SHARED = {"w1": (0, 2), "w3": (0, 2), "w2": (0, 1)}
+"""What chips share of `MixtureOfExperts` (see `Decoder.shard_axis`): the experts; where there are too few, the ffn."""
 
 
 class MixtureOfExperts(nn.Module):
     """Each token goes to its likeliest experts, and their answers are added up by likelihood.
 
-    How depends on the number of rows, which a program knows when it is compiled. Mixtral 8x7B on v5e:2x4, a layer's
-    experts under a scan, in millions of cycles (libtpu 0.0.42):
+    All rows go through all experts that a chip has, and what was not chosen counts for nothing. A step reads nearly all
+    weights anyway, and reading is what takes its time. A layer's experts under a scan on v5e:2x4, bf16, in millions of
+    cycles by the compiler's estimate (libtpu 0.0.42), without the all-reduce that all have:
 
-        rows                       64     256     512    1024    2048
-        all through all          0.95    1.07    1.60    3.09    6.48
-        sorted by expert         3.19    3.29    3.44    4.09    5.39
-          copy, sort, add        2.54    2.64    2.79    3.10    3.71
-          the products           0.65    0.65    0.65    0.99    1.68
+        rows                                           8      64     256     512    1024    2048
+        qwen3-30b-a3b   experts shared, all          0.44    0.46    0.51    0.76    1.32    2.60
+                        each one's ffn shared, all           1.01    1.12    1.41    2.39
+                        experts shared, sorted               1.12                    1.53    2.23
+                        ffn shared, one by one       0.43
+        gpt-oss-120b    experts shared, all                  2.24            3.39
+                        ffn shared, all                      6.96            8.38
+        gpt-oss-20b     experts shared, all                  0.63    0.66    0.93    1.79
+                        ffn shared, all                      0.57    0.67    0.92    1.77
+        mixtral-8x7b    experts shared, all                  0.93                    3.07
+                        ffn shared, all                      0.94                    3.08
 
-    The compiler estimates all but the grouped products, which are a kernel: those are counted at the chip's full rate,
-    a group's rows filled up to tiles of 128, and never below the 0.65 that reading the weights takes.
+    Parts of a narrow ffn (768 / 8, 2880 / 8) are no whole tiles, and of gpt-oss-120b the compiler then copies a layer's
+    weights, 253 MiB. Rows sorted by expert are multiplied by groups (`ragged_dot`), a kernel whose own time is not in
+    these cycles: it wants the weights copied out of the scan's stack, and a copy of each row for each choice. One by
+    one are 311 operations a layer instead of 20.
 
-    A decode step reads all weights anyway (of eight experts, two a token, eight rows choose 7.2), and reading is what
-    takes its time; the kernel needs a copy of them out of the scan's stack. Only a step of one or two rows leaves most
-    of them alone.
+    A row by itself, which a step on TPUs never has, reads only the experts that it chose.
     """
 
     def __init__(
@@ -71,35 +77,21 @@ class MixtureOfExperts(nn.Module):
         if self.shares_sum_to_one:
             share_RX = share_RX / share_RX.sum(-1, keepdim=True)
         share_RX = share_RX.to(x_RD.dtype)
-        if expert_RX.numel() <= self.num_experts // 2:
-            return self._one_by_one(x_RD, share_RX, expert_RX)
-        if len(x_RD) < MANY_ROWS:
-            return self._all_through_all(x_RD, share_RX, expert_RX)
-        return self._sorted(x_RD, share_RX, expert_RX)
+        if len(x_RD) == 1:
+            return self._of_one_row(x_RD[0], share_RX[0], expert_RX[0])[None]
+        return self._all_through_all(x_RD, share_RX, expert_RX)
 
-    def _one_by_one(self, x_RD: Tensor, share_RX: Tensor, expert_RX: Tensor) -> Tensor:
-        rows = []
-        for x_D, share_X, expert_X in zip(x_RD, share_RX, expert_RX, strict=True):
-            answers = []
-            for share, expert in zip(share_X, expert_X, strict=True):
-                hidden_F = self.gated(self.w1.of_one(x_D, expert), self.w3.of_one(x_D, expert))
-                answers.append(self.w2.of_one(hidden_F, expert) * share)
-            rows.append(torch.stack(answers).sum(0))
-        return torch.stack(rows)
+    def _of_one_row(self, x_D: Tensor, share_X: Tensor, expert_X: Tensor) -> Tensor:
+        answers = []
+        for share, expert in zip(share_X, expert_X, strict=True):
+            hidden_F = self.gated(self.w1.of_one(x_D, expert), self.w3.of_one(x_D, expert))
+            answers.append(self.w2.of_one(hidden_F, expert) * share)
+        return torch.stack(answers).sum(0)
 
     def _all_through_all(self, x_RD: Tensor, share_RX: Tensor, expert_RX: Tensor) -> Tensor:
         """The share of an expert that was not chosen is zero."""
         share_ER = torch.where(self._is_chosen(expert_RX), share_RX[..., None], 0.0).sum(1).T
         return self.w2.summed(self.gated(self.w1.of_all(x_RD), self.w3.of_all(x_RD)), share_ER)
-
-    def _sorted(self, x_RD: Tensor, share_RX: Tensor, expert_RX: Tensor) -> Tensor:
-        """P: all choices of all rows, a choice's row is its number over X."""
-        order_P = expert_RX.flatten().argsort()
-        count_E = self._is_chosen(expert_RX).sum((0, 1)).to(torch.int32)
-        x_PD = x_RD[order_P // self.experts_per_token]
-        hidden_PF = self.gated(self.w1.of_groups(x_PD, count_E), self.w3.of_groups(x_PD, count_E))
-        out_PD = self.w2.of_groups(hidden_PF, count_E)[order_P.argsort()]
-        return (out_PD.unflatten(0, expert_RX.shape) * share_RX[..., None]).sum(1)
 
     def _is_chosen(self, expert_RX: Tensor) -> Tensor:
         """[R, X, E]"""

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .decoder import Part, Transposed, split_name
-from .experts import MixtureConfig, MixtureOfExperts
+from .experts import SHARED, MixtureConfig, MixtureOfExperts
 from .fields import Fields
 from .parts import WideRMSNorm
 from .transformer import Attention, Layer, Transformer, read_rope, read_shape, windows_of_layers
@@ -48,7 +48,7 @@ class GptOss(Transformer):
 
     config_type: ClassVar = GptOssConfig
     config: GptOssConfig
-    shard_axis: ClassVar = {**Transformer.shard_axis, "self_attn": 0, "w1": 2, "w3": 2, "w2": 1}
+    shard_axis: ClassVar = {**Transformer.shard_axis, "self_attn": 0, **SHARED}
 
     def __init__(self, config: GptOssConfig) -> None:
         super().__init__(config)

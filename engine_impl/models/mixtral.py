@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 from torch import nn
 
 from .decoder import Transposed
-from .experts import MixtureConfig, MixtureOfExperts
+from .experts import SHARED, MixtureConfig, MixtureOfExperts
 from .fields import Fields
 from .transformer import Attention, Layer, Transformer, read_rope, read_shape
 
@@ -17,11 +17,11 @@ class MixtralConfig(MixtureConfig):
 
 
 class Mixtral(Transformer):
-    """The experts' ffn is shared among the chips, each has a part of every expert."""
+    """The chips share the experts."""
 
     config_type: ClassVar = MixtralConfig
     config: MixtralConfig
-    shard_axis: ClassVar = {**Transformer.shard_axis, "w1": 2, "w3": 2, "w2": 1}
+    shard_axis: ClassVar = {**Transformer.shard_axis, **SHARED}
 
     def layer(self, config: Any) -> nn.Module:
         return Layer(config, Attention(config), MixtureOfExperts(config))

@@ -3,7 +3,6 @@
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.overrides import handle_torch_function, has_torch_function
 
 
 class Linear(nn.Linear):
@@ -19,7 +18,7 @@ class Embedding(nn.Embedding):
 
 
 class ExpertLinear(nn.Module):
-    """A `Linear` for each of E experts, weight [E, in, out], as TPUs multiply by groups, and bias [E, out]."""
+    """A `Linear` for each of E experts, weight [E, in, out] and bias [E, out]."""
 
     def __init__(self, experts: int, in_features: int, out_features: int, *, bias: bool = False) -> None:
         super().__init__()
@@ -40,30 +39,6 @@ class ExpertLinear(nn.Module):
         """One expert's answer to one row; `expert` is an integer scalar. Only that expert's weights are read."""
         out_O = x_I @ self.weight[expert]
         return out_O if self.bias is None else out_O + self.bias[expert]
-
-    def of_groups(self, x_RI: Tensor, count_E: Tensor) -> Tensor:
-        """Rows sorted by expert, `count` of them each: [R, out]."""
-        out_RO = grouped_matmul(x_RI, self.weight, count_E)
-        return out_RO if self.bias is None else out_RO + self.bias[expert_of_row(len(x_RI), count_E)]
-
-
-def expert_of_row(rows: int, count_E: Tensor) -> Tensor:
-    """[R], of rows sorted by expert."""
-    first_E = count_E.cumsum(0) - count_E
-    row_R1 = torch.arange(rows, device=count_E.device)[:, None]
-    return (row_R1 >= first_E).sum(1) - 1
-
-
-def grouped_matmul(x_RI: Tensor, weight_EIO: Tensor, count_E: Tensor) -> Tensor:
-    """The first `count` rows times the first matrix, the next ones times the second, ...: [R, O].
-
-    The bridge has an implementation of its own for where sizes must be known beforehand.
-    """
-    arguments = x_RI, weight_EIO, count_E
-    if has_torch_function(arguments):
-        return handle_torch_function(grouped_matmul, arguments, *arguments)
-    groups = x_RI.split(count_E.tolist())
-    return torch.cat([rows @ weight for rows, weight in zip(groups, weight_EIO, strict=True)])
 
 
 class RMSNorm(nn.Module):

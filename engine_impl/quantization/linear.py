@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ...kernels import AXIS, Backend, Blockwise, Split, blockwise_matmul
 from .. import bridge
-from ..models.parts import ExpertLinear, expert_of_row, grouped_matmul
+from ..models.parts import ExpertLinear
 from .codecs import encode_int4, encode_int8, encode_int8_experts
 from .int8_matmul import Multiply, multiply_rounded, shared
 
@@ -131,13 +131,6 @@ class Int8ExpertLinear(EncodedModule):
     def of_one(self, x_I: Tensor, expert: Tensor) -> Tensor:
         out_O = (x_I @ self.code[expert].to(x_I.dtype) * self.scale[expert]).to(x_I.dtype)
         return out_O if self.bias is None else out_O + self.bias[expert]
-
-    def of_groups(self, x_RI: Tensor, count_E: Tensor) -> Tensor:
-        """The grouped product takes floats only: of one layer's experts there is a float copy while it runs."""
-        out_RO = grouped_matmul(x_RI, self.code.to(x_RI.dtype), count_E)
-        expert_R = expert_of_row(len(x_RI), count_E)
-        out_RO = (out_RO * self.scale[expert_R]).to(x_RI.dtype)
-        return out_RO if self.bias is None else out_RO + self.bias[expert_R]
 
 
 class Int4Linear(EncodedModule):

@@ -25,8 +25,9 @@ one last event.
 import logging
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
 from typing import Generic
 
 import numpy as np
@@ -69,8 +70,11 @@ class Loop(Generic[ParamsT, PrefixT, StateT]):
         metrics: Metrics | None,
         *,
         prefix_cache: bool = True,
+        in_turn: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> None:
+        """`in_turn`: what every turn is made within."""
         self._engine, self._params, self._queue, self._metrics = engine, params, queue, metrics
+        self._in_turn = in_turn
         self._stop_ids = sorted(engine.get_tokenizer().stop_ids)
         self._prefix_cache = prefix_cache
         self.live: set[Request] = set()
@@ -133,7 +137,8 @@ class Loop(Generic[ParamsT, PrefixT, StateT]):
             while not self.closing:
                 self._queue.wait(until=self._has_work)
                 try:
-                    self._turn()
+                    with self._in_turn():
+                        self._turn()
                 except DeadError:
                     raise
                 except Exception as error:

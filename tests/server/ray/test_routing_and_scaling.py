@@ -2,6 +2,7 @@
 
 import asyncio
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from slipstream.engine_impl.errors import RefusedError
@@ -23,7 +24,7 @@ def made_router(slack):
     deployment = DeploymentID(name="Engine", app_name="slipstream")
     router = PrefixRouter(deployment, DeploymentHandleSource.UNKNOWN)
     router.initialize_state(slack=slack)
-    replicas = [SimpleNamespace(replica_id=ReplicaID(name, deployment_id=deployment)) for name in "ab"]
+    replicas: list[Any] = [SimpleNamespace(replica_id=ReplicaID(name, deployment_id=deployment)) for name in "ab"]
     return router, replicas
 
 
@@ -103,7 +104,7 @@ def test_the_application_has_a_replicas_limits_from_its_flags():
     assert config.request_router_config.request_router_class == "slipstream.server.ray.router.PrefixRouter"
     assert config.request_router_config.request_router_kwargs == {"slack": 2}
     assert (config.graceful_shutdown_timeout_s, config.health_check_timeout_s) == (17, 13)
-    assert ingress(server).ray_actor_options["num_cpus"] == 0
+    assert (ingress(server).ray_actor_options or {})["num_cpus"] == 0
     assert type(app({})).__name__ == "Application"
     with pytest.raises(RefusedError, match="no flag"):
         app({"slot": 1})
