@@ -12,8 +12,8 @@ import pytest
 
 os.environ.update(
     JAX_PLATFORMS="cpu",
-    # Programs are compiled here more often than run: LLVM need not improve them, and what XLA emitted before its fusion
-    # emitters takes it a third of the time.
+    # Programs are compiled here more often than run: LLVM need not improve them, and without XLA's fusion emitters it
+    # takes a third of the time. A jaxlib that has one of these flags no more ends at once, and names it.
     XLA_FLAGS=" ".join(
         [
             *os.environ.get("XLA_FLAGS", "").split(),
