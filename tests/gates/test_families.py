@@ -86,7 +86,7 @@ def test_a_real_shape(name, program):
 
 def sliced_weights(name: str, program: str) -> list[str]:
     """Slices of at least 256 KiB that a layer takes out of a stack before it uses them; of eight layers."""
-    config = EngineConfig(model=name, slots=32, cache_length=4096, cache_tokens=32 * 4096)
+    config = EngineConfig(model=name, slots=16, cache_length=4096, cache_tokens=32 * 4096)
     engine = abstract_engine(replace(PRESETS[name], num_layers=8), TOPOLOGY, config)
     executable = (lower_generate(engine) if program == "generate" else lower_prefill(engine, 1, 512)).compile()
     return Program(text_of(executable)).loop_slices(2**18)
