@@ -107,9 +107,9 @@ def likeliest(logits_BV: jax.Array, mesh: Mesh) -> tuple[jax.Array, jax.Array]:
     P of each are compared.
 
     What the TPU compiler makes of a vocabulary of 128,256 on eight chips (libtpu 0.0.42), all rows at once: on each
-    chip 190 thousand VLIW bundles for 96 slots (20 trips through 9,067), 0.13 ms at 1.5 GHz. One `argmax` after another is
-    480 thousand cycles for 64 slots and two all-gathers a token; on two CPU cores it takes 21 ms for [8, 49152] where
-    this takes 0.6. Left to the partitioner, `top_k` of a shared V compiles for TPUs to token ids that are all 0.
+    chip 190 thousand VLIW bundles for 96 slots (20 trips through 9,067), 0.13 ms at 1.5 GHz. One `argmax` after another
+    is 480 thousand cycles for 64 slots and two all-gathers a token; on two CPU cores it takes 21 ms for [8, 49152]
+    where this takes 0.6. Left to the partitioner, `top_k` of a shared V compiles for TPUs to token ids that are all 0.
     """
     chips = mesh.shape[AXIS]
     is_shared = logits_BV.shape[1] % chips == 0
