@@ -29,6 +29,8 @@ os.environ.update(
     TPU_WORKER_HOSTNAMES="localhost",
     ALLOW_MULTIPLE_LIBTPU_LOAD="1",
     HF_HUB_OFFLINE="1",
+    # Of torch, where it is the reference: its threads would wait in a loop for the core that another process has.
+    OMP_NUM_THREADS="1",
     # Two engines of one shape are two times the same programs. They are compiled once, by whichever process and run
     # needs them first, and not kept among the user's own. What JAX reports as made counts those that it found, too, so
     # tests see every program that is asked for anew; `make clean` forgets them.

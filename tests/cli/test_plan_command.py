@@ -10,7 +10,6 @@ from slipstream.cli.plan import mixed
 from slipstream.engine_impl.compiler.headroom import Headroom
 
 SMALL = ["--model", "llama-3.2-1b", "--topology", "v5e:2x4", "--slots", "2", "--cache-length", "1024"]
-SMALL += ["--prefill-chunk", "128"]
 
 
 @pytest.fixture(scope="module")
@@ -26,8 +25,8 @@ def planned(tmp_path_factory):
 def test_the_last_line_is_one_json_object(planned):
     report, folder = planned
     assert [report[key] for key in ("model", "topology", "chips", "fits")] == ["llama-3.2-1b", "v5e:2x4", 8, True]
-    assert set(report["programs"]) == {"generate", "insert", "prefill_128", "carry_2x128"}
-    assert (folder / "prefill_128.hlo.txt").exists()
+    assert set(report["programs"]) == {"generate", "insert", "prefill_512", "carry_2x512"}
+    assert (folder / "prefill_512.hlo.txt").exists()
 
 
 def test_a_misfit_prints_its_object_and_exits_1(capsys):
