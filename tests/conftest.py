@@ -64,6 +64,13 @@ def without_native_kernels(monkeypatch):
 
 
 @pytest.fixture
+def one_device(monkeypatch):
+    """For processes that the test starts: the model is not shared by three of eight, without native kernels."""
+    flags = [flag for flag in os.environ["XLA_FLAGS"].split() if "device_count" not in flag]
+    monkeypatch.setenv("XLA_FLAGS", " ".join(flags))
+
+
+@pytest.fixture
 def fake_engine(monkeypatch):
     """What the command line loads, whatever model it is asked for."""
     from tests.fakes import FakeEngine
