@@ -3,10 +3,12 @@
 import io
 import json
 from contextlib import redirect_stdout
+from typing import Any
 
 import pytest
 from slipstream.cli.main import run
 from slipstream.cli.plan import mixed
+from slipstream.engine_impl.compiler import plan as compiler
 from slipstream.engine_impl.compiler.headroom import Headroom
 
 SMALL = ["--model", "llama-3.2-1b", "--topology", "v5e:2x4", "--slots", "2", "--cache-length", "1024"]
@@ -14,16 +16,22 @@ SMALL = ["--model", "llama-3.2-1b", "--topology", "v5e:2x4", "--slots", "2", "--
 
 @pytest.fixture(scope="module")
 def planned(tmp_path_factory):
-    """(the object of a plan for a mix of lengths, the folder with its programs)."""
-    folder, out = tmp_path_factory.mktemp("hlo"), io.StringIO()
-    with redirect_stdout(out):
+    """(the object of a plan for a mix of lengths, the folder with its programs, the report)."""
+    folder, out, plan, kept = tmp_path_factory.mktemp("hlo"), io.StringIO(), compiler.plan, []
+
+    def keep(*args: Any, **more: Any) -> compiler.PlanReport:
+        kept.append(plan(*args, **more))
+        return kept[0]
+
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(out):
+        patch.setattr(compiler, "plan", keep)
         assert run(["plan", *SMALL, "--lengths", "fixed:100,29", "--dump", str(folder), "--json"]) == 0
-    return json.loads(out.getvalue().splitlines()[-1]), folder
+    return json.loads(out.getvalue().splitlines()[-1]), folder, kept[0]
 
 
 @pytest.mark.slow
 def test_the_last_line_is_one_json_object(planned):
-    report, folder = planned
+    report, folder, _ = planned
     assert [report[key] for key in ("model", "topology", "chips", "fits")] == ["llama-3.2-1b", "v5e:2x4", 8, True]
     assert set(report["programs"]) == {"generate", "insert", "prefill_512", "carry_2x512"}
     assert (folder / "prefill_512.hlo.txt").exists()
@@ -60,7 +68,9 @@ def test_a_quantised_cache_says_what_it_saves(capsys):
 
 
 @pytest.mark.slow
-def test_the_table_is_for_people(capsys):
+def test_the_table_is_for_people(planned, monkeypatch, capsys):
+    """Of the same plan, which is compiled once."""
+    monkeypatch.setattr(compiler, "plan", lambda *_, **__: planned[2])
     assert run(["plan", *SMALL]) == 0
     out = capsys.readouterr().out
     assert "1 x cache_flush" in out
