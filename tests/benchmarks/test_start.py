@@ -53,7 +53,7 @@ def test_pairs_of_runs_and_the_goal(monkeypatch, capsys):
 
 
 @pytest.mark.slow
-def test_a_warm_server_compiles_nothing(tmp_path, capsys, one_device):
+def test_a_warm_server_compiles_nothing(tmp_path, capsys):
     folder = write_folder(tmp_path / "m")
     size = ["--model", str(folder), "--slots", "2", "--cache-length", "128"]
     assert cli.run(["bench", "start", "--command", "serve", *size, "--runs", "1", "--json"]) == 0
