@@ -7,7 +7,7 @@ ROOMS := protos kernels cache_manager engine_impl server benchmarks cli
 
 NATIVE := setup.py $(wildcard kernels/native/*.cc kernels/native/*.h)  # what `pip install` compiles
 
-.PHONY: demo test test-fast gates gpu-gates web-test tools-test native-check setup check protos manifests rules clean
+.PHONY: demo test test-fast gates gpu-gates web-test tools-test ray-test native-check setup check protos manifests rules clean
 
 demo: $(VENV)/.runtime           ## serve the embedded model, ask it a question, stop
 	@$(BIN)/slipstream demo
@@ -16,7 +16,7 @@ test: $(VENV)/.test              ## the whole suite
 	$(PYTEST)
 
 test-fast: $(VENV)/.test         ## what does not take long
-	$(PYTEST) -m "not slow and not gates and not gpu_gates and not web and not tools"
+	$(PYTEST) -m "not slow and not gates and not gpu_gates and not web and not tools and not ray"
 
 gates: $(VENV)/.test             ## every program x heads x head dim x chip, by the TPU compiler
 	$(PYTEST) tests/gates -m "not gpu_gates"
@@ -31,6 +31,9 @@ web-test: $(VENV)/.test          ## the page to try the model, in a real headles
 
 tools-test: $(VENV)/.test        ## manifests by kubectl, alerts by promtool, scripts by shellcheck; fails without one of them
 	$(BIN)/python -m pytest tests/deploy tests/cli/test_plan_manifest.py -m tools
+
+ray-test: $(VENV)/.test          ## replicas under a real Ray Serve on this machine; minutes, 6 GB
+	$(BIN)/python -m pytest tests/server/ray -m ray
 
 native-check: .pytest_cache/native_check ## the CPU kernels in C++ against plain loops, under sanitizers
 	.pytest_cache/native_check

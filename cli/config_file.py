@@ -10,12 +10,11 @@ not asked. A flag of the command line stands later, so it wins.
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import fields, is_dataclass
-from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, get_args, get_origin, get_type_hints
+from typing import Any, get_origin
 
 from ..engine_impl.errors import RefusedError
+from ..server.flags import check_name, flags_of
 
 FLAG = "config"
 
@@ -43,22 +42,6 @@ def file_named(argv: Sequence[str]) -> Path | None:
     return found
 
 
-def flags_of(command: type) -> dict[str, Any]:
-    """The flags of a dataclass and of those in its fields: by name, without dashes, what they take."""
-    found: dict[str, Any] = {}
-    hints = get_type_hints(command, include_extras=True)
-    for field in fields(command):
-        kind, *notes = (
-            get_args(hints[field.name]) if hasattr(hints[field.name], "__metadata__") else [hints[field.name]]
-        )
-        if is_dataclass(kind) and isinstance(kind, type):
-            found |= flags_of(kind)
-        else:
-            name = next((note.name for note in notes if getattr(note, "name", None)), field.name)
-            found[name.replace("_", "-")] = kind
-    return found
-
-
 def words_of(path: Path, flags: dict[str, Any]) -> Iterator[str]:
     """The flags that a file says. Raises RefusedError with the line that is wrong."""
     import yaml
@@ -76,21 +59,13 @@ def words_of(path: Path, flags: dict[str, Any]) -> Iterator[str]:
     seen: set[str] = set()
     for key, value in root.value:
         name, where = str(key.value), f"{path}:{key.start_mark.line + 1}"
+        if name == FLAG:
+            raise RefusedError(f"{where}: {FLAG} names this file; a second one cannot be read from it")
         check_name(name, flags, where)
         if name in seen:
             raise RefusedError(f"{where}: {name} stands there twice; leave one of them out")
         seen.add(name)
         yield from words(name, flags[name], value, where)
-
-
-def check_name(name: str, flags: dict[str, Any], where: str) -> None:
-    if name == FLAG:
-        raise RefusedError(f"{where}: {FLAG} names this file; a second one cannot be read from it")
-    if name in flags:
-        return
-    near = get_close_matches(name.replace("_", "-").removeprefix("no-"), flags, n=1, cutoff=0.5)
-    nearest = f"; the nearest is {near[0]}" if near else ""
-    raise RefusedError(f"{where}: {name[:80]!r} is no flag of `slipstream serve`{nearest}")
 
 
 def words(name: str, kind: Any, value: Any, where: str) -> list[str]:

@@ -32,6 +32,7 @@ from .options import request_flags
 from .plan import Plan
 from .score import Score
 from .serve import Serve
+from .telling import BAD_INPUT, FAILED, tell
 
 Command = Serve | Ask | Generate | Chat | Demo | Plan | Bench | Score | Models | Fetch
 COMMANDS = {
@@ -45,8 +46,6 @@ CONSTRUCTORS: dict[str, Any] = {
     for name, command in COMMANDS.items()
 }
 
-BAD_INPUT = 2
-FAILED = 1
 INTERRUPTED = 130
 
 
@@ -114,13 +113,6 @@ def run(argv: Sequence[str]) -> int:
     except BrokenPipeError:  # `slipstream ... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return FAILED
-
-
-def tell(error: Exception, status: int) -> int:
-    # What a stranger's file is called, or holds, must not command the terminal.
-    message = "".join(one if one.isprintable() or one == "\n" else ascii(one)[1:-1] for one in str(error))
-    print(f"slipstream: {message}", file=sys.stderr)
-    return status
 
 
 @contextlib.contextmanager

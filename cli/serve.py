@@ -3,12 +3,18 @@
 import asyncio
 import os
 import signal
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ..engine_impl.config import EngineConfig
 from ..engine_impl.errors import RefusedError
+from ..engine_impl.hosts import HostsConfig, Place
 from ..server.config import ServerConfig
+from .telling import BAD_INPUT, tell
+
+if TYPE_CHECKING:
+    from ..server.observe.status import StatusLine
 
 
 @dataclass(frozen=True)
@@ -17,16 +23,17 @@ class Serve:
 
     engine: EngineConfig
     server: ServerConfig
+    hosts: HostsConfig = field(default_factory=HostsConfig)
     config: Path | None = None
     """A YAML file of flags (`slots: 64`, a line for each, their names without dashes). Flags given here win over it."""
 
     def __post_init__(self) -> None:
-        if self.server.lora.asks_for_some and not self.engine.max_adapters:
-            raise RefusedError("--adapters and --adapter-dir need room on the devices: add --max-adapters N")
-        if self.engine.max_adapters and self.server.orchestrator == "jetstream":
-            raise RefusedError("JetStream's orchestrator knows no adapters: leave --max-adapters out")
+        self.server.check_adapters(self.engine.max_adapters)
+        if self.hosts != HostsConfig() and self.server.orchestrator == "jetstream":
+            raise RefusedError("JetStream's orchestrator serves from one host: leave --hosts and --coordinator out")
 
     def run(self) -> int:
+        place = self.hosts.place(os.environ)
         # gRPC's core has a line on stderr for every handshake that fails, such as those of port scanners.
         os.environ.setdefault("GRPC_VERBOSITY", "NONE")
         for number in (signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP):
@@ -38,6 +45,8 @@ class Serve:
         line = StatusLine() if watch.log_format == "text" else None
         logs.configure(watch.log_format, prompts=watch.log_prompts, line=line)
         logs.take_over_stderr()
+        if place is not None:
+            return self._in_group(place, line)
         if self.server.orchestrator == "jetstream":
             from ..server.jetstream.host import host
 
@@ -45,6 +54,22 @@ class Serve:
         from ..server.lifecycle import serve
 
         return asyncio.run(serve(self._load, self.server, line))
+
+    def _in_group(self, place: Place, line: "StatusLine | None") -> int:
+        from ..engine_impl.distributed.group import FollowingGroup, LeadingGroup
+        from ..server.following import follow
+        from ..server.lifecycle import leave_at_once, serve
+
+        timeout_s = self.server.step_timeout_s
+        try:
+            if not place.is_leader:
+                return follow(FollowingGroup(place, self.engine, timeout_s), self.server)
+            group = LeadingGroup(place, self.engine, timeout_s)
+            return asyncio.run(serve(group.load, self.server, line, group))
+        except RefusedError as error:
+            status = tell(error, BAD_INPUT)
+        leave_at_once(status)  # Python's own end would wait for the other hosts
+        return status
 
     def _load(self):
         from ..engine_impl.loading import load_engine

@@ -1,33 +1,60 @@
-"""Writes deploy/requirements.lock: every package that the image installs, pinned and with its hash.
+"""Writes the locks of both images: every package that they install, pinned and with its hash.
 
-    python deploy/lock.py     # asks pip what `.[tpu,otlp]` needs here: on x86-64 Linux, with the Python of the image
+    python deploy/lock.py         # deploy/requirements.lock: what `.[tpu,otlp]` needs
+    python deploy/lock.py ray     # deploy/ray/requirements.lock: what the extra `ray` needs beside the first
 
-PyTorch is left out: its CPU build has another index and a file of its own, torch-cpu.lock.
+It asks pip what that is here: on x86-64 Linux, with the Python of the image. PyTorch is left out: its CPU build has
+another index and a file of its own, torch-cpu.lock.
 """
 
 import json
+import re
 import subprocess
 import sys
 import tempfile
+import tomllib
 from pathlib import Path
 
 HERE = Path(__file__).parent
+FIRST = HERE / "requirements.lock"
 SEPARATE = {"torch"}
 HEADER = """\
-# What deploy/Dockerfile installs beside PyTorch, for x86-64 Linux and Python {python}. Written by deploy/lock.py.
+# What {image} installs beside {beside}, for x86-64 Linux and Python {python}. Written by deploy/lock.py.
 """
 
 
 def main() -> None:
+    if sys.argv[1:] == ["ray"]:
+        locked = FIRST.read_text()
+        pinned = {name.lower() for name in re.findall(r"^([\w.-]+)==", locked, flags=re.M)}
+        with tempfile.NamedTemporaryFile("w", suffix=".txt") as constraints:
+            constraints.write(re.sub(r" --hash=\S+", "", locked))
+            constraints.flush()
+            packages = needed(*extra("ray"), "--constraint", constraints.name)
+        packages = [one for one in packages if one["metadata"]["name"].lower() not in pinned]
+        write(HERE / "ray" / "requirements.lock", packages, image="deploy/ray/Dockerfile", beside="the first image")
+    else:
+        write(FIRST, needed(f"{HERE.parent}[tpu,otlp]"), image="deploy/Dockerfile", beside="PyTorch")
+
+
+def extra(name: str) -> list[str]:
+    """What one of the package's extras asks for."""
+    return tomllib.loads((HERE.parent / "pyproject.toml").read_text())["project"]["optional-dependencies"][name]
+
+
+def needed(*words: str) -> list[dict]:
+    """What pip would install."""
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.json"
         options = ["--dry-run", "--ignore-installed", "--only-binary", ":all:", "--quiet", "--report", str(report)]
-        subprocess.run([sys.executable, "-m", "pip", "install", *options, f"{HERE.parent}[tpu,otlp]"], check=True)
-        packages = json.loads(report.read_text())["install"]
+        subprocess.run([sys.executable, "-m", "pip", "install", *options, *words], check=True)
+        return json.loads(report.read_text())["install"]
+
+
+def write(path: Path, packages: list[dict], **words: str) -> None:
     lines = [line(one) for one in packages if "archive_info" in one["download_info"]]
-    python = ".".join(map(str, sys.version_info[:2]))
-    text = HEADER.format(python=python) + "".join(sorted(filter(None, lines), key=str.lower))
-    (HERE / "requirements.lock").write_text(text)
+    text = HEADER.format(python=".".join(map(str, sys.version_info[:2])), **words)
+    path.write_text(text + "".join(sorted(filter(None, lines), key=str.lower)))
 
 
 def line(package: dict) -> str | None:

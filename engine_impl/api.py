@@ -361,7 +361,12 @@ class Engine(Protocol[ParamsT, PrefixT, StateT]):
 
     def put_adapter(self, params: ParamsT, index: int, adapter: Any) -> ParamsT:
         """An adapter that `read_adapter` gave onto the devices, at an index from 1 to `max_adapters`, whatever was
-        there: no text that is computed may use it. The parameters are donated as far as they change."""
+        there: no text that is computed may use it. The parameters are donated as far as they change; what fails once
+        they are donated raises AdaptersLostError."""
+        ...
+
+    def without_adapters(self, params: ParamsT) -> ParamsT:
+        """The parameters with no adapter on the devices, whatever a failure has left of those that were there."""
         ...
 
     def prefill(self, params: ParamsT, decode_state: StateT, pieces: Sequence[Piece]) -> PrefixT:

@@ -6,7 +6,7 @@ a layer sees, is decided here.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -15,13 +15,29 @@ from ..cache_manager import KV, Codec, prompt_rows, rows
 from ..kernels import Backend, attention_steps, chunk_attention, is_xla, ragged_attention
 
 
+class Call(Protocol):
+    """Attention of one layer."""
+
+    def __call__(
+        self,
+        layer: jax.Array | int,
+        kind: jax.Array | int,
+        q_RNH: jax.Array,
+        k_RKH: jax.Array,
+        v_RKH: jax.Array,
+        sink_N: jax.Array | None = None,
+        /,
+    ) -> jax.Array:
+        """out_RNH. The layer's kind is a Python int, or traced under a scan."""
+        ...
+
+
 class Attend(NamedTuple):
     """How the layers of one program attend."""
 
     kind_of_layer: tuple[int, ...]
     """Layers of one kind see equally far."""
-    call: Callable[[jax.Array | int, jax.Array | int, jax.Array, jax.Array, jax.Array], jax.Array]
-    """(layer, its kind, q_RNH, k_RKH, v_RKH) -> out_RNH; the kind is a Python int, or traced under a scan"""
+    call: Call
     stored: Callable[[jax.Array, jax.Array], Any]
     """(k_RKH, v_RKH) -> what the program hands on of a layer"""
 
@@ -62,11 +78,12 @@ def attend_cache(
     def of_slots(x_RNH):
         return x_RNH.reshape(slots, -1, *x_RNH.shape[1:])
 
-    def attend(layer, kind, q_RNH, k_RKH, v_RKH):
+    def attend(layer, kind, q_RNH, k_RKH, v_RKH, sink_N=None):
         window, of_window = _chosen(windows, kind, reach + 1), steps[0] if len(steps) == 1 else _one_of(steps, kind)
         out_BWNH = ragged_attention(
             of_slots(_queries(q_RNH, C // 2)), of_slots(stored(k_RKH, v_RKH)), cache.rows, layer, length_B, page_BJ,
-            of_window, scale_LPK2R=cache.scales, window=window, soft_cap=soft_cap, mesh=mesh, backend=backend,
+            of_window, scale_LPK2R=cache.scales, window=window, soft_cap=soft_cap, sink_N=sink_N, mesh=mesh,
+            backend=backend,
         )  # fmt: skip
         return out_BWNH[..., : q_RNH.shape[-1]].reshape(q_RNH.shape)
 
@@ -101,11 +118,11 @@ def attend_chunk(
     reach = page_NJ.shape[1] * R
     windows, kind_of_layer = _kinds(window_of_layer, reach)
 
-    def attend(layer, kind, q_TNH, k_TKH, v_TKH):
+    def attend(layer, kind, q_TNH, k_TKH, v_TKH, sink_N=None):
         out_TNH = chunk_attention(
             _queries(q_TNH, C // 2), _padded(k_TKH, C // 2), _padded(v_TKH, C // 2), cache.rows, layer, start_N,
-            page_NJ, scale_LPK2R=cache.scales, window=_chosen(windows, kind, reach), soft_cap=soft_cap, mesh=mesh,
-            backend=backend,
+            page_NJ, scale_LPK2R=cache.scales, window=_chosen(windows, kind, reach), soft_cap=soft_cap, sink_N=sink_N,
+            mesh=mesh, backend=backend,
         )  # fmt: skip
         return out_TNH[..., : q_TNH.shape[-1]]
 
@@ -119,19 +136,15 @@ def attend_both(step: Attend, chunk: Attend, slots: int) -> Attend:
     """Rows are so many slots, and pieces of texts behind them: each attend as they do alone, of the same cache and the
     same layers. What is stored is a pair."""
 
-    def attend(layer, kind, q_RNH, k_RKH, v_RKH):
-        of_step, of_chunk = _split((q_RNH, k_RKH, v_RKH), slots)
-        return jnp.concatenate([step.call(layer, kind, *of_step), chunk.call(layer, kind, *of_chunk)])
+    def attend(layer, kind, q_RNH, k_RKH, v_RKH, sink_N=None):
+        of_step = step.call(layer, kind, q_RNH[:slots], k_RKH[:slots], v_RKH[:slots], sink_N)
+        of_chunk = chunk.call(layer, kind, q_RNH[slots:], k_RKH[slots:], v_RKH[slots:], sink_N)
+        return jnp.concatenate([of_step, of_chunk])
 
     def stored(k_RKH, v_RKH):
-        of_step, of_chunk = _split((k_RKH, v_RKH), slots)
-        return step.stored(*of_step), chunk.stored(*of_chunk)
+        return step.stored(k_RKH[:slots], v_RKH[:slots]), chunk.stored(k_RKH[slots:], v_RKH[slots:])
 
     return Attend(step.kind_of_layer, attend, stored)
-
-
-def _split(arrays: Sequence[jax.Array], rows: int) -> tuple[list[jax.Array], list[jax.Array]]:
-    return [array[:rows] for array in arrays], [array[rows:] for array in arrays]
 
 
 def _kinds(window_of_layer: Sequence[int | None], reach: int) -> tuple[list[int | None], tuple[int, ...]]:

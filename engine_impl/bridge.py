@@ -14,8 +14,6 @@ import jax
 import torch
 from torch._ops import OpOverloadPacket
 
-from .models.parts import grouped_matmul
-
 
 @contextmanager
 def _stand_ins_for_dropped_overloads() -> Iterator[None]:
@@ -57,7 +55,6 @@ def _environment() -> torchax.tensor.Environment:
     to be is decided by then (see `loading`)."""
     with _stand_ins_for_dropped_overloads():
         environment = torchax.default_env()
-    environment.override_op_definition(grouped_matmul, functools.partial(call_kernel, jax.lax.ragged_dot))
     environment.override_op_definition(torch.nn.functional.linear, functools.partial(call_kernel, linear))
     return environment
 

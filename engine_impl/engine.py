@@ -37,10 +37,11 @@ from .checkpoints.contract import Checkpoint
 from .config import EngineConfig
 from .draft_model import DraftModel, beside
 from .drafting import of_long_repeats, of_text
-from .errors import PieceError, RefusedError
+from .errors import AdaptersLostError, PieceError, RefusedError
 from .forward import LayerLoop, Params
 from .layout import chunk_of, layout_of
 from .models.decoder import Decoder
+from .placing import placed
 from .programs import GREEDY, Drafting, Programs
 from .quantization.swap import quantize
 from .sampling.mask import Mask, Masks
@@ -183,8 +184,8 @@ class Engine:
 
     @property
     def devices(self) -> list[api.Device]:
-        """What it runs on."""
-        return list(self.mesh.devices.flat)
+        """What it runs on, of this host's."""
+        return list(self.mesh.local_devices)
 
     def get_tokenizer(self) -> Tokenizer:
         """The model's tokenizer."""
@@ -208,9 +209,7 @@ class Engine:
         if self.draft_model is not None and draft_checkpoint is not None:
             where = self.mesh, self.layout.dtype, self.layer_loop
             params |= {"draft": load_params(self.draft_model, draft_checkpoint, *where)}
-        if self.adapter_places is None:
-            return params
-        return params | {"adapters": self.adapter_places.empty(self.layer_loop)}
+        return self.without_adapters(params)
 
     @property
     def max_adapters(self) -> int:
@@ -229,9 +228,26 @@ class Engine:
 
     def put_adapter(self, params: Params, index: int, adapter: AdapterWeights) -> Params:
         """An adapter onto the devices, at `index` (from 1 to `max_adapters`), whatever was there. The adapters of
-        `params` are donated: hold what it gives."""
+        `params` are donated: hold what it gives.
+
+        Raises AdaptersLostError when it fails once they are donated; before, what made it fail.
+        """
         assert self.adapter_places is not None
-        return params | {"adapters": self.adapter_places.with_adapter(params["adapters"], index, adapter)}
+        before = params["adapters"]
+        try:
+            return params | {"adapters": self.adapter_places.with_adapter(before, index, adapter)}
+        except Exception as error:
+            if not any(array.is_deleted() for array in jax.tree.leaves(before)):
+                raise
+            raise AdaptersLostError("the adapters on the devices are lost: another could not be written") from error
+
+    def without_adapters(self, params: Params) -> Params:
+        """The parameters with no adapter on the devices, whatever has become of those that were there."""
+        if self.adapter_places is None:
+            return params
+        for array in jax.tree.leaves(params.get("adapters", ())):
+            array.delete()  # before the new ones are made: two may not fit
+        return params | {"adapters": self.adapter_places.empty(self.layer_loop)}
 
     def init_decode_state(self) -> DecodeState:
         """All slots empty."""
@@ -271,7 +287,7 @@ class Engine:
         """Given tokens behind the pieces instead of chosen ones, one for each."""
         token_N = np.full(prefix.token_N.shape, -1, np.int32)
         token_N[: len(tokens)] = tokens
-        return replace(prefix, token_N=jax.device_put(token_N, prefix.token_N.sharding))
+        return replace(prefix, token_N=placed(token_N, prefix.token_N.sharding))
 
     def insert(
         self, prefix: Prefix, decode_state: DecodeState, slots: Sequence[int | None], page_NJ: np.ndarray
@@ -395,7 +411,7 @@ class Engine:
         for n, opening in enumerate(openings):
             if opening is not None and is_penalised(opening.sampling):
                 count_NV[n] = counts_of_text(opening.text, opening.prompt_length, self.vocab_size)
-        return jax.device_put(count_NV, made_NV.sharding)
+        return placed(count_NV, made_NV.sharding)
 
 
 if TYPE_CHECKING:

@@ -12,5 +12,9 @@ class TooLongError(RefusedError):
     """A text of more tokens than there may be, alone or with its answer. How many it has may not be known."""
 
 
+class AdaptersLostError(Exception):
+    """An adapter did not come onto the devices, and those that were there are gone: their memory was donated."""
+
+
 class PieceError(ValueError):
     """Pieces of prompts that no program takes. Nothing was started, and no state was donated."""

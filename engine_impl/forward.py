@@ -5,6 +5,7 @@ Whether the layers run under one `lax.scan` over stacked weights or unrolled ove
 here, once, per platform (`layer_loop_for`).
 """
 
+import functools
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -162,8 +163,9 @@ def _walk(
     kind_of_layer, rope_of_layer = attend.kind_of_layer, model.config.rope_of_layer
 
     def layer(x_RD, weights, index, kind, rope):
-        def attend_layer(q_RNH, k_RKH, v_RKH):
-            return bridge.call_kernel(lambda q, k, v: attend.call(index, kind, q, k, v), q_RNH, k_RKH, v_RKH)
+        def attend_layer(q_RNH, k_RKH, v_RKH, sink_N=None):
+            tensors = (q_RNH, k_RKH, v_RKH) if sink_N is None else (q_RNH, k_RKH, v_RKH, sink_N)
+            return bridge.call_kernel(functools.partial(attend.call, index, kind), *tensors)
 
         x_RD, k_RKH, v_RKH = bridge.run(model.layers[0], weights, x_RD, rope, attend_layer)
         return x_RD, attend.stored(k_RKH, v_RKH)

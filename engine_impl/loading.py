@@ -48,9 +48,9 @@ def load_engine(
     """
     with timeline.THIS_PROCESS.loading():
         devices = devices or choose_devices(config.platform)  # refused before a download
-        checkpoint, draft = _open(config), _open_draft(config)
+        checkpoint, draft = open_model(config), open_draft_model(config)
         engine = build_engine(config, checkpoint, devices, reserves=reserves, draft_checkpoint=draft)
-        check_memory(engine, memory_of(engine.mesh.devices.flat), free_memory())  # refused before weights are read
+        check_memory(engine, memory_of(engine.mesh.local_devices), free_memory())  # refused before weights are read
         return engine, engine.load_params(checkpoint, draft)
 
 
@@ -75,7 +75,7 @@ def build_engine(
     """
     devices = devices or choose_devices(config.platform)
     compilations.keep_in(home() / "compiled")
-    checkpoint = checkpoint or _open(config)
+    checkpoint = checkpoint or open_model(config)
     shape = checkpoint.config
     for name, value in {"cache_length": config.cache_length, "max_prefill_length": config.max_prefill_length}.items():
         if value is not None and value > shape.context_length:
@@ -88,13 +88,13 @@ def build_engine(
     dtype = choose_dtype(config.dtype, devices[0].platform)
     if packs(mesh, backend_for(devices[0].platform)):
         dtype = jnp.dtype("float32")  # of activations and cache; weights become what the config says
-    tokenizer, draft, draft_checkpoint = checkpoint.tokenizer(), None, draft_checkpoint or _open_draft(config)
+    tokenizer, draft, draft_checkpoint = checkpoint.tokenizer(), None, draft_checkpoint or open_draft_model(config)
     if draft_checkpoint is not None:
         check_same_tokens(tokenizer, draft_checkpoint.tokenizer(), draft_checkpoint.name)
         length = config.cache_length or shape.context_length
         draft = draft_model(config, draft_checkpoint.config, draft_checkpoint.quantization, mesh, length)
     config = resolved(config, checkpoint.quantization, model, mesh)
-    memory, free = memory_of(mesh.devices.flat), free_memory()
+    memory, free = memory_of(mesh.local_devices), free_memory()
     asked, config = config, sized(config, model.config, mesh, dtype, memory, free, draft)
     if reserves and asked.slots is None:
         config = with_pages_for_all(config)
@@ -143,12 +143,14 @@ def check_memory(engine: Engine, memory: int | None, free: int | None) -> None:
         )
 
 
-def _open(config: EngineConfig) -> Checkpoint:
+def open_model(config: EngineConfig) -> Checkpoint:
+    """What `config.model` names. Raises RefusedError."""
     registry.use_module(config.model_module)
     return open_checkpoint(config.model)
 
 
-def _open_draft(config: EngineConfig) -> Checkpoint | None:
+def open_draft_model(config: EngineConfig) -> Checkpoint | None:
+    """What `config.draft_model` names, if it does. Raises RefusedError."""
     return None if config.draft_model is None else open_checkpoint(config.draft_model)
 
 

@@ -27,6 +27,22 @@ def cap_scores(score: jax.Array, soft_cap: float | None) -> jax.Array:
     return score if soft_cap is None else soft_cap * jnp.tanh(score * (1 / soft_cap))
 
 
+def add_sink(
+    m: jax.Array, l: jax.Array, acc: jax.Array, sink: jax.Array | None
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """An online softmax (largest score, sum of exp(score - m), sum of exp(score - m) v) with one more score that has no
+    value: it takes its share of the weights, and adds nothing. None leaves all as it is.
+
+    `acc` has m's axes, of which the sink has the last ones, and one for the values' dimensions unless m has it already.
+    """
+    if sink is None:
+        return m, l, acc
+    sink = jnp.broadcast_to(sink, m.shape)
+    m_next = jnp.maximum(m, sink)
+    decay = jnp.exp(m - m_next)
+    return m_next, l * decay + jnp.exp(sink - m_next), acc * decay.reshape(decay.shape + (1,) * (acc.ndim - m.ndim))
+
+
 def check_soft_cap(soft_cap: float | None) -> None:
     """Raises ValueError for a cap that is not above 0."""
     if soft_cap is not None and not soft_cap > 0:

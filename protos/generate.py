@@ -7,13 +7,16 @@ from importlib import resources
 from pathlib import Path
 
 HERE = Path(__file__).parent
-PROTOS = ("orchestrator.proto", "adapters.proto")
+PROTOS = ("orchestrator.proto", "adapters.proto", "hosts.proto")
 STUBS = (
     "orchestrator_pb2.py",
     "orchestrator_pb2.pyi",
     "orchestrator_pb2_grpc.py",
     "adapters_pb2.py",
     "adapters_pb2.pyi",
+    "hosts_pb2.py",
+    "hosts_pb2.pyi",
+    "hosts_pb2_grpc.py",
 )
 
 

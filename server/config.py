@@ -52,6 +52,10 @@ class SecurityConfig:
     """Web pages that may use the HTTP port from a browser (SCHEME://HOST[:PORT], several with blanks between). Default:
     those of the server's own address."""
 
+    behind_proxy: bool = False
+    """Other machines' requests come through a proxy on this machine (nginx, Ray Serve): nobody counts as this machine,
+    and the last address of `x-forwarded-for` on a local connection is the client's, which the proxy must set."""
+
     isolate_prefixes: bool = True
     """Callers with different tokens share no cached prefixes, so that timing tells no tenant what another asked.
     --no-isolate-prefixes lets all tokens share them. Without --auth-token-file everybody does."""
@@ -129,10 +133,18 @@ class AdaptersConfig:
     adapter_dir: Path | None = None
     """A folder below which callers may load adapters from while the server runs. Default: they may load none."""
 
+    max_host_adapters: int = 64
+    """Adapters in the host's memory, those on the devices among them (adapters); who loads one more has to unload one.
+    """
+
     def __post_init__(self) -> None:
         names = list(self.named)
         if len(names) < len(self.adapters):
             raise RefusedError(f"adapters has a name twice, of {', '.join(names)}; give each a name of its own")
+        if self.max_host_adapters < max(1, len(names)):
+            raise RefusedError(
+                f"max_host_adapters={self.max_host_adapters} must be at least {max(1, len(names))}: those of --adapters"
+            )
 
     @property
     def named(self) -> dict[str, str]:
@@ -205,6 +217,10 @@ class ServerConfig:
     probe_timeout_s: Annotated[float, flag("probe-timeout")] = 30.0
     """How long that may take (seconds); more than a step and a chunk of a prompt (--prefill-chunk) take."""
 
+    step_timeout_s: Annotated[float, flag("step-timeout")] = 120.0
+    """How long a step, with the pieces of prompts around it, may take (seconds). A device that takes longer is given
+    up: requests end with UNAVAILABLE, the process with status 1. 0: never."""
+
     lora: AdaptersConfig = field(default_factory=AdaptersConfig)
     chat: ChatConfig = field(default_factory=ChatConfig)
     security: SecurityConfig = field(default_factory=SecurityConfig)
@@ -244,6 +260,15 @@ class ServerConfig:
             )
         if not (math.isfinite(self.probe_timeout_s) and self.probe_timeout_s > 0):
             raise RefusedError(f"probe_timeout={self.probe_timeout_s} must be a positive number of seconds")
+        if not (math.isfinite(self.step_timeout_s) and self.step_timeout_s >= 0):
+            raise RefusedError(f"step_timeout={self.step_timeout_s} must be 0 (never) or a positive number of seconds")
+
+    def check_adapters(self, places: int) -> None:
+        """Raises RefusedError for what takes other places on the devices than the engine has (--max-adapters)."""
+        if self.lora.asks_for_some and not places:
+            raise RefusedError("--adapters and --adapter-dir need room on the devices: add --max-adapters N")
+        if places and self.orchestrator == "jetstream":
+            raise RefusedError("JetStream's orchestrator knows no adapters: leave --max-adapters out")
 
     @property
     def address(self) -> str:
@@ -251,8 +276,18 @@ class ServerConfig:
         return join_address(self.host, self.port)
 
     @property
+    def hosts(self) -> list[str]:
+        """Names and IPs that HTTP is served on."""
+        return [self.host, *(address.host for address in self.more_http)]
+
+    @property
     def is_local(self) -> bool:
-        """Whether only this machine can reach it."""
+        """Whether nobody but this machine asks."""
+        return self.listens_locally and not self.security.behind_proxy
+
+    @property
+    def listens_locally(self) -> bool:
+        """Whether only this machine can connect."""
         return is_local(self.host) and all(other.is_local for other in (*self.more_grpc, *self.more_http))
 
     @property

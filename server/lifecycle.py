@@ -21,6 +21,7 @@ from grpc_reflection.v1alpha import reflection
 
 from ..engine_impl.api import AnyEngine
 from ..engine_impl.errors import RefusedError
+from ..engine_impl.hosts import Peers
 from ..engine_impl.runtime import timeline
 from ..engine_impl.runtime.compilations import programs
 from .adapters.store import AdapterStore
@@ -58,6 +59,10 @@ UNUSED = {
 }
 """Signals that would end the process, and what is logged instead."""
 
+SWITCH_S = 0.0005
+"""After how long a thread that computes in Python lets another one on (seconds): a tenth of Python's usual. A step of
+the engine needs the interpreter several times, and may wait so long each time while others are being answered."""
+
 KEEPALIVE_S = 20.0
 """How long a connection may be silent before it is pinged (seconds); half of it later it counts as cut."""
 
@@ -69,8 +74,10 @@ one."""
 class Serving:
     """`async with Serving(load, config) as serving:` serves inside the block and drains on leaving it."""
 
-    def __init__(self, load: Load, config: ServerConfig, line: StatusLine | None = None) -> None:
-        """`load` returns (engine, params); it is called in a thread of its own.
+    def __init__(
+        self, load: Load, config: ServerConfig, line: StatusLine | None = None, peers: Peers | None = None
+    ) -> None:
+        """`load` returns (engine, params); it is called in a thread of its own. `peers`: the other hosts of the engine.
 
         Raises RefusedError for a token file or certificates that cannot be used.
         """
@@ -90,11 +97,11 @@ class Serving:
         """/metrics, if there is one."""
         self.profile: Profile | None = None
         """--profile, if it is asked for."""
-        self._load, self._config, self._line = load, config, line
+        self._load, self._config, self._line, self._peers = load, config, line, peers
         if config.watch.profile is not None:
             self.profile = Profile(config.watch.profile, config.watch.profile_s)
         self._traces = None if config.watch.otlp_endpoint is None else Traces(config.watch.otlp_endpoint)
-        self.adapters = AdapterStore(config.lora.adapter_dir)
+        self.adapters = AdapterStore(config.lora.adapter_dir, config.lora.max_host_adapters)
         on_call = (lambda: None) if self.profile is None else self.profile.on_call
         self._gateway = Gateway(on_call, self._traces, self.adapters)
         guard = Guard(config.security, is_local=config.is_local)
@@ -127,6 +134,9 @@ class Serving:
 
     async def __aenter__(self) -> Self:
         await self._listen()
+        if self._peers is not None:
+            soon = asyncio.get_running_loop().call_soon_threadsafe
+            self._peers.watch(partial(soon, self._on_lost), partial(soon, self._on_leaving))
         try:
             await self._load_and_warm_up()
             await self._set_ready(True)
@@ -147,6 +157,8 @@ class Serving:
         self._gateway.close("the server is stopping")
         await self._drain()
         await self._close_orchestrator()
+        if self._peers is not None and self.dead_reason is None:
+            await asyncio.to_thread(self._peers.stop)
         if self.profile is not None:
             await self.profile.close()
         await self._close_ports(FLUSH_S)
@@ -223,6 +235,7 @@ class Serving:
             max_queued=self._config.max_queued,
             max_queued_tokens=self._config.max_queued_tokens,
             prefix_cache=self._config.prefix_cache,
+            step_timeout_s=self._config.step_timeout_s,
             metrics=self.metrics,
             on_ready=partial(loop.call_soon_threadsafe, ready.set),
             on_dead=partial(loop.call_soon_threadsafe, self._on_dead),
@@ -244,6 +257,24 @@ class Serving:
             startup.programs.found,
             extra={"fields": startup.as_json()},
         )
+
+    @property
+    def hangs(self) -> bool:
+        """Whether the end of the process would wait for a device, or for hosts that are gone."""
+        orchestrator_hangs = self.orchestrator is not None and self.orchestrator.hangs
+        return orchestrator_hangs or (self._peers is not None and self.dead_reason is not None)
+
+    def _on_lost(self, reason: str) -> None:
+        """One of the other hosts. Nothing that is started on the devices would end."""
+        if self.orchestrator is not None and self.is_ready:
+            self.orchestrator.give_up(reason)
+        else:
+            log.error("the group is given up: %s", reason)
+            leave_at_once(1)
+
+    def _on_leaving(self, reason: str) -> None:
+        log.info("draining: %s", reason)
+        self.stop_requested.set()
 
     def _on_dead(self, reason: str) -> None:
         self.dead_reason = reason
@@ -295,17 +326,18 @@ class Serving:
             await self._health.set(service, status.SERVING if is_ready else status.NOT_SERVING)
 
 
-async def serve(load: Load, config: ServerConfig, line: StatusLine | None = None) -> int:
-    """Serves until SIGTERM or SIGINT. Returns the process's exit status: 0, or 1 when the engine was given up."""
-    serving = Serving(load, config, line)
+async def serve(load: Load, config: ServerConfig, line: StatusLine | None = None, peers: Peers | None = None) -> int:
+    """Serves until SIGTERM or SIGINT. Returns the process's exit status: 0, or 1 when the engine was given up; one that
+    hangs ends the process."""
+    sys.setswitchinterval(SWITCH_S)
+    serving = Serving(load, config, line, peers)
     is_ready = False
 
     def on_signal() -> None:
         if not is_ready:
             # Nothing is in flight, and a compilation cannot be interrupted.
             log.info("stopped before the server was ready")
-            logging.shutdown()
-            os._exit(0)
+            leave_at_once(0)
         if serving.stop_requested.is_set():
             serving.force_requested.set()
         serving.stop_requested.set()
@@ -325,8 +357,16 @@ async def serve(load: Load, config: ServerConfig, line: StatusLine | None = None
         await serving.stop_requested.wait()
     if serving.dead_reason is not None:
         log.error(serving.dead_reason)
+        if serving.hangs:
+            leave_at_once(1)
         return 1
     return 0
+
+
+def leave_at_once(status: int) -> None:
+    """Ends the process: what still runs, on whatever device, is not waited for."""
+    logging.shutdown()
+    os._exit(status)
 
 
 def say(text: str) -> None:

@@ -11,10 +11,17 @@ import pytest
 
 os.environ.update(
     JAX_PLATFORMS="cpu",
-    # Programs are compiled here more often than run: LLVM need not improve them.
+    # Programs are compiled here more often than run: LLVM need not improve them, and what XLA emitted before its fusion
+    # emitters takes it a third of the time.
     XLA_FLAGS=" ".join(
-        [os.environ.get("XLA_FLAGS", ""), "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"]
-    ).strip(),
+        [
+            *os.environ.get("XLA_FLAGS", "").split(),
+            "--xla_force_host_platform_device_count=8",
+            "--xla_backend_optimization_level=0",
+            "--xla_cpu_use_fusion_emitters=false",
+            "--xla_cpu_parallel_codegen_split_count=1",
+        ]
+    ),
     # libtpu as a compiler only: do not look for a TPU's metadata, and let several processes load it.
     TPU_SKIP_MDS_QUERY="1",
     TPU_ACCELERATOR_TYPE="v5litepod-8",

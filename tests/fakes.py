@@ -281,6 +281,11 @@ class FakeEngine:
         self.on_read_adapter(path)
         return FakeAdapter(path)
 
+    def without_adapters(self, params: Any) -> Any:
+        self._call("without_adapters")
+        self.at_index.clear()
+        return params
+
     def put_adapter(self, params: Any, index: int, adapter: "FakeAdapter") -> Any:
         assert 1 <= index <= self.max_adapters
         self._call(f"put_adapter {index}")

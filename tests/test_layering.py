@@ -23,14 +23,14 @@ MAY_IMPORT: dict[str, tuple[set[str], set[str]]] = {
     "kernels": (set(), {"jax", "numpy"}),
     "cache_manager": ({"kernels"}, {"jax", "numpy"}),
     "engine_impl": (
-        {"kernels", "cache_manager"},
+        {"kernels", "cache_manager", "protos"},  # protos and grpc: distributed/ alone, see below
         {"jax", "numpy", "torch", "torchax", "gguf", "tokenizers", "jinja2", "libtpu", "jetstream"}
-        | {"safetensors", "sentencepiece", "huggingface_hub", "google", "llguidance"},
+        | {"safetensors", "sentencepiece", "huggingface_hub", "google", "llguidance", "grpc"},
     ),
     "server": (
         {"protos", "cache_manager", "engine_impl"},
         {"grpc", "grpc_health", "grpc_reflection", "google", "numpy", "jetstream", "prometheus_client"}
-        | {"aiohttp", "pydantic", "pydantic_core", "tyro", "opentelemetry"},
+        | {"aiohttp", "pydantic", "pydantic_core", "ray", "starlette", "tyro", "opentelemetry", "yarl"},
     ),
     "benchmarks": (
         {"protos", "kernels", "cache_manager", "engine_impl", "server"},
@@ -53,10 +53,10 @@ SUB_ROOMS: dict[str, dict[str, set[str]]] = {
         "runtime": set(),
         "text": {"errors", "runtime"},
         "models": {"errors"},
-        "sampling": {"errors", "option"},
+        "sampling": {"errors", "option", "placing"},
         "speculation": {"api"},
         "checkpoints": {"errors", "models", "text", "runtime"},
-        "adapters": {"errors", "config", "bridge", "models", "checkpoints"},
+        "adapters": {"errors", "config", "bridge", "runtime", "models", "checkpoints", "placing"},
         "quantization": {"errors", "config", "bridge", "models", "checkpoints"},
         "weights": {"errors", "forward", "models", "checkpoints", "quantization"},
         "compiler": {
@@ -74,6 +74,9 @@ SUB_ROOMS: dict[str, dict[str, set[str]]] = {
             ),
             *("models", "checkpoints", "quantization", "weights"),
         },
+        "distributed": {
+            *("errors", "config", "api", "hosts", "sampling", "runtime", "checkpoints", "engine", "loading", "sizes"),
+        },
         "jetstream": {
             *("errors", "config", "api", "text", "sampling", "forward", "state", "programs", "engine", "loading"),
         },
@@ -89,6 +92,7 @@ SUB_ROOMS: dict[str, dict[str, set[str]]] = {
         "grpc": {"errors", "config", "dialects", "request", "net", "gateway"},
         "http": {"errors", "config", "adapters", "dialects", "request", "net", "delivery", "gateway"},
         "jetstream": {"errors", "config", "net", "observe", "grpc", "lifecycle"},
+        "ray": {"errors", "config", "flags", "gateway", "grpc", "http", "lifecycle", "net", "observe", "scheduler"},
     },
     "benchmarks": {
         "options": set(),
@@ -105,11 +109,13 @@ ENGINE_FACE = {
     "api",
     "config",
     "errors",
+    "hosts",
     "loading",
     "option",
     "runtime/compilations",
     "runtime/timeline",
     "runtime/tracing",
+    "runtime/watchdog",
     "runtime/workers",
     "sampling/params",
     "text/chat",
@@ -121,6 +127,9 @@ ONLY_IN = {
     "torchax": {"engine_impl/bridge.py"},
     "llguidance": {"engine_impl/text/grammar.py"},
     "opentelemetry": {"server/observe/traces.py"},
+    "ray": {f"server/ray/{name}.py" for name in ("application", "ingress", "router", "scaling")},
+    "starlette": {"server/ray/ingress.py"},
+    "yarl": {"server/ray/fronts.py"},
     "jetstream": {
         *(f"engine_impl/jetstream/{name}.py" for name in ("engine", "adapter", "tokenizer")),  # shims: compat.py
         "server/jetstream/host.py",
@@ -267,6 +276,20 @@ def test_the_server_knows_the_engines_face():
         if room(it.file) == "server" and room(it.name) == "engine_impl" and it.name.partition("/")[2] not in ENGINE_FACE
     ]
     assert other == []
+
+
+def test_of_the_engine_one_room_knows_a_network_and_only_its_own_proto():
+    known = {
+        it.name
+        for it in all_imports()
+        if room(it.file) == "engine_impl" and it.name.split("/")[0].split(".")[0] in ("grpc", "protos")
+        if unit(it.file) != "engine_impl/distributed"
+    }
+    assert known == set()
+    protos = {it.name for it in our_imports() if room(it.file) == "engine_impl" and room(it.name) == "protos"}
+    assert protos == {"protos/hosts_pb2", "protos/hosts_pb2_grpc"}
+    elsewhere = {it.file for it in our_imports() if it.name in protos} - {"protos/hosts_pb2_grpc"}
+    assert {unit(file) for file in elsewhere} == {"engine_impl/distributed"}
 
 
 def test_the_server_knows_whose_pages_are_whose_and_nothing_else_of_the_cache():

@@ -176,7 +176,7 @@ class EagerLayers:
             return ragged_attention(*args, mesh=self._mesh, backend=self._backend)[:, 0]
 
         x_BD, _, _ = bridge.run(
-            self._model.layers[0], weights, x_BD, rope, lambda q, k, v: bridge.call_kernel(attend, q, k, v)
+            self._model.layers[0], weights, x_BD, rope, lambda q, k, v, _: bridge.call_kernel(attend, q, k, v)
         )
         return x_BD, cache_LPKRC
 

@@ -267,7 +267,7 @@ def _compile(topology: str, setting: Setting) -> None:
     def attend(q_BWNH, new_BWKC, cache_LPKRC, scale_LPK2R, layer, length_B, page_BJ, window):
         pool, rows = cache_LPKRC.shape[1], cache_LPKRC.shape[3]
         steps = live_steps(length_B, window, page_BJ, rows=rows, max_pages=pool)
-        args = (q_BWNH, new_BWKC, cache_LPKRC, scale_LPK2R, layer, length_B, page_BJ, window, steps)
+        args = (q_BWNH, new_BWKC, cache_LPKRC, scale_LPK2R, layer, length_B, page_BJ, window, None, steps)
         return ragged_attention_tpu(*args, soft_cap=setting.soft_cap)
 
     layer, slot_B, page_B1 = array(dtype=jnp.int32), array(B, dtype=jnp.int32), array(B, 1, dtype=jnp.int32)
@@ -286,7 +286,7 @@ def _compile(topology: str, setting: Setting) -> None:
         cache_LPKRC = array(2, 1024, K, setting.page, 2 * H)
         scale_LPK2R = array(2, 1024, K, 2, setting.page, dtype=jnp.float32) if setting.dtype == "int8" else None
         window, page_MJ = layer if setting.window else None, array(1, 32, dtype=jnp.int32)
-        args = q_TNH, k_TKH, k_TKH, cache_LPKRC, scale_LPK2R, layer, array(1, dtype=jnp.int32), page_MJ, window
+        args = q_TNH, k_TKH, k_TKH, cache_LPKRC, scale_LPK2R, layer, array(1, dtype=jnp.int32), page_MJ, window, None
     elif setting.kernel == "scales":
         kernel, donated = partial(cache_flush_tpu, row_axis=4), (0,)
         args = array(FLUSH_LAYERS, B, K, 2, 256), array(FLUSH_LAYERS, B, W, K, 2), slot_B, slot_B, page_B1

@@ -13,6 +13,7 @@ from typing import Any
 
 from ..config import MAX_RANK
 from ..errors import RefusedError
+from ..runtime.workers import WorkerError, Workers
 
 CONFIG = "adapter_config.json"
 
@@ -50,6 +51,29 @@ CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 """How `init_lora_weights` begins where the base's weights were changed too, so that the adapter fits no other."""
 
 
+WORKERS = Workers(1, seconds=2.0, memory_mib=64)
+"""Where a stranger's regular expressions are matched: some take longer than anybody lives."""
+PLAIN = re.compile(r"\^?[\w.]*\$?")
+"""A pattern that takes no time."""
+
+
+@dataclass(frozen=True)
+class Change:
+    """What an adapter does to a module."""
+
+    rank: int
+    scale: float
+    """What B A is multiplied by."""
+
+
+@dataclass(frozen=True)
+class Module:
+    """Of the model, with all the names that it may have had in the one that was trained."""
+
+    names: tuple[str, ...]
+    layer: int
+
+
 @dataclass(frozen=True)
 class PeftConfig:
     """One adapter's. Its patterns are of whole names in the model that was trained; a module is asked for by all the
@@ -72,19 +96,37 @@ class PeftConfig:
     def largest_rank(self) -> int:
         return max([self.r, *self.rank_pattern.values()])
 
-    def rank(self, names: Sequence[str]) -> int:
-        return int(_of_pattern(self.rank_pattern, names, self.r))
+    def changes(self, modules: Sequence[Module]) -> list[Change | None]:
+        """What the adapter does to each; None: nothing. Raises RefusedError for patterns that cannot be matched."""
+        try:
+            if all(map(PLAIN.fullmatch, self._expressions)):
+                return changes(self, modules)
+            return WORKERS.call(changes, self, modules)
+        except re.error as error:
+            raise RefusedError(f"{self.where}: {error.pattern!r:.80} is no regular expression ({error.msg})") from error
+        except WorkerError as error:
+            raise RefusedError(f"{self.where}: matching its patterns {error}; write them simpler") from error
 
-    def scale(self, names: Sequence[str]) -> float:
-        """What B A is multiplied by (Kalajdzievski, arXiv 2312.03732, has the square root)."""
-        rank = self.rank(names)
-        return _of_pattern(self.alpha_pattern, names, self.alpha) / (math.sqrt(rank) if self.use_rslora else rank)
+    def change(self, module: Module) -> Change | None:
+        """Kalajdzievski, arXiv 2312.03732, has the square root."""
+        if self.layers is not None and module.layer not in self.layers:
+            return None
+        if not _match(self.target_modules, module.names) or _match(self.exclude_modules, module.names):
+            return None
+        rank = int(_of_pattern(self.rank_pattern, module.names, self.r))
+        alpha = _of_pattern(self.alpha_pattern, module.names, self.alpha)
+        return Change(rank, alpha / (math.sqrt(rank) if self.use_rslora else rank))
 
-    def is_changed(self, names: Sequence[str], layer: int) -> bool:
-        """Whether the adapter changes a module of this layer."""
-        if self.layers is not None and layer not in self.layers:
-            return False
-        return _match(self.target_modules, names) and not _match(self.exclude_modules, names)
+    @property
+    def _expressions(self) -> list[str]:
+        """All that is matched as a regular expression."""
+        whole = [text for text in (self.target_modules, self.exclude_modules) if isinstance(text, str)]
+        return [*whole, *self.rank_pattern, *self.alpha_pattern]
+
+
+def changes(config: PeftConfig, modules: Sequence[Module]) -> list[Change | None]:
+    """In a worker, or here."""
+    return [config.change(module) for module in modules]
 
 
 def read_peft_config(folder: Path) -> PeftConfig:

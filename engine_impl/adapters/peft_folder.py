@@ -15,7 +15,7 @@ from ..checkpoints.safetensors import Stored, header
 from ..checkpoints.sources import repeat_heads, taken
 from ..errors import RefusedError
 from ..models.decoder import Decoder, Pairs
-from .peft_config import PeftConfig, read_peft_config
+from .peft_config import Change, Module, PeftConfig, read_peft_config
 from .sites import DOWN, UP, Site
 from .stacks import AdapterPlaces, AdapterWeights
 
@@ -55,12 +55,14 @@ def read_adapter(
     with damage_told(str(folder)):
         tensors = _tensors(folder, model)
         users = _users(model, places.sites)
-        _check_names(config, tensors, users, model, shapes)
+        modules = [Module(_whole_names(model, module), layer) for module, ((layer, *_), *_) in users.items()]
+        changes = {module: made for module, made in zip(users, config.changes(modules), strict=True) if made}
+        _check_names(config, tensors, changes, shapes)
         arrays: dict[str, np.ndarray] = {}
         for module, used in users.items():
             if (module, "A") not in tensors:
                 continue
-            ends = _ends(tensors, module, config, model, places.dtype)
+            ends = _ends(tensors, module, changes[module].scale, config.where, places.dtype)
             for layer, site, source in used:
                 for part, end in _taken_by(site, source, ends, model, kv_heads).items():
                     shape = (places.layers, *site.shape(part, config.largest_rank))
@@ -99,20 +101,16 @@ def _users(model: Decoder, sites: tuple[Site, ...]) -> dict[str, list[tuple[int,
 def _check_names(
     config: PeftConfig,
     tensors: Mapping[tuple[str, str], Stored],
-    users: Mapping[str, list[tuple[int, Site, str]]],
-    model: Decoder,
+    changes: Mapping[str, Change],
     shapes: Mapping[str, tuple[int, ...]],
 ) -> None:
     """Raises one RefusedError with all that does not agree; reads no tensor."""
-    wanted = {
-        module for module, ((layer, *_), *_) in users.items() if config.is_changed(_whole_names(model, module), layer)
-    }
-    needed = {(module, end) for module in wanted for end in "AB"}
+    needed = {(module, end) for module in changes for end in "AB"}
     misshapen = []
     for (module, end), stored in tensors.items():
-        if module in wanted:
+        if module in changes:
             outputs, inputs = shapes[f"{module}.{WEIGHT}"]
-            rank = config.rank(_whole_names(model, module))
+            rank = changes[module].rank
             shape = (rank, inputs) if end == "A" else (outputs, rank)
             if stored.shape != shape:
                 misshapen.append(f"{_called(module, end)} is {stored.shape}, the model needs {shape}")
@@ -122,19 +120,19 @@ def _check_names(
         "of another shape": misshapen,
     }
     told = [f"{fault}: {_told(names)}" for fault, names in faults.items() if names]
-    if not wanted:
+    if not changes:
         told.append(f"target_modules={config.target_modules!r} name none of its linear modules")
     if told:
         raise RefusedError(f"{config.where} does not fit the model; {'; '.join(told)}")
 
 
-def _whole_names(model: Decoder, module: str) -> list[str]:
+def _whole_names(model: Decoder, module: str) -> tuple[str, ...]:
     """What a module may have been called in the model that was trained."""
-    return [f"{prefix}{module}" for prefix in (*model.prefixes, "")]
+    return tuple(f"{prefix}{module}" for prefix in (*model.prefixes, ""))
 
 
 def _ends(
-    tensors: Mapping[tuple[str, str], Stored], module: str, config: PeftConfig, model: Decoder, dtype: jnp.dtype
+    tensors: Mapping[tuple[str, str], Stored], module: str, scale: float, where: str, dtype: jnp.dtype
 ) -> tuple[np.ndarray, np.ndarray]:
     """A [r, I] and B [O, r] of a checkpoint's module, B with the adapter's scale in it.
 
@@ -142,13 +140,11 @@ def _ends(
     times 0 but of its own: an infinity of one would be NaN for everybody.
     """
     down_rI, up_Or = (tensors[module, end].read().astype(np.float32) for end in "AB")
-    scale = config.scale(_whole_names(model, module))
     with np.errstate(over="ignore", invalid="ignore"):
         ends = down_rI.astype(dtype), (up_Or * np.float32(scale)).astype(dtype)
     if not all(np.isfinite(end).all() for end in ends):
         raise RefusedError(
-            f"{config.where}: {module} has values that are NaN or infinite, or become so by the scale {scale:g}; "
-            "fetch it anew"
+            f"{where}: {module} has values that are NaN or infinite, or become so by the scale {scale:g}; fetch it anew"
         )
     return ends
 

@@ -53,11 +53,10 @@ def sites_of(model: Decoder, mesh: Mesh) -> tuple[Site, ...]:
     the head and the embedding have none."""
     sites = []
     for path, module in model.layers[0].named_modules():
-        axis = model.shard_axis.get(path.rpartition(".")[2])
-        if axis is not None and isinstance(module, Linear):
-            size = (module.out_features, module.in_features)[axis]
-            is_shared = size % mesh.size == 0
-            sites.append(Site(path, module.in_features, module.out_features, axis if is_shared else None))
+        own = path.rpartition(".")[2]
+        if own in model.shard_axis and isinstance(module, Linear):
+            axis = model.shared_axis(own, module.weight.shape, mesh.size)
+            sites.append(Site(path, module.in_features, module.out_features, axis))
     return tuple(sites)
 
 

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from ..placing import placed
 from .sites import DOWN, UP, Site
 
 Loop = Literal["scan", "unrolled"]
@@ -66,7 +67,7 @@ class AdapterPlaces:
     def with_adapter(self, stacks: Stacks, index: int, weights: AdapterWeights) -> Stacks:
         """The stacks, which are donated, with an adapter at `index`, from 1 on; whatever was there."""
         arrays = {
-            name: jax.device_put(self._padded(name, of.shape, weights), of.sharding)
+            name: placed(self._padded(name, of.shape, weights), of.sharding)
             for name, of in self._described((self.layers,)).items()
         }
         return self._put["scan" if isinstance(stacks, dict) else "unrolled"](stacks, arrays, np.int32(index - 1))

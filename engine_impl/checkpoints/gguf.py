@@ -16,11 +16,16 @@ from .gguf_architectures import MODULES
 from .gguf_config import LONG_FACTORS, ROPE_FACTORS, SHORT_FACTORS, GGUFFields, dequantised, read_gguf_config
 from .gguf_parts import GGUFParts
 from .pieces import CONTROL, USER_DEFINED, Pieces, backend_of
+from .sources import halves_from_pairs
 
 _SPECIAL_TOKENS = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
 _ENDS = ("eos", "eot", "eom")
-TURN_ENDS = ("<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<end_of_turn>", "<|end|>", "<|end_of_turn|>")
+TURN_ENDS = (
+    "<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<end_of_turn>", "<|end|>", "<|end_of_turn|>", "<|return|>", "<|call|>",
+)  # fmt: skip
 """Control tokens that end a turn, whatever a file's fields say: as in llama.cpp."""
+MESSAGE_END = "<|end|>"
+"""It ends a message, and not the turn, where there is a `<|call|>`: gpt-oss' chat form has several messages a turn."""
 
 
 class GGUFCheckpoint:
@@ -53,9 +58,9 @@ class GGUFCheckpoint:
         stored, index = self._stored[name]
         value = dequantised(self._file, stored, str(self.path), index)
         if self._architecture.pairs and ".q_proj." in name:
-            return _halves_from_pairs(value, self.config.num_heads)
+            return halves_from_pairs(value, self.config.num_heads)
         if self._architecture.pairs and ".k_proj." in name:
-            return _halves_from_pairs(value, self.config.num_kv_heads)
+            return halves_from_pairs(value, self.config.num_kv_heads)
         if self._architecture.norms_from_zero and name.endswith("norm.weight"):
             return value - 1
         return value
@@ -98,7 +103,8 @@ class GGUFCheckpoint:
         """What the file calls an end, and the tokens that end a turn in the chat forms that there are."""
         told = {self._field(f"tokenizer.ggml.{end}_token_id", None) for end in _ENDS} - {None}
         kinds = self._field("tokenizer.ggml.token_type")
-        turns = {i for i, token in enumerate(tokens) if token in TURN_ENDS and kinds[i] in (CONTROL, USER_DEFINED)}
+        ends = set(TURN_ENDS) - ({MESSAGE_END} if "<|call|>" in tokens else set())
+        turns = {i for i, token in enumerate(tokens) if token in ends and kinds[i] in (CONTROL, USER_DEFINED)}
         return frozenset(told | turns)
 
     def _byte_level_bpe(self, tokens: Sequence[str]) -> Backend:
@@ -127,15 +133,11 @@ class GGUFCheckpoint:
         """
         of_layer = re.fullmatch(r"blk\.(\d+)\.(\w+)\.(\w+)", stored_name)
         layer, module, kind = of_layer.groups() if of_layer else ("", *stored_name.rpartition(".")[::2])
+        if of_layer and (own := self._architecture.layer_parameters.get(f"{module}.{kind}")):
+            return {f"layers.{layer}.{own}": (stored_name, None)}
         if of_layer and module in self._architecture.stacks:
             several, count = self._architecture.stacks[module], self._file.tensors[stored_name].shape[0]
             return {f"layers.{layer}.{several.format(i)}.{kind}": (stored_name, i) for i in range(count)}
         if of_layer and module in self._architecture.layer_modules:
             return {f"layers.{layer}.{self._architecture.layer_modules[module]}.{kind}": (stored_name, None)}
         return {f"{MODULES[module]}.{kind}" if module in MODULES else stored_name: (stored_name, None)}
-
-
-def _halves_from_pairs(weight: np.ndarray, heads: int) -> np.ndarray:
-    """GGUF stores llama's q and k rows for a rope that turns neighbours (2i, 2i+1); ours turns halves (i, i + H/2)."""
-    pairs = weight.reshape(heads, weight.shape[0] // heads // 2, 2, *weight.shape[1:])
-    return pairs.swapaxes(1, 2).reshape(weight.shape)

@@ -31,6 +31,11 @@ _QWEN3_STACKS = {
     "ffn_down_exps": "mlp.experts.{}.down_proj",
     "ffn_up_exps": "mlp.experts.{}.up_proj",
 }
+_GPT_OSS = {
+    **LAYER_MODULES,
+    "post_attention_norm": "post_attention_layernorm",
+    "ffn_gate_inp": "mlp.router",
+}
 _POST_NORMS = {
     **LAYER_MODULES,
     "post_attention_norm": "post_attention_layernorm",
@@ -63,6 +68,8 @@ class Architecture:
 
     model_type: str
     layer_modules: Mapping[str, str] = field(default_factory=lambda: LAYER_MODULES)
+    layer_parameters: Mapping[str, str] = field(default_factory=dict)
+    """Tensors of a layer that are no module's weight or bias."""
     stacks: Mapping[str, str] = field(default_factory=dict)
     """Modules of which a layer has several, in one tensor whose first axis they are; {} is the number of each."""
     pairs: bool = False
@@ -70,6 +77,8 @@ class Architecture:
     (i, i + H/2)"""
     norms_from_zero: bool = False
     """norm weights are stored with one added"""
+    truncates_yarn: bool = True
+    """what a YaRN rope's `truncate` is; files do not tell"""
     layer_norms: bool = False
     """norms are layer norms"""
     fields: Callable[[Get, Tensors], dict[str, Any]]
@@ -99,6 +108,16 @@ def _qwen3_moe(get: Get, tensors: Tensors) -> dict[str, Any]:
         "num_experts_per_tok": get("expert_used_count"),
         "moe_intermediate_size": get("expert_feed_forward_length"),
         "norm_topk_prob": True,  # files do not tell; so in llama.cpp, and in all that was published
+    }
+
+
+def _gpt_oss(get: Get, tensors: Tensors) -> dict[str, Any]:
+    return {
+        "hidden_act": "silu",
+        "intermediate_size": get("expert_feed_forward_length"),
+        "num_local_experts": get("expert_count"),
+        "num_experts_per_tok": get("expert_used_count"),
+        "sliding_window": get("attention.sliding_window"),
     }
 
 
@@ -194,6 +213,14 @@ ARCHITECTURES = {
     "gemma": Architecture(model_type="gemma", norms_from_zero=True, fields=_gemma),
     "gemma2": Architecture(model_type="gemma2", layer_modules=_SANDWICH, norms_from_zero=True, fields=_gemma2),
     "gemma3": Architecture(model_type="gemma3_text", layer_modules=_SANDWICH, norms_from_zero=True, fields=_gemma3),
+    "gpt-oss": Architecture(
+        model_type="gpt_oss",
+        layer_modules=_GPT_OSS,
+        truncates_yarn=False,
+        layer_parameters={"attn_sinks.weight": "self_attn.sinks"},
+        stacks=_QWEN3_STACKS,
+        fields=_gpt_oss,
+    ),
     "qwen3moe": Architecture(
         model_type="qwen3_moe", layer_modules=_QWEN3_GATE, stacks=_QWEN3_STACKS, fields=_qwen3_moe
     ),
@@ -203,5 +230,6 @@ ARCHITECTURES = {
 WITH_EXPERTS = {
     "llama": Architecture(model_type="mixtral", layer_modules=_GATE, stacks=_STACKS, pairs=True, fields=_mixtral),
     "qwen3moe": ARCHITECTURES["qwen3moe"],
+    "gpt-oss": ARCHITECTURES["gpt-oss"],
 }
 """What an architecture is when it has an `expert_count`."""

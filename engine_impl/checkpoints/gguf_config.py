@@ -168,6 +168,7 @@ def _rope(fields: GGUFFields, head_dim: int) -> dict[str, Any]:
             "original_max_position_embeddings": get("rope.scaling.original_context_length", get("context_length")),
             "beta_fast": get("rope.scaling.yarn_beta_fast", 32.0),
             "beta_slow": get("rope.scaling.yarn_beta_slow", 1.0),
+            "truncate": fields.architecture().truncates_yarn,
         }
     raise RefusedError(f"{fields.where!r} scales its rope by {kind!r}; those there are: none, linear, yarn")
 

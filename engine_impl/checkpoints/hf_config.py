@@ -7,6 +7,7 @@ from typing import Any
 from ..errors import RefusedError
 from ..models import registry
 from ..models.decoder import ModelConfig
+from .mistral_format import PARAMS, of_params
 
 
 def read_hf_config(path: Path) -> ModelConfig:
@@ -21,12 +22,15 @@ def read_hf_config(path: Path) -> ModelConfig:
 
 
 def config_path(path: Path) -> Path:
-    """The config.json that a path, or a folder, means."""
-    return path / "config.json" if path.is_dir() else path
+    """The config.json that a path, or a folder, means; the params.json of a folder that has only that."""
+    if not path.is_dir():
+        return path
+    has_params = (path / PARAMS).is_file() and not (path / "config.json").is_file()
+    return path / (PARAMS if has_params else "config.json")
 
 
 def read_fields(path: Path) -> dict[str, Any]:
-    """What the file says. Raises RefusedError when it cannot be read."""
+    """What the file says, in the terms of a config.json. Raises RefusedError when it cannot be read."""
     path = config_path(path)
     try:
         fields = json.loads(path.read_text())
@@ -38,4 +42,4 @@ def read_fields(path: Path) -> dict[str, Any]:
         raise RefusedError(f"{str(path)!r} is not JSON ({error}); fetch it anew") from error
     if not isinstance(fields, dict):
         raise RefusedError(f"{str(path)!r} is no JSON object; fetch it anew")
-    return fields
+    return of_params(fields, str(path)) if path.name == PARAMS else fields

@@ -9,7 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import RefusedError
+from .hf_config import config_path
+from .mistral_format import PARAMS, WEIGHTS
 from .safetensors import INDEX, weight_files
+from .tekken import TEKKEN
 
 CONFIG_FILES = ["config.json"]
 FILES = [
@@ -18,6 +21,9 @@ FILES = [
     "model*.safetensors",
 ]  # fmt: skip
 """What is fetched. Never a pickle."""
+
+MISTRAL_FILES = [PARAMS, TEKKEN, f"{WEIGHTS}*.safetensors", f"{WEIGHTS}.safetensors.index.json"]
+"""Of a model that comes without a config.json."""
 
 ADAPTER_FILES = ["adapter_config.json", "adapter_model.safetensors"]
 """Of an adapter."""
@@ -55,10 +61,13 @@ def adapter_folder(name: str) -> Path:
 
 
 def config_file(model: str) -> Path:
-    """The model's config.json alone, likewise."""
+    """The model's config.json alone, or its params.json, likewise."""
     folder = _cached(model, CONFIG_FILES)
-    folder = folder if folder is not None and (folder / "config.json").is_file() else _download(model, CONFIG_FILES)
-    return folder / "config.json"
+    if folder is None or not config_path(folder).is_file():
+        folder = _download(model, CONFIG_FILES)
+    if not config_path(folder).is_file():
+        folder = _download(model, [PARAMS])
+    return config_path(folder)
 
 
 def fetch(model: str) -> Path:
@@ -69,6 +78,8 @@ def fetch(model: str) -> Path:
     """
     folder = _download(model, FILES)
     if not (folder / "config.json").is_file():
+        folder = _download(model, MISTRAL_FILES)
+    if not config_path(folder).is_file():
         raise RefusedError(
             f"{model} came without a config.json: it is no model in transformers' form, or not whole; run `slipstream "
             f"fetch {model}` where there is a network"
@@ -101,7 +112,7 @@ def cached_models() -> list[CachedModel]:
 
 def _is_whole(folder: Path) -> bool:
     try:
-        return (folder / "config.json").is_file() and bool(weight_files(folder, ""))
+        return config_path(folder).is_file() and bool(weight_files(folder, ""))
     except RefusedError:
         return False
 

@@ -4,7 +4,7 @@ They are decoded to floats, matrix by matrix: weight = (code - zero) * scale, wh
 weight_codecs.py finds the same codes again. The formats are those that AutoAWQ, AutoGPTQ, GPTQModel and
 llm-compressor write.
 
-O outputs, I inputs, Q groups of inputs; a word is an int32 of eight 4-bit codes.
+O outputs, I inputs, Q groups of inputs; a word is an int32 of eight 4-bit codes, or of four 8-bit ones.
 """
 
 from collections.abc import Callable, Mapping
@@ -42,14 +42,15 @@ def read_awq(parts: Arrays) -> Codes:
     return Codes(codes(parts["qweight"]).T, codes(parts["qzeros"]).T, parts["scales"].T)
 
 
-def read_gptq(parts: Arrays) -> Codes:
-    """qweight i32 [I/8, O], qzeros i32 [Q, O/8], scales [Q, O]. Zeros are stored less one."""
-    return Codes(nibbles(parts["qweight"].T), nibbles(parts["qzeros"]).T + np.uint8(1), parts["scales"].T)
+def read_gptq(parts: Arrays, unpacked: Callable[[np.ndarray], np.ndarray], first_zero: int) -> Codes:
+    """qweight i32 [I/8, O], qzeros i32 [Q, O/8], scales [Q, O]; of 8 bits a quarter instead of an eighth.
 
-
-def read_gptq_v2(parts: Arrays) -> Codes:
-    """Likewise, zeros as they are."""
-    return Codes(nibbles(parts["qweight"].T), nibbles(parts["qzeros"]).T, parts["scales"].T)
+    Args:
+        unpacked: the codes of words.
+        first_zero: what a stored zero of 0 means.
+    """
+    zero_OQ = unpacked(parts["qzeros"]).T + np.uint8(first_zero)
+    return Codes(unpacked(parts["qweight"].T), zero_OQ, parts["scales"].T)
 
 
 def read_packed(parts: Arrays) -> Codes:
@@ -74,6 +75,11 @@ def nibbles(word_RW: np.ndarray) -> np.ndarray:
     """The codes 0..15 of words, lowest bits first: u8 [R, 8 W]."""
     byte = np.ascontiguousarray(word_RW, "<i4").view(np.uint8)
     return np.stack([byte & 15, byte >> 4], axis=-1).reshape(len(word_RW), -1)
+
+
+def bytes_of(word_RW: np.ndarray) -> np.ndarray:
+    """The codes 0..255 of words, lowest bits first: u8 [R, 4 W]."""
+    return np.ascontiguousarray(word_RW, "<i4").view(np.uint8)
 
 
 def decode(codes: Codes, group_I: np.ndarray | None = None) -> np.ndarray:
@@ -109,7 +115,11 @@ class Format:
 
     where: str
     """the config.json that says so"""
-    quantization: Quantization
+    stored: Quantization
+    is_kept: bool = True
+    """whether the engine has such codes; else they are widened to floats"""
+    kind: str = "int8 in groups"
+    """in the log, of what is widened"""
     marker: str
     """a tensor that every quantised module has, and no other"""
     codes: str
@@ -121,6 +131,11 @@ class Format:
     group_index: str | None = None
     """one that may be missing: i32 [I], the group of each input"""
     read: Callable[[Arrays], Codes]
+
+    @property
+    def quantization(self) -> Quantization | None:
+        """None: they count as floats."""
+        return self.stored if self.is_kept else None
 
     def matrices(self, shapes: Shapes, stored: Callable[[str], np.ndarray]) -> dict[str, Matrix]:
         """Every quantised weight that these tensors make, by its parameter's name. `stored` reads one of them.
@@ -135,7 +150,7 @@ class Format:
         if len(at) != 2:
             raise self._refused(f"needs a matrix {module}{self.codes} beside {module}{self.marker}")
         O, I = self.shape_of(*at)
-        group = self.quantization.group or I
+        group = self.stored.group or I
         needed = {module + part: shape for part, shape in self.parts_of(O, I, -(-I // group)).items()}
         if self.group_index is not None and module + self.group_index in shapes:
             needed[module + self.group_index] = (I,)
@@ -148,12 +163,12 @@ class Format:
     def floats(self, matrix: Matrix, arrays: Arrays) -> np.ndarray:
         """Float32 [O, I]. Raises RefusedError when groups are in an order that the config denies."""
         I = matrix.shape[1]
-        group = self.quantization.group or I
+        group = self.stored.group or I
         in_order_I = np.arange(I) // group
         group_I = arrays.get(self.group_index, in_order_I) if self.group_index else in_order_I
         if not np.array_equal(group_I, in_order_I):
             name = matrix.parts[self.group_index or ""]
-            if not self.quantization.act_order:
+            if not self.stored.act_order:
                 raise self._refused(f"says that groups lie in order, but {name} has another one")
             if group_I.min() < 0 or group_I.max() > in_order_I[-1]:
                 raise self._refused(f"has {in_order_I[-1] + 1} groups, but {name} names others")

@@ -2,19 +2,26 @@
 
 import re
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 from ..errors import RefusedError
 from ..models.fields import Fields
 from . import prequantized
 from .contract import Quantization
+from .mixed import Mixed
+from .mxfp4 import MXFP4
 from .prequantized import PER_WORD, Format
 from .widened import NF4, Float8
 
 REMEDY = "take a copy of the model that is not quantised, and give --quantize-weights int8 or int4"
 
 
-AnyFormat = Format | Float8 | NF4
+AnyFormat = Format | Float8 | NF4 | MXFP4 | Mixed
+OneOfMany = Format | Float8 | None
+"""What a part of a mixed checkpoint is in; None: it was left as it is."""
+LINEAR = "Linear"
+"""compressed-tensors: all linear modules that no name or pattern tells of."""
 
 
 def read_format(fields: Mapping[str, Any], where: str) -> AnyFormat | None:
@@ -39,10 +46,14 @@ class _Said(Fields):
 
     def __init__(self, fields: dict[str, Any], where: str) -> None:
         super().__init__(fields, where)
-        self.where = where
+        self.described, self.where = fields, where
 
     def refused(self, what: str) -> RefusedError:
         return RefusedError(f"{self.where!r} {what} (quantization_config); {REMEDY}")
+
+    def changed(self, fields: Mapping[str, Any]) -> "_Said":
+        """The same, but for these fields."""
+        return _Said({**self.described, **fields}, self.where)
 
     def group(self, value: Any) -> int | None:
         """Inputs that share a scale; None: all."""
@@ -65,7 +76,7 @@ def _awq(said: _Said) -> Format:
     floats = tuple(f".*{re.escape(part)}.*" for part in said.get("modules_to_not_convert", []))
     return Format(
         where=said.where,
-        quantization=Quantization("int4", said.group(said["group_size"]), floats=floats),
+        stored=Quantization("int4", said.group(said["group_size"]), floats=floats),
         marker="qweight",
         codes="qweight",
         shape_of=lambda rows, words: (words * PER_WORD, rows),
@@ -74,30 +85,48 @@ def _awq(said: _Said) -> Format:
     )
 
 
-def _gptq(said: _Said) -> Format:
-    said.only("bits", 4)
+def _gptq(said: _Said) -> Format | Mixed:
     version = "checkpoint_format" if said.get("checkpoint_format") else "format"  # older and newer tools
     said.only(version, "gptq", "gptq_v2")
     said.only("is_marlin_format", False)
+    first_zero = 0 if said.get(version) == "gptq_v2" else 1
     rules = said.get("dynamic", {})
-    if any(not rule.startswith("-:") for rule in rules):
-        raise said.refused("quantises some modules otherwise than the rest (dynamic)")
-    group = said.group(said["group_size"])
-    is_v2 = said.get(version) == "gptq_v2"
+    others = {rule: of_rule for rule, of_rule in rules.items() if not rule.startswith("-:")}
+    left = [_begins(rule.removeprefix("-:")) for rule in rules if rule not in others]
+    if not others:
+        return _gptq_format(said, first_zero, tuple(left))
+    formats = {
+        _begins(rule.removeprefix("-:").removeprefix("+:")): None
+        if rule not in others
+        else _gptq_format(said.changed(of_rule), first_zero)
+        for rule, of_rule in rules.items()
+    }
+    return Mixed(where=said.where, formats=formats | {".*": _gptq_format(said, first_zero)})
+
+
+def _gptq_format(said: _Said, first_zero: int, floats: tuple[str, ...] = ()) -> Format:
+    said.only("bits", 4, 8)
+    bits, group = said["bits"], said.group(said["group_size"])
+    per_word = 32 // bits
     return Format(
         where=said.where,
-        quantization=Quantization(
-            "int4",
+        stored=Quantization(
+            "int4" if bits == 4 else "int8",
             group,
             act_order=said.get("desc_act", False) and group is not None,
-            floats=tuple(f"(?:{rule.removeprefix('-:')}).*" for rule in rules),
+            floats=floats,
         ),
+        is_kept=bits == 4 or (group is None and said.get("sym", True)),  # else no scale of an output alone tells them
         marker="qweight",
         codes="qweight",
-        shape_of=lambda words, columns: (columns, words * PER_WORD),
-        parts_of=lambda O, I, Q: {"qweight": (I // PER_WORD, O), "qzeros": (Q, O // PER_WORD), "scales": (Q, O)},
+        shape_of=lambda words, columns: (columns, words * per_word),
+        parts_of=lambda O, I, Q: {"qweight": (I // per_word, O), "qzeros": (Q, O // per_word), "scales": (Q, O)},
         group_index="g_idx",
-        read=prequantized.read_gptq_v2 if is_v2 else prequantized.read_gptq,
+        read=partial(
+            prequantized.read_gptq,
+            unpacked=prequantized.nibbles if bits == 4 else prequantized.bytes_of,
+            first_zero=first_zero,
+        ),
     )
 
 
@@ -122,24 +151,45 @@ def _bitsandbytes(said: _Said) -> NF4:
     return NF4(where=said.where)
 
 
-def _compressed_tensors(said: _Said) -> Format | Float8:
-    said.only("format", "int-quantized", "naive-quantized", "pack-quantized", "float-quantized")
+def _mxfp4(said: _Said) -> MXFP4:
+    return MXFP4(where=said.where)
+
+
+def _compressed_tensors(said: _Said) -> Format | Float8 | Mixed:
     if said.get("kv_cache_scheme"):
         raise said.refused("asks for kv_cache_scheme")
     if said.get("sparsity_config", {}).get("format", "dense") != "dense":
         raise said.refused("asks for sparsity_config")
-    groups = list(said["config_groups"].values())
-    if any(group.get("weights") != groups[0].get("weights") for group in groups):
-        raise said.refused("quantises some modules otherwise than the rest (config_groups)")
-    weights = _Said(groups[0].get("weights") or {}, said.where)
-    fixed = any((group.get("input_activations") or {}).get("dynamic", True) is not True for group in groups)
-    if said["format"] == "float-quantized" or (said["format"] == "naive-quantized" and weights.get("type") == "float"):
-        return _float8(weights, fixed)
-    if fixed:
-        raise said.refused("asks for input_activations with fixed scales")
-    weights.only("type", "int")
+    groups = [_Said({"format": said["format"]} | group, said.where) for group in said["config_groups"].values()]
     floats = tuple(_pattern(name) for name in said.get("ignore", []))
-    return (_packed if said["format"] == "pack-quantized" else _int8)(weights, floats)
+    if all(group.get("weights") == groups[0].get("weights") for group in groups):
+        fixed = any(map(_has_fixed_activations, groups))
+        return _compressed_format(groups[0], fixed, floats)
+    formats: dict[str, OneOfMany] = dict.fromkeys(floats)
+    for group in groups:
+        of_group = _compressed_format(group, _has_fixed_activations(group))
+        formats |= {_pattern(target): of_group for target in group["targets"] if target != LINEAR}
+    for group in groups:
+        if LINEAR in group["targets"]:
+            formats[".*"] = _compressed_format(group, _has_fixed_activations(group))
+    return Mixed(where=said.where, formats=formats)
+
+
+def _has_fixed_activations(group: _Said) -> bool:
+    return group.get("input_activations", {}).get("dynamic", True) is not True
+
+
+def _compressed_format(group: _Said, fixed_activations: bool, floats: tuple[str, ...] = ()) -> Format | Float8:
+    group.only("format", "int-quantized", "naive-quantized", "pack-quantized", "float-quantized")
+    weights = _Said(group.get("weights", {}), group.where)
+    if group["format"] == "float-quantized" or (
+        group["format"] == "naive-quantized" and weights.get("type") == "float"
+    ):
+        return _float8(weights, fixed_activations)
+    if fixed_activations:
+        raise group.refused("asks for input_activations with fixed scales")
+    weights.only("type", "int")
+    return (_packed if group["format"] == "pack-quantized" else _int8)(weights, floats)
 
 
 def _float8(weights: _Said, fixed_activations: bool) -> Float8:
@@ -164,7 +214,7 @@ def _packed(weights: _Said, floats: tuple[str, ...]) -> Format:
 
     return Format(
         where=weights.where,
-        quantization=Quantization(
+        stored=Quantization(
             "int4", group, act_order=weights.get("actorder") == "group" and group is not None, floats=floats
         ),
         marker="weight_packed",
@@ -182,7 +232,7 @@ def _int8(weights: _Said, floats: tuple[str, ...]) -> Format:
     weights.only("symmetric", True)
     return Format(
         where=weights.where,
-        quantization=Quantization("int8", floats=floats),
+        stored=Quantization("int8", floats=floats),
         marker="weight_scale",
         codes="weight",
         shape_of=lambda rows, columns: (rows, columns),
@@ -191,9 +241,13 @@ def _int8(weights: _Said, floats: tuple[str, ...]) -> Format:
     )
 
 
-def _pattern(ignored: str) -> str:
+def _pattern(name: str) -> str:
     """compressed-tensors: a module's name, or `re:` and what it begins with."""
-    return f"(?:{ignored.removeprefix('re:')}).*" if ignored.startswith("re:") else re.escape(ignored)
+    return _begins(name.removeprefix("re:")) if name.startswith("re:") else re.escape(name)
+
+
+def _begins(pattern: str) -> str:
+    return f"(?:{pattern}).*"
 
 
 METHODS: dict[str, Callable[[_Said], AnyFormat]] = {
@@ -203,4 +257,5 @@ METHODS: dict[str, Callable[[_Said], AnyFormat]] = {
     "fp8": _fp8,
     "fbgemm_fp8": _fbgemm_fp8,
     "bitsandbytes": _bitsandbytes,
+    "mxfp4": _mxfp4,
 }

@@ -19,11 +19,14 @@ from safetensors import SafetensorError, safe_open
 
 from ..errors import RefusedError
 from ..models import registry
+from ..models.decoder import Part
 from ..text.tokenizer import Tokenizer
 from .contract import WEIGHT, Quantization
 from .damage import damage_told
 from .hf_config import config_path, read_fields, read_hf_config
+from .mistral_format import PARAMS, WEIGHTS, folder_error, own_name
 from .quantization_config import read_format
+from .sources import halves_from_pairs
 from .tokenizer_files import read_tokenizer
 
 log = logging.getLogger(__name__)
@@ -56,14 +59,25 @@ class Stored:
     file: Path
     offset: int
     """bytes from the file's start"""
-    shape: tuple[int, ...]
+    full_shape: tuple[int, ...]
     dtype: np.dtype
+    part: Part | None = None
+    """what is meant of it; None is all"""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self._of(np.broadcast_to(np.zeros((), bool), self.full_shape)).shape
 
     def read(self) -> np.ndarray:
         """A read-only memory map."""
-        if not math.prod(self.shape):
-            return np.zeros(self.shape, self.dtype)
-        return np.memmap(self.file, self.dtype, "r", self.offset, self.shape)
+        if not math.prod(self.full_shape):
+            return self._of(np.zeros(self.full_shape, self.dtype))
+        return self._of(np.memmap(self.file, self.dtype, "r", self.offset, self.full_shape))
+
+    def _of(self, whole: np.ndarray) -> np.ndarray:
+        if self.part is None:
+            return whole
+        return whole[self.part.index].T if self.part.transposed else whole[self.part.index]
 
 
 class SafetensorsCheckpoint:
@@ -84,13 +98,18 @@ class SafetensorsCheckpoint:
         self.config = read_hf_config(folder)
         self._format = read_format(read_fields(folder), str(config_path(folder)))
         family = registry.family_of(self.config)
+        self._is_mistrals = config_path(folder).name == PARAMS
         self._tensors: dict[str, Stored] = {}
         for file in weight_files(folder, self.name):
             for stored_name, tensor in header(file).items():
-                parameter = family.without_prefix(stored_name.replace(COMPILED, ""))
-                if parameter in self._tensors:
-                    raise RefusedError(f"{self.name} holds {stored_name} twice, again in {file.name}; fetch it anew")
-                self._tensors[parameter] = tensor
+                own = family.without_prefix(stored_name.replace(COMPILED, ""))
+                own = own_name(stored_name) if self._is_mistrals else own
+                for parameter, part in ({} if own is None else family.parts_of(own, tensor.full_shape)).items():
+                    if parameter in self._tensors:
+                        raise RefusedError(
+                            f"{self.name} holds {stored_name} twice, again in {file.name}; fetch it anew"
+                        )
+                    self._tensors[parameter] = replace(tensor, part=part)
         shapes = {name: tensor.shape for name, tensor in self._tensors.items()}
         self._matrices = {} if self._format is None else self._format.matrices(shapes, self._stored)
         parts = {part for matrix in self._matrices.values() for part in matrix.parts.values()}
@@ -102,7 +121,7 @@ class SafetensorsCheckpoint:
         if self._format is not None and self._format.quantization is None:
             log.info(
                 "%s has %d matrices of %s, which are widened to floats; --quantize-weights int8 takes a byte for each",
-                self.name, len(self._matrices), self._format.codes,
+                self.name, len(self._matrices), self._format.kind,
             )  # fmt: skip
 
     @property
@@ -120,7 +139,10 @@ class SafetensorsCheckpoint:
 
     def tensor(self, name: str) -> np.ndarray:
         """One tensor by its parameter's name: a read-only memory map of the file, in the file's type; of a quantised
-        matrix, float32."""
+        matrix, floats that hold its values."""
+        if self._is_mistrals and name.endswith(("q_proj.weight", "k_proj.weight")):
+            heads = self.config.num_heads if "q_proj" in name else self.config.num_kv_heads
+            return halves_from_pairs(self._stored(name), heads)
         if self._format is None or name not in self._matrices:
             return self._stored(name)
         matrix = self._matrices[name]
@@ -141,6 +163,12 @@ def weight_files(folder: Path, name: str) -> list[Path]:
     Raises RefusedError when there are none, or not all.
     """
     index = folder / INDEX
+    if config_path(folder).name == PARAMS:
+        index = folder / f"{WEIGHTS}.safetensors.index.json"
+        if (folder / f"{WEIGHTS}.safetensors").is_file():
+            return [folder / f"{WEIGHTS}.safetensors"]
+        if not index.is_file():
+            raise folder_error(name)
     if (folder / SINGLE).is_file():
         return [folder / SINGLE]
     if not index.is_file():

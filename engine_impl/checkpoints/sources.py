@@ -14,6 +14,13 @@ def taken(tensor: np.ndarray, source: str) -> np.ndarray:
     return tensor[source.start : source.stop] if isinstance(source, RowRange) else tensor
 
 
+def halves_from_pairs(weight: np.ndarray, heads: int) -> np.ndarray:
+    """Rows of q or k for a rope that turns neighbours (2i, 2i+1), as Llama's authors store them, for one that turns
+    halves (i, i + H/2)."""
+    pairs = weight.reshape(heads, weight.shape[0] // heads // 2, 2, *weight.shape[1:])
+    return pairs.swapaxes(1, 2).reshape(weight.shape)
+
+
 def repeat_heads(weight: np.ndarray, heads: int, wanted: int) -> np.ndarray:
     """Rows of k or v, each head `wanted / heads` times: with more devices than kv heads, a device's query heads find
     their kv head on the device."""

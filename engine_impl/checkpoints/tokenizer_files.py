@@ -19,6 +19,7 @@ from ..text.tokenizer import NoTokenizer, Tokenizer
 from .damage import damage_told, try_out
 from .merges import MERGES, VOCABULARY, read_merges
 from .pieces import backend_of, read_pieces
+from .tekken import BOS, EOS, TEKKEN, read_tekken
 
 WORKERS = Workers(1, seconds=45.0, memory_mib=4096)
 """Where tokenizers are read first."""
@@ -66,6 +67,9 @@ def tokenizer_of(folder: Path, where: str, vocab_size: int) -> Tokenizer:
     elif (folder / "tokenizer.model").is_file():
         pieces, own_ids = read_pieces(folder / "tokenizer.model")
         backend, prefix = backend_of(pieces, space_after_control=of_tokenizer.get("legacy") is True)
+    elif (folder / TEKKEN).is_file():
+        backend = read_tekken(folder / TEKKEN)
+        of_tokenizer = {"bos_token": BOS, "eos_token": EOS} | of_tokenizer
     elif (folder / VOCABULARY).is_file() and (folder / MERGES).is_file():
         backend = read_merges(folder, of_tokenizer.get("tokenizer_class"), _special_tokens(of_tokenizer))
         of_tokenizer = {"add_bos_token": False} | of_tokenizer

@@ -36,7 +36,7 @@ class Float8:
 
     quantization: None = None
     """They count as floats."""
-    codes: str = "fp8"
+    kind: str = "fp8"
     where: str
     """the config.json that says so"""
     strategy: Literal["tensor", "channel", "block"]
@@ -97,7 +97,7 @@ class NF4:
 
     quantization: None = None
     """They count as floats."""
-    codes: str = "NF4"
+    kind: str = "NF4"
     where: str
     """the config.json that says so"""
 

@@ -3,6 +3,7 @@
 Source of each: the `config.json` that its authors publish on the Hugging Face hub under the id given.
 """
 
+import math
 from typing import Any
 
 from ..errors import RefusedError
@@ -12,6 +13,7 @@ from ..models.gemma import GemmaConfig
 from ..models.gemma2 import Gemma2Config
 from ..models.gemma3 import Gemma3Config
 from ..models.glm4 import Glm4Config
+from ..models.gpt_oss import GptOssConfig
 from ..models.granite import GraniteConfig
 from ..models.llama import LlamaConfig
 from ..models.mistral import MistralConfig
@@ -21,7 +23,7 @@ from ..models.phi3 import Phi3Config
 from ..models.qwen2 import Qwen2Config
 from ..models.qwen3 import Qwen3Config
 from ..models.qwen3_moe import Qwen3MoEConfig
-from ..models.rope_scaling import llama3_rope_factors
+from ..models.rope_scaling import llama3_rope_factors, yarn_factors
 from ..models.smollm3 import SmolLM3Config
 from ..models.stablelm import StableLMConfig
 
@@ -51,6 +53,12 @@ _GEMMA_2 = {
 _GEMMA_3 = {
     **_GEMMA, "vocab_size": 262208, "context_length": 131072, "windows": (*(1024,) * 5, None), "logits_soft_cap": None,
     "query_pre_attn_scalar": 256, "rope_theta": 1000000.0, "local_rope_theta": 10000.0, "rope_factors": (8.0,) * 128,
+}  # fmt: skip
+
+_GPT_OSS = {
+    "head_dim": 64, "vocab_size": 201088, "context_length": 131072, "rope_theta": 150000.0, "attention_bias": True,
+    "rope_factors": yarn_factors(64, 150000.0, factor=32.0, trained_length=4096, truncate=False),
+    "rope_scale": 0.1 * math.log(32) + 1, "windows": (128, None), "experts_per_token": 4,
 }  # fmt: skip
 
 PRESETS: dict[str, ModelConfig] = {
@@ -117,6 +125,8 @@ PRESETS: dict[str, ModelConfig] = {
     "qwen3-30b-a3b": Qwen3MoEConfig(
         **_shape(48, 32, 4, 2048, 768, **_QWEN_3, num_experts=128, experts_per_token=8)
     ),  # Qwen/Qwen3-30B-A3B
+    "gpt-oss-20b": GptOssConfig(**_shape(24, 64, 8, 2880, 2880, **_GPT_OSS, num_experts=32)),  # openai/gpt-oss-20b
+    "gpt-oss-120b": GptOssConfig(**_shape(36, 64, 8, 2880, 2880, **_GPT_OSS, num_experts=128)),  # openai/gpt-oss-120b
     "smollm3-3b": SmolLM3Config(
         **_shape(
             36, 16, 4, 2048, 11008, vocab_size=128256, context_length=65536, rope_theta=5000000.0, rms_norm_eps=1e-6,

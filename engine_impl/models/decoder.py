@@ -1,15 +1,21 @@
 """What every model family offers to the layer loop."""
 
-from collections.abc import Callable
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Protocol, Self
 
 from torch import Tensor, nn
 
 from .fields import Fields
 
-Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""(q_RNH, k_RKH, v_RKH) -> out_RNH, softmax of q . k times H**-0.5"""
+
+class Attend(Protocol):
+    """Attention over what came before each row, and itself."""
+
+    def __call__(self, q_RNH: Tensor, k_RKH: Tensor, v_RKH: Tensor, sink_N: Tensor | None = None, /) -> Tensor:
+        """out_RNH, softmax of q . k times H**-0.5. `sink_N`: a score of each head that takes its share of the weights
+        and adds nothing."""
+        ...
 
 
 def split_name(name: str) -> tuple[str, str, str]:
@@ -54,6 +60,14 @@ class Transposed(str):
     """The name of a checkpoint's matrix that the model keeps as [in, out]."""
 
 
+@dataclass(frozen=True)
+class Part:
+    """Which part of a checkpoint's tensor goes by a name of its own."""
+
+    index: tuple[int | slice, ...]
+    transposed: bool
+
+
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     """The sizes that the engine needs; a family adds its own."""
@@ -96,8 +110,9 @@ class Decoder(nn.Module):
 
     config_type: ClassVar[type[ModelConfig]]
     """The family's own, by which `registry.build` finds it."""
-    shard_axis: ClassVar[dict[str, int]]
-    """Module name -> the axis of its weight [out, in] that the chips share; all else is replicated."""
+    shard_axis: ClassVar[dict[str, int | tuple[int, ...]]]
+    """Module name -> the axis of its weight [out, in] that the chips share, or several of which they share the first
+    that they divide; all else is replicated."""
     of_kv_heads: ClassVar[tuple[str, ...]] = ("k_proj", "v_proj")
     """Names of modules whose parameters have a part for each kv head along their first axis. With fewer kv heads than
     chips, these parts are repeated."""
@@ -139,6 +154,18 @@ class Decoder(nn.Module):
     def without_prefix(cls, name: str) -> str:
         """A tensor's name in a Hugging Face checkpoint as ours."""
         return name.removeprefix(next((prefix for prefix in cls.prefixes if name.startswith(prefix)), ""))
+
+    def shared_axis(self, module: str, shape: Sequence[int], chips: int) -> int | None:
+        """The axis of a module's parameter of this shape that so many chips share; None: each has a copy."""
+        axes = self.shard_axis.get(module, ())
+        axes = (axes,) if isinstance(axes, int) else axes
+        return next((axis for axis in axes if axis < len(shape) and shape[axis] % chips == 0), None)
+
+    @classmethod
+    def parts_of(cls, name: str, shape: tuple[int, ...]) -> Mapping[str, Part | None]:
+        """The names by which `sources` asks for a tensor of a Hugging Face folder, prefixes taken off: its own, or one
+        for each part of it; None is all of it."""
+        return {name: None}
 
     def sources(self, name: str) -> tuple[str, ...]:
         """The checkpoint's tensors that make up a parameter; several are stacked on a new leading axis; see also

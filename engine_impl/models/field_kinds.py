@@ -83,6 +83,8 @@ KINDS: Mapping[str, Kind] = {
     "query_pre_attn_scalar": number(),
     "attn_logit_softcapping": number(),
     "final_logit_softcapping": number(),
+    "swiglu_alpha": number(),
+    "swiglu_limit": number(),
     "tie_word_embeddings": FLAG,
     "use_sliding_window": FLAG,
     "model_type": TEXT,

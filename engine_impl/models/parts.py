@@ -3,7 +3,6 @@
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.overrides import handle_torch_function, has_torch_function
 
 
 class Linear(nn.Linear):
@@ -19,39 +18,27 @@ class Embedding(nn.Embedding):
 
 
 class ExpertLinear(nn.Module):
-    """A `Linear` without bias for each of E experts, weight [E, in, out], as TPUs multiply by groups."""
+    """A `Linear` for each of E experts, weight [E, in, out] and bias [E, out]."""
 
-    def __init__(self, experts: int, in_features: int, out_features: int) -> None:
+    def __init__(self, experts: int, in_features: int, out_features: int, *, bias: bool = False) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(experts, in_features, out_features))
+        self.bias = nn.Parameter(torch.empty(experts, out_features)) if bias else None
 
     def of_all(self, x_RI: Tensor) -> Tensor:
         """Every expert's answer to every row: [E, R, out]."""
-        return torch.einsum("ri,eio->ero", x_RI, self.weight)
+        out_ERO = torch.einsum("ri,eio->ero", x_RI, self.weight)
+        return out_ERO if self.bias is None else out_ERO + self.bias[:, None]
 
-    def summed(self, x_ERI: Tensor) -> Tensor:
-        """The sum of the experts' answers, each to its own rows: [R, out]."""
-        return torch.einsum("eri,eio->ro", x_ERI, self.weight)
+    def summed(self, x_ERI: Tensor, share_ER: Tensor) -> Tensor:
+        """The sum of the experts' answers, each to its own rows and times its share: [R, out]."""
+        out_RO = torch.einsum("eri,eio->ro", x_ERI * share_ER[..., None], self.weight)
+        return out_RO if self.bias is None else out_RO + share_ER.T @ self.bias
 
     def of_one(self, x_I: Tensor, expert: Tensor) -> Tensor:
         """One expert's answer to one row; `expert` is an integer scalar. Only that expert's weights are read."""
-        return x_I @ self.weight[expert]
-
-    def of_groups(self, x_RI: Tensor, count_E: Tensor) -> Tensor:
-        """Rows sorted by expert, `count` of them each: [R, out]."""
-        return grouped_matmul(x_RI, self.weight, count_E)
-
-
-def grouped_matmul(x_RI: Tensor, weight_EIO: Tensor, count_E: Tensor) -> Tensor:
-    """The first `count` rows times the first matrix, the next ones times the second, ...: [R, O].
-
-    The bridge has an implementation of its own for where sizes must be known beforehand.
-    """
-    arguments = x_RI, weight_EIO, count_E
-    if has_torch_function(arguments):
-        return handle_torch_function(grouped_matmul, arguments, *arguments)
-    groups = x_RI.split(count_E.tolist())
-    return torch.cat([rows @ weight for rows, weight in zip(groups, weight_EIO, strict=True)])
+        out_O = x_I @ self.weight[expert]
+        return out_O if self.bias is None else out_O + self.bias[expert]
 
 
 class RMSNorm(nn.Module):

@@ -6,8 +6,8 @@ from typing import Any, ClassVar
 from torch import nn
 
 from .decoder import Transposed, split_name
+from .experts import SHARED, MixtureConfig, MixtureOfExperts
 from .fields import Fields
-from .mixtral import MixtureConfig, MixtureOfExperts
 from .qwen3 import normed_attention
 from .transformer import Layer, Transformer, read_rope, read_shape
 
@@ -21,11 +21,11 @@ IN_CHECKPOINTS = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}
 
 
 class Qwen3MoE(Transformer):
-    """The experts' ffn is shared among the chips, each has a part of every expert."""
+    """The chips share the experts."""
 
     config_type: ClassVar = Qwen3MoEConfig
     config: Qwen3MoEConfig
-    shard_axis: ClassVar = {**Transformer.shard_axis, "w1": 2, "w3": 2, "w2": 1}
+    shard_axis: ClassVar = {**Transformer.shard_axis, **SHARED}
 
     def layer(self, config: Any) -> nn.Module:
         return Layer(config, normed_attention(config), MixtureOfExperts(config))

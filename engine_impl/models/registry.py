@@ -18,6 +18,7 @@ from .gemma import Gemma
 from .gemma2 import Gemma2
 from .gemma3 import Gemma3
 from .glm4 import Glm, Glm4
+from .gpt_oss import GptOss
 from .granite import Granite
 from .llama import Llama
 from .mistral import Mistral
@@ -43,6 +44,7 @@ FAMILIES: dict[str, type[Decoder]] = {
     "gemma3_text": Gemma3,
     "glm": Glm,
     "glm4": Glm4,
+    "gpt_oss": GptOss,
     "granite": Granite,
     "llama": Llama,
     "mistral": Mistral,
@@ -58,7 +60,6 @@ FAMILIES: dict[str, type[Decoder]] = {
 }
 
 NOT_THERE = {
-    "gpt_oss": "its attention has sinks, which the kernels do not have",
     "deepseek_v2": "its cache holds one compressed vector for a token instead of keys and values (MLA)",
     "deepseek_v3": "its cache holds one compressed vector for a token instead of keys and values (MLA)",
 }

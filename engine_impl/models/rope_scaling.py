@@ -123,25 +123,18 @@ def _llama3(rope: RopeFields) -> Scaling:
 
 
 def _yarn(rope: RopeFields) -> Scaling:
-    """YaRN (Peng et al., arXiv 2309.00071): fast frequencies are kept, slow ones divided, those between blended."""
     longest, trained = rope.fields["max_position_embeddings"], _trained_length(rope.fields, rope)
     factor = float(rope.get("factor", longest / trained))
-    theta, width = rope["rope_theta"], rope.width
-
-    def pair_that_turns(times: float) -> float:
-        return width * math.log(trained / (times * 2 * math.pi)) / (2 * math.log(theta))
-
-    first, last = pair_that_turns(rope.get("beta_fast") or 32), pair_that_turns(rope.get("beta_slow") or 1)
-    if rope.get("truncate", True):
-        first, last = math.floor(first), math.ceil(last)
-    first, last = max(first, 0), min(last, width - 1)
-    span = (last - first) or 0.001
-
-    def divisor(pair: int) -> float:
-        divided = min(max((pair - first) / span, 0.0), 1.0)
-        return 1 / (divided / factor + 1 - divided)
-
-    return Scaling(tuple(map(divisor, range(width // 2))), _yarn_scale(rope, factor))
+    turns = rope.get("beta_fast") or 32, rope.get("beta_slow") or 1
+    factors = yarn_factors(
+        rope.width,
+        rope["rope_theta"],
+        factor=factor,
+        trained_length=trained,
+        turns=turns,
+        truncate=rope.get("truncate", True),
+    )
+    return Scaling(factors, _yarn_scale(rope, factor))
 
 
 def _yarn_scale(rope: RopeFields, factor: float) -> float:
@@ -207,6 +200,38 @@ def context_length(fields: Fields) -> int:
         trained = fields.get("original_max_position_embeddings") or rope.get("original_max_position_embeddings")
         return max(longest, int(factor * (trained or longest)))
     return longest
+
+
+def yarn_factors(
+    width: int,
+    theta: float,
+    *,
+    factor: float,
+    trained_length: int,
+    turns: tuple[float, float] = (32, 1),
+    truncate: bool = True,
+) -> Factors:
+    """YaRN (Peng et al., arXiv 2309.00071): fast frequencies are kept, slow ones divided, those between blended.
+
+    Args:
+        turns: how often a frequency turns over the trained length (tokens) that is kept, and one that is divided.
+        truncate: the borders are moved to whole pairs.
+    """
+
+    def pair_that_turns(times: float) -> float:
+        return width * math.log(trained_length / (times * 2 * math.pi)) / (2 * math.log(theta))
+
+    first, last = map(pair_that_turns, turns)
+    if truncate:
+        first, last = math.floor(first), math.ceil(last)
+    first, last = max(first, 0), min(last, width - 1)
+    span = (last - first) or 0.001
+
+    def divisor(pair: int) -> float:
+        divided = min(max((pair - first) / span, 0.0), 1.0)
+        return 1 / (divided / factor + 1 - divided)
+
+    return tuple(map(divisor, range(width // 2)))
 
 
 def llama3_rope_factors(

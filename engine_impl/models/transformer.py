@@ -71,7 +71,7 @@ class Attention(nn.Module):
 
     def __init__(self, config: TransformerConfig, *, qkv_bias: bool = False, query_scale: float = 1.0) -> None:
         """`query_scale` is for families that do not scale scores by H**-0.5, as `attend` does. A family that
-        normalises its heads sets `q_norm` and `k_norm`."""
+        normalises its heads sets `q_norm` and `k_norm`, one whose softmax has sinks `sinks`."""
         super().__init__()
         self.head_dim, self.query_scale = config.head_dim, query_scale
         q_dim, kv_dim = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
@@ -82,12 +82,13 @@ class Attention(nn.Module):
         self.o_proj = Linear(q_dim, config.model_dim, bias=config.attention_bias)
         self.q_norm: nn.Module = nn.Identity()
         self.k_norm: nn.Module = nn.Identity()
+        self.sinks: nn.Parameter | None = None
 
     def forward(self, x_RD: Tensor, rope: tuple[Tensor, Tensor], attend: Attend) -> tuple[Tensor, Tensor, Tensor]:
         q_RNH = rotate(self.q_norm(self._heads(self.q_proj(x_RD))), rope) * self.query_scale
         k_RKH = rotate(self.k_norm(self._heads(self.k_proj(x_RD))), rope)
         v_RKH = self._heads(self.v_proj(x_RD))
-        return self.o_proj(attend(q_RNH, k_RKH, v_RKH).flatten(-2)), k_RKH, v_RKH
+        return self.o_proj(attend(q_RNH, k_RKH, v_RKH, self.sinks).flatten(-2)), k_RKH, v_RKH
 
     def _heads(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (-1, self.head_dim))

@@ -42,8 +42,8 @@ OF_OTHER_PROGRAMS = {
     "transformers.js_config", "is_llama_config", "unsloth_fixed", "unsloth_version", "use_parallel_embedding",
 }  # fmt: skip
 """The last is how the authors of Cohere spread an embedding over chips."""
-READ_ELSEWHERE = {"quantization_config", "original_max_position_embeddings"}
-"""By the checkpoint, and by ropes that have a trained length."""
+READ_ELSEWHERE = {"quantization_config", "original_max_position_embeddings", "initial_context_length"}
+"""By the checkpoint, and by ropes that have a trained length; the last says what gpt-oss' rope says."""
 
 HARMLESS = (
     OF_TRAINING | OF_TRANSFORMERS | OF_GENERATION | OF_TOKENIZERS | OF_IMAGES | OF_OTHER_PROGRAMS | READ_ELSEWHERE
@@ -73,6 +73,7 @@ SAYS_NOTHING_NEW: Mapping[str, Callable[[Any], bool]] = {
     **dict.fromkeys(("attn_logit_softcapping", "final_logit_softcapping", "query_pre_attn_scalar"), NEVER),
     **dict.fromkeys(("attention_multiplier", "clip_qkv", "rope_local_base_freq", "sliding_window_pattern"), NEVER),
     **dict.fromkeys(("num_experts", "num_local_experts", "num_experts_per_tok", "moe_intermediate_size"), NEVER),
+    **dict.fromkeys(("swiglu_alpha", "swiglu_limit"), NEVER),
     **dict.fromkeys(("sliding_window", "max_window_layers", "no_rope_layer_interval"), NEVER),
     "use_sliding_window": one_of(False),
     "layer_types": lambda types: set(types) <= {"full_attention"},
@@ -85,8 +86,11 @@ SAYS_NOTHING_NEW: Mapping[str, Callable[[Any], bool]] = {
 }
 """Fields that some family or its kin computes with, and whether a value asks for what all others do anyway."""
 
-SAME_AS = {"sliding_window_size": "sliding_window", "layer_switch": "sliding_window_pattern"}
-"""Other names that published configs give a field beside it: Gemma 2's and Cohere 2's."""
+SAME_AS = {
+    "sliding_window_size": "sliding_window", "layer_switch": "sliding_window_pattern",
+    "experts_per_token": "num_experts_per_tok",
+}  # fmt: skip
+"""Other names that published configs give a field beside it: Gemma 2's, Cohere 2's and gpt-oss'."""
 
 
 def check_unread(fields: Fields) -> list[str]:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ...kernels import AXIS, Backend, Blockwise, Split, blockwise_matmul
 from .. import bridge
-from ..models.parts import ExpertLinear, grouped_matmul
+from ..models.parts import ExpertLinear
 from .codecs import encode_int4, encode_int8, encode_int8_experts
 from .int8_matmul import Multiply, multiply_rounded, shared
 
@@ -102,11 +102,12 @@ class Int8Linear(EncodedModule):
 
 
 class Int8ExpertLinear(EncodedModule):
-    """A scale for each output of each expert; the face of `ExpertLinear`."""
+    """A scale for each output of each expert; the face of `ExpertLinear`, whose biases stay floats."""
 
     kind = "int8"
     code: Tensor
     scale: Tensor
+    bias: Tensor | None
 
     def __init__(self, replaced: ExpertLinear, axis: int | None, mesh: Mesh) -> None:
         E, I, O = replaced.weight.shape
@@ -119,22 +120,17 @@ class Int8ExpertLinear(EncodedModule):
 
     def of_all(self, x_RI: Tensor) -> Tensor:
         out_ERO = torch.einsum("ri,eio->ero", x_RI, self.code.to(x_RI.dtype))
-        return (out_ERO * self.scale[:, None]).to(x_RI.dtype)
+        out_ERO = (out_ERO * self.scale[:, None]).to(x_RI.dtype)
+        return out_ERO if self.bias is None else out_ERO + self.bias[:, None]
 
-    def summed(self, x_ERI: Tensor) -> Tensor:
-        out_ERO = torch.einsum("eri,eio->ero", x_ERI, self.code.to(x_ERI.dtype))
-        return (out_ERO * self.scale[:, None]).sum(0).to(x_ERI.dtype)
+    def summed(self, x_ERI: Tensor, share_ER: Tensor) -> Tensor:
+        out_ERO = torch.einsum("eri,eio->ero", x_ERI * share_ER[..., None], self.code.to(x_ERI.dtype))
+        out_RO = (out_ERO * self.scale[:, None]).sum(0).to(x_ERI.dtype)
+        return out_RO if self.bias is None else out_RO + share_ER.T @ self.bias
 
     def of_one(self, x_I: Tensor, expert: Tensor) -> Tensor:
-        return (x_I @ self.code[expert].to(x_I.dtype) * self.scale[expert]).to(x_I.dtype)
-
-    def of_groups(self, x_RI: Tensor, count_E: Tensor) -> Tensor:
-        """The grouped product takes floats only: of one layer's experts there is a float copy while it runs."""
-        out_RO = grouped_matmul(x_RI, self.code.to(x_RI.dtype), count_E)
-        first_E = count_E.cumsum(0) - count_E
-        row_R1 = torch.arange(len(x_RI), device=x_RI.device)[:, None]
-        expert_R = (row_R1 >= first_E).sum(1) - 1
-        return (out_RO * self.scale[expert_R]).to(x_RI.dtype)
+        out_O = (x_I @ self.code[expert].to(x_I.dtype) * self.scale[expert]).to(x_I.dtype)
+        return out_O if self.bias is None else out_O + self.bias[expert]
 
 
 class Int4Linear(EncodedModule):

@@ -119,7 +119,7 @@ def _encode(model: Decoder, config: EngineConfig, dtype: jnp.dtype, mesh: Mesh, 
         if name in excluded:
             continue
         parent, _, own = name.rpartition(".")
-        axis = model.shard_axis.get(own)
+        axis = model.shared_axis(own, module.weight.shape, mesh.size)
         swapped = Int8ExpertLinear(module, axis, mesh) if isinstance(module, ExpertLinear) else swap(module, axis)
         setattr(model.get_submodule(parent), own, swapped)
 

@@ -14,6 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental.layout import Layout, with_layout_constraint
 
+from ..placing import placed
+
 BITS = 32
 """Of a word."""
 
@@ -60,10 +62,10 @@ class Masks:
         """Of so many rows; `asked` are (row, its words, u32). It is on its way when this returns."""
         if not asked:
             if rows not in self._nothing:
-                self._nothing[rows] = jax.device_put(Mask.nothing(rows, self._vocab_size), self._sharding)
+                self._nothing[rows] = placed(Mask.nothing(rows, self._vocab_size), self._sharding)
             return self._nothing[rows]
         mask = Mask.nothing(rows, self._vocab_size)
         for row, word_W in asked:
             mask.is_asked_B[row] = True
             mask.word_BW[row, : len(word_W)] = word_W
-        return jax.device_put(mask, self._sharding)
+        return placed(mask, self._sharding)

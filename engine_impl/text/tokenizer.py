@@ -192,8 +192,8 @@ class NoTokenizer(Tokenizer):
 
     def _refusal(self) -> RefusedError:
         return RefusedError(
-            f"{self._where} has no tokenizer (tokenizer.json, tokenizer.model, or vocab.json with merges.txt); give "
-            "token ids instead"
+            f"{self._where} has no tokenizer (tokenizer.json, tokenizer.model, tekken.json, or vocab.json with "
+            "merges.txt); give token ids instead"
         )
 
 

@@ -39,7 +39,7 @@ def make_mesh(devices: Sequence[Any], num_heads: int, num_kv_heads: int, wanted:
 def parameter_spec(model: Decoder, name: str, shape: Sequence[int], mesh: Mesh) -> PartitionSpec:
     """How one parameter is split: along the axis that the model's `shard_axis` gives for its module, if the devices
     divide it; otherwise each device has a copy."""
-    axis = model.shard_axis.get(name.split(".")[-2])
-    if axis is None or axis >= len(shape) or shape[axis] % mesh.size:
+    axis = model.shared_axis(name.split(".")[-2], shape, mesh.size)
+    if axis is None:
         return PartitionSpec()
     return PartitionSpec(*[AXIS if i == axis else None for i in range(len(shape))])

@@ -37,6 +37,7 @@ def chunk_attention(
     scale_LPK2R: jax.Array | None = None,
     window: jax.Array | int | None = None,
     soft_cap: float | None = None,
+    sink_N: jax.Array | None = None,
     mesh: Mesh,
     backend: Backend,
 ) -> jax.Array:
@@ -61,6 +62,8 @@ def chunk_attention(
         window: how many tokens a query sees, itself included. A Python int or an i32 scalar, traced or not: layers
             under one scan may differ. What no query of a block sees is not computed. None is everything.
         soft_cap: scores become cap * tanh(score / cap), after scaling (arXiv:2408.00118). None: they do not.
+        sink_N: a learned score of each query head that has no key and no value: it takes part in the softmax, after
+            scale and cap, and adds nothing to the answer. Sharded as q's heads. None: there is none.
         mesh: heads are sharded on its axis "tensor".
         backend: see `Backend`.
 
@@ -85,6 +88,9 @@ def chunk_attention(
     if start_M.ndim != 1 or not start_M.size or T % start_M.size:
         raise ValueError(f"start_M must be [M], M a divisor of the {T=} rows, got {start_M.shape}")
     check_pages("page_MJ", page_MJ, texts=start_M.size, rows=R)
+    if sink_N is not None:
+        check_shape("sink_N", sink_N, (N,), "N")
+        sink_N = sink_N.astype(jnp.float32)
 
     if is_xla(backend):
         attention = chunk_attention_gpu if backend == "xla_gpu" else chunk_attention_reference
@@ -94,11 +100,11 @@ def chunk_attention(
     sharded = jax.shard_map(
         functools.partial(attention, soft_cap=soft_cap),
         mesh=mesh,
-        in_specs=(heads, heads, heads, pages, pages, P(), P(), P(), P()),
+        in_specs=(heads, heads, heads, pages, pages, P(), P(), P(), P(), P(AXIS)),
         out_specs=heads,
         check_vma=False,  # pallas_call's results carry no varying-axes type
     )
     layer = jnp.asarray(layer, jnp.int32)
     window = None if window is None else jnp.asarray(window, jnp.int32)
     start_M, page_MJ = start_M.astype(jnp.int32), page_MJ.astype(jnp.int32)
-    return sharded(q_TNH, k_TKH, v_TKH, cache_LPKRC, scale_LPK2R, layer, start_M, page_MJ, window)
+    return sharded(q_TNH, k_TKH, v_TKH, cache_LPKRC, scale_LPK2R, layer, start_M, page_MJ, window, sink_N)

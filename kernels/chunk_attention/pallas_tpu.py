@@ -38,6 +38,7 @@ def _kernel(
     table_ref,  # [M * J]
     q_ref,  # [k, X, Q]: query x is of token x // G
     own_rows_ref,  # [k, S, C]
+    sink_refs,  # [k, X, 1] f32; none where there are no sinks
     cache_refs,  # [k, R, C]; of an int8 cache also the scales, [k, 2, R] f32
     out_ref,  # [k, X, H]
     m_ref,  # [k, X, LANES] f32: largest score so far, in every lane
@@ -77,6 +78,14 @@ def _kernel(
         weight_XS = (p_XS if scale_1S is None else p_XS * scale_1S).astype(v_SC.dtype)
         return _lane_sums(p_XS), dot(weight_XS, v_SC, (((1,), (0,)), ((), ())))
 
+    def add_sink_to(k, sink_X1):
+        """Each lane takes its part, as they are summed at the end."""
+        m_XL = jnp.maximum(m_ref[k], sink_X1)
+        decay_XL = jnp.exp(m_ref[k] - m_XL)
+        m_ref[k] = m_XL
+        l_ref[k] = l_ref[k] * decay_XL + jnp.exp(sink_X1 - m_XL) * (1 / LANES)
+        acc_ref[k] = acc_ref[k] * _lanes(decay_XL, acc_ref.shape[2])
+
     @pl.when(step == 0)
     def start_from_diagonal():
         def seen(query_XS, key_XS):
@@ -88,6 +97,8 @@ def _kernel(
             score_XS = scores(k, k_SC, seen)
             m_ref[k] = row_max(score_XS)
             l_ref[k], acc_ref[k] = weigh(score_XS, m_ref[k], v_SC)
+            for sink_ref in sink_refs:
+                add_sink_to(k, sink_ref[k])
 
     def add(rows_ref, scale_ref, before, whole: bool):
         """Keys of which the first lies `before` tokens before the first query."""
@@ -150,6 +161,7 @@ def chunk_attention_tpu(
     start_M: jax.Array,
     page_MJ: jax.Array,
     window: jax.Array | None,
+    sink_N: jax.Array | None,
     *,
     soft_cap: float | None = None,
     interpret: pltpu.InterpretParams | bool = False,
@@ -198,12 +210,19 @@ def chunk_attention_tpu(
         cache = (*cache, in_hbm(scale_LPK2R))
         cache_specs = (*cache_specs, pl.BlockSpec((None, None, heads, 2, R), page_index))
 
+    sinks = () if sink_N is None else (jnp.tile(sink_N.reshape(K, G), (1, S))[..., None],)
+
     out_KXH = pl.pallas_call(
         functools.partial(_kernel, head_dim=H, soft_cap=soft_cap),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=6,
             grid=(K // heads, M * blocks, jnp.max(lists[0])),
-            in_specs=[pl.BlockSpec((heads, X, Q), query_index), pl.BlockSpec((heads, S, C), own_index), cache_specs],
+            in_specs=[
+                pl.BlockSpec((heads, X, Q), query_index),
+                pl.BlockSpec((heads, S, C), own_index),
+                tuple(pl.BlockSpec((heads, X, 1), lambda group, *ids: (group, 0, 0)) for _ in sinks),
+                cache_specs,
+            ],
             out_specs=pl.BlockSpec((heads, X, H), query_index),
             scratch_shapes=[
                 pltpu.VMEM((heads, X, LANES), jnp.float32),
@@ -216,7 +235,7 @@ def chunk_attention_tpu(
         cost_estimate=_cost(q_TNH, k_TKH, cache, M, J, Q),
         interpret=interpret,
         name=f"chunk_attention_{heads}x{H}_page{R}_block{S}",
-    )(layer_and_window, *lists, table, q_KXQ, rows_KTC, cache)
+    )(layer_and_window, *lists, table, q_KXQ, rows_KTC, sinks, cache)
     out_MTNH = out_KXH.reshape(K, M, padded, G, H).transpose(1, 2, 0, 3, 4).reshape(M, padded, N, H)
     return out_MTNH[:, :tokens].reshape(T, N, H)
 

@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from ..scores import cap_scores, exact_scale
+from ..scores import add_sink, cap_scores, exact_scale
 
 BLOCK = 128
 """Tokens of a chunk that are queries together, and keys together: their scores stay in a CPU's cache. N, K, H = 9, 3,
@@ -21,6 +21,7 @@ def chunk_attention_reference(
     start_M: jax.Array,
     page_MJ: jax.Array,
     window: jax.Array | None,
+    sink_N: jax.Array | None,
     *,
     soft_cap: float | None = None,
 ) -> jax.Array:
@@ -49,6 +50,7 @@ def chunk_attention_reference(
     k_IKSH, v_IKSH = in_blocks(k_TKH), in_blocks(v_TKH)
     # Below, X is a group's queries of one block, S the keys of a block or page.
     at_X = jnp.tile(jnp.arange(block), G)
+    sink_KX = None if sink_N is None else sink_N.reshape(K, G).repeat(block, axis=1)
 
     def attend_block(i, out_IKXH):
         text, own = i // blocks, i % blocks
@@ -100,7 +102,7 @@ def chunk_attention_reference(
         before_XS = at_X[:, None] - jnp.arange(block)[None, :]
         score_KXS = scores(k_IKSH[i], before_XS >= 0 if window is None else (before_XS >= 0) & (before_XS < window))
         m_KX = score_KXS.max(axis=-1)
-        carry = m_KX, *weigh(score_KXS, m_KX, v_IKSH[i])
+        carry = add_sink(m_KX, *weigh(score_KXS, m_KX, v_IKSH[i]), sink_KX)
         first = 0 if window is None else jnp.maximum(start + own * block - window + 1, 0)
         _, l_KX, acc_KXH = jax.lax.fori_loop(first // BLOCK, start // BLOCK + own, add_rows, carry)
         return out_IKXH.at[i].set((acc_KXH / l_KX[..., None]).astype(q_TNH.dtype))

@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from ..scores import cap_scores
+from ..scores import add_sink, cap_scores
 
 QUERIES = 256
 """Tokens of a chunk that are queries together over the chunk's own rows before them."""
@@ -21,6 +21,7 @@ def chunk_attention_gpu(
     start_M: jax.Array,
     page_MJ: jax.Array,
     window: jax.Array | None,
+    sink_N: jax.Array | None,
     *,
     soft_cap: float | None = None,
 ) -> jax.Array:
@@ -61,7 +62,8 @@ def chunk_attention_gpu(
         return m_MKGT, *weigh(score_MKGTS, m_MKGT, v_MKTH[:, :, :end])
 
     of_blocks = [attend_own(start) for start in range(0, tokens, QUERIES)]
-    own = tuple(jnp.concatenate(parts, axis=3) for parts in zip(*of_blocks, strict=True))
+    m_MKGT, l_MKGT, acc_MKGTH = (jnp.concatenate(parts, axis=3) for parts in zip(*of_blocks, strict=True))
+    own = add_sink(m_MKGT, l_MKGT, acc_MKGTH, None if sink_N is None else sink_N.reshape(K, G, 1))
 
     pages = max(1, min(BLOCK_ROWS // R, SCORE_BYTES // (4 * T * N * R), J))
     rows = pages * R

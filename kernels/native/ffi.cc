@@ -56,7 +56,8 @@ ffi::Error multiply(ffi::ThreadPool pool, ffi::Buffer<ffi::DataType::F32> x, ffi
 ffi::Error attend(ffi::ThreadPool pool, ffi::Buffer<ffi::DataType::F32> q, ffi::Buffer<ffi::DataType::F32> fresh,
                   ffi::AnyBuffer cache, ffi::Buffer<ffi::DataType::F32> scale, ffi::Buffer<ffi::DataType::S32> layer,
                   ffi::Buffer<ffi::DataType::S32> length, ffi::Buffer<ffi::DataType::S32> page,
-                  ffi::Buffer<ffi::DataType::S32> window, ffi::ResultBuffer<ffi::DataType::F32> out, float soft_cap) {
+                  ffi::Buffer<ffi::DataType::S32> window, ffi::Buffer<ffi::DataType::F32> sink,
+                  ffi::ResultBuffer<ffi::DataType::F32> out, float soft_cap) {
   const auto query = q.dimensions(), pages = cache.dimensions();
   const bool coded = cache.element_type() == ffi::DataType::S8;
   if (!coded && cache.element_type() != ffi::DataType::F32)
@@ -67,6 +68,7 @@ ffi::Error attend(ffi::ThreadPool pool, ffi::Buffer<ffi::DataType::F32> q, ffi::
       query[0], query[1], query[2], pages[2], query[3],
       pages[0], pages[1], pages[3], page.dimensions()[1],
       *layer.typed_data(), *window.typed_data(), soft_cap,
+      sink.element_count() ? sink.typed_data() : nullptr,
   };
   int64_t rows = 0;
   for (int64_t b = 0; b < of.slots; ++b) rows += of.length[b] + 1;
@@ -110,5 +112,6 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(slipstream_ragged_attention, slipstream::attend,
                                   .Arg<ffi::Buffer<ffi::DataType::S32>>()  // length_B
                                   .Arg<ffi::Buffer<ffi::DataType::S32>>()  // page_BJ
                                   .Arg<ffi::Buffer<ffi::DataType::S32>>()  // window, 0 is none
+                                  .Arg<ffi::Buffer<ffi::DataType::F32>>()  // sink_N, or empty
                                   .Ret<ffi::Buffer<ffi::DataType::F32>>()  // out_BWNH
                                   .Attr<float>("soft_cap"));

@@ -40,6 +40,7 @@ struct Attention {
   int32_t layer;
   int32_t window;  // tokens that a query sees, itself included; 0 is no window
   float soft_cap;  // 0 is none
+  const float* sink;  // [N], scores without keys and values, or null
 };
 
 // One level's kernels. Each computes a part of an op's result, which the parts share among threads.

@@ -126,6 +126,11 @@ static void start_from_own(const Attention& of, int64_t slot, int64_t kv_head, f
       m[x] = most, l[x] = l[x] * decay + weight;
       for (int64_t h = 0; h < H; ++h) acc[h] = acc[h] * decay + weight * own[H + h];
     }
+    if (of.sink) {
+      const float own = of.sink[kv_head * G + x % G], most = own > m[x] ? own : m[x], decay = std::exp(m[x] - most);
+      m[x] = most, l[x] = l[x] * decay + std::exp(own - most);
+      for (int64_t h = 0; h < H; ++h) acc[h] *= decay;
+    }
   }
 }
 

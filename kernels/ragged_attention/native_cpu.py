@@ -16,6 +16,7 @@ def ragged_attention_native(
     length_B: jax.Array,
     page_BJ: jax.Array,
     window: jax.Array | None,
+    sink_N: jax.Array | None,
     *,
     soft_cap: float | None = None,
 ) -> jax.Array:
@@ -26,6 +27,7 @@ def ragged_attention_native(
     """
     scale = jnp.zeros((0,), jnp.float32) if scale_LPK2R is None else scale_LPK2R
     seen = jnp.int32(0) if window is None else window
+    sink = jnp.zeros((0,), jnp.float32) if sink_N is None else sink_N
     out_BWNH = jax.ShapeDtypeStruct(q_BWNH.shape, jnp.float32)
-    operands = (q_BWNH, new_BWKC, cache_LPKRC, scale, layer, length_B, page_BJ, seen)
+    operands = (q_BWNH, new_BWKC, cache_LPKRC, scale, layer, length_B, page_BJ, seen, sink)
     return native.call("slipstream_ragged_attention", out_BWNH, *operands, soft_cap=np.float32(soft_cap or 0.0))

@@ -39,6 +39,7 @@ def ragged_attention(
     scale_LPK2R: jax.Array | None = None,
     window: jax.Array | int | None = None,
     soft_cap: float | None = None,
+    sink_N: jax.Array | None = None,
     mesh: Mesh,
     backend: Backend,
 ) -> jax.Array:
@@ -57,7 +58,8 @@ def ragged_attention(
             K. Rows at or past a slot's length are never used, whatever they hold, NaN included; nor their scales, nor
             pages that are in no table.
         layer: which layer to read, a Python int or an i32 scalar, traced or not.
-        length_B: i32, rows in use, 0 <= length <= J R. With 0 the first token gives exactly its v_new.
+        length_B: i32, rows in use, 0 <= length <= J R. With 0 the first token gives exactly its v_new, if there are
+            no sinks.
         page_BJ: i32, the pages of each slot, its first tokens' first. Entries behind the last row are not used. Slots
             may share pages.
         steps: `attention_steps` of these lengths and pages, and of this window. None lists them here, once a call.
@@ -67,6 +69,8 @@ def ragged_attention(
             scalar, traced or not: layers under one scan may differ, J R + W and above being everything. None is
             everything too, by a program that has no windows. Only the pages of the first token's window are read.
         soft_cap: scores become cap * tanh(score / cap), after scaling (arXiv:2408.00118). None: they do not.
+        sink_N: a learned score of each query head that has no key and no value: it takes part in the softmax, after
+            scale and cap, and adds nothing to the answer. Sharded as q's heads. None: there is none.
         mesh: heads are sharded on its axis "tensor".
         backend: see `Backend`.
 
@@ -91,6 +95,9 @@ def ragged_attention(
     check_shape("new_BWKC", new_BWKC, (B, W, K, C), "BWKC")
     check_shape("length_B", length_B, (B,), "B")
     check_pages("page_BJ", page_BJ, texts=B, rows=R)
+    if sink_N is not None:
+        check_shape("sink_N", sink_N, (N,), "N")
+        sink_N = sink_N.astype(jnp.float32)
 
     heads, length_B, page_BJ = P(None, None, AXIS), length_B.astype(jnp.int32), page_BJ.astype(jnp.int32)
     window = None if window is None else jnp.asarray(window, jnp.int32)
@@ -105,12 +112,12 @@ def ragged_attention(
     sharded = jax.shard_map(
         functools.partial(attention, soft_cap=soft_cap),
         mesh=mesh,
-        in_specs=(heads, heads, heads, heads, P(), P(), P(), P(), *(P() for _ in operands)),
+        in_specs=(heads, heads, heads, heads, P(), P(), P(), P(), P(AXIS), *(P() for _ in operands)),
         out_specs=heads,
         check_vma=False,  # pallas_call's results carry no varying-axes type
     )
     layer = jnp.asarray(layer, jnp.int32)
-    return sharded(q_BWNH, new_BWKC, cache_LPKRC, scale_LPK2R, layer, length_B, page_BJ, window, *operands)
+    return sharded(q_BWNH, new_BWKC, cache_LPKRC, scale_LPK2R, layer, length_B, page_BJ, window, sink_N, *operands)
 
 
 def attention_steps(

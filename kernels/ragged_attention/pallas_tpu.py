@@ -28,8 +28,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from ..lanes import LANES, split_row
-from ..scores import cap_scores, rows_seen
-from .own_rows import by_kv_head, by_token
+from ..scores import add_sink, cap_scores, rows_seen
+from .own_rows import by_kv_head, by_token, sinks_by_kv_head
 from .steps import Steps
 
 
@@ -42,6 +42,7 @@ def _kernel(
     page_ref,  # [cores * N]
     q_ref,  # [K, X, Q]
     new_ref,  # [K, C], or [K, W, C] of several tokens
+    sink_refs,  # [K, X, 1] f32; none where there are no sinks
     cache_refs,  # [K, R, C]; of an int8 cache also the scales, [K, 2, R] f32
     out_ref,  # [K, X, H]
     m_ref,  # [K, X, 1] f32: largest score so far
@@ -82,16 +83,15 @@ def _kernel(
         """Whether a row's query is of a token before that of its column."""
         return jax.lax.broadcasted_iota(jnp.int32, shape, 0) < token * G
 
-    @pl.when(is_live & is_first_page)
+    def start_from_own_token():
+        k_KC, v_KC = split_row(new_ref[...].astype(jnp.float32), head_dim)
+        for k in range(K):
+            score_G1 = jnp.sum(q_ref[k].astype(jnp.float32) * k_KC[k : k + 1], axis=-1, keepdims=True) * scale
+            m_ref[k] = capped(score_G1)
+            acc_ref[k] = jnp.broadcast_to(v_KC[k : k + 1], acc_ref.shape[1:])
+        l_ref[...] = jnp.ones_like(l_ref)
+
     def start_from_own_tokens():
-        if W == 1:
-            k_KC, v_KC = split_row(new_ref[...].astype(jnp.float32), head_dim)
-            for k in range(K):
-                score_G1 = jnp.sum(q_ref[k].astype(jnp.float32) * k_KC[k : k + 1], axis=-1, keepdims=True) * scale
-                m_ref[k] = capped(score_G1)
-                acc_ref[k] = jnp.broadcast_to(v_KC[k : k + 1], acc_ref.shape[1:])
-            l_ref[...] = jnp.ones_like(l_ref)
-            return
         for k in range(K):
             k_WC, v_WC = split_row(new_ref[k], head_dim)
             score_XW = capped(dot(q_ref[k], k_WC, (((1,), (1,)), ((), ()))) * scale)
@@ -104,6 +104,12 @@ def _kernel(
             p_XW = jnp.exp(score_XW - m_ref[k])
             l_ref[k] = jnp.sum(p_XW, axis=-1, keepdims=True)
             acc_ref[k] = dot(p_XW.astype(v_WC.dtype), v_WC, (((1,), (0,)), ((), ())))
+
+    @pl.when(is_live & is_first_page)
+    def start():
+        start_from_own_token() if W == 1 else start_from_own_tokens()
+        for sink_ref in sink_refs:
+            m_ref[...], l_ref[...], acc_ref[...] = add_sink(m_ref[...], l_ref[...], acc_ref[...], sink_ref[...])
 
     def is_seen(shape: tuple[int, ...], axis: int) -> jax.Array:
         """Rows along an axis that the first token sees."""
@@ -155,6 +161,7 @@ def ragged_attention_tpu(
     length_B: jax.Array,
     page_BJ: jax.Array,
     window: jax.Array | None,
+    sink_N: jax.Array | None,
     steps: Steps,
     *,
     soft_cap: float | None = None,
@@ -196,6 +203,8 @@ def ragged_attention_tpu(
         cache = (*cache, in_hbm(scale_LPK2R))
         cache_specs = (*cache_specs, pl.BlockSpec((None, None, K, 2, R), page_index))
 
+    sinks = () if sink_N is None else (sinks_by_kv_head(sink_N, K, W)[..., None],)
+
     out_BKXH = pl.pallas_call(
         functools.partial(_kernel, head_dim=H, tokens=W, max_steps=max_steps, soft_cap=soft_cap),
         grid_spec=pltpu.PrefetchScalarGridSpec(
@@ -204,6 +213,7 @@ def ragged_attention_tpu(
             in_specs=[
                 pl.BlockSpec((None, K, X, Q), slot_index),
                 pl.BlockSpec((None, *new_block), functools.partial(slot_index, axes=len(new_block))),
+                tuple(pl.BlockSpec((K, X, 1), lambda *ids: (0, 0, 0)) for _ in sinks),
                 cache_specs,
             ],
             out_specs=pl.BlockSpec((None, K, X, H), slot_index),
@@ -218,7 +228,7 @@ def ragged_attention_tpu(
         cost_estimate=_cost_of_full_slots(q_BWNH, new_BWKC, cache, page_BJ, Q),
         interpret=interpret,
         name=f"ragged_attention_{K}x{H}_page{R}{'' if W == 1 else f'_tokens{W}'}",
-    )(layer_and_window, length_B, *steps, q_BKXQ, new, cache)
+    )(layer_and_window, length_B, *steps, q_BKXQ, new, sinks, cache)
     return by_token(out_BKXH, W)
 
 

@@ -16,6 +16,7 @@ def ragged_attention_reference(
     length_B: jax.Array,
     page_BJ: jax.Array,
     window: jax.Array | None,
+    sink_N: jax.Array | None,
     *,
     soft_cap: float | None = None,
 ) -> jax.Array:
@@ -32,7 +33,7 @@ def ragged_attention_reference(
     q_BKXH = by_kv_head(q_BWNH.astype(jnp.float32) * H**-0.5, K)
     q_BKXC = jnp.pad(q_BKXH, ((0, 0), (0, 0), (0, 0), (0, C - H)))
     token_X = jnp.arange(W * N // K) // (N // K)
-    m_BKX, l_BKX, acc_BKXH = attend_own(q_BKXH, new_BWKC.swapaxes(1, 2).astype(jnp.float32), window, soft_cap)
+    m_BKX, l_BKX, acc_BKXH = attend_own(q_BKXH, new_BWKC.swapaxes(1, 2).astype(jnp.float32), window, soft_cap, sink_N)
     acc_BKXC = jnp.pad(acc_BKXH, ((0, 0), (0, 0), (0, 0), (C - H, 0)))
     first_B, end_B = rows_seen(length_B, window)
     first_B, end_B = jnp.broadcast_to(first_B, end_B.shape), jnp.minimum(end_B, J * R)

@@ -22,6 +22,7 @@ def ragged_attention_gpu(
     length_B: jax.Array,
     page_BJ: jax.Array,
     window: jax.Array | None,
+    sink_N: jax.Array | None,
     *,
     soft_cap: float | None = None,
 ) -> jax.Array:
@@ -43,7 +44,7 @@ def ragged_attention_gpu(
     layer = jax.lax.optimization_barrier(layer)
     pages_KRC = cache_LPKRC.reshape(L * pool, K, R, C)
     q_BKXH = by_kv_head(q_BWNH.astype(jnp.float32) * H**-0.5, K)
-    m_BKX, l_BKX, acc_BKXH = attend_own(q_BKXH, new_BWKC.swapaxes(1, 2).astype(jnp.float32), window, soft_cap)
+    m_BKX, l_BKX, acc_BKXH = attend_own(q_BKXH, new_BWKC.swapaxes(1, 2).astype(jnp.float32), window, soft_cap, sink_N)
     token_1X = (jnp.arange(X) // (X // W))[None, :]
     first_B, end_B = rows_seen(length_B, window)
     first_B, end_B = jnp.broadcast_to(first_B, end_B.shape), jnp.minimum(end_B, J * R)

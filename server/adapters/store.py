@@ -5,6 +5,7 @@ One event loop's: reading happens in a thread, one adapter at a time.
 
 import asyncio
 import logging
+import math
 import re
 import time
 from collections.abc import Callable, Collection, Iterator
@@ -41,9 +42,9 @@ class AdapterInfo:
 class AdapterStore:
     """`load()`, `unload()`, `get()`; `open()` it first."""
 
-    def __init__(self, folder: Path | None = None) -> None:
-        """`folder`: below it callers may load from. None: nowhere."""
-        self._folder = folder
+    def __init__(self, folder: Path | None = None, most: float = math.inf) -> None:
+        """`folder`: below it callers may load from. None: nowhere. `most`: that may be there at once (adapters)."""
+        self._folder, self._most = folder, most
         self._read: Callable[[str], Any] | None = None
         self._model_names: Collection[str] = ()
         self._adapters: dict[str, LoadedAdapter] = {}
@@ -110,8 +111,8 @@ class AdapterStore:
     async def load(self, name: str, path: str, *, anew: bool = False) -> LoadedAdapter:
         """Reads an adapter; one that is there already from this path is left as it is, unless `anew`.
 
-        Raises RefusedError for what cannot be read, and for a name that another one has; UnavailableError when the
-        store is closed first.
+        Raises RefusedError for what cannot be read, for a name that another one has, and beyond what may be there;
+        UnavailableError when the store is closed first.
         """
         if self._read is None or len(name) > LONGEST_NAME or not NAME.fullmatch(name) or name in self._model_names:
             raise RefusedError(
@@ -125,6 +126,11 @@ class AdapterStore:
         if task is None:
             if adapter is not None and not anew:
                 return adapter
+            if len(others := {*self.names} - {name}) >= self._most:
+                raise RefusedError(
+                    f"{len(others)} adapters are in the host's memory and max_host_adapters={self._most}; unload one, "
+                    "or serve with a larger --max-host-adapters"
+                )
             task = asyncio.create_task(self._loaded(name, path, self._read))
             task.add_done_callback(lambda task: task.cancelled() or task.exception())  # told to whoever waits
             self._loading[name] = path, task

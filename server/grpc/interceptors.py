@@ -8,7 +8,7 @@ import grpc
 from google.protobuf.message import DecodeError
 
 from ..errors import QueueFullError
-from ..net.security import AUTHORIZATION, UNKNOWN, Guard
+from ..net.security import AUTHORIZATION, FORWARDED, UNKNOWN, Guard
 
 OPEN_METHODS = ("/grpc.health.v1.Health/", "/jetstream_proto.Orchestrator/HealthCheck")
 """Path prefixes that need no token: whoever watches the server has none, and learns nothing but that it lives."""
@@ -44,7 +44,8 @@ class StreamLimit(grpc.aio.ServerInterceptor):
 
         async def limited(request: Any, context: grpc.aio.ServicerContext) -> None:
             try:
-                with self._guard.hold(authorizations(context.invocation_metadata()), ip_of(context.peer())):
+                brought = authorizations(context.invocation_metadata())
+                with self._guard.hold(brought, address_of(self._guard, context)):
                     await handler.unary_stream(request, context)
             except QueueFullError as error:
                 await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, str(error))
@@ -65,6 +66,12 @@ def interceptors(guard: Guard) -> list[grpc.aio.ServerInterceptor]:
 def authorizations(metadata: Any) -> Iterator[str]:
     """What the call brought as authorization."""
     return (value for key, value in metadata or () if key == AUTHORIZATION and isinstance(value, str))
+
+
+def address_of(guard: Guard, context: grpc.aio.ServicerContext) -> str:
+    """The client's."""
+    forwarded = [str(value) for key, value in context.invocation_metadata() or () if key == FORWARDED]
+    return guard.address(ip_of(context.peer()), forwarded[-1] if forwarded else None)
 
 
 def ip_of(peer: str) -> str:

@@ -25,7 +25,7 @@ from ..errors import (
 from ..gateway import LONG, MAX_REQUEST_ID, REQUEST_ID, RETRY_AFTER, Deliver, Gateway, Lane, check_id, new_id
 from ..net.security import Guard
 from ..request.request import Request
-from .interceptors import authorizations, ip_of
+from .interceptors import address_of, authorizations
 from .messages import DEFAULT, read_request, write_reply
 
 if TYPE_CHECKING:
@@ -97,7 +97,7 @@ class GrpcService:
             lane = Lane.of(len(data), is_chat=message.HasField("messages"))
         else:
             read, lane = partial(read_one, partial(parse, pb.DecodeRequest, data), *known), Lane.LONG
-        client = self._guard.client(brought, ip_of(context.peer()))
+        client = self._guard.client(brought, address_of(self._guard, context))
         async with self._gateway.admit(read, lane, client, partial(metadata_of, context)) as admitted:
             # Not before: a client's retry policy only applies to answers that are nothing but trailers.
             await context.send_initial_metadata(((REQUEST_ID, request_id),))
@@ -176,6 +176,5 @@ def add_to(server: grpc.aio.Server, service: GrpcService) -> None:
             service.HealthCheck, response_serializer=pb.HealthCheckResponse.SerializeToString
         ),
     }
-    server.add_generic_rpc_handlers(
-        [grpc.method_handlers_generic_handler(name, handlers) for name in (SERVICE, JETSTREAM_SERVICE)]
-    )
+    for name in (SERVICE, JETSTREAM_SERVICE):
+        server.add_generic_rpc_handlers([grpc.method_handlers_generic_handler(name, handlers)])

@@ -35,6 +35,11 @@ async def incoming(request: web.Request, kind: type[BodyT], reader: BodyReader, 
     return Incoming(await reader.read(kind, raw, encoding, lambda: Limits.of(gateway.engine)), len(raw))
 
 
+def too_slow() -> HttpError:
+    """Of a body that has not come within BODY_S."""
+    return HttpError(408, f"the body took longer than {BODY_S:g} s")
+
+
 def check_json(request: web.Request) -> None:
     """Raises HttpError for a body that is said to be something else."""
     if request.content_type != JSON:
@@ -48,6 +53,6 @@ async def read_body(request: web.Request) -> bytes:
         async with asyncio.timeout(BODY_S):
             return await request.read()
     except TimeoutError:
-        raise HttpError(408, f"the body took longer than {BODY_S:g} s") from None
+        raise too_slow() from None
     except RequestPayloadError as error:
         raise HttpError(400, f"the body cannot be read: {error}") from error

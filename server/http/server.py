@@ -18,7 +18,7 @@ from ..config import ServerConfig
 from ..gateway import REQUEST_ID, Gateway, Lane, check_id, new_id
 from ..net import tls
 from ..net.ports import Listener, address_of, listening, listening_at
-from ..net.security import AUTHORIZATION, UNKNOWN, Guard
+from ..net.security import AUTHORIZATION, FORWARDED, UNKNOWN, Guard
 from . import adapters
 from .anthropic.answer import MessagesAnswer
 from .anthropic.answer import error_body as anthropics_error
@@ -62,7 +62,7 @@ class HttpServer:
         """`is_ready` decides /health. Raises RefusedError for certificates that cannot be used."""
         self._gateway, self._guard, self._config, self._is_ready = gateway, guard, config, is_ready
         tls.context(config.security)  # to check it before the load
-        self._origins = Origins(config.security.allow_origin)
+        self._origins = Origins(config.security.allow_origin, config.hosts)
         self._reader = BodyReader(config.security.max_message_bytes)
         self._listener: Listener | None = None
         self._names: TokenNames | None = None
@@ -179,8 +179,9 @@ class HttpServer:
         read_in = await incoming(request, kind, self._reader, self._gateway)
         body, lane = read_in.body, Lane.of(read_in.size, is_chat=kind is not CompletionBody)
         self._models.check(self._gateway.engine, body.model)
-        client = self._guard.client(authorizations(request), request.remote or "")
-        held = self._guard.hold(authorizations(request), request.remote or "", body.num_prompts)
+        address = self._guard.address(request.remote or "", request.headers.get(FORWARDED))
+        client = self._guard.client(authorizations(request), address)
+        held = self._guard.hold(authorizations(request), address, body.num_prompts)
         token = self._guard.prefix_owner(authorizations(request))
 
         def read(engine: "Engine", deliver_to: Any):
@@ -226,9 +227,12 @@ def allowed(error: web.HTTPMethodNotAllowed) -> str:
 
 
 def error_response(error: HttpError, path: str) -> web.Response:
+    return web.json_response(error_body(error, path), status=error.status, headers=error.headers)
+
+
+def error_body(error: HttpError, path: str) -> dict[str, Any]:
     """In the form of whoever's path it is."""
-    body = anthropics_error(error) if path.startswith(MESSAGES) else error.body
-    return web.json_response(body, status=error.status, headers=error.headers)
+    return anthropics_error(error) if path.startswith(MESSAGES) else error.body
 
 
 def refuse(status: int, message: str) -> web.Response:

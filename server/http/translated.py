@@ -10,10 +10,11 @@ from pydantic import ValidationError
 from ..config import ChatConfig
 from ..delivery.mailbox import Batch
 from ..gateway import Deliver
-from ..request.request import Request
+from ..request.request import FinishReason, Request
+from .blocks import Block, Blocks
 from .bodies import ChatBody
 from .errors import BadFieldError, HttpError, bad_body
-from .pieces import Piece
+from .fields import Function, ToolDefinition
 from .readable import Readable
 from .token_names import TokenNames
 
@@ -68,7 +69,9 @@ class TranslatedBody(Readable):
         try:
             yield
         except BadFieldError as error:
-            raise BadFieldError(cls.names.get(error.field, error.field), str(error)) from error
+            own, told = cls.names.get(error.field, error.field), str(error)
+            told = own + told.removeprefix(error.field) if told.startswith(error.field) else told
+            raise BadFieldError(own, told) from error
 
 
 def as_chat(**fields: Any) -> ChatBody:
@@ -77,6 +80,17 @@ def as_chat(**fields: Any) -> ChatBody:
         return ChatBody.model_validate(fields)
     except ValidationError as error:
         raise bad_body(error) from error
+
+
+def function(name: str, description: str | None, parameters: str | None, strict: bool | None) -> ToolDefinition:
+    """A tool as a chat has it. `parameters`: a schema (JSON)."""
+    of = Function.model_construct(name=name, description=description, parameters=parameters, strict=strict)
+    return ToolDefinition.model_construct(type="function", function=of)
+
+
+def call(call_id: str, name: str, arguments: str) -> Json:
+    """The call of a tool, likewise. `arguments`: JSON."""
+    return {"id": call_id, "type": "function", "function": {"name": name, "arguments": arguments}}
 
 
 class TranslatedAnswer(ABC):
@@ -90,29 +104,57 @@ class TranslatedAnswer(ABC):
         self._body, self._id, self._model, self._names = body, request_id, model, names
         self._prompt_tokens = len(requests[0].prompt_ids)
         self._cached_tokens = self._answer_tokens = 0
-        self._piece = Piece()
-        self._has_begun = False
+        self._blocks = Blocks()
+        self._finish_reason: FinishReason | None = None
+        self._stopped_by: str | int | None = None
+        self._has_begun, self._shown = False, None  # of a stream, and the block that it is in
 
     def add(self, batch: Batch) -> None:
+        for _ in self._grown(batch):
+            pass
+
+    def frames(self, batch: Batch) -> bytes:
+        """What a stream brings for `batch`."""
+        grown = list(self._grown(batch))
+        if not (grown or self._finish_reason):
+            return b""
+        frames = [*self._begun()]
+        for block, more in grown:
+            frames += self._entered(block)
+            if more:
+                frames.append(self._delta(block, more))
+        return b"".join(frames)
+
+    def last_frames(self) -> bytes:
+        frames = [*self._begun(), *([] if self._shown else self._entered(self._blocks.all[0]))]
+        return b"".join([*frames, *self._left(), *self._closing()])
+
+    def _grown(self, batch: Batch) -> Iterator[tuple[Block, str]]:
         for _, event in batch:
-            self._piece.grow(event)
+            yield from self._blocks.grow(event)
+            if event.finish_reason is not None:
+                self._finish_reason, self._stopped_by = event.finish_reason, event.stopped_by
             if event.usage is not None:
                 self._cached_tokens = event.usage.cached_tokens
                 self._answer_tokens = event.usage.generated_tokens
 
-    def frames(self, batch: Batch) -> bytes:
-        """What a stream brings for `batch`."""
-        before = len(self._piece.text)
-        self.add(batch)
-        text = self._piece.text[before:]
-        if not (text or self._piece.finish_reason):
-            return b""
-        first = [] if self._has_begun else self._opening()
-        self._has_begun = True
-        return b"".join([*first, *([self._delta(text)] if text else [])])
+    def _begun(self) -> Iterable[bytes]:
+        first, self._has_begun = [] if self._has_begun else self._opening(), True
+        return first
 
-    def last_frames(self) -> bytes:
-        return b"".join(self._closing())
+    def _entered(self, block: Block) -> Iterator[bytes]:
+        if block is not self._shown:
+            yield from self._left()
+            self._shown = block
+            yield from self._begin(block)
+
+    def _left(self) -> Iterable[bytes]:
+        return [] if self._shown is None else self._end(self._shown)
+
+    @property
+    def _is_cut(self) -> bool:
+        """Whether the answer would have gone on."""
+        return self._finish_reason not in (FinishReason.STOP, FinishReason.TOOL_CALLS)
 
     @abstractmethod
     def error_frames(self, error: HttpError) -> bytes:
@@ -124,11 +166,17 @@ class TranslatedAnswer(ABC):
 
     @abstractmethod
     def _opening(self) -> Iterable[bytes]:
-        """Before the first text."""
+        """Before the first block."""
 
     @abstractmethod
-    def _delta(self, text: str) -> bytes: ...
+    def _begin(self, block: Block) -> Iterable[bytes]: ...
+
+    @abstractmethod
+    def _delta(self, block: Block, more: str) -> bytes: ...
+
+    @abstractmethod
+    def _end(self, block: Block) -> Iterable[bytes]: ...
 
     @abstractmethod
     def _closing(self) -> Iterable[bytes]:
-        """Behind the last text."""
+        """Behind the last block."""

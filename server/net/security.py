@@ -9,6 +9,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 
 from ...engine_impl.errors import RefusedError
+from ..address import is_local
 from ..config import SecurityConfig, ServerConfig
 from ..errors import FIRST_RETRY_S, DeniedError, QueueFullError
 
@@ -18,6 +19,8 @@ OTHERS = 0o007
 """The part of a file's mode that is everybody's."""
 
 AUTHORIZATION, BEARER = "authorization", "bearer"
+FORWARDED = "x-forwarded-for"
+"""Metadata or header in which proxies tell whom they ask for."""
 UNKNOWN = "send `authorization: Bearer TOKEN` with a known token"
 """Told to a client that brings none."""
 
@@ -131,7 +134,7 @@ class Guard:
         self._managers = None
         if config.admin_token_file is not None:
             self._managers = Tokens(config.admin_token_file, "admin_token_file")
-        self._is_local = is_local
+        self._is_local, self._behind_proxy = is_local, config.behind_proxy
         self.streams = None if config.max_streams_per_client is None else Streams(config.max_streams_per_client)
         self._isolates_prefixes = config.isolate_prefixes
 
@@ -161,6 +164,12 @@ class Guard:
         if self.streams is None:
             return nullcontext()
         return self.streams.hold(self.client(authorizations, address), count)
+
+    def address(self, peer: str, forwarded: str | None) -> str:
+        """The client's. `peer`: who is connected (an IP; empty for a Unix socket); `forwarded`: its x-forwarded-for."""
+        if not (self._behind_proxy and forwarded and (not peer or is_local(plain_ip(peer)))):
+            return peer
+        return forwarded.rpartition(",")[2].strip()
 
     def client(self, authorizations: Iterable[str], address: str) -> str:
         """A name for who asks: which token, or without tokens which network address."""
@@ -200,5 +209,5 @@ def warn_if_open(config: ServerConfig) -> None:
     security = config.security
     if security.auth_token_file is None and security.tls_client_ca is None:
         log.warning("%s: whoever reaches this port may ask; see --auth-token-file and --tls-client-ca", config.address)
-    if security.tls_cert is None:
+    if security.tls_cert is None and not config.listens_locally:
         log.warning("%s: requests and answers travel unencrypted; see --tls-cert", config.address)

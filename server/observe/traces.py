@@ -45,6 +45,11 @@ class Traces:
 
     def __init__(self, endpoint: str) -> None:
         """Raises RefusedError for an endpoint that is no URL, and without OpenTelemetry's packages."""
+        if "@" in endpoint:  # not shown: it is a secret
+            raise RefusedError(
+                "otlp_endpoint must be http://HOST:PORT without a user and a password, which gRPC would not send; "
+                "set OTEL_EXPORTER_OTLP_HEADERS to send some"
+            )
         if not re.fullmatch(r"https?://[^/\s]+/?", endpoint):
             raise RefusedError(f"otlp_endpoint={endpoint!r} must be http://HOST:PORT, or https://HOST:PORT with TLS")
         try:

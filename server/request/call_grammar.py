@@ -3,11 +3,12 @@
 import json
 import re
 from collections.abc import Callable, Collection, Sequence
+from dataclasses import replace
 from typing import Any
 
 from ...engine_impl.errors import RefusedError
 from ...engine_impl.text.chat import GEMMA, HERMES, LLAMA, MISTRAL, Tool
-from ..dialects import gemma, hermes, mistral
+from ..dialects import gemma, hermes, llama, mistral
 from ..dialects.syntax import AnswerSyntax
 from .grammar import Grammar, Schema, bounded_json, literal
 
@@ -21,6 +22,11 @@ CONTENT = "content"
 """What the grammar of an answer that calls nothing is named within another one."""
 
 TEXT = r"TEXT: /(.|\n)*/"
+OTHER = r"OTHER: /([^{ \t\n\r](.|\n)*)?/"
+"""A text that is no call where those are an object and nothing else."""
+
+ANY_OBJECT = '{"type": "object", "additionalProperties": true}'
+"""Parameters that hold arguments to nothing."""
 
 GEMMA_RULES = r"""
 object: "{" (pair ("," pair)*)? "}"
@@ -54,15 +60,22 @@ def after_thought(syntax: AnswerSyntax, content: Grammar, control_id: ControlId)
 
 
 def strict_if_called(
-    tools: Sequence[Tool], strict: Collection[str], syntax: AnswerSyntax, control_id: ControlId
+    tools: Sequence[Tool], strict: Collection[str], syntax: AnswerSyntax, most: int, control_id: ControlId
 ) -> Grammar | None:
     """Any text; a call in it is one of the tools', with arguments as the schema says if it is strict. None: where calls
     are written so that a text may be the beginning of one until its end, this is left to the model."""
-    if syntax.tool_format != HERMES or control_id(hermes.OPEN) is not None or control_id(hermes.CLOSE) is not None:
+    loose = [tool if tool.name in strict else replace(tool, parameters=ANY_OBJECT) for tool in tools]
+    opening = {HERMES: hermes.OPEN, MISTRAL: mistral.OPEN, LLAMA: llama.MARK}.get(syntax.tool_format or "")
+    if opening is None:
+        return None
+    if control_id(opening) is not None:  # no text can hold it
+        start = "start: thought (calls | OTHER)" if syntax.tool_format == LLAMA else "start: thought TEXT calls?"
+        return _made(start, [OTHER, *_call_rules(loose, syntax, most, control_id)], syntax, control_id)
+    if syntax.tool_format != HERMES or control_id(hermes.CLOSE) is not None:
         return None
     structures = []
-    for tool in tools:
-        schema = _schema(tool) if tool.name in strict else {"type": "object"}
+    for tool in loose:
+        schema = _schema(tool)
         begin = f'{hermes.OPEN}\n{{"name": {json.dumps(tool.name)}, "arguments": '
         structures.append((begin, schema, f"}}\n{hermes.CLOSE}"))
     return Grammar.of_structural_tag(structures, [hermes.OPEN])

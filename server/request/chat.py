@@ -116,7 +116,7 @@ def grammar_of(call: ChatCall, syntax: AnswerSyntax, most: int, control_id: Cont
             return may_call(tools, syntax, most, call.grammar, control_id)
         return after_thought(syntax, call.grammar, control_id)
     strict = call.strict & syntax.tools
-    return strict_if_called(tools, strict, syntax, control_id) if strict else None
+    return strict_if_called(tools, strict, syntax, most, control_id) if strict else None
 
 
 def begins_in_thought(chat: Chat, end: str, tags: tuple[str, str] | None) -> bool:

@@ -25,14 +25,15 @@ one last event.
 import logging
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
 from typing import Generic
 
 import numpy as np
 
 from ...engine_impl.api import Engine, ParamsT, PrefixT, StateT, StepResult
-from ...engine_impl.errors import PieceError, RefusedError
+from ...engine_impl.errors import AdaptersLostError, PieceError, RefusedError
 from ..delivery.delivery import Delivery
 from ..delivery.result import PendingResult
 from ..delivery.roster import Roster
@@ -69,8 +70,11 @@ class Loop(Generic[ParamsT, PrefixT, StateT]):
         metrics: Metrics | None,
         *,
         prefix_cache: bool = True,
+        in_turn: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> None:
+        """`in_turn`: what every turn is made within."""
         self._engine, self._params, self._queue, self._metrics = engine, params, queue, metrics
+        self._in_turn = in_turn
         self._stop_ids = sorted(engine.get_tokenizer().stop_ids)
         self._prefix_cache = prefix_cache
         self.live: set[Request] = set()
@@ -133,7 +137,8 @@ class Loop(Generic[ParamsT, PrefixT, StateT]):
             while not self.closing:
                 self._queue.wait(until=self._has_work)
                 try:
-                    self._turn()
+                    with self._in_turn():
+                        self._turn()
                 except DeadError:
                     raise
                 except Exception as error:
@@ -172,8 +177,8 @@ class Loop(Generic[ParamsT, PrefixT, StateT]):
         for sample in made:
             assert sample.constraint is not None
             if sample.constraint.error:
-                why = f"its grammar comes to no end: {sample.constraint.error}; send a simpler one"
-                self.delivery.end(sample.request, RefusedError(f"request {sample.request.id}: {why}"))
+                why = f"request {sample.request.id}: {sample.constraint.error}"
+                self.delivery.end(sample.request, RefusedError(why))
             elif sample.constraint.is_over:
                 self.delivery.end_sample(sample)
             else:
@@ -257,6 +262,8 @@ class Loop(Generic[ParamsT, PrefixT, StateT]):
     def _give_room(self, prompt: Prompt) -> None:
         try:
             prompt.adapter = self._brought(prompt.request.adapter)
+        except AdaptersLostError:  # others compute with those
+            raise
         except Exception as error:
             log.exception("the adapter of request %s could not be brought onto the devices", prompt.request.id)
             self._fail(prompt.request, error)
@@ -394,6 +401,9 @@ class Loop(Generic[ParamsT, PrefixT, StateT]):
             self._fail(request, error)
         self.probes.answer(UnavailableError(f"a step of the engine failed: {describe(error)}"))
         self._failures.step_failed(error)
+        if self._engine.max_adapters:  # what was being written is lost with the step
+            self._residents = Residents(self._engine.max_adapters)
+            self._params = self._engine.without_adapters(self._params)
         self._state = self._engine.init_decode_state()
 
     def _nothing_taken(self) -> tuple[Slots, Room]:

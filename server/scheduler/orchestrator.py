@@ -6,9 +6,11 @@ import threading
 import time
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
+from functools import partial
 from typing import Generic
 
 from ...engine_impl.api import Engine, ParamsT, PrefixT, StateT
+from ...engine_impl.runtime.watchdog import Watchdog
 from ..errors import DeadlineError, QueueFullError, UnavailableError
 from ..observe.metrics import Metrics
 from ..observe.routers import AdapterNames, RouterNames
@@ -23,6 +25,9 @@ log = logging.getLogger(__name__)
 
 CLOSE_S = 10.0
 """How long close() waits for a turn to end (seconds); the thread is a daemon and cannot hold the process."""
+
+LOST_S = 1.0
+"""Likewise, of an engine that is given up (seconds)."""
 
 DEADLINE_SLACK_S = 0.05
 """A cancel this close to the deadline is the deadline's doing (seconds): the caller's clock was started before ours."""
@@ -47,17 +52,24 @@ class Orchestrator(Generic[ParamsT, PrefixT, StateT]):
         metrics: Metrics | None = None,
         prefix_cache: bool = True,
         warm_up: bool = True,
+        step_timeout_s: float = 0.0,
         on_ready: Callable[[], object] = lambda: None,
         on_dead: Callable[[str], object] = lambda reason: None,
     ) -> None:
-        """`on_ready` and `on_dead(reason)` are called from the loop's thread."""
+        """`on_ready` is called from the loop's thread, `on_dead(reason)` from any, once.
+
+        `step_timeout_s`: a turn of the loop that takes longer gives the engine up; 0: none does.
+        """
         self._slots = engine.max_concurrent_decodes
         self._metrics, self._warm_up, self._on_ready, self._on_dead = metrics, warm_up, on_ready, on_dead
         self._queue = RequestQueue(
             max_queued, max_queued_tokens, slots=self._slots, free_slots=lambda: self._loop.slots_free
         )
-        self._loop = Loop(engine, params, self._queue, metrics, prefix_cache=prefix_cache)
+        self._watchdog = Watchdog(step_timeout_s, self.give_up)
+        in_turn = partial(self._watchdog.working, "a step")
+        self._loop = Loop(engine, params, self._queue, metrics, prefix_cache=prefix_cache, in_turn=in_turn)
         self._dead_reason: str | None = None
+        self._dying = threading.Lock()
         self._thread = threading.Thread(target=self._run, name="orchestrator", daemon=True)
         self._deadlines = threading.Thread(target=self._end_overdue_waiters, name="deadlines", daemon=True)
         if metrics is not None:
@@ -72,7 +84,7 @@ class Orchestrator(Generic[ParamsT, PrefixT, StateT]):
                     model=engine.model_name,
                     page_rows=engine.page_rows,
                     waiting=lambda: self.queue_depth,
-                    running=lambda: len(self._loop.live),
+                    running=lambda: self.in_work,
                     slots_used=lambda: self.slots_in_use / self._slots,
                     pages=self._loop.pages,
                 )
@@ -126,6 +138,21 @@ class Orchestrator(Generic[ParamsT, PrefixT, StateT]):
             raise UnavailableError(self._dead_reason or STOPPING)
         probes.wait(probe, timeout_s)
 
+    def give_up(self, reason: str) -> None:
+        """The engine is lost, and its thread may hang in it: requests get an UnavailableError. From any thread."""
+        with self._dying:
+            if self._dead_reason is not None:
+                return
+            self._dead_reason = f"the engine is given up: {reason}"
+        self._loop.closing = True
+        self._refuse_all(self._dead_reason)
+        self._on_dead(self._dead_reason)
+
+    @property
+    def hangs(self) -> bool:
+        """Whether the loop's thread is still there; asked after close()."""
+        return self._thread.is_alive()
+
     def refuse_new(self, reason: str) -> None:
         """submit() raises UnavailableError from now on."""
         self._queue.close(UnavailableError(reason))
@@ -134,8 +161,9 @@ class Orchestrator(Generic[ParamsT, PrefixT, StateT]):
         """Ends the loop after its turn; requests that are not done get an UnavailableError."""
         self._loop.closing = True
         self.refuse_new(STOPPING)
+        self._watchdog.close()
         if self._thread.is_alive():
-            self._thread.join(CLOSE_S)
+            self._thread.join(CLOSE_S if self._dead_reason is None else LOST_S)
         self._refuse_all(STOPPING)  # also when the device hangs, and the thread with it
         self._loop.delivery.close()
 
@@ -157,6 +185,11 @@ class Orchestrator(Generic[ParamsT, PrefixT, StateT]):
     def queue_depth(self) -> int:
         """Requests that wait for a slot."""
         return len(self._queue)
+
+    @property
+    def in_work(self) -> int:
+        """Requests that have left the queue and are not at their end, pre-empted ones too."""
+        return len(self._loop.live)
 
     @contextmanager
     def _refusals_counted(self) -> Generator[None, None, None]:
@@ -181,9 +214,7 @@ class Orchestrator(Generic[ParamsT, PrefixT, StateT]):
             self._loop.run()
         except Exception as error:
             log.exception("the engine is given up")
-            self._dead_reason = f"the engine is given up: {describe(error)}"
-            self._refuse_all(self._dead_reason)
-            self._on_dead(self._dead_reason)
+            self.give_up(describe(error))
         else:
             self._refuse_all(STOPPING)
 

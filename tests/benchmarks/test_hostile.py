@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 from slipstream.benchmarks import hostile
 from slipstream.benchmarks.hostile import Watched, row
+from slipstream.benchmarks.load.hostile_callers import Answers
 from slipstream.benchmarks.load.hostile_inputs import DECODE, INPUTS
 from slipstream.benchmarks.options.hostile import HostileOptions
 from slipstream.engine_impl.errors import RefusedError
@@ -26,8 +27,14 @@ def test_inputs_are_as_large_as_they_are_asked_to_be(name, size):
 
 
 def seen(**more: Any) -> Watched:
-    values: dict[str, Any] = {"health_ms": [1.0], "ttft_ms": [10.0], "chunks": 10, "memory_mib": [100.0]}
-    values |= {"seconds": 1.0, "answers_ms": [5.0], **more}
+    values: dict[str, Any] = {
+        "health_ms": [1.0],
+        "late_ms": [0.0],
+        "ttft_ms": [10.0],
+        "chunks": 10,
+        "memory_mib": [100.0],
+    }
+    values |= {"seconds": 1.0, "answers": Answers([5.0], {400}), **more}
     return Watched(**values)
 
 
@@ -35,7 +42,9 @@ def seen(**more: Any) -> Watched:
     ("more", "fault"),
     [
         ({}, None),
-        ({"health_ms": [1.0, 1001.0]}, "the worst health check (ms) 1001 exceeds 1000"),
+        ({"health_ms": [1.0] * 98 + [301.0] * 2}, "health checks' p99 (ms) 301 exceeds 300"),
+        ({"health_ms": [1.0] * 200 + [1001.0]}, "the worst health check (ms) 1001 exceeds 1000"),
+        ({"health_ms": [1.0] * 200 + [1001.0], "late_ms": [0.0] * 200 + [10.0]}, None),
         ({"ttft_ms": [511.0]}, "the growth of the time to first token (ms) 501 exceeds 500"),
         ({"chunks": 5}, "the stream's slowdown 2 exceeds 1.5"),
         ({"memory_mib": [301.0]}, "the growth of memory (MiB) 201 exceeds 200"),
@@ -49,7 +58,7 @@ def test_what_must_not_be_is_told(more, fault):
 def test_a_child_that_has_not_become_its_own_program_is_not_counted_again(monkeypatch):
     own, other = os.getpid(), os.getppid()
     monkeypatch.setattr(hostile, "_children", lambda pid: iter([own, other]))
-    monkeypatch.setattr(hostile, "_share_mib", {own: 700.0, other: 30.0}.__getitem__)
+    monkeypatch.setattr(hostile, "_own_mib", {own: 700.0, other: 30.0}.__getitem__)
     assert hostile.memory_mib(own) == 730.0
 
 

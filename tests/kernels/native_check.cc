@@ -173,7 +173,8 @@ void check_products() {
   for (int64_t block : {8, 64, 128}) check_product(Stored::kInt4, 30, 384, 40, block);
 }
 
-void check_attention(bool coded, int64_t W, int64_t K, int64_t G, int64_t H, int32_t window, float cap) {
+void check_attention(bool coded, int64_t W, int64_t K, int64_t G, int64_t H, int32_t window, float cap,
+                     bool sinks = false) {
   const int64_t R = 128, J = 3, L = 2, P = 10, N = K * G, layer = 1;
   const std::vector<int32_t> length = {0, 1, 127, 128, 129, 200, 384};
   const int64_t B = length.size();
@@ -181,7 +182,7 @@ void check_attention(bool coded, int64_t W, int64_t K, int64_t G, int64_t H, int
   std::vector<float> cache(coded ? 0 : L * P * K * R * 2 * H, NOT_A_NUMBER);
   std::vector<int8_t> cells = coded ? codes(L * P * K * R * 2 * H) : std::vector<int8_t>();
   std::vector<float> scale(coded ? L * P * K * 2 * R : 0, NOT_A_NUMBER);
-  const std::vector<float> q = normal(B * W * N * H), fresh = normal(B * W * K * 2 * H);
+  const std::vector<float> q = normal(B * W * N * H), fresh = normal(B * W * K * 2 * H), sink = normal(sinks ? N : 0);
   std::vector<float> out(B * W * N * H, NOT_A_NUMBER);
   int32_t next = 0;
   for (int64_t b = 0; b < B; ++b)
@@ -207,14 +208,14 @@ void check_attention(bool coded, int64_t W, int64_t K, int64_t G, int64_t H, int
   const void* stored = coded ? static_cast<const void*>(cells.data()) : static_cast<const void*>(cache.data());
   const Attention of{q.data(),      fresh.data(), stored, coded ? scale.data() : nullptr,
                      length.data(), page.data(),  out.data(), B, W, N, K, H, L, P, R, J,
-                     static_cast<int32_t>(layer), window, cap};
+                     static_cast<int32_t>(layer), window, cap, sinks ? sink.data() : nullptr};
   for (int64_t b = 0; b < B; ++b)
     for (int64_t k = 0; k < K; ++k) kernels().attend(of, b, k);
   double worst = 0;
   for (int64_t at = 0; at < B * W * N; ++at) {
     const int64_t b = at / N / W, w = at / N % W, n = at % N, from = first(b, w), last = length[b] + w;
     std::vector<double> score, sum(H, 0.0);
-    double most = -1e300, whole = 0;
+    double most = sinks ? sink[n] : -1e300, whole = 0;
     for (int64_t s = from; s <= last; ++s) {
       double dot = 0;
       for (int64_t h = 0; h < H; ++h) dot += q[at * H + h] * value(b, n / G, s, h);
@@ -222,6 +223,7 @@ void check_attention(bool coded, int64_t W, int64_t K, int64_t G, int64_t H, int
       score.push_back(cap > 0 ? cap * std::tanh(dot / cap) : dot);
       most = std::max(most, score.back());
     }
+    if (sinks) whole = std::exp(sink[n] - most);
     for (int64_t s = from; s <= last; ++s) {
       const double weight = std::exp(score[s - from] - most);
       whole += weight;
@@ -245,6 +247,9 @@ void check_attentions() {
   for (bool coded : {false, true})
     for (int64_t W : {1, 4})
       for (int32_t window : {1, 2, 3, 100, 128, 129, 1000}) check_attention(coded, W, 1, 3, 64, window, 5.0f);
+  for (bool coded : {false, true})
+    for (int64_t W : {1, 3})
+      for (int32_t window : {0, 1, 128}) check_attention(coded, W, 2, 4, 64, window, 0, true);
 }
 
 }  // namespace

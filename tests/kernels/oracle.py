@@ -12,16 +12,17 @@ TOLERANCE: dict[str, Any] = {
 }  # bf16: 2 units of 2**-8
 
 
-def attend_one(q_H, k_SH, v_SH, soft_cap=None):
-    """Softmax attention of one query over S keys."""
+def attend_one(q_H, k_SH, v_SH, soft_cap=None, sink=-np.inf):
+    """Softmax attention of one query over S keys; `sink` is a score more, of no value."""
     score_S = k_SH @ q_H / np.sqrt(len(q_H))
     if soft_cap is not None:
         score_S = soft_cap * np.tanh(score_S / soft_cap)
-    weight_S = np.exp(score_S - score_S.max())
-    return weight_S @ v_SH / weight_S.sum()
+    most = max(score_S.max(), sink)
+    weight_S = np.exp(score_S - most)
+    return weight_S @ v_SH / (weight_S.sum() + np.exp(sink - most))
 
 
-def ragged_attention(q_BWNH, new_BWKC, cache_LBKSC, layer, length_B, window=None, soft_cap=None):
+def ragged_attention(q_BWNH, new_BWKC, cache_LBKSC, layer, length_B, window=None, soft_cap=None, sink_N=None):
     """Decode attention; rows past a slot's length or before a token's window are not looked at."""
     q_BWNH, new_BWKC, cache_LBKSC = (np.asarray(x).astype(np.float64) for x in (q_BWNH, new_BWKC, cache_LBKSC))
     (_, W, N, H), K = q_BWNH.shape, new_BWKC.shape[2]
@@ -30,11 +31,12 @@ def ragged_attention(q_BWNH, new_BWKC, cache_LBKSC, layer, length_B, window=None
         for w, n in np.ndindex(W, N):
             kv, first = n // (N // K), 0 if window is None else max(0, length + w + 1 - window)
             rows_SC = np.concatenate([cache_LBKSC[layer, b, kv, :length], new_BWKC[b, : w + 1, kv]])[first:]
-            out_BWNH[b, w, n] = attend_one(q_BWNH[b, w, n], rows_SC[:, :H], rows_SC[:, H:], soft_cap)
+            sink = -np.inf if sink_N is None else sink_N[n]
+            out_BWNH[b, w, n] = attend_one(q_BWNH[b, w, n], rows_SC[:, :H], rows_SC[:, H:], soft_cap, sink)
     return out_BWNH
 
 
-def chunk_attention(q_TNH, k_SKH, v_SKH, window=None, soft_cap=None):
+def chunk_attention(q_TNH, k_SKH, v_SKH, window=None, soft_cap=None, sink_N=None):
     """Causal attention of a text's last T tokens over all S."""
     (T, N, H), (S, K, _) = q_TNH.shape, k_SKH.shape
     before_TS = (S - T + np.arange(T))[:, None] - np.arange(S)[None, :]  # how far a key lies back
@@ -46,8 +48,11 @@ def chunk_attention(q_TNH, k_SKH, v_SKH, window=None, soft_cap=None):
         if soft_cap is not None:
             score_TS = soft_cap * np.tanh(score_TS / soft_cap)
         score_TS = np.where(seen_TS, score_TS, -np.inf)
-        weight_TS = np.exp(score_TS - score_TS.max(axis=1, keepdims=True))
-        out_TNH[:, n] = weight_TS @ v_SKH[:, kv] / weight_TS.sum(axis=1, keepdims=True)
+        sink = -np.inf if sink_N is None else sink_N[n]
+        most_T1 = np.maximum(score_TS.max(axis=1, keepdims=True), sink)
+        weight_TS = np.exp(score_TS - most_T1)
+        whole_T1 = weight_TS.sum(axis=1, keepdims=True) + np.exp(sink - most_T1)
+        out_TNH[:, n] = weight_TS @ v_SKH[:, kv] / whole_T1
     return out_TNH
 
 

@@ -69,14 +69,14 @@ class Case:
             scale_LPK2R=self.scale_LPK2R, mesh=mesh, backend=backend, **options,
         )  # fmt: skip
 
-    def expected(self, soft_cap=None):
+    def expected(self, soft_cap=None, sink_N=None):
         q_TNH, k_TKH, v_TKH = (np.asarray(x).astype(np.float64) for x in (self.q_TNH, self.k_TKH, self.v_TKH))
         outs = []
         for m, start in enumerate(self.starts):
             own = slice(m * self.tokens, (m + 1) * self.tokens)
             k_SKH, v_SKH = np.split(self.rows_MKSC[m, :, :start].swapaxes(0, 1), 2, axis=-1)
             k_SKH, v_SKH = np.concatenate([k_SKH, k_TKH[own]]), np.concatenate([v_SKH, v_TKH[own]])
-            outs.append(oracle.chunk_attention(q_TNH[own], k_SKH, v_SKH, self.window, soft_cap))
+            outs.append(oracle.chunk_attention(q_TNH[own], k_SKH, v_SKH, self.window, soft_cap, sink_N))
         return np.concatenate(outs)
 
     def check(self, backend, mesh, soft_cap=None):

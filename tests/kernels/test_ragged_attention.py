@@ -400,7 +400,7 @@ def test_two_cores():
     assert steps.count.tolist() == [5, 4]
     cache_LPKRC = oracle.paged(cache_LBKSC, page_BJ, pool, R)
     attend = jax.jit(functools.partial(ragged_attention_tpu, interpret=interpret_params("pallas_interpret")))
-    at = (None, jnp.int32(LAYER), length_B, jnp.asarray(page_BJ), None)
+    at = (None, jnp.int32(LAYER), length_B, jnp.asarray(page_BJ), None, None)
     out_BWNH = attend(q_BWNH, new_BWKC, cache_LPKRC, *at, steps)
     oracle.assert_close(out_BWNH, oracle.ragged_attention(q_BWNH, new_BWKC, cache_LBKSC, LAYER, length_B))
 

@@ -1,8 +1,11 @@
 """What clients of /v1/messages get."""
 
+import json
 from collections.abc import Iterable
 from typing import Any
 
+from ...request.request import FinishReason
+from ..blocks import Block
 from ..errors import HttpError
 from ..events import event
 from ..translated import Json, TranslatedAnswer
@@ -26,7 +29,7 @@ class MessagesAnswer(TranslatedAnswer):
     _body: MessagesBody
 
     def whole(self) -> Json:
-        content = [{"type": "text", "text": self._piece.text}]
+        content = [told for block in self._blocks.all if (told := whole_block(block)) is not None]
         return self._message(content) | self._ending() | {"usage": self._usage()}
 
     def _message(self, content: list[Json]) -> Json:
@@ -43,11 +46,11 @@ class MessagesAnswer(TranslatedAnswer):
 
     def _ending(self) -> Json:
         """Why it ends, and the stop sequence, if that was met."""
-        if self._piece.finish_reason != "stop":
+        if self._is_cut:
             return {"stop_reason": "max_tokens", "stop_sequence": None}
-        if self._piece.stopped_by is None:
-            return {"stop_reason": "end_turn", "stop_sequence": None}
-        met = self._piece.stopped_by
+        if (met := self._stopped_by) is None:
+            calls = self._finish_reason is FinishReason.TOOL_CALLS
+            return {"stop_reason": "tool_use" if calls else "end_turn", "stop_sequence": None}
         return {"stop_reason": "stop_sequence", "stop_sequence": met if isinstance(met, str) else self._named(met)}
 
     def _named(self, stop_id: int) -> str:
@@ -56,13 +59,22 @@ class MessagesAnswer(TranslatedAnswer):
 
     def _opening(self) -> Iterable[bytes]:
         yield self._event("message_start", message=self._message([]) | {"usage": self._usage()})
-        yield self._event("content_block_start", index=0, content_block={"type": "text", "text": ""})
 
-    def _delta(self, text: str) -> bytes:
-        return self._event("content_block_delta", index=0, delta={"type": "text_delta", "text": text})
+    def _begin(self, block: Block) -> Iterable[bytes]:
+        begun = call_block(block, {}) if block.is_call else {"type": "text", "text": ""}
+        yield self._event("content_block_start", index=block.index, content_block=begun)
+
+    def _delta(self, block: Block, more: str) -> bytes:
+        if block.is_call:
+            delta = {"type": "input_json_delta", "partial_json": more}
+        else:
+            delta = {"type": "text_delta", "text": more}
+        return self._event("content_block_delta", index=block.index, delta=delta)
+
+    def _end(self, block: Block) -> Iterable[bytes]:
+        yield self._event("content_block_stop", index=block.index)
 
     def _closing(self) -> Iterable[bytes]:
-        yield self._event("content_block_stop", index=0)
         yield self._event("message_delta", delta=self._ending(), usage=self._usage())
         yield self._event("message_stop")
 
@@ -71,6 +83,20 @@ class MessagesAnswer(TranslatedAnswer):
 
     def _event(self, kind: str, **fields: Any) -> bytes:
         return event({"type": kind, **fields}, kind)
+
+
+def whole_block(block: Block) -> Json | None:
+    """None: a call that was cut off within its arguments, which are no object then."""
+    if not block.is_call:
+        return {"type": "text", "text": block.text}
+    try:
+        return call_block(block, json.loads(block.text))
+    except ValueError:
+        return None
+
+
+def call_block(block: Block, arguments: Json) -> Json:
+    return {"type": "tool_use", "id": block.id, "name": block.name, "input": arguments}
 
 
 def error_body(error: HttpError) -> Json:

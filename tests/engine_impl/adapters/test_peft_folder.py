@@ -9,11 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
+from slipstream.engine_impl.adapters import peft_config
 from slipstream.engine_impl.adapters.peft_folder import adapter_folder, read_adapter
 from slipstream.engine_impl.adapters.sites import DOWN, UP, sites_of
 from slipstream.engine_impl.adapters.stacks import AdapterPlaces
 from slipstream.engine_impl.errors import RefusedError
 from slipstream.engine_impl.models import registry
+from slipstream.engine_impl.runtime.workers import Workers
 from slipstream.engine_impl.weights.load import needed_shapes
 from slipstream.engine_impl.weights.sharding import make_mesh
 
@@ -74,6 +76,18 @@ def test_patterns_of_whole_names_are_those_of_the_trained_model(tmp_path):
     assert adapter.rank == 3
     assert (adapter.array[f"self_attn.q_proj.{UP}"][1] == 4).all()  # alpha / r
     assert not adapter.array[f"mlp.down_proj.{UP}"][0].any()
+
+
+def test_expressions_are_matched_aside(tmp_path, monkeypatch):
+    workers = Workers(1, seconds=0.3, memory_mib=64)
+    monkeypatch.setattr(peft_config, "WORKERS", workers)
+    adapter = read(written(tmp_path, target_modules=r".*\.(q|down)_proj"))
+    assert set(adapter.array) == {f"{path}.{part}" for path in SHAPES for part in (DOWN, UP)}
+    with pytest.raises(RefusedError, match=r"matching its patterns takes longer than 0.3 s; write them simpler"):
+        read(written(tmp_path, target_modules=r"(.*.*.*.*.*.*)*x"))
+    with pytest.raises(RefusedError, match=r"\(q_proj.* is no regular expression"):
+        read(written(tmp_path, rank_pattern={"(q_proj": 2}))
+    workers.close()
 
 
 def test_half_precision_is_read(tmp_path):

@@ -12,7 +12,7 @@ from slipstream.engine_impl.adapters.stacks import AdapterWeights
 from slipstream.engine_impl.api import Piece
 from slipstream.engine_impl.config import EngineConfig
 from slipstream.engine_impl.engine import Engine
-from slipstream.engine_impl.errors import RefusedError
+from slipstream.engine_impl.errors import AdaptersLostError, RefusedError
 from slipstream.engine_impl.models.llama import Llama
 from slipstream.engine_impl.session import Session
 from slipstream.engine_impl.weights.sharding import make_mesh
@@ -109,6 +109,39 @@ def test_adapters_come_and_go_without_a_compilation():
     places = engine.adapter_places
     assert places is not None
     assert places._put["unrolled"]._cache_size() == 1
+
+
+def test_a_write_that_fails_loses_those_that_were_there_and_says_so(monkeypatch):
+    engine, params = engine_of()
+    session, first = Session(engine, params), random_adapter(engine, 1)
+    base = logits(session, 0)
+    session.params = engine.put_adapter(session.params, 1, first)
+    with_first = logits(session, 1)
+    places = engine.adapter_places
+    assert places is not None
+
+    def fails(before_donation: bool):
+        def put(stacks, arrays, at):
+            if not before_donation:
+                for array in jax.tree.leaves(stacks):
+                    array.delete()
+            raise RuntimeError("out of memory")
+
+        return {"scan": put, "unrolled": put}
+
+    with monkeypatch.context() as patch:
+        patch.setitem(vars(places), "_put", fails(before_donation=True))
+        with pytest.raises(RuntimeError, match="out of memory"):
+            engine.put_adapter(session.params, 2, first)
+    np.testing.assert_array_equal(logits(session, 1), with_first)
+    with monkeypatch.context() as patch:
+        patch.setitem(vars(places), "_put", fails(before_donation=False))
+        with pytest.raises(AdaptersLostError, match="are lost"):
+            engine.put_adapter(session.params, 2, first)
+    session.params = engine.without_adapters(session.params)
+    np.testing.assert_array_equal(logits(session, 1), base)
+    session.params = engine.put_adapter(session.params, 1, first)
+    np.testing.assert_array_equal(logits(session, 1), with_first)
 
 
 @pytest.mark.slow

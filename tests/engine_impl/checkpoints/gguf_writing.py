@@ -13,6 +13,7 @@ ARCHITECTURES = {
     "gemma3_text": "gemma3",
     "qwen3_moe": "qwen3moe",
     "cohere": "command-r",
+    "gpt_oss": "gpt-oss",
 }
 """Model types that have another name in GGUF."""
 
@@ -40,6 +41,8 @@ def add_shape(writer, fields):
     if "num_local_experts" in fields:
         writer.add_expert_count(fields["num_local_experts"])
         writer.add_expert_used_count(fields["num_experts_per_tok"])
+    if fields["model_type"] == "gpt_oss":
+        writer.add_expert_feed_forward_length(fields["intermediate_size"])
     if "moe_intermediate_size" in fields:
         writer.add_expert_feed_forward_length(fields["moe_intermediate_size"])
     if "logits_scaling" in fields:
@@ -66,6 +69,21 @@ def stacked(tensors):
         name: of_number[None] if None in of_number else np.stack([of_number[e] for e in sorted(of_number)])
         for name, of_number in stacks.items()
     }
+
+
+def of_gpt_oss(tensors):
+    """Experts are stacked already: gate and up in turns become two, and matrices [out, in]."""
+    named = {}
+    for name, value in tensors.items():
+        if "experts" not in name:
+            named[f"{name}.weight" if name.endswith("sinks") else name] = value
+            continue
+        path, _, own = name.rpartition(".")
+        matrix, kind = own.removesuffix("_bias"), "bias" if own.endswith("_bias") else "weight"
+        value = value if kind == "bias" else value.swapaxes(1, 2)
+        parts = {"gate_proj": value[:, ::2], "up_proj": value[:, 1::2]} if "up" in matrix else {"down_proj": value}
+        named |= {f"{path}.{part}.{kind}": np.ascontiguousarray(array) for part, array in parts.items()}
+    return named
 
 
 def add_rope(writer, rope, head_dim):
@@ -115,7 +133,9 @@ def write_gguf(folder, path, *, extra=None, **tokenizer):
     add_byte_tokenizer(writer, vocab_size=fields["vocab_size"], **tokenizer)
     kinds: dict[str, gguf.MODEL_ARCH] = {name: kind for kind, name in gguf.MODEL_ARCH_NAMES.items()}
     names = gguf.get_tensor_name_map(kinds[architecture], fields["num_hidden_layers"])
-    for name, value in stacked(load_file(folder / "model.safetensors")).items():
+    tensors = load_file(folder / "model.safetensors")
+    tensors = of_gpt_oss(tensors) if model_type == "gpt_oss" else stacked(tensors)
+    for name, value in tensors.items():
         if fields["tie_word_embeddings"] and name == "lm_head.weight":
             continue
         writer.add_tensor(str(names.get_name(name, (".weight", ".bias"))), stored(name, value, fields, architecture))

@@ -6,24 +6,25 @@ AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 """Which of eight columns lies in a word's lowest bits, the next ones, ..."""
 
 
-def word(codes) -> np.int32:
-    """Eight codes 0..15, the first in the lowest bits."""
+def word(codes, bits=4) -> np.int32:
+    """Eight codes 0..15, or four 0..255, the first in the lowest bits."""
     value = 0
     for place, code in enumerate(codes):
-        assert 0 <= code <= 15
-        value |= int(code) << 4 * place
+        assert 0 <= code < 2**bits
+        value |= int(code) << bits * place
     return np.uint32(value).astype(np.int32)
 
 
-def along_rows(code, order=tuple(range(8))) -> np.ndarray:
-    """[R, C] -> [R, C/8]: neighbours in a row share a word."""
-    starts = range(0, code.shape[1], 8)
-    return np.array([[word(row[start + i] for i in order) for start in starts] for row in code])
+def along_rows(code, order=tuple(range(8)), bits=4) -> np.ndarray:
+    """[R, C] -> [R, C/8], or [R, C/4]: neighbours in a row share a word."""
+    count = 32 // bits
+    starts = range(0, code.shape[1], count)
+    return np.array([[word((row[start + i] for i in order[:count]), bits) for start in starts] for row in code])
 
 
-def along_columns(code) -> np.ndarray:
-    """[R, C] -> [R/8, C]."""
-    return np.ascontiguousarray(along_rows(code.T).T)
+def along_columns(code, bits=4) -> np.ndarray:
+    """[R, C] -> [R/8, C], or [R/4, C]."""
+    return np.ascontiguousarray(along_rows(code.T, bits=bits).T)
 
 
 def awq(code_OI, zero_OQ, scale_OQ):
@@ -34,10 +35,10 @@ def awq(code_OI, zero_OQ, scale_OQ):
     }
 
 
-def gptq(code_OI, zero_OQ, scale_OQ, stored_zero=lambda zero: zero - 1):
+def gptq(code_OI, zero_OQ, scale_OQ, stored_zero=lambda zero: zero - 1, bits=4):
     return {
-        "qweight": along_columns(code_OI.T),
-        "qzeros": along_rows(stored_zero(zero_OQ.T)),
+        "qweight": along_columns(code_OI.T, bits),
+        "qzeros": along_rows(stored_zero(zero_OQ.T), bits=bits),
         "scales": np.ascontiguousarray(scale_OQ.T),
     }
 

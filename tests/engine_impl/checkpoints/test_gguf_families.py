@@ -64,6 +64,13 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
             "norm_topk_prob": True,
         },
     ),
+    "gpt-oss": (
+        "GptOss",
+        {
+            "rope_parameters": YARN | {"truncate": False}, "num_local_experts": 6, "num_experts_per_tok": 2,
+            "sliding_window": 7,
+        },
+    ),
     "smollm3": ("SmolLM3", {"rope_parameters": YARN, "num_hidden_layers": 5}),
     "olmo2": ("Olmo2", {"rope_parameters": DEFAULT, "hidden_size": 128}),
     "granite": (
@@ -207,6 +214,7 @@ def test_files_that_do_not_add_up(tmp_path):
         (("<|end_of_text|>", "<|eot_id|>", "<|eom_id|>"), 256, {256, 257, 258}),
         (("<eos>", "<end_of_turn>"), 256, {256, 257}),
         (("<|endoftext|>", "<|end|>", "<|user|>"), 256, {256, 257}),
+        (("<|end|>", "<|return|>", "<|call|>"), 257, {257, 258}),
         (("<s>", "</s>"), 257, {257}),
     ],
 )

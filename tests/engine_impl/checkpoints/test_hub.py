@@ -1,5 +1,6 @@
 """The Hugging Face hub without a network: a fabricated cache, and the library's own errors."""
 
+import shutil
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,6 +16,7 @@ from slipstream.engine_impl.compiler.plan import shape_of
 from slipstream.engine_impl.errors import RefusedError
 
 from .folders import CONFIG, random_tensors, write_folder
+from .test_mistral_format import mistral_folder
 
 COMMIT = "c" * 40
 
@@ -101,6 +103,29 @@ def test_fetched_once_and_then_found(online):
     assert len(online["asked"]) == 1
     assert hub.fetch("org/tiny") == first.folder, "fetch looks for news"
     assert len(online["asked"]) == 2
+
+
+def test_mistrals_own_format_is_fetched_where_there_is_no_other(cache, tmp_path, monkeypatch):
+    """And is not, beside a config.json: many folders hold a model in both."""
+    theirs, _ = mistral_folder(tmp_path)
+    (theirs / "README.md").write_text("")
+    there = cache / "models--org--tiny" / "snapshots" / COMMIT
+    there.mkdir(parents=True)
+    asked = []
+
+    def snapshot_download(name, *, revision, allow_patterns, local_files_only=False):
+        if not local_files_only:
+            asked.append(allow_patterns)
+            for file in filter_repo_objects([path.name for path in theirs.iterdir()], allow_patterns=allow_patterns):
+                shutil.copy(theirs / file, there / file)
+        return str(there)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    assert opened("org/tiny").config == shape_of("org/tiny")
+    assert asked == [hub.FILES, hub.MISTRAL_FILES]
+    assert {path.name for path in there.iterdir()} == {"params.json", "consolidated.safetensors"}
+    assert opened("org/tiny").folder == there
+    assert len(asked) == 2, "what is there whole is not asked for"
 
 
 def test_pickles_are_not_even_fetched(online):

@@ -296,9 +296,9 @@ def test_what_the_user_says_counts_more():
 REFUSED = {
     "awq of 8 bits": (AWQ | {"bits": 8}, "asks for bits=8; those there are: 4"),
     "awq gemv": (AWQ | {"version": "gemv"}, "asks for version='gemv'"),
-    "gptq of 3 bits": (GPTQ | {"bits": 3}, "asks for bits=3; those there are: 4"),
+    "gptq of 3 bits": (GPTQ | {"bits": 3}, "asks for bits=3; those there are: 4, 8"),
     "gptq, marlin": (GPTQ | {"checkpoint_format": "marlin"}, "checkpoint_format='marlin'"),
-    "gptq, mixed": (GPTQ | {"dynamic": {"+:.*up_proj": {"bits": 8}}}, r"\(dynamic\)"),
+    "gptq, some of 2 bits": (GPTQ | {"dynamic": {"+:.*up_proj": {"bits": 2}}}, "asks for bits=2"),
     "gptq, a strange group": (GPTQ | {"group_size": 0}, "asks for group_size=0"),
     "another method": ({"quant_method": "hqq"}, "quantised by 'hqq'; .* awq, gptq, compressed-tensors, fp8"),
     "fp8 of another kind": ({"quant_method": "fp8", "fmt": "e5m2"}, "asks for fmt='e5m2'; those there are: e4m3"),
@@ -324,11 +324,12 @@ REFUSED = {
     "sparse": (
         compressed("int-quantized", INT8_WEIGHTS, sparsity_config={"format": "sparse-24-bitmask"}), "sparsity_config",
     ),
-    "mixed": (
+    "mixed, some of 4 bits that are not packed": (
         compressed("int-quantized", INT8_WEIGHTS, config_groups={
-            "a": {"weights": INT8_WEIGHTS}, "b": {"weights": INT8_WEIGHTS | {"num_bits": 4}},
+            "a": {"targets": ["Linear"], "weights": INT8_WEIGHTS},
+            "b": {"targets": ["re:.*up_proj"], "weights": INT8_WEIGHTS | {"num_bits": 4}},
         }),
-        r"\(config_groups\)",
+        "asks for num_bits=4",
     ),
 }  # fmt: skip
 

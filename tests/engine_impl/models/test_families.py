@@ -21,7 +21,7 @@ from slipstream.engine_impl.config import EngineConfig
 from slipstream.engine_impl.engine import Engine
 from slipstream.engine_impl.errors import RefusedError
 from slipstream.engine_impl.loading import load_engine
-from slipstream.engine_impl.models import mixtral, registry
+from slipstream.engine_impl.models import experts, mixtral, registry
 from slipstream.engine_impl.models.fields import Fields
 from slipstream.engine_impl.models.transformer import windows_of_layers
 from slipstream.engine_impl.models.unread import check_unread
@@ -87,6 +87,13 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
         "Qwen3Moe",
         {
             "rope_parameters": DEFAULT, "num_experts": 12, "num_experts_per_tok": 3, "moe_intermediate_size": 24,
+        },
+    ),
+    "gpt_oss": (
+        "GptOss",
+        {
+            "rope_parameters": OLMO3_ROPES["full_attention"] | {"truncate": False}, "num_local_experts": 8,
+            "num_experts_per_tok": 3, "sliding_window": 7, "swiglu_limit": 1.0,
         },
     ),
     "smollm3": ("SmolLM3", {"rope_parameters": DEFAULT, "num_hidden_layers": 3, "no_rope_layers": [1, 0, 1]}),
@@ -228,6 +235,10 @@ def reference_logits(model, token_ids):
         ("gemma3", {"rope_parameters": {kind: DEFAULT for kind in GEMMA3_ROPES}}),
         ("mixtral", {"num_experts_per_tok": 1}),
         ("qwen3_moe", {"norm_topk_prob": True}),
+        ("gpt_oss", {"sliding_window": 512}),
+        ("gpt_oss", {"num_experts_per_tok": 2}),
+        ("gpt_oss", {"swiglu_limit": 7.0}),
+        ("gpt_oss", {"swiglu_alpha": 1.0}),
         ("smollm3", {"no_rope_layers": [1, 1, 1]}),
         ("smollm3-windows", {"sliding_window": 512}),
         ("olmo3", {"rope_parameters": {kind: DEFAULT for kind in OLMO3_ROPES}}),
@@ -293,7 +304,8 @@ def test_both_forms_of_a_config_say_the_same(family):
         ("gemma3", {"use_bidirectional_attention": True}, "use_bidirectional_attention=True"),
         ("gemma3", {"rope_parameters": {"full_attention": DEFAULT}}, "rope_parameters without sliding_attention"),
         ("mixtral", {"model_type": "mixtrol"}, "family 'mixtrol'; the families there are: cohere, cohere2, gemma"),
-        ("llama", {"model_type": "gpt_oss"}, "'gpt_oss', which is not there: its attention has sinks"),
+        ("gpt_oss", {"hidden_act": "gelu"}, "hidden_act='gelu'; those there are: silu"),
+        ("gpt_oss", {"attention_bias": False}, "attention_bias=False; those there are: True"),
         ("llama", {"model_type": "deepseek_v3"}, r"'deepseek_v3', which is not there: its cache .*\(MLA\)"),
         ("qwen3_moe", {"mlp_only_layers": [0]}, r"mlp_only_layers=\[0\]"),
         ("qwen3_moe", {"decoder_sparse_step": 2}, "decoder_sparse_step=2"),
@@ -337,6 +349,10 @@ def test_every_field_that_transformers_has_is_read_or_does_nothing_here(family):
         ("cohere2", "sliding_window_pattern", 4),
         ("cohere2", "sliding_window", 4096),
         ("cohere2", "logit_scale", 0.0625),
+        ("gpt_oss", "sliding_window", 128),
+        ("gpt_oss", "attention_bias", True),
+        ("gpt_oss", "swiglu_limit", 7.0),
+        ("gpt_oss", "swiglu_alpha", 1.702),
         ("granite", "logits_scaling", 1.0),
     ],
 )
@@ -414,20 +430,17 @@ def test_a_name_is_taken_once():
         registry.register("llama")(registry.FAMILIES["qwen2"])
 
 
-def test_all_ways_through_the_experts_agree(monkeypatch):
-    """Sorted by expert, all through all, one by one: under the bridge, and in torch alone."""
+def test_both_ways_through_the_experts_agree():
+    """All rows through all of them, or a row through its own: under the bridge, and in torch alone."""
     mixtral_8x7b = PRESETS["mixtral-8x7b"]
     assert isinstance(mixtral_8x7b, mixtral.MixtralConfig)
     shape = replace(mixtral_8x7b, model_dim=16, ffn_dim=24)
-    experts = mixtral.MixtureOfExperts(shape)
-    weights = {name: 0.3 * torch.randn(p.shape) for name, p in experts.named_parameters()}
+    module = experts.MixtureOfExperts(shape, bias=True)
+    weights = {name: 0.3 * torch.randn(p.shape) for name, p in module.named_parameters()}
     x_RD = torch.randn(12, shape.model_dim)
-    answers = []
-    for many_rows in (1, 100):
-        monkeypatch.setattr(mixtral, "MANY_ROWS", many_rows)
-        arrays = {name: jnp.asarray(value.numpy()) for name, value in weights.items()}
-        answers.append(bridge.run(experts, arrays, jnp.asarray(x_RD.numpy())))
-        answers.append(torch.func.functional_call(experts, weights, x_RD).detach().numpy())
-    alone = [torch.func.functional_call(experts, weights, x_RD[i : i + 1]).detach().numpy()[0] for i in range(12)]
-    for answer in answers:
-        np.testing.assert_allclose(answer, alone, atol=1e-5)
+    arrays = {name: jnp.asarray(value.numpy()) for name, value in weights.items()}
+    alone = [torch.func.functional_call(module, weights, x_RD[i : i + 1]).detach().numpy()[0] for i in range(12)]
+    together = torch.func.functional_call(module, weights, x_RD).detach().numpy()
+    np.testing.assert_allclose(together, alone, atol=1e-5)
+    np.testing.assert_allclose(bridge.run(module, arrays, jnp.asarray(x_RD.numpy())), alone, atol=1e-5)
+    np.testing.assert_allclose(bridge.run(module, arrays, jnp.asarray(x_RD[:1].numpy())), alone[:1], atol=1e-5)

@@ -9,6 +9,7 @@ import aiohttp
 import grpc
 import pytest
 from openai import NotFoundError
+from slipstream.engine_impl.errors import AdaptersLostError
 from slipstream.protos import adapters_pb2 as pb
 from slipstream.server.config import AdaptersConfig, SecurityConfig
 
@@ -149,6 +150,29 @@ def test_an_adapter_that_does_not_come_fails_its_request_alone():
             assert error.code() is grpc.StatusCode.INTERNAL
             assert (await answer(channel, text_request("a")))[0] == "bcd"
             assert (await answer(channel, text_request("a", lora_adapter_id="one")))[0] == "ceg"
+
+    asyncio.run(scenario())
+
+
+def test_a_write_that_loses_the_adapters_fails_who_computes_and_no_one_later():
+    async def scenario():
+        engine, faults = engine_of(pace=threading.Semaphore(0)), [AdaptersLostError("they are lost")]
+
+        def on_call(call):
+            if call == "put_adapter 2" and faults:
+                raise faults.pop()
+
+        engine.on_call = on_call
+        async with served(engine) as (server, _, channel):
+            running = asyncio.create_task(failure(channel, text_request("a", lora_adapter_id="one", max_tokens=40)))
+            await until(lambda: server.orchestrator.slots_in_use == 1)
+            late = asyncio.create_task(failure(channel, text_request("a", lora_adapter_id="two")))
+            engine.pace.release(400)
+            errors = await asyncio.gather(running, late)
+            assert [error.code() for error in errors] == [grpc.StatusCode.INTERNAL] * 2
+            assert (await answer(channel, text_request("a", lora_adapter_id="two")))[0] == "dgj"
+            assert (await answer(channel, text_request("a", lora_adapter_id="one")))[0] == "ceg"
+            assert engine.log.count("without_adapters") == 1
 
     asyncio.run(scenario())
 

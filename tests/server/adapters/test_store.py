@@ -16,8 +16,8 @@ from tests.fakes import FakeAdapter
 WAIT_S = 10
 
 
-def store_of(read: Callable[[str], FakeAdapter] = FakeAdapter, folder=None):
-    store = AdapterStore(folder)
+def store_of(read: Callable[[str], FakeAdapter] = FakeAdapter, folder=None, most=64):
+    store = AdapterStore(folder, most)
     store.open(read, ["base"])
     return store
 
@@ -44,6 +44,26 @@ def test_an_adapter_is_there_until_it_is_unloaded():
             await store.get("a")
 
     run(scenario())
+
+
+def test_the_hosts_memory_takes_no_more_than_it_was_told():
+    async def scenario():
+        store = store_of(most=2)
+        for name in ("a", "b"):
+            await store.load(name, f"x-{name}")
+        with pytest.raises(RefusedError, match="2 adapters are in the host's memory and max_host_adapters=2; unload"):
+            await store.load("c", "x-c")
+        await store.load("b", "x-b")
+        await store.load("b", "x-other", anew=True)
+        store.unload("a")
+        await store.load("c", "x-c")
+
+    run(scenario())
+
+
+def test_those_at_the_start_have_room():
+    with pytest.raises(RefusedError, match="max_host_adapters=1 must be at least 2"):
+        AdaptersConfig(adapters=("a=x", "b=y"), max_host_adapters=1)
 
 
 def test_loaded_anew_it_is_another_one():

@@ -194,6 +194,12 @@ def test_too_many_large_bodies_are_told_to_come_again(monkeypatch):
         (JSON | {"origin": "http://evil.example"}, 403),
         (JSON | {"origin": "null"}, 403),
         (JSON | {"origin": "http://HOST"}, 200),
+        (JSON | {"origin": "http://localhost:1", "host": "localhost:1"}, 200),
+        (JSON | {"origin": "http://[::1]:1", "host": "[::1]:1"}, 200),
+        # A stranger's domain that he lets mean this machine.
+        (JSON | {"origin": "http://evil.example:1", "host": "evil.example:1"}, 403),
+        (JSON | {"origin": "http://[evil", "host": "[evil"}, 403),
+        (JSON | {"host": "evil.example:1"}, 200),  # no page, but a program behind a gateway
         (JSON | {"origin": "http://page.example:8080"}, 200),
         (JSON | {"origin": "http://page.example"}, 403),
         (JSON | {"origin": "http://page.example:8080.evil.example"}, 403),

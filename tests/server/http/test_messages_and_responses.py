@@ -102,7 +102,15 @@ def test_anthropics_errors(tmp_path):
             with pytest.raises(anthropic.AuthenticationError, match="authentication_error"):
                 await client.with_options(api_key="other").messages.create(**ASK)
             for more, message in (
-                ({"tools": [{"name": "x", "input_schema": {}}]}, "tools=.* is not supported"),
+                (
+                    {"tools": [{"name": "x", "type": "web_search_20250305"}]},
+                    r"tools\[0\].type='web_search.* is not supp",
+                ),
+                ({"tool_choice": {"type": "most"}}, "tool_choice.type='most' must be auto, any, none, or tool"),
+                ({"tool_choice": {"type": "any"}}, "tool_choice='required' needs tools"),
+                ({"output_config": {"effort": "low"}}, "output_config.effort='low' is not supported"),
+                ({"output_config": {"format": {"type": "x"}}}, "output_config.format.type='x' must be json_schema"),
+                ({"messages": [{"role": "user", "content": [{"type": "tool_result"}]}]}, "tool_use_id is missing"),
                 ({"thinking": {"type": "enabled", "budget_tokens": 1024}}, "thinking=.* is not supported"),
                 ({"messages": []}, "messages is empty"),
                 ({"messages": [*HI, {"role": "assistant", "content": "b"}]}, "assistant's turn; none is continued"),
@@ -190,7 +198,14 @@ def test_instructions_and_items_reach_the_template():
     [
         ({"previous_response_id": "resp_1"}, "previous_response_id='resp_1' is not supported"),
         ({"background": True}, "background=True is not supported"),
-        ({"text": {"format": {"type": "json_object"}}}, "text=.* is not supported"),
+        ({"text": {"format": {"type": "xml"}}}, "text.format.type='xml' must be"),
+        ({"text": {"format": {"type": "json_schema", "name": "x"}}}, "text.format.schema is missing"),
+        ({"text": {"verbosity": "low"}}, "text.verbosity='low' is not supported"),
+        ({"tools": [{"type": "web_search"}]}, r"tools\[0\].type='web_search' is not supported"),
+        ({"tools": [{"type": "function"}]}, r"tools\[0\].name is missing"),
+        ({"tool_choice": "most"}, "tool_choice='most' must be one of"),
+        ({"tool_choice": {"type": "web_search"}}, "tool_choice"),
+        ({"input": [{"type": "function_call", "name": "x", "arguments": "{}"}]}, r"input\[0\].call_id is missing"),
         ({"input": []}, "is empty"),
         ({"input": HI * 10_000, "instructions": "S"}, "has 10001 entries and may have 10000"),
         ({"input": [{"type": "item_reference", "id": "x"}]}, r"input\[0\].type='item_reference' is not supported"),

@@ -10,13 +10,16 @@ from slipstream.engine_impl.errors import RefusedError
 from slipstream.protos import orchestrator_pb2 as pb
 from slipstream.protos.orchestrator_pb2_grpc import OrchestratorStub
 from slipstream.server.address import Address
-from slipstream.server.config import ServerConfig
+from slipstream.server.config import SecurityConfig, ServerConfig
 from slipstream.server.net.ports import listening
+from slipstream.server.net.security import FORWARDED
 
+from tests.fakes import FakeEngine
 from tests.server.calls import WAIT_S
 from tests.server.http.serving import serving
 
 REQUEST = pb.DecodeRequest(text_content=pb.DecodeRequest.TextContent(text="a"), max_tokens=3)
+LONG = pb.DecodeRequest(token_content=pb.DecodeRequest.TokenContent(token_ids=[1]), max_tokens=100)
 
 
 async def over_grpc(target):
@@ -47,6 +50,38 @@ def test_unix_sockets_of_both_fronts(tmp_path):
         async with serving(http_port=None, http_listen=(f"unix:{at_http}",)) as (server, _):
             assert server.http_address == f"unix:{at_http}"
             assert await over_http("http://localhost", aiohttp.UnixConnector(str(at_http))) == "bcd"
+
+    asyncio.run(scenario())
+
+
+def test_behind_a_proxy_clients_are_those_whom_it_names(tmp_path):
+    """Over both fronts; each may have one answer under way."""
+    at_grpc, at_http = tmp_path / "grpc", tmp_path / "http"
+    security = SecurityConfig(behind_proxy=True, max_streams_per_client=1)
+
+    async def scenario():
+        async with (
+            serving(FakeEngine(step_s=0.01), grace_s=0, listen=(f"unix:{at_grpc}",), http_listen=(f"unix:{at_http}",),
+                    security=security),
+            aiohttp.ClientSession("http://localhost", connector=aiohttp.UnixConnector(str(at_http))) as session,
+            grpc.aio.insecure_channel(f"unix:{at_grpc}") as channel,
+        ):  # fmt: skip
+
+            async def status(forwarded):
+                body, headers = {"prompt": "a", "max_tokens": 3, "stream": True}, {FORWARDED: forwarded}
+                async with session.post("/v1/completions", json=body, headers=headers) as answer:
+                    return answer.status
+
+            first = OrchestratorStub(channel).Decode(LONG, metadata=((FORWARDED, "10.0.0.1"),))
+            await first.read()
+            assert await status("10.0.0.2, 10.0.0.1") == 429
+            assert await status("10.0.0.1, 10.0.0.2") == 200
+            second = OrchestratorStub(channel).Decode(LONG, metadata=((FORWARDED, "10.0.0.1"),))
+            assert await second.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+            assert not first.done()
+            first.cancel()
+            async with session.get("/") as page:  # for this machine alone
+                assert page.status == 404
 
     asyncio.run(scenario())
 
@@ -126,6 +161,8 @@ def test_what_is_no_address_is_refused_by_its_flag(text):
 def test_who_is_reached_from_elsewhere_is_not_local():
     assert ServerConfig(listen=("unix:/x", "127.0.0.1:1")).is_local
     assert not ServerConfig(http_listen=("0.0.0.0:80",)).is_local
+    proxied = ServerConfig(security=SecurityConfig(behind_proxy=True))
+    assert (proxied.listens_locally, proxied.is_local) == (True, False)
     with pytest.raises(RefusedError, match="'unix:/x' is listened on twice"):
         ServerConfig(listen=("unix:/x",), http_listen=("unix:/x",))
 

@@ -18,7 +18,7 @@ from slipstream.protos.orchestrator_pb2_grpc import OrchestratorStub
 from slipstream.server.config import SecurityConfig, ServerConfig
 from slipstream.server.grpc.channel import PLAIN, ChannelConfig, aio_channel, metadata
 from slipstream.server.lifecycle import Serving
-from slipstream.server.net.security import Tokens, warn_if_open
+from slipstream.server.net.security import Guard, Tokens, warn_if_open
 
 from tests.fakes import FakeEngine
 from tests.server import calls
@@ -285,6 +285,8 @@ def test_a_message_that_is_too_large_is_refused():
         ("127.0.0.1", {}, []),
         ("0.0.0.0", {}, ["whoever reaches this port may ask", "unencrypted"]),
         ("0.0.0.0", {"auth_token_file": Path("t")}, ["unencrypted"]),
+        ("127.0.0.1", {"behind_proxy": True}, ["whoever reaches this port may ask"]),
+        ("0.0.0.0", {"behind_proxy": True}, ["whoever reaches this port may ask", "unencrypted"]),
         ("0.0.0.0", {"tls_cert": Path("c"), "tls_key": Path("k")}, ["whoever reaches this port may ask"]),
         ("::", {"tls_cert": Path("c"), "tls_key": Path("k"), "tls_client_ca": Path("a")}, []),
     ],
@@ -294,6 +296,22 @@ def test_an_open_server_says_so(host, security, warnings, caplog):
         warn_if_open(ServerConfig(host=host, security=SecurityConfig(**security)))
     assert len(caplog.records) == len(warnings)
     assert all(warning in caplog.text for warning in warnings)
+
+
+@pytest.mark.parametrize(
+    ("peer", "forwarded", "address"),
+    [
+        ("", "10.0.0.1", "10.0.0.1"),  # a Unix socket
+        ("127.0.0.1", "10.0.0.1, 10.0.0.2", "10.0.0.2"),
+        ("::ffff:127.0.0.1", "10.0.0.1", "10.0.0.1"),
+        ("::1", "2001:db8::1", "2001:db8::1"),
+        ("127.0.0.1", None, "127.0.0.1"),
+        ("192.0.2.1", "10.0.0.1", "192.0.2.1"),  # which may say what it wants
+    ],
+)
+def test_a_proxy_on_this_machine_names_the_client(peer, forwarded, address):
+    assert Guard(SecurityConfig(behind_proxy=True)).address(peer, forwarded) == address
+    assert Guard(SecurityConfig()).address(peer, forwarded) == peer
 
 
 def test_ask_with_a_certificate_and_a_token(files, fake_engine, capsys):

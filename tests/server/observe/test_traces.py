@@ -223,6 +223,12 @@ def test_an_endpoint_that_is_no_url(endpoint):
         Traces(endpoint)
 
 
+def test_a_password_in_an_endpoint_is_told_to_nobody():
+    with pytest.raises(RefusedError, match="without a user and a password") as refused:
+        Traces("http://us:secret@collector:4317")
+    assert "secret" not in str(refused.value)
+
+
 def test_without_the_packages(monkeypatch):
     monkeypatch.setitem(sys.modules, "opentelemetry.exporter.otlp.proto.grpc", None)
     with pytest.raises(RefusedError, match=r"--otlp-endpoint needs the package .*slipstream-llm\[otlp\]"):

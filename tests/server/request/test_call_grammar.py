@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 from functools import cache
 from typing import Any
 
@@ -37,6 +38,8 @@ WHOLE = {
 
 
 CONTROL = ["<think>", "</think>", "[THINK]", "[/THINK]", "[TOOL_CALLS]", "[ARGS]"]
+CONTROL += ["<|python_tag|>", "<tool_call>", "</tool_call>"]
+MARK = re.compile("|".join(map(re.escape, CONTROL)))
 
 
 @cache
@@ -64,9 +67,19 @@ def matcher(grammar):
     return made
 
 
-def takes(grammar, text):
+def tokens_of(text, control_id):
+    """Control tokens as they are written, and bytes between them."""
+    tokens, at = [], 0
+    for mark in MARK.finditer(text):
+        token_id = control_id(mark[0])
+        tokens += [*text[at : mark.start()].encode(), *(mark[0].encode() if token_id is None else [token_id])]
+        at = mark.end()
+    return [*tokens, *text[at:].encode()]
+
+
+def takes(grammar, text, control_id=lambda text: None):
     """Whether the answer may be this text and end there."""
-    following, tokens = matcher(grammar), list(text.encode())
+    following, tokens = matcher(grammar), tokens_of(text, control_id)
     return following.try_consume_tokens(tokens) == len(tokens) and following.is_accepting()
 
 
@@ -175,14 +188,44 @@ def test_a_model_that_thinks_does_so_before_its_form():
 
 
 def test_strict_tools_hold_in_free_text():
-    grammar = strict_if_called(TOOLS, {"get_weather"}, syntax("hermes"), no_control)
+    grammar = strict_if_called(TOOLS, {"get_weather"}, syntax("hermes"), MAX_CALLS, no_control)
     assert grammar is not None
     call = WHOLE["hermes"]
     for text in ("Hello.", call, f"Well.\n{call}\n{call}", call.replace("get_weather", "now")):
         assert takes(grammar, text)
     assert not takes(grammar, call.replace("Rome", "Rome, Italy"))
     assert not takes(grammar, call.replace("get_weather", "get"))
-    assert strict_if_called(TOOLS, {"get_weather"}, syntax("llama"), no_control) is None
+    for tool_format in ("llama", "mistral", "gemma"):
+        assert strict_if_called(TOOLS, {"get_weather"}, syntax(tool_format), MAX_CALLS, no_control) is None
+
+
+@pytest.mark.parametrize("think_tags", [None, THINK])
+@pytest.mark.parametrize("tool_format", ["hermes", "llama", "mistral"])
+def test_strict_tools_hold_where_a_control_token_marks_calls(tool_format, think_tags):
+    asked = syntax(tool_format, think_tags=think_tags)
+    grammar = strict_if_called(TOOLS, {"get_weather"}, asked, MAX_CALLS, control_id)
+    assert grammar is not None
+    call = WHOLE[tool_format]
+    if tool_format == "mistral":
+        call = f"[TOOL_CALLS]get_weather[ARGS]{ROME}"
+    texts = [
+        "Hello.",
+        "Say {no} more.",
+        call,
+        call.replace("get_weather", "now"),
+        call.replace("get_weather", "now").replace("Rome", "x" * 20),
+    ]
+    for text in texts:
+        assert takes(grammar, text, control_id), text
+    assert takes(grammar, f"Well.\n{call}", control_id)  # of Llama's it is a text
+    assert takes(grammar, f"<think>Hm</think>\n{call}", control_id) == (think_tags is not None)
+    for text in (
+        call.replace("Rome", "Rome, Italy"),
+        call.replace("get_weather", "get"),
+        call[:-1],
+        f"<|python_tag|>{call}",
+    ):
+        assert not takes(grammar, text, control_id), text
 
 
 @pytest.mark.parametrize("parameters", ["5", "{", "[" * 9999])
