@@ -33,8 +33,9 @@ from tests.tpu import memory_of, text_of
 
 SLOTS, CACHE_LENGTH, BUCKET, LAYERS, VOCABULARY = 64, 4096, 256, 2, 32768
 PROGRAMS = ("generate", "insert", "prefill")
-SHAPES = ("generate_8", "generate_32", "insert_8x64", "prefill_8x64", "carry_64x256")
-"""Further shapes of them: slots of a step, pieces of a prefill; and a step that carries a piece along."""
+SHAPES = ("generate_8", "generate_32", "insert_8x64", "prefill_8x64", "carry_64x256", "generate_64x4", "generate_32x8")
+"""Further shapes of them: slots of a step, pieces of a prefill; a step that carries a piece along; and steps of several
+tokens a slot, of an engine that drafts."""
 TOPOLOGIES = ("v5e:2x4", "v6e:2x4", "v5p:2x2x2")
 
 PRODUCT = [*itertools.product((*PROGRAMS, *SHAPES), (1, 4, 8), (64, 128), (*TOPOLOGIES, "v4:2x2x1"), ("none", "int8"))]
@@ -57,6 +58,9 @@ PAIRWISE = [  # every pair of program, kv heads a chip, head dim and topology; o
     ("insert_8x64", 1, 128, "v5p:2x2x2", "none"),
     ("prefill_8x64", 8, 128, "v5e:2x4", "none"),
     ("carry_64x256", 4, 128, "v5e:2x4", "none"),
+    ("generate_64x4", 1, 128, "v5e:2x4", "none"),
+    ("generate_64x4", 4, 64, "v6e:2x4", "int8"),
+    ("generate_32x8", 4, 128, "v5p:2x2x2", "none"),
 ]
 CASES = [
     pytest.param(*case, id="-".join(map(str, case)), marks=pytest.mark.slow if case in PAIRWISE else pytest.mark.gates)
@@ -65,7 +69,13 @@ CASES = [
 
 
 @functools.cache
-def small_engine(kv_heads: int, head_dim: int, topology: str, quantize_kv: Literal["none", "int8"] = "none") -> Engine:
+def small_engine(
+    kv_heads: int,
+    head_dim: int,
+    topology: str,
+    quantize_kv: Literal["none", "int8"] = "none",
+    speculate: Literal["off", "auto"] = "off",
+) -> Engine:
     """Two layers of a Llama with so many kv heads on each of eight chips."""
     shape = LlamaConfig(
         num_layers=LAYERS, num_heads=16 * kv_heads, num_kv_heads=8 * kv_heads, head_dim=head_dim,
@@ -73,17 +83,21 @@ def small_engine(kv_heads: int, head_dim: int, topology: str, quantize_kv: Liter
         rope_theta=1e4, rms_norm_eps=1e-5,
     )  # fmt: skip
     config = EngineConfig(
-        slots=SLOTS, cache_length=CACHE_LENGTH, cache_tokens=SLOTS * CACHE_LENGTH, quantize_kv=quantize_kv
+        slots=SLOTS,
+        cache_length=CACHE_LENGTH,
+        cache_tokens=SLOTS * CACHE_LENGTH,
+        quantize_kv=quantize_kv,
+        speculate=speculate,
     )
     return abstract_engine(shape, topology, config)
 
 
 def compiled(engine: Engine, program: str) -> Any:
-    """`generate` of all slots or `generate_8`; `prefill` and `insert` of one piece of BUCKET tokens or `..._8x64`;
-    `carry` of slots and tokens."""
+    """`generate` of all slots, `generate_8`, or `generate_8x4` of four tokens each; `prefill` and `insert` of one piece
+    of BUCKET tokens or `..._8x64`; `carry` of slots and tokens."""
     name, _, size = program.partition("_")
     if name == "generate":
-        return lower_generate(engine, int(size or SLOTS)).compile()
+        return lower_generate(engine, *map(int, (size or str(SLOTS)).split("x"))).compile()
     sizes = map(int, size.split("x")) if size else (1, BUCKET)
     return {"insert": lower_insert, "prefill": lower_prefill, "carry": lower_carry}[name](engine, *sizes).compile()
 
@@ -124,7 +138,8 @@ def moved_on_chip(hlo: Program, engine: Engine) -> list[str]:
 @pytest.mark.parametrize(("program", "kv_heads", "head_dim", "topology", "quantize_kv"), CASES)
 def test_a_program_on_real_chips(program, kv_heads, head_dim, topology, quantize_kv):
     """It compiles and fits, the donated cache and counts are updated in place, and nothing copies them."""
-    engine = small_engine(kv_heads, head_dim, topology, quantize_kv=quantize_kv)
+    is_wide = program.startswith("generate") and "x" in program
+    engine = small_engine(kv_heads, head_dim, topology, quantize_kv, "auto" if is_wide else "off")
     executable = compiled(engine, program)
     memory, hlo = memory_of(executable), Program(text_of(executable))
     cache_bytes = engine.layout.bytes // engine.mesh.size
@@ -136,10 +151,11 @@ def test_a_program_on_real_chips(program, kv_heads, head_dim, topology, quantize
         assert hlo.pallas_calls() == {"chunk_attention": LAYERS}
         assert memory.temp_size_in_bytes < 0.05 * cache_bytes + 2 * 2**20  # v5p turns queries and rows around
     else:
-        logits_bytes = 4 * SLOTS * VOCABULARY // engine.mesh.size  # a sampled step holds a few of these
+        rows = 256 if is_wide else SLOTS
+        logits_bytes = 4 * rows * VOCABULARY // engine.mesh.size  # a sampled step holds a few of these
         assert memory.temp_size_in_bytes < 0.01 * cache_bytes + 8 * logits_bytes
         state_bytes = cache_bytes + 2 * SLOTS * VOCABULARY // engine.mesh.size  # a u16 a slot and token
-        state_bytes += sampling_bytes(engine)
+        state_bytes += sampling_bytes(engine) + (4 * SLOTS * CACHE_LENGTH if is_wide else 0)  # the slots' texts
         assert state_bytes <= memory.alias_size_in_bytes < state_bytes + 64 * 1024  # the rest, and what tiles pad
         assert copies_of_counts(hlo, engine) == []
         flushes = len(jax.tree.leaves(engine.layout.abstract(engine.mesh)))
