@@ -3,6 +3,7 @@
 import asyncio
 import os
 import signal
+import traceback
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,7 +12,8 @@ from ..engine_impl.config import EngineConfig
 from ..engine_impl.errors import RefusedError
 from ..engine_impl.hosts import HostsConfig, Place
 from ..server.config import ServerConfig
-from .telling import BAD_INPUT, tell
+from ..server.errors import UnavailableError
+from .telling import BAD_INPUT, FAILED, tell
 
 if TYPE_CHECKING:
     from ..server.observe.status import StatusLine
@@ -31,6 +33,8 @@ class Serve:
         self.server.check_adapters(self.engine.max_adapters)
         if self.hosts != HostsConfig() and self.server.orchestrator == "jetstream":
             raise RefusedError("JetStream's orchestrator serves from one host: leave --hosts and --coordinator out")
+        if self.hosts != HostsConfig() and self.server.prefill_devices is not None:
+            raise RefusedError("--prefill-devices shares the devices of one host: leave it, or --hosts, out")
 
     def run(self) -> int:
         place = self.hosts.place(os.environ)
@@ -68,10 +72,16 @@ class Serve:
             return asyncio.run(serve(group.load, self.server, line, group))
         except RefusedError as error:
             status = tell(error, BAD_INPUT)
+        except UnavailableError as error:
+            status = tell(error, FAILED)
+        except Exception:
+            traceback.print_exc()
+            status = FAILED
         leave_at_once(status)  # Python's own end would wait for the other hosts
         return status
 
     def _load(self):
-        from ..engine_impl.loading import load_engine
+        from ..engine_impl import loading
 
-        return load_engine(self.engine)
+        apart = self.server.prefill_devices
+        return loading.load_engine(self.engine) if apart is None else loading.load_disaggregated(self.engine, apart)

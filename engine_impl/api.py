@@ -83,6 +83,10 @@ class StepResult(Protocol):
 class Prefix(Protocol):
     """Pieces of texts after prefill."""
 
+    def is_ready(self) -> bool:
+        """Whether the devices have computed all of it."""
+        ...
+
     @property
     def logprob_NT(self) -> DeviceArray:
         """f32, log p(the token behind it | the text up to it) of each piece's tokens; 0 for padding, for the last
@@ -300,6 +304,12 @@ class Engine(Protocol[ParamsT, PrefixT, StateT]):
 
         (1, 1, `prefill_chunk`): only one.
         """
+        ...
+
+    @property
+    def prefills_apart(self) -> bool:
+        """Whether pieces are computed on devices of their own, while steps go on. Steps behind the `insert` of a prefix
+        that is not ready wait for it."""
         ...
 
     @property

@@ -67,6 +67,7 @@ class Engine:
         model_name: str,
         kv_heads: int | None = None,
         draft: DraftModel | None = None,
+        page_rows: int | None = None,
     ) -> None:
         """`model` may be on the meta device; its kv heads must be a multiple of the mesh's size (see `loading`). Its
         linear modules are swapped here if the config asks for quantised weights, and adapted if it asks for adapters.
@@ -74,14 +75,16 @@ class Engine:
         `kv_heads`: as checkpoints and adapters have them; default: the model's. `draft`: a draft model likewise, where
         the config speculates.
 
+        `page_rows`: of pages that another engine has too; default: what suits the mesh.
+
         Raises RefusedError for a cache or a chunk that is not whole pages.
         """
         self.model_name = model_name
         self.mesh = mesh
         platform = mesh.devices.flat[0].platform
-        self.layer_loop: LayerLoop = forward.layer_loop_for(platform)
+        self.layer_loop: LayerLoop = forward.layer_loop_for(platform, model)
         backend = kernels.backend_for(platform)
-        self.layout = layout_of(config, model.config, mesh, dtype)
+        self.layout = layout_of(config, model.config, mesh, dtype, page_rows)
         sites = sites_of(model, mesh) if config.max_adapters else ()
         quantize(model, config, dtype, mesh, backend)
         adapt(model, sites)
@@ -146,6 +149,11 @@ class Engine:
     def prefill_batch(self) -> tuple[int, int, int]:
         """(how many pieces go into one prefill, at least and at most, of how many tokens each at most)."""
         return self.shapes.burst
+
+    @property
+    def prefills_apart(self) -> bool:
+        """Pieces and steps share the devices."""
+        return False
 
     @property
     def widths(self) -> tuple[int, ...]:
@@ -368,13 +376,23 @@ class Engine:
 
     def warm_up(self, params: Params, decode_state: DecodeState) -> DecodeState:
         """Compile every program of serving by running it once; no slot may be in use, and none is after."""
-        for count, tokens in self.shapes.prefills:
-            pages = np.zeros((count, 0), np.int32)
-            pieces = [Piece(token_T=np.zeros(tokens, np.int32), start=0, page_J=page_J) for page_J in pages]
-            prefix = self.prefill(params, decode_state, pieces)
-            opening = Opening(text=[0], prompt_length=1, sampling=GREEDY)
-            prefix, _ = self.first_tokens(prefix, [opening] * count)
-            decode_state = self.insert(prefix, decode_state, [None] * count, pages)
+        for shape in self.shapes.prefills:
+            prefix, page_NJ = self.blank(params, decode_state, shape)
+            decode_state = self.insert(prefix, decode_state, [None] * len(page_NJ), page_NJ)
+        return self.warm_up_steps(params, decode_state)
+
+    def blank(self, params: Params, decode_state: DecodeState, shape: tuple[int, int]) -> tuple[Prefix, np.ndarray]:
+        """A prefix of one of `shapes.prefills`, without a meaning, and a page table for it."""
+        count, tokens = shape
+        page_NJ = np.zeros((count, 0), np.int32)
+        pieces = [Piece(token_T=np.zeros(tokens, np.int32), start=0, page_J=page_J) for page_J in page_NJ]
+        prefix = self.prefill(params, decode_state, pieces)
+        opening = Opening(text=[0], prompt_length=1, sampling=GREEDY)
+        prefix, _ = self.first_tokens(prefix, [opening] * count)
+        return prefix, page_NJ
+
+    def warm_up_steps(self, params: Params, decode_state: DecodeState) -> DecodeState:
+        """The part of `warm_up` behind the prefills."""
         for size, width in [*((size, 1) for size in self.shapes.steps), *self.shapes.wide_steps]:
             nobody, no_pages = np.full(size, self.layout.slots, np.int32), np.zeros((size, 0), np.int32)
             decode_state, result = self.generate(params, decode_state, nobody, no_pages, width=width)

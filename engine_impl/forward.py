@@ -24,15 +24,16 @@ from .state import PieceBatch, Rows
 LayerLoop = Literal["scan", "unrolled"]
 
 Params = dict[str, Any]
-"""`embed_tokens`, `norm`, `lm_head`: {parameter name: array}; `layers`: the same with all layers stacked ("scan"), or a
-tuple with one such dict a layer ("unrolled"). `adapters`, where there may be some: likewise, see adapters/stacks.py.
+"""`embed_tokens`, `after_embedding`, `norm`, `lm_head`: {parameter name: array}; `layers`: the same with all layers
+stacked ("scan"), or a tuple with one such dict a layer ("unrolled"). `adapters`, where there may be some: likewise, see
+adapters/stacks.py.
 
 A scan hands each layer its slice of the stacks. Modules that read the stack themselves (`reads_stack`) get all of it
 and, as `layer`, the layer's number; where nothing is stacked, that is 0."""
 
 
-def layer_loop_for(platform: str) -> LayerLoop:
-    """How the layers are walked on a platform.
+def layer_loop_for(platform: str, model: Decoder) -> LayerLoop:
+    """How a model's layers are walked on a platform. Layers that differ in more than their weights are never stacked.
 
     TPU: a scan. What the compiler says of 96 slots of 2048 tokens (libtpu 0.0.42; `slipstream plan` shows the scan's
     today), compile seconds, code and temp MiB, static cycles in millions:
@@ -52,7 +53,7 @@ def layer_loop_for(platform: str) -> LayerLoop:
     Elsewhere unrolled, over a separate array a layer: XLA:CPU copies every slice of a stack, at every step, and so does
     XLA's GPU compiler, all seven matrices of a layer (docs/gpu-evidence.md).
     """
-    return "scan" if platform == "tpu" else "unrolled"
+    return "scan" if platform == "tpu" and len(set(model.module_of_layer)) == 1 else "unrolled"
 
 
 class Decoded(NamedTuple):
@@ -138,7 +139,7 @@ def _layers(
     Where there are adapters the loop is there twice: rows of which none has one do not pay for those that there are.
     """
     x_RD = bridge.run(model.embed_tokens, params["embed_tokens"], token_R)
-    x_RD = bridge.run(model.after_embedding, {}, x_RD)
+    x_RD = bridge.run(model.after_embedding, params["after_embedding"], x_RD, position_R)
     ropes = bridge.run(model.rope, {}, position_R)
     layers = params["layers"]
     if adapter_R is None:
@@ -158,16 +159,16 @@ def _walk(
     """The layer loop itself. `of_all`: arrays that all layers take alike.
 
     Layers differ in their weights, in how far back they see and in their rope. Under a scan all three are selected by
-    the layer's number; unrolled, a layer is traced once for each way of seeing.
+    the layer's number; unrolled, a layer is traced once for each way of seeing, and for each module that computes some.
     """
     kind_of_layer, rope_of_layer = attend.kind_of_layer, model.config.rope_of_layer
 
-    def layer(x_RD, weights, index, kind, rope):
+    def layer(x_RD, weights, index, kind, rope, module=0):
         def attend_layer(q_RNH, k_RKH, v_RKH, sink_N=None):
             tensors = (q_RNH, k_RKH, v_RKH) if sink_N is None else (q_RNH, k_RKH, v_RKH, sink_N)
             return bridge.call_kernel(functools.partial(attend.call, index, kind), *tensors)
 
-        x_RD, k_RKH, v_RKH = bridge.run(model.layers[0], weights, x_RD, rope, attend_layer)
+        x_RD, k_RKH, v_RKH = bridge.run(model.layers[module], weights, x_RD, rope, attend_layer)
         return x_RD, attend.stored(k_RKH, v_RKH)
 
     if isinstance(layers, dict):
@@ -187,11 +188,11 @@ def _walk(
         numbers = (range(len(model.layers)), kind_of_layer, rope_of_layer)
         return jax.lax.scan(step, x_RD, (sliced, *(jnp.asarray(list(n), jnp.int32) for n in numbers)))
 
-    layer = jax.jit(layer, static_argnums=3)  # XLA inlines the calls, so a layer's index is a constant again
+    layer = jax.jit(layer, static_argnums=(3, 5))  # XLA inlines the calls, so a layer's index is a constant again
     per_layer = []
-    for index, weights in enumerate(layers):
-        weights = {**weights, **of_all, **numbered(model.layers[0], jnp.int32(0))}
-        x_RD, kv = layer(x_RD, weights, jnp.int32(index), kind_of_layer[index], ropes[rope_of_layer[index]])
+    for index, (weights, module) in enumerate(zip(layers, model.module_of_layer, strict=True)):
+        weights = {**weights, **of_all, **numbered(model.layers[module], jnp.int32(0))}
+        x_RD, kv = layer(x_RD, weights, jnp.int32(index), kind_of_layer[index], ropes[rope_of_layer[index]], module)
         per_layer.append(kv)
     return x_RD, jax.tree.map(lambda *of_layers: jnp.stack(of_layers), *per_layer)
 

@@ -16,6 +16,7 @@ from .checkpoints.embedded import home
 from .checkpoints.open import open_checkpoint
 from .compiler.chips import GPU_MEMORY_SHARE
 from .config import EngineConfig
+from .disaggregated import BothParams, DisaggregatedEngine
 from .draft_model import check_same_tokens, draft_model
 from .engine import Engine
 from .errors import RefusedError
@@ -54,6 +55,57 @@ def load_engine(
         return engine, engine.load_params(checkpoint, draft)
 
 
+def load_disaggregated(config: EngineConfig, prefill_devices: int) -> tuple[DisaggregatedEngine, BothParams]:
+    """`load_engine`, where the first so many of the platform's devices compute prompts and the others decode.
+
+    Raises RefusedError likewise, and for a share that leaves one side without devices, or whose caches would differ.
+    """
+    with timeline.THIS_PROCESS.loading():
+        devices = choose_devices(config.platform)
+        check_share(prefill_devices, len(devices))
+        checkpoint, draft = open_model(config), open_draft_model(config)
+        shape = checkpoint.config
+        of_prefill, of_decode = devices[:prefill_devices], devices[prefill_devices:]
+        sizes = [
+            make_mesh(side, shape.num_heads, shape.num_kv_heads, config.tensor_parallel).size
+            for side in (of_prefill, of_decode)
+        ]
+        heads = max(shape.num_kv_heads, *sizes)
+        if any(heads % size for size in sizes):
+            raise RefusedError(
+                f"prefill_devices={prefill_devices}: {sizes[0]} and {sizes[1]} devices do not share the model's "
+                f"{shape.num_kv_heads} kv heads alike; halve the devices"
+            )
+
+        def build(side: Sequence[Any], config: EngineConfig, page_rows: int | None = None) -> Engine:
+            return build_engine(config, checkpoint, side, draft_checkpoint=draft, kv_heads=heads, page_rows=page_rows)
+
+        each = build(of_prefill, config), build(of_decode, config)
+        rows = each[1].page_rows
+        same = replace(
+            config,
+            slots=min(engine.max_concurrent_decodes for engine in each),
+            cache_length=each[1].layout.length,
+            cache_tokens=max(1, min(engine.pages * engine.page_rows for engine in each) // rows) * rows,
+        )
+        prefill, decode = build(of_prefill, same, rows), build(of_decode, same, rows)
+        if [one.shape for one in prefill.cache_layouts] != [one.shape for one in decode.cache_layouts]:
+            raise RefusedError(f"prefill_devices={prefill_devices}: the draft model's caches differ; halve the devices")
+        for engine in (prefill, decode):
+            check_memory(engine, memory_of(engine.mesh.local_devices), free_memory())
+        params = BothParams(prefill.load_params(checkpoint, draft), decode.load_params(checkpoint, draft))
+        return DisaggregatedEngine(prefill, decode), params
+
+
+def check_share(prefill_devices: int, devices: int) -> None:
+    """Raises RefusedError for a share of the devices that leaves one side without any."""
+    if not 0 < prefill_devices < devices:
+        raise RefusedError(
+            f"prefill_devices={prefill_devices}: there are {devices} devices, and both sides need one at least "
+            "(on CPUs: XLA_FLAGS=--xla_force_host_platform_device_count=2)"
+        )
+
+
 def build_engine(
     config: EngineConfig,
     checkpoint: Checkpoint | None = None,
@@ -61,6 +113,8 @@ def build_engine(
     *,
     reserves: bool = False,
     draft_checkpoint: Checkpoint | None = None,
+    kv_heads: int | None = None,
+    page_rows: int | None = None,
 ) -> Engine:
     """The engine that the config describes, with its tokenizer and without weights: `engine.load_params` reads them.
 
@@ -70,6 +124,7 @@ def build_engine(
         reserves: every slot has its longest request's pages for itself: where slots were left out, no more of them than
             the cache has pages for.
         draft_checkpoint: the draft model's likewise; default: what `config.draft_model` names.
+        kv_heads, page_rows: of a cache that another engine has too; default: what suits the mesh.
 
     Raises RefusedError as `load_engine` does.
     """
@@ -84,7 +139,7 @@ def build_engine(
                 f"or leave --{name.replace('_', '-')} out"
             )
     mesh = make_mesh(devices, shape.num_heads, shape.num_kv_heads, config.tensor_parallel)
-    model = registry.build(replace(shape, num_kv_heads=max(shape.num_kv_heads, mesh.size)))
+    model = registry.build(replace(shape, num_kv_heads=kv_heads or max(shape.num_kv_heads, mesh.size)))
     dtype = choose_dtype(config.dtype, devices[0].platform)
     if packs(mesh, backend_for(devices[0].platform)):
         dtype = jnp.dtype("float32")  # of activations and cache; weights become what the config says
@@ -104,7 +159,7 @@ def build_engine(
             f"{checkpoint.name} has {len(tokenizer.stop_ids)} stop tokens, more than {MAX_MODEL_STOP_IDS}; "
             "list fewer as eos_token_id in its generation_config.json"
         )
-    engine = Engine(model, mesh, config, dtype, tokenizer, config.model, shape.num_kv_heads, draft)
+    engine = Engine(model, mesh, config, dtype, tokenizer, config.model, shape.num_kv_heads, draft, page_rows)
     log.info(
         "%d slots, requests of up to %d tokens, a cache of %d tokens (%d MiB), prompts in chunks of %d",
         engine.max_concurrent_decodes,

@@ -123,7 +123,7 @@ class Demand:
         width = next(parameter.shape[1] for parameter in model.embed_tokens.parameters())
         sites = sites_of(model, mesh)
         quantize(model, config, dtype, mesh, backend)
-        loop = layer_loop_for(platform)
+        loop = layer_loop_for(platform, model)
         places = AdapterPlaces(sites, shape.num_layers, config.max_adapters, config.max_adapter_rank, mesh, dtype)
         tile = CacheLayout(
             layers=shape.num_layers, slots=1, pages=1, kv_heads=shape.num_kv_heads, length=TILE, page_rows=TILE,

@@ -70,6 +70,10 @@ class Prefix:
     draft_kv: KV | None = None
     """as kv, of the draft model"""
 
+    def is_ready(self) -> bool:
+        """Whether the devices have computed all of it."""
+        return all(array.is_ready() for array in jax.tree.leaves(self))
+
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)

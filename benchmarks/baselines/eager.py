@@ -128,7 +128,7 @@ class EagerLayers:
     def decode(self, params: Params, token_B: jax.Array, cache: Any) -> tuple[jax.Array, Any]:
         """One token a slot: (logits_BV, the cache in the form it came, with the new rows)."""
         x_BD = bridge.run(self._model.embed_tokens, params["embed_tokens"], token_B)
-        x_BD = bridge.run(self._model.after_embedding, {}, x_BD)
+        x_BD = bridge.run(self._model.after_embedding, params["after_embedding"], x_BD, self._length_B)
         (rope,) = bridge.run(self._model.rope, {}, self._length_B)
         one_cache = cache[0] if isinstance(cache, tuple) else cache
         steps = attention_steps(one_cache, self._length_B, self._page_BJ, mesh=self._mesh, backend=self._backend)

@@ -38,7 +38,12 @@ SHAPES = ("generate_8", "generate_32", "insert_8x64", "prefill_8x64", "carry_64x
 tokens a slot, of an engine that drafts."""
 TOPOLOGIES = ("v5e:2x4", "v6e:2x4", "v5p:2x2x2")
 
-PRODUCT = [*itertools.product((*PROGRAMS, *SHAPES), (1, 4, 8), (64, 128), (*TOPOLOGIES, "v4:2x2x1"), ("none", "int8"))]
+SEVERAL_HOSTS = [("generate", 4, 128, topology, "none") for topology in ("v5e:4x4", "v6e:4x4", "v5p:2x2x4")]
+
+PRODUCT = [
+    *itertools.product((*PROGRAMS, *SHAPES), (1, 4, 8), (64, 128), (*TOPOLOGIES, "v4:2x2x1"), ("none", "int8")),
+    *SEVERAL_HOSTS,
+]
 
 PAIRWISE = [  # every pair of program, kv heads a chip, head dim and topology; on v4 each program once, in int8 two
     *[
