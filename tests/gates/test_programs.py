@@ -36,8 +36,9 @@ from tests.tpu import memory_of, text_of
 FEW, MANY, CACHE_LENGTH, BUCKET, LAYERS, VOCABULARY = 16, 64, 4096, 256, 2, 32768
 CACHE_TOKENS = MANY * CACHE_LENGTH
 PROGRAMS = ("generate", "insert", "prefill")
-SHAPES = ("generate_8", "generate_32", "insert_8x64", "prefill_8x64", "carry_256")
-"""Further shapes of them: slots of a step, pieces of a prefill; and a step of all slots that carries a piece along."""
+SHAPES = ("generate_8", "generate_32", "insert_8x64", "prefill_8x64", "carry_256", "wide_4", "wide_8")
+"""Further shapes of them: slots of a step, pieces of a prefill; a step of all slots that carries a piece along; and
+steps of several tokens a slot, of an engine that drafts."""
 TOPOLOGIES = ("v5e:2x4", "v6e:2x4", "v5p:2x2x2")
 
 SEVERAL_HOSTS = [("generate", 4, 128, topology, "none") for topology in ("v5e:4x4", "v6e:4x4", "v5p:2x2x4")]
@@ -65,6 +66,9 @@ PAIRWISE = [  # every pair of program, kv heads a chip, head dim and topology; o
     ("insert_8x64", 1, 128, "v5p:2x2x2", "none"),
     ("prefill_8x64", 8, 128, "v5e:2x4", "none"),
     ("carry_256", 4, 128, "v5e:2x4", "none"),
+    ("wide_4", 1, 128, "v5e:2x4", "none"),
+    ("wide_4", 4, 64, "v6e:2x4", "int8"),
+    ("wide_8", 4, 128, "v5p:2x2x2", "none"),
 ]
 CASES = [
     pytest.param(*case, slots, id="-".join(map(str, (*case, slots))), marks=mark)
@@ -74,30 +78,47 @@ CASES = [
 
 
 def small_engine(
-    kv_heads: int, head_dim: int, topology: str, quantize_kv: Literal["none", "int8"] = "none", slots: int = FEW
+    kv_heads: int,
+    head_dim: int,
+    topology: str,
+    quantize_kv: Literal["none", "int8"] = "none",
+    slots: int = FEW,
+    *,
+    speculates: bool = False,
 ) -> Engine:
     """Two layers of a Llama with so many kv heads on each of eight chips; one object for one set of arguments."""
-    return _engine(kv_heads, head_dim, topology, quantize_kv, slots)
+    return _engine(kv_heads, head_dim, topology, quantize_kv, slots, speculates)
 
 
 @functools.cache
-def _engine(kv_heads: int, head_dim: int, topology: str, quantize_kv: Literal["none", "int8"], slots: int) -> Engine:
+def _engine(
+    kv_heads: int, head_dim: int, topology: str, quantize_kv: Literal["none", "int8"], slots: int, speculates: bool
+) -> Engine:
     shape = LlamaConfig(
         num_layers=LAYERS, num_heads=16 * kv_heads, num_kv_heads=8 * kv_heads, head_dim=head_dim,
         model_dim=1024, ffn_dim=2048, vocab_size=VOCABULARY, context_length=8192, tied_embeddings=False,
         rope_theta=1e4, rms_norm_eps=1e-5,
     )  # fmt: skip
-    config = EngineConfig(slots=slots, cache_length=CACHE_LENGTH, cache_tokens=CACHE_TOKENS, quantize_kv=quantize_kv)
+    config = EngineConfig(
+        slots=slots,
+        cache_length=CACHE_LENGTH,
+        cache_tokens=CACHE_TOKENS,
+        quantize_kv=quantize_kv,
+        speculate="auto" if speculates else "off",
+    )
     return abstract_engine(shape, topology, config)
 
 
 @functools.lru_cache(maxsize=64)
 def compiled(engine: Engine, program: str) -> Any:
-    """`generate` of all slots or `generate_8`; `prefill` and `insert` of one piece of BUCKET tokens or `..._8x64`;
-    `carry` of all slots and so many tokens. Several tests read what one compilation gives."""
+    """`generate` of all slots or `generate_8`; `wide_4`, of all slots with four tokens each; `prefill` and `insert` of
+    one piece of BUCKET tokens or `..._8x64`; `carry` of all slots and so many tokens. Several tests read what one
+    compilation gives."""
     name, _, size = program.partition("_")
     if name == "generate":
         return lower_generate(engine, int(size) if size else None).compile()
+    if name == "wide":
+        return lower_generate(engine, engine.max_concurrent_decodes, int(size)).compile()
     if name == "carry":
         return lower_carry(engine, engine.max_concurrent_decodes, int(size)).compile()
     sizes = map(int, size.split("x")) if size else (1, BUCKET)
@@ -140,7 +161,8 @@ def moved_on_chip(hlo: Program, engine: Engine) -> list[str]:
 @pytest.mark.parametrize(("program", "kv_heads", "head_dim", "topology", "quantize_kv", "slots"), CASES)
 def test_a_program_on_real_chips(program, kv_heads, head_dim, topology, quantize_kv, slots):
     """It compiles and fits, the donated cache and counts are updated in place, and nothing copies them."""
-    engine = small_engine(kv_heads, head_dim, topology, quantize_kv, slots)
+    width = int(program.removeprefix("wide_")) if program.startswith("wide") else 1
+    engine = small_engine(kv_heads, head_dim, topology, quantize_kv, slots, speculates=width > 1)
     executable = compiled(engine, program)
     memory, hlo = memory_of(executable), Program(text_of(executable))
     cache_bytes = engine.layout.bytes // engine.mesh.size
@@ -152,10 +174,10 @@ def test_a_program_on_real_chips(program, kv_heads, head_dim, topology, quantize
         assert hlo.pallas_calls() == {"chunk_attention": LAYERS}
         assert memory.temp_size_in_bytes < 0.05 * cache_bytes + 2 * 2**20  # v5p turns queries and rows around
     else:
-        logits_bytes = 4 * slots * VOCABULARY // engine.mesh.size  # a sampled step holds a few of these
+        logits_bytes = 4 * slots * width * VOCABULARY // engine.mesh.size  # a sampled step holds a few of these
         assert memory.temp_size_in_bytes < 0.01 * cache_bytes + 8 * logits_bytes + 2**20
         state_bytes = cache_bytes + 2 * slots * VOCABULARY // engine.mesh.size  # a u16 a slot and token
-        state_bytes += sampling_bytes(engine)
+        state_bytes += sampling_bytes(engine) + (4 * slots * CACHE_LENGTH if width > 1 else 0)  # the slots' texts
         assert state_bytes <= memory.alias_size_in_bytes < state_bytes + 64 * 1024  # the rest, and what tiles pad
         assert copies_of_counts(hlo, engine) == []
         flushes = len(jax.tree.leaves(engine.layout.abstract(engine.mesh)))
