@@ -14,7 +14,7 @@ from ..config import EngineConfig
 from ..engine import Engine
 from ..errors import RefusedError
 from ..hosts import Place
-from ..loading import build_engine, check_memory, choose_devices, open_model
+from ..loading import build_engine, check_memory, choose_devices, open_draft, open_model
 from ..runtime import timeline
 from ..sizes import free_memory, memory_of
 from . import joining
@@ -59,13 +59,13 @@ class LeadingGroup:
             board.write(LEADER, json.dumps([self._plan.address, secret]))
             self._plan.wait_for_followers(COME_S)
             devices = choose_devices(self._config.platform)
-            checkpoint = open_model(self._config)
-            engine = build_engine(self._config, checkpoint, devices)
+            checkpoint, draft = open_model(self._config), open_draft(self._config)
+            engine = build_engine(self._config, checkpoint, devices, draft_checkpoint=draft)
             check_shares(engine, self._place.hosts)
-            self._leader = Leader(engine, partial(engine.load_params, checkpoint), self._plan)
+            self._leader = Leader(engine, partial(engine.load_params, checkpoint, draft), self._plan)
             slots, length, tokens = engine.layout.slots, engine.layout.length, engine.pages * engine.page_rows
             sizes = {"slots": slots, "cache_length": length, "cache_tokens": tokens}
-            answers = self._leader.ask(CHECK, facts_of(self._config, engine, checkpoint), sizes)
+            answers = self._leader.ask(CHECK, facts_of(self._config, engine, checkpoint, draft), sizes)
             if errors := {host: error for host, error in answers.items() if error}:
                 raise RefusedError("; ".join(f"host {host}: {error}" for host, error in errors.items()))
             check_memory(engine, memory_of(engine.mesh.local_devices), free_memory())
@@ -113,14 +113,14 @@ class FollowingGroup:
 
     def _prepare(self) -> Agree:
         devices = choose_devices(self._config.platform)
-        checkpoint = open_model(self._config)
+        checkpoint, draft = open_model(self._config), open_draft(self._config)
 
         def agree(facts: dict[str, str], sizes: dict[str, int]) -> Functions:
-            engine = build_engine(replace(self._config, **sizes), checkpoint, devices)
-            if wrong := differing(facts_of(self._config, engine, checkpoint), facts):
+            engine = build_engine(replace(self._config, **sizes), checkpoint, devices, draft_checkpoint=draft)
+            if wrong := differing(facts_of(self._config, engine, checkpoint, draft), facts):
                 raise RefusedError(wrong)
             check_memory(engine, memory_of(engine.mesh.local_devices), free_memory())
-            return functions_of(engine, partial(engine.load_params, checkpoint))
+            return functions_of(engine, partial(engine.load_params, checkpoint, draft))
 
         return agree
 
