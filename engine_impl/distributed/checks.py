@@ -16,6 +16,8 @@ from ..engine import Engine
 PACKAGES = ("slipstream-llm", "jax", "jaxlib", "libtpu", "torch", "torchax", "numpy")
 VARIABLES = ("XLA_FLAGS", "LIBTPU_INIT_ARGS")
 """What the compiler reads beside."""
+PATHS = ("model", "draft_model")
+"""Fields of the config that may differ."""
 SAMPLES = 32
 """Tensors that are looked into."""
 TOLD = 8
@@ -26,7 +28,7 @@ def facts_of(
 ) -> dict[str, str]:
     """By the name that a person knows them by. Flags as they were given, but for the models' paths, which may be others
     on each host: it is the models that are compared."""
-    names = [of.name for of in fields(config) if of.name not in ("model", "draft_model")]
+    names = [of.name for of in fields(config) if of.name not in PATHS]
     flags = {f"--{name.replace('_', '-')}": getattr(config, name) for name in names}
     packages = {f"the package {name}": _version(name) for name in PACKAGES}
     variables = {name: os.environ.get(name, "") for name in VARIABLES}
