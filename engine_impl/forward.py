@@ -19,20 +19,21 @@ from .adapters import sites
 from .attention import Attend
 from .models.decoder import Decoder
 from .sampling.logprobs import Logprobs, prompt_logprobs
-from .state import PieceBatch
+from .state import PieceBatch, Rows
 
 LayerLoop = Literal["scan", "unrolled"]
 
 Params = dict[str, Any]
-"""`embed_tokens`, `norm`, `lm_head`: {parameter name: array}; `layers`: the same with all layers stacked ("scan"), or a
-tuple with one such dict a layer ("unrolled"). `adapters`, where there may be some: likewise, see adapters/stacks.py.
+"""`embed_tokens`, `after_embedding`, `norm`, `lm_head`: {parameter name: array}; `layers`: the same with all layers
+stacked ("scan"), or a tuple with one such dict a layer ("unrolled"). `adapters`, where there may be some: likewise, see
+adapters/stacks.py.
 
 A scan hands each layer its slice of the stacks. Modules that read the stack themselves (`reads_stack`) get all of it
 and, as `layer`, the layer's number; where nothing is stacked, that is 0."""
 
 
-def layer_loop_for(platform: str) -> LayerLoop:
-    """How the layers are walked on a platform.
+def layer_loop_for(platform: str, model: Decoder) -> LayerLoop:
+    """How a model's layers are walked on a platform. Layers that differ in more than their weights are never stacked.
 
     TPU: a scan. What the compiler says of 96 slots of 2048 tokens (libtpu 0.0.42; `slipstream plan` shows the scan's
     today), compile seconds, code and temp MiB, static cycles in millions:
@@ -52,15 +53,15 @@ def layer_loop_for(platform: str) -> LayerLoop:
     Elsewhere unrolled, over a separate array a layer: XLA:CPU copies every slice of a stack, at every step, and so does
     XLA's GPU compiler, all seven matrices of a layer (docs/gpu-evidence.md).
     """
-    return "scan" if platform == "tpu" else "unrolled"
+    return "scan" if platform == "tpu" and len(set(model.module_of_layer)) == 1 else "unrolled"
 
 
 class Decoded(NamedTuple):
-    """What a step's rows give."""
+    """What a step's rows give, W of each slot side by side."""
 
-    logits_NV: jax.Array
+    logits_RV: jax.Array
     new: Any
-    """new_LNKC, the rows to be stored"""
+    """new_LRKC, the rows to be stored"""
 
 
 class Prefilled(NamedTuple):
@@ -74,50 +75,45 @@ class Prefilled(NamedTuple):
     """of the tokens behind theirs, [N T] each; 0 where nobody asks"""
 
 
-def decode(
-    model: Decoder,
-    params: Params,
-    token_B: jax.Array,
-    length_B: jax.Array,
-    attend: Attend,
-    adapter_B: jax.Array | None = None,
-) -> Decoded:
-    """One token a slot, at position `length`. `adapter_B` as in DecodeState."""
-    x_BD, new_LBKC = _layers(model, params, token_B, length_B, attend, adapter_B)
-    return Decoded(logits(model, params, x_BD), new_LBKC)
+def decode(model: Decoder, params: Params, rows: Rows, attend: Attend) -> Decoded:
+    """A step's tokens, from position `length` on."""
+    x_RD, new_LRKC = _layers(model, params, *_rows(rows), attend, _adapters(rows))
+    return Decoded(logits(model, params, x_RD), new_LRKC)
 
 
 def prefill(model: Decoder, params: Params, pieces: PieceBatch, attend: Attend, mesh: Mesh) -> Prefilled:
     """Padded pieces of texts, at the positions from `start` on."""
-    x_RD, kv = _layers(model, params, *_rows(pieces), attend, pieces.adapter_R)
+    x_RD, kv = _layers(model, params, *_pieces(pieces), attend, pieces.adapter_R)
     logits_NV = logits(model, params, _last(x_RD, pieces))
     return Prefilled(logits_NV, kv, _next_logprobs(model, params, x_RD, pieces, mesh))
 
 
 def carry(
-    model: Decoder,
-    params: Params,
-    token_B: jax.Array,
-    length_B: jax.Array,
-    pieces: PieceBatch,
-    attend: Attend,
-    mesh: Mesh,
-    adapter_B: jax.Array | None = None,
+    model: Decoder, params: Params, rows: Rows, pieces: PieceBatch, attend: Attend, mesh: Mesh
 ) -> tuple[Decoded, Prefilled]:
     """`decode` and `prefill` in one pass over the weights; `attend` is that of both."""
-    B, (token_R, position_R) = token_B.shape[0], _rows(pieces)
-    token_R, position_R = jnp.concatenate([token_B, token_R]), jnp.concatenate([length_B, position_R])
-    adapter_R = pieces.adapter_R
-    if adapter_B is not None and adapter_R is not None:
-        adapter_R = jnp.concatenate([adapter_B, adapter_R])
-    x_RD, (new_LBKC, kv) = _layers(model, params, token_R, position_R, attend, adapter_R)
-    x_BD, x_RD = x_RD[:B], x_RD[B:]
-    logits_MV = logits(model, params, jnp.concatenate([x_BD, _last(x_RD, pieces)]))
+    M = rows.token_NW.size
+    token_R, position_R = (jnp.concatenate(both) for both in zip(_rows(rows), _pieces(pieces), strict=True))
+    adapters_M, adapter_R = _adapters(rows), pieces.adapter_R
+    if adapters_M is not None and adapter_R is not None:
+        adapter_R = jnp.concatenate([adapters_M, adapter_R])
+    x_RD, (new_LMKC, kv) = _layers(model, params, token_R, position_R, attend, adapter_R)
+    x_MD, x_RD = x_RD[:M], x_RD[M:]
+    logits_RV = logits(model, params, jnp.concatenate([x_MD, _last(x_RD, pieces)]))
     told = _next_logprobs(model, params, x_RD, pieces, mesh)
-    return Decoded(logits_MV[:B], new_LBKC), Prefilled(logits_MV[B:], kv, told)
+    return Decoded(logits_RV[:M], new_LMKC), Prefilled(logits_RV[M:], kv, told)
 
 
-def _rows(pieces: PieceBatch) -> tuple[jax.Array, jax.Array]:
+def _rows(rows: Rows) -> tuple[jax.Array, jax.Array]:
+    """(token_R, position_R), a slot's side by side."""
+    return rows.token_NW.reshape(-1), rows.position_NW.reshape(-1)
+
+
+def _adapters(rows: Rows) -> jax.Array | None:
+    return None if rows.adapter_N is None else rows.of_tokens(rows.adapter_N)
+
+
+def _pieces(pieces: PieceBatch) -> tuple[jax.Array, jax.Array]:
     """(token_R, position_R), one piece behind another."""
     return pieces.token_NT.reshape(-1), pieces.position_NT.reshape(-1)
 
@@ -143,7 +139,7 @@ def _layers(
     Where there are adapters the loop is there twice: rows of which none has one do not pay for those that there are.
     """
     x_RD = bridge.run(model.embed_tokens, params["embed_tokens"], token_R)
-    x_RD = bridge.run(model.after_embedding, {}, x_RD)
+    x_RD = bridge.run(model.after_embedding, params["after_embedding"], x_RD, position_R)
     ropes = bridge.run(model.rope, {}, position_R)
     layers = params["layers"]
     if adapter_R is None:
@@ -163,16 +159,16 @@ def _walk(
     """The layer loop itself. `of_all`: arrays that all layers take alike.
 
     Layers differ in their weights, in how far back they see and in their rope. Under a scan all three are selected by
-    the layer's number; unrolled, a layer is traced once for each way of seeing.
+    the layer's number; unrolled, a layer is traced once for each way of seeing, and for each module that computes some.
     """
     kind_of_layer, rope_of_layer = attend.kind_of_layer, model.config.rope_of_layer
 
-    def layer(x_RD, weights, index, kind, rope):
+    def layer(x_RD, weights, index, kind, rope, module=0):
         def attend_layer(q_RNH, k_RKH, v_RKH, sink_N=None):
             tensors = (q_RNH, k_RKH, v_RKH) if sink_N is None else (q_RNH, k_RKH, v_RKH, sink_N)
             return bridge.call_kernel(functools.partial(attend.call, index, kind), *tensors)
 
-        x_RD, k_RKH, v_RKH = bridge.run(model.layers[0], weights, x_RD, rope, attend_layer)
+        x_RD, k_RKH, v_RKH = bridge.run(model.layers[module], weights, x_RD, rope, attend_layer)
         return x_RD, attend.stored(k_RKH, v_RKH)
 
     if isinstance(layers, dict):
@@ -192,11 +188,11 @@ def _walk(
         numbers = (range(len(model.layers)), kind_of_layer, rope_of_layer)
         return jax.lax.scan(step, x_RD, (sliced, *(jnp.asarray(list(n), jnp.int32) for n in numbers)))
 
-    layer = jax.jit(layer, static_argnums=3)  # XLA inlines the calls, so a layer's index is a constant again
+    layer = jax.jit(layer, static_argnums=(3, 5))  # XLA inlines the calls, so a layer's index is a constant again
     per_layer = []
-    for index, weights in enumerate(layers):
-        weights = {**weights, **of_all, **numbered(model.layers[0], jnp.int32(0))}
-        x_RD, kv = layer(x_RD, weights, jnp.int32(index), kind_of_layer[index], ropes[rope_of_layer[index]])
+    for index, (weights, module) in enumerate(zip(layers, model.module_of_layer, strict=True)):
+        weights = {**weights, **of_all, **numbered(model.layers[module], jnp.int32(0))}
+        x_RD, kv = layer(x_RD, weights, jnp.int32(index), kind_of_layer[index], ropes[rope_of_layer[index]], module)
         per_layer.append(kv)
     return x_RD, jax.tree.map(lambda *of_layers: jnp.stack(of_layers), *per_layer)
 

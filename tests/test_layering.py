@@ -25,7 +25,7 @@ MAY_IMPORT: dict[str, tuple[set[str], set[str]]] = {
     "engine_impl": (
         {"kernels", "cache_manager", "protos"},  # protos and grpc: distributed/ alone, see below
         {"jax", "numpy", "torch", "torchax", "gguf", "tokenizers", "jinja2", "libtpu", "jetstream"}
-        | {"safetensors", "sentencepiece", "huggingface_hub", "google", "llguidance", "grpc"},
+        | {"safetensors", "sentencepiece", "huggingface_hub", "google", "llguidance", "grpc", "transformers"},
     ),
     "server": (
         {"protos", "cache_manager", "engine_impl"},
@@ -54,12 +54,24 @@ SUB_ROOMS: dict[str, dict[str, set[str]]] = {
         "text": {"errors", "runtime"},
         "models": {"errors"},
         "sampling": {"errors", "option", "placing"},
+        "speculation": {"api"},
         "checkpoints": {"errors", "models", "text", "runtime"},
         "adapters": {"errors", "config", "bridge", "runtime", "models", "checkpoints", "placing"},
         "quantization": {"errors", "config", "bridge", "models", "checkpoints"},
         "weights": {"errors", "forward", "models", "checkpoints", "quantization"},
         "compiler": {
-            *("errors", "config", "sizes", "sampling", "forward", "state", "programs", "shapes", "engine"),
+            *(
+                "errors",
+                "config",
+                "sizes",
+                "sampling",
+                "forward",
+                "state",
+                "programs",
+                "shapes",
+                "draft_model",
+                "engine",
+            ),
             *("models", "checkpoints", "quantization", "weights"),
         },
         "distributed": {
@@ -308,8 +320,12 @@ def test_benchmarks_ask_for_no_private_attribute():
 
 
 def test_models_import_torch_alone():
-    tops = {it.name.split(".")[0] for it in all_imports() if it.file.startswith("engine_impl/models/")}
+    """But for those that are transformers'."""
+    of_models = [it for it in all_imports() if it.file.startswith("engine_impl/models/")]
+    tops = {it.name.split(".")[0] for it in of_models if not it.file.startswith("engine_impl/models/hf/")}
     assert {top for top in tops if "/" not in top} - set(sys.stdlib_module_names) == {"torch"}
+    knowing = {it.file for it in all_imports() if room(it.file) == "engine_impl" and it.name.startswith("transformers")}
+    assert {file.rpartition("/")[0] for file in knowing} == {"engine_impl/models/hf"}
 
 
 def test_the_cache_knows_only_its_own_kernel():

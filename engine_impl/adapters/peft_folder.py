@@ -83,7 +83,7 @@ def _tensors(folder: Path, model: Decoder) -> dict[tuple[str, str], Stored]:
         matched = re.fullmatch(r"(.+)\.lora_([AB])(?:\.default)?\.weight", name)
         if matched is None:
             raise RefusedError(f"{str(file)!r} holds {name}, which is no lora_A or lora_B of a linear module")
-        found[model.without_prefix(matched[1].removeprefix(PREFIX)), matched[2]] = stored
+        found[model.own_name(model.config, matched[1].removeprefix(PREFIX)), matched[2]] = stored
     return found
 
 

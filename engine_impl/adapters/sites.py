@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from ...kernels import AXIS
 from .. import bridge
+from ..errors import RefusedError
 from ..models.decoder import Decoder
 from ..models.parts import Linear
 
@@ -50,7 +51,12 @@ class Site:
 
 def sites_of(model: Decoder, mesh: Mesh) -> tuple[Site, ...]:
     """The matrices of attention and feed-forward, of a model that is not quantised yet. Experts and what chooses them,
-    the head and the embedding have none."""
+    the head and the embedding have none.
+
+    Raises RefusedError for a model whose layers are not alike.
+    """
+    if len(set(model.module_of_layer)) > 1:
+        raise RefusedError("adapters need layers that are alike, and this model's are not; leave --max-adapters out")
     sites = []
     for path, module in model.layers[0].named_modules():
         own = path.rpartition(".")[2]

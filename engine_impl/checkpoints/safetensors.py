@@ -102,7 +102,7 @@ class SafetensorsCheckpoint:
         self._tensors: dict[str, Stored] = {}
         for file in weight_files(folder, self.name):
             for stored_name, tensor in header(file).items():
-                own = family.without_prefix(stored_name.replace(COMPILED, ""))
+                own = family.own_name(self.config, stored_name.replace(COMPILED, ""))
                 own = own_name(stored_name) if self._is_mistrals else own
                 for parameter, part in ({} if own is None else family.parts_of(own, tensor.full_shape)).items():
                     if parameter in self._tensors:

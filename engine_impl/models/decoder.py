@@ -101,6 +101,17 @@ class ModelConfig:
         return self
 
 
+class Anywhere(nn.Module):
+    """What is done to rows alike, wherever in a text they stand."""
+
+    def __init__(self, change: nn.Module) -> None:
+        super().__init__()
+        self.change = change
+
+    def forward(self, x_RD: Tensor, position_R: Tensor) -> Tensor:
+        return self.change(x_RD)
+
+
 class Decoder(nn.Module):
     """The parts of a decoder-only model, in the order that a step walks them.
 
@@ -126,11 +137,11 @@ class Decoder(nn.Module):
     embed_tokens: nn.Module
     """token_R -> x_RD"""
     after_embedding: nn.Module
-    """x_RD -> x_RD"""
+    """(x_RD, position_R) -> x_RD; may have parameters"""
     rope: nn.Module
     """position_R -> a tuple; each layer takes the entry that `config.rope_of_layer` names. All of one shape."""
     layers: nn.ModuleList
-    """(x_RD, rope, attend) -> (x_RD, k_RKH, v_RKH); all alike but for their weights"""
+    """(x_RD, rope, attend) -> (x_RD, k_RKH, v_RKH); all alike but for their weights, see `module_of_layer`"""
     norm: nn.Module
     """x_RD -> x_RD"""
     lm_head: nn.Module
@@ -142,8 +153,14 @@ class Decoder(nn.Module):
         """`config` is of the family's `config_type`. A family sets the other parts itself."""
         super().__init__()
         self.config = config
-        self.after_embedding = nn.Identity()
+        self.after_embedding = Anywhere(nn.Identity())
         self.after_logits = nn.Identity()
+
+    @property
+    def module_of_layer(self) -> tuple[int, ...]:
+        """For each layer the one whose module computes it, with its own weights: of most families the first for all.
+        Where there are several, layers are not stacked."""
+        return (0,) * len(self.layers)
 
     @classmethod
     def read_config(cls, fields: Fields) -> ModelConfig:
@@ -151,9 +168,13 @@ class Decoder(nn.Module):
         raise NotImplementedError
 
     @classmethod
-    def without_prefix(cls, name: str) -> str:
-        """A tensor's name in a Hugging Face checkpoint as ours."""
+    def own_name(cls, config: Any, name: str) -> str:
+        """The name of a tensor, or of a module, in a Hugging Face checkpoint as ours; `config` is of `config_type`."""
         return name.removeprefix(next((prefix for prefix in cls.prefixes if name.startswith(prefix)), ""))
+
+    def ignores(self, name: str) -> bool:
+        """Whether a checkpoint may hold a tensor of this name, own_name taken, beside this model."""
+        return name.startswith(self.ignored)
 
     def shared_axis(self, module: str, shape: Sequence[int], chips: int) -> int | None:
         """The axis of a module's parameter of this shape that so many chips share; None: each has a copy."""

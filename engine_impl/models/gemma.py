@@ -5,6 +5,7 @@ from typing import Any, ClassVar
 
 from torch import nn
 
+from .decoder import Anywhere
 from .fields import Fields
 from .parts import GemmaRMSNorm, Scale, gelu_tanh
 from .transformer import Attention, GatedMLP, Layer, Transformer, TransformerConfig, read_rope, read_shape
@@ -22,7 +23,7 @@ class Gemma(Transformer):
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__(config)
-        self.after_embedding = Scale(config.model_dim**0.5)
+        self.after_embedding = Anywhere(Scale(config.model_dim**0.5))
         self.norm = GemmaRMSNorm(config.model_dim, config.rms_norm_eps)
 
     def layer(self, config: Any) -> nn.Module:

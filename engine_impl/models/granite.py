@@ -5,7 +5,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from .decoder import Attend
+from .decoder import Anywhere, Attend
 from .fields import Fields
 from .parts import Scale
 from .transformer import Attention, GatedMLP, Layer, Transformer, TransformerConfig, read_rope, read_shape
@@ -48,7 +48,7 @@ class Granite(Transformer):
 
     def __init__(self, config: GraniteConfig) -> None:
         super().__init__(config)
-        self.after_embedding = Scale(config.embedding_multiplier)
+        self.after_embedding = Anywhere(Scale(config.embedding_multiplier))
         self.after_logits = Scale(1 / config.logits_scaling)
 
     def layer(self, config: Any) -> nn.Module:

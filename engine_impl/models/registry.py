@@ -20,6 +20,9 @@ from .gemma3 import Gemma3
 from .glm4 import Glm, Glm4
 from .gpt_oss import GptOss
 from .granite import Granite
+from .hf import family as hf_family
+from .hf import outside
+from .hf.family import HFDecoder
 from .llama import Llama
 from .mistral import Mistral
 from .mixtral import Mixtral
@@ -103,15 +106,18 @@ def read_config(fields: dict[str, Any], where: str) -> ModelConfig:
     if model_type not in FAMILIES:
         for entry_point in entry_points(group=ENTRY_POINTS, name=str(model_type)):
             entry_point.load()
-    if model_type not in FAMILIES:
+    family = FAMILIES.get(str(model_type))
+    if family is None and (model_type in NOT_THERE or not outside.knows(model_type)):
         why = f", which is not there: {NOT_THERE[model_type]}" if model_type in NOT_THERE else ""
         raise RefusedError(
             f"{where!r} is of the family {model_type!r}{why}; the families there are: {', '.join(sorted(FAMILIES))}; "
-            "--model-module brings one of your own"
+            f"--model-module brings one of your own{_more()}"
         )
     asked = Fields(fields, where)
     try:
-        config = FAMILIES[model_type].read_config(asked)
+        if family is None:
+            return hf_family.read_config(fields, where)
+        config = family.read_config(asked)
         if unknown := check_unread(asked):
             log.info("%s has fields that nobody reads here: %s", where, ", ".join(map(shown, unknown)))
         return config
@@ -123,6 +129,12 @@ def read_config(fields: dict[str, Any], where: str) -> ModelConfig:
         ) from error
 
 
+def _more() -> str:
+    if outside.is_installed():
+        return ""
+    return "; pip install 'slipstream-llm[hf]' brings more, which transformers computes"
+
+
 def build(config: ModelConfig) -> Decoder:
     """The family's module for a config, on the meta device: its values come from a checkpoint."""
     with torch.device("meta"):
@@ -131,7 +143,7 @@ def build(config: ModelConfig) -> Decoder:
 
 def family_of(config: ModelConfig) -> type[Decoder]:
     """The family whose config it is. Raises ValueError when there is none."""
-    for family in FAMILIES.values():
+    for family in (*FAMILIES.values(), HFDecoder):
         if family.config_type is type(config):
             return family
     raise ValueError(f"no family has {type(config).__name__} as its config_type; register it")

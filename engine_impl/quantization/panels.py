@@ -77,6 +77,7 @@ def decoded(model: Decoder, params: dict[str, Any]) -> dict[str, Any]:
     embed_tokens = section(model.embed_tokens, params["embed_tokens"])
     return {
         "embed_tokens": embed_tokens,
+        "after_embedding": params["after_embedding"],
         "layers": tuple(section(*of_layer) for of_layer in zip(model.layers, params["layers"], strict=True)),
         "norm": params["norm"],
         "lm_head": embed_tokens if model.config.tied_embeddings else section(model.lm_head, params["lm_head"]),

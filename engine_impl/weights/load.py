@@ -99,9 +99,9 @@ def check_names(model: Decoder, checkpoint: Checkpoint) -> None:
     """Raises one RefusedError with all that does not agree; reads no weights, except those of a doubled lm_head."""
     there, needed = checkpoint.shapes(), needed_shapes(model, checkpoint.config.num_kv_heads)
     extra = {name for name in there if name not in needed and not name.endswith(BENIGN)}
-    extra = {name for name in extra if not name.startswith(model.ignored)}
+    extra = {name for name in extra if not model.ignores(name)}
     if model.config.tied_embeddings and HEAD in extra:
-        _check_tied(checkpoint, there)
+        _check_tied(checkpoint, there, model.sources(EMBEDDING)[0])
         extra.remove(HEAD)
     if checkpoint.quantization is not None:  # some tools give every module a bias
         extra = {name for name in extra if not name.endswith(".bias") or checkpoint.tensor(name).any()}
@@ -125,11 +125,11 @@ def _told(names: list[str]) -> str:
     return ", ".join(names[:NAMES_TOLD]) + (f" and {more} more" if more > 0 else "")
 
 
-def _check_tied(checkpoint: Checkpoint, shapes: Mapping[str, tuple[int, ...]]) -> None:
+def _check_tied(checkpoint: Checkpoint, shapes: Mapping[str, tuple[int, ...]], embedding_name: str) -> None:
     """A copy of the embedding may be there too; anything else may not."""
-    same = shapes[HEAD] == shapes.get(EMBEDDING)
+    same = shapes[HEAD] == shapes.get(embedding_name)
     if same:
-        head, embedding = checkpoint.tensor(HEAD), checkpoint.tensor(EMBEDDING)
+        head, embedding = checkpoint.tensor(HEAD), checkpoint.tensor(embedding_name)
         same = all(
             (head[rows].astype(np.float32) == embedding[rows].astype(np.float32)).all()
             for rows in (slice(row, row + COMPARED_ROWS) for row in range(0, len(head), COMPARED_ROWS))
@@ -288,6 +288,7 @@ def _build(model: Decoder, mesh: Mesh, loop: LayerLoop, maker: "_Loader | _Descr
     embed_tokens = section(model.embed_tokens, ["embed_tokens"])
     return {
         "embed_tokens": embed_tokens,
+        "after_embedding": section(model.after_embedding, ["after_embedding"]),
         "layers": layers,
         "norm": section(model.norm, ["norm"]),
         "lm_head": embed_tokens if model.config.tied_embeddings else section(model.lm_head, ["lm_head"]),

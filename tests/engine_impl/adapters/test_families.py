@@ -45,8 +45,13 @@ def engine_of(folder, devices):
 @pytest.mark.parametrize(("family", "devices"), CASES)
 def test_logits_and_tokens_equal_pefts_merged_model(family, devices, tmp_path_factory):
     folder, reference = written_by_transformers(family, tmp_path_factory.getbasetemp())
+    assert_equal(reference, folder, tmp_path_factory.mktemp(family), devices)
+
+
+def assert_equal(reference, folder, root, devices):
+    """Logits and tokens of adapters that are written into `root`."""
     adapted = with_adapters(copy.deepcopy(reference))
-    folders = saved(adapted, tmp_path_factory.mktemp(family))
+    folders = saved(adapted, root)
     engine, params = engine_of(folder, devices)
     for index, name in enumerate(NAMES, 1):
         params = engine.put_adapter(params, index, engine.read_adapter(str(folders[name])))
