@@ -18,6 +18,7 @@ takes a `Session`, which knows the pages and the slots in use.
 import copy
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import jax
@@ -47,7 +48,8 @@ from .sampling.slots import SlotSampling
 from .shapes import Shapes
 from .state import DecodeState, Prefix, StepResult
 from .text.tokenizer import Tokenizer
-from .weights.load import load_params, needed_shapes
+from .weights.kept import kept
+from .weights.load import abstract_params, load_params, needed_shapes
 
 
 class Engine:
@@ -81,6 +83,7 @@ class Engine:
         adapt(model, sites)
         self.model = model
         """The modules, with their linear ones as quantisation left them; they hold no weights."""
+        self._weight_cache = None if config.weight_cache is None else Path(config.weight_cache).expanduser()
         self._tokenizer, self._kv_heads = tokenizer, kv_heads or model.config.num_kv_heads
         self.adapter_places: AdapterPlaces | None = None
         """Of the adapters that the devices hold; None: there are none."""
@@ -174,8 +177,15 @@ class Engine:
 
     def load_params(self, checkpoint: Checkpoint) -> Params:
         """Read the weights onto the mesh. Raises RefusedError when the checkpoint does not fit the model."""
-        params = load_params(self.model, checkpoint, self.mesh, self.layout.dtype, self.layer_loop)
-        return self.without_adapters(params)
+        form = self.mesh, self.layout.dtype, self.layer_loop
+
+        def load() -> Params:
+            return load_params(self.model, checkpoint, *form)
+
+        if self._weight_cache is not None:
+            shapes = abstract_params(self.model, *form)
+            return self.without_adapters(kept(self._weight_cache, checkpoint.files(), shapes, load))
+        return self.without_adapters(load())
 
     @property
     def max_adapters(self) -> int:

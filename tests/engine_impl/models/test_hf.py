@@ -41,7 +41,7 @@ MODELS: dict[str, tuple[int, dict[str, Any]]] = {
     "gpt2": (1, {}),  # learned positions; matrices are [in, out]; tied
     "phi": (1, {}),  # a head with biases; parts of a head turn
     "starcoder2": (8, {"sliding_window": 12}),
-    "nemotron": (1, {}),  # norms of its own
+    "granite_swa": (1, WINDOWS),  # sinks
     "exaone4": (1, WINDOWS),  # the second layer has no rope
     "helium": (8, {}),  # a rope that turns neighbours
 }  # fmt: skip
