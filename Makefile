@@ -32,7 +32,7 @@ web-test: $(VENV)/.test          ## the page to try the model, in a real headles
 tools-test: $(VENV)/.test        ## manifests by kubectl, alerts by promtool, scripts by shellcheck; fails without one of them
 	$(BIN)/python -m pytest tests/deploy tests/cli/test_plan_manifest.py -m tools
 
-ray-test: $(VENV)/.test          ## replicas under a real Ray Serve on this machine; minutes, 6 GB
+ray-test: $(VENV)/.test          ## replicas under a real Ray Serve here: minutes, 6 GB; ends every Ray of yours on this machine
 	$(BIN)/python -m pytest tests/server/ray -m ray
 
 native-check: .pytest_cache/native_check ## the CPU kernels in C++ against plain loops, under sanitizers

@@ -129,8 +129,9 @@ class KernelBench:
     def _flushes(self) -> Iterator[tuple[str, Flush]]:
         def ours(backend: Backend) -> Flush:
             page_B1 = jnp.arange(self._options.slots, dtype=jnp.int32)[:, None]  # one page holds all of a slot's rows
+            one_B = jnp.ones_like(page_B1[:, 0])
             return lambda cache, new, position: cache_flush(
-                cache, new, position, page_B1, mesh=self._mesh, backend=backend
+                cache, new[:, :, None], position, one_B, page_B1, mesh=self._mesh, backend=backend
             )
 
         backend: Backend = "xla" if is_xla(self._backend) else self._backend  # what has no flush of its own

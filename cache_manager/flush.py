@@ -14,22 +14,23 @@ def rows(k_RKH: jax.Array, v_RKH: jax.Array) -> jax.Array:
 
 def flush(
     cache: KV,
-    new_LBKC: jax.Array,
+    new_LBWKC: jax.Array,
     length_B: jax.Array,
-    live_B: jax.Array,
+    count_B: jax.Array,
     page_BJ: jax.Array,
     *,
     codec: Codec,
     mesh: jax.sharding.Mesh,
     backend: Backend,
 ) -> KV:
-    """Store every live slot's new token behind its last row, for all layers at once; in place when donated.
+    """Store the first `count` of each slot's W new tokens behind its last row, for all layers at once; in place when
+    donated.
 
-    A dead slot, and one whose pages are full, is not written at all: its position is put outside.
+    A dead slot has a count of 0 and is not written at all; nor are tokens for which its pages have no row.
     """
-    position_B, new = jnp.where(live_B, length_B, -1), codec.encode(new_LBKC)
-    rows = cache_flush(cache.rows, new.rows, position_B, page_BJ, mesh=mesh, backend=backend)
+    new, where = codec.encode(new_LBWKC), (length_B, count_B, page_BJ)
+    rows = cache_flush(cache.rows, new.rows, *where, mesh=mesh, backend=backend)
     if cache.scales is None or new.scales is None:
         return KV(rows)
-    scales = cache_flush(cache.scales, new.scales, position_B, page_BJ, row_axis=4, mesh=mesh, backend=backend)
+    scales = cache_flush(cache.scales, new.scales, *where, row_axis=4, mesh=mesh, backend=backend)
     return KV(rows, scales)

@@ -16,14 +16,15 @@ from ..benchmarks.options.overload import OverloadOptions
 from ..benchmarks.options.prefill import PrefillOptions
 from ..benchmarks.options.serve import ServeOptions
 from ..benchmarks.options.soak import SoakOptions
+from ..benchmarks.options.speculate import SpeculateOptions
 from ..benchmarks.options.start import StartOptions
 from ..benchmarks.options.step import StepOptions
 
 
 @dataclass(frozen=True, kw_only=True)
 class Bench:
-    """Measure: steps, prefills, kernels, starts, servers, mixed load, growing costs, quantisation, overload, soak,
-    hostile inputs, JetStream.
+    """Measure: steps, prefills, kernels, starts, servers, speculation, mixed load, growing costs, quantisation,
+    overload, soak, hostile inputs, JetStream.
     """
 
     what: (
@@ -32,6 +33,7 @@ class Bench:
         | Annotated[KernelOptions, subcommand("kernel")]
         | Annotated[StartOptions, subcommand("start")]
         | Annotated[ServeOptions, subcommand("serve")]
+        | Annotated[SpeculateOptions, subcommand("speculate")]
         | Annotated[MixedOptions, subcommand("mixed")]
         | Annotated[GrowthOptions, subcommand("growth")]
         | Annotated[AccuracyOptions, subcommand("accuracy")]
@@ -70,6 +72,10 @@ class Bench:
                 from ..benchmarks import serve
 
                 return serve.run(self.what)
+            case SpeculateOptions():
+                from ..benchmarks import speculate
+
+                return speculate.run(self.what)
             case MixedOptions():
                 from ..benchmarks import mixed
 

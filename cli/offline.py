@@ -50,8 +50,9 @@ def answer(
         loaded = LoadedAdapter("adapter", adapter, engine.read_adapter(adapter))
         for each in requests:
             each.adapt(loaded)
+    prediction_ids = limits.ids_of_prediction(engine.get_tokenizer(), options.prediction)
     for each in requests:
-        each.grammar = grammar
+        each.grammar, each.prediction_ids = grammar, prediction_ids
         limits.check(each)
         each.constrain(engine.get_tokenizer())
     with running(engine, params, max_queued=len(prompts)) as orchestrator:

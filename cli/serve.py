@@ -31,6 +31,8 @@ class Serve:
         self.server.check_adapters(self.engine.max_adapters)
         if self.hosts != HostsConfig() and self.server.orchestrator == "jetstream":
             raise RefusedError("JetStream's orchestrator serves from one host: leave --hosts and --coordinator out")
+        if self.hosts != HostsConfig() and self.server.prefill_devices is not None:
+            raise RefusedError("--prefill-devices shares the devices of one host: leave it, or --hosts, out")
 
     def run(self) -> int:
         place = self.hosts.place(os.environ)
@@ -72,6 +74,7 @@ class Serve:
         return status
 
     def _load(self):
-        from ..engine_impl.loading import load_engine
+        from ..engine_impl import loading
 
-        return load_engine(self.engine)
+        apart = self.server.prefill_devices
+        return loading.load_engine(self.engine) if apart is None else loading.load_disaggregated(self.engine, apart)

@@ -40,7 +40,8 @@ class DeviceArray(Protocol):
 
 
 class StepResult(Protocol):
-    """What a step tells the host: up to W tokens per slot; W is 1. A prefill's result has a row for each piece."""
+    """What a step tells the host: up to W tokens per slot, W its width. A prefill's result has a row for each piece, of
+    one token."""
 
     @property
     def token_BW(self) -> DeviceArray:
@@ -50,6 +51,17 @@ class StepResult(Protocol):
     @property
     def count_B(self) -> DeviceArray:
         """i32, how many of the slot's tokens are valid; 0 for a slot that is empty or full"""
+        ...
+
+    @property
+    def drafted_B(self) -> DeviceArray:
+        """i32, how many drafts stood behind the slot's last token, up to W: the first W - 1 took part in the step"""
+        ...
+
+    @property
+    def agreed_B(self) -> DeviceArray:
+        """i32, how many of these, the leading ones, are what the model chose: tokens are valid up to the one behind
+        the last that took part"""
         ...
 
     @property
@@ -70,6 +82,10 @@ class StepResult(Protocol):
 
 class Prefix(Protocol):
     """Pieces of texts after prefill."""
+
+    def is_ready(self) -> bool:
+        """Whether the devices have computed all of it."""
+        ...
 
     @property
     def logprob_NT(self) -> DeviceArray:
@@ -118,11 +134,13 @@ class Opening:
     sampling: SamplingParams
     allowed_W: np.ndarray | None = None
     """Which tokens may come next, see `Matcher.allowed`; None: all."""
+    prediction: Sequence[int] | np.ndarray = ()
+    """Tokens that the answer, from its beginning, may well have: drafts. Wrong ones change no token."""
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Allowed:
-    """Which tokens may come next in some rows of a step; in the others all may."""
+    """Which tokens may come next in some rows of a step, which get one token each; in the others all may."""
 
     row_C: np.ndarray
     """i32, of `slot_N`"""
@@ -289,8 +307,20 @@ class Engine(Protocol[ParamsT, PrefixT, StateT]):
         ...
 
     @property
+    def prefills_apart(self) -> bool:
+        """Whether pieces are computed on devices of their own, while steps go on. Steps behind the `insert` of a prefix
+        that is not ready wait for it."""
+        ...
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """Of steps, in tokens that they bring a slot at most, ascending; the first is 1, and the only one where nothing
+        drafts."""
+        ...
+
+    @property
     def tokens_per_step(self) -> int:
-        """W: most tokens that a step brings a slot."""
+        """W: most tokens that a step brings a slot, the last of `widths`."""
         ...
 
     @property
@@ -375,12 +405,14 @@ class Engine(Protocol[ParamsT, PrefixT, StateT]):
         slot_N: np.ndarray,
         page_NJ: np.ndarray,
         allowed: Allowed | None = None,
+        width: int = 1,
     ) -> tuple[StateT, StepResult]:
         """One decode step of the slots named, in their order; one that is full gets no token. The state is donated.
 
-        Row n of the result belongs to slot_N[n]; rows behind them have a count of 0. `page_NJ` (i32) must have a page
-        for each row that the step may store: up to `tokens_per_step` behind a slot's length. No slot named: a step that
-        changes nothing.
+        Row n of the result belongs to slot_N[n]; rows behind them have a count of 0. `width` is one of `widths`: the
+        step computes each slot's last token and up to so many drafts less one behind it. A slot's tokens are the same
+        whatever the width; how many a step brings differs. `page_NJ` (i32) must have a page for each row that the step
+        may store: up to `width` behind a slot's length. No slot named: a step that changes nothing.
         """
         ...
 

@@ -58,32 +58,37 @@ def attend_cache(
     mesh: jax.sharding.Mesh,
     backend: Backend,
 ) -> Attend:
-    """Rows are slots: each attends to its first `length` cached tokens and to its own new one.
+    """Rows are the step's tokens, W of each slot side by side: each attends to its slot's first `length` cached tokens,
+    to the slot's new ones before it and to itself. W follows from the number of rows.
 
     Args:
         page_BJ: i32, the page table.
         max_pages: entries of the table that hold live rows at once, at most; see `attention_steps`.
-        window_of_layer: how many tokens each layer sees, the new one included; None is all.
+        window_of_layer: how many tokens each layer sees, the token itself included; None is all.
         soft_cap: scores become cap * tanh(score / cap).
     """
     R, C = cache.rows.shape[3:]
-    reach = page_BJ.shape[1] * R
+    slots, reach = length_B.shape[0], page_BJ.shape[1] * R
     windows, kind_of_layer = _kinds(window_of_layer, reach)
     steps = [
         attention_steps(cache.rows, length_B, page_BJ, window=window, max_pages=max_pages, mesh=mesh, backend=backend)
         for window in windows
     ]
 
-    def attend(layer, kind, q_BNH, k_BKH, v_BKH, sink_N=None):
-        window, of_window = _chosen(windows, kind, reach + 1), steps[0] if len(steps) == 1 else _one_of(steps, kind)
-        out_BNH = ragged_attention(
-            _queries(q_BNH, C // 2), stored(k_BKH, v_BKH), cache.rows, layer, length_B, page_BJ, of_window,
-            scale_LPK2R=cache.scales, window=window, soft_cap=soft_cap, sink_N=sink_N, mesh=mesh, backend=backend,
-        )  # fmt: skip
-        return out_BNH[..., : q_BNH.shape[-1]]
+    def of_slots(x_RNH):
+        return x_RNH.reshape(slots, -1, *x_RNH.shape[1:])
 
-    def stored(k_BKH, v_BKH):
-        return rows(_padded(k_BKH, C // 2), _padded(v_BKH, C // 2))
+    def attend(layer, kind, q_RNH, k_RKH, v_RKH, sink_N=None):
+        window, of_window = _chosen(windows, kind, reach + 1), steps[0] if len(steps) == 1 else _one_of(steps, kind)
+        out_BWNH = ragged_attention(
+            of_slots(_queries(q_RNH, C // 2)), of_slots(stored(k_RKH, v_RKH)), cache.rows, layer, length_B, page_BJ,
+            of_window, scale_LPK2R=cache.scales, window=window, soft_cap=soft_cap, sink_N=sink_N, mesh=mesh,
+            backend=backend,
+        )  # fmt: skip
+        return out_BWNH[..., : q_RNH.shape[-1]].reshape(q_RNH.shape)
+
+    def stored(k_RKH, v_RKH):
+        return rows(_padded(k_RKH, C // 2), _padded(v_RKH, C // 2))
 
     return Attend(kind_of_layer, attend, stored)
 

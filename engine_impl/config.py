@@ -77,7 +77,20 @@ class EngineConfig:
     max_adapter_rank: int = 16
     """The largest rank of an adapter, which each one's place on the devices has room for (1 to 128)."""
 
+    speculate: Literal["off", "auto"] = "off"
+    """Several tokens a step. Drafts of what comes are what followed a text's last tokens where they stood before, a
+    request's prediction, and what a draft model says; a step tells which of them are right. They change no answer.
+    `auto`: as many a step as those of late and the steps' times make worth it."""
+
+    draft_model: str | None = None
+    """A small model of the same tokenizer that drafts too, named as `model` is; it has a cache of its own in the same
+    pages. Needs `speculate`."""
+
     def __post_init__(self) -> None:
+        if self.draft_model is not None and self.speculate == "off":
+            raise RefusedError(
+                f"draft_model={self.draft_model!r} drafts nothing with speculate='off'; add --speculate auto"
+            )
         if self.max_adapters < 0:
             raise RefusedError(f"max_adapters={self.max_adapters} must be 0 (none) or more")
         if not 1 <= self.max_adapter_rank <= MAX_RANK:

@@ -4,6 +4,7 @@
     prefix, first = engine.first_tokens(prefix, [Opening(text=..., prompt_length=..., sampling=...)])
     state = engine.insert(prefix, state, [slot], page_NJ)
     state, result = engine.generate(params, state, slot_N, page_NJ)      # one token for every slot named
+    state, result = engine.generate(params, state, slot_N, page_NJ, width=4)                # or up to four
     state, result, prefix = engine.carry(params, state, slot_N, page_NJ, [Piece(...)])   # and a piece beside it
 
 Given texts are scored by the same steps, with tokens that the caller chooses:
@@ -27,7 +28,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from .. import kernels
-from ..cache_manager import KV
+from ..cache_manager import KV, CacheLayout
 from . import api, forward
 from .adapters.peft_folder import adapter_folder, read_adapter
 from .adapters.sites import adapt, sites_of
@@ -35,17 +36,20 @@ from .adapters.stacks import AdapterPlaces, AdapterWeights
 from .api import Allowed, Opening, Piece
 from .checkpoints.contract import Checkpoint
 from .config import EngineConfig
+from .draft_model import DraftModel, beside
+from .drafting import of_long_repeats, of_text
 from .errors import AdaptersLostError, PieceError, RefusedError
 from .forward import LayerLoop, Params
 from .layout import chunk_of, layout_of
 from .models.decoder import Decoder
 from .placing import placed
-from .programs import GREEDY, Programs
+from .programs import GREEDY, Drafting, Programs
 from .quantization.swap import quantize
 from .sampling.mask import Mask, Masks
 from .sampling.penalties import counts_of_text, is_penalised
 from .sampling.slots import SlotSampling
 from .shapes import Shapes
+from .speculation.texts import texts_of
 from .state import DecodeState, Prefix, StepResult
 from .text.tokenizer import Tokenizer
 from .weights.kept import kept
@@ -64,20 +68,25 @@ class Engine:
         tokenizer: Tokenizer,
         model_name: str,
         kv_heads: int | None = None,
+        draft: DraftModel | None = None,
+        page_rows: int | None = None,
     ) -> None:
         """`model` may be on the meta device; its kv heads must be a multiple of the mesh's size (see `loading`). Its
         linear modules are swapped here if the config asks for quantised weights, and adapted if it asks for adapters.
 
-        `kv_heads`: as checkpoints and adapters have them; default: the model's.
+        `kv_heads`: as checkpoints and adapters have them; default: the model's. `draft`: a draft model likewise, where
+        the config speculates.
+
+        `page_rows`: of pages that another engine has too; default: what suits the mesh.
 
         Raises RefusedError for a cache or a chunk that is not whole pages.
         """
         self.model_name = model_name
         self.mesh = mesh
         platform = mesh.devices.flat[0].platform
-        self.layer_loop: LayerLoop = forward.layer_loop_for(platform, model)
+        self.layer_loop: LayerLoop = forward.layer_loop_for(platform, model, *([] if draft is None else [draft.model]))
         backend = kernels.backend_for(platform)
-        self.layout = layout_of(config, model.config, mesh, dtype)
+        self.layout = layout_of(config, model.config, mesh, dtype, page_rows)
         sites = sites_of(model, mesh) if config.max_adapters else ()
         quantize(model, config, dtype, mesh, backend)
         adapt(model, sites)
@@ -91,7 +100,14 @@ class Engine:
             self.adapter_places = AdapterPlaces(
                 sites, len(model.layers), config.max_adapters, config.max_adapter_rank, mesh, dtype
             )
-        self.programs = Programs(model, mesh, self.layout, backend, has_adapters=config.max_adapters > 0)
+        self.draft_model: Decoder | None = None
+        drafting = None if config.speculate == "off" else Drafting(propose=of_text)
+        if drafting is not None and draft is not None:
+            quantize(draft.model, draft.config, dtype, mesh, backend)
+            self.draft_model = draft.model
+            small = Programs(draft.model, mesh, beside(self.layout, draft.model.config, backend), backend, False)
+            drafting = Drafting(propose=of_long_repeats, model=small)
+        self.programs = Programs(model, mesh, self.layout, backend, config.max_adapters > 0, drafting=drafting)
         """The device programs as functions: for whoever calls one within a program of his own."""
         self.jitted = self.programs.jitted()
         """The same, as they are run: for whoever lowers them."""
@@ -105,6 +121,7 @@ class Engine:
             chunk=chunk_of(config, self.layout, self.max_prefill_length, platform),
             platform=platform,
             has_adapters=config.max_adapters > 0,
+            speculates=config.speculate != "off",
         )
 
     def twin(self, programs: Programs | None = None, layer_loop: LayerLoop | None = None) -> "Engine":
@@ -137,9 +154,19 @@ class Engine:
         return self.shapes.burst
 
     @property
+    def prefills_apart(self) -> bool:
+        """Pieces and steps share the devices."""
+        return False
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """Of steps, in tokens that they bring a slot at most."""
+        return self.shapes.widths
+
+    @property
     def tokens_per_step(self) -> int:
-        """W."""
-        return 1
+        """W: the largest of `widths`."""
+        return self.widths[-1]
 
     @property
     def page_rows(self) -> int:
@@ -175,17 +202,35 @@ class Engine:
         """The model's tokenizer."""
         return self._tokenizer
 
-    def load_params(self, checkpoint: Checkpoint) -> Params:
-        """Read the weights onto the mesh. Raises RefusedError when the checkpoint does not fit the model."""
+    @property
+    def cache_layouts(self) -> list[CacheLayout]:
+        """Of all that is cached of a token: the model's, and the draft model's."""
+        small = None if self.programs.drafting is None else self.programs.drafting.model
+        return [self.layout] if small is None else [self.layout, small.layout]
+
+    @property
+    def cache_bytes(self) -> int:
+        """Of these, over all devices."""
+        return sum(layout.bytes for layout in self.cache_layouts)
+
+    def load_params(self, checkpoint: Checkpoint, draft_checkpoint: Checkpoint | None = None) -> Params:
+        """Read the weights onto the mesh, the draft model's too where there is one. Raises RefusedError when a
+        checkpoint does not fit its model."""
+        params = self._params_of(self.model, checkpoint)
+        if self.draft_model is not None and draft_checkpoint is not None:
+            params |= {"draft": self._params_of(self.draft_model, draft_checkpoint)}
+        return self.without_adapters(params)
+
+    def _params_of(self, model: Decoder, checkpoint: Checkpoint) -> Params:
+        """From the folder that keeps them, if there is one and it does, else from the checkpoint."""
         form = self.mesh, self.layout.dtype, self.layer_loop
 
         def load() -> Params:
-            return load_params(self.model, checkpoint, *form)
+            return load_params(model, checkpoint, *form)
 
-        if self._weight_cache is not None:
-            shapes = abstract_params(self.model, *form)
-            return self.without_adapters(kept(self._weight_cache, checkpoint.files(), shapes, load))
-        return self.without_adapters(load())
+        if self._weight_cache is None:
+            return load()
+        return kept(self._weight_cache, checkpoint.files(), abstract_params(model, *form), load)
 
     @property
     def max_adapters(self) -> int:
@@ -234,7 +279,8 @@ class Engine:
 
         Raises PieceError for pieces that no shape holds, see `Shapes.pieces`.
         """
-        return self.prefill_behind(params, decode_state.cache, pieces)
+        batch = self.shapes.pieces(pieces)
+        return self.jitted.prefill(params, decode_state.cache, batch, decode_state.draft_cache)
 
     def prefill_behind(self, params: Params, cache: KV, pieces: Sequence[Piece]) -> Prefix:
         """`prefill` for whoever has the earlier tokens in a cache of his own; compiled for each size of a pool."""
@@ -251,11 +297,12 @@ class Engine:
         openings = [*openings, *[None] * (rows - len(openings))]
         is_complete_N = np.array([opening is not None for opening in openings])
         masked = [(n, o.allowed_W) for n, o in enumerate(openings) if o is not None and o.allowed_W is not None]
-        token_N, sampling, count_NV, result = self.jitted.first_tokens(
+        texts = None if self.programs.drafting is None else texts_of(openings, self.layout.length)
+        token_N, sampling, count_NV, texts, result = self.jitted.first_tokens(
             prefix.logits_NV, prefix.start_N, prefix.count_N, is_complete_N, self._sampling(openings),
-            self._counts(openings, prefix.count_NV), self._masks.of(rows, masked),
+            self._counts(openings, prefix.count_NV), self._masks.of(rows, masked), texts,
         )  # fmt: skip
-        return replace(prefix, token_N=token_N, sampling=sampling, count_NV=count_NV), result
+        return replace(prefix, token_N=token_N, sampling=sampling, count_NV=count_NV, texts=texts), result
 
     def force(self, prefix: Prefix, tokens: Sequence[int]) -> Prefix:
         """Given tokens behind the pieces instead of chosen ones, one for each."""
@@ -279,16 +326,21 @@ class Engine:
         slot_N: np.ndarray,
         page_NJ: np.ndarray,
         allowed: Allowed | None = None,
+        width: int = 1,
     ) -> tuple[DecodeState, StepResult]:
-        """One decode step: every slot named that is neither empty nor full gets its next token. The state is donated.
+        """One decode step: every slot named that is neither empty nor full gets its next token, or tokens, up to
+        `width`, one of `widths`. The state is donated.
 
         Row n of the result belongs to slot_N[n]; rows behind them have a count of 0. `allowed`: which tokens may come.
+        Where no step of so many slots is that wide, it is narrower: see `Shapes.wide_steps`.
 
-        Raises ValueError for more slots than there are.
+        Raises ValueError for more slots than there are, and for another width.
         """
-        slot_N = self.shapes.step(slot_N)
+        width = self.shapes.width_of(len(slot_N), width)
+        slot_N = self.shapes.step(slot_N, width)
         mask = self._mask(len(slot_N), allowed)
-        return self.jitted.generate(params, decode_state, slot_N, self.shapes.table(page_NJ, len(slot_N)), mask)
+        page_NJ = self.shapes.table(page_NJ, len(slot_N))
+        return self.jitted.generate(params, decode_state, slot_N, page_NJ, mask, width=width)
 
     def carries(self, slots: int, lengths: Sequence[int]) -> bool:
         """Whether `carry` takes a step of so many slots and pieces of so many tokens."""
@@ -337,16 +389,26 @@ class Engine:
 
     def warm_up(self, params: Params, decode_state: DecodeState) -> DecodeState:
         """Compile every program of serving by running it once; no slot may be in use, and none is after."""
-        for count, tokens in self.shapes.prefills:
-            pages = np.zeros((count, 0), np.int32)
-            pieces = [Piece(token_T=np.zeros(tokens, np.int32), start=0, page_J=page_J) for page_J in pages]
-            prefix = self.prefill(params, decode_state, pieces)
-            opening = Opening(text=[0], prompt_length=1, sampling=GREEDY)
-            prefix, _ = self.first_tokens(prefix, [opening] * count)
-            decode_state = self.insert(prefix, decode_state, [None] * count, pages)
-        for size in self.shapes.steps:
-            nobody = np.full(size, self.layout.slots, np.int32)
-            decode_state, result = self.generate(params, decode_state, nobody, np.zeros((size, 0), np.int32))
+        for shape in self.shapes.prefills:
+            prefix, page_NJ = self.blank(params, decode_state, shape)
+            decode_state = self.insert(prefix, decode_state, [None] * len(page_NJ), page_NJ)
+        return self.warm_up_steps(params, decode_state)
+
+    def blank(self, params: Params, decode_state: DecodeState, shape: tuple[int, int]) -> tuple[Prefix, np.ndarray]:
+        """A prefix of one of `shapes.prefills`, without a meaning, and a page table for it."""
+        count, tokens = shape
+        page_NJ = np.zeros((count, 0), np.int32)
+        pieces = [Piece(token_T=np.zeros(tokens, np.int32), start=0, page_J=page_J) for page_J in page_NJ]
+        prefix = self.prefill(params, decode_state, pieces)
+        opening = Opening(text=[0], prompt_length=1, sampling=GREEDY)
+        prefix, _ = self.first_tokens(prefix, [opening] * count)
+        return prefix, page_NJ
+
+    def warm_up_steps(self, params: Params, decode_state: DecodeState) -> DecodeState:
+        """The part of `warm_up` behind the prefills."""
+        for size, width in [*((size, 1) for size in self.shapes.steps), *self.shapes.wide_steps]:
+            nobody, no_pages = np.full(size, self.layout.slots, np.int32), np.zeros((size, 0), np.int32)
+            decode_state, result = self.generate(params, decode_state, nobody, no_pages, width=width)
         for size, tokens in self.shapes.carries:
             nobody, page_J = np.full(size, self.layout.slots, np.int32), np.zeros(0, np.int32)
             piece = Piece(token_T=np.zeros(tokens, np.int32), start=0, page_J=page_J)

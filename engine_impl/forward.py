@@ -19,7 +19,7 @@ from .adapters import sites
 from .attention import Attend
 from .models.decoder import Decoder
 from .sampling.logprobs import Logprobs, prompt_logprobs
-from .state import PieceBatch
+from .state import PieceBatch, Rows
 
 LayerLoop = Literal["scan", "unrolled"]
 
@@ -32,8 +32,9 @@ A scan hands each layer its slice of the stacks. Modules that read the stack the
 and, as `layer`, the layer's number; where nothing is stacked, that is 0."""
 
 
-def layer_loop_for(platform: str, model: Decoder) -> LayerLoop:
-    """How a model's layers are walked on a platform. Layers that differ in more than their weights are never stacked.
+def layer_loop_for(platform: str, *models: Decoder) -> LayerLoop:
+    """How the layers of an engine's models are walked on a platform, in all models alike. Layers that differ in more
+    than their weights are never stacked.
 
     TPU: a scan. What the compiler says of 96 slots of 2048 tokens (libtpu 0.0.42; `slipstream plan` shows the scan's
     today), compile seconds, code and temp MiB, static cycles in millions:
@@ -53,15 +54,15 @@ def layer_loop_for(platform: str, model: Decoder) -> LayerLoop:
     Elsewhere unrolled, over a separate array a layer: XLA:CPU copies every slice of a stack, at every step, and so does
     XLA's GPU compiler, all seven matrices of a layer (docs/gpu-evidence.md).
     """
-    return "scan" if platform == "tpu" and len(set(model.module_of_layer)) == 1 else "unrolled"
+    return "scan" if platform == "tpu" and all(len(set(one.module_of_layer)) == 1 for one in models) else "unrolled"
 
 
 class Decoded(NamedTuple):
-    """What a step's rows give."""
+    """What a step's rows give, W of each slot side by side."""
 
-    logits_NV: jax.Array
+    logits_RV: jax.Array
     new: Any
-    """new_LNKC, the rows to be stored"""
+    """new_LRKC, the rows to be stored"""
 
 
 class Prefilled(NamedTuple):
@@ -75,50 +76,45 @@ class Prefilled(NamedTuple):
     """of the tokens behind theirs, [N T] each; 0 where nobody asks"""
 
 
-def decode(
-    model: Decoder,
-    params: Params,
-    token_B: jax.Array,
-    length_B: jax.Array,
-    attend: Attend,
-    adapter_B: jax.Array | None = None,
-) -> Decoded:
-    """One token a slot, at position `length`. `adapter_B` as in DecodeState."""
-    x_BD, new_LBKC = _layers(model, params, token_B, length_B, attend, adapter_B)
-    return Decoded(logits(model, params, x_BD), new_LBKC)
+def decode(model: Decoder, params: Params, rows: Rows, attend: Attend) -> Decoded:
+    """A step's tokens, from position `length` on."""
+    x_RD, new_LRKC = _layers(model, params, *_rows(rows), attend, _adapters(rows))
+    return Decoded(logits(model, params, x_RD), new_LRKC)
 
 
 def prefill(model: Decoder, params: Params, pieces: PieceBatch, attend: Attend, mesh: Mesh) -> Prefilled:
     """Padded pieces of texts, at the positions from `start` on."""
-    x_RD, kv = _layers(model, params, *_rows(pieces), attend, pieces.adapter_R)
+    x_RD, kv = _layers(model, params, *_pieces(pieces), attend, pieces.adapter_R)
     logits_NV = logits(model, params, _last(x_RD, pieces))
     return Prefilled(logits_NV, kv, _next_logprobs(model, params, x_RD, pieces, mesh))
 
 
 def carry(
-    model: Decoder,
-    params: Params,
-    token_B: jax.Array,
-    length_B: jax.Array,
-    pieces: PieceBatch,
-    attend: Attend,
-    mesh: Mesh,
-    adapter_B: jax.Array | None = None,
+    model: Decoder, params: Params, rows: Rows, pieces: PieceBatch, attend: Attend, mesh: Mesh
 ) -> tuple[Decoded, Prefilled]:
     """`decode` and `prefill` in one pass over the weights; `attend` is that of both."""
-    B, (token_R, position_R) = token_B.shape[0], _rows(pieces)
-    token_R, position_R = jnp.concatenate([token_B, token_R]), jnp.concatenate([length_B, position_R])
-    adapter_R = pieces.adapter_R
-    if adapter_B is not None and adapter_R is not None:
-        adapter_R = jnp.concatenate([adapter_B, adapter_R])
-    x_RD, (new_LBKC, kv) = _layers(model, params, token_R, position_R, attend, adapter_R)
-    x_BD, x_RD = x_RD[:B], x_RD[B:]
-    logits_MV = logits(model, params, jnp.concatenate([x_BD, _last(x_RD, pieces)]))
+    M = rows.token_NW.size
+    token_R, position_R = (jnp.concatenate(both) for both in zip(_rows(rows), _pieces(pieces), strict=True))
+    adapters_M, adapter_R = _adapters(rows), pieces.adapter_R
+    if adapters_M is not None and adapter_R is not None:
+        adapter_R = jnp.concatenate([adapters_M, adapter_R])
+    x_RD, (new_LMKC, kv) = _layers(model, params, token_R, position_R, attend, adapter_R)
+    x_MD, x_RD = x_RD[:M], x_RD[M:]
+    logits_RV = logits(model, params, jnp.concatenate([x_MD, _last(x_RD, pieces)]))
     told = _next_logprobs(model, params, x_RD, pieces, mesh)
-    return Decoded(logits_MV[:B], new_LBKC), Prefilled(logits_MV[B:], kv, told)
+    return Decoded(logits_RV[:M], new_LMKC), Prefilled(logits_RV[M:], kv, told)
 
 
-def _rows(pieces: PieceBatch) -> tuple[jax.Array, jax.Array]:
+def _rows(rows: Rows) -> tuple[jax.Array, jax.Array]:
+    """(token_R, position_R), a slot's side by side."""
+    return rows.token_NW.reshape(-1), rows.position_NW.reshape(-1)
+
+
+def _adapters(rows: Rows) -> jax.Array | None:
+    return None if rows.adapter_N is None else rows.of_tokens(rows.adapter_N)
+
+
+def _pieces(pieces: PieceBatch) -> tuple[jax.Array, jax.Array]:
     """(token_R, position_R), one piece behind another."""
     return pieces.token_NT.reshape(-1), pieces.position_NT.reshape(-1)
 

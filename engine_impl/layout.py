@@ -14,13 +14,15 @@ from .models.decoder import ModelConfig
 CPU_CHUNK, CHUNK = 256, 512
 
 
-def layout_of(config: EngineConfig, shape: ModelConfig, mesh: Mesh, dtype: jnp.dtype) -> CacheLayout:
-    """The layout; `shape` has kv heads as the mesh has them.
+def layout_of(
+    config: EngineConfig, shape: ModelConfig, mesh: Mesh, dtype: jnp.dtype, page_rows: int | None = None
+) -> CacheLayout:
+    """The layout; `shape` has kv heads as the mesh has them. `page_rows`: of pages that another mesh has too.
 
     Raises RefusedError for a `cache_tokens` that are not whole pages.
     """
     slots, length, tokens = config.chosen
-    rows = page_rows_of(config, shape, mesh, dtype, length)
+    rows = page_rows or page_rows_of(config, shape, mesh, dtype, length)
     check_whole("cache_tokens", tokens, rows, "a page of the cache")
     return CacheLayout(
         layers=shape.num_layers,

@@ -16,6 +16,8 @@ from .checkpoints.embedded import home
 from .checkpoints.open import open_checkpoint
 from .compiler.chips import GPU_MEMORY_SHARE
 from .config import EngineConfig
+from .disaggregated import BothParams, DisaggregatedEngine
+from .draft_model import check_same_tokens, draft_model
 from .engine import Engine
 from .errors import RefusedError
 from .forward import Params
@@ -47,10 +49,56 @@ def load_engine(
     """
     with timeline.THIS_PROCESS.loading():
         devices = devices or choose_devices(config.platform)  # refused before a download
-        checkpoint = open_model(config)
-        engine = build_engine(config, checkpoint, devices, reserves=reserves)
+        checkpoint, draft = open_model(config), _open_draft(config)
+        engine = build_engine(config, checkpoint, devices, reserves=reserves, draft_checkpoint=draft)
         check_memory(engine, memory_of(engine.mesh.local_devices), free_memory())  # refused before weights are read
-        return engine, engine.load_params(checkpoint)
+        return engine, engine.load_params(checkpoint, draft)
+
+
+def load_disaggregated(config: EngineConfig, prefill_devices: int) -> tuple[DisaggregatedEngine, BothParams]:
+    """`load_engine`, where the first so many of the platform's devices compute prompts and the others decode.
+
+    Raises RefusedError likewise, and for a share that leaves one side without devices, or whose caches would differ.
+    """
+    with timeline.THIS_PROCESS.loading():
+        devices = choose_devices(config.platform)
+        check_share(prefill_devices, len(devices))
+        checkpoint, draft = open_model(config), _open_draft(config)
+        shape = checkpoint.config
+        of_prefill, of_decode = devices[:prefill_devices], devices[prefill_devices:]
+        sizes = [
+            make_mesh(side, shape.num_heads, shape.num_kv_heads, config.tensor_parallel).size
+            for side in (of_prefill, of_decode)
+        ]
+        heads = max(shape.num_kv_heads, *sizes)
+        if any(heads % size for size in sizes):
+            raise RefusedError(
+                f"prefill_devices={prefill_devices}: {sizes[0]} and {sizes[1]} devices do not share the model's "
+                f"{shape.num_kv_heads} kv heads alike; halve the devices"
+            )
+        decode = build_engine(config, checkpoint, of_decode, draft_checkpoint=draft, kv_heads=heads)
+        layout = decode.layout
+        same = replace(
+            config, slots=layout.slots, cache_length=layout.length, cache_tokens=layout.pages * layout.page_rows
+        )
+        prefill = build_engine(
+            same, checkpoint, of_prefill, draft_checkpoint=draft, kv_heads=heads, page_rows=layout.page_rows
+        )
+        if [one.shape for one in prefill.cache_layouts] != [one.shape for one in decode.cache_layouts]:
+            raise RefusedError(f"prefill_devices={prefill_devices}: the draft model's caches differ; halve the devices")
+        for engine in (prefill, decode):
+            check_memory(engine, memory_of(engine.mesh.local_devices), free_memory())
+        params = BothParams(prefill.load_params(checkpoint, draft), decode.load_params(checkpoint, draft))
+        return DisaggregatedEngine(prefill, decode), params
+
+
+def check_share(prefill_devices: int, devices: int) -> None:
+    """Raises RefusedError for a share of the devices that leaves one side without any."""
+    if not 0 < prefill_devices < devices:
+        raise RefusedError(
+            f"prefill_devices={prefill_devices}: there are {devices} devices, and both sides need one at least "
+            "(on CPUs: XLA_FLAGS=--xla_force_host_platform_device_count=2)"
+        )
 
 
 def build_engine(
@@ -59,6 +107,9 @@ def build_engine(
     devices: Sequence[Any] | None = None,
     *,
     reserves: bool = False,
+    draft_checkpoint: Checkpoint | None = None,
+    kv_heads: int | None = None,
+    page_rows: int | None = None,
 ) -> Engine:
     """The engine that the config describes, with its tokenizer and without weights: `engine.load_params` reads them.
 
@@ -67,6 +118,8 @@ def build_engine(
         devices: default: all of the platform's.
         reserves: every slot has its longest request's pages for itself: where slots were left out, no more of them than
             the cache has pages for.
+        draft_checkpoint: the draft model's likewise; default: what `config.draft_model` names.
+        kv_heads, page_rows: of a cache that another engine has too; default: what suits the mesh.
 
     Raises RefusedError as `load_engine` does.
     """
@@ -81,28 +134,33 @@ def build_engine(
                 f"or leave --{name.replace('_', '-')} out"
             )
     mesh = make_mesh(devices, shape.num_heads, shape.num_kv_heads, config.tensor_parallel)
-    model = registry.build(replace(shape, num_kv_heads=max(shape.num_kv_heads, mesh.size)))
+    model = registry.build(replace(shape, num_kv_heads=kv_heads or max(shape.num_kv_heads, mesh.size)))
     dtype = choose_dtype(config.dtype, devices[0].platform)
     if packs(mesh, backend_for(devices[0].platform)):
         dtype = jnp.dtype("float32")  # of activations and cache; weights become what the config says
+    tokenizer, draft, draft_checkpoint = checkpoint.tokenizer(), None, draft_checkpoint or _open_draft(config)
+    if draft_checkpoint is not None:
+        check_same_tokens(tokenizer, draft_checkpoint.tokenizer(), draft_checkpoint.name)
+        length = config.cache_length or shape.context_length
+        draft = draft_model(config, draft_checkpoint.config, draft_checkpoint.quantization, mesh, length)
     config = resolved(config, checkpoint.quantization, model, mesh)
-    asked, config = config, sized(config, model.config, mesh, dtype, memory_of(mesh.local_devices), free_memory())
+    memory, free = memory_of(mesh.local_devices), free_memory()
+    asked, config = config, sized(config, model.config, mesh, dtype, memory, free, draft)
     if reserves and asked.slots is None:
         config = with_pages_for_all(config)
     model = registry.build(model.config.for_length(longest_text(config, model.config)))
-    tokenizer = checkpoint.tokenizer()
     if tokenizer is not None and len(tokenizer.stop_ids) > MAX_MODEL_STOP_IDS:
         raise RefusedError(
             f"{checkpoint.name} has {len(tokenizer.stop_ids)} stop tokens, more than {MAX_MODEL_STOP_IDS}; "
             "list fewer as eos_token_id in its generation_config.json"
         )
-    engine = Engine(model, mesh, config, dtype, tokenizer, config.model, shape.num_kv_heads)
+    engine = Engine(model, mesh, config, dtype, tokenizer, config.model, shape.num_kv_heads, draft, page_rows)
     log.info(
         "%d slots, requests of up to %d tokens, a cache of %d tokens (%d MiB), prompts in chunks of %d",
         engine.max_concurrent_decodes,
         engine.cache_length,
         engine.pages * engine.page_rows,
-        engine.layout.bytes >> 20,
+        engine.cache_bytes >> 20,
         engine.prefill_chunk,
     )
     return engine
@@ -120,11 +178,11 @@ def check_memory(engine: Engine, memory: int | None, free: int | None) -> None:
     there = free if memory is None else memory * engine.mesh.size
     if there is None:
         return
-    layout = engine.layout
-    if layout.bytes > there:
-        tokens, fitting = layout.pages * layout.page_rows, there * layout.pages // layout.bytes * layout.page_rows
+    layout, cache_bytes = engine.layout, engine.cache_bytes
+    if cache_bytes > there:
+        tokens, fitting = layout.pages * layout.page_rows, there * layout.pages // cache_bytes * layout.page_rows
         raise RefusedError(
-            f"cache_tokens={tokens} take {layout.bytes >> 20} MiB and there are {there >> 20} MiB: "
+            f"cache_tokens={tokens} take {cache_bytes >> 20} MiB and there are {there >> 20} MiB: "
             f"use at most {fitting}, or leave --cache-tokens out"
         )
     slot_bytes = COUNT_BYTES * engine.vocab_size
@@ -139,6 +197,10 @@ def open_model(config: EngineConfig) -> Checkpoint:
     """What `config.model` names. Raises RefusedError."""
     registry.use_module(config.model_module)
     return open_checkpoint(config.model)
+
+
+def _open_draft(config: EngineConfig) -> Checkpoint | None:
+    return None if config.draft_model is None else open_checkpoint(config.draft_model)
 
 
 def choose_devices(platform: str) -> list[Any]:

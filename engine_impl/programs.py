@@ -5,7 +5,7 @@ A decode step reads the cache, keeps its new rows aside, chooses tokens, and sto
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import jax
@@ -17,14 +17,17 @@ from ..cache_manager import KV, CacheLayout
 from ..kernels import Backend
 from . import forward
 from .attention import Attend, attend_both, attend_cache, attend_chunk
+from .drafting import Propose, Slots, drafted
 from .forward import Decoded, Params, Prefilled
 from .models.decoder import Decoder
 from .sampling.choose import sample
 from .sampling.logprobs import Logprobs, logprob_of, logprobs
 from .sampling.mask import Mask
 from .sampling.params import SamplingParams
-from .sampling.penalties import count_answer
+from .sampling.penalties import count_answer, counts_behind
 from .sampling.slots import SlotSampling
+from .speculation.drafts import Accepted, Drafts, accept
+from .speculation.texts import Texts
 from .state import DecodeState, PieceBatch, Prefix, Rows, StepResult
 from .weights.sharding import parameter_spec
 
@@ -34,8 +37,10 @@ GREEDY = SamplingParams()
 class Chosen(NamedTuple):
     """What follows from a step's logits."""
 
-    token_N: jax.Array
-    """i32, each slot's next token; must depend on the logits, see `Programs.step`"""
+    token_NW: jax.Array
+    """i32, what stands behind each token of the step; must depend on the logits, see `Programs.step`"""
+    count_N: jax.Array
+    """i32, how many of them are each slot's next tokens"""
     count_BV: jax.Array
     """u16, as in DecodeState"""
     told: Any
@@ -43,7 +48,16 @@ class Chosen(NamedTuple):
 
 
 Choose = Callable[[jax.Array, Rows, jax.Array], Chosen]
-"""(logits_NV, the step's slots, the state's count_BV before it) -> Chosen"""
+"""(logits_RV, the step's slots, the state's count_BV before it) -> Chosen"""
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Drafting:
+    """What a step drafts by."""
+
+    propose: Propose
+    model: "Programs | None" = None
+    """the draft model's, for what is not found; of the same slots and pages"""
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,6 +75,8 @@ class Programs:
     backend: Backend
     has_adapters: bool
     """whether slots and pieces carry an adapter's index"""
+    drafting: Drafting | None = field(default=None, kw_only=True)
+    """None: every step brings one token"""
 
     @property
     def cache_length(self) -> int:
@@ -73,32 +89,53 @@ class Programs:
         self,
         params: Params,
         state: DecodeState,
-        slot_N: jax.Array,
+        rows: Rows,
         page_NJ: jax.Array,
         choose: Choose,
         pieces: PieceBatch | None = None,
     ) -> tuple[DecodeState, Any, Prefix | None]:
-        """One token for every live slot of those named: (state, what `choose` tells, the prefix of the pieces that it
-        carries along)."""
-        rows, prefix = self.taken(state, slot_N), None
+        """Up to W tokens for every live slot of those taken: (state, what `choose` tells, the prefix of the pieces that
+        it carries along)."""
+        prefix = None
         if pieces is None:
-            logits_NV, new = self.decode(params, state.cache, rows, page_NJ)
+            logits_RV, new = self.decode(params, state.cache, rows, page_NJ)
         else:
-            (logits_NV, new), prefix = self.decode_and_prefill(params, state.cache, rows, page_NJ, pieces)
-        chosen_N, count_BV, told = choose(logits_NV, rows, state.count_BV)
-        token_N = jnp.where(rows.is_live_N, chosen_N, rows.token_N)
+            (logits_RV, new), prefix = self.decode_and_prefill(params, state, rows, page_NJ, pieces)
+        token_NW, count_N, count_BV, told = choose(logits_RV, rows, state.count_BV)
         # No token is negative, but XLA does not know: so the flush waits for the last layer's attention too. Nothing
         # else orders the two, and to keep that read safe XLA:CPU would copy the whole cache, every step.
-        cache = self.store(state.cache, new, rows.length_N, rows.is_live_N & (token_N >= 0), page_NJ)
-        token_B = state.token_B.at[slot_N].set(token_N, mode="drop")
-        length_B = state.length_B.at[slot_N].set(rows.length_N + rows.is_live_N, mode="drop")
-        return DecodeState(cache, token_B, length_B, state.sampling, count_BV, state.adapter_B), told, prefix
+        stored_N = jnp.where(token_NW[:, 0] >= 0, count_N, 0)
+        cache = self.store(state.cache, new, rows.length_N, stored_N, page_NJ)
+        texts = state.texts
+        if texts is not None:
+            texts = texts.longer(rows.slot_N, rows.length_N + 1, token_NW, count_N)
+
+        def into(values_B: jax.Array, values_N: jax.Array) -> jax.Array:
+            return values_B.at[rows.slot_N].set(values_N, mode="drop")
+
+        token_N = jnp.where(count_N > 0, _last(token_NW, count_N), rows.token_NW[:, 0])
+        state = replace(
+            state,
+            cache=cache,
+            token_B=into(state.token_B, token_N),
+            length_B=into(state.length_B, rows.length_N + count_N),
+            count_BV=count_BV,
+            texts=texts,
+        )
+        return state, told, prefix
 
     def generate(
-        self, params: Params, state: DecodeState, slot_N: jax.Array, page_NJ: jax.Array, mask: Mask
+        self,
+        params: Params,
+        state: DecodeState,
+        slot_N: jax.Array,
+        page_NJ: jax.Array,
+        mask: Mask,
+        width: int = 1,
     ) -> tuple[DecodeState, StepResult]:
-        """The step that serves: each slot's token is chosen by its own sampling parameters, of those that may come."""
-        state, result, _ = self.step(params, state, slot_N, page_NJ, self._serving(slot_N, mask))
+        """The step that serves: each slot's tokens are chosen by its own sampling parameters of those that may come."""
+        state, rows = self._begun(params, state, slot_N, page_NJ, mask, width)
+        state, result, _ = self.step(params, state, rows, page_NJ, self._serving(mask))
         return state, result
 
     def carry(
@@ -110,32 +147,74 @@ class Programs:
         pieces: PieceBatch,
         mask: Mask,
     ) -> tuple[DecodeState, StepResult, Prefix | None]:
-        """`generate`, with pieces beside it: (state, result, prefix)."""
-        return self.step(params, state, slot_N, page_NJ, self._serving(slot_N, mask), pieces)
+        """`generate` of width 1, with pieces beside it: (state, result, prefix)."""
+        state, rows = self._begun(params, state, slot_N, page_NJ, mask, 1)
+        return self.step(params, state, rows, page_NJ, self._serving(mask), pieces)
 
-    def _serving(self, slot_N: jax.Array, mask: Mask) -> Choose:
-        def choose(logits_NV: jax.Array, rows: Rows, count_BV: jax.Array) -> Chosen:
-            count_BV = count_answer(count_BV, slot_N, rows.token_N, rows.sampling.is_penalised, self.mesh)
-            # The text so far is `length` cached tokens and this step's own: the chosen token stands behind both.
-            token_N = sample(logits_NV, lambda: count_BV[slot_N], rows.sampling, rows.length_N + 1, mask)
-            return Chosen(token_N, count_BV, self._result(logits_NV, token_N, rows.is_live_N, rows.sampling))
+    def _begun(
+        self, params: Params, state: DecodeState, slot_N: jax.Array, page_NJ: jax.Array, mask: Mask, width: int
+    ) -> tuple[DecodeState, Rows]:
+        """The slots with their drafts: (the state, where their last tokens are counted, and the draft model's rows of
+        all but the last draft stored; the step's rows)."""
+        rows = self.taken(state, slot_N)
+        counted_N = rows.sampling.is_penalised.astype(jnp.int32)
+        count_BV = count_answer(state.count_BV, slot_N, rows.token_NW, counted_N, self.mesh)
+        state = replace(state, count_BV=count_BV)
+        if self.drafting is None or state.texts is None:
+            return state, rows
+        drafts = self.drafting.propose(state.texts.of(slot_N), rows, width)
+        if self.drafting.model is not None and state.draft_cache is not None:
+            slots = Slots(rows, page_NJ, lambda: count_BV[slot_N], self.cache_length)
+            drafts, draft_cache = drafted(
+                self.drafting.model, params["draft"], state.draft_cache, slots, drafts, self.model.config.vocab_size
+            )
+            state = replace(state, draft_cache=draft_cache)
+        # What a mask says of the token behind a draft is not known: such a slot gets one token.
+        drafts = drafts._replace(count_N=jnp.where(rows.is_live_N & ~mask.is_asked_B, drafts.count_N, 0))
+        is_taken_NW = jnp.arange(width - 1) < drafts.count_N[:, None]
+        draft_NW = jnp.where(is_taken_NW, drafts.token_NW[:, :-1], 0)
+        return state, replace(rows, token_NW=jnp.concatenate([rows.token_NW, draft_NW], axis=1), drafts=drafts)
+
+    def _serving(self, mask: Mask) -> Choose:
+        def choose(logits_RV: jax.Array, rows: Rows, count_BV: jax.Array) -> Chosen:
+            sampling = jax.tree.map(rows.of_tokens, rows.sampling)
+
+            def count_RV() -> jax.Array:
+                """The text up to each token of the step and that token, as though its drafts were right."""
+                behind = counts_behind(count_BV[rows.slot_N], rows.token_NW[:, 1:])
+                return behind[0] if rows.width == 1 else jnp.stack(behind, axis=1).reshape(logits_RV.shape)
+
+            # The text so far is `length` cached tokens and this step's own: a chosen token stands behind both.
+            token_R = sample(logits_RV, count_RV, sampling, (rows.position_NW + 1).reshape(-1), mask)
+            token_NW, room_N = token_R.reshape(rows.token_NW.shape), rows.is_live_N.astype(jnp.int32)
+            if rows.drafts is None:
+                accepted = Accepted(jnp.zeros_like(room_N), room_N)
+            else:
+                room_N *= self.cache_length - rows.length_N
+                accepted = accept(token_NW, rows.drafts, room_N)
+            if rows.width > 1:
+                counted_N = jnp.where(rows.sampling.is_penalised, accepted.count_N - 1, 0)
+                count_BV = count_answer(count_BV, rows.slot_N, token_NW[:, :-1], counted_N, self.mesh)
+            result = self._result(logits_RV, token_NW, sampling, accepted, rows.drafts)
+            return Chosen(token_NW, accepted.count_N, count_BV, result)
 
         return choose
 
     def score_step(
         self, params: Params, state: DecodeState, slot_N: jax.Array, page_NJ: jax.Array, next_token_N: jax.Array
     ) -> tuple[DecodeState, jax.Array]:
-        """The step with given tokens: (state, logprob_N f32, each given token's)."""
+        """The step with given tokens: (state, logprob_N f32, each given token's). Nothing drafts."""
 
         def choose(logits_NV: jax.Array, rows: Rows, count_BV: jax.Array) -> Chosen:
             logprob_N = logprob_of(logits_NV, next_token_N)
-            return Chosen(given(next_token_N, logprob_N), count_BV, logprob_N)
+            token_N1 = given(next_token_N, logprob_N)[:, None]
+            return Chosen(token_N1, rows.is_live_N.astype(jnp.int32), count_BV, logprob_N)
 
-        state, logprob_N, _ = self.step(params, state, slot_N, page_NJ, choose)
+        state, logprob_N, _ = self.step(params, state, self.taken(state, slot_N), page_NJ, choose)
         return state, logprob_N
 
     def taken(self, state: DecodeState, slot_N: jax.Array) -> Rows:
-        """The small state of the slots named."""
+        """The small state of the slots named, without drafts."""
 
         def of(values_B: jax.Array) -> jax.Array:
             return values_B.at[slot_N].get(mode="clip")
@@ -149,14 +228,22 @@ class Programs:
 
         sampling = jax.tree.map(of_live, state.sampling, SlotSampling.of(GREEDY))
         adapter_N = None if state.adapter_B is None else of_live(state.adapter_B, jnp.int32(0))
-        return Rows(slot_N, is_live_N, of(state.token_B), length_N, sampling, adapter_N)
+        return Rows(slot_N, is_live_N, of(state.token_B)[:, None], length_N, sampling, adapter_N)
 
     # A text
 
-    def prefill(self, params: Params, cache: KV, pieces: PieceBatch) -> Prefix:
+    def prefill(self, params: Params, cache: KV, pieces: PieceBatch, draft_cache: KV | None = None) -> Prefix:
         """Padded pieces' keys and values; see `forward.prefill`. No token is chosen yet."""
         attend = self._attend_pieces(cache, pieces)
-        return self._prefix(pieces, forward.prefill(self.model, params, pieces, attend, self.mesh))
+        prefix = self._prefix(pieces, forward.prefill(self.model, params, pieces, attend, self.mesh))
+        return self._drafts_too(params, draft_cache, pieces, prefix)
+
+    def _drafts_too(self, params: Params, draft_cache: KV | None, pieces: PieceBatch, prefix: Prefix) -> Prefix:
+        """With the draft model's keys and values of the same pieces."""
+        if self.drafting is None or self.drafting.model is None or draft_cache is None:
+            return prefix
+        plain = pieces._replace(adapter_N=None)
+        return replace(prefix, draft_kv=self.drafting.model.prefill(params["draft"], draft_cache, plain).kv)
 
     def first_tokens(
         self,
@@ -167,11 +254,17 @@ class Programs:
         sampling: SlotSampling,
         count_NV: jax.Array,
         mask: Mask,
-    ) -> tuple[jax.Array, SlotSampling, jax.Array, StepResult]:
-        """The token behind each text that is complete: (token_N, sampling and count_NV as they go into the prefix,
-        result)."""
-        token_N = sample(logits_NV, lambda: count_NV, sampling, start_N + count_N, mask)
-        return token_N, sampling, count_NV, self._result(logits_NV, token_N, is_complete_N, sampling)
+        texts: Texts | None = None,
+    ) -> tuple[jax.Array, SlotSampling, jax.Array, Texts | None, StepResult]:
+        """The token behind each text that is complete: (token_N, sampling, count_NV and texts as they go into the
+        prefix, result)."""
+        length_N, complete_N = start_N + count_N, is_complete_N.astype(jnp.int32)
+        token_N = sample(logits_NV, lambda: count_NV, sampling, length_N, mask)
+        if texts is not None:
+            texts = texts.longer(jnp.arange(len(token_N)), length_N, token_N[:, None], complete_N)
+        accepted = Accepted(jnp.zeros_like(complete_N), complete_N)
+        result = self._result(logits_NV, token_N[:, None], sampling, accepted, None)
+        return token_N, sampling, count_NV, texts, result
 
     # Slots
 
@@ -180,8 +273,12 @@ class Programs:
         slots = self.layout.slots
         nothing_B = jnp.zeros((slots,), jnp.int32)
         count_BV = jnp.zeros((slots, self.model.config.vocab_size), jnp.uint16)
-        adapter_B = nothing_B if self.has_adapters else None
-        return DecodeState(self.empty_cache(), nothing_B, nothing_B, SlotSampling.greedy(slots), count_BV, adapter_B)
+        return DecodeState(
+            self.empty_cache(), nothing_B, nothing_B, SlotSampling.greedy(slots), count_BV,
+            adapter_B=nothing_B if self.has_adapters else None,
+            texts=None if self.drafting is None else Texts.empty(slots, self.layout.length),
+            draft_cache=None if self._small is None else self._small.empty_cache(),
+        )  # fmt: skip
 
     def insert(self, prefix: Prefix, state: DecodeState, slot_N: jax.Array, page_NJ: jax.Array) -> DecodeState:
         """Pieces into their texts' pages; complete texts into their slots too."""
@@ -189,6 +286,10 @@ class Programs:
         def into(values_B: jax.Array, values_N: jax.Array) -> jax.Array:
             return values_B.at[slot_N].set(values_N, mode="drop")
 
+        draft_cache = state.draft_cache
+        if self._small is not None and draft_cache is not None and prefix.draft_kv is not None:
+            where = page_NJ, prefix.start_N, prefix.count_N
+            draft_cache = self._small.store_texts(draft_cache, prefix.draft_kv, *where)
         return DecodeState(
             self.store_texts(state.cache, prefix.kv, page_NJ, prefix.start_N, prefix.count_N),
             into(state.token_B, prefix.token_N),
@@ -196,6 +297,8 @@ class Programs:
             jax.tree.map(into, state.sampling, prefix.sampling),
             into(state.count_BV, prefix.count_NV),
             jax.tree.map(into, state.adapter_B, prefix.adapter_N),
+            jax.tree.map(into, state.texts, prefix.texts),
+            draft_cache,
         )
 
     # The cache
@@ -209,25 +312,24 @@ class Programs:
         return self.layout.shardings(self.mesh)[0]
 
     def decode(self, params: Params, cache: KV, rows: Rows, page_NJ: jax.Array) -> Decoded:
-        """The model on each slot's last token."""
-        attend = self.attend(cache, rows.length_N, page_NJ)
-        return forward.decode(self.model, params, rows.token_N, rows.length_N, attend, rows.adapter_N)
+        """The model on each slot's last token and its drafts."""
+        return forward.decode(self.model, params, rows, self.attend(cache, rows.length_N, page_NJ))
 
     def decode_and_prefill(
-        self, params: Params, cache: KV, rows: Rows, page_NJ: jax.Array, pieces: PieceBatch
+        self, params: Params, state: DecodeState, rows: Rows, page_NJ: jax.Array, pieces: PieceBatch
     ) -> tuple[Decoded, Prefix]:
         """`decode` and `prefill` in one pass over the weights."""
-        step, chunk = self.attend(cache, rows.length_N, page_NJ), self._attend_pieces(cache, pieces)
+        step, chunk = self.attend(state.cache, rows.length_N, page_NJ), self._attend_pieces(state.cache, pieces)
         attend = attend_both(step, chunk, rows.slot_N.shape[0])
-        decoded, prefilled = forward.carry(
-            self.model, params, rows.token_N, rows.length_N, pieces, attend, self.mesh, rows.adapter_N
-        )
-        return decoded, self._prefix(pieces, prefilled)
+        decoded, prefilled = forward.carry(self.model, params, rows, pieces, attend, self.mesh)
+        prefix = self._prefix(pieces, prefilled)
+        return decoded, self._drafts_too(params, state.draft_cache, pieces, prefix)
 
-    def store(self, cache: KV, new: Any, length_N: jax.Array, live_N: jax.Array, page_NJ: jax.Array) -> KV:
-        """The cache with what `decode` left to be stored, of the live slots alone."""
+    def store(self, cache: KV, new: Any, length_N: jax.Array, count_N: jax.Array, page_NJ: jax.Array) -> KV:
+        """The cache with what `decode` left to be stored, the first `count` rows of each slot."""
+        new_LNWKC = new.reshape(new.shape[0], len(length_N), -1, *new.shape[2:])
         return cache_manager.flush(
-            cache, new, length_N, live_N, page_NJ, codec=self.layout.codec, mesh=self.mesh, backend=self.backend
+            cache, new_LNWKC, length_N, count_N, page_NJ, codec=self.layout.codec, mesh=self.mesh, backend=self.backend
         )
 
     def store_texts(self, cache: KV, kv: KV, page_NJ: jax.Array, start_N: jax.Array, count_N: jax.Array) -> KV:
@@ -259,23 +361,29 @@ class Programs:
             sampling=SlotSampling.greedy(N),
             count_NV=jnp.zeros((N, V), jnp.uint16),
             adapter_N=pieces.adapter_N,
+            texts=None if self.drafting is None else Texts.empty(N, self.layout.length),
         )
 
     def state_sharding(self) -> DecodeState:
         """A sharding for each array of a state."""
-        everywhere, rows = self.everywhere, self._vocabulary
-        adapters = everywhere if self.has_adapters else None
+        everywhere, v = self.everywhere, self._at(None, *self._vocabulary)
         return DecodeState(
-            self.cache_sharding(), everywhere, everywhere, self._sampling, self._at(None, *rows), adapters
-        )
+            self.cache_sharding(), everywhere, everywhere, self._sampling, v,
+            adapter_B=everywhere if self.has_adapters else None,
+            texts=None if self.drafting is None else Texts(everywhere, everywhere),
+            draft_cache=None if self._small is None else self._small.cache_sharding(),
+        )  # fmt: skip
 
     def prefix_sharding(self) -> Prefix:
         """A sharding for each array of a prefix: where `insert` takes it."""
         everywhere, v = self.everywhere, self._at(None, *self._vocabulary)
-        kv = self.layout.shardings(self.mesh)[1]
-        adapters = everywhere if self.has_adapters else None
         told = everywhere, everywhere, everywhere
-        return Prefix(kv, everywhere, everywhere, v, *told, everywhere, self._sampling, v, adapters)
+        return Prefix(
+            self._text_sharding, everywhere, everywhere, v, *told, everywhere, self._sampling, v,
+            adapter_N=everywhere if self.has_adapters else None,
+            texts=None if self.drafting is None else Texts(everywhere, everywhere),
+            draft_kv=None if self._small is None else self._small._text_sharding,
+        )  # fmt: skip
 
     @property
     def everywhere(self) -> Any:
@@ -288,23 +396,46 @@ class Programs:
         return Jitted(
             prefill=jax.jit(self.prefill, out_shardings=prefix),
             first_tokens=jax.jit(
-                self.first_tokens, out_shardings=(prefix.token_N, prefix.sampling, prefix.count_NV, everywhere)
+                self.first_tokens,
+                out_shardings=(prefix.token_N, prefix.sampling, prefix.count_NV, prefix.texts, everywhere),
             ),
             empty_state=jax.jit(self.empty_state, out_shardings=state),
             insert=jax.jit(self.insert, donate_argnums=1, out_shardings=state),
-            generate=jax.jit(self.generate, donate_argnums=1, out_shardings=(state, everywhere)),
+            generate=jax.jit(
+                self.generate, donate_argnums=1, static_argnames="width", out_shardings=(state, everywhere)
+            ),
             carry=jax.jit(self.carry, donate_argnums=1, out_shardings=(state, everywhere, prefix)),
             score_step=jax.jit(self.score_step, donate_argnums=1, out_shardings=(state, everywhere)),
         )
 
     def _result(
-        self, logits_BV: jax.Array, token_B: jax.Array, live_B: jax.Array, sampling: SlotSampling
+        self,
+        logits_RV: jax.Array,
+        token_NW: jax.Array,
+        sampling: SlotSampling,
+        accepted: Accepted,
+        drafts: Drafts | None,
     ) -> StepResult:
-        """One token of each slot, or text, that is live."""
-        logprob_B, top_token_BP, top_logprob_BP = logprobs(logits_BV, token_B, sampling.logprobs, self.mesh)
-        token_B = jnp.where(live_B, token_B, -1)
-        of_one = [values[:, None] for values in (token_B, logprob_B, top_token_BP, top_logprob_BP)]
-        return StepResult(of_one[0], live_B.astype(jnp.int32), *of_one[1:])
+        """The accepted tokens of each slot, or text. `sampling` is that of each of their rows."""
+        (N, W), told = token_NW.shape, logprobs(logits_RV, token_NW.reshape(-1), sampling.logprobs, self.mesh)
+        agreed_N, count_N = accepted
+        is_valid_NW = jnp.arange(W) < count_N[:, None]
+        return StepResult(
+            jnp.where(is_valid_NW, token_NW, -1),
+            count_N,
+            jnp.zeros_like(count_N) if drafts is None else drafts.count_N,
+            agreed_N,
+            *(values.reshape(N, W, *values.shape[1:]) for values in told),
+        )
+
+    @property
+    def _small(self) -> "Programs | None":
+        return None if self.drafting is None else self.drafting.model
+
+    @property
+    def _text_sharding(self) -> KV:
+        """Of pieces' rows."""
+        return self.layout.shardings(self.mesh)[1]
 
     @property
     def _attention(self) -> dict[str, Any]:
@@ -339,6 +470,13 @@ class Jitted(NamedTuple):
     generate: jax.stages.Wrapped
     carry: jax.stages.Wrapped
     score_step: jax.stages.Wrapped
+
+
+def _last(token_NW: jax.Array, count_N: jax.Array) -> jax.Array:
+    """Each slot's last token of so many."""
+    if token_NW.shape[1] == 1:
+        return token_NW[:, 0]
+    return jnp.take_along_axis(token_NW, jnp.maximum(count_N - 1, 0)[:, None], axis=1)[:, 0]
 
 
 def given(token_B: jax.Array, logprob_B: jax.Array) -> jax.Array:

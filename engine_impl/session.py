@@ -92,14 +92,20 @@ class Session:
         return prefix
 
     def start(
-        self, slot: int, token_ids: Sequence[int], sampling: SamplingParams = GREEDY, prompt_length: int | None = None
+        self,
+        slot: int,
+        token_ids: Sequence[int],
+        sampling: SamplingParams = GREEDY,
+        prompt_length: int | None = None,
+        prediction: Sequence[int] = (),
     ) -> StepResult:
         """A text into a slot, whatever was there: the token behind it, N = 1.
 
         `prompt_length`: how many of its tokens are the prompt; the rest is an answer's beginning. None: all.
+        `prediction`: of the answer, see `Opening`.
         """
         length = len(token_ids) if prompt_length is None else prompt_length
-        opening = Opening(text=token_ids, prompt_length=length, sampling=sampling)
+        opening = Opening(text=token_ids, prompt_length=length, sampling=sampling, prediction=prediction)
         prefix, result = self.engine.first_tokens(self.prefilled(slot, token_ids), [opening])
         self.insert(prefix, slot)
         return result
@@ -109,10 +115,10 @@ class Session:
         *earlier, last = token_ids
         self.insert(self.engine.force(self.prefilled(slot, earlier), [last]), slot)
 
-    def step(self) -> StepResult:
-        """A token for every slot in use."""
+    def step(self, width: int = 1) -> StepResult:
+        """A token for every slot in use, or up to `width`, one of the engine's `widths`."""
         slot_N = np.array(self.slots, np.int32)
-        self.state, result = self.engine.generate(self.params, self.state, slot_N, self.page_BJ[slot_N])
+        self.state, result = self.engine.generate(self.params, self.state, slot_N, self.page_BJ[slot_N], width=width)
         return result
 
     def score(self, next_token_N: Sequence[int] | np.ndarray) -> jax.Array:

@@ -17,6 +17,12 @@ one more, as each row costs its multiplications there."""
 STEPS = (1, 8, 32, 128)
 """Slots that a step computes; behind them all that there are. A TPU has no step of 1: there a product with one row is
 slower than with eight (305 thousand static cycles for two small layers on v5e, of eight 169)."""
+WIDTHS = (1, 4, 8)
+"""Tokens that a step computes of each slot, where something drafts: the last one and drafts behind it."""
+WIDE_ROWS = {"cpu": 64}
+WIDE_ROW = 256
+"""The most rows of a wide step, its slots times its width, by platform. So far they cost little more than one each: a
+step waits for its weights up to some 240 rows on v5e, 560 on v6e."""
 BURSTS = {"cpu": (4, 8, 32)}
 BURST = (2, 8, 64)
 """Short texts that are prefilled together, by platform: how many at least and at most, and the longest (tokens). On a
@@ -52,6 +58,8 @@ class Shapes:
     """most tokens of a piece"""
     platform: str = "cpu"
     has_adapters: bool = False
+    speculates: bool = False
+    """whether there are wide steps"""
     carried: Carried | None = None
     """instead of the platform's, for tests and benchmarks"""
 
@@ -76,6 +84,27 @@ class Shapes:
         """Slots of a step."""
         fewest = 8 if self.platform == "tpu" else 1
         return (*(size for size in STEPS if fewest <= size < self.slots), self.slots)
+
+    @property
+    def wide_steps(self) -> tuple[tuple[int, int], ...]:
+        """(slots of a step, its width) of those that compute several tokens of each slot, the narrowest first."""
+        most = WIDE_ROWS.get(self.platform, WIDE_ROW)
+        sizes = self.steps if self.speculates else ()
+        return tuple((size, width) for width in WIDTHS[1:] for size in sizes if size * width <= most)
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """See `api.Engine.widths`."""
+        return (1, *sorted({width for _, width in self.wide_steps}))
+
+    def width_of(self, slots: int, wanted: int) -> int:
+        """The width of a step of so many slots, of which `wanted` is asked: there may be no wide one of so many.
+
+        Raises ValueError for what is none of `widths`.
+        """
+        if wanted not in self.widths:
+            raise ValueError(f"width={wanted} must be one of {self.widths}")
+        return max((width for size, width in self.wide_steps if width <= wanted and slots <= size), default=1)
 
     @property
     def carries(self) -> tuple[tuple[int, int], ...]:
@@ -119,15 +148,15 @@ class Shapes:
         arrays: Any = token_NT, start_N, count_N, next_NT, asked, page_NJ, adapters
         return PieceBatch(*arrays)
 
-    def step(self, slot_N: np.ndarray) -> np.ndarray:
-        """The slots, filled up to the size of a step with a number that no slot has.
+    def step(self, slot_N: np.ndarray, width: int = 1) -> np.ndarray:
+        """The slots, filled up to the size of a step of this width with a number that no slot has.
 
         Raises ValueError for too many.
         """
         if len(slot_N) > self.slots:
             raise ValueError(f"{len(slot_N)} slots are named, there are {self.slots}")
-        size = next(size for size in self.steps if size >= len(slot_N))
-        return self.filled(slot_N, size)
+        sizes = self.steps if width == 1 else [size for size, of in self.wide_steps if of == width]
+        return self.filled(slot_N, next(size for size in sizes if size >= len(slot_N)))
 
     def filled(self, slots: Sequence[int] | np.ndarray, size: int) -> np.ndarray:
         """So many slots, i32, with a number that no slot has behind them."""

@@ -20,12 +20,14 @@ from .adapters.sites import sites_of
 from .adapters.stacks import AdapterPlaces
 from .attention import stored_head_dim
 from .config import TILE, EngineConfig
+from .draft_model import DraftModel
 from .forward import layer_loop_for
 from .layout import CHUNK, page_rows_of
 from .models import registry
 from .models.decoder import ModelConfig
 from .models.parts import ExpertLinear, Linear
 from .quantization.swap import quantize
+from .shapes import WIDE_ROW
 from .weights import load as weights
 
 SLOTS = 8
@@ -58,6 +60,7 @@ def sized(
     dtype: jnp.dtype,
     memory: int | None,
     free: int | None = None,
+    draft: DraftModel | None = None,
 ) -> EngineConfig:
     """The config with slots, cache length and cache tokens filled in where they were left out.
 
@@ -70,20 +73,21 @@ def sized(
         shape: kv heads as the mesh has them.
         memory: what a program may use on each device (bytes); None: not asked, as on CPUs.
         free: the host's free memory (bytes), of account on CPUs; None: unknown.
+        draft: a model that is there beside, with a cache of its own in the same pages.
     """
     context = shape.context_length
     length = config.cache_length or tiles(context if memory is not None else min(LENGTH, context))
     config = replace(config, cache_length=length)
     if config.slots is not None and config.cache_tokens is not None:
         return config
-    demand = Demand(config, shape, mesh, dtype)
+    demand = Demand(config, shape, mesh, dtype, draft)
     if memory is None:
         slots = config.slots or SLOTS
         tokens = slots * length
         if free is not None:
             tokens = min(tokens, int(free * FREE_SHARE) // (demand.row_bytes * mesh.size))  # they share one memory
     else:
-        left = int(memory * (1 - SPARE)) - demand.weights_bytes
+        left = int(memory * (1 - SPARE)) - demand.weights_bytes - demand.wide_bytes
         slots = config.slots or min(max(1, int(left * STEP_SHARE) // demand.slot_bytes), MOST_SLOTS)
         chunk = min(config.prefill_chunk or CHUNK, length)
         tokens = (left - demand.prefill_bytes(chunk) - slots * demand.slot_bytes) // demand.row_bytes
@@ -101,7 +105,14 @@ def with_pages_for_all(config: EngineConfig) -> EngineConfig:
 class Demand:
     """What a model asks of each device (bytes)."""
 
-    def __init__(self, config: EngineConfig, shape: ModelConfig, mesh: Mesh, dtype: jnp.dtype) -> None:
+    def __init__(
+        self,
+        config: EngineConfig,
+        shape: ModelConfig,
+        mesh: Mesh,
+        dtype: jnp.dtype,
+        draft: DraftModel | None = None,
+    ) -> None:
         platform = mesh.devices.flat[0].platform
         backend = backend_for(platform)
         model = registry.build(shape)
@@ -110,7 +121,7 @@ class Demand:
         outputs = sum(module.out_features for module in layer if isinstance(module, Linear))
         outputs += sum(chosen * module.weight.shape[-1] for module in layer if isinstance(module, ExpertLinear))
         width = next(parameter.shape[1] for parameter in model.embed_tokens.parameters())
-        sites = sites_of(model, mesh)
+        sites = sites_of(model, mesh) if config.max_adapters else ()
         quantize(model, config, dtype, mesh, backend)
         loop = layer_loop_for(platform, model)
         places = AdapterPlaces(sites, shape.num_layers, config.max_adapters, config.max_adapter_rank, mesh, dtype)
@@ -126,6 +137,14 @@ class Demand:
         self._token_bytes = (STREAM_COPIES * width + LAYER_COPIES * outputs // mesh.size) * dtype.itemsize
         self._score_bytes = SCORE_COPIES * SCORE_CHUNK * 4 * shape.num_heads // mesh.size
         self._vocab_bytes = LOGITS_BYTES * shape.vocab_size // mesh.size
+        speculates = config.speculate != "off"
+        self._text_bytes = 4 * (config.cache_length or shape.context_length) if speculates else 0
+        self.wide_bytes = WIDE_ROW * self._vocab_bytes if speculates else 0
+        """Logits of the widest step."""
+        if draft is not None:
+            small = Demand(replace(draft.config, speculate="off", draft_model=None), draft.model.config, mesh, dtype)
+            self.weights_bytes += small.weights_bytes
+            self.row_bytes += small.row_bytes
 
     def prefill_bytes(self, chunk: int) -> int:
         """A prefill's temporaries, its rows and those of the one before it."""
@@ -134,8 +153,8 @@ class Demand:
 
     @property
     def slot_bytes(self) -> int:
-        """A slot's part of the state and of a step."""
-        return self._vocab_bytes
+        """A slot's part of the state, its text included where something drafts, and of a step."""
+        return self._vocab_bytes + self._text_bytes
 
 
 def device_bytes(arrays: Iterable[Any]) -> int:

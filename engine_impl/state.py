@@ -8,6 +8,8 @@ import jax.numpy as jnp
 
 from ..cache_manager import KV
 from .sampling.slots import SlotSampling
+from .speculation.drafts import Drafts
+from .speculation.texts import Texts
 
 
 class PieceBatch(NamedTuple):
@@ -63,6 +65,14 @@ class Prefix:
     """u16, what the texts have, see penalties.py; made for texts with a penalty"""
     adapter_N: jax.Array | None = None
     """i32, as in DecodeState"""
+    texts: Texts | None = None
+    """as in DecodeState; empty before `first_tokens`"""
+    draft_kv: KV | None = None
+    """as kv, of the draft model"""
+
+    def is_ready(self) -> bool:
+        """Whether the devices have computed all of it."""
+        return all(array.is_ready() for array in jax.tree.leaves(self))
 
 
 @jax.tree_util.register_dataclass
@@ -82,6 +92,10 @@ class DecodeState:
     """u16, what the cached tokens are, see penalties.py; up to date for slots with a penalty"""
     adapter_B: jax.Array | None = None
     """i32, the adapter that changes the model for the slot, 0 is none; None where there are no adapters"""
+    texts: Texts | None = None
+    """up to each slot's last chosen token; None where nothing drafts"""
+    draft_cache: KV | None = None
+    """the draft model's k and v of the same tokens in the same pages; None without one"""
 
 
 @jax.tree_util.register_dataclass
@@ -93,25 +107,46 @@ class Rows:
     """i32, which; the number of slots = none"""
     is_live_N: jax.Array
     """bool, it gets a token: it is a slot, neither empty nor full"""
-    token_N: jax.Array
-    """i32, as in DecodeState"""
+    token_NW: jax.Array
+    """i32, what the step computes of each: its last token as in DecodeState, and W - 1 drafts behind it, 0 where there
+    are fewer"""
     length_N: jax.Array
     """i32, as in DecodeState; 0 where there is no slot"""
     sampling: SlotSampling
     """[N] each; greedy where no token is chosen, so that it asks nothing of the sampler"""
     adapter_N: jax.Array | None = None
     """i32, as in DecodeState; 0 where no token is chosen"""
+    drafts: Drafts | None = None
+    """W of each; None where nothing drafts"""
+
+    @property
+    def width(self) -> int:
+        """W."""
+        return self.token_NW.shape[1]
+
+    @property
+    def position_NW(self) -> jax.Array:
+        """i32, each token's place in its text."""
+        return self.length_N[:, None] + jnp.arange(self.width, dtype=jnp.int32)
+
+    def of_tokens(self, values_N: jax.Array) -> jax.Array:
+        """What each slot has, for each of its tokens: N W rows."""
+        return values_N if self.width == 1 else jnp.repeat(values_N, self.width, axis=0)
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class StepResult:
-    """What a step tells the host: up to W tokens of each slot named; W is 1. A prefill's has a row for each piece."""
+    """What a step tells the host: up to W tokens of each slot named. A prefill's has a row for each piece, W = 1."""
 
     token_BW: jax.Array
     """i32, the slot's tokens in order; -1 from `count` on"""
     count_B: jax.Array
     """i32, how many of them are valid; 0 for no slot and for one that is empty or full"""
+    drafted_B: jax.Array
+    """i32, how many drafts there were, up to W; the first W - 1 took part in the step"""
+    agreed_B: jax.Array
+    """i32, how many of them, the leading ones, are what the model chose"""
     logprob_BW: jax.Array
     """f32, each token's log-probability under the model itself; valid where the slot's sampling asks for it"""
     top_token_BWP: jax.Array

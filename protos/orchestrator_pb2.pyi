@@ -23,7 +23,7 @@ FINISH_REASON_DEADLINE: FinishReason
 FINISH_REASON_TOOL_CALLS: FinishReason
 
 class DecodeRequest(_message.Message):
-    __slots__ = ("max_tokens", "text_content", "token_content", "messages", "metadata", "num_samples", "lora_adapter_id", "has_bos", "temperature", "top_k", "top_p", "seed", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty", "stop_strings", "stop_token_ids", "ignore_eos", "logprobs", "prompt_logprobs", "priority", "min_tokens", "logit_bias", "prompt_top_logprobs", "cache_salt", "json_schema", "json_object", "regex", "choices", "grammar", "structural_tag")
+    __slots__ = ("max_tokens", "text_content", "token_content", "messages", "metadata", "num_samples", "lora_adapter_id", "has_bos", "temperature", "top_k", "top_p", "seed", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty", "stop_strings", "stop_token_ids", "ignore_eos", "logprobs", "prompt_logprobs", "priority", "min_tokens", "logit_bias", "prompt_top_logprobs", "cache_salt", "prediction", "json_schema", "json_object", "regex", "choices", "grammar", "structural_tag")
     class TextContent(_message.Message):
         __slots__ = ("text",)
         TEXT_FIELD_NUMBER: _ClassVar[int]
@@ -135,6 +135,7 @@ class DecodeRequest(_message.Message):
     LOGIT_BIAS_FIELD_NUMBER: _ClassVar[int]
     PROMPT_TOP_LOGPROBS_FIELD_NUMBER: _ClassVar[int]
     CACHE_SALT_FIELD_NUMBER: _ClassVar[int]
+    PREDICTION_FIELD_NUMBER: _ClassVar[int]
     JSON_SCHEMA_FIELD_NUMBER: _ClassVar[int]
     JSON_OBJECT_FIELD_NUMBER: _ClassVar[int]
     REGEX_FIELD_NUMBER: _ClassVar[int]
@@ -167,13 +168,14 @@ class DecodeRequest(_message.Message):
     logit_bias: _containers.ScalarMap[int, float]
     prompt_top_logprobs: int
     cache_salt: str
+    prediction: str
     json_schema: str
     json_object: bool
     regex: str
     choices: DecodeRequest.Choices
     grammar: str
     structural_tag: str
-    def __init__(self, max_tokens: _Optional[int] = ..., text_content: _Optional[_Union[DecodeRequest.TextContent, _Mapping]] = ..., token_content: _Optional[_Union[DecodeRequest.TokenContent, _Mapping]] = ..., messages: _Optional[_Union[DecodeRequest.Chat, _Mapping]] = ..., metadata: _Optional[_Union[DecodeRequest.Metadata, _Mapping]] = ..., num_samples: _Optional[int] = ..., lora_adapter_id: _Optional[str] = ..., has_bos: _Optional[bool] = ..., temperature: _Optional[float] = ..., top_k: _Optional[int] = ..., top_p: _Optional[float] = ..., seed: _Optional[int] = ..., min_p: _Optional[float] = ..., repetition_penalty: _Optional[float] = ..., presence_penalty: _Optional[float] = ..., frequency_penalty: _Optional[float] = ..., stop_strings: _Optional[_Iterable[str]] = ..., stop_token_ids: _Optional[_Iterable[int]] = ..., ignore_eos: _Optional[bool] = ..., logprobs: _Optional[int] = ..., prompt_logprobs: _Optional[bool] = ..., priority: _Optional[int] = ..., min_tokens: _Optional[int] = ..., logit_bias: _Optional[_Mapping[int, float]] = ..., prompt_top_logprobs: _Optional[int] = ..., cache_salt: _Optional[str] = ..., json_schema: _Optional[str] = ..., json_object: _Optional[bool] = ..., regex: _Optional[str] = ..., choices: _Optional[_Union[DecodeRequest.Choices, _Mapping]] = ..., grammar: _Optional[str] = ..., structural_tag: _Optional[str] = ...) -> None: ...
+    def __init__(self, max_tokens: _Optional[int] = ..., text_content: _Optional[_Union[DecodeRequest.TextContent, _Mapping]] = ..., token_content: _Optional[_Union[DecodeRequest.TokenContent, _Mapping]] = ..., messages: _Optional[_Union[DecodeRequest.Chat, _Mapping]] = ..., metadata: _Optional[_Union[DecodeRequest.Metadata, _Mapping]] = ..., num_samples: _Optional[int] = ..., lora_adapter_id: _Optional[str] = ..., has_bos: _Optional[bool] = ..., temperature: _Optional[float] = ..., top_k: _Optional[int] = ..., top_p: _Optional[float] = ..., seed: _Optional[int] = ..., min_p: _Optional[float] = ..., repetition_penalty: _Optional[float] = ..., presence_penalty: _Optional[float] = ..., frequency_penalty: _Optional[float] = ..., stop_strings: _Optional[_Iterable[str]] = ..., stop_token_ids: _Optional[_Iterable[int]] = ..., ignore_eos: _Optional[bool] = ..., logprobs: _Optional[int] = ..., prompt_logprobs: _Optional[bool] = ..., priority: _Optional[int] = ..., min_tokens: _Optional[int] = ..., logit_bias: _Optional[_Mapping[int, float]] = ..., prompt_top_logprobs: _Optional[int] = ..., cache_salt: _Optional[str] = ..., prediction: _Optional[str] = ..., json_schema: _Optional[str] = ..., json_object: _Optional[bool] = ..., regex: _Optional[str] = ..., choices: _Optional[_Union[DecodeRequest.Choices, _Mapping]] = ..., grammar: _Optional[str] = ..., structural_tag: _Optional[str] = ...) -> None: ...
 
 class DecodeResponse(_message.Message):
     __slots__ = ("initial_content", "stream_content", "usage", "prompt_logprobs", "prompt_likeliest")
@@ -221,20 +223,24 @@ class DecodeResponse(_message.Message):
         top_logprobs: _containers.RepeatedScalarFieldContainer[float]
         def __init__(self, logprob: _Optional[float] = ..., top_token_ids: _Optional[_Iterable[int]] = ..., top_logprobs: _Optional[_Iterable[float]] = ...) -> None: ...
     class Usage(_message.Message):
-        __slots__ = ("prompt_tokens", "generated_tokens", "queue_ms", "ttft_ms", "total_ms", "cached_tokens")
+        __slots__ = ("prompt_tokens", "generated_tokens", "queue_ms", "ttft_ms", "total_ms", "cached_tokens", "accepted_draft_tokens", "rejected_draft_tokens")
         PROMPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
         GENERATED_TOKENS_FIELD_NUMBER: _ClassVar[int]
         QUEUE_MS_FIELD_NUMBER: _ClassVar[int]
         TTFT_MS_FIELD_NUMBER: _ClassVar[int]
         TOTAL_MS_FIELD_NUMBER: _ClassVar[int]
         CACHED_TOKENS_FIELD_NUMBER: _ClassVar[int]
+        ACCEPTED_DRAFT_TOKENS_FIELD_NUMBER: _ClassVar[int]
+        REJECTED_DRAFT_TOKENS_FIELD_NUMBER: _ClassVar[int]
         prompt_tokens: int
         generated_tokens: int
         queue_ms: float
         ttft_ms: float
         total_ms: float
         cached_tokens: int
-        def __init__(self, prompt_tokens: _Optional[int] = ..., generated_tokens: _Optional[int] = ..., queue_ms: _Optional[float] = ..., ttft_ms: _Optional[float] = ..., total_ms: _Optional[float] = ..., cached_tokens: _Optional[int] = ...) -> None: ...
+        accepted_draft_tokens: int
+        rejected_draft_tokens: int
+        def __init__(self, prompt_tokens: _Optional[int] = ..., generated_tokens: _Optional[int] = ..., queue_ms: _Optional[float] = ..., ttft_ms: _Optional[float] = ..., total_ms: _Optional[float] = ..., cached_tokens: _Optional[int] = ..., accepted_draft_tokens: _Optional[int] = ..., rejected_draft_tokens: _Optional[int] = ...) -> None: ...
     INITIAL_CONTENT_FIELD_NUMBER: _ClassVar[int]
     STREAM_CONTENT_FIELD_NUMBER: _ClassVar[int]
     USAGE_FIELD_NUMBER: _ClassVar[int]

@@ -207,8 +207,9 @@ class ServerConfig:
     orchestrator: Literal["slipstream", "jetstream"] = "slipstream"
     """Who schedules requests: we, or JetStream's own Driver and gRPC server (google-jetstream 0.2.2) on our engine."""
 
-    disaggregated: bool = False
-    """With JetStream's orchestrator: prefill on the first half of the devices, decode on the second."""
+    prefill_devices: int | None = None
+    """The first so many devices compute prompts alone, and the others decode meanwhile (devices): no step waits for a
+    prompt. Both sides hold the weights, and a cache of the same tokens. Default: all devices do both."""
 
     probe_interval_s: Annotated[float, flag("probe-interval")] = 5.0
     """How often the device is asked for a real step (seconds). The server is NOT_SERVING while it does not answer. 0:
@@ -227,8 +228,8 @@ class ServerConfig:
     watch: WatchConfig = field(default_factory=WatchConfig)
 
     def __post_init__(self) -> None:
-        if self.disaggregated and self.orchestrator != "jetstream":
-            raise RefusedError("--disaggregated is a mode of JetStream's orchestrator: add --orchestrator jetstream")
+        if self.prefill_devices is not None and self.prefill_devices < 1:
+            raise RefusedError(f"prefill_devices={self.prefill_devices} must be at least 1, or left out")
         if not self.host:
             raise RefusedError("host='' must be a name or an IP address; 127.0.0.1 is this machine only")
         check_port("port", self.port)

@@ -187,6 +187,8 @@ class FakeResult:
 
     token_BW: FakeArray
     count_B: FakeArray
+    drafted_B: FakeArray
+    agreed_B: FakeArray
     logprob_BW: FakeArray
     top_token_BWP: FakeArray
     top_logprob_BWP: FakeArray
@@ -202,7 +204,11 @@ class FakePrefix:
     top_logprob_NTP: FakeArray
     tokens: list[int]
     """What follows each text, once chosen; -1 for one that is not complete."""
+    ready: Callable[[], bool]
     times_chosen: int = 0
+
+    def is_ready(self) -> bool:
+        return self.ready()
 
 
 class Unpaced(threading.Semaphore):
@@ -229,11 +235,14 @@ class FakeEngine:
     """Likewise."""
     carries_pieces: bool = False
     """Whether a step carries a piece along."""
+    prefills_apart: bool = False
+    is_prefix_ready: Callable[[], bool] = lambda: True
+    """Asked for each prefix."""
     step_s: float = 0.0
-    tokens_per_step: int = 1
-    """The most that a step brings a slot, as speculation would."""
+    widths: tuple[int, ...] = (1,)
+    """A real engine's begin with 1."""
     count_of_step: Callable[[int], int] | None = None
-    """How many of them a step brings, by its number; None: all."""
+    """How many tokens a step brings, by its number: so many less one of its drafts are right; None: all."""
     model_name: str = "fake"
     on_prefill: Callable[[Sequence[int]], object] = lambda prompt: None
     """Called with every prompt; may raise."""
@@ -248,6 +257,8 @@ class FakeEngine:
     log: list[str] = field(default_factory=list)
     samplings: list[Any] = field(default_factory=list)
     steps: int = 0
+    widths_used: list[int] = field(default_factory=list)
+    """Of each step."""
     states_made: int = 0
     max_adapters: int = 0
     on_read_adapter: Callable[[str], None] = lambda path: None
@@ -255,6 +266,10 @@ class FakeEngine:
     at_index: dict[int, "FakeAdapter"] = field(default_factory=dict)
     """Adapters on the devices."""
     devices: tuple[FakeDevice, ...] = (FakeDevice(),)
+
+    @property
+    def tokens_per_step(self) -> int:
+        return self.widths[-1]
 
     @property
     def pages_per_slot(self) -> int:
@@ -323,7 +338,7 @@ class FakeEngine:
                 logprob_T[: len(next_T)] = -next_T / np.float32(8)
         token_NT, top = np.rint(-logprob_NT * 8).astype(np.int32), np.arange(MAX_LOGPROBS)
         tops = self._array(token_NT[..., None] + top), self._array(logprob_NT[..., None] - top)
-        return FakePrefix(pieces, texts, self._array(logprob_NT), *tops, [-1] * len(pieces))
+        return FakePrefix(pieces, texts, self._array(logprob_NT), *tops, [-1] * len(pieces), self.is_prefix_ready)
 
     def first_tokens(self, prefix: FakePrefix, openings: Sequence[Opening | None]) -> tuple[FakePrefix, FakeResult]:
         """Each time that it is asked anew the token is ten later."""
@@ -366,16 +381,21 @@ class FakeEngine:
         slot_N: np.ndarray,
         page_NJ: np.ndarray,
         allowed: Allowed | None = None,
+        width: int = 1,
     ) -> tuple[FakeState, FakeResult]:
+        assert width in (1, *self.widths)
         step, self.steps = self.steps, self.steps + 1
         state = decode_state.donate()
         self._call("generate")
         self.on_generate(step)
-        count = self.tokens_per_step if self.count_of_step is None else self.count_of_step(step)
-        token_NW = np.full((len(slot_N), self.tokens_per_step), -1)
-        for at in range(count):
+        right = width if self.count_of_step is None else self.count_of_step(step) - 1
+        count_N = np.full(len(slot_N), min(right + 1, width))
+        if allowed is not None:
+            count_N[allowed.row_C] = 1
+        token_NW = np.full((len(slot_N), width), -1)
+        for at in range(width):
             token_N, length_N = state.token_B[slot_N], state.length_B[slot_N]
-            live_N = length_N < self.cache_length
+            live_N = (length_N < self.cache_length) & (at < count_N)
             page_N = page_NJ[np.arange(len(slot_N)), np.minimum(length_N // self.page_rows, page_NJ.shape[1] - 1)]
             state.row_PR[page_N[live_N], length_N[live_N] % self.page_rows] = token_N[live_N]
             state.length_B[slot_N] = length_N = length_N + live_N
@@ -386,7 +406,8 @@ class FakeEngine:
             for row, word_W in () if allowed is None else zip(allowed.row_C, allowed.word_CW, strict=True):
                 next_N[row] = nearest_allowed(int(next_N[row]), word_W)
             state.token_B[slot_N[live_N]] = token_NW[live_N, at] = next_N[live_N]
-        return state, self._result(token_NW, lambda: self._wait(step))
+        self.widths_used.append(width)
+        return state, self._result(token_NW, lambda: self._wait(step), agreed=min(right, width))
 
     def carries(self, slots: int, lengths: Sequence[int]) -> bool:
         return self.carries_pieces and slots > 0 and len(lengths) == 1
@@ -410,11 +431,13 @@ class FakeEngine:
         """What follows the texts in the cache, without a look at the cache."""
         return (token_N + 1) % VOCAB_SIZE
 
-    def _result(self, token_BW: np.ndarray, wait: Callable[[], None] = lambda: None) -> FakeResult:
+    def _result(self, token_BW: np.ndarray, wait: Callable[[], None] = lambda: None, agreed: int = 0) -> FakeResult:
         logprob_BW, top = -token_BW / np.float32(8), np.arange(MAX_LOGPROBS)
         return FakeResult(
             self._array(token_BW.astype(np.int32), wait),
             self._array((token_BW >= 0).sum(axis=1).astype(np.int32)),
+            self._array(np.full(len(token_BW), token_BW.shape[1], np.int32)),
+            self._array(np.full(len(token_BW), agreed, np.int32)),
             self._array(logprob_BW),
             self._array(token_BW[..., None] + top),
             self._array(logprob_BW[..., None] - top),

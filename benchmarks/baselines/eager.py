@@ -47,6 +47,8 @@ def eager_twin(engine: Engine, form: CacheForm, scatter: Scatter = "indexed") ->
     plain = (*shape.windows, shape.attn_soft_cap, engine.layout.head_dim) == (None, None, shape.head_dim)
     if not plain or any(shape.rope_of_layer):
         raise RefusedError(f"the eager baseline has no windows or soft caps as {engine.model_name} needs them")
+    if engine.programs.drafting is not None:
+        raise RefusedError("the eager baseline stores one token a step; leave --speculate out")
     if engine.layout.codec != Plain():
         raise RefusedError(f"the eager baseline stores rows as they are, not by {engine.layout.codec=}")
     programs = EagerPrograms(
@@ -75,18 +77,18 @@ class EagerPrograms(Programs):
         stacked = super().cache_sharding()
         return stacked if self.form == "stacked" else _kv((stacked.rows,) * self.layout.layers)
 
-    def prefill(self, params: Params, cache: KV, pieces: PieceBatch) -> Prefix:
+    def prefill(self, params: Params, cache: KV, pieces: PieceBatch, draft_cache: KV | None = None) -> Prefix:
         """As ours; with a cache per layer of first pieces alone, which read nothing of it."""
         if self.form == "per_layer":
             cache = replace(self.layout, pages=1).empty()
-        return super().prefill(params, cache, pieces)
+        return super().prefill(params, cache, pieces, draft_cache)
 
     def decode(self, params: Params, cache: KV, rows: Rows, page_NJ: jax.Array) -> Decoded:
         layers = EagerLayers(self.model, rows.length_N, page_NJ, rows.is_live_N, self.mesh, self.backend, self.scatter)
-        logits_NV, new = layers.decode(params, rows.token_N, cache.rows)
+        logits_NV, new = layers.decode(params, rows.token_NW[:, 0], cache.rows)
         return Decoded(logits_NV, KV(new))
 
-    def store(self, cache: KV, new: KV, length_N: jax.Array, live_N: jax.Array, page_NJ: jax.Array) -> KV:
+    def store(self, cache: KV, new: KV, length_N: jax.Array, count_N: jax.Array, page_NJ: jax.Array) -> KV:
         return new  # the cache as the last layer left it
 
     def store_texts(self, cache: KV, kv: KV, page_NJ: jax.Array, start_N: jax.Array, count_N: jax.Array) -> KV:
@@ -170,8 +172,8 @@ class EagerLayers:
             cache_LPKRC = self._insert(cache_LPKRC, new_BKC, index)
             # The op takes the step's own row apart, so of the updated cache it reads the rows before it: the same
             # arithmetic as ours, hence equal tokens, and one row less to read.
-            args = (q_BNH, new_BKC, cache_LPKRC, index, self._length_B, self._page_BJ, steps)
-            return ragged_attention(*args, mesh=self._mesh, backend=self._backend)
+            args = (q_BNH[:, None], new_BKC[:, None], cache_LPKRC, index, self._length_B, self._page_BJ, steps)
+            return ragged_attention(*args, mesh=self._mesh, backend=self._backend)[:, 0]
 
         x_BD, _, _ = bridge.run(
             self._model.layers[0], weights, x_BD, rope, lambda q, k, v, _: bridge.call_kernel(attend, q, k, v)

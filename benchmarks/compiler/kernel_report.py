@@ -105,6 +105,8 @@ class Setting:
     window: bool = False
     """whether there is one; attention only, as is the cap"""
     soft_cap: float | None = None
+    tokens: int = 1
+    """W, of a slot in a step; attention and the flushes only"""
 
 
 @dataclass(frozen=True)
@@ -256,28 +258,28 @@ def _compile(topology: str, setting: Setting) -> None:
 
     mesh = Mesh(np.array(devices_of(topology)[:1]), ("tensor",))
     everywhere = PartitionSpec()
-    K, H, B, rows = setting.kv_heads, setting.head_dim, 96, jnp.dtype(setting.dtype)
+    K, H, B, W, rows = setting.kv_heads, setting.head_dim, 96, setting.tokens, jnp.dtype(setting.dtype)
     model = jnp.bfloat16 if setting.dtype == "int8" else rows
 
     def array(*shape: int, dtype: Any = rows) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, everywhere))
 
-    def attend(q_BNH, new_BKC, cache_LPKRC, scale_LPK2R, layer, length_B, page_BJ, window):
+    def attend(q_BWNH, new_BWKC, cache_LPKRC, scale_LPK2R, layer, length_B, page_BJ, window):
         pool, rows = cache_LPKRC.shape[1], cache_LPKRC.shape[3]
         steps = live_steps(length_B, window, page_BJ, rows=rows, max_pages=pool)
-        args = (q_BNH, new_BKC, cache_LPKRC, scale_LPK2R, layer, length_B, page_BJ, window, None, steps)
+        args = (q_BWNH, new_BWKC, cache_LPKRC, scale_LPK2R, layer, length_B, page_BJ, window, None, steps)
         return ragged_attention_tpu(*args, soft_cap=setting.soft_cap)
 
-    layer, slot_B = array(dtype=jnp.int32), array(B, dtype=jnp.int32)
+    layer, slot_B, page_B1 = array(dtype=jnp.int32), array(B, dtype=jnp.int32), array(B, 1, dtype=jnp.int32)
     kernel: Callable[..., jax.Array]
     if setting.kernel == "attention":
         kernel, donated = attend, ()
         J = 2 * PAGE_ROWS[-1] // setting.page
-        q_BNH, new_BKC = array(B, K * QUERY_GROUP, H, dtype=model), array(B, K, 2 * H, dtype=model)
+        q_BWNH, new_BWKC = array(B, W, K * QUERY_GROUP, H, dtype=model), array(B, W, K, 2 * H, dtype=model)
         cache_LPKRC = array(2, B * J, K, setting.page, 2 * H)
         scale_LPK2R = array(2, B * J, K, 2, setting.page, dtype=jnp.float32) if setting.dtype == "int8" else None
         window = layer if setting.window else None
-        args = q_BNH, new_BKC, cache_LPKRC, scale_LPK2R, layer, slot_B, array(B, J, dtype=jnp.int32), window
+        args = q_BWNH, new_BWKC, cache_LPKRC, scale_LPK2R, layer, slot_B, array(B, J, dtype=jnp.int32), window
     elif setting.kernel == "chunk":
         kernel, donated = partial(chunk_attention_tpu, soft_cap=setting.soft_cap), ()
         q_TNH, k_TKH = array(CHUNK, K * QUERY_GROUP, H, dtype=model), array(CHUNK, K, H, dtype=model)
@@ -287,13 +289,13 @@ def _compile(topology: str, setting: Setting) -> None:
         args = q_TNH, k_TKH, k_TKH, cache_LPKRC, scale_LPK2R, layer, array(1, dtype=jnp.int32), page_MJ, window, None
     elif setting.kernel == "scales":
         kernel, donated = partial(cache_flush_tpu, row_axis=4), (0,)
-        args = array(FLUSH_LAYERS, B, K, 2, 256), array(FLUSH_LAYERS, B, K, 2), slot_B, slot_B
+        args = array(FLUSH_LAYERS, B, K, 2, 256), array(FLUSH_LAYERS, B, W, K, 2), slot_B, slot_B, page_B1
     elif setting.kernel == "scatter":
         kernel, donated = scatter_rows, (0,)
         args = array(FLUSH_LAYERS, 4 * B, K, 256, 2 * H), array(B, K, 2 * H), layer, slot_B, slot_B
     else:
         kernel, donated = partial(cache_flush_tpu, row_axis=3), (0,)
-        args = array(FLUSH_LAYERS, B, K, 256, 2 * H), array(FLUSH_LAYERS, B, K, 2 * H), slot_B, slot_B
+        args = array(FLUSH_LAYERS, B, K, 256, 2 * H), array(FLUSH_LAYERS, B, W, K, 2 * H), slot_B, slot_B, page_B1
     sharded = jax.shard_map(kernel, mesh=mesh, in_specs=everywhere, out_specs=everywhere, check_vma=False)
     jax.jit(sharded, donate_argnums=donated).lower(*args).compile()
 
@@ -318,9 +320,9 @@ def read(chip: str, setting: Setting, text: str) -> Row:
         dma = core.dma_cycles(chip, 2 * FLUSH_LAYERS * tile_bytes)
         return FlushRow(chip, setting, program.issued(program.regions), dma)
     products = program.of("vmat")
-    if len(products) != 2:
-        raise ValueError(f"{len(products)} regions with matrix products, not a whole page's and a boundary's")
-    stages = program.stages()
+    if len(products) != 2 + (setting.tokens > 1):
+        raise ValueError(f"{len(products)} regions with matrix products, not own tokens', a whole page's, a boundary's")
+    stages, products = program.stages(), products[-2:]  # one token's products with itself are no matrix products
     return AttentionRow(
         chip,
         setting,

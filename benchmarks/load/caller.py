@@ -22,6 +22,10 @@ class Record:
     prompt_tokens: int = 0
     cached_tokens: int | None = None
     """Of the prompt, what the server found in a cached prefix; None where it does not tell."""
+    token_ids: list[int] = field(default_factory=list)
+    """Of the answer; over gRPC alone."""
+    accepted_draft_tokens: int = 0
+    """Of the answer, what came from drafts; likewise."""
     end: float = 0.0
     status: Status = "failed"
     detail: str = ""

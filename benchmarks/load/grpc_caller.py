@@ -48,11 +48,13 @@ class GrpcCaller:
         record.prompt_tokens = len(ask.prompt_ids)
         try:
             async for reply in self._decode(self.message(ask), timeout=self._timeout_s, metadata=self._metadata):
-                if tokens := len(reply.stream_content.samples[0].token_ids):
+                if token_ids := reply.stream_content.samples[0].token_ids:
                     record.token_times.append(time.perf_counter())
-                    record.tokens += tokens
+                    record.token_ids += token_ids
+                    record.tokens += len(token_ids)
                 if reply.HasField("usage"):
                     record.cached_tokens = reply.usage.cached_tokens
+                    record.accepted_draft_tokens = reply.usage.accepted_draft_tokens
             record.status = "completed"
         except grpc.aio.AioRpcError as error:
             is_full = error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED

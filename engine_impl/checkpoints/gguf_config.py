@@ -17,6 +17,8 @@ ROPE_FACTORS = "rope_freqs.weight"
 """Llama 3.1 and later: divisors of the rope's frequencies."""
 LONG_FACTORS, SHORT_FACTORS = "rope_factors_long.weight", "rope_factors_short.weight"
 """Phi-3: LongRoPE's lists."""
+MISSING = {"deepseek2": "deepseek_v3"}
+"""Architectures that are asked for -> the model type that says why they are missing."""
 EMBEDDING, HEAD = "token_embd.weight", "output.weight"
 
 _UNREAD = (
@@ -59,8 +61,9 @@ class GGUFFields:
         """Raises RefusedError for one that is not there."""
         name = self("general.architecture")
         if name not in ARCHITECTURES:
+            why = f", which is not there: {registry.NOT_THERE[MISSING[name]]}" if name in MISSING else ""
             raise RefusedError(
-                f"model file {self.where!r} is of the family {name!r}; the families there are: "
+                f"model file {self.where!r} is of the family {name!r}{why}; the families there are: "
                 f"{', '.join(ARCHITECTURES)}"
             )
         if not self(f"{name}.expert_count", 0):

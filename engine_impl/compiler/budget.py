@@ -66,17 +66,19 @@ class Budget:
         self.engine, self.chip = engine, chip
         params = abstract_params(engine)
         self.weights_bytes = device_bytes(jax.tree.leaves(params))
-        is_tied = params["lm_head"] is params["embed_tokens"]
-        embedding = 0 if is_tied else device_bytes([params["embed_tokens"]["weight"]])
+        models = [params, *([params["draft"]] if "draft" in params else [])]
+        untied = [of["embed_tokens"]["weight"] for of in models if of["lm_head"] is not of["embed_tokens"]]
+        embedding = device_bytes(untied)
         adapters = device_bytes(jax.tree.leaves(params.get("adapters")))  # read by who uses one
         self.read_bytes = self.weights_bytes - embedding - adapters  # a step gathers a few rows of the embedding
-        self.cache_bytes = engine.layout.bytes // engine.mesh.size
+        self.cache_bytes = engine.cache_bytes // engine.mesh.size
         self.resident = self.weights_bytes + self.cache_bytes
         self.row_seconds = 0.0
-        """one row through all matrices, at the chip's peak"""
-        for module, elements in matrices(engine.model, engine.mesh):
-            is_int8 = isinstance(module, Int8Linear) and module.rounds_activations
-            self.row_seconds += 2 * elements / (chip.int8_ops if is_int8 else chip.bf16_flops)
+        """one row through all matrices, the draft model's too, at the chip's peak"""
+        for model in (engine.model, *([engine.draft_model] if engine.draft_model is not None else [])):
+            for module, elements in matrices(model, engine.mesh):
+                is_int8 = isinstance(module, Int8Linear) and module.rounds_activations
+                self.row_seconds += 2 * elements / (chip.int8_ops if is_int8 else chip.bf16_flops)
 
     @property
     def slots_with_room(self) -> int:
@@ -123,6 +125,8 @@ class Budget:
             tokens = math.prod(sizes)
             return self.read_bytes + tokens * row_bytes, tokens
         slots, tokens = (*(sizes or [layout.slots]), 0)[:2]  # of a carry both; of a step its slots, or all of them
+        if name == "generate":  # `tokens` of each slot, which read the cache together
+            return self.read_bytes + self.cache_bytes, slots * max(1, tokens)
         return self.read_bytes + self.cache_bytes + tokens * row_bytes, slots + tokens
 
     def needed(self, program: str, report: ProgramReport) -> int:
@@ -170,6 +174,7 @@ class Budget:
 def cache_copies(hlo: Program, engine: Engine) -> list[str]:
     """What copies half a layer or more of a leaf of the cache on one chip; see `Program.copies_of`."""
     found = []
-    for leaf in jax.tree.leaves(engine.layout.abstract(engine.mesh)):
-        found += hlo.copies_of(leaf.sharding.shard_shape(leaf.shape), device_bytes([leaf]) // engine.layout.layers // 2)
+    for layout in engine.cache_layouts:
+        for leaf in jax.tree.leaves(layout.abstract(engine.mesh)):
+            found += hlo.copies_of(leaf.sharding.shard_shape(leaf.shape), device_bytes([leaf]) // layout.layers // 2)
     return found

@@ -23,7 +23,7 @@ def lower_first_tokens(engine: Engine, pieces: int) -> jax.stages.Lowered:
     is_complete_N = _array(engine, (pieces,), jnp.bool)
     return engine.jitted.first_tokens.lower(
         prefix.logits_NV, prefix.start_N, prefix.count_N, is_complete_N, prefix.sampling, prefix.count_NV,
-        _mask(engine, pieces),
+        _mask(engine, pieces), prefix.texts,
     )  # fmt: skip
 
 
@@ -33,10 +33,10 @@ def lower_insert(engine: Engine, pieces: int, tokens: int) -> jax.stages.Lowered
     return engine.jitted.insert.lower(prefix, abstract_state(engine), *_texts(engine, pieces))
 
 
-def lower_generate(engine: Engine, slots: int | None = None) -> jax.stages.Lowered:
-    """The decode step of so many slots; None: of all."""
+def lower_generate(engine: Engine, slots: int | None = None, width: int = 1) -> jax.stages.Lowered:
+    """The decode step of so many slots, of so many tokens each; None: of all."""
     mask = _mask(engine, slots or engine.max_concurrent_decodes)
-    return engine.jitted.generate.lower(*_step_arguments(engine, slots), mask)
+    return engine.jitted.generate.lower(*_step_arguments(engine, slots), mask, width=width)
 
 
 def lower_carry(engine: Engine, slots: int, tokens: int) -> jax.stages.Lowered:
@@ -53,7 +53,10 @@ def lower_score_step(engine: Engine, slots: int | None = None) -> jax.stages.Low
 
 def abstract_params(engine: Engine) -> Params:
     """Shapes, types and shardings of the parameters."""
-    params = load.abstract_params(engine.model, engine.mesh, engine.layout.dtype, engine.layer_loop)
+    where = engine.mesh, engine.layout.dtype, engine.layer_loop
+    params = load.abstract_params(engine.model, *where)
+    if engine.draft_model is not None:
+        params |= {"draft": load.abstract_params(engine.draft_model, *where)}
     if engine.adapter_places is None:
         return params
     return params | {"adapters": engine.adapter_places.abstract(engine.layer_loop)}
@@ -76,7 +79,8 @@ def _step_arguments(engine: Engine, slots: int | None) -> tuple[Any, ...]:
 
 
 def _prefill_arguments(engine: Engine, pieces: int, tokens: int) -> tuple[Any, ...]:
-    return abstract_params(engine), engine.layout.abstract(engine.mesh), _pieces(engine, pieces, tokens)
+    caches = [layout.abstract(engine.mesh) for layout in engine.cache_layouts]
+    return abstract_params(engine), caches[0], _pieces(engine, pieces, tokens), *caches[1:]
 
 
 def _pieces(engine: Engine, pieces: int, tokens: int) -> PieceBatch:

@@ -20,6 +20,7 @@ from ..checkpoints.gguf import GGUFCheckpoint
 from ..checkpoints.hf_config import read_fields, read_hf_config
 from ..checkpoints.quantization_config import read_format
 from ..config import EngineConfig
+from ..draft_model import draft_model
 from ..engine import Engine
 from ..models import registry
 from ..models.decoder import ModelConfig
@@ -86,8 +87,8 @@ def plan(
     dump: Path | None = None,
     report: Callable[[str], None] = lambda line: None,
 ) -> PlanReport:
-    """Compile generate (of all slots), insert, prefill (of a whole chunk) and carry (of both, where steps carry) for a
-    topology, or each in all its shapes.
+    """Compile generate (of all slots; and where something drafts the widest), insert, prefill (of a whole chunk) and
+    carry (of both, where steps carry) for a topology, or each in all its shapes.
 
     `stored` is how the checkpoint keeps its weights (see `quantization_of`); `dump` gets each program's optimised HLO
     as <program>.hlo.txt; `report` is told what is being compiled.
@@ -138,13 +139,16 @@ def plan(
 
 
 def lowered(engine: Engine, all_shapes: bool) -> dict[str, Callable[[], jax.stages.Lowered]]:
-    """The programs by name: `generate`, `insert`, `prefill_512` and `carry_256x512`; of all shapes also `generate_8`,
-    `prefill_8x64`, `carry_32x256`."""
+    """The programs by name: `generate`, `insert`, `prefill_512`, `carry_256x512` and, where something drafts,
+    `generate_32x8`, whose slots have up to 8 tokens each; of all shapes also `generate_8`, `prefill_8x64`,
+    `carry_32x256`, `generate_8x4`."""
     chunk = engine.prefill_chunk
     found = {"generate": lambda: lower_generate(engine), "insert": lambda: lower_insert(engine, 1, chunk)}
     if all_shapes:
         steps = engine.shapes.steps[:-1]
         found |= {f"generate_{slots}": lambda slots=slots: lower_generate(engine, slots) for slots in steps}
+    for slots, width in engine.shapes.wide_steps if all_shapes else engine.shapes.wide_steps[-1:]:
+        found[f"generate_{slots}x{width}"] = lambda slots=slots, width=width: lower_generate(engine, slots, width)
     for pieces, tokens in engine.shapes.prefills if all_shapes else [(1, chunk)]:
         name = f"prefill_{pieces}x{tokens}" if pieces > 1 else f"prefill_{tokens}"
         found[name] = lambda pieces=pieces, tokens=tokens: lower_prefill(engine, pieces, tokens)
@@ -236,8 +240,12 @@ def abstract_engine(
     mesh = make_mesh(devices, shape.num_heads, shape.num_kv_heads, config.tensor_parallel)
     model = registry.build(replace(shape, num_kv_heads=max(shape.num_kv_heads, mesh.size)))
     dtype = jnp.dtype("bfloat16" if config.dtype == "auto" else config.dtype)
+    draft = None
+    if config.draft_model is not None:
+        of_draft, length = shape_of(config.draft_model), config.cache_length or shape.context_length
+        draft = draft_model(config, of_draft, quantization_of(config.draft_model), mesh, length)
     config = resolved(config, stored, model, mesh)
-    config = sized(config, model.config, mesh, dtype, chip_of(topology).hbm_bytes)
+    config = sized(config, model.config, mesh, dtype, chip_of(topology).hbm_bytes, draft=draft)
     model = registry.build(model.config.for_length(longest_text(config, model.config)))
     tokenizer: Any = None  # text is none of a program's business
-    return Engine(model, mesh, config, dtype, tokenizer, config.model)
+    return Engine(model, mesh, config, dtype, tokenizer, config.model, draft=draft)

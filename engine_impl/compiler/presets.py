@@ -7,6 +7,7 @@ import math
 from typing import Any
 
 from ..errors import RefusedError
+from ..models.cohere import CohereConfig
 from ..models.cohere2 import Cohere2Config
 from ..models.decoder import ModelConfig
 from ..models.gemma import GemmaConfig
@@ -19,6 +20,7 @@ from ..models.llama import LlamaConfig
 from ..models.mistral import MistralConfig
 from ..models.mixtral import MixtralConfig
 from ..models.olmo2 import Olmo2Config
+from ..models.olmo3 import Olmo3Config
 from ..models.phi3 import Phi3Config
 from ..models.qwen2 import Qwen2Config
 from ..models.qwen3 import Qwen3Config
@@ -138,6 +140,13 @@ PRESETS: dict[str, ModelConfig] = {
             32, 32, 32, 4096, 11008, vocab_size=100352, context_length=4096, rope_theta=500000.0, rms_norm_eps=1e-6
         )
     ),  # allenai/OLMo-2-1124-7B
+    "olmo-3-7b": Olmo3Config(
+        **_shape(
+            32, 32, 32, 4096, 11008, vocab_size=100278, context_length=65536, rope_theta=500000.0, rms_norm_eps=1e-6,
+            windows=(4096, 4096, 4096, None), local_rope_theta=500000.0, rope_scale=1.2079441541679836,
+            rope_factors=yarn_factors(128, 500000.0, factor=8.0, trained_length=8192),
+        )
+    ),  # allenai/Olmo-3-1025-7B
     "granite-3.3-8b": GraniteConfig(
         **_shape(
             40, 32, 8, 4096, 12800, vocab_size=49159, context_length=131072, rope_theta=10000000.0,
@@ -151,6 +160,12 @@ PRESETS: dict[str, ModelConfig] = {
             qkv_bias=True,
         )
     ),  # zai-org/GLM-4-9B-0414
+    "command-r": CohereConfig(
+        **_shape(
+            40, 64, 64, 8192, 22528, vocab_size=256000, context_length=8192, rope_theta=8000000.0,
+            tied_embeddings=True, logit_scale=0.0625,
+        )
+    ),  # CohereLabs/c4ai-command-r-v01
     "command-r7b": Cohere2Config(
         **_shape(
             32, 32, 8, 4096, 14336, vocab_size=256000, context_length=132096, rope_theta=50000.0, tied_embeddings=True,

@@ -20,6 +20,9 @@ class Handle:
 class PrefixHandle(Handle):
     """As `api.Prefix`."""
 
+    def is_ready(self) -> bool:
+        return self.value.is_ready()
+
     @property
     def logprob_NT(self) -> DeviceArray:
         return self.value.logprob_NT

@@ -38,6 +38,8 @@ class Leader:
         self.max_prefill_length = engine.max_prefill_length
         self.prefill_chunk = engine.prefill_chunk
         self.prefill_batch = engine.prefill_batch
+        self.prefills_apart = engine.prefills_apart
+        self.widths = engine.widths
         self.tokens_per_step = engine.tokens_per_step
         self.page_rows = engine.page_rows
         self.pages = engine.pages
@@ -68,13 +70,16 @@ class Leader:
         """From every host's disk, or the hub. Raises RefusedError, which names the host."""
         weights = self._engine.read_adapter(path)
         handle = AdapterHandle(next(self._handles), weights, self._freed)
-        number = self._send("read_adapter", (path,), {}, (handle.number,))
+        number = self.send("read_adapter", (path,), {}, (handle.number,))
         if errors := {host: error for host, error in self._plan.answers(number).items() if error}:
             raise RefusedError("; ".join(f"host {host}: {error}" for host, error in errors.items()))
         return handle
 
     def put_adapter(self, params: Handle, index: int, adapter: AdapterHandle) -> Handle:
         return self._call("put_adapter", params, index, adapter)
+
+    def without_adapters(self, params: Handle) -> Handle:
+        return self._call("without_adapters", params)
 
     def prefill(self, params: Handle, decode_state: Handle, pieces: Sequence[Piece]) -> PrefixHandle:
         return self._call("prefill", params, decode_state, pieces)
@@ -94,8 +99,9 @@ class Leader:
         slot_N: np.ndarray,
         page_NJ: np.ndarray,
         allowed: Allowed | None = None,
+        width: int = 1,
     ) -> tuple[Handle, StepResult]:
-        return self._call("generate", params, decode_state, slot_N, page_NJ, allowed)
+        return self._call("generate", params, decode_state, slot_N, page_NJ, allowed, width)
 
     def carry(
         self,
@@ -110,7 +116,7 @@ class Leader:
 
     def ask(self, verb: str, *arguments: Any) -> dict[int, str]:
         """A call that is no engine's verb: what each follower answers, see `PlanStream.answers`."""
-        return self._plan.answers(self._send(verb, arguments, {}, ()))
+        return self._plan.answers(self.send(verb, arguments, {}, ()))
 
     def stop(self) -> None:
         """The group's end. Blocks until the followers have ended, some seconds at most."""
@@ -119,7 +125,7 @@ class Leader:
     def _call(self, verb: str, *arguments: Any, **keywords: Any) -> Any:
         kinds = VERBS[verb].results
         numbers = [0 if kind is None else next(self._handles) for kind in kinds]
-        number = self._send(verb, arguments, keywords, numbers)
+        number = self.send(verb, arguments, keywords, numbers)
         try:
             results = self._functions[verb](*map(bare, arguments), **{name: bare(of) for name, of in keywords.items()})
         except Exception:
@@ -131,7 +137,8 @@ class Leader:
         )
         return handed if len(kinds) > 1 else handed[0]
 
-    def _send(self, verb: str, arguments: Sequence[Any], keywords: dict[str, Any], results: Sequence[int]) -> int:
+    def send(self, verb: str, arguments: Sequence[Any], keywords: dict[str, Any], results: Sequence[int]) -> int:
+        """A call to the followers: its number. Nothing is done here."""
         with self._in_order:
             call = self._message(verb, arguments, keywords, results)
             self._plan.send(call)

@@ -26,6 +26,7 @@ VERBS = {
     "warm_up": Verb((Handle,), is_quick=False),
     "read_adapter": Verb((AdapterHandle,), is_quick=False),
     "put_adapter": Verb((Handle,)),
+    "without_adapters": Verb((Handle,)),
     "prefill": Verb((PrefixHandle,)),
     "first_tokens": Verb((PrefixHandle, None)),
     "insert": Verb((Handle,)),

@@ -41,7 +41,10 @@ class Adapter(abc.ABC):
     """`jetstream.engine.engine_api`, whose Engine this is."""
 
     def __init__(self, engine: Engine, params: Params) -> None:
-        """Raises RefusedError for a cache that is too small for all slots' longest requests."""
+        """Raises RefusedError for a cache that is too small for all slots' longest requests, and for an engine that
+        drafts: JetStream asks for one token a step."""
+        if engine.tokens_per_step > 1:
+            raise RefusedError("speculate='auto' drafts what JetStream never asks for; leave --speculate out under it")
         self._engine, self._params = engine, params
         slots, pages = engine.max_concurrent_decodes, engine.pages_per_slot
         if engine.pages < slots * pages:

@@ -30,7 +30,7 @@ def sample(
     position_B: jax.Array,
     mask: Mask,
 ) -> jax.Array:
-    """Choose one token a slot.
+    """Choose one token a slot; or several, where each of B is one of a slot's positions, side by side.
 
     Args:
         logits_BV: any float; compared in float32.
@@ -38,7 +38,7 @@ def sample(
             penalty, and not before.
         sampling: [B] each.
         position_B: i32, where in the text the chosen token will stand.
-        mask: which tokens may be chosen.
+        mask: which tokens may be chosen at a slot's first position.
 
     Returns:
         token_B, i32.
@@ -64,8 +64,8 @@ def sample(
         )
 
     likeliest_B = _argmax(logits_BV)
-    is_asked_B = sampling.is_drawn | sampling.is_biased | sampling.is_penalised | goes_on_B | mask.is_asked_B
-    return jax.lax.cond(is_asked_B.any(), asked, lambda: likeliest_B)
+    is_asked_B = sampling.is_drawn | sampling.is_biased | sampling.is_penalised | goes_on_B
+    return jax.lax.cond(is_asked_B.any() | mask.is_asked_B.any(), asked, lambda: likeliest_B)
 
 
 def _argmax(values_BV: jax.Array) -> jax.Array:

@@ -35,14 +35,19 @@ class Mask:
         """Nobody asks."""
         return cls(np.zeros(rows, bool), np.zeros((rows, -(-vocab_size // BITS)), np.uint32))
 
-    def applied(self, logits_BV: jax.Array) -> jax.Array:
-        """Logits, f32, with -inf for the tokens that may not come."""
-        slots, vocab_size = logits_BV.shape
+    def applied(self, logits_RV: jax.Array) -> jax.Array:
+        """Logits, f32, with -inf for the tokens that may not come. Where a slot has several rows side by side it is the
+        first that the mask is of."""
+        slots, (rows, vocab_size) = self.is_asked_B.shape[0], logits_RV.shape
         bit_BW32 = (self.word_BW[:, :, None] >> jnp.arange(BITS, dtype=jnp.uint32)) & 1
         may_come_BV = bit_BW32.reshape(slots, -1)[:, :vocab_size] != 0
-        masked_BV = jnp.where(may_come_BV | ~self.is_asked_B[:, None], logits_BV, -jnp.inf)
+        may_come_BV |= ~self.is_asked_B[:, None]
+        if rows > slots:
+            others = jnp.ones((slots, rows // slots - 1, vocab_size), bool)
+            may_come_BV = jnp.concatenate([may_come_BV[:, None], others], axis=1).reshape(logits_RV.shape)
+        masked_RV = jnp.where(may_come_BV, logits_RV, -jnp.inf)
         # The TPU compiler would transpose, and so copy all logits where nobody asks.
-        return with_layout_constraint(masked_BV, Layout(major_to_minor=(0, 1)))
+        return with_layout_constraint(masked_RV, Layout(major_to_minor=(0, 1)))
 
 
 class Masks:

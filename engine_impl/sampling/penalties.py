@@ -44,28 +44,43 @@ def counts_of_text(text: Sequence[int] | np.ndarray, prompt_length: int, vocab_s
 
 
 def count_answer(
-    count_BV: jax.Array, slot_N: jax.Array, token_N: jax.Array, is_counted_N: jax.Array, mesh: Mesh
+    count_BV: jax.Array, slot_N: jax.Array, token_NW: jax.Array, counted_N: jax.Array, mesh: Mesh
 ) -> jax.Array:
-    """count_BV with one more token of an answer in the slots that are counted; as it was when there are none.
+    """count_BV with so many (`counted_N`, i32) of these tokens of the slots' answers more; as it was where there are
+    none.
 
-    In place: a cell of each slot is read and written, by the chip that has its column.
+    In place: a cell of each slot is read and written, one token after another, by the chip that has its column.
     """
     is_shared = count_BV.shape[1] % mesh.shape[AXIS] == 0
 
-    def of_chip(count_BV, row_N, token_N):
-        column_N = token_N - jax.lax.axis_index(AXIS) * count_BV.shape[1] if is_shared else token_N
-        is_mine_N = (column_N >= 0) & (column_N < count_BV.shape[1])
-        cell_N = jnp.where(is_mine_N, row_N, count_BV.shape[0]), jnp.where(is_mine_N, column_N, 0)
-        old_N = count_BV.at[cell_N].get(mode="clip")
-        return count_BV.at[cell_N].set(jnp.where(old_N <= FULL, old_N + jnp.uint16(IN_ANSWER), old_N), mode="drop")
+    def of_chip(count_BV, slot_N, token_NW, counted_N):
+        column_NW = token_NW - jax.lax.axis_index(AXIS) * count_BV.shape[1] if is_shared else token_NW
+        for w in range(token_NW.shape[1]):
+            column_N, row_N = column_NW[:, w], jnp.where(w < counted_N, slot_N, count_BV.shape[0])
+            is_mine_N = (column_N >= 0) & (column_N < count_BV.shape[1])
+            cell_N = jnp.where(is_mine_N, row_N, count_BV.shape[0]), jnp.where(is_mine_N, column_N, 0)
+            count_BV = count_BV.at[cell_N].set(_one_more(count_BV.at[cell_N].get(mode="clip")), mode="drop")
+        return count_BV
 
     def counted() -> jax.Array:
-        row_N = jnp.where(is_counted_N, slot_N, count_BV.shape[0])
         spec = P(None, AXIS) if is_shared else P()
-        sharded = jax.shard_map(of_chip, mesh=mesh, in_specs=(spec, P(), P()), out_specs=spec, check_vma=False)
-        return sharded(count_BV, row_N, token_N)
+        sharded = jax.shard_map(of_chip, mesh=mesh, in_specs=(spec, P(), P(), P()), out_specs=spec, check_vma=False)
+        return sharded(count_BV, slot_N, token_NW, counted_N)
 
-    return jax.lax.cond(is_counted_N.any(), counted, lambda: count_BV)
+    return jax.lax.cond((counted_N > 0).any(), counted, lambda: count_BV)
+
+
+def counts_behind(count_NV: jax.Array, token_NW: jax.Array) -> list[jax.Array]:
+    """W + 1 times count_NV: as it is, and behind each of these tokens of the answers and those before it."""
+    counts = [count_NV]
+    for w in range(token_NW.shape[1]):
+        is_token_NV = jnp.arange(count_NV.shape[1]) == token_NW[:, w, None]
+        counts.append(jnp.where(is_token_NV, _one_more(counts[-1]), counts[-1]))
+    return counts
+
+
+def _one_more(count: jax.Array) -> jax.Array:
+    return jnp.where(count <= FULL, count + jnp.uint16(IN_ANSWER), count)
 
 
 def penalise(logits_BV: jax.Array, count_BV: jax.Array, sampling: SlotSampling) -> jax.Array:

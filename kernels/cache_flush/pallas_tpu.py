@@ -16,14 +16,19 @@ the compiler refuses it in bf16 (offsets must be multiples of 8). It allows it w
 heads (here 513), 4,386 for 8 (817); and with 1 head the whole cache is copied, twice.
 """
 
+import functools
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jax.typing import DTypeLike
 
 LANES = 128
-VMEM_BYTES = 8 * 1024 * 1024  # of the 16 MiB that a kernel gets on v5e
+VMEM_BYTES = 8 * 1024 * 1024  # for tiles, of the 16 MiB that a kernel gets on v5e; new rows take up to half as much
+MOST_TOKENS = 8  # of a slot in a step: rows of a tile of floats
 
 
 def tile_rows(dtype: DTypeLike) -> int:
@@ -44,124 +49,219 @@ def _largest_divisor(num_layers: int, at_most: int) -> int:
     return max((n for n in range(1, at_most + 1) if num_layers % n == 0), default=1)
 
 
-def _write_row(
-    slot_ref,  # [B], scalars
-    page_ref,  # [B]
-    row_ref,  # [B]
-    new_ref,  # [layers, K, C]
+class Tiles(NamedTuple):
+    """The grid's steps, one for each tile that gets rows, and what none has behind them.
+
+    At least one step: where nothing is to be written, one gives a tile back as it was.
+    """
+
+    count: jax.Array
+    """steps there are"""
+    slot: jax.Array
+    """whose new rows"""
+    page: jax.Array
+    tile: jax.Array
+    """of the page"""
+    start: jax.Array
+    """the row of the tile that the slot's first new row is; below 0 where that is in the tile before"""
+    end: jax.Array
+    """the row behind the last new one; at or below 0 where there is none, beyond the tile where they go on"""
+
+
+def tiles_to_write(
+    position_B: jax.Array, count_B: jax.Array, page_BJ: jax.Array, *, tokens: int, tile: int, rows: int
+) -> Tiles:
+    """The tiles that rows [position, position + count) of the slots are in, slot by slot; a slot has at most as many as
+    `tokens` rows may touch. What is outside a slot's pages is in none."""
+    (B, J), per_slot = page_BJ.shape, (tokens + tile - 2) // tile + 1
+    N = B * per_slot
+    tile_B1, end_B1 = (position_B // tile)[:, None], (position_B + count_B)[:, None]
+    tile_BM = tile_B1 + jnp.arange(per_slot, dtype=jnp.int32)[None, :]
+    is_live_BM = (tile_BM * tile < end_B1) & (tile_BM >= 0) & (tile_BM < J * (rows // tile)) & (count_B > 0)[:, None]
+    is_page_BMJ = jnp.arange(J, dtype=jnp.int32)[None, None, :] == (tile_BM // (rows // tile))[:, :, None]
+    page_BM = jnp.sum(jnp.where(is_page_BMJ, page_BJ[:, None, :], 0), axis=2, dtype=jnp.int32)
+    live_N = is_live_BM.reshape(N)
+    is_step_NN = live_N[None, :] & ((jnp.cumsum(live_N, dtype=jnp.int32) - 1)[None, :] == jnp.arange(N)[:, None])
+
+    def of_step(value_BM: jax.Array) -> jax.Array:  # a gather, but of one-hot rows: TPUs gather scalars one by one
+        value_N = jnp.broadcast_to(value_BM, (B, per_slot)).reshape(N)
+        return jnp.sum(jnp.where(is_step_NN, value_N[None, :], 0), axis=1, dtype=jnp.int32)
+
+    slot_B1, start_BM = jnp.arange(B, dtype=jnp.int32)[:, None], position_B[:, None] - tile_BM * tile
+    values = (slot_B1, page_BM, tile_BM & (rows // tile - 1), start_BM, start_BM + count_B[:, None])
+    return Tiles(jnp.maximum(jnp.sum(live_N, dtype=jnp.int32), 1), *map(of_step, values))
+
+
+def _write_rows(
+    slot_ref,  # [N], scalars
+    page_ref,  # [N]
+    at_ref,  # [N]
+    start_ref,  # [N]
+    end_ref,  # [N]
+    new_ref,  # [layers, K, W, C]
     tile_ref,  # [layers, K, rows, C]
     out_ref,  # [layers, K, rows, C], the tile's own place
 ):
-    del slot_ref, page_ref
-    layers, K, rows, C = tile_ref.shape
-    row = _place_in_tile(row_ref[pl.program_id(1)], rows)
-    here_RC = jax.lax.broadcasted_iota(jnp.int32, (rows, C), 0) == row
+    """By way of float32, in whose vectors a row moves alone."""
+    del slot_ref, page_ref, at_ref
+    (layers, K, rows, C), W = tile_ref.shape, new_ref.shape[2]
+    start, end = start_ref[pl.program_id(1)], end_ref[pl.program_id(1)]
+    row_RC = jax.lax.broadcasted_iota(jnp.int32, (rows, C), 0)
+    is_new_RC = (row_RC >= start) & (row_RC < end)
     for layer in range(layers):
         for k in range(K):
-            out_ref[layer, k] = jnp.where(here_RC, new_ref[layer, k : k + 1], tile_ref[layer, k])
+            new_WC = new_ref[layer, k].astype(jnp.float32)
+            if W == 1:
+                new_RC = jnp.broadcast_to(new_WC, (rows, C))
+            else:
+                new_RC = pltpu.roll(_filled(new_WC, rows), start & (rows - 1), axis=0)
+            out_ref[layer, k] = jnp.where(is_new_RC, new_RC.astype(tile_ref.dtype), tile_ref[layer, k])
 
 
-def _write_lane(
-    slot_ref,  # [B], scalars
-    page_ref,  # [B]
-    row_ref,  # [B]
-    new_ref,  # [layers, K, 2, slots], of all slots: one on the lanes would be padded to 128 of them
+def _filled(x_WC: jax.Array, rows: int) -> jax.Array:
+    W, C = x_WC.shape
+    return jnp.concatenate([x_WC, jnp.zeros((rows - W, C), x_WC.dtype)]) if rows > W else x_WC
+
+
+def as_words(code_LBKWC: jax.Array) -> jax.Array:
+    """int8 rows as i32 words of a tile, [L, B, K, W / 4, C]: a word holds a lane of four rows, the earliest lowest; of
+    a single row, that row four times."""
+    W = code_LBKWC.shape[3]
+    row_LBKWC = code_LBKWC.astype(jnp.int32) & 255
+    if W == 1:
+        return row_LBKWC * 0x01010101
+    row_LBKWC = jnp.pad(row_LBKWC, ((0, 0), (0, 0), (0, 0), (0, -W % 4), (0, 0)))
+    return functools.reduce(jnp.bitwise_or, (row_LBKWC[:, :, :, i::4] << (8 * i) for i in range(4)))
+
+
+def _write_codes(
+    slot_ref,  # [N], scalars
+    page_ref,  # [N]
+    at_ref,  # [N]
+    start_ref,  # [N]
+    end_ref,  # [N]
+    new_ref,  # [layers, K, W / 4, C] words
+    tile_ref,  # [layers, K, 32, C]
+    out_ref,  # [layers, K, 32, C], the tile's own place
+    *,
+    tokens: int,
+):
+    """By words of four codes, as they lie in a vector; to widen them takes 853 bundles with W = 4, words 336."""
+    del slot_ref, page_ref, at_ref
+    layers, K, rows, C = tile_ref.shape
+    words = rows // 4
+    start, end = start_ref[pl.program_id(1)], end_ref[pl.program_id(1)]
+    first_VC = jax.lax.broadcasted_iota(jnp.int32, (words, C), 0) * 4  # row of a word
+    masks = [
+        jnp.where((first_VC + i >= start) & (first_VC + i < end), np.uint32(255 << (8 * i)).astype(np.int32), 0)
+        for i in range(4)
+    ]
+    new_mask_VC = functools.reduce(jnp.bitwise_or, masks)
+    for layer in range(layers):
+        for k in range(K):
+            if tokens == 1:
+                moved_VC = jnp.broadcast_to(new_ref[layer, k], (words, C))
+            else:
+                moved_VC = _moved_words(_filled(new_ref[layer, k], words), start)
+            tile_VC = pltpu.bitcast(tile_ref[layer, k], jnp.int32)
+            out_ref[layer, k] = pltpu.bitcast(tile_VC & ~new_mask_VC | moved_VC & new_mask_VC, jnp.int8)
+
+
+def _moved_words(new_VC: jax.Array, rows: jax.Array) -> jax.Array:
+    """Words of four rows that many rows on: by whole words, and by the rest within them. What is pushed out at the end
+    comes around to the beginning."""
+    words, bits = new_VC.shape[0], (rows & 3) * 8
+    word = (rows >> 2) & (words - 1)
+    before_VC = jax.lax.shift_right_logical(pltpu.roll(new_VC, (word + 1) & (words - 1), axis=0), 1)
+    return pltpu.roll(new_VC, word, axis=0) << bits | jax.lax.shift_right_logical(before_VC, 31 - bits)
+
+
+def _write_lanes(
+    slot_ref,  # [N], scalars
+    page_ref,  # [N]
+    at_ref,  # [N]
+    start_ref,  # [N]
+    end_ref,  # [N]
+    new_ref,  # [layers, K, 2, slots * lanes of a slot], of all slots: one's on the lanes would be padded to 128 of them
     tile_ref,  # [layers, K, 2, LANES]
     out_ref,  # [layers, K, 2, LANES], the tile's own place
+    *,
+    lanes_of_slot: int,
 ):
-    del page_ref
+    del page_ref, at_ref
     i = pl.program_id(1)
     layers, K, both, lanes = tile_ref.shape
+    start, lane = start_ref[i], slot_ref[i] * lanes_of_slot
     lane_2R = jax.lax.broadcasted_iota(jnp.int32, (both, lanes), 1)
-    here_2R = lane_2R == _place_in_tile(row_ref[i], lanes)
-    slot = slot_ref[i]
-    mine_2B = lane_2R == (slot & (LANES - 1))
-    slots = pl.ds(pl.multiple_of(slot & -LANES, LANES), LANES)
+    is_new_2R = (lane_2R >= start) & (lane_2R < end_ref[i])
+    vector = pl.ds(pl.multiple_of(lane & -LANES, LANES), LANES)
     for layer in range(layers):
         for k in range(K):
-            new_21 = jnp.sum(jnp.where(mine_2B, new_ref[layer, k, :, slots], 0), axis=1, keepdims=True)
-            out_ref[layer, k] = jnp.where(here_2R, new_21, tile_ref[layer, k])
-
-
-def _place_in_tile(row: jax.Array, tile: int) -> jax.Array:
-    """-1 where there is nothing to write."""
-    return jnp.where(row >= 0, row & (tile - 1), -1)
-
-
-def slots_to_write(page_B: jax.Array, row_B: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-    """The grid's steps: i32 (count, slot_B, page_B, row_B), those with a row first, in their order.
-
-    At least one: where no slot has a row to write, one gives a tile back as it was.
-    """
-    slot_B = jnp.arange(page_B.size, dtype=jnp.int32)
-    live_B = row_B >= 0
-    place_B = jnp.cumsum(live_B, dtype=jnp.int32) - 1
-    is_slot_BB = live_B[None, :] & (place_B[None, :] == slot_B[:, None])
-
-    def of_slot(value_B: jax.Array) -> jax.Array:  # a gather, but of one-hot rows: TPUs gather scalars one by one
-        return jnp.sum(jnp.where(is_slot_BB, value_B[None, :], 0), axis=1, dtype=jnp.int32)
-
-    count = jnp.sum(live_B, dtype=jnp.int32)
-    row_B = jnp.where(slot_B < count, of_slot(row_B), -1)
-    return jnp.maximum(count, 1), of_slot(slot_B), of_slot(page_B), row_B
+            moved = pltpu.roll(new_ref[layer, k, :, vector], (start - lane) & (LANES - 1), axis=1)
+            out_ref[layer, k] = jnp.where(is_new_2R, moved, tile_ref[layer, k])
 
 
 def cache_flush_tpu(
     cache: jax.Array,
     new: jax.Array,
-    page_B: jax.Array,
-    row_B: jax.Array,
+    position_B: jax.Array,
+    count_B: jax.Array,
+    page_BJ: jax.Array,
     *,
     row_axis: int,
     cores: int | None = None,
     interpret: pltpu.InterpretParams | bool = False,
     vmem_bytes: int = VMEM_BYTES,
 ) -> jax.Array:
-    """`op.cache_flush` on one chip's heads: new[:, b] goes to row row_B[b] of page page_B[b]; row -1 writes nothing.
+    """`op.cache_flush` on one chip's heads.
 
     `cores`: TensorCores that share the layers; None: all of a JAX device (two on v5p), where they divide the layers.
     """
-    (L, P, K), B, R = cache.shape[:3], new.shape[1], cache.shape[row_axis]
+    (L, P, K), (B, W), R = cache.shape[:3], new.shape[1:3], cache.shape[row_axis]
     if cores is None:
         cores = pltpu.get_tpu_info().num_cores
         cores = cores if L % cores == 0 else 1
     if row_axis == 3:
-        kernel, tile_shape = _write_row, (tile_rows(cache.dtype), cache.shape[4])
+        is_coded = cache.dtype == jnp.int8
+        kernel = functools.partial(_write_codes, tokens=W) if is_coded else _write_rows
+        tile_shape = (tile_rows(cache.dtype), cache.shape[4])
         layers = layer_group(L // cores, K, cache.shape[4], cache.dtype, vmem_bytes)
+        new = new.swapaxes(2, 3)
+        new = as_words(new) if is_coded else new
         new_spec = pl.BlockSpec(
-            (layers, None, K, cache.shape[4]), lambda group, i, slot_ref, *_: (group, slot_ref[i], 0, 0)
+            (layers, None, *new.shape[2:]), lambda group, i, slot_ref, *_: (group, slot_ref[i], 0, 0, 0)
         )
     else:
-        kernel, tile_shape = _write_lane, (cache.shape[3], LANES)
-        slots = -(-B // LANES) * LANES
-        new = jnp.pad(new.transpose(0, 2, 3, 1), ((0, 0), (0, 0), (0, 0), (0, slots - B)))
-        layer_bytes = 8 * LANES * cache.dtype.itemsize * K * (4 + 2 * slots // LANES)  # at most 8 rows: one tile
+        lanes_of_slot = 1 if W == 1 else MOST_TOKENS
+        kernel, tile_shape = functools.partial(_write_lanes, lanes_of_slot=lanes_of_slot), (cache.shape[3], LANES)
+        new = jnp.pad(new.transpose(0, 3, 4, 1, 2), ((0, 0), (0, 0), (0, 0), (0, 0), (0, lanes_of_slot - W)))
+        new = new.reshape(*new.shape[:3], B * lanes_of_slot)
+        lanes = -(-new.shape[3] // LANES) * LANES
+        new = jnp.pad(new, ((0, 0), (0, 0), (0, 0), (0, lanes - new.shape[3])))
+        layer_bytes = 8 * LANES * cache.dtype.itemsize * K * (4 + 2 * lanes // LANES)  # at most 8 rows: one tile
         layers = _largest_divisor(L // cores, vmem_bytes // layer_bytes)
         new_spec = pl.BlockSpec((layers, *new.shape[1:]), lambda group, *_: (group, 0, 0, 0))
     tile = tile_shape[row_axis - 3]
-    tile_bits = tile.bit_length() - 1
 
-    def tile_index(group, i, slot_ref, page_ref, row_ref):
-        # Shifted, since // would look for a sign in each of the pipeline's calls: 50 bundles a step.
-        at = jnp.maximum(row_ref[i], 0) >> tile_bits
-        return (group, page_ref[i], 0, at, 0) if row_axis == 3 else (group, page_ref[i], 0, 0, at)
+    def tile_index(group, i, slot_ref, page_ref, at_ref, *_):
+        return (group, page_ref[i], 0, at_ref[i], 0) if row_axis == 3 else (group, page_ref[i], 0, 0, at_ref[i])
 
     tile_spec = pl.BlockSpec((layers, None, K, *tile_shape), tile_index)
-    count, *scalars = slots_to_write(page_B, row_B)
+    count, *scalars = tiles_to_write(position_B, count_B, page_BJ, tokens=W, tile=tile, rows=R)
     flushed = pl.pallas_call(
         kernel,
         grid_spec=pltpu.PrefetchScalarGridSpec(
-            num_scalar_prefetch=3, grid=(L // layers, count), in_specs=[new_spec, tile_spec], out_specs=tile_spec
+            num_scalar_prefetch=5, grid=(L // layers, count), in_specs=[new_spec, tile_spec], out_specs=tile_spec
         ),
         # Else XLA moves a cache that VMEM could hold there and back, whole, for the few tiles that change.
         out_shape=pltpu.HBM(cache.shape, cache.dtype),
-        input_output_aliases={4: 0},  # counting the scalars: the cache is the fifth operand
+        input_output_aliases={6: 0},  # counting the scalars: the cache is the seventh operand
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary")),
         cost_estimate=pl.CostEstimate(
             flops=0, transcendentals=0, bytes_accessed=new.nbytes + 2 * B * tile * cache.nbytes // (P * R)
         ),
         interpret=interpret,
-        name=f"cache_flush_{K}x{'x'.join(map(str, tile_shape))}_layers{layers}",
+        name=f"cache_flush_{K}x{'x'.join(map(str, tile_shape))}_layers{layers}{'' if W == 1 else f'_tokens{W}'}",
     )(*scalars, new, cache)
     # libtpu 0.0.42 refuses a program of which this is the only result; a barrier, which costs nothing, hides that.
     return jax.lax.optimization_barrier(flushed)

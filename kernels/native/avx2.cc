@@ -11,7 +11,7 @@
 
 #define LANES 8
 #define ROWS 6   // of a product that stay in registers
-#define HEADS 3  // of a group that share a row of the cache
+#define QUERIES 3  // of a slot that share a row of the cache
 
 #if defined(__clang__)
 #pragma clang attribute push(__attribute__((target("avx2,fma"))), apply_to = function)

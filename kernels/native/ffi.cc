@@ -65,7 +65,7 @@ ffi::Error attend(ffi::ThreadPool pool, ffi::Buffer<ffi::DataType::F32> q, ffi::
   const Attention of{
       q.typed_data(), fresh.typed_data(), cache.untyped_data(), coded ? scale.typed_data() : nullptr,
       length.typed_data(), page.typed_data(), out->typed_data(),
-      query[0], query[1], pages[2], query[2],
+      query[0], query[1], query[2], pages[2], query[3],
       pages[0], pages[1], pages[3], page.dimensions()[1],
       *layer.typed_data(), *window.typed_data(), soft_cap,
       sink.element_count() ? sink.typed_data() : nullptr,
@@ -73,7 +73,7 @@ ffi::Error attend(ffi::ThreadPool pool, ffi::Buffer<ffi::DataType::F32> q, ffi::
   int64_t rows = 0;
   for (int64_t b = 0; b < of.slots; ++b) rows += of.length[b] + 1;
   const Kernels& own = kernels();
-  const int64_t threads = rows * of.heads * of.head_dim < SMALL ? 1 : pool.num_threads();
+  const int64_t threads = rows * of.tokens * of.heads * of.head_dim < SMALL ? 1 : pool.num_threads();
   share(pool, threads, of.slots * of.kv_heads,
         [=, &own](int64_t part) { own.attend(of, part / of.kv_heads, part % of.kv_heads); });
   return ffi::Error::Success();
@@ -104,8 +104,8 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(slipstream_panel_matmul, slipstream::multiply,
 XLA_FFI_DEFINE_HANDLER_SYMBOL(slipstream_ragged_attention, slipstream::attend,
                               ffi::Ffi::Bind()
                                   .Ctx<ffi::ThreadPool>()
-                                  .Arg<ffi::Buffer<ffi::DataType::F32>>()  // q_BNH
-                                  .Arg<ffi::Buffer<ffi::DataType::F32>>()  // new_BKC
+                                  .Arg<ffi::Buffer<ffi::DataType::F32>>()  // q_BWNH
+                                  .Arg<ffi::Buffer<ffi::DataType::F32>>()  // new_BWKC
                                   .Arg<ffi::AnyBuffer>()                   // cache_LPKRC
                                   .Arg<ffi::Buffer<ffi::DataType::F32>>()  // scale_LPK2R, or empty
                                   .Arg<ffi::Buffer<ffi::DataType::S32>>()  // layer
@@ -113,5 +113,5 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(slipstream_ragged_attention, slipstream::attend,
                                   .Arg<ffi::Buffer<ffi::DataType::S32>>()  // page_BJ
                                   .Arg<ffi::Buffer<ffi::DataType::S32>>()  // window, 0 is none
                                   .Arg<ffi::Buffer<ffi::DataType::F32>>()  // sink_N, or empty
-                                  .Ret<ffi::Buffer<ffi::DataType::F32>>()  // out_BNH
+                                  .Ret<ffi::Buffer<ffi::DataType::F32>>()  // out_BWNH
                                   .Attr<float>("soft_cap"));

@@ -9,10 +9,10 @@
 #define LANES 4
 #if defined(__aarch64__)
 #define ROWS 8
-#define HEADS 3
+#define QUERIES 3
 #else
 #define ROWS 4
-#define HEADS 2
+#define QUERIES 2
 #endif
 
 namespace slipstream {

@@ -28,14 +28,14 @@ struct Panels {
 };
 
 struct Attention {
-  const float* q;       // [B, N, H]
-  const float* fresh;   // [B, K, 2 H], the step's own k and v
+  const float* q;       // [B, W, N, H]
+  const float* fresh;   // [B, W, K, 2 H], the step's own k and v
   const void* cache;    // [L, P, K, R, 2 H], float, or int8 where there are scales
   const float* scale;   // [L, P, K, 2, R], or null
   const int32_t* length;  // [B]
   const int32_t* page;    // [B, J]
-  float* out;           // [B, N, H]
-  int64_t slots, heads, kv_heads, head_dim;
+  float* out;           // [B, W, N, H]
+  int64_t slots, tokens, heads, kv_heads, head_dim;
   int64_t layers, pool, page_rows, pages_per_slot;
   int32_t layer;
   int32_t window;  // tokens that a query sees, itself included; 0 is no window
@@ -48,7 +48,7 @@ struct Kernels {
   const char* name;
   // out[rows, outputs] of the panels [first, last) and these rows; `out` and `x` begin at the first row.
   void (*panels)(const float* x, const Panels& weight, float* out, int64_t rows, int64_t first, int64_t last);
-  // The query heads of one kv head of one slot.
+  // All tokens' query heads of one kv head of one slot.
   void (*attend)(const Attention& of, int64_t slot, int64_t kv_head);
 };
 

@@ -1,15 +1,16 @@
 // Decode attention of one kv head's queries, page by page. Included once for each level.
 //
-// An online softmax that starts from the slot's new token: m, l, acc = score of it, 1, its v. Rows outside
-// [first, end) are not read.
+// A slot's W new tokens and a kv head's G query heads are X = W G queries, query x being head x % G of token x / G. They
+// share each read of a row. The online softmax starts from the slot's own new tokens. Rows outside [first, end), what the
+// first token sees, are not read; what a later token's window leaves out of them has weight 0 for that token.
 
 constexpr int TOGETHER = 4;  // rows whose scores are computed together
 
 struct Scratch {
-  std::vector<float> q, acc, score, decay;
+  std::vector<float> q, acc, score, softmax;
 };
 
-// score[g, row] = q[g] . k[row] for N heads and TOGETHER rows, or one.
+// score[g, row] = q[g] . k[row] for N queries and TOGETHER rows, or one.
 template <int N, int COUNT, typename Cell>
 static INLINE void score_rows(const float* q, const Cell* rows, int64_t H, float* score, int64_t score_row) {
   F sums[N][COUNT];
@@ -42,7 +43,7 @@ static void score_page(const float* q, const Cell* rows, int64_t count, int64_t 
   for (; r < count; ++r) score_rows<N, 1>(q, rows + r * 2 * H, H, score + r, score_row);
 }
 
-// acc[g] += weight[g, row] v[row] for N heads; `rows` begin at their v.
+// acc[g] += weight[g, row] v[row] for N queries; `rows` begin at their v.
 template <int N, typename Cell>
 static void weigh_page(const float* weight, int64_t weight_row, const Cell* rows, int64_t count, int64_t H,
                        float* acc) {
@@ -85,38 +86,68 @@ static float softened(float* score, int64_t count, float& m, float& l) {
   return decay;
 }
 
+// The scores of X queries, N at a time for as long as there are N.
+template <int N, typename Cell>
+static void score_queries(const float* q, int64_t X, const Cell* rows, int64_t count, int64_t H, float* score,
+                          int64_t score_row) {
+  for (; X >= N; X -= N, q += N * H, score += N * score_row) score_page<N>(q, rows, count, H, score, score_row);
+  if constexpr (N > 1)
+    if (X) score_queries<N - 1>(q, X, rows, count, H, score, score_row);
+}
+
+// acc[x] += weights times v, likewise.
+template <int N, typename Cell>
+static void weigh_queries(const float* weight, int64_t X, int64_t weight_row, const Cell* rows, int64_t count, int64_t H,
+                          float* acc) {
+  for (; X >= N; X -= N, weight += N * weight_row, acc += N * H) weigh_page<N>(weight, weight_row, rows, count, H, acc);
+  if constexpr (N > 1)
+    if (X) weigh_queries<N - 1>(weight, X, weight_row, rows, count, H, acc);
+}
+
+// The softmax over the slot's own tokens, from each token itself on back: scaled queries into q; m, l and acc [X, H].
+static void start_from_own(const Attention& of, int64_t slot, int64_t kv_head, float* q, float* m, float* l, float* acc) {
+  const int64_t H = of.head_dim, G = of.heads / of.kv_heads, W = of.tokens;
+  const float scale = 1.0f / std::sqrt(static_cast<float>(H));
+  for (int64_t x = 0; x < W * G; ++x, q += H, acc += H) {
+    const int64_t w = x / G, oldest = of.window > 0 && w >= of.window ? w - of.window + 1 : 0;
+    const float* query = of.q + ((slot * W + w) * of.heads + kv_head * G + x % G) * H;
+    for (int64_t h = 0; h < H; ++h) q[h] = query[h] * scale;
+    for (int64_t token = w; token >= oldest; --token) {
+      const float* own = of.fresh + ((slot * W + token) * of.kv_heads + kv_head) * 2 * H;
+      float dot = 0;
+      for (int64_t h = 0; h < H; ++h) dot += q[h] * own[h];
+      const float score = capped(dot, of.soft_cap);
+      if (token == w) {
+        m[x] = score, l[x] = 1;
+        for (int64_t h = 0; h < H; ++h) acc[h] = own[H + h];
+        continue;
+      }
+      const float most = score > m[x] ? score : m[x], decay = std::exp(m[x] - most), weight = std::exp(score - most);
+      m[x] = most, l[x] = l[x] * decay + weight;
+      for (int64_t h = 0; h < H; ++h) acc[h] = acc[h] * decay + weight * own[H + h];
+    }
+    if (of.sink) {
+      const float own = of.sink[kv_head * G + x % G], most = own > m[x] ? own : m[x], decay = std::exp(m[x] - most);
+      m[x] = most, l[x] = l[x] * decay + std::exp(own - most);
+      for (int64_t h = 0; h < H; ++h) acc[h] *= decay;
+    }
+  }
+}
+
 template <typename Cell>
 static void attend_over(const Attention& of, int64_t slot, int64_t kv_head) {
-  const int64_t H = of.head_dim, G = of.heads / of.kv_heads, R = of.page_rows;
+  const int64_t H = of.head_dim, G = of.heads / of.kv_heads, R = of.page_rows, X = of.tokens * G;
   const int64_t reach = of.pages_per_slot * R;
   const int64_t length = of.length[slot] < reach ? of.length[slot] : reach;
   const int64_t end = of.window == 1 ? 0 : length;
-  const int64_t back = of.window > 0 ? of.length[slot] - of.window + 1 : 0;
-  const int64_t first = back > 0 ? back : 0;
+  const int64_t first = of.window > 0 ? std::max<int64_t>(of.length[slot] - of.window + 1, 0) : 0;
   const int64_t score_row = (R + LANES - 1) / LANES * LANES;
 
   static thread_local Scratch scratch;
-  scratch.q.resize(G * H), scratch.score.resize(G * score_row);
-  std::vector<float>&q = scratch.q, &score = scratch.score;
-  scratch.acc.assign(2 * G, 0.0f);
-  float *m = scratch.acc.data(), *l = m + G;
-  float* acc = of.out + (slot * of.heads + kv_head * G) * H;
-  const float* fresh = of.fresh + (slot * of.kv_heads + kv_head) * 2 * H;
-  const float scale = 1.0f / std::sqrt(static_cast<float>(H));
-  for (int64_t g = 0; g < G; ++g) {
-    float dot = 0;
-    for (int64_t h = 0; h < H; ++h) {
-      q[g * H + h] = of.q[(slot * of.heads + kv_head * G + g) * H + h] * scale;
-      dot += q[g * H + h] * fresh[h];
-      acc[g * H + h] = fresh[H + h];
-    }
-    m[g] = capped(dot, of.soft_cap), l[g] = 1;
-    if (of.sink) {
-      const float own = of.sink[kv_head * G + g], most = own > m[g] ? own : m[g], decay = std::exp(m[g] - most);
-      for (int64_t h = 0; h < H; ++h) acc[g * H + h] *= decay;
-      m[g] = most, l[g] = decay + std::exp(own - most);
-    }
-  }
+  scratch.q.resize(X * H), scratch.acc.resize(X * H), scratch.score.resize(X * score_row), scratch.softmax.resize(2 * X);
+  float *q = scratch.q.data(), *acc = scratch.acc.data(), *score = scratch.score.data();
+  float *m = scratch.softmax.data(), *l = m + X;
+  start_from_own(of, slot, kv_head, q, m, l, acc);
   const int64_t layer = of.layer < 0 ? 0 : of.layer < of.layers ? of.layer : of.layers - 1;
   for (int64_t block = first / R; block * R < end; ++block) {
     const int64_t page = of.page[slot * of.pages_per_slot + block];
@@ -125,25 +156,26 @@ static void attend_over(const Attention& of, int64_t slot, int64_t kv_head) {
     const int64_t count = (end - block * R < R ? end - block * R : R) - from;
     const Cell* rows = static_cast<const Cell*>(of.cache) + (at * R + from) * 2 * H;
     const float* scales = of.scale ? of.scale + at * 2 * R + from : nullptr;
-    int64_t g = 0;
-    for (; g + HEADS <= G; g += HEADS) score_page<HEADS>(q.data() + g * H, rows, count, H, &score[g * score_row], score_row);
-    for (; g < G; ++g) score_page<1>(q.data() + g * H, rows, count, H, &score[g * score_row], score_row);
-    for (g = 0; g < G; ++g) {
-      float* weight = &score[g * score_row];
+    score_queries<QUERIES>(q, X, rows, count, H, score, score_row);
+    for (int64_t x = 0; x < X; ++x) {
+      float* weight = score + x * score_row;
       if (scales)
         for (int64_t r = 0; r < count; ++r) weight[r] *= scales[r];
       if (of.soft_cap > 0)
         for (int64_t r = 0; r < count; ++r) weight[r] = capped(weight[r], of.soft_cap);
-      const float decay = softened(weight, count, m[g], l[g]);
+      const int64_t unseen = of.window > 0 ? of.length[slot] + x / G - of.window + 1 - block * R - from : 0;
+      for (int64_t r = 0; r < unseen && r < count; ++r) weight[r] = -INFINITY;
+      const float decay = softened(weight, count, m[x], l[x]);
       if (scales)
         for (int64_t r = 0; r < count; ++r) weight[r] *= scales[R + r];
-      for (int64_t h = 0; h < H; ++h) acc[g * H + h] *= decay;
+      for (int64_t h = 0; h < H; ++h) acc[x * H + h] *= decay;
     }
-    for (g = 0; g + HEADS <= G; g += HEADS) weigh_page<HEADS>(&score[g * score_row], score_row, rows + H, count, H, acc + g * H);
-    for (; g < G; ++g) weigh_page<1>(&score[g * score_row], score_row, rows + H, count, H, acc + g * H);
+    weigh_queries<QUERIES>(score, X, score_row, rows + H, count, H, acc);
   }
-  for (int64_t g = 0; g < G; ++g)
-    for (int64_t h = 0; h < H; ++h) acc[g * H + h] /= l[g];
+  for (int64_t x = 0; x < X; ++x) {
+    float* out = of.out + ((slot * of.tokens + x / G) * of.heads + kv_head * G + x % G) * H;
+    for (int64_t h = 0; h < H; ++h) out[h] = acc[x * H + h] / l[x];
+  }
 }
 
 static void attend(const Attention& of, int64_t slot, int64_t kv_head) {

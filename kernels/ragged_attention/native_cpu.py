@@ -8,8 +8,8 @@ from .. import native
 
 
 def ragged_attention_native(
-    q_BNH: jax.Array,
-    new_BKC: jax.Array,
+    q_BWNH: jax.Array,
+    new_BWKC: jax.Array,
     cache_LPKRC: jax.Array,
     scale_LPK2R: jax.Array | None,
     layer: jax.Array,
@@ -23,11 +23,11 @@ def ragged_attention_native(
     """`op.ragged_attention` on one shard's heads; `layer` and `window` are i32 scalars, floats are f32.
 
     A slot's kv heads are the parts that threads share: each is read to its own length, page by page, and a page's
-    scores and weights stay in the nearest cache.
+    scores and weights stay in the nearest cache. All W tokens share one read of a page.
     """
     scale = jnp.zeros((0,), jnp.float32) if scale_LPK2R is None else scale_LPK2R
     seen = jnp.int32(0) if window is None else window
     sink = jnp.zeros((0,), jnp.float32) if sink_N is None else sink_N
-    out_BNH = jax.ShapeDtypeStruct(q_BNH.shape, jnp.float32)
-    operands = (q_BNH, new_BKC, cache_LPKRC, scale, layer, length_B, page_BJ, seen, sink)
-    return native.call("slipstream_ragged_attention", out_BNH, *operands, soft_cap=np.float32(soft_cap or 0.0))
+    out_BWNH = jax.ShapeDtypeStruct(q_BWNH.shape, jnp.float32)
+    operands = (q_BWNH, new_BWKC, cache_LPKRC, scale, layer, length_B, page_BJ, seen, sink)
+    return native.call("slipstream_ragged_attention", out_BWNH, *operands, soft_cap=np.float32(soft_cap or 0.0))

@@ -3,7 +3,8 @@
 import jax
 import jax.numpy as jnp
 
-from ..scores import add_sink, cap_scores, rows_seen
+from ..scores import cap_scores, rows_seen
+from .own_rows import attend_own, by_kv_head, by_token, first_seen
 
 BLOCK_BYTES, BLOCK_ROWS = 128 * 2**20, 1024
 """What one turn of the loop reads at most: bytes of all slots' rows, and rows of a slot. A turn costs a dozen kernels
@@ -13,8 +14,8 @@ rows. Microseconds a layer on an H100 in a CUDA graph, four heads a group, 8 slo
 
 
 def ragged_attention_gpu(
-    q_BNH: jax.Array,
-    new_BKC: jax.Array,
+    q_BWNH: jax.Array,
+    new_BWKC: jax.Array,
     cache_LPKRC: jax.Array,
     scale_LPK2R: jax.Array | None,
     layer: jax.Array,
@@ -33,26 +34,23 @@ def ragged_attention_gpu(
       heads as query heads, made the compiler transpose the whole cache, at every step.
     - Products are multiplied and summed, not dots. A dot wants its operand in memory: a block that is gathered and
       masked for it would be written and read again. A sum reads rows, mask and all, straight from the cache.
-    - k and v are read apart: sums take the half of a row that they want. Each query head of a group has a sum of its
-      own, and a barrier behind them, so that the compiler joins them: a row that was read serves several heads. One sum
-      with an axis of heads read it again for each, and was bound by that: twice the time with four heads.
+    - k and v are read apart: sums take the half of a row that they want. Each query of a kv head has a sum of its own,
+      and a barrier behind them, so that the compiler joins them: a row that was read serves several. One sum with an
+      axis of queries read it again for each, and was bound by that: twice the time with four heads.
     - The layer's number is made unknown. A constant would give every layer kernels of its own to compile.
     """
-    (B, N, H), (L, pool, K, R, C), J = q_BNH.shape, cache_LPKRC.shape, page_BJ.shape[1]
-    G, pages = N // K, pages_a_block(B * R * K * C * cache_LPKRC.dtype.itemsize, R, J)
+    (B, W, N, H), (L, pool, K, R, C), J = q_BWNH.shape, cache_LPKRC.shape, page_BJ.shape[1]
+    X, pages = W * N // K, pages_a_block(B * R * K * C * cache_LPKRC.dtype.itemsize, R, J)
     layer = jax.lax.optimization_barrier(layer)
     pages_KRC = cache_LPKRC.reshape(L * pool, K, R, C)
-    q_BKGH = q_BNH.reshape(B, K, G, H).astype(jnp.float32) * H**-0.5
-    new_BKC = new_BKC.astype(jnp.float32)
-    m_BKG = cap_scores((q_BKGH * new_BKC[:, :, None, :H]).sum(-1), soft_cap)
-    l_BKG = jnp.ones_like(m_BKG)
-    acc_BKGH = jnp.broadcast_to(new_BKC[:, :, None, H:], q_BKGH.shape)
-    m_BKG, l_BKG, acc_BKGH = add_sink(m_BKG, l_BKG, acc_BKGH, None if sink_N is None else sink_N.reshape(K, G))
+    q_BKXH = by_kv_head(q_BWNH.astype(jnp.float32) * H**-0.5, K)
+    m_BKX, l_BKX, acc_BKXH = attend_own(q_BKXH, new_BWKC.swapaxes(1, 2).astype(jnp.float32), window, soft_cap, sink_N)
+    token_1X = (jnp.arange(X) // (X // W))[None, :]
     first_B, end_B = rows_seen(length_B, window)
     first_B, end_B = jnp.broadcast_to(first_B, end_B.shape), jnp.minimum(end_B, J * R)
 
     def add_block(index, carry):
-        m_BKG, l_BKG, acc_BKGH = carry
+        m_BKX, l_BKX, acc_BKXH = carry
         start = jnp.minimum(index * pages, J - pages)  # the last block may reach back into the one before
         row_1MR = (start * R + jnp.arange(pages * R)).reshape(1, pages, R)
         live_BMR = (row_1MR >= first_B[:, None, None]) & (row_1MR < end_B[:, None, None])
@@ -63,28 +61,32 @@ def ragged_attention_gpu(
             return _gather(pages_KRC, page_BM, (K, R, H), lane).astype(jnp.float32)
 
         k_BMKRH = half(0)
-        score_BMKGR = _joined([(k_BMKRH * q_BKGH[:, None, :, g, None]).sum(-1) for g in range(G)], axis=3)
+        score_BMKXR = _joined([(k_BMKRH * q_BKXH[:, None, :, x, None]).sum(-1) for x in range(X)], axis=3)
         scale_BMK2R = None
         if scale_LPK2R is not None:
             scale_BMK2R = _gather(scale_LPK2R.reshape(L * pool, K, 2, R), page_BM, (K, 2, R), 0)
             scale_BMK2R = jnp.where(live_BMR[:, :, None, None], scale_BMK2R, 0)
-            score_BMKGR = score_BMKGR * scale_BMK2R[:, :, :, :1]
-        score_BMKGR = jnp.where(live_BMR[:, :, None, None], cap_scores(score_BMKGR, soft_cap), -jnp.inf)
-        m_next_BKG = jnp.maximum(m_BKG, score_BMKGR.max(axis=(1, 4)))
-        p_BMKGR = jnp.exp(score_BMKGR - m_next_BKG[:, None, :, :, None])
-        decay_BKG = jnp.exp(m_BKG - m_next_BKG)
-        l_BKG = l_BKG * decay_BKG + p_BMKGR.sum(axis=(1, 4))
-        weight_BMKGR = p_BMKGR if scale_BMK2R is None else p_BMKGR * scale_BMK2R[:, :, :, 1:]
+            score_BMKXR = score_BMKXR * scale_BMK2R[:, :, :, :1]
+        is_seen_BMXR = live_BMR[:, :, None]
+        if window is not None and W > 1:
+            first_BX = first_seen(length_B[:, None], window, token_1X)
+            is_seen_BMXR = is_seen_BMXR & (row_1MR[:, :, None] >= first_BX[:, None, :, None])
+        score_BMKXR = jnp.where(is_seen_BMXR[:, :, None], cap_scores(score_BMKXR, soft_cap), -jnp.inf)
+        m_next_BKX = jnp.maximum(m_BKX, score_BMKXR.max(axis=(1, 4)))
+        p_BMKXR = jnp.exp(score_BMKXR - m_next_BKX[:, None, :, :, None])
+        decay_BKX = jnp.exp(m_BKX - m_next_BKX)
+        l_BKX = l_BKX * decay_BKX + p_BMKXR.sum(axis=(1, 4))
+        weight_BMKXR = p_BMKXR if scale_BMK2R is None else p_BMKXR * scale_BMK2R[:, :, :, 1:]
         # Dead rows may hold NaN, and 0 * NaN is NaN: masking the scores alone is not enough.
         v_BMKRH = jnp.where(live_BMR[:, :, None, :, None], half(H), 0)
-        seen_BKGH = _joined([(v_BMKRH * weight_BMKGR[:, :, :, g, :, None]).sum((1, 3)) for g in range(G)], axis=2)
-        return m_next_BKG, l_BKG, acc_BKGH * decay_BKG[..., None] + seen_BKGH
+        seen_BKXH = _joined([(v_BMKRH * weight_BMKXR[:, :, :, x, :, None]).sum((1, 3)) for x in range(X)], axis=2)
+        return m_next_BKX, l_BKX, acc_BKXH * decay_BKX[..., None] + seen_BKXH
 
     rows = pages * R
     first_block = jnp.min(first_B, where=end_B > 0, initial=J * R) // rows
     end_block = (end_B.max() + rows - 1) // rows
-    _, l_BKG, acc_BKGH = jax.lax.fori_loop(first_block, end_block, add_block, (m_BKG, l_BKG, acc_BKGH))
-    return (acc_BKGH / l_BKG[..., None]).reshape(B, N, H).astype(q_BNH.dtype)
+    _, l_BKX, acc_BKXH = jax.lax.fori_loop(first_block, end_block, add_block, (m_BKX, l_BKX, acc_BKXH))
+    return by_token(acc_BKXH / l_BKX[..., None], W).astype(q_BWNH.dtype)
 
 
 def _gather(pages: jax.Array, page_BM: jax.Array, sizes: tuple[int, int, int], lane: int) -> jax.Array:

@@ -185,6 +185,7 @@ class Delivery:
             request.first_token_at = time.monotonic()
         if result.next_logprob_T is not None:
             emit(request, Event(index=sample.index, prompt_logprobs=prompt_logprobs_of(request, result)))
+        note_drafts(request, result, slot)
         kept = min(int(result.kept_B[slot]), request.max_tokens - sample.delivered)
         token_ids, starts, more = result.token_BW[slot, :kept].tolist(), list[int](), Brought()
         while len(starts) < kept and not text.is_stopped:
@@ -288,6 +289,16 @@ def emit(request: Request, event: Event) -> None:
         raise CallerGoneError from error
 
 
+def note_drafts(request: Request, result: HostResult, slot: int) -> None:
+    """What became of those that took part in a step."""
+    if result.drafted_B is None or result.agreed_B is None:
+        return
+    asked = min(int(result.drafted_B[slot]), result.width - 1)
+    right = min(int(result.agreed_B[slot]), asked)
+    request.accepted_draft_tokens += right
+    request.rejected_draft_tokens += asked - right
+
+
 def logprobs_of(sample: Sample, result: HostResult, slot: int, taken: int) -> tuple[TokenLogprob, ...]:
     """Of the first `taken` tokens in `slot`; empty unless the request asked."""
     asked = sample.request.sampling.logprobs
@@ -332,6 +343,8 @@ def usage_of(request: Request) -> Usage:
         prompt_tokens=len(request.prompt_ids),
         cached_tokens=request.cached_tokens,
         generated_tokens=request.delivered,
+        accepted_draft_tokens=request.accepted_draft_tokens,
+        rejected_draft_tokens=request.rejected_draft_tokens,
         queue_ms=milliseconds(seconds(request, request.started_at)),
         ttft_ms=milliseconds(seconds(request, request.first_token_at)),
         total_ms=round(total_s * 1000, 3),

@@ -27,12 +27,21 @@ class HostResult:
     top_token_BWP: np.ndarray | None
     """i32, the likeliest first; None when nobody asked"""
     top_logprob_BWP: np.ndarray | None
+    drafted_B: np.ndarray | None
+    """i32, drafts behind each slot's last token; None where nothing drafts"""
+    agreed_B: np.ndarray | None
+    """i32, how many of them were right, the leading ones"""
     next_logprob_T: np.ndarray | None
     """f32, likewise, of the token behind each of the owner's prompt"""
     next_top_token_TP: np.ndarray | None
     """i32, the likeliest there, the likeliest first; None when nobody asked"""
     next_top_logprob_TP: np.ndarray | None
     """f32, likewise"""
+
+    @property
+    def width(self) -> int:
+        """W."""
+        return self.token_BW.shape[1]
 
 
 @dataclass(frozen=True)
@@ -62,16 +71,20 @@ class PendingResult:
         is_step: bool,
         started: float,
         is_timed: bool = True,
+        width: int = 1,
+        has_drafts: bool = False,
         next_logprobs: Sequence[PieceLogprobs] = (),
     ) -> None:
         """`is_step`: of a decode step, not of a prefill. `started`: when it was asked for (s of time.monotonic()).
         `is_timed`: whether it is the first that a step or a prefill brings; further samples draw from the same prefill.
-        `next_logprobs`: of the pieces of a prompt."""
-        self.roster, self.is_step, self.started, self.is_timed = roster, is_step, started, is_timed
+        `width`: of the step. `has_drafts`: whether it tells of drafts. `next_logprobs`: of the pieces of a prompt."""
+        self.roster, self.is_step, self.started, self.is_timed, self.width = roster, is_step, started, is_timed, width
         self._arrays: dict[str, DeviceArray] = {}
         self._next_logprobs = list(next_logprobs)
         if result is not None:
             self._arrays |= {"token_BW": result.token_BW, "count_B": result.count_B}
+            if has_drafts:
+                self._arrays |= {"drafted_B": result.drafted_B, "agreed_B": result.agreed_B}
             if roster.most_logprobs >= 0:
                 self._arrays["logprob_BW"] = result.logprob_BW
             if roster.most_logprobs > 0:
@@ -97,5 +110,7 @@ class PendingResult:
             arrays.get("logprob_BW"),
             arrays.get("top_token_BWP"),
             arrays.get("top_logprob_BWP"),
+            arrays.get("drafted_B"),
+            arrays.get("agreed_B"),
             *next_logprobs,
         )

@@ -72,6 +72,7 @@ def read_request(
         deadline=deadline,
         id=request_id,
         prefix_key=prefix_key(options.cache_salt, token),
+        prediction_ids=limits.ids_of_prediction(tokenizer, options.prediction),
         adapter_name=message.lora_adapter_id,
         **options.fields(),
     )
@@ -239,6 +240,8 @@ def write_logprob(message: pb.DecodeResponse.TokenLogprob, token: TokenLogprob) 
 def write_usage(message: pb.DecodeResponse.Usage, usage: Usage) -> None:
     message.prompt_tokens, message.cached_tokens = usage.prompt_tokens, usage.cached_tokens
     message.generated_tokens, message.total_ms = usage.generated_tokens, usage.total_ms
+    message.accepted_draft_tokens = usage.accepted_draft_tokens
+    message.rejected_draft_tokens = usage.rejected_draft_tokens
     if usage.queue_ms is not None:
         message.queue_ms = usage.queue_ms
     if usage.ttft_ms is not None:
@@ -282,6 +285,8 @@ def read_usage(message: pb.DecodeResponse.Usage) -> Usage:
         prompt_tokens=message.prompt_tokens,
         cached_tokens=message.cached_tokens,
         generated_tokens=message.generated_tokens,
+        accepted_draft_tokens=message.accepted_draft_tokens,
+        rejected_draft_tokens=message.rejected_draft_tokens,
         queue_ms=message.queue_ms if message.HasField("queue_ms") else None,
         ttft_ms=message.ttft_ms if message.HasField("ttft_ms") else None,
         total_ms=message.total_ms,

@@ -120,6 +120,7 @@ class Body(DeclaredFields, Forms):
                 deliver=deliver_to(number),
                 id=request_id if self.num_prompts == 1 else f"{request_id}-{number}",
                 prefix_key=prefix_key(self.cache_salt, token),
+                prediction_ids=limits.ids_of_prediction(tokenizer, options.prediction),
                 **options.fields(),
             )
             limits.check(request)

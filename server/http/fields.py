@@ -87,6 +87,39 @@ class Part(Strict):
     text: str | None = None
 
 
+Content = Annotated[
+    Annotated[str, Tag("<text>")] | Annotated[list[Part], *few(MAX_PARTS), Tag("<items>")],
+    one_of("a string, or a list of text parts"),
+]
+
+
+def text_of(content: str | list[Part] | None, at: str) -> str:
+    """`at`: where it stands. Raises BadFieldError for parts that are no text."""
+    if not isinstance(content, list):
+        return content or ""
+    texts = []
+    for number, part in enumerate(content):
+        if part.type != "text" or part.text is None:
+            where = f"{at}[{number}]"
+            raise BadFieldError(where, f"{where} of type {part.type!r:.80} is not supported; send text alone")
+        texts.append(part.text)
+    return "\n".join(texts)
+
+
+class Prediction(Strict):
+    """OpenAI's predicted output."""
+
+    type: str
+    content: Content
+
+    @property
+    def text(self) -> str:
+        """Raises BadFieldError."""
+        if self.type != "content":
+            raise BadFieldError("prediction.type", f"prediction.type={self.type!r:.80} must be 'content'")
+        return text_of(self.content, "prediction.content")
+
+
 class CalledFunction(Strict):
     """Of a call."""
 
@@ -115,13 +148,7 @@ class Message(Strict):
     """Fields that would change the answer and that we lack, with the values that ask for nothing."""
 
     role: str
-    content: (
-        Annotated[
-            Annotated[str, Tag("<text>")] | Annotated[list[Part], *few(MAX_PARTS), Tag("<items>")],
-            one_of("a string, or a list of text parts"),
-        ]
-        | None
-    ) = None
+    content: Content | None = None
     name: str | None = None
     reasoning_content: str | None = None
     reasoning: str | None = None
@@ -142,23 +169,12 @@ class Message(Strict):
             raise BadFieldError(f"{at}.content", f"{at}.content is missing; send a string, or a list of text parts")
         return Turn(
             role=ROLES.get(self.role, self.role),
-            content=self._text(at),
+            content=text_of(self.content, f"{at}.content"),
             name=self.name or "",
             reasoning=self.reasoning_content or self.reasoning or "",
             calls=tuple(self._calls(at)),
             call_id=self.tool_call_id or "",
         )
-
-    def _text(self, at: str) -> str:
-        if not isinstance(self.content, list):
-            return self.content or ""
-        texts = []
-        for number, part in enumerate(self.content):
-            if part.type != "text" or part.text is None:
-                where = f"{at}.content[{number}]"
-                raise BadFieldError(where, f"{where} of type {part.type!r:.80} is not supported; send text alone")
-            texts.append(part.text)
-        return "\n".join(texts)
 
     def _calls(self, at: str) -> Iterator[Call]:
         for number, call in enumerate(self.tool_calls or ()):

@@ -10,7 +10,7 @@ from pydantic import create_model
 from ...engine_impl.sampling.params import MAX_SEED
 from ..request.options import OPTIONS
 from .errors import OTHER_NAMES, BadFieldError
-from .fields import MAX_ITEMS, Texts, at_most, few
+from .fields import MAX_ITEMS, Prediction, Texts, at_most, few
 from .readable import Readable
 
 OF_EACH_BODY = {"max_tokens", "logprobs"}
@@ -56,6 +56,7 @@ DIFFERENCES = {
     "seed": Difference(read=lowest_bits),
     "stop_strings": Difference(kind=Texts, read=listed),
     "prompt_logprobs": Difference(kind=int | None, default=None, read=lambda k: k is not None),  # vLLM's k, see Body
+    "prediction": Difference(kind=Prediction | None, read=lambda prediction: prediction and prediction.text),
     "logit_bias": Difference(kind=Annotated[dict[str, float], at_most(MAX_ITEMS)], read=by_id),
 }
 SAME = Difference()

@@ -35,6 +35,7 @@ class Reply(ABC):
         self._body, self._requests, self._names = body, requests, names
         self._head: Json = {"id": f"{self.prefix}-{request_id}", "created": int(time.time()), "model": model}
         self._prompt_tokens = self._cached_tokens = self._completion_tokens = 0
+        self._accepted_tokens = self._rejected_tokens = 0
         self._pieces = no_pieces()
         self._begun: set[int] = set()  # the choices that had a chunk
 
@@ -146,6 +147,8 @@ class Reply(ABC):
                 self._prompt_tokens += event.usage.prompt_tokens
                 self._cached_tokens += event.usage.cached_tokens
                 self._completion_tokens += event.usage.generated_tokens
+                self._accepted_tokens += event.usage.accepted_draft_tokens
+                self._rejected_tokens += event.usage.rejected_draft_tokens
 
     def _usage(self) -> Json:
         return {
@@ -153,6 +156,10 @@ class Reply(ABC):
             "completion_tokens": self._completion_tokens,
             "total_tokens": self._prompt_tokens + self._completion_tokens,
             "prompt_tokens_details": {"cached_tokens": self._cached_tokens},
+            "completion_tokens_details": {
+                "accepted_prediction_tokens": self._accepted_tokens,
+                "rejected_prediction_tokens": self._rejected_tokens,
+            },
         }
 
 

@@ -27,7 +27,7 @@ from ...engine_impl.config import EngineConfig
 from ...engine_impl.errors import RefusedError
 from ...engine_impl.jetstream import compat as jetstream_compat
 from ...engine_impl.jetstream.engine import create_engine, engine_api
-from ...engine_impl.loading import choose_devices
+from ...engine_impl.loading import check_share, choose_devices
 from ...engine_impl.runtime import timeline
 from ..config import ServerConfig
 from ..grpc.service import JETSTREAM_SERVICE
@@ -49,25 +49,21 @@ CLOSE_S = 10.0
 """How long JetStream's threads may take to end (seconds)."""
 
 
-def engines_config(config: EngineConfig, devices: Sequence[Any], *, disaggregated: bool) -> Any:
-    """JetStream's own config of its engines: one on all devices, or one for prefill and one for decode on a half each.
+def engines_config(config: EngineConfig, devices: Sequence[Any], prefill_devices: int | None) -> Any:
+    """JetStream's own config of its engines: one on all devices, or one for prefill on the first `prefill_devices` and
+    one for decode on the others.
 
-    Raises RefusedError for a single device that is to be halved.
+    Raises RefusedError for a share that leaves one side without devices.
     """
     create = (partial(create_engine, config=config),)
-    if not disaggregated:
+    if prefill_devices is None:
         return config_lib.ServerConfig(
             interleaved_slices=(f"devices={len(devices)}",), interleaved_engine_create_fns=create
         )
-    if len(devices) < 2 or len(devices) % 2:
-        raise RefusedError(
-            f"--disaggregated halves the devices, and there are {len(devices)}; it needs an even number of them "
-            "(on CPUs: XLA_FLAGS=--xla_force_host_platform_device_count=2)"
-        )
-    half = (f"devices={len(devices) // 2}",)
+    check_share(prefill_devices, len(devices))
     return config_lib.ServerConfig(
-        prefill_slices=half,
-        generate_slices=half,
+        prefill_slices=(f"devices={prefill_devices}",),
+        generate_slices=(f"devices={len(devices) - prefill_devices}",),
         prefill_engine_create_fns=create,
         generate_engine_create_fns=create,
     )
@@ -103,7 +99,7 @@ class JetStreamHost:
     def start(self) -> None:
         """Load, compile, listen. May take minutes."""
         devices = choose_devices(self._engine.platform)
-        config = engines_config(self._engine, devices, disaggregated=self._config.disaggregated)
+        config = engines_config(self._engine, devices, self._config.prefill_devices)
         self._driver = make_driver(config_lib.get_engines(config, devices), self._config, self._on_dead)
         host = self._config.address.rpartition(":")[0]
         workers = max(self._driver.get_total_concurrent_requests(), MIN_WORKERS)

@@ -29,6 +29,9 @@ WAIT_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 6
 ANSWER_S = (0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 20.0, 30.0, 60.0, 120.0, 300.0)
 """Upper edges of the histograms' buckets (seconds)."""
 
+STEP_TOKENS = (1.0, 1.25, 1.5, 2.0, 2.5, 3.0, 4.0, 6.0, 8.0)
+"""Likewise (tokens)."""
+
 RECENT = 128
 """Times to first token that the status line's median is taken of (requests)."""
 
@@ -79,6 +82,17 @@ class Metrics:
             "decode_slot_steps", "Slots in use, summed over decode steps: tokens as they come"
         )
         self._preemptions = self._counter("preemptions", "Requests that gave their pages back and go on later")
+        self._drafts = self._counter(
+            "draft_tokens", "Drafts that took part in steps, by whether they were right", labels=["outcome"]
+        )
+        for outcome in ("accepted", "rejected"):
+            self._drafts.labels(outcome)
+        self._step_tokens = Histogram(
+            "slipstream_step_tokens",
+            "Tokens that a decode step brought, a slot in use",
+            buckets=STEP_TOKENS,
+            registry=self.registry,
+        )
         self._prefix_cached_tokens = self._counter(
             "prefix_cached_tokens", "Prompt tokens that came from cached prefixes instead of being computed"
         )
@@ -178,6 +192,15 @@ class Metrics:
         """One decode step was run for so many slots in use, and its tokens read."""
         self._step_s.observe(seconds)
         self._slot_steps.inc(slots)
+
+    def tokens(self, tokens_per_slot: float) -> None:
+        """That a decode step brought, the mean of its slots in use."""
+        self._step_tokens.observe(tokens_per_slot)
+
+    def drafts(self, *, accepted: int, rejected: int) -> None:
+        """That took part in one decode step."""
+        self._drafts.labels("accepted").inc(accepted)
+        self._drafts.labels("rejected").inc(rejected)
 
     @property
     def recent_ttft_s(self) -> list[float]:

@@ -9,6 +9,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from ...engine_impl.config import EngineConfig
 from ...engine_impl.errors import RefusedError
+from ...engine_impl.hosts import HostsConfig
 from ..config import ServerConfig
 from ..flags import check_name, flag_of, flags_of, kinds_of
 
@@ -18,7 +19,8 @@ NOT_HERE = {
     "tls-key": ENDS_AT_PROXY,
     "tls-client-ca": ENDS_AT_PROXY,
     "orchestrator": "replicas have our own",
-    "disaggregated": "replicas have our own orchestrator",
+    "prefill-devices": "all devices of a replica do both",
+    **dict.fromkeys(flags_of(HostsConfig), "a replica has one host"),
     "adapter-dir": "an adapter would be loaded into one replica of many: name it in adapters, and each loads it",
 }
 """Flags that are none of a replica's, and why."""
@@ -30,9 +32,9 @@ def configs(args: Mapping[str, Any]) -> tuple[EngineConfig, ServerConfig]:
     """A replica's. Values may be texts, as `serve run` has them. Raises RefusedError."""
     known = flags_of(EngineConfig) | flags_of(ServerConfig)
     for name in args:
-        check_name(name, known, WHERE)
         if name in NOT_HERE:
             raise RefusedError(f"{WHERE}: {name} is not for replicas under Ray Serve: {NOT_HERE[name]}")
+        check_name(name, known, WHERE)
     # Callers do not come here; a port of 0 does not collide with that of another replica on the node.
     engine, server = built(EngineConfig, args), built(ServerConfig, {"port": 0, **args, "behind-proxy": True})
     server.check_adapters(engine.max_adapters)

@@ -95,6 +95,9 @@ class Answer:
                 "ttft_ms": self.usage.ttft_ms,
                 "total_ms": self.usage.total_ms,
             }
+            if self.usage.accepted_draft_tokens or self.usage.rejected_draft_tokens:
+                parts["accepted_draft_tokens"] = self.usage.accepted_draft_tokens
+                parts["rejected_draft_tokens"] = self.usage.rejected_draft_tokens
         return parts
 
 

@@ -11,6 +11,9 @@ from ...engine_impl.sampling.params import MAX_LOGPROBS, SamplingParams
 MAX_PRIORITY = 10
 """Priorities go from minus this to this: bounded, so that waiting beats any of them in the end."""
 
+MAX_PREDICTION = 1 << 20
+"""Longest prediction (characters)."""
+
 GREEDY = SamplingParams()
 
 
@@ -43,6 +46,10 @@ class AnswerOptions:
     cache_salt: str | None = option(None, Text(longest=256))
     """Share cached prefixes only with requests of the same salt, so that nobody else can tell by the time to the first
     token what was asked."""
+
+    prediction: str | None = option(None, Text(longest=MAX_PREDICTION))
+    """What the answer will probably be, or a text that it keeps most of: a server that speculates answers sooner then.
+    It changes no token."""
 
     def __post_init__(self) -> None:
         check_options(self, AnswerOptions)

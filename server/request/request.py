@@ -67,6 +67,10 @@ class Usage:
     """Of the prompt, those that came from a cached prefix."""
     generated_tokens: int
     """Of all samples together, without stop tokens."""
+    accepted_draft_tokens: int = 0
+    """Drafts that took part in steps and were right."""
+    rejected_draft_tokens: int = 0
+    """Those that were wrong."""
     queue_ms: float | None
     """Until its prefill began."""
     ttft_ms: float | None
@@ -156,6 +160,9 @@ class Request(AnswerOptions):
     grammar: Grammar | None = None
     """What the answer must look like; None: whatever the model writes."""
 
+    prediction_ids: Sequence[int] = ()
+    """Of `prediction`."""
+
     syntax: AnswerSyntax | None = None
     """How the answer's text is read; None: it is the answer."""
 
@@ -171,6 +178,9 @@ class Request(AnswerOptions):
     """Its last event is out."""
     cached_tokens: int = 0
     """Tokens of the prompt that came from a cached prefix, the orchestrator's note."""
+    accepted_draft_tokens: int = 0
+    """As in Usage, delivery's notes."""
+    rejected_draft_tokens: int = 0
     trace: Trace | None = None
     """None: it is not traced."""
     samples: list[Sample] = field(init=False)
@@ -229,7 +239,7 @@ class Limits:
     table_entries: int
     """Of the page tables of all samples that run."""
     tokens_per_step: int
-    """Most that a step brings a sample."""
+    """Most that a step brings a sample; 1: nothing drafts."""
 
     @classmethod
     def of(cls, engine: "Engine") -> "Limits":
@@ -259,6 +269,24 @@ class Limits:
             return tokenizer.encode_chat(chat, self.max_prefill_length)
         except TooLongError as error:
             raise self._too_long(f"more than {self.max_prefill_length}") from error
+
+    def ids_of_prediction(self, tokenizer: "Tokenizer", text: str | None) -> list[int]:
+        """Token ids of a prediction, without what texts begin with. Raises RefusedError for one where nothing drafts,
+        TooLongError for one that is longer than any answer."""
+        if text is None:
+            return []
+        if self.tokens_per_step == 1:
+            raise RefusedError(
+                "prediction: this server does not speculate; leave it out or serve with --speculate auto"
+            )
+        refusal = f"prediction: more than {self.cache_length} tokens, which no answer has here; send a shorter one"
+        try:
+            token_ids = tokenizer.encode(text, self.cache_length, with_first=False)
+        except TooLongError as error:
+            raise TooLongError(refusal) from error
+        if len(token_ids) > self.cache_length:
+            raise TooLongError(refusal)
+        return token_ids
 
     def check_count(self, count: int) -> None:
         """Raises RefusedError for a prompt of so many tokens."""

@@ -35,7 +35,7 @@ import numpy as np
 from ...engine_impl.api import Engine, ParamsT, PrefixT, StateT, StepResult
 from ...engine_impl.errors import AdaptersLostError, PieceError, RefusedError
 from ..delivery.delivery import Delivery
-from ..delivery.result import PendingResult
+from ..delivery.result import HostResult, PendingResult
 from ..delivery.roster import Roster
 from ..errors import FailedError, UnavailableError
 from ..observe.metrics import Metrics
@@ -45,13 +45,14 @@ from .constraints import Constraints, allowed_of, due_now
 from .failures import DeadError, Failures, describe
 from .parked import Parked
 from .plan import Scene, StepPlan, adapters_used, plan
-from .prefill import compute, next_pieces, store
+from .prefill import Pieces, compute, next_pieces, store
 from .probes import Probes
 from .prompt import Prompt
 from .queue import RequestQueue
 from .residents import Residents
 from .room import Room
 from .slots import Slots
+from .widths import Widths
 
 log = logging.getLogger(__name__)
 
@@ -86,6 +87,7 @@ class Loop(Generic[ParamsT, PrefixT, StateT]):
         """Set to end the loop after its turn."""
         self.delivery = Delivery(engine.get_tokenizer(), metrics, free=self._note_ended, on_end=self.live.discard)
         self._slots, self._room = self._nothing_taken()
+        self._widths = Widths(engine.widths, engine.max_concurrent_decodes)
         self._residents = Residents(engine.max_adapters)
         self._in_work: list[Prompt] = []  # who is next stands first
         self._parked = Parked()
@@ -94,6 +96,7 @@ class Loop(Generic[ParamsT, PrefixT, StateT]):
         self._newcomers = True  # whose turn it is, see Scene
         self._is_full = False  # who waits first cannot be let in now
         self._pending: list[PendingResult] = []  # what the next turn delivers
+        self._apart: Pieces[PrefixT] | None = None  # what devices of their own compute, while steps go on
         self._failures = Failures()
         self._turns = 0
         self._read_at = 0.0  # when the latest result was read (s of time.monotonic())
@@ -154,6 +157,7 @@ class Loop(Generic[ParamsT, PrefixT, StateT]):
 
     def _turn(self) -> None:
         self._go_on()
+        self._take_up()
         turn = self._plan()
         self._is_full = turn.is_full
         self._free(turn)
@@ -165,7 +169,7 @@ class Loop(Generic[ParamsT, PrefixT, StateT]):
             self._failures.prefill_failed(error)
         due = due_now(self._slots, earlier)
         if carried is None and (turn.idle_step or due.taken):
-            self._generate(due)
+            self._generate(due, turn.width)
         for pending in earlier:
             self._deliver(pending)
         self._park()
@@ -187,24 +191,35 @@ class Loop(Generic[ParamsT, PrefixT, StateT]):
             self._free_slot(sample)
             self._parked.forget(sample)
 
+    def _take_up(self) -> None:
+        """Stores what was computed apart, as soon as no step has to wait for it."""
+        if self._apart is not None and (self._apart.is_ready() or not self._slots.due.taken):
+            pieces, self._apart = self._apart, None
+            self._store(pieces)
+
     def _plan(self) -> StepPlan:
         self._turns += 1
         if self._turns % TURNS_A_CHECK == 0:
             self._room.check_integrity()
-        ended = [self.ended.popleft() for _ in range(len(self.ended))]
+        apart = [] if self._apart is None else self._apart.prompts
+        in_parts = {sample for prompt in apart for sample in prompt.samples}
+        over = [self.ended.popleft() for _ in range(len(self.ended))]
+        self.ended.extend(sample for sample in over if sample in in_parts)  # to be freed when they are stored
         return plan(
             Scene(
                 slots=self._slots,
                 room=self._room,
-                in_work=self._in_work,
+                widths=self._widths,
+                in_work=[prompt for prompt in self._in_work if prompt not in apart],
                 parked=self._parked.waiting,
                 queued=self._first_in_queue(),
-                ended=ended,
+                ended=[sample for sample in over if sample not in in_parts],
                 now=time.monotonic(),
                 probe=bool(self.probes) and not any(pending.is_step for pending in self._pending),
                 newcomers=self._newcomers,
                 batch=self._engine.prefill_batch,
                 max_adapters=self._engine.max_adapters,
+                is_computing=self._apart is not None,
             )
         )
 
@@ -299,43 +314,56 @@ class Loop(Generic[ParamsT, PrefixT, StateT]):
             )
         except PieceError:
             return None
-        self._count_step(result, roster, started)
+        self._count_step(result, roster, started, 1)
         return prefix
 
-    def _prefill(self, prompts: list[Prompt], carried: PrefixT | None = None) -> Exception | None:
-        """The next pieces, stored; `carried` is what a step has made of them. What fails, fails alone: nothing that
-        others have was touched. Returns what went wrong."""
+    def _prefill(
+        self, prompts: list[Prompt], carried: PrefixT | None = None, *, at_once: bool = False
+    ) -> Exception | None:
+        """The next pieces, stored; `carried` is what a step has made of them. Those that are computed apart are stored
+        later, unless `at_once`. What fails, fails alone: nothing that others have was touched. Returns what went
+        wrong."""
         self._newcomers = not self._newcomers
         try:
             pieces = compute(self._engine, self._params, self._state, prompts, self._room, self._slots, carried)
         except Exception as error:
             log.exception("the prefill of requests %s failed", ", ".join(prompt.request.id for prompt in prompts))
             if len(prompts) > 1:  # whose fault it was, shows when each goes alone
-                errors = [self._prefill([prompt]) for prompt in prompts]
+                errors = [self._prefill([prompt], at_once=True) for prompt in prompts]
                 return next(filter(None, errors), None)
             for prompt in prompts:
                 self._drop(prompt)
                 self._fail(prompt.request, error)
             return error
+        if self._engine.prefills_apart and not at_once:
+            self._apart = pieces
+        else:
+            self._store(pieces)
+        return None
+
+    def _store(self, pieces: Pieces[PrefixT]) -> None:
         self._pending += pieces.pending
         self._state = store(self._engine, self._state, pieces, self._room, self._slots)
-        for prompt in prompts:
+        for prompt in pieces.prompts:
             self._in_work.remove(prompt)
             if prompt.left:
                 self._in_work.append(prompt)  # the others first
             elif not prompt.slots_needed:
                 self._room.leave(prompt.tables[0])
 
-    def _generate(self, roster: Roster) -> None:
+    def _generate(self, roster: Roster, width: int) -> None:
         started, page_NJ = time.monotonic(), self._room.tables(roster.slot_B)
         allowed = allowed_of(roster)
-        self._state, result = self._engine.generate(self._params, self._state, roster.slot_B, page_NJ, allowed)
-        self._count_step(result, roster, started)
+        self._state, result = self._engine.generate(self._params, self._state, roster.slot_B, page_NJ, allowed, width)
+        self._count_step(result, roster, started, width)
 
-    def _count_step(self, result: StepResult, roster: Roster, started: float) -> None:
+    def _count_step(self, result: StepResult, roster: Roster, started: float, width: int) -> None:
         """A step of these was started (s of time.monotonic())."""
-        self._pending.append(PendingResult(result, roster, is_step=True, started=started))
-        for sample in self._slots.count_step(roster):
+        pending = PendingResult(
+            result, roster, is_step=True, started=started, width=width, has_drafts=self._widths.are_drafts
+        )
+        self._pending.append(pending)
+        for sample in self._slots.count_step(roster, width):
             self._free_slot(sample)
 
     def _deliver(self, pending: PendingResult) -> None:
@@ -344,6 +372,9 @@ class Loop(Generic[ParamsT, PrefixT, StateT]):
         if result is None:
             return
         last = self._slots.read(result, is_step=pending.is_step)
+        self._widths.read(result)
+        if pending.is_step and self._metrics is not None:
+            count_drafts(self._metrics, result)
         self._parked.read(result)
         self._constraints.read(result)
         for sample in (*last, *result.roster.owner_B[result.stopped_B]):
@@ -376,6 +407,7 @@ class Loop(Generic[ParamsT, PrefixT, StateT]):
         self._failures.worked(is_step=pending.is_step)
         if pending.is_step:
             self._step_s = duration_s
+            self._widths.took(pending.roster, pending.width, duration_s)
             self.probes.answer()
         if self._metrics is not None:
             if pending.is_step:
@@ -393,7 +425,7 @@ class Loop(Generic[ParamsT, PrefixT, StateT]):
         in_work = (sample for prompt in self._in_work for sample in prompt.samples)
         for sample in (*self._slots.live.owner_B, *in_work, *of_failed):
             sample.slot = None
-        self._pending, self._in_work = [], []
+        self._pending, self._in_work, self._apart = [], [], None
         self._parked.keep({*live} - {*failed})
         self._slots, self._room = self._nothing_taken()
         del self._state  # before the new one is made: two may not fit the device
@@ -412,9 +444,19 @@ class Loop(Generic[ParamsT, PrefixT, StateT]):
             engine.max_concurrent_decodes,
             self._stop_ids,
             cache_length=engine.cache_length,
-            tokens_per_step=engine.tokens_per_step,
         )
         return slots, Room(engine, prefix_cache=self._prefix_cache)
 
     def _fail(self, request: Request, error: Exception) -> None:
         self.delivery.end(request, FailedError(f"request {request.id} failed in the engine: {describe(error)}"))
+
+
+def count_drafts(metrics: Metrics, result: HostResult) -> None:
+    """Of a step."""
+    rows = int(np.count_nonzero(result.count_B))
+    if result.drafted_B is None or result.agreed_B is None or not rows:
+        return
+    asked_B = np.minimum(result.drafted_B, result.width - 1)
+    accepted_B = np.minimum(result.agreed_B, asked_B)
+    metrics.tokens(result.count_B.sum() / rows)
+    metrics.drafts(accepted=int(accepted_B.sum()), rejected=int((asked_B - accepted_B).sum()))

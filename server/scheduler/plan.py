@@ -10,6 +10,7 @@ from .queue import is_overdue
 from .room import Room
 from .slots import Slots
 from .turns import rank
+from .widths import Widths
 
 MOST_IN_WORK = 4
 """Prompts of several pieces that are computed in turns (count): a short one waits for as few pieces of long ones."""
@@ -44,6 +45,8 @@ class StepPlan:
     """Whether the first that waits finds no slot or no pages."""
     idle_step: bool = False
     """Whether a step is started even if nobody decodes."""
+    width: int = 1
+    """Tokens that the step brings a slot at most."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,6 +55,7 @@ class Scene:
 
     slots: Slots
     room: Room
+    widths: Widths
     in_work: Sequence[Prompt]
     """Prompts that have slots and pages, and some pieces to go; who is next stands first."""
     parked: Sequence[Prompt]
@@ -70,6 +74,9 @@ class Scene:
     """See `Engine.prefill_batch`."""
     max_adapters: int = 0
     """See `Engine.max_adapters`."""
+    is_computing: bool = False
+    """Whether devices that compute prompts apart are at work: they get no more until that is stored. The prompts that
+    they have are not in `in_work`."""
 
 
 def plan(scene: Scene) -> StepPlan:
@@ -84,7 +91,11 @@ def plan(scene: Scene) -> StepPlan:
     free = [s for s in dict.fromkeys([*scene.ended, *overdue]) if s.slot is not None and s not in in_prompts]
     gone = [*slots_of(free), *(table for prompt in drop for table in prompt.tables)]
 
-    grow = growth(slots, room, gone)
+    width = scene.widths.choose(slots.due)
+    grow = growth(slots, room, gone, width)
+    if width > 1 and grow and not fits(room, grow, gone):  # nobody gives way to drafts
+        width = 1
+        grow = growth(slots, room, gone, width)
     victims: list[Sample | Prompt] = []
     if grow and not fits(room, grow, gone):
         running = [*computed, *(sample for sample in slots.live.owner_B if sample not in over)]
@@ -98,9 +109,9 @@ def plan(scene: Scene) -> StepPlan:
     if waiting and not victims:
         let_in = admitted(scene, waiting, computed, gone, sum(grow.values()))
     is_full = bool(waiting) and not let_in
-    if computed and not scene.newcomers:
+    if scene.is_computing or (computed and not scene.newcomers):
         let_in = []
-    prefill = let_in or computed[:1]
+    prefill = let_in or computed[: not scene.is_computing]
     return StepPlan(
         expired=tuple(dict.fromkeys([*(s.request for s in overdue), *(p.request for p in late)])),
         drop=tuple(drop),
@@ -112,13 +123,14 @@ def plan(scene: Scene) -> StepPlan:
         prefill=tuple(prefill),
         is_full=is_full,
         idle_step=scene.probe,
+        width=width,
     )
 
 
-def growth(slots: Slots, room: Room, gone: Sequence[int]) -> dict[int, int]:
-    """{slot: pages} that the next step may fill and that it has not."""
+def growth(slots: Slots, room: Room, gone: Sequence[int], width: int) -> dict[int, int]:
+    """{slot: pages} that a step of this width may fill and that it has not."""
     slot_N = slots.live.slot_B
-    pages_N = room.growth(slot_N, slots.rows_wanted())
+    pages_N = room.growth(slot_N, slots.rows_wanted(width))
     return {int(slot): int(pages) for slot, pages in zip(slot_N[pages_N > 0], pages_N[pages_N > 0], strict=True)
             if slot not in gone}  # fmt: skip
 

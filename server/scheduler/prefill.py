@@ -29,6 +29,10 @@ class Pieces(Generic[PrefixT]):
     """The first one has the first token of every prompt that is complete; each one more that of one sample more."""
     pending: Sequence[PendingResult]
 
+    def is_ready(self) -> bool:
+        """Whether storing them waits for no device."""
+        return all(prefix.is_ready() for prefix in self.prefixes)
+
 
 def next_pieces(prompts: Sequence[Prompt], room: Room) -> list[Piece]:
     """Of prompts that have pages."""

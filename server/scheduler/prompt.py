@@ -84,4 +84,5 @@ class Prompt:
             prompt_length=len(self.request.prompt_ids),
             sampling=sample.sampling,
             allowed_W=None if sample.constraint is None else sample.constraint.allowed_W,
+            prediction=self.request.prediction_ids,
         )

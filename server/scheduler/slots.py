@@ -16,14 +16,11 @@ NO_SLOT = -1
 class Slots:
     """The loop's. One thread. A sample reserves its slot, and decodes from when it is seated."""
 
-    def __init__(
-        self, slots: int, model_stop_ids: Sequence[int], *, cache_length: int, tokens_per_step: int = 1
-    ) -> None:
-        """`model_stop_ids` end every answer whose request does not ignore them. `cache_length`: a text's most tokens.
-        `tokens_per_step`: the most that a step brings a slot, W."""
+    def __init__(self, slots: int, model_stop_ids: Sequence[int], *, cache_length: int) -> None:
+        """`model_stop_ids` end every answer whose request does not ignore them. `cache_length`: of a text (tokens)."""
         self._model_stop_ids = tuple(model_stop_ids)
         self._stop_width = MAX_STOP_TOKEN_IDS + len(self._model_stop_ids)
-        self._cache_length, self._tokens_per_step = cache_length, tokens_per_step
+        self._cache_length = cache_length
         self.roster = Roster.empty(slots, self._stop_width)
         """Who decodes."""
         self.live = self.roster.of(np.array([], np.int32))
@@ -91,9 +88,9 @@ class Slots:
         token has its rows in the cache."""
         return self._text_BS[sample.slot, : self._known_B[sample.slot]].copy()
 
-    def rows_wanted(self) -> np.ndarray:
-        """How many rows each live slot may have behind the next step."""
-        rows_N = self._rows_B[self.live.slot_B] + self._tokens_per_step
+    def rows_wanted(self, width: int) -> np.ndarray:
+        """How many rows each live slot may have behind a step that brings it at most so many tokens."""
+        rows_N = self._rows_B[self.live.slot_B] + width
         return np.minimum(rows_N, self._cache_length)
 
     def go_on(self, sample: Sample) -> None:
@@ -101,11 +98,12 @@ class Slots:
         if sample.slot is not None:
             self._waits_B[sample.slot] = False
 
-    def count_step(self, roster: Roster) -> list[Sample]:
-        """A step of these is started, which brings each at least one token. Returns those for whom that is the last."""
+    def count_step(self, roster: Roster, width: int) -> list[Sample]:
+        """A step of these is started, which brings each at least one token and at most `width`. Returns those for whom
+        that is the last."""
         slot_M = roster.slot_B[self._left_B[roster.slot_B] > 0]
         self._left_B[slot_M] -= 1
-        self._rows_B[slot_M] += self._tokens_per_step
+        self._rows_B[slot_M] += width
         self._waits_B[roster.slot_B] = roster.is_constrained_B
         return list(self.roster.owner_B[slot_M[self._left_B[slot_M] == 0]])
 
@@ -121,7 +119,7 @@ class Slots:
         self._known_B[slot_M] = np.minimum(self._known_B[slot_M] + count_M, self._cache_length)
         if not is_step:
             return []
-        self._rows_B[slot_M] += count_M - self._tokens_per_step
+        self._rows_B[slot_M] += count_M - result.width
         self._left_B[slot_M] = np.maximum(self._left_B[slot_M] - np.maximum(count_M - 1, 0), 0)
         return list(self.roster.owner_B[slot_M[self._left_B[slot_M] == 0]])
 

@@ -219,31 +219,32 @@ def test_insert_is_in_place(codec, count):
     assert memory.temp_size_in_bytes < layout.bytes / 10
 
 
-LENGTHS, LIVE = jnp.array([0, 5, 255]), jnp.array([True, False, True])
-WRITTEN = ((0, 4, 0), (2, 3, 127))  # slot, page, row
+LENGTHS, COUNTS = jnp.array([0, 5, 127]), jnp.array([1, 0, 2])
+WRITTEN = ((0, 0, 4, 0), (2, 0, 1, 127), (2, 1, 3, 0))  # slot, of its tokens, page, row
 
 
-def test_flush_writes_live_slots_behind_their_last_row(mesh):
-    """A dead slot keeps its row 5, though its stale length says 5."""
-    cache, new = noise(*LAYOUT.shape), noise(2, 3, 2, 8, seed=1)
+def test_flush_writes_accepted_tokens_behind_the_last_row(mesh):
+    """A dead slot keeps its row 5, though its stale length says 5; a rejected token is NaN, and nowhere."""
+    cache, new = noise(*LAYOUT.shape), noise(2, 3, 2, 2, 8, seed=1)
     expected = np.array(cache)
-    for slot, page, row in WRITTEN:
-        expected[:, page, :, row] = np.asarray(new)[:, slot]
-    flushed = FLUSH(KV(cache), new, LENGTHS, LIVE, jnp.asarray(PAGES), codec=Plain(), mesh=mesh, backend="xla")
+    for slot, token, page, row in WRITTEN:
+        expected[:, page, :, row] = np.asarray(new)[:, slot, token]
+    new = new.at[:, 0, 1].set(jnp.nan)
+    flushed = FLUSH(KV(cache), new, LENGTHS, COUNTS, jnp.asarray(PAGES), codec=Plain(), mesh=mesh, backend="xla")
     assert_same(flushed, KV(jnp.asarray(expected)))
     full = jnp.array([256, 256, 256])
-    flushed = FLUSH(KV(cache), new, full, LIVE, jnp.asarray(PAGES), codec=Plain(), mesh=mesh, backend="xla")
+    flushed = FLUSH(KV(cache), new, full, COUNTS, jnp.asarray(PAGES), codec=Plain(), mesh=mesh, backend="xla")
     assert_same(flushed, KV(cache))
 
 
 def test_flush_encodes_and_leaves_all_else_as_it_is(mesh):
     """Poison: scales of all other tokens are NaN, and stay so."""
-    cache, new = int8_noise(INT8), noise(2, 3, 2, 8, seed=1)
+    cache, new = int8_noise(INT8), noise(2, 3, 2, 2, 8, seed=1)
     assert cache.scales is not None
     cache = cache._replace(scales=jnp.full_like(cache.scales, jnp.nan))
     expected, encoded = jax.tree.map(np.array, (cache, jax.jit(Int8().encode)(new)))
-    for slot, page, row in WRITTEN:
-        expected.rows[:, page, :, row] = encoded.rows[:, slot]
-        expected.scales[:, page, :, :, row] = encoded.scales[:, slot]
-    flushed = FLUSH(cache, new, LENGTHS, LIVE, jnp.asarray(PAGES), codec=Int8(), mesh=mesh, backend="xla")
+    for slot, token, page, row in WRITTEN:
+        expected.rows[:, page, :, row] = encoded.rows[:, slot, token]
+        expected.scales[:, page, :, :, row] = encoded.scales[:, slot, token]
+    flushed = FLUSH(cache, new, LENGTHS, COUNTS, jnp.asarray(PAGES), codec=Int8(), mesh=mesh, backend="xla")
     assert_same(flushed, expected)

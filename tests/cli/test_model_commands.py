@@ -101,7 +101,7 @@ def test_score_for_people(folder, expected, capsys):
     [
         (
             ["--text", "hi"],
-            "has no tokenizer (tokenizer.json, tokenizer.model, tekken.json, or vocab.json with merges.txt); give token ids",
+            "tokenizer (tokenizer.json, tokenizer.model, tekken.json, or vocab.json with merges.txt); give token ids",
         ),
         (["--tokens", "1"], "1 tokens must be from 2 to 128 (see --max-prefill-length)"),
         (["--tokens", ",".join("1" * 129)], "129 tokens must be from 2 to 128"),

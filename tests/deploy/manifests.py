@@ -32,8 +32,25 @@ def of_kind(overlay: str, kind: str) -> list[Object]:
     return [one for one in objects(overlay) if one["kind"] == kind]
 
 
+def workload(overlay: str) -> Object:
+    """What makes the pods: a Deployment, or a LeaderWorkerSet where a server has several hosts."""
+    (found,) = [one for one in objects(overlay) if one["kind"] in ("Deployment", "LeaderWorkerSet")]
+    return found
+
+
+def hosts(overlay: str) -> int:
+    """Pods of one server."""
+    return workload(overlay)["spec"].get("leaderWorkerTemplate", {}).get("size", 1)
+
+
+def template(overlay: str) -> Object:
+    """Of the pods."""
+    spec = workload(overlay)["spec"]
+    return spec["template"] if "template" in spec else spec["leaderWorkerTemplate"]["workerTemplate"]
+
+
 def pod(overlay: str) -> Object:
-    return the(overlay, "Deployment")["spec"]["template"]["spec"]
+    return template(overlay)["spec"]
 
 
 def server(overlay: str) -> Object:

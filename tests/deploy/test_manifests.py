@@ -13,12 +13,27 @@ import jsonschema
 import kubernetes_validate
 import pytest
 import yaml
+from slipstream.engine_impl.hosts import Place
 from slipstream.server.grpc.service import JETSTREAM_SERVICE, SERVICE
 
-from tests.deploy.manifests import KUBERNETES, OVERLAYS, ROOT, command, objects, of_kind, pod, server, the
+from tests.deploy.manifests import (
+    KUBERNETES,
+    OVERLAYS,
+    ROOT,
+    command,
+    hosts,
+    objects,
+    of_kind,
+    pod,
+    server,
+    template,
+    the,
+    workload,
+)
 
 VERSIONS = ("1.29", "1.37")
 """Of Kubernetes: the oldest that knows containers beside others as init containers, and the newest there is."""
+LEADER = "leaderworkerset.sigs.k8s.io/worker-index"
 SCHEMAS = {path.stem: json.loads(path.read_text()) for path in (Path(__file__).parent / "schemas").iterdir()}
 """Of kinds that are not Kubernetes' own."""
 
@@ -45,6 +60,7 @@ def test_there_is_a_rendered_file_for_each_overlay_and_an_overlay_for_each_compo
 def test_kubernetes_takes_them_strictly(version):
     """Overlays have most objects in common: each is looked at once."""
     known = [one for overlay in OVERLAYS for one in objects(overlay) if one["kind"] not in SCHEMAS]
+    known += [{"apiVersion": "v1", "kind": "Pod", **template(overlay)} for overlay in OVERLAYS if hosts(overlay) > 1]
     for one in {json.dumps(one): one for one in known}.values():
         kubernetes_validate.validate(one, version, strict=True)
 
@@ -85,7 +101,7 @@ def test_the_command_line_takes_every_flag_and_ports_are_the_servers(overlay):
     assert ports == {
         "grpc": serve.server.port, "http": serve.server.http_port, "metrics": serve.server.watch.metrics_port
     }  # fmt: skip
-    annotations = the(overlay, "Deployment")["spec"]["template"]["metadata"]["annotations"]
+    annotations = template(overlay)["metadata"]["annotations"]
     assert annotations["prometheus.io/port"] == str(serve.server.watch.metrics_port)
     assert {port["targetPort"]: port["port"] for port in the(overlay, "Service")["spec"]["ports"]} == {
         name: ports[name] for name in ("grpc", "http")
@@ -143,19 +159,24 @@ def test_chips_are_those_of_the_topology(overlay):
     selector = pod(overlay)["nodeSelector"]
     x, y = selector["cloud.google.com/gke-tpu-topology"].split("x")
     chips = int(x) * int(y)
-    assert resources["limits"]["google.com/tpu"] == resources["requests"]["google.com/tpu"] == chips
+    share = chips // hosts(overlay)
+    assert resources["limits"]["google.com/tpu"] == resources["requests"]["google.com/tpu"] == share
     assert engine.tensor_parallel == chips
     chip = {"tpu-v5-lite-podslice": "v5e", "tpu-v6e-slice": "v6e"}[selector["cloud.google.com/gke-tpu-accelerator"]]
-    annotations = the(overlay, "Deployment")["spec"]["template"]["metadata"]["annotations"]
+    annotations = template(overlay)["metadata"]["annotations"]
     assert annotations["slipstream/topology"] == f"{chip}-{x}x{y}"
     fields = [container["env"][0]["valueFrom"]["fieldRef"]["fieldPath"] for container in pod(overlay)["initContainers"]]
     assert fields == ["metadata.annotations['slipstream/topology']"] * 2
     assert overlay.startswith(f"{chip}-{chips}")
+    assert (hosts(overlay) > 1) == (command(overlay).hosts.hosts == "auto")
 
 
 @on_every_overlay
 def test_selectors_and_references_meet(overlay):
-    labels = the(overlay, "Deployment")["spec"]["template"]["metadata"]["labels"]
+    labels = template(overlay)["metadata"]["labels"]
+    if hosts(overlay) > 1:
+        labels |= {LEADER: "0"}  # of the pods that are asked; LeaderWorkerSet adds it
+        assert the(overlay, "Service")["spec"]["selector"][LEADER] == "0"
     selectors = [the(overlay, "Service")["spec"]["selector"]]
     for kind, field in (
         ("Deployment", "selector"), ("PodDisruptionBudget", "selector"), ("NetworkPolicy", "podSelector"),
@@ -164,11 +185,17 @@ def test_selectors_and_references_meet(overlay):
         selectors += [one["spec"][field]["matchLabels"] for one in of_kind(overlay, kind)]
     assert all(selector.items() <= labels.items() for selector in selectors)
     names = {port["name"] for port in server(overlay)["ports"]}
-    policy = the(overlay, "NetworkPolicy")["spec"]["ingress"]
-    assert {port["port"] for rule in policy for port in rule["ports"]} == names
+    policy = the(overlay, "NetworkPolicy")["spec"]
+    assert {port["port"] for rule in policy["ingress"] for port in rule.get("ports", [])} == names
+    to_each_other = [{"podSelector": policy["podSelector"]}]
+    among = [{"from": to_each_other} in policy["ingress"], {"to": to_each_other} in policy["egress"]]
+    assert among == [hosts(overlay) > 1] * 2, "hosts of a group reach each other on any port"
     for one in of_kind(overlay, "HorizontalPodAutoscaler"):
         target = one["spec"]["scaleTargetRef"]
-        assert (target["kind"], target["name"]) == ("Deployment", the(overlay, "Deployment")["metadata"]["name"])
+        scaled = workload(overlay)
+        assert target == {
+            "apiVersion": scaled["apiVersion"], "kind": scaled["kind"], "name": scaled["metadata"]["name"]
+        }  # fmt: skip
     for one in (*of_kind(overlay, "GRPCRoute"), *of_kind(overlay, "HTTPRoute")):
         for rule in one["spec"]["rules"]:
             for backend in rule["backendRefs"]:
@@ -189,6 +216,19 @@ def test_autoscalers_and_monitors_name_what_the_server_tells(overlay, series):
             assert metric in series
     for one in of_kind(overlay, "PodMonitoring"):
         assert [endpoint["port"] for endpoint in one["spec"]["endpoints"]] == ["metrics"]
+
+
+@pytest.mark.parametrize("overlay", [overlay for overlay in OVERLAYS if hosts(overlay) > 1])
+def test_a_group_is_one_slice_and_lives_and_dies_together(overlay):
+    group = the(overlay, "LeaderWorkerSet")
+    assert group["metadata"]["annotations"] == {
+        "leaderworkerset.sigs.k8s.io/exclusive-topology": "cloud.google.com/gke-nodepool"
+    }
+    assert group["spec"]["leaderWorkerTemplate"]["restartPolicy"] == "RecreateGroupOnPodRestart"
+    assert group["spec"]["startupPolicy"] == "LeaderCreated", "hosts wait for each other"
+    assert group["metadata"]["name"] != the(overlay, "Service")["metadata"]["name"], "its headless Service has its name"
+    environment = {"LWS_LEADER_ADDRESS": "a.b", "LWS_GROUP_SIZE": str(hosts(overlay)), "LWS_WORKER_INDEX": "1"}
+    assert command(overlay).hosts.place(environment) == Place("a.b:8482", hosts(overlay), 1)
 
 
 def test_routes_lead_to_the_servers_own_services():

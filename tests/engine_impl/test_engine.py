@@ -247,7 +247,7 @@ def test_an_answer_that_was_interrupted_goes_on_as_it_would_have(tiny, monkeypat
 
 def test_everything_is_compiled_once():
     """However slots fill, prompts vary and parameters change: warm_up compiles all there is to compile."""
-    engine, params = tiny_engine(slots=4, cache_length=256, prefill_chunk=128)
+    engine, params = tiny_engine(slots=4, cache_length=256, prefill_chunk=128, speculate="auto")
     engine.shapes = replace(engine.shapes, carried=Carried(4, 64, 64))
     engine.get_tokenizer = lambda: NoTokenizer("tiny", vocab_size=101, bos_id=None, stop_ids=frozenset({3}))
     compilations = []
@@ -263,7 +263,9 @@ def test_everything_is_compiled_once():
         session.state = engine.warm_up(params, session.state)
         assert engine.shapes.prefills == ((1, 16), (1, 64), (1, 128), (4, 32))
         assert (engine.shapes.steps, engine.shapes.carries) == ((1, 4), ((4, 64),))
-        assert len(compilations) == 4 + 4 + 2 + 2 + 1, "prefill and insert; first tokens of 1 and of 4; steps; carry"
+        assert engine.shapes.wide_steps == ((1, 4), (4, 4), (1, 8), (4, 8))
+        programs = 4 + 4 + 2 + 2 + 4 + 1
+        assert len(compilations) == programs, "prefill and insert; first tokens of 1 and of 4; steps; wide ones; carry"
         compilations.clear()
         for round_, length in enumerate([1, 16, 17, 128, 3, 129, 250]):
             sampling = SamplingParams(
@@ -277,7 +279,7 @@ def test_everything_is_compiled_once():
             if round_ % 2:
                 prefix, _ = engine.first_tokens(prefix, [opening([1] * length, replace(sampling, seed=99))])
             session.insert(prefix, slot)
-            np.asarray(session.step().token_BW)
+            np.asarray(session.step((1, 4, 8)[round_ % 3]).token_BW)
             if round_ > 3:
                 session.stop(slot)
         pieces = [Piece(token_T=np.arange(n + 1), start=0, page_J=session.page_BJ[n]) for n in range(2)]

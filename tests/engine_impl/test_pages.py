@@ -260,6 +260,36 @@ def test_programs_have_few_shapes(platform, slots, chunk, prefills, steps):
     assert (shapes.prefills, shapes.steps) == (prefills, steps)
 
 
+@pytest.mark.parametrize(
+    ("platform", "slots", "wide"),
+    [
+        ("cpu", 1, ((1, 4), (1, 8))),
+        ("cpu", 8, ((1, 4), (8, 4), (1, 8), (8, 8))),
+        ("cpu", 16, ((1, 4), (8, 4), (16, 4), (1, 8), (8, 8))),
+        ("gpu", 256, ((1, 4), (8, 4), (32, 4), (1, 8), (8, 8), (32, 8))),
+        ("tpu", 256, ((8, 4), (32, 4), (8, 8), (32, 8))),
+        ("tpu", 100, ((8, 4), (32, 4), (8, 8), (32, 8))),
+        ("tpu", 64, ((8, 4), (32, 4), (64, 4), (8, 8), (32, 8))),
+        ("tpu", 512, ((8, 4), (32, 4), (8, 8), (32, 8))),
+    ],
+)
+def test_steps_of_few_slots_are_wide_where_something_drafts(platform, slots, wide):
+    shapes = Shapes(slots=slots, pages_per_slot=4, page_rows=128, chunk=256, platform=platform, speculates=True)
+    assert (shapes.wide_steps, shapes.widths) == (wide, (1, 4, 8))
+    quiet = replace(shapes, speculates=False)
+    assert (quiet.wide_steps, quiet.widths, quiet.steps) == ((), (1,), shapes.steps)
+
+
+def test_a_step_of_many_slots_is_narrower_than_it_was_asked_for():
+    shapes = Shapes(slots=64, pages_per_slot=4, page_rows=128, chunk=256, platform="tpu", speculates=True)
+    for slots, asked, width, size in ((1, 8, 8, 8), (32, 8, 8, 32), (33, 8, 4, 64), (33, 4, 4, 64), (33, 1, 1, 64)):
+        assert shapes.width_of(slots, asked) == width
+        assert len(shapes.step(np.arange(slots), width)) == size
+    assert replace(shapes, slots=256).width_of(33, 8) == 1
+    with pytest.raises(ValueError, match=r"width=2 must be one of \(1, 4, 8\)"):
+        shapes.width_of(1, 2)
+
+
 def test_a_step_has_the_smallest_size_that_holds_its_slots():
     shapes = Shapes(slots=40, pages_per_slot=4, page_rows=128, chunk=256)
     for count, size in ((0, 1), (1, 1), (2, 8), (8, 8), (9, 32), (33, 40), (40, 40)):

@@ -11,6 +11,7 @@ import torch
 from jax.sharding import Mesh
 from slipstream.engine_impl.checkpoints.contract import Quantization
 from slipstream.engine_impl.config import EngineConfig
+from slipstream.engine_impl.draft_model import draft_model
 from slipstream.engine_impl.engine import Engine
 from slipstream.engine_impl.loading import load_engine
 from slipstream.engine_impl.models import registry
@@ -60,8 +61,10 @@ def tiny_engine(
     quantize_kv: Literal["none", "int8"] = "none",
     cache_tokens: int | None = None,
     prefill_chunk: int | None = None,
+    speculate: Literal["off", "auto"] = "off",
+    draft: LlamaConfig | None = None,
 ) -> tuple[Engine, Any]:
-    """A random Llama on virtual CPU devices, float32."""
+    """A random Llama on virtual CPU devices, float32; with another as its draft model."""
     mesh = mesh or make_mesh(jax.devices(), config.num_heads, config.num_kv_heads, devices)
     with torch.device("meta"):
         model = Llama(replace(config, num_kv_heads=max(config.num_kv_heads, mesh.size)))
@@ -71,10 +74,13 @@ def tiny_engine(
         cache_tokens=cache_tokens or slots * cache_length,
         prefill_chunk=prefill_chunk,
         quantize_kv=quantize_kv,
+        speculate=speculate,
+        draft_model=None if draft is None else "tiny",
     )
     tokenizer: Any = None
-    engine = Engine(model, mesh, engine_config, jnp.dtype("float32"), tokenizer, "tiny")
-    return engine, engine.load_params(RandomCheckpoint(config))
+    small = None if draft is None else draft_model(engine_config, draft, None, mesh, cache_length)
+    engine = Engine(model, mesh, engine_config, jnp.dtype("float32"), tokenizer, "tiny", draft=small)
+    return engine, engine.load_params(RandomCheckpoint(config), draft and RandomCheckpoint(draft))
 
 
 @functools.cache

@@ -173,7 +173,7 @@ void check_products() {
   for (int64_t block : {8, 64, 128}) check_product(Stored::kInt4, 30, 384, 40, block);
 }
 
-void check_attention(bool coded, int64_t K, int64_t G, int64_t H, int32_t window, float cap,
+void check_attention(bool coded, int64_t W, int64_t K, int64_t G, int64_t H, int32_t window, float cap,
                      bool sinks = false) {
   const int64_t R = 128, J = 3, L = 2, P = 10, N = K * G, layer = 1;
   const std::vector<int32_t> length = {0, 1, 127, 128, 129, 200, 384};
@@ -182,16 +182,16 @@ void check_attention(bool coded, int64_t K, int64_t G, int64_t H, int32_t window
   std::vector<float> cache(coded ? 0 : L * P * K * R * 2 * H, NOT_A_NUMBER);
   std::vector<int8_t> cells = coded ? codes(L * P * K * R * 2 * H) : std::vector<int8_t>();
   std::vector<float> scale(coded ? L * P * K * 2 * R : 0, NOT_A_NUMBER);
-  const std::vector<float> q = normal(B * N * H), fresh = normal(B * K * 2 * H), sink = normal(sinks ? N : 0);
-  std::vector<float> out(B * N * H, NOT_A_NUMBER);
+  const std::vector<float> q = normal(B * W * N * H), fresh = normal(B * W * K * 2 * H), sink = normal(sinks ? N : 0);
+  std::vector<float> out(B * W * N * H, NOT_A_NUMBER);
   int32_t next = 0;
   for (int64_t b = 0; b < B; ++b)
     for (int64_t j = 0; j * R < length[b]; ++j) page[b * J + j] = next++ % P;  // the last slots share pages
   auto row = [&](int64_t b, int64_t k, int64_t s) { return ((layer * P + page[b * J + s / R]) * K + k) * R + s % R; };
-  auto first = [&](int64_t b) { return window ? std::max<int64_t>(0, length[b] - window + 1) : 0; };
+  auto first = [&](int64_t b, int64_t w) { return window ? std::max<int64_t>(0, length[b] + w - window + 1) : 0; };
   for (int64_t b = 0; b < B; ++b)
     for (int64_t k = 0; k < K; ++k)
-      for (int64_t s = first(b); s < length[b]; ++s) {
+      for (int64_t s = first(b, 0); s < length[b]; ++s) {
         const std::vector<float> values = normal(2 * H);
         for (int64_t h = 0; h < 2 * H && !coded; ++h) cache[row(b, k, s) * 2 * H + h] = values[h];
         if (coded) {
@@ -200,51 +200,56 @@ void check_attention(bool coded, int64_t K, int64_t G, int64_t H, int32_t window
         }
       }
   auto value = [&](int64_t b, int64_t k, int64_t s, int64_t h) -> double {
-    if (s == length[b]) return fresh[(b * K + k) * 2 * H + h];
+    if (s >= length[b]) return fresh[((b * W + s - length[b]) * K + k) * 2 * H + h];
     const int64_t at = row(b, k, s);
     if (!coded) return cache[at * 2 * H + h];
     return static_cast<double>(cells[at * 2 * H + h]) * scale[at / R * 2 * R + s % R + (h < H ? 0 : R)];
   };
   const void* stored = coded ? static_cast<const void*>(cells.data()) : static_cast<const void*>(cache.data());
   const Attention of{q.data(),      fresh.data(), stored, coded ? scale.data() : nullptr,
-                     length.data(), page.data(),  out.data(), B, N, K, H, L, P, R, J,
+                     length.data(), page.data(),  out.data(), B, W, N, K, H, L, P, R, J,
                      static_cast<int32_t>(layer), window, cap, sinks ? sink.data() : nullptr};
   for (int64_t b = 0; b < B; ++b)
     for (int64_t k = 0; k < K; ++k) kernels().attend(of, b, k);
   double worst = 0;
-  for (int64_t b = 0; b < B; ++b)
-    for (int64_t n = 0; n < N; ++n) {
-      std::vector<double> score, sum(H, 0.0);
-      double most = sinks ? sink[n] : -1e300, whole = 0;
-      for (int64_t s = first(b); s <= length[b]; ++s) {
-        double dot = 0;
-        for (int64_t h = 0; h < H; ++h) dot += q[(b * N + n) * H + h] * value(b, n / G, s, h);
-        dot /= std::sqrt(static_cast<double>(H));
-        score.push_back(cap > 0 ? cap * std::tanh(dot / cap) : dot);
-        most = std::max(most, score.back());
-      }
-      if (sinks) whole = std::exp(sink[n] - most);
-      for (int64_t s = first(b); s <= length[b]; ++s) {
-        const double weight = std::exp(score[s - first(b)] - most);
-        whole += weight;
-        for (int64_t h = 0; h < H; ++h) sum[h] += weight * value(b, n / G, s, H + h);
-      }
-      for (int64_t h = 0; h < H; ++h) {
-        const double error = std::fabs(out[(b * N + n) * H + h] - sum[h] / whole);
-        worst = error <= worst ? worst : error;
-      }
+  for (int64_t at = 0; at < B * W * N; ++at) {
+    const int64_t b = at / N / W, w = at / N % W, n = at % N, from = first(b, w), last = length[b] + w;
+    std::vector<double> score, sum(H, 0.0);
+    double most = sinks ? sink[n] : -1e300, whole = 0;
+    for (int64_t s = from; s <= last; ++s) {
+      double dot = 0;
+      for (int64_t h = 0; h < H; ++h) dot += q[at * H + h] * value(b, n / G, s, h);
+      dot /= std::sqrt(static_cast<double>(H));
+      score.push_back(cap > 0 ? cap * std::tanh(dot / cap) : dot);
+      most = std::max(most, score.back());
     }
+    if (sinks) whole = std::exp(sink[n] - most);
+    for (int64_t s = from; s <= last; ++s) {
+      const double weight = std::exp(score[s - from] - most);
+      whole += weight;
+      for (int64_t h = 0; h < H; ++h) sum[h] += weight * value(b, n / G, s, H + h);
+    }
+    for (int64_t h = 0; h < H; ++h) {
+      const double error = std::fabs(out[at * H + h] - sum[h] / whole);
+      worst = error <= worst ? worst : error;
+    }
+  }
   expect(worst < 1e-5, coded ? "attention over int8" : "attention", worst);
 }
 
 void check_attentions() {
   for (bool coded : {false, true})
     for (int64_t H : {8, 16, 24, 64, 80, 96, 128})
-      for (int64_t G : {1, 2, 3, 4, 7}) check_attention(coded, 2, G, H, 0, 0);
+      for (int64_t G : {1, 2, 3, 4, 7}) check_attention(coded, 1, 2, G, H, 0, 0);
   for (bool coded : {false, true})
-    for (int32_t window : {1, 2, 100, 128, 129, 1000}) check_attention(coded, 1, 3, 64, window, 5.0f);
+    for (int64_t W : {2, 3, 5, 8})
+      for (int64_t G : {1, 3}) check_attention(coded, W, 2, G, 24, 0, 0);
   for (bool coded : {false, true})
-    for (int32_t window : {0, 1, 128}) check_attention(coded, 2, 4, 64, window, 0, true);
+    for (int64_t W : {1, 4})
+      for (int32_t window : {1, 2, 3, 100, 128, 129, 1000}) check_attention(coded, W, 1, 3, 64, window, 5.0f);
+  for (bool coded : {false, true})
+    for (int64_t W : {1, 3})
+      for (int32_t window : {0, 1, 128}) check_attention(coded, W, 2, 4, 64, window, 0, true);
 }
 
 }  // namespace

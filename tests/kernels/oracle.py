@@ -22,19 +22,18 @@ def attend_one(q_H, k_SH, v_SH, soft_cap=None, sink=-np.inf):
     return weight_S @ v_SH / (weight_S.sum() + np.exp(sink - most))
 
 
-def ragged_attention(q_BNH, new_BKC, cache_LBKSC, layer, length_B, window=None, soft_cap=None, sink_N=None):
-    """Decode attention; rows past a slot's length or before its window are not looked at."""
-    q_BNH, new_BKC, cache_LBKSC = (np.asarray(x).astype(np.float64) for x in (q_BNH, new_BKC, cache_LBKSC))
-    (B, N, H), K = q_BNH.shape, new_BKC.shape[1]
-    out_BNH = np.empty((B, N, H))
+def ragged_attention(q_BWNH, new_BWKC, cache_LBKSC, layer, length_B, window=None, soft_cap=None, sink_N=None):
+    """Decode attention; rows past a slot's length or before a token's window are not looked at."""
+    q_BWNH, new_BWKC, cache_LBKSC = (np.asarray(x).astype(np.float64) for x in (q_BWNH, new_BWKC, cache_LBKSC))
+    (_, W, N, H), K = q_BWNH.shape, new_BWKC.shape[2]
+    out_BWNH = np.empty(q_BWNH.shape)
     for b, length in enumerate(np.asarray(length_B).tolist()):
-        first = 0 if window is None else max(0, length + 1 - window)
-        for n in range(N):
-            kv = n // (N // K)
-            rows_SC = np.concatenate([cache_LBKSC[layer, b, kv, first:length], new_BKC[b, kv : kv + 1]])
+        for w, n in np.ndindex(W, N):
+            kv, first = n // (N // K), 0 if window is None else max(0, length + w + 1 - window)
+            rows_SC = np.concatenate([cache_LBKSC[layer, b, kv, :length], new_BWKC[b, : w + 1, kv]])[first:]
             sink = -np.inf if sink_N is None else sink_N[n]
-            out_BNH[b, n] = attend_one(q_BNH[b, n], rows_SC[:, :H], rows_SC[:, H:], soft_cap, sink)
-    return out_BNH
+            out_BWNH[b, w, n] = attend_one(q_BWNH[b, w, n], rows_SC[:, :H], rows_SC[:, H:], soft_cap, sink)
+    return out_BWNH
 
 
 def chunk_attention(q_TNH, k_SKH, v_SKH, window=None, soft_cap=None, sink_N=None):

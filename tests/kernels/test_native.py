@@ -101,16 +101,15 @@ def test_products(level, R, dtype):
         np.testing.assert_allclose(out_RO, np.asarray(x_RI).astype(np.float64) @ weight_OI.T, rtol=2e-5, atol=2e-5)
 
 
-@pytest.mark.parametrize("coded", [False, True])
-@pytest.mark.parametrize("H", [20, 64])
-def test_attention(level, mesh, H, coded):
+@pytest.mark.parametrize(("coded", "H", "W"), [(False, 20, 1), (False, 64, 5), (True, 20, 4), (True, 64, 1)])
+def test_attention(level, mesh, coded, H, W):
     """Lengths around a page's border, a window, a cap, an odd head; NaN in rows and scales that nobody may read."""
     K, G, R, L, layer = 2, 3, 128, 2, 1
     length_B = np.array([0, 1, 127, 128, 129, 256], np.int32)
     B, S, window, cap = len(length_B), 2 * R, 120, 3.0
     before_BS = length_B[:, None] - np.arange(S)[None, :]
     used_BS = (before_BS > 0) & (before_BS < window)
-    q_BNH, new_BKC = oracle.normal(3, B, K * G, H), oracle.normal(4, B, K, 2 * H)
+    q_BWNH, new_BWKC = oracle.normal(3, B, W, K * G, H), oracle.normal(4, B, W, K, 2 * H)
     rows_LBKSC, options = oracle.normal(5, L, B, K, S, 2 * H), {"window": window, "soft_cap": cap}
     page_BJ, pool = oracle.table(length_B, S, R)
     if coded:
@@ -120,11 +119,11 @@ def test_attention(level, mesh, H, coded):
         options["scale_LPK2R"] = oracle.paged(scale_LBK2S, page_BJ, pool, R, row_axis=4)
     else:
         rows_LBKSC = np.where(used_BS[None, :, None, :, None], rows_LBKSC, np.nan).astype(np.float32)
-    args = (q_BNH, new_BKC, oracle.paged(jnp.asarray(rows_LBKSC), page_BJ, pool, R), layer, jnp.asarray(length_B))
-    out_BNH, expected_BNH = (
+    args = (q_BWNH, new_BWKC, oracle.paged(jnp.asarray(rows_LBKSC), page_BJ, pool, R), layer, jnp.asarray(length_B))
+    out_BWNH, expected_BWNH = (
         ATTEND(*args, jnp.asarray(page_BJ), **options, mesh=mesh, backend=backend) for backend in ("native_cpu", "xla")
     )
-    np.testing.assert_allclose(out_BNH, expected_BNH, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(out_BWNH, expected_BWNH, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize(

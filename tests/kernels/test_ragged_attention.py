@@ -17,13 +17,13 @@ L, LAYER, R = 3, 1, 128
 ATTEND = jax.jit(ragged_attention, static_argnames=("soft_cap", "mesh", "backend"))
 
 
-def attend(q_BNH, new_BKC, cache_LBKSC, layer, length_B, *, rows=R, scale_LBK2S=None, **options):
+def attend(q_BWNH, new_BWKC, cache_LBKSC, layer, length_B, *, rows=R, scale_LBK2S=None, **options):
     """The op over a cache that is first scattered over a pool of pages; in every page of no slot there is NaN."""
     page_BJ, pool = oracle.table(length_B, cache_LBKSC.shape[3], rows)
     cache_LPKRC = oracle.paged(cache_LBKSC, page_BJ, pool, rows)
     if scale_LBK2S is not None:
         options["scale_LPK2R"] = oracle.paged(scale_LBK2S, page_BJ, pool, rows, row_axis=4)
-    return ATTEND(q_BNH, new_BKC, cache_LPKRC, layer, length_B, jnp.asarray(page_BJ), **options)
+    return ATTEND(q_BWNH, new_BWKC, cache_LPKRC, layer, length_B, jnp.asarray(page_BJ), **options)
 
 
 @pytest.fixture(autouse=True)
@@ -32,17 +32,17 @@ def blocks_of_a_page(monkeypatch):
     monkeypatch.setattr(xla_gpu, "BLOCK_BYTES", 1)
 
 
-def inputs(lengths, S, K, G, H, dtype, seed=0, window=None):
+def inputs(lengths, S, K, G, H, dtype, seed=0, window=None, W=1):
     """q, new, cache, lengths; NaN in every row that must not be used, and in the other layers."""
     B = len(lengths)
-    q_BNH = oracle.normal(seed, B, K * G, H, dtype=dtype)
-    new_BKC = oracle.normal(seed + 1, B, K, 2 * H, dtype=dtype)
+    q_BWNH = oracle.normal(seed, B, W, K * G, H, dtype=dtype)
+    new_BWKC = oracle.normal(seed + 1, B, W, K, 2 * H, dtype=dtype)
     before_BS = np.array(lengths)[:, None] - np.arange(S)[None, :]  # how far a row lies back from the new token
     used_BS = (before_BS > 0) & (before_BS < (window or S + 1))
     layer_BKSC = np.where(used_BS[:, None, :, None], oracle.normal(seed + 2, B, K, S, 2 * H, dtype=dtype), np.nan)
     cache_LBKSC = np.full((L, *layer_BKSC.shape), np.nan)
     cache_LBKSC[LAYER] = layer_BKSC
-    return q_BNH, new_BKC, jnp.asarray(cache_LBKSC, dtype), jnp.asarray(lengths, jnp.int32)
+    return q_BWNH, new_BWKC, jnp.asarray(cache_LBKSC, dtype), jnp.asarray(lengths, jnp.int32)
 
 
 @pytest.mark.parametrize("backend", ["xla", "xla_gpu", "pallas_interpret"])
@@ -63,13 +63,13 @@ def test_every_length_around_a_page(mesh, backend, K, G, H, dtype):
     """One row too many or too few, or a NaN that a mask lets through."""
     S = 3 * R
     args = inputs([0, 1, R - 1, 0, R, R + 1, S, 2 * R, 0], S, K, G, H, dtype)
-    q_BNH, new_BKC, cache_LBKSC, length_B = args
-    out_BNH = attend(q_BNH, new_BKC, cache_LBKSC, LAYER, length_B, mesh=mesh, backend=backend)
-    assert out_BNH.dtype == dtype
-    oracle.assert_close(out_BNH, oracle.ragged_attention(q_BNH, new_BKC, cache_LBKSC, LAYER, length_B))
-    v_BNH = np.repeat(new_BKC[..., H:], G, axis=1)
+    q_BWNH, new_BWKC, cache_LBKSC, length_B = args
+    out_BWNH = attend(q_BWNH, new_BWKC, cache_LBKSC, LAYER, length_B, mesh=mesh, backend=backend)
+    assert out_BWNH.dtype == dtype
+    oracle.assert_close(out_BWNH, oracle.ragged_attention(q_BWNH, new_BWKC, cache_LBKSC, LAYER, length_B))
+    v_BWNH = np.repeat(new_BWKC[..., H:], G, axis=2)
     for dead in (0, 3, 8):
-        assert np.array_equal(out_BNH[dead], v_BNH[dead]), "an empty slot's answer is v_new, exactly"
+        assert np.array_equal(out_BWNH[dead], v_BWNH[dead]), "an empty slot's answer is v_new, exactly"
 
 
 @pytest.mark.parametrize("backend", ["xla", "xla_gpu", pytest.param("pallas_interpret", marks=pytest.mark.slow)])
@@ -77,8 +77,8 @@ def test_large_pages(mesh, backend):
     """The pages that real cache lengths get, of more than one lane tile of rows."""
     K, G, H, S, rows = 1, 3, 128, 1024, 512
     args = inputs([rows - 1, rows + 1, 200, S], S, K, G, H, jnp.bfloat16)
-    out_BNH = attend(*args[:3], LAYER, args[3], rows=rows, mesh=mesh, backend=backend)
-    oracle.assert_close(out_BNH, oracle.ragged_attention(*args[:3], LAYER, args[3]))
+    out_BWNH = attend(*args[:3], LAYER, args[3], rows=rows, mesh=mesh, backend=backend)
+    oracle.assert_close(out_BWNH, oracle.ragged_attention(*args[:3], LAYER, args[3]))
 
 
 def test_the_last_gpu_block_reaches_back(mesh, monkeypatch):
@@ -91,8 +91,8 @@ def test_the_last_gpu_block_reaches_back(mesh, monkeypatch):
         page_BJ, pool = oracle.table(args[3], 640, R)
         cache_LPKRC = oracle.paged(args[2], page_BJ, pool, R)
         of_window = {"window": None if window is None else jnp.int32(window)}
-        out_BNH = attend(*args[:2], cache_LPKRC, LAYER, args[3], jnp.asarray(page_BJ), **of_window)
-        oracle.assert_close(out_BNH, oracle.ragged_attention(*args[:3], LAYER, args[3], window=window))
+        out_BWNH = attend(*args[:2], cache_LPKRC, LAYER, args[3], jnp.asarray(page_BJ), **of_window)
+        oracle.assert_close(out_BWNH, oracle.ragged_attention(*args[:3], LAYER, args[3], window=window))
 
 
 def by_hand(k, v, H, dtype="float32"):
@@ -109,27 +109,27 @@ def cached_by_hand(k, v, H, S, slack=np.nan, dtype="float32"):
 def test_by_hand(mesh, backend):
     """Scores 0 for the cached row and log 3 for the new one: weights 1/4 and 3/4."""
     H, S = 64, 128
-    q_BNH = by_hand(8.0, 0.0, H)[None, None, :H]  # times H**-0.5 is 1
-    new_BKC = by_hand(np.log(3.0), 4.0, H)[None, None]
+    q_BWNH = by_hand(8.0, 0.0, H)[None, None, None, :H]  # times H**-0.5 is 1
+    new_BWKC = by_hand(np.log(3.0), 4.0, H)[None, None, None]
     cache_LBKSC = cached_by_hand(0.0, 8.0, H, S)
-    out_BNH = attend(q_BNH, new_BKC, cache_LBKSC, 0, np.array([1], np.int32), mesh=mesh, backend=backend)
-    np.testing.assert_allclose(out_BNH, np.full((1, 1, H), 5.0), rtol=1e-6)
+    out_BWNH = attend(q_BWNH, new_BWKC, cache_LBKSC, 0, np.array([1], np.int32), mesh=mesh, backend=backend)
+    np.testing.assert_allclose(out_BWNH, np.full((1, 1, 1, H), 5.0), rtol=1e-6)
 
 
 @pytest.mark.parametrize("backend", ["xla", "xla_gpu", "pallas_interpret", "native_cpu"])
 def test_all_slots_dead(mesh, backend):
-    q_BNH, new_BKC, cache_LBKSC, length_B = inputs([0, 0, 0], 128, 1, 3, 64, jnp.float32)
-    out_BNH = attend(q_BNH, new_BKC, cache_LBKSC, LAYER, length_B, mesh=mesh, backend=backend)
-    assert np.array_equal(out_BNH, np.repeat(new_BKC[..., 64:], 3, axis=1))
+    q_BWNH, new_BWKC, cache_LBKSC, length_B = inputs([0, 0, 0], 128, 1, 3, 64, jnp.float32)
+    out_BWNH = attend(q_BWNH, new_BWKC, cache_LBKSC, LAYER, length_B, mesh=mesh, backend=backend)
+    assert np.array_equal(out_BWNH, np.repeat(new_BWKC[..., 64:], 3, axis=2))
 
 
 @pytest.mark.parametrize("backend", ["xla", "xla_gpu", "native_cpu"])
 def test_large_scores_do_not_overflow(mesh, backend):
     """exp of a score that is not taken relative to the largest so far is inf."""
-    q_BNH, new_BKC, cache_LBKSC, length_B = inputs([100, 300], 384, 1, 2, 64, jnp.float32)
-    out_BNH = attend(q_BNH * 300, new_BKC, cache_LBKSC, LAYER, length_B, mesh=mesh, backend=backend)
-    expected_BNH = oracle.ragged_attention(q_BNH * 300, new_BKC, cache_LBKSC, LAYER, length_B)
-    np.testing.assert_allclose(out_BNH, expected_BNH, rtol=1e-3, atol=1e-3)
+    q_BWNH, new_BWKC, cache_LBKSC, length_B = inputs([100, 300], 384, 1, 2, 64, jnp.float32)
+    out_BWNH = attend(q_BWNH * 300, new_BWKC, cache_LBKSC, LAYER, length_B, mesh=mesh, backend=backend)
+    expected_BWNH = oracle.ragged_attention(q_BWNH * 300, new_BWKC, cache_LBKSC, LAYER, length_B)
+    np.testing.assert_allclose(out_BWNH, expected_BWNH, rtol=1e-3, atol=1e-3)
 
 
 WINDOWS = [1, 2, 127, 128, 129, 300, 385, 2**31 - 1]
@@ -150,16 +150,16 @@ def test_every_length_and_window_around_a_page(mesh, backend, K, G, H, dtype, wi
     S = 3 * R
     lengths = [0, 1, R - 1, 0, R, R + 1, S, 2 * R, 0]
     for window in windows:  # one compilation: the window is traced
-        q_BNH, new_BKC, cache_LBKSC, length_B = inputs(lengths, S, K, G, H, dtype, window=window)
-        args = (q_BNH, new_BKC, cache_LBKSC, LAYER, length_B)
-        out_BNH = attend(*args, window=jnp.int32(window), mesh=mesh, backend=backend)
-        oracle.assert_close(out_BNH, oracle.ragged_attention(*args, window=window))
+        q_BWNH, new_BWKC, cache_LBKSC, length_B = inputs(lengths, S, K, G, H, dtype, window=window)
+        args = (q_BWNH, new_BWKC, cache_LBKSC, LAYER, length_B)
+        out_BWNH = attend(*args, window=jnp.int32(window), mesh=mesh, backend=backend)
+        oracle.assert_close(out_BWNH, oracle.ragged_attention(*args, window=window))
         if window > S:
             everything = attend(*args, mesh=mesh, backend=backend)
-            np.testing.assert_allclose(out_BNH, everything, rtol=1e-6, atol=1e-6)
-        v_BNH = np.repeat(new_BKC[..., H:], G, axis=1)
+            np.testing.assert_allclose(out_BWNH, everything, rtol=1e-6, atol=1e-6)
+        v_BWNH = np.repeat(new_BWKC[..., H:], G, axis=2)
         for alone in range(len(lengths)) if window == 1 else (0, 3, 8):
-            assert np.array_equal(out_BNH[alone], v_BNH[alone]), "a token that sees only itself gives v_new, exactly"
+            assert np.array_equal(out_BWNH[alone], v_BWNH[alone]), "a token that sees only itself gives v_new, exactly"
 
 
 @pytest.mark.parametrize("backend", ["xla", "xla_gpu", pytest.param("pallas_interpret", marks=pytest.mark.slow)])
@@ -167,7 +167,7 @@ def test_layers_of_one_scan_have_windows_of_their_own(mesh, backend):
     """Steps are listed once a window and picked by layer; each layer's slack is NaN."""
     S, windows, lengths = 256, [1, 100, 257], [0, 3, 200, 256]
     of_layers = [inputs(lengths, S, 1, 2, 64, jnp.float32, window=window) for window in windows]
-    q_BNH, new_BKC, _, length_B = of_layers[0]
+    q_BWNH, new_BWKC, _, length_B = of_layers[0]
     cache_LBKSC = jnp.stack([cache_LBKSC[LAYER] for _, _, cache_LBKSC, _ in of_layers])
     page_BJ, pool = oracle.table(lengths, S, R)
     cache_LPKRC = oracle.paged(cache_LBKSC, page_BJ, pool, R)
@@ -181,15 +181,70 @@ def test_layers_of_one_scan_have_windows_of_their_own(mesh, backend):
 
         def of_layer(_, layer):
             steps = jax.tree.map(lambda steps_L: steps_L[layer], listed)
-            args = (q_BNH, new_BKC, cache_LPKRC, layer, length_B, page_BJ, steps)
+            args = (q_BWNH, new_BWKC, cache_LPKRC, layer, length_B, page_BJ, steps)
             return None, ragged_attention(*args, window=window_L[layer], mesh=mesh, backend=backend)
 
         return jax.lax.scan(of_layer, None, jnp.arange(3))[1]
 
-    out_LBNH = attend_layers(jnp.array(windows), jnp.asarray(page_BJ))
+    out_LBWNH = attend_layers(jnp.array(windows), jnp.asarray(page_BJ))
     for layer, window in enumerate(windows):
-        expected_BNH = oracle.ragged_attention(q_BNH, new_BKC, cache_LBKSC, layer, length_B, window=window)
-        oracle.assert_close(out_LBNH[layer], expected_BNH)
+        expected_BWNH = oracle.ragged_attention(q_BWNH, new_BWKC, cache_LBKSC, layer, length_B, window=window)
+        oracle.assert_close(out_LBWNH[layer], expected_BWNH)
+
+
+@pytest.mark.parametrize("backend", ["xla", "xla_gpu", "native_cpu", "pallas_interpret"])
+@pytest.mark.parametrize(
+    ("W", "K", "G", "H", "dtype"),
+    [
+        (4, 1, 4, 128, jnp.bfloat16),
+        (3, 3, 3, 64, jnp.float32),
+        pytest.param(8, 2, 1, 128, jnp.float32, marks=pytest.mark.slow),
+        pytest.param(2, 1, 8, 256, jnp.bfloat16, marks=pytest.mark.slow),
+        pytest.param(5, 4, 2, 64, jnp.bfloat16, marks=pytest.mark.slow),
+        pytest.param(7, 1, 3, 64, jnp.float32, marks=pytest.mark.slow),
+    ],
+)
+def test_several_tokens(mesh, backend, W, K, G, H, dtype):
+    """Each sees the cached rows and, of the step's own, those up to itself: one that saw the next would differ."""
+    args = inputs([0, 1, R - 1, 0, R, R + 1, 3 * R - W, 2 * R - 2, 0], 3 * R, K, G, H, dtype, W=W)
+    out_BWNH = attend(*args[:3], LAYER, args[3], mesh=mesh, backend=backend)
+    oracle.assert_close(out_BWNH, oracle.ragged_attention(*args[:3], LAYER, args[3]))
+    v_BWNH = np.repeat(args[1][..., H:], G, axis=2)
+    for dead in (0, 3, 8):
+        assert np.array_equal(out_BWNH[dead, 0], v_BWNH[dead, 0]), "a first token that sees itself alone gives its v"
+
+
+@pytest.mark.parametrize(
+    ("backend", "W", "K", "G", "H", "dtype", "windows"),
+    [
+        *(
+            (backend, 4, 2, 2, 64, jnp.float32, [1, 2, 3, 4, *WINDOWS[2:]])
+            for backend in ("xla", "xla_gpu", "native_cpu")
+        ),
+        pytest.param("pallas_interpret", 4, 1, 3, 64, jnp.bfloat16, [3, R + 2], marks=pytest.mark.slow),
+        pytest.param("pallas_interpret", 8, 2, 2, 128, jnp.float32, [*range(1, 10), *WINDOWS], marks=pytest.mark.slow),
+    ],
+)
+def test_several_tokens_with_windows(mesh, backend, W, K, G, H, dtype, windows):
+    """Each token's window begins a row later than that of the one before it, within the cache or the step's own."""
+    lengths = [0, 1, R - 1, R, R + 2, 3 * R - W, 2 * R]
+    for window in windows:
+        args = inputs(lengths, 3 * R, K, G, H, dtype, window=window, W=W)
+        out_BWNH = attend(*args[:3], LAYER, args[3], window=jnp.int32(window), mesh=mesh, backend=backend)
+        oracle.assert_close(out_BWNH, oracle.ragged_attention(*args[:3], LAYER, args[3], window=window))
+
+
+@pytest.mark.parametrize("backend", ["xla", "xla_gpu", "native_cpu", "pallas_interpret"])
+def test_several_tokens_over_int8_with_a_cap(mesh, backend):
+    """What the step's own rows do not have, scales, is nowhere applied to them; their scores are capped, too."""
+    W, H, window = 3, 64, 130
+    q_BWNH, new_BWKC, cache_LBKSC, length_B = inputs([0, 2, 129, 256, 140], 256, 2, 2, H, jnp.float32, 0, window, W)
+    codes, scales, meant = quantised(np.asarray(cache_LBKSC))
+    out_BWNH = attend(
+        *(q_BWNH, new_BWKC, codes, LAYER, length_B),
+        scale_LBK2S=scales, window=window, soft_cap=3.0, mesh=mesh, backend=backend,
+    )  # fmt: skip
+    oracle.assert_close(out_BWNH, oracle.ragged_attention(q_BWNH, new_BWKC, meant, LAYER, length_B, window, 3.0))
 
 
 @pytest.mark.parametrize(
@@ -204,25 +259,25 @@ def test_layers_of_one_scan_have_windows_of_their_own(mesh, backend):
 )
 def test_soft_cap(mesh, backend, window):
     """Gemma 2 caps at 50, which scores of 300 notice; the new token's own score is capped, too."""
-    q_BNH, new_BKC, cache_LBKSC, length_B = inputs([0, 1, 100, 256], 256, 1, 2, 64, jnp.float32, window=window)
-    args = (q_BNH * 100, new_BKC, cache_LBKSC, LAYER, length_B)
-    out_BNH = attend(*args, window=window, soft_cap=50.0, mesh=mesh, backend=backend)
-    expected_BNH = oracle.ragged_attention(*args, window=window, soft_cap=50.0)
-    np.testing.assert_allclose(out_BNH, expected_BNH, rtol=1e-3, atol=1e-4)
-    uncapped_BNH = oracle.ragged_attention(*args, window=window)
-    assert np.abs(expected_BNH - uncapped_BNH)[2:].max() > 0.1
+    q_BWNH, new_BWKC, cache_LBKSC, length_B = inputs([0, 1, 100, 256], 256, 1, 2, 64, jnp.float32, window=window)
+    args = (q_BWNH * 100, new_BWKC, cache_LBKSC, LAYER, length_B)
+    out_BWNH = attend(*args, window=window, soft_cap=50.0, mesh=mesh, backend=backend)
+    expected_BWNH = oracle.ragged_attention(*args, window=window, soft_cap=50.0)
+    np.testing.assert_allclose(out_BWNH, expected_BWNH, rtol=1e-3, atol=1e-4)
+    uncapped_BWNH = oracle.ragged_attention(*args, window=window)
+    assert np.abs(expected_BWNH - uncapped_BWNH)[2:].max() > 0.1
 
 
 @pytest.mark.parametrize("backend", ["xla", "xla_gpu", "pallas_interpret"])
 def test_soft_cap_by_hand(mesh, backend):
     """Scores 0 and 1000, capped at log 3: weights 1/4 and 3/4."""
     H, S = 64, 128
-    q_BNH = by_hand(8.0, 0.0, H)[None, None, :H]
-    new_BKC = by_hand(1000.0, 4.0, H)[None, None]
+    q_BWNH = by_hand(8.0, 0.0, H)[None, None, None, :H]
+    new_BWKC = by_hand(1000.0, 4.0, H)[None, None, None]
     cache_LBKSC = cached_by_hand(0.0, 8.0, H, S)
-    args = (q_BNH, new_BKC, cache_LBKSC, 0, np.array([1], np.int32))
-    out_BNH = attend(*args, soft_cap=float(np.log(3.0)), mesh=mesh, backend=backend)
-    np.testing.assert_allclose(out_BNH, np.full((1, 1, H), 5.0), rtol=1e-6)
+    args = (q_BWNH, new_BWKC, cache_LBKSC, 0, np.array([1], np.int32))
+    out_BWNH = attend(*args, soft_cap=float(np.log(3.0)), mesh=mesh, backend=backend)
+    np.testing.assert_allclose(out_BWNH, np.full((1, 1, 1, H), 5.0), rtol=1e-6)
 
 
 def quantised(rows_LBKSC):
@@ -252,36 +307,36 @@ def test_int8_rows_mean_code_times_scale(mesh, backend, K, G, H, dtype, window, 
     """k's and v's own scale, each at its row; unused rows have NaN for a scale; the new token is not quantised."""
     S = 384
     lengths = [0, 1, 127, 0, 128, 129, S, 256, 0]
-    q_BNH, new_BKC, cache_LBKSC, length_B = inputs(lengths, S, K, G, H, dtype, window=window)
+    q_BWNH, new_BWKC, cache_LBKSC, length_B = inputs(lengths, S, K, G, H, dtype, window=window)
     spread_1S1 = np.exp2(np.random.default_rng(7).integers(-8, 3, (1, S, 1)))  # scales that differ from row to row
     codes, scales, meant = quantised(
         np.asarray(cache_LBKSC, np.float32) * np.where(np.arange(2 * H) < H, 1, spread_1S1)
     )
-    out_BNH = attend(
-        *(q_BNH, new_BKC, codes, LAYER, length_B),
+    out_BWNH = attend(
+        *(q_BWNH, new_BWKC, codes, LAYER, length_B),
         scale_LBK2S=scales, window=window, soft_cap=soft_cap, mesh=mesh, backend=backend,
     )  # fmt: skip
-    assert out_BNH.dtype == dtype
-    expected_BNH = oracle.ragged_attention(q_BNH, new_BKC, meant, LAYER, length_B, window, soft_cap)
-    oracle.assert_close(out_BNH, expected_BNH)
-    v_BNH = np.repeat(new_BKC[..., H:], G, axis=1)
+    assert out_BWNH.dtype == dtype
+    expected_BWNH = oracle.ragged_attention(q_BWNH, new_BWKC, meant, LAYER, length_B, window, soft_cap)
+    oracle.assert_close(out_BWNH, expected_BWNH)
+    v_BWNH = np.repeat(new_BWKC[..., H:], G, axis=2)
     for dead in (0, 3, 8):
-        assert np.array_equal(out_BNH[dead], v_BNH[dead]), "an empty slot's answer is v_new, exactly"
+        assert np.array_equal(out_BWNH[dead], v_BWNH[dead]), "an empty slot's answer is v_new, exactly"
 
 
 @pytest.mark.parametrize("backend", ["xla", "xla_gpu", "pallas_interpret"])
 def test_int8_by_hand(mesh, backend):
     """k = 4 x 0.25 gives the score log 3, as the new token has it; v = 8 x 0.5 and 8: the mean of 4 and 8."""
     H, S = 64, 128
-    q_BNH = by_hand(8.0 * np.log(3.0), 0.0, H)[None, None, :H]
-    new_BKC = by_hand(1.0, 8.0, H)[None, None]
+    q_BWNH = by_hand(8.0 * np.log(3.0), 0.0, H)[None, None, None, :H]
+    new_BWKC = by_hand(1.0, 8.0, H)[None, None, None]
     codes = cached_by_hand(4, 8, H, S, slack=77, dtype="int8")
     scales = np.full((1, 1, 1, 2, S), np.nan, np.float32)
     scales[..., 0] = 0.25, 0.5
-    out_BNH = attend(
-        q_BNH, new_BKC, codes, 0, np.array([1], np.int32), scale_LBK2S=scales, mesh=mesh, backend=backend
+    out_BWNH = attend(
+        q_BWNH, new_BWKC, codes, 0, np.array([1], np.int32), scale_LBK2S=scales, mesh=mesh, backend=backend
     )  # fmt: skip
-    np.testing.assert_allclose(out_BNH, np.full((1, 1, H), 6.0), rtol=1e-6)
+    np.testing.assert_allclose(out_BWNH, np.full((1, 1, 1, H), 6.0), rtol=1e-6)
 
 
 LIST = jax.jit(functools.partial(live_steps, rows=R, interpret=True), static_argnames=("max_pages", "cores"))
@@ -339,40 +394,40 @@ def test_lists_are_as_long_as_the_pool_allows():
 def test_two_cores():
     """On a chip with two cores the shorter list of steps is padded; a padded step must change nothing."""
     lengths, S, H = [200, 1, 0, 0, 256, 130], 256, 128
-    q_BNH, new_BKC, cache_LBKSC, length_B = inputs(lengths, S, 1, 2, H, jnp.float32)
+    q_BWNH, new_BWKC, cache_LBKSC, length_B = inputs(lengths, S, 1, 2, H, jnp.float32)
     page_BJ, pool = oracle.table(lengths, S, R)
     steps = LIST(length_B, None, jnp.asarray(page_BJ), max_pages=pool, cores=2)
     assert steps.count.tolist() == [5, 4]
     cache_LPKRC = oracle.paged(cache_LBKSC, page_BJ, pool, R)
     attend = jax.jit(functools.partial(ragged_attention_tpu, interpret=interpret_params("pallas_interpret")))
-    out_BNH = attend(
-        q_BNH, new_BKC, cache_LPKRC, None, jnp.int32(LAYER), length_B, jnp.asarray(page_BJ), None, None, steps
-    )
-    oracle.assert_close(out_BNH, oracle.ragged_attention(q_BNH, new_BKC, cache_LBKSC, LAYER, length_B))
+    at = (None, jnp.int32(LAYER), length_B, jnp.asarray(page_BJ), None, None)
+    out_BWNH = attend(q_BWNH, new_BWKC, cache_LPKRC, *at, steps)
+    oracle.assert_close(out_BWNH, oracle.ragged_attention(q_BWNH, new_BWKC, cache_LBKSC, LAYER, length_B))
 
 
 @pytest.mark.parametrize("backend", ["xla", "xla_gpu", "pallas_interpret", "native_cpu"])
 def test_slots_share_pages(mesh, backend):
     """Two slots with one first page, of which the second sees less; more references than the pool has pages."""
     lengths, S = [R + 9, R - 5, R + 3, R], 2 * R
-    q_BNH, new_BKC, cache_LBKSC, length_B = inputs(lengths, S, 1, 2, 64, jnp.float32)
+    q_BWNH, new_BWKC, cache_LBKSC, length_B = inputs(lengths, S, 1, 2, 64, jnp.float32)
     cache_LBKSC = np.array(cache_LBKSC)
     cache_LBKSC[:, :, :, :R] = np.nan_to_num(cache_LBKSC[:, :1, :, :R])
     page_BJ = np.array([[2, 0], [2, -1], [2, 1], [2, -1]], np.int32)
     cache_LPKRC = oracle.paged(cache_LBKSC, page_BJ, 4, R)
     args, where = (length_B, jnp.asarray(page_BJ)), {"mesh": mesh, "backend": backend}
     steps = jax.jit(functools.partial(attention_steps, max_pages=6, **where))(cache_LPKRC, *args)
-    out_BNH = ATTEND(q_BNH, new_BKC, cache_LPKRC, LAYER, *args, steps, **where)
-    oracle.assert_close(out_BNH, oracle.ragged_attention(q_BNH, new_BKC, cache_LBKSC, LAYER, length_B))
+    out_BWNH = ATTEND(q_BWNH, new_BWKC, cache_LPKRC, LAYER, *args, steps, **where)
+    oracle.assert_close(out_BWNH, oracle.ragged_attention(q_BWNH, new_BWKC, cache_LBKSC, LAYER, length_B))
 
 
 @pytest.mark.slow
 def test_steps_listed_once_for_all_layers(mesh):
     """What the engine does: the steps come from outside the layer loop."""
-    q_BNH, new_BKC, cache_LBKSC, length_B = inputs([0, 3, 200], 256, 1, 2, 64, jnp.float32)
+    q_BWNH, new_BWKC, cache_LBKSC, length_B = inputs([0, 3, 200], 256, 1, 2, 64, jnp.float32)
     page_BJ, pool = oracle.table(length_B, 256, R)
     cache_LPKRC, page_BJ = oracle.paged(cache_LBKSC, page_BJ, pool, R), jnp.asarray(page_BJ)
-    args, where = (q_BNH, new_BKC, cache_LPKRC, LAYER, length_B, page_BJ), {"mesh": mesh, "backend": "pallas_interpret"}
+    where = {"mesh": mesh, "backend": "pallas_interpret"}
+    args = (q_BWNH, new_BWKC, cache_LPKRC, LAYER, length_B, page_BJ)
     steps = attention_steps(cache_LPKRC, length_B, page_BJ, **where)
     assert np.array_equal(ATTEND(*args, steps, **where), ATTEND(*args, **where))
     assert attention_steps(cache_LPKRC, length_B, page_BJ, mesh=mesh, backend="xla") is None
@@ -380,8 +435,8 @@ def test_steps_listed_once_for_all_layers(mesh):
 
 def test_sharded_equals_one_device(mesh, mesh_of_8):
     """Query heads and the kv heads they use must land on the same chip."""
-    q_BNH, new_BKC, cache_LBKSC, length_B = inputs([0, 3, 200], 256, 8, 2, 64, jnp.float32)
-    args = (q_BNH, new_BKC, cache_LBKSC, jnp.int32(LAYER), length_B)
+    q_BWNH, new_BWKC, cache_LBKSC, length_B = inputs([0, 3, 200], 256, 8, 2, 64, jnp.float32)
+    args = (q_BWNH, new_BWKC, cache_LBKSC, jnp.int32(LAYER), length_B)
     one = attend(*args, mesh=mesh, backend="xla")
     eight = attend(*args, mesh=mesh_of_8, backend="xla")
     np.testing.assert_allclose(eight, one, rtol=1e-6, atol=1e-6)
@@ -431,14 +486,17 @@ def test_tuned_sizes_are_there():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"q_BNH": (2, 5, 64)}, "num_q_heads=5 must be divisible by num_kv_heads=2"),
-        ({"q_BNH": (2, 4, 128)}, "C=128 lanes"),
-        ({"new_BKC": (2, 1, 128)}, r"new_BKC must be \[B, K, C\] = \(2, 2, 128\), got \(2, 1, 128\)"),
+        ({"q_BWNH": (2, 1, 5, 64)}, "num_q_heads=5 must be divisible by num_kv_heads=2"),
+        ({"q_BWNH": (2, 1, 4, 128)}, "C=128 lanes"),
+        ({"q_BWNH": (2, 4, 64)}, r"q_BWNH must be \[B, W, N, H\], got \(2, 4, 64\); one token per slot is W = 1"),
+        ({"new_BWKC": (2, 1, 1, 128)}, r"new_BWKC must be \[B, W, K, C\] = \(2, 1, 2, 128\), got \(2, 1, 1, 128\)"),
+        ({"q_BWNH": (2, 3, 4, 64)}, r"new_BWKC must be \[B, W, K, C\] = \(2, 3, 2, 128\), got \(2, 1, 2, 128\)"),
         ({"cache_LPKRC": (3, 5, 2, 130, 128)}, "rows=130 must have a multiple of 128; nearest above: 256"),
         ({"page_BJ": (3, 4)}, r"page_BJ must be \[B, J\] = \(2, pages of a text\), got \(3, 4\)"),
         ({"page_BJ": (2,)}, r"page_BJ must be \[B, J\]"),
         (
-            {"q_BNH": (2, 4, 80), "new_BKC": (2, 2, 160), "cache_LPKRC": (3, 5, 2, 128, 160), "backend": "pallas"},
+            {"q_BWNH": (2, 1, 4, 80), "new_BWKC": (2, 1, 2, 160), "cache_LPKRC": (3, 5, 2, 128, 160)}
+            | {"backend": "pallas"},
             "pad heads to 128",
         ),
         ({"length_B": (3,)}, "length_B must be"),
@@ -456,15 +514,15 @@ def test_tuned_sizes_are_there():
 )
 def test_refuses(mesh, mesh_of_8, change, message):
     shapes = {
-        "q_BNH": (2, 4, 64),
-        "new_BKC": (2, 2, 128),
+        "q_BWNH": (2, 1, 4, 64),
+        "new_BWKC": (2, 1, 2, 128),
         "cache_LPKRC": (3, 5, 2, 128, 128),
         "length_B": (2,),
         "page_BJ": (2, 4),
     } | change
     args = {
-        "q_BNH": jnp.zeros(shapes["q_BNH"], change.get("dtype", jnp.float32)),
-        "new_BKC": jnp.zeros(shapes["new_BKC"]),
+        "q_BWNH": jnp.zeros(shapes["q_BWNH"], change.get("dtype", jnp.float32)),
+        "new_BWKC": jnp.zeros(shapes["new_BWKC"]),
         "cache_LPKRC": jnp.zeros(shapes["cache_LPKRC"]),
         "page_BJ": jnp.zeros(shapes["page_BJ"], jnp.int32),
         "layer": change.get("layer", 0),

@@ -43,13 +43,13 @@ def page_shape(mesh, K, H, dtype):
     return B * S // rows, rows
 
 
-def arrays(mesh, K, G, H, dtype):
-    """q, new (of a step), cache, layer, length, pages; K is per chip."""
+def arrays(mesh, K, G, H, dtype, W=1):
+    """q, new (of a step), cache, layer, length, pages; K is per chip, W tokens a slot."""
     pool, rows = page_shape(mesh, K, H, dtype)
     K *= mesh.size
     return (
-        abstract(mesh, (B, K * G, H), dtype, None, "tensor"),
-        abstract(mesh, (L, B, K, 2 * H), dtype, None, None, "tensor"),
+        abstract(mesh, (B, W, K * G, H), dtype, None, None, "tensor"),
+        abstract(mesh, (L, B, W, K, 2 * H), dtype, None, None, None, "tensor"),
         abstract(mesh, (L, pool, K, rows, 2 * H), dtype, None, None, "tensor"),
         abstract(mesh, (), jnp.int32),
         abstract(mesh, (B,), jnp.int32),
@@ -68,8 +68,8 @@ def test_ragged_attention(chips, K, G, H, dtype):
     mesh = tpu_mesh(chips=chips)
     args = arrays(mesh, K, G, H, dtype)
 
-    def attend(q_BNH, new_LBKC, cache_LPKRC, layer, length_B, page_BJ):
-        args = (q_BNH, new_LBKC[0], cache_LPKRC, layer, length_B, page_BJ)
+    def attend(q_BWNH, new_LBWKC, cache_LPKRC, layer, length_B, page_BJ):
+        args = (q_BWNH, new_LBWKC[0], cache_LPKRC, layer, length_B, page_BJ)
         return ragged_attention(*args, mesh=mesh, backend="pallas")
 
     assert_no_copy_of(args[2], compile_for(mesh, attend, *args))
@@ -79,53 +79,80 @@ def test_ragged_attention(chips, K, G, H, dtype):
 @HEADS
 def test_cache_flush(chips, K, G, H, dtype):
     mesh = tpu_mesh(chips=chips)
-    _, new_LBKC, cache_LPKRC, _, position_B, page_BJ = arrays(mesh, K, G, H, dtype)
+    _, new_LBWKC, cache_LPKRC, _, position_B, page_BJ = arrays(mesh, K, G, H, dtype)
     flush = functools.partial(cache_flush, mesh=mesh, backend="pallas")
-    compiled = compile_for(mesh, flush, cache_LPKRC, new_LBKC, position_B, page_BJ, donate=(0,))
+    compiled = compile_for(mesh, flush, cache_LPKRC, new_LBWKC, position_B, position_B, page_BJ, donate=(0,))
     assert_no_copy_of(cache_LPKRC, compiled)
     assert memory_of(compiled).alias_size_in_bytes == nbytes(cache_LPKRC)
 
 
-def decode_step(mesh, flush, weight_LDD, token_BD, cache_LPKRC, length_B, page_BJ):
-    """A step's shape: every layer reads the cache and returns its new row; one flush at the end."""
+def decode_step(mesh, flush, weight_LDD, token_RD, cache_LPKRC, length_B, page_BJ):
+    """A step's shape: every layer reads the cache and returns its new rows; one flush at the end."""
     K, C = cache_LPKRC.shape[2], cache_LPKRC.shape[4]
     steps = attention_steps(cache_LPKRC, length_B, page_BJ, mesh=mesh, backend="pallas")
 
-    def layer(x_BD, weight_and_layer):
+    def layer(x_RD, weight_and_layer):
         weight_DD, layer = weight_and_layer
-        y_BD = x_BD @ weight_DD
-        q_BNH = y_BD.reshape(B, -1, C // 2)
-        new_BKC = y_BD[:, : K * C].reshape(B, K, C)
-        args = (q_BNH, new_BKC, cache_LPKRC, layer, length_B, page_BJ, steps)
-        out_BNH = ragged_attention(*args, mesh=mesh, backend="pallas")
-        return x_BD + out_BNH.reshape(B, -1), new_BKC
+        y_RD = x_RD @ weight_DD
+        q_BWNH = y_RD.reshape(B, -1, y_RD.shape[1] * 2 // C, C // 2)
+        new_BWKC = y_RD[:, : K * C].reshape(B, -1, K, C)
+        args = (q_BWNH, new_BWKC, cache_LPKRC, layer, length_B, page_BJ, steps)
+        out_BWNH = ragged_attention(*args, mesh=mesh, backend="pallas")
+        return x_RD + out_BWNH.reshape(x_RD.shape), new_BWKC
 
-    token_BD, new_LBKC = jax.lax.scan(layer, token_BD, (weight_LDD, jnp.arange(L)))
-    return token_BD, flush(cache_LPKRC, new_LBKC, length_B, page_BJ)
+    token_RD, new_LBWKC = jax.lax.scan(layer, token_RD, (weight_LDD, jnp.arange(L)))
+    return token_RD, flush(cache_LPKRC, new_LBWKC, length_B, jnp.minimum(length_B, 1), page_BJ)
 
 
-def compile_step(chips, K, G, H, dtype, flush_of):
-    mesh = tpu_mesh(chips=chips)
+def compile_step(chips, K, G, H, dtype, flush_of, *, topology="v5e:2x4", W=1):
+    mesh = tpu_mesh(topology, chips=chips)
     _, _, cache_LPKRC, _, length_B, page_BJ = arrays(mesh, K, G, H, dtype)
     D = max(K * G * H, 2 * K * H) * mesh.size
     weight_LDD = abstract(mesh, (L, D, D), dtype, None, None, "tensor")
     step = functools.partial(decode_step, mesh, flush_of(mesh))
-    token_BD = abstract(mesh, (B, D), dtype)
-    args = (weight_LDD, token_BD, cache_LPKRC, length_B, page_BJ)
+    token_RD = abstract(mesh, (B * W, D), dtype)
+    args = (weight_LDD, token_RD, cache_LPKRC, length_B, page_BJ)
     return cache_LPKRC, compile_for(mesh, step, *args, donate=(2,))
 
 
-@CHIPS
-@pytest.mark.parametrize(("K", "G", "H", "dtype"), [case for i, case in enumerate(quick(2, 3, 5)) if i != 1])
-def test_step(chips, K, G, H, dtype):
-    """Layouts are chosen per module: kernels that are clean alone may disagree about the cache's inside a step."""
+STEP = pytest.mark.parametrize(("K", "G", "H", "dtype"), [case for i, case in enumerate(quick(2, 3, 5)) if i != 1])
 
+
+def assert_step_is_clean(*args, **options):
     def flush_of(mesh):
         return functools.partial(cache_flush, mesh=mesh, backend="pallas")
 
-    cache_LPKRC, compiled = compile_step(chips, K, G, H, dtype, flush_of)
+    cache_LPKRC, compiled = compile_step(*args, flush_of, **options)
     assert_no_copy_of(cache_LPKRC, compiled)
     assert memory_of(compiled).alias_size_in_bytes == nbytes(cache_LPKRC)
+
+
+@CHIPS
+@STEP
+def test_step(chips, K, G, H, dtype):
+    """Layouts are chosen per module: kernels that are clean alone may disagree about the cache's inside a step."""
+    assert_step_is_clean(chips, K, G, H, dtype)
+
+
+@pytest.mark.parametrize(
+    ("topology", "chips", "case", "W"),
+    [
+        ("v5e:2x4", 1, CASES[2], 4),
+        *(
+            pytest.param(topology, chips, CASES[case], W, marks=pytest.mark.slow)
+            for topology, chips, case, W in [
+                ("v5e:2x4", 8, 0, 4),
+                ("v5e:2x4", 1, 3, 8),
+                ("v5e:2x4", 1, 5, 3),
+                ("v4:2x2x1", 1, 0, 4),
+                ("v5p:2x2x1", 1, 4, 4),
+                ("v6e:2x2", 1, 1, 4),
+            ]
+        ),
+    ],
+)
+def test_step_of_several_tokens(topology, chips, case, W):
+    assert_step_is_clean(chips, *case, topology=topology, W=W)
 
 
 def test_the_gate_sees_copies():
@@ -137,8 +164,10 @@ def test_the_gate_sees_copies():
         def write(page_LKRC, new_LKC, row):
             return jax.lax.dynamic_update_slice(page_LKRC, new_LKC[:, :, None], (0, 0, row, 0))
 
-        def flush(cache_LPKRC, new_LBKC, length_B, page_BJ):
-            new_LPKC, row_P = (jnp.repeat(x, page_BJ.shape[1], axis) for x, axis in ((new_LBKC, 1), (length_B, 0)))
+        def flush(cache_LPKRC, new_LBWKC, length_B, count_B, page_BJ):
+            del count_B
+            new_LBKC, J = new_LBWKC[:, :, 0], page_BJ.shape[1]
+            new_LPKC, row_P = (jnp.repeat(x, J, axis) for x, axis in ((new_LBKC, 1), (length_B, 0)))
             return jax.vmap(write, in_axes=(1, 1, 0), out_axes=1)(cache_LPKRC, new_LPKC, row_P)
 
         return flush
@@ -154,7 +183,7 @@ def test_the_gate_sees_copies():
 def test_lists_of_many_slots_and_of_long_ones_fit_into_scalar_memory(slots, length, pool):
     """1 MiB for the page table while the lists are made, and for the lists while attention runs."""
     mesh, rows = tpu_mesh(chips=1), 256
-    shapes = ((slots, 4, 128), (slots, 1, 256), (1, pool, 1, rows, 256))
+    shapes = ((slots, 1, 4, 128), (slots, 1, 1, 256), (1, pool, 1, rows, 256))
     args = [abstract(mesh, shape, jnp.bfloat16) for shape in shapes]
     scalars = [abstract(mesh, shape, jnp.int32) for shape in ((), (slots,), (slots, length // rows))]
     attend = functools.partial(ragged_attention, mesh=mesh, backend="pallas")
@@ -167,50 +196,52 @@ def test_lists_of_many_slots_and_of_long_ones_fit_into_scalar_memory(slots, leng
 def test_other_chips(topology):
     mesh = tpu_mesh(topology, chips=1)
     for K, G, H, dtype in CASES:
-        q_BNH, new_LBKC, cache_LPKRC, layer, length_B, page_BJ = arrays(mesh, K, G, H, dtype)
-        new_BKC = abstract(mesh, new_LBKC.shape[1:], dtype)
+        q_BWNH, new_LBWKC, cache_LPKRC, layer, length_B, page_BJ = arrays(mesh, K, G, H, dtype)
+        new_BWKC = abstract(mesh, new_LBWKC.shape[1:], dtype)
         attend = functools.partial(ragged_attention, mesh=mesh, backend="pallas")
-        compile_for(mesh, attend, q_BNH, new_BKC, cache_LPKRC, layer, length_B, page_BJ)
+        compile_for(mesh, attend, q_BWNH, new_BWKC, cache_LPKRC, layer, length_B, page_BJ)
         flush = functools.partial(cache_flush, mesh=mesh, backend="pallas")
-        compiled = compile_for(mesh, flush, cache_LPKRC, new_LBKC, length_B, page_BJ, donate=(0,))
+        compiled = compile_for(mesh, flush, cache_LPKRC, new_LBWKC, length_B, length_B, page_BJ, donate=(0,))
         assert_no_copy_of(cache_LPKRC, compiled)
 
 
 @pytest.mark.parametrize(
-    ("topology", "chips", "K", "G", "H"),
+    ("topology", "chips", "K", "G", "H", "W"),
     [
-        ("v5e:2x4", 1, 4, 3, 64),
+        ("v5e:2x4", 1, 4, 3, 64, 1),
+        ("v5e:2x4", 1, 1, 8, 64, 4),
         *(
             pytest.param(*case, marks=pytest.mark.slow)
             for case in [
-                ("v5e:2x4", 1, 1, 4, 128),
-                ("v5e:2x4", 1, 1, 8, 64),
-                ("v5e:2x4", 8, 4, 2, 128),
-                ("v5p:2x2x1", 1, 4, 3, 64),
-                ("v6e:2x2", 1, 4, 2, 128),
-                ("v4:2x2x1", 1, 1, 4, 128),
+                ("v5e:2x4", 1, 4, 3, 64, 3),
+                ("v5e:2x4", 1, 1, 4, 128, 8),
+                ("v5e:2x4", 8, 4, 2, 128, 1),
+                ("v5p:2x2x1", 1, 4, 3, 64, 4),
+                ("v6e:2x2", 1, 4, 2, 128, 4),
+                ("v4:2x2x1", 1, 1, 4, 128, 4),
             ]
         ),
     ],
 )
-def test_int8(topology, chips, K, G, H):
+def test_int8(topology, chips, K, G, H, W):
     """Codes and scales: neither is copied, and the scales take the 8 bytes a token that they should."""
     mesh = tpu_mesh(topology, chips=chips)
-    q_BNH, new_LBKC, code_LPKRC, layer, length_B, page_BJ = arrays(mesh, K, G, H, jnp.int8)
-    q_BNH, new_LBKC = (jax.ShapeDtypeStruct(x.shape, jnp.bfloat16, sharding=x.sharding) for x in (q_BNH, new_LBKC))
+    q_BWNH, new_LBWKC, code_LPKRC, layer, length_B, page_BJ = arrays(mesh, K, G, H, jnp.int8, W)
+    q_BWNH, new_LBWKC = (jax.ShapeDtypeStruct(x.shape, jnp.bfloat16, sharding=x.sharding) for x in (q_BWNH, new_LBWKC))
     pool, rows = page_shape(mesh, K, H, jnp.int8)
     scale_LPK2R = abstract(mesh, (L, pool, K * chips, 2, rows), jnp.float32, None, None, "tensor")
 
-    def step(q_BNH, new_LBKC, code_LPKRC, scale_LPK2R, layer, length_B, page_BJ):
-        args = (q_BNH, new_LBKC[0], code_LPKRC, layer, length_B, page_BJ)
-        out_BNH = ragged_attention(*args, scale_LPK2R=scale_LPK2R, mesh=mesh, backend="pallas")
-        new = Int8().encode(new_LBKC + out_BNH[0, 0, 0])  # the flush comes after the attention
+    def step(q_BWNH, new_LBWKC, code_LPKRC, scale_LPK2R, layer, length_B, page_BJ):
+        args = (q_BWNH, new_LBWKC[0], code_LPKRC, layer, length_B, page_BJ)
+        out_BWNH = ragged_attention(*args, scale_LPK2R=scale_LPK2R, mesh=mesh, backend="pallas")
+        new = Int8().encode(new_LBWKC + out_BWNH[0, 0, 0, 0])  # the flush comes after the attention
         flush = functools.partial(cache_flush, mesh=mesh, backend="pallas")
         assert new.scales is not None
-        code_LPKRC = flush(code_LPKRC, new.rows, length_B, page_BJ)
-        return code_LPKRC, flush(scale_LPK2R, new.scales, length_B, page_BJ, row_axis=4), out_BNH
+        where = (length_B, jnp.minimum(length_B, W), page_BJ)
+        code_LPKRC = flush(code_LPKRC, new.rows, *where)
+        return code_LPKRC, flush(scale_LPK2R, new.scales, *where, row_axis=4), out_BWNH
 
-    args = (q_BNH, new_LBKC, code_LPKRC, scale_LPK2R, layer, length_B, page_BJ)
+    args = (q_BWNH, new_LBWKC, code_LPKRC, scale_LPK2R, layer, length_B, page_BJ)
     compiled = compile_for(mesh, step, *args, donate=(2, 3))
     assert_no_copy_of(code_LPKRC, compiled)
     assert layer_sized_copies(compiled, scale_LPK2R) == []
@@ -222,14 +253,17 @@ def test_int8(topology, chips, K, G, H):
 @pytest.mark.parametrize(
     "topology", ["v5e:2x4", *(pytest.param(t, marks=pytest.mark.slow) for t in ("v5p:2x2x1", "v6e:2x2"))]
 )
-@pytest.mark.parametrize(("K", "G", "H", "dtype"), [CASES[2], CASES[3]])
-def test_window_and_soft_cap(topology, K, G, H, dtype):
+@pytest.mark.parametrize(
+    ("K", "G", "H", "dtype", "W"),
+    [(*CASES[2], 4), (*CASES[3], 1), pytest.param(2, 4, 256, jnp.bfloat16, 5, marks=pytest.mark.slow)],
+)
+def test_window_and_soft_cap(topology, K, G, H, dtype, W):
     """A window that is known at run time only, as under a scan over layers of two kinds."""
     mesh = tpu_mesh(topology, chips=1)
-    args = arrays(mesh, K, G, H, dtype)
+    args = arrays(mesh, K, G, H, dtype, W)
 
-    def attend(q_BNH, new_LBKC, cache_LPKRC, layer, length_B, page_BJ, window):
-        args = (q_BNH, new_LBKC[0], cache_LPKRC, layer, length_B, page_BJ)
+    def attend(q_BWNH, new_LBWKC, cache_LPKRC, layer, length_B, page_BJ, window):
+        args = (q_BWNH, new_LBWKC[0], cache_LPKRC, layer, length_B, page_BJ)
         return ragged_attention(*args, window=window, soft_cap=50.0, mesh=mesh, backend="pallas")
 
     compiled = compile_for(mesh, attend, *args, args[3])

@@ -117,6 +117,7 @@ def test_the_rope_of_llama_3_comes_from_its_tensor(tmp_path):
             {"shapes": {"blk.0.ffn_gate.weight": (FFN, DIM - 1)}},
             r"gate_proj.weight is \(48, 31\), the model needs \(48, 32\)",
         ),
+        ({"family": "deepseek2"}, r"family 'deepseek2', which is not there: its cache .*\(MLA\); the families"),
         ({"family": "mamba"}, "family 'mamba'; the families there are: llama, qwen2, qwen3, smollm3, olmo2"),
         ({"scaling": "longrope"}, "scales its rope by 'longrope'; those there are: none, linear, yarn"),
         ({"family": "qwen2", "fields": {"expert_count": 8}}, "is a qwen2 with experts; those there are: llama"),

@@ -206,6 +206,7 @@ PUBLISHED = {
     "phi-4": 14_659_507_200, "qwen3-30b-a3b": 30_532_122_624, "smollm3-3b": 3_075_098_624, "olmo-2-7b": 7_298_617_344,
     "granite-3.3-8b": 8_170_864_640, "glm-4-9b": 9_400_279_040, "command-r7b": 8_028_033_024,
     "stablelm-2-12b": 12_143_185_920, "gpt-oss-20b": 20_914_757_184, "gpt-oss-120b": 116_829_156_672,
+    "olmo-3-7b": 7_298_011_136, "command-r": 34_980_831_232,
 }  # fmt: skip
 """As their authors count, but for StableLM 2, which is counted from its shapes; of Gemma 3 12B the text model."""
 

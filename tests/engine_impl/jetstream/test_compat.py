@@ -54,11 +54,6 @@ def test_a_package_that_jetstream_needs_and_that_is_missing_is_named():
         raise ModuleNotFoundError("No module named 'flax'", name="flax")
 
 
-def test_disaggregated_is_jetstreams_alone(capsys):
-    assert cli.run(["serve", "--disaggregated"]) == cli.BAD_INPUT
-    assert "add --orchestrator jetstream" in capsys.readouterr().err
-
-
 def test_a_thread_that_fails_is_reported_and_the_process_lives(caplog):
     orchestrator = SimpleNamespace(JetThread=threading.Thread)
     reasons = []

@@ -230,6 +230,12 @@ def test_a_cache_without_pages_for_all_slots_is_refused():
         JetStreamEngine(engine, params)
 
 
+def test_an_engine_that_drafts_is_refused():
+    engine, params = tiny_engine(CONFIG, slots=3, cache_length=256, speculate="auto")
+    with pytest.raises(RefusedError, match="leave --speculate out"):
+        JetStreamEngine(engine, params)
+
+
 def test_where_slots_are_left_out_there_are_as_many_as_the_cache_holds():
     config = with_pages_for_all(EngineConfig(slots=8, cache_length=256, cache_tokens=640))
     assert config.chosen == (2, 256, 640)

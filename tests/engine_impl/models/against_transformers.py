@@ -1,7 +1,7 @@
 """An engine beside the model of Hugging Face transformers whose checkpoint it loaded."""
 
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -29,11 +29,17 @@ def draw_weights(model, seed):
                 parameter.copy_(drawn * (0.3 if "embed" in name or "wte" in name else 2) / parameter.shape[-1] ** 0.5)
 
 
-def load(folder, devices, cache_length=256):
+def load(folder, devices, cache_length=256, speculate: Literal["off", "auto"] = "off"):
     checkpoint = SafetensorsCheckpoint(folder)
     mesh = make_mesh(jax.devices(), checkpoint.config.num_heads, checkpoint.config.num_kv_heads, devices)
     model = registry.build(replace(checkpoint.config, num_kv_heads=max(checkpoint.config.num_kv_heads, mesh.size)))
-    config = EngineConfig(slots=2, cache_length=cache_length, cache_tokens=2 * cache_length, prefill_chunk=128)
+    config = EngineConfig(
+        slots=2,
+        cache_length=cache_length,
+        cache_tokens=2 * cache_length,
+        prefill_chunk=128,
+        speculate=speculate,
+    )
     tokenizer: Any = None
     engine = Engine(model, mesh, config, jnp.dtype("float32"), tokenizer, "tiny")
     if devices > 1 and len(set(model.module_of_layer)) == 1:

@@ -28,6 +28,7 @@ MIXTRAL = {
     "max_position_embeddings": 512, "rms_norm_eps": 1e-5, "rope_theta": 10000.0, "hidden_act": "silu",
     "tie_word_embeddings": False, "sliding_window": None,
 }  # fmt: skip
+GPT_OSS = MIXTRAL | {"model_type": "gpt_oss", "sliding_window": 8}
 PROMPTS = [[5, 17, 3], [90, 2, 41, 8, 60, 77, 13]]
 SHAPE = replace(TINY, model_dim=64, ffn_dim=96, num_layers=2)  # blocks of 32
 OF_8_BLOCKS = replace(SHAPE, ffn_dim=256)  # eight devices share them
@@ -218,16 +219,16 @@ def test_an_engine_equals_one_with_the_decoded_weights(kind, devices, loop, monk
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("devices", [1, 4])
-def test_experts_become_int8(devices):
-    """Few rows, many rows and a step: each way through the experts."""
-    shape = registry.read_config(MIXTRAL, "config.json")
+@pytest.mark.parametrize(("config", "devices"), [(MIXTRAL, 1), (GPT_OSS, 4)], ids=["mixtral-1", "gpt_oss-4"])
+def test_experts_become_int8(config, devices):
+    """Many rows and a step of one: each way through the experts, with biases and without."""
+    shape = registry.read_config(config, "config.json")
 
     @dataclass(frozen=True)
     class DecodedExperts(RandomCheckpoint):
         def tensor(self, name):
             value = super().tensor(name)
-            if not fnmatch.fnmatch(name, "*.experts.*") and not fnmatch.fnmatch(name, "*_proj.weight"):
+            if not fnmatch.fnmatch(name, "*.experts.*.weight") and not fnmatch.fnmatch(name, "*_proj.weight"):
                 return value
             code_OI, scale_O = encode_int8(jnp.asarray(value)).values()
             return np.asarray(code_OI * scale_O[:, None])

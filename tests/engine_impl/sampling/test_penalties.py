@@ -24,9 +24,9 @@ def slots(*params):
 
 
 @functools.partial(jax.jit, static_argnames="mesh")
-def count_answer(count_BV, token_N, is_counted_N, mesh=MESH, slot_N=None):
+def count_answer(count_BV, token_N, counted_N, mesh=MESH, slot_N=None):
     slot_N = jnp.arange(len(token_N)) if slot_N is None else slot_N
-    return penalties.count_answer(count_BV, slot_N, token_N, is_counted_N, mesh)
+    return penalties.count_answer(count_BV, slot_N, token_N.reshape(len(token_N), -1), counted_N * 1, mesh)
 
 
 def counted(sampling, prompts, answers):
@@ -72,6 +72,22 @@ def test_chips_that_share_the_counts_count_what_one_does(vocabulary):
         mesh = Mesh(np.array(jax.devices()[:chips]), ("tensor",))
         told = count_answer(jnp.asarray(count_BV), token_N, is_counted_N, mesh=mesh, slot_N=slot_N)
         np.testing.assert_array_equal(told, expected)
+
+
+def test_several_tokens_are_counted_one_behind_another():
+    """The first so many of a slot's, the same one more than once; and what stands behind each of them."""
+    count_BV = np.random.default_rng(0).integers(0, 9, (4, 64)).astype(np.uint16)
+    count_BV[2, 7] = FULL - 1
+    slot_N, token_NW = jnp.array([2, 0, 1]), jnp.array([[7, 7, 63], [5, 5, 5], [1, 2, 3]])
+    expected = count_BV.copy()
+    expected[2, 7], expected[0, 5] = FULL - 1 + IN_ANSWER, expected[0, 5] + 3 * IN_ANSWER
+    for chips in (1, 8):
+        mesh = Mesh(np.array(jax.devices()[:chips]), ("tensor",))
+        told = count_answer(jnp.asarray(count_BV), token_NW, jnp.array([2, 3, 0]), mesh=mesh, slot_N=slot_N)
+        np.testing.assert_array_equal(told, expected)
+    behind = penalties.counts_behind(jnp.asarray(count_BV[[2, 0]]), token_NW[:2])
+    assert [int(counts[1, 5] - count_BV[0, 5]) for counts in behind] == [0, 2, 4, 6]
+    assert [int(counts[0, 7]) for counts in behind] == [FULL - 1, FULL + 1, FULL + 1, FULL + 1]
 
 
 def test_nothing_is_counted_while_nobody_asks():

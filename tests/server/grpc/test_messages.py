@@ -106,6 +106,10 @@ def test_any_bytes_are_a_request_or_refused(raw):
         ({"min_tokens": 4}, "min_tokens=4 must be at most max_tokens=3"),
         ({"logit_bias": {5: -101}}, r"logit_bias\[5\]=-101.0 must be from -100 to 100"),
         ({"cache_salt": ""}, "cache_salt: 0 characters, must be a text of 1 to 256 characters"),
+        (
+            {"prediction": "x"},
+            "prediction: this server does not speculate; leave it out or serve with --spec",
+        ),
         ({"logit_bias": {256: 1}}, "logit_bias: token id 256 is outside the vocabulary; ids go from 0 to 255"),
     ],
     ids=lambda value: value[:24] if isinstance(value, str) else "",

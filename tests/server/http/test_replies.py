@@ -11,12 +11,19 @@ from tests.fakes import FakeEngine, FakeTokenizer
 
 def usage(prompt_tokens, cached_tokens):
     return Usage(
-        prompt_tokens=prompt_tokens, cached_tokens=cached_tokens, generated_tokens=2, queue_ms=0, ttft_ms=1, total_ms=2
+        prompt_tokens=prompt_tokens,
+        cached_tokens=cached_tokens,
+        generated_tokens=2,
+        accepted_draft_tokens=3,
+        rejected_draft_tokens=1,
+        queue_ms=0,
+        ttft_ms=1,
+        total_ms=2,
     )
 
 
 @pytest.mark.parametrize("is_stream", [False, True])
-def test_cached_tokens_are_those_of_all_prompts(is_stream):
+def test_cached_tokens_and_drafts_are_those_of_all_prompts(is_stream):
     body = CompletionBody.model_validate({"prompt": ["abc", "de"], "stream": is_stream})
     requests = body.requests("x", FakeEngine(), lambda number: print)
     reply = CompletionReply(body, requests, "x", "fake", TokenNames(FakeTokenizer()))
@@ -34,4 +41,5 @@ def test_cached_tokens_are_those_of_all_prompts(is_stream):
         "completion_tokens": 4,
         "total_tokens": 9,
         "prompt_tokens_details": {"cached_tokens": 3},
+        "completion_tokens_details": {"accepted_prediction_tokens": 6, "rejected_prediction_tokens": 2},
     }

@@ -171,7 +171,7 @@ def test_disaggregated_over_tls_with_metrics(tmp_path):
     metrics_port = str(jetstream_host.free_port("127.0.0.1"))
     trusted = grpc.ssl_channel_credentials(authority.cert_pem.bytes())
     with (
-        running([*TINY, "4", "--slots", "2", "--disaggregated", "--metrics-port", metrics_port, *tls]) as (
+        running([*TINY, "4", "--slots", "2", "--prefill-devices", "2", "--metrics-port", metrics_port, *tls]) as (
             process,
             address,
         ),
@@ -188,9 +188,10 @@ def test_disaggregated_over_tls_with_metrics(tmp_path):
     assert answers == {prompt: token_ids for prompt, (_, token_ids) in alone.items()}
 
 
-def test_a_single_device_has_no_halves():
-    with pytest.raises(RefusedError, match="there are 1; it needs an even number"):
-        jetstream_host.engines_config(EngineConfig(), jax.devices()[:1], disaggregated=True)
+@pytest.mark.parametrize(("devices", "of_prefill"), [(1, 1), (4, 4), (4, 5)])
+def test_both_sides_need_a_device(devices, of_prefill):
+    with pytest.raises(RefusedError, match=f"^prefill_devices={of_prefill}: there are {devices} devices, and both"):
+        jetstream_host.engines_config(EngineConfig(), jax.devices()[:devices], of_prefill)
 
 
 @pytest.mark.parametrize(

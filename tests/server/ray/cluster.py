@@ -36,7 +36,12 @@ class Cluster:
     def __init__(self, process: subprocess.Popen[str], http: int, grpc: int) -> None:
         self.http, self.grpc = f"http://127.0.0.1:{http}", f"127.0.0.1:{grpc}"
         self._process, self._text = process, ""
-        threading.Thread(target=self._read, daemon=True).start()
+        self._reader = threading.Thread(target=self._read)
+        self._reader.start()
+
+    def close(self) -> None:
+        """Once the process has ended."""
+        self._reader.join(STOP_S)
 
     @property
     def log(self) -> str:
@@ -65,9 +70,10 @@ class Cluster:
 
     def _read(self) -> None:
         assert self._process.stdout is not None
-        for line in self._process.stdout:
-            if not re.match(r"\S*\(pid=\)", line):  # of files that are not ours
-                self._text += line
+        with self._process.stdout as lines:
+            for line in lines:
+                if not re.match(r"\S*\(pid=\)", line):  # of files that are not ours
+                    self._text += line
 
 
 @contextmanager
@@ -80,8 +86,9 @@ def cluster(folder: Path) -> Iterator[Cluster]:
         [*SERVE, "run", str(folder / "serve.yaml")], cwd=folder, env=environment, text=True, errors="replace",
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
     )  # fmt: skip
+    made = Cluster(process, *ports)
     try:
-        yield Cluster(process, *ports)
+        yield made
     finally:
         process.send_signal(signal.SIGINT)
         try:
@@ -90,6 +97,7 @@ def cluster(folder: Path) -> Iterator[Cluster]:
             process.kill()
             process.wait()
         subprocess.run([*RAY, "stop", "--force"], env=environment, capture_output=True, timeout=STOP_S, check=False)
+        made.close()
 
 
 def config(http: int, grpc: int) -> dict[str, Any]:

@@ -58,6 +58,7 @@ def test_left_out_all_is_as_by_default_and_callers_are_not_this_machine():
         ({"tls-cert": "/a"}, r"tls-cert is not for replicas under Ray Serve: connections end at Serve's proxies"),
         ({"adapter-dir": "/a"}, r"adapter-dir is not for .* each loads it"),
         ({"orchestrator": "jetstream"}, r"orchestrator is not for"),
+        ({"hosts": "auto"}, r"hosts is not for .*: a replica has one host"),
         ({"adapters": ["a=/b"]}, r"add --max-adapters"),
     ],
 )

@@ -1,5 +1,7 @@
 """Whatever comes in whatever order, into pools of any size: every answer is right, and no page is lost."""
 
+import itertools
+
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
@@ -26,12 +28,16 @@ class AnyOrder(RuleBasedStateMachine):
         width=st.integers(1, 3),
         prefix_cache=st.booleans(),
         carries=st.booleans(),
+        apart=st.sampled_from([0, 0, 1, 3]),
         entries=st.sampled_from([LONGEST // ROWS + 1, 20, 99]),
     )
-    def build(self, slots, pool, batch, chunk, width, prefix_cache, carries, entries):
+    def build(self, slots, pool, batch, chunk, width, prefix_cache, carries, apart, entries):
+        """`apart`: of so many times that a prefix is asked for, it is ready once."""
+        asked = itertools.count(1)
         self.engine = reading(
             slots, cache_length=LONGEST, page_rows=ROWS, prefill_chunk=chunk, pages=pool, batch=batch,
-            carries_pieces=carries, tokens_per_step=width, table_entries=entries,
+            carries_pieces=carries and not apart, prefills_apart=apart > 0,
+            is_prefix_ready=lambda: next(asked) % apart == 0, widths=(width,), table_entries=entries,
             count_of_step=lambda step: step * 7 % width + 1,
         )  # fmt: skip
         self.limits = Limits.of(self.engine)

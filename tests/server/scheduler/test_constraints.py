@@ -36,8 +36,8 @@ def noted(engine):
 class Deaf(FakeEngine):
     """Chooses what may not come."""
 
-    def generate(self, params, decode_state, slot_N, page_NJ, allowed=None):
-        return super().generate(params, decode_state, slot_N, page_NJ)
+    def generate(self, params, decode_state, slot_N, page_NJ, allowed=None, width=1):
+        return super().generate(params, decode_state, slot_N, page_NJ, width=width)
 
 
 def constrained(text, max_tokens, grammar, **more):
@@ -197,7 +197,7 @@ def test_one_that_is_cancelled_while_its_grammar_is_at_work_gives_its_slot_back(
 def brought(sample, letter):
     """A step's result for it."""
     one_B = np.ones(1, np.int32)
-    none: Any = [None] * 6
+    none: Any = [None] * 8
     roster = Roster.empty(1, 1).having(0, sample)
     return HostResult(roster, np.array([[ord(letter)]], np.int32), one_B, one_B, np.zeros(1, bool), *none)
 

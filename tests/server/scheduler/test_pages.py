@@ -114,7 +114,7 @@ def test_prompt_logprobs_of_several_pieces():
 def test_a_pool_that_is_too_small_for_all_pre_empts_and_loses_nothing(width):
     counts = itertools.cycle(range(1, width + 1))
     engine, metrics = (
-        reading(pages=16, tokens_per_step=width, count_of_step=lambda step: next(counts)),
+        reading(pages=16, widths=(width,), count_of_step=lambda step: next(counts)),
         Counting(),
     )
     prompts = [f"{number} asks" for number in range(6)]

@@ -7,6 +7,7 @@ from slipstream.server.scheduler.plan import MOST_IN_WORK, Scene, StepPlan, plan
 from slipstream.server.scheduler.prompt import Prompt
 from slipstream.server.scheduler.room import Room
 from slipstream.server.scheduler.slots import Slots
+from slipstream.server.scheduler.widths import Widths
 
 from tests.fakes import FakeEngine
 
@@ -24,6 +25,7 @@ class House:
         self.room = Room(self.engine, prefix_cache=prefix_cache)
         self.in_work, self.parked, self.came = [], [], 0
         self.batch = self.engine.prefill_batch
+        self.widths = Widths(self.engine.widths, slots)
 
     def prompt(self, tokens: int | list[int] = 1, *, answer: int = 0, **more) -> Prompt:
         """Of one that has come just now; `tokens` with `answer` of them the answer's."""
@@ -54,13 +56,13 @@ class House:
 
     def steps(self, count):
         for _ in range(count):
-            self.slots.count_step(self.slots.live)
+            self.slots.count_step(self.slots.live, 1)
 
     def turn(self, *queued, ended=(), now=0.0, probe=False, newcomers=True):
         return plan(
             Scene(
-                slots=self.slots, room=self.room, in_work=self.in_work, parked=self.parked, queued=queued, ended=ended,
-                now=now, probe=probe, newcomers=newcomers, batch=self.batch,
+                slots=self.slots, room=self.room, widths=self.widths, in_work=self.in_work, parked=self.parked,
+                queued=queued, ended=ended, now=now, probe=probe, newcomers=newcomers, batch=self.batch,
             )
         )  # fmt: skip
 

@@ -39,13 +39,13 @@ def answer_of(engine, *args, **more):
 )
 def test_an_answer_does_not_depend_on_how_many_tokens_a_step_brings(width, prompt, max_tokens, more):
     expected = answer_of(FakeEngine(), prompt, max_tokens, **more)
-    assert answer_of(FakeEngine(tokens_per_step=width), prompt, max_tokens, **more) == expected
-    uneven = FakeEngine(tokens_per_step=width, count_of_step=lambda step: step % width + 1)
+    assert answer_of(FakeEngine(widths=(width,)), prompt, max_tokens, **more) == expected
+    uneven = FakeEngine(widths=(width,), count_of_step=lambda step: step % width + 1)
     assert answer_of(uneven, prompt, max_tokens, **more) == expected
 
 
 def test_tokens_of_one_step_come_as_one_event():
-    with running(FakeEngine(tokens_per_step=4)) as orchestrator:
+    with running(FakeEngine(widths=(4,))) as orchestrator:
         events = ask(orchestrator, "a", 9).all()
     assert [len(event.token_ids) for event in events] == [1, 4, 4]
     assert events[-1].finish_reason is FinishReason.LENGTH
@@ -53,7 +53,7 @@ def test_tokens_of_one_step_come_as_one_event():
 
 def test_a_slot_is_free_as_soon_as_its_last_token_is_read():
     """One step more may be under way: how many tokens a step brought is known when it is read."""
-    engine = FakeEngine(max_concurrent_decodes=1, tokens_per_step=4)
+    engine = FakeEngine(max_concurrent_decodes=1, widths=(4,))
     with running(engine) as orchestrator:
         first, second = ask(orchestrator, "a", 9), ask(orchestrator, "A", 9)
         assert (first.answer()[0], second.answer()[0]) == ("bcdefghij", "BCDEFGHIJ")

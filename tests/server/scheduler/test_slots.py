@@ -24,13 +24,13 @@ def give(slots, one):
     return slot
 
 
-def read(slots, roster, *tokens_of_slots, is_step=True):
-    """A result with these tokens of each row, as many as there are."""
+def read(slots, roster, *tokens_of_slots, is_step=True, width=1):
+    """A result with these tokens of each row, as many as there are, of a step of that width at least."""
     count_B = np.array([len(tokens) for tokens in tokens_of_slots])
-    token_BW = np.full((len(tokens_of_slots), max(1, count_B.max())), -1)
+    token_BW = np.full((len(tokens_of_slots), max(width, count_B.max())), -1)
     for row, tokens in enumerate(tokens_of_slots):
         token_BW[row, : len(tokens)] = tokens
-    nothing = [None] * 6
+    nothing = [None] * 8
     result = HostResult(roster, token_BW, count_B, *roster.ends(token_BW, count_B), *nothing)
     return slots.read(result, is_step=is_step)
 
@@ -84,11 +84,11 @@ def test_steps_are_counted_to_max_tokens():
     slots, short, long = table(3, []), sample(max_tokens=2), sample(max_tokens=3)
     give(slots, short)
     give(slots, long)
-    assert slots.count_step(slots.live) == [short]
+    assert slots.count_step(slots.live, 1) == [short]
     slots.take_back(short)
-    assert slots.count_step(slots.live) == [long]
+    assert slots.count_step(slots.live, 1) == [long]
     slots.take_back(long)
-    assert slots.count_step(slots.live) == []
+    assert slots.count_step(slots.live, 1) == []
 
 
 @pytest.mark.parametrize(
@@ -110,33 +110,33 @@ def test_several_tokens_of_a_step_are_kept_up_to_the_first_stop_token(tokens, co
 
 
 def test_tokens_left_are_an_upper_bound_until_a_step_is_read():
-    slots, one = table(2, [], tokens_per_step=3), sample(max_tokens=8)
+    slots, one = table(2, []), sample(max_tokens=8)
     give(slots, one)
     for _ in range(3):
-        assert slots.count_step(slots.live) == []  # 7 left, less one at least for each
-    assert read(slots, slots.live, [5, 6]) == []  # 3 left
+        assert slots.count_step(slots.live, 3) == []  # 7 left, less one at least for each
+    assert read(slots, slots.live, [5, 6], width=3) == []  # 3 left
     assert read(slots, slots.live, [5, 6, 7]) == []  # 1 left
-    assert slots.count_step(slots.live) == [one], "the fourth step brings the last token at least"
+    assert slots.count_step(slots.live, 3) == [one], "the fourth step brings the last token at least"
 
 
 def test_a_step_that_brings_more_than_was_left_ends_an_answer_when_it_is_read():
-    slots, one = table(1, [], tokens_per_step=4), sample(max_tokens=4)
+    slots, one = table(1, []), sample(max_tokens=4)
     give(slots, one)
-    assert slots.count_step(slots.live) == []
+    assert slots.count_step(slots.live, 4) == []
     assert read(slots, slots.live, [1, 2, 3, 4]) == [one]
 
 
 def test_a_step_of_an_earlier_owner_settles_nothing():
-    slots, old, new = table(1, [], tokens_per_step=4), sample(max_tokens=9), sample(max_tokens=3)
+    slots, old, new = table(1, []), sample(max_tokens=9), sample(max_tokens=3)
     give(slots, old)
     in_flight = slots.live
-    slots.count_step(slots.live)
+    slots.count_step(slots.live, 4)
     slots.take_back(old)
     give(slots, new)
     assert read(slots, in_flight, [1, 2, 3, 4]) == []
     assert slots.text(new).tolist() == [1]
-    assert slots.count_step(slots.live) == []
-    assert slots.count_step(slots.live) == [new]
+    assert slots.count_step(slots.live, 4) == []
+    assert slots.count_step(slots.live, 4) == [new]
 
 
 def test_whose_deadline_has_passed():
@@ -164,7 +164,7 @@ def test_only_what_somebody_asked_for_is_copied_from_the_device(logprobs, copied
 
 
 def test_a_text_is_its_prompt_and_what_was_read():
-    slots, first, second = table(3, [], tokens_per_step=2), sample(prompt_ids=[5, 6], max_tokens=9), sample()
+    slots, first, second = table(3, []), sample(prompt_ids=[5, 6], max_tokens=9), sample()
     give(slots, first)
     give(slots, second)
     assert read(slots, slots.of([second, None, first]), [2], [], [7], is_step=False) == []
@@ -177,24 +177,24 @@ def test_a_text_is_its_prompt_and_what_was_read():
 
 
 def test_rows_are_counted_as_the_most_that_steps_in_flight_may_bring():
-    slots, one, other = table(2, [], tokens_per_step=4, cache_length=12), sample(max_tokens=11), sample(max_tokens=11)
-    assert slots.rows_wanted().tolist() == []
+    slots, one, other = table(2, [], cache_length=12), sample(max_tokens=11), sample(max_tokens=11)
+    assert slots.rows_wanted(4).tolist() == []
     give(slots, one)
-    assert slots.rows_wanted().tolist() == [1 + 4]
-    slots.count_step(slots.live)
+    assert slots.rows_wanted(4).tolist() == [1 + 4]
+    slots.count_step(slots.live, 4)
     give(slots, other)
-    assert slots.rows_wanted().tolist() == [1 + 4 + 4, 1 + 4]
-    slots.count_step(slots.live)
-    assert slots.rows_wanted().tolist() == [12, 1 + 4 + 4], "no more than the longest text"
-    read(slots, slots.live.of(np.array([0])), [1])
-    assert slots.rows_wanted().tolist() == [1 + 1 + 4 + 4, 1 + 4 + 4]
+    assert slots.rows_wanted(4).tolist() == [1 + 4 + 4, 1 + 4]
+    slots.count_step(slots.live, 4)
+    assert slots.rows_wanted(4).tolist() == [12, 1 + 4 + 4], "no more than the longest text"
+    read(slots, slots.live.of(np.array([0])), [1], width=4)
+    assert slots.rows_wanted(4).tolist() == [1 + 1 + 4 + 4, 1 + 4 + 4]
 
 
 def test_a_reserved_slot_does_not_decode():
     slots, one = table(2, []), sample()
     slots.reserve(one)
     assert (slots.in_use, slots.free, slots.live.taken) == (1, 1, 0)
-    assert slots.count_step(slots.live) == []
+    assert slots.count_step(slots.live, 1) == []
     slots.seat(one, np.array([1]))
     assert slots.live.seats == [(0, one)]
     assert slots.live.slot_B.tolist() == [one.slot]
@@ -205,4 +205,4 @@ def test_who_goes_on_has_less_left():
     slots, one = table(1, []), sample(max_tokens=4)
     slots.reserve(one)
     slots.seat(one, np.array([1, 2, 3]))
-    assert slots.count_step(slots.live) == [one]
+    assert slots.count_step(slots.live, 1) == [one]

@@ -1,0 +1,35 @@
+"""Steps of several tokens, in every family: what they bring is what steps of one token bring."""
+
+import itertools
+
+import pytest
+from slipstream.engine_impl.sampling.params import SamplingParams
+
+from ..models.test_families import FAMILIES, PROMPTS, load, written_by_transformers
+from .steps import told_by
+
+TOKENS, WIDTHS = 24, [4, 4, 8, 1]
+SAMPLINGS = [SamplingParams(), SamplingParams(temperature=0.7, top_p=0.95, seed=5)]
+
+QUICK = {("gemma3", 8)}
+"""It has windows, and two ropes; and eight devices scan over the layers."""
+CASES = [
+    pytest.param(*case, id="-".join(map(str, case)), marks=() if case in QUICK else pytest.mark.slow)
+    for case in itertools.product(FAMILIES, (1, 8))
+    if case[1] == 1 or case in QUICK
+]
+
+
+@pytest.mark.parametrize(("family", "devices"), CASES)
+def test_no_draft_changes_a_token(family, devices, tmp_path_factory):
+    """Drafts that are right, but for every seventh; greedy, and drawn beside it; over a page's border."""
+    folder, _ = written_by_transformers(family, tmp_path_factory.getbasetemp())
+    loaded = load(folder, devices, "auto")
+    cases = [(prompt, sampling, ()) for prompt, sampling in zip(PROMPTS, SAMPLINGS, strict=True)]
+    plain, _ = told_by(loaded, cases, TOKENS, 1)
+    assert all(len({*one.tokens}) >= 4 for one in plain), "a model that repeats itself would prove little"
+    edited = [[(t + 1) % 101 if n % 7 == 6 else t for n, t in enumerate(one.tokens)] for one in plain]
+    predicted = [(*case[:2], prediction) for case, prediction in zip(cases, edited, strict=True)]
+    told, _ = told_by(loaded, predicted, TOKENS, WIDTHS)
+    assert [one.tokens for one in told] == [one.tokens for one in plain]
+    assert max(max(one.counts) for one in told) > 2

@@ -1,0 +1,169 @@
+"""Which width a step has: arithmetic of drafts and times, without an engine."""
+
+import numpy as np
+import pytest
+from prometheus_client import generate_latest
+from slipstream.engine_impl.errors import TooLongError
+from slipstream.engine_impl.sampling.params import SamplingParams
+from slipstream.server.delivery.result import HostResult
+from slipstream.server.delivery.roster import Roster
+from slipstream.server.observe.metrics import Metrics
+from slipstream.server.request.constraint import Constraint
+from slipstream.server.request.request import Limits, Request
+from slipstream.server.scheduler.widths import Widths
+
+from tests.fakes import FakeEngine, FakeMatcher, FakeTokenizer
+from tests.server.scheduler.loop import ask, running
+
+ON = SamplingParams(ignore_eos=True)
+
+
+def tokens(asked):
+    return [token_id for event in asked.all() for token_id in event.token_ids]
+
+
+def of(slots, constrained=()):
+    """A roster of so many, all in slots of their own."""
+    roster = Roster.empty(slots, 1)
+    for slot in range(slots):
+        sample = Request(prompt_ids=[1], deliver=print).samples[0]
+        if slot in constrained:
+            sample.constraint = Constraint(FakeMatcher("[a-z]*"), ())
+        roster = roster.having(slot, sample)
+    return roster
+
+
+class Steps:
+    """Steps that take `step_s[width]` and whose drafts are right by `agreed(slot, width)`."""
+
+    def __init__(self, slots, step_s, widths=(1, 4), constrained=()):
+        self.roster, self.step_s = of(slots, constrained), step_s
+        self.widths = Widths(widths, slots)
+
+    def run(self, steps, agreed):
+        """The widths of so many steps."""
+        used = []
+        for _ in range(steps):
+            width = self.widths.choose(self.roster)
+            agreed_N = np.array([min(agreed(slot, width), width) for slot in self.roster.slot_B], np.int32)
+            count_N = np.minimum(agreed_N, width - 1) + 1
+            token_NW = np.zeros((len(agreed_N), width), np.int32)
+            result = HostResult(
+                self.roster, token_NW, count_N, count_N, count_N < 0, None, None, None, agreed_N, agreed_N, *[None] * 3
+            )
+            self.widths.took(self.roster, width, self.step_s[width])
+            self.widths.read(result)
+            used.append(width)
+        return used
+
+
+def test_without_drafts_there_is_one_width():
+    assert set(Steps(2, {1: 1.0}, widths=(1,)).run(20, lambda slot, width: 0)) == {1}
+
+
+def test_a_text_with_nothing_to_copy_never_pays_for_a_wide_step():
+    assert set(Steps(1, {1: 1.0, 4: 1.1}).run(2000, lambda slot, width: 0)) == {1}
+
+
+def test_an_answer_that_copies_gets_wide_steps_within_a_few():
+    used = Steps(1, {1: 1.0, 4: 1.2}).run(40, lambda slot, width: 4)
+    assert set(used[12:]) == {4}
+
+
+def test_the_widest_is_taken_where_runs_are_long_and_a_narrower_one_where_they_are_short():
+    step_s = {1: 1.0, 4: 1.1, 8: 1.3}
+    assert set(Steps(1, step_s, (1, 4, 8)).run(200, lambda slot, width: 8)[-40:]) == {8}
+    short = Steps(1, step_s | {8: 2.0}, (1, 4, 8)).run(200, lambda slot, width: 3)[-40:]
+    assert short.count(4) > 30
+
+
+def test_a_wide_step_that_costs_more_than_it_brings_is_given_up_and_seldom_tried_again():
+    used = Steps(8, {1: 1.0, 4: 5.0}).run(1000, lambda slot, width: 4)
+    assert 1 <= used.count(4) < 20
+
+
+def test_what_became_slow_is_found_out():
+    steps = Steps(1, {1: 1.0, 4: 1.2})
+    steps.run(40, lambda slot, width: 4)
+    steps.step_s[4] = 9.0
+    assert steps.run(200, lambda slot, width: 4)[-20:].count(4) <= 1
+
+
+def test_one_that_copies_among_many_that_do_not_is_not_worth_a_wide_step():
+    used = Steps(8, {1: 1.0, 4: 1.9}).run(200, lambda slot, width: width if slot == 3 else 0)
+    assert set(used[20:]) == {1}
+
+
+def test_answers_with_a_grammar_count_for_one_token():
+    step_s = {1: 1.0, 4: 1.9}
+    assert 4 in Steps(2, step_s).run(60, lambda slot, width: 4)
+    assert 4 not in Steps(2, step_s, constrained=(0, 1)).run(60, lambda slot, width: 4)
+
+
+def test_sizes_are_told_apart():
+    """A step of one slot may gain where one of eight does not."""
+    steps = Steps(8, {1: 1.0, 4: 5.0})
+    steps.run(40, lambda slot, width: 4)
+    steps.roster, steps.step_s = steps.roster.of(np.array([2])), {1: 1.0, 4: 1.1}
+    assert steps.run(40, lambda slot, width: 4)[-10:] == [4] * 10
+
+
+@pytest.mark.parametrize("right", [0, 1, 2, 3, 4])
+def test_answers_are_the_same_whatever_widths_the_loop_takes(right):
+    """The fake engine brings one token more than its drafts are right."""
+    with running(FakeEngine()) as orchestrator:
+        expected = tokens(ask(orchestrator, "a", 25, sampling=ON))
+    engine = FakeEngine(widths=(1, 4), count_of_step=lambda step: right + 1)
+    with running(engine) as orchestrator:
+        assert tokens(ask(orchestrator, "a", 25, sampling=ON)) == expected
+    assert (4 in engine.widths_used) == (right > 0)
+
+
+def test_nobody_gives_pages_back_for_drafts():
+    """A pool that holds both answers to their last row, and not a row more: at its end the loop goes on with narrow
+    steps."""
+    engine = FakeEngine(
+        cache_length=32, page_rows=4, prefill_chunk=4, pages=16, widths=(1, 4), count_of_step=lambda _: 5
+    )
+    with running(engine) as orchestrator:
+        asked = [ask(orchestrator, text, 31, sampling=ON) for text in ("a", "A")]
+        assert [len(tokens(one)) for one in asked] == [31, 31]
+    assert [call for call in engine.log if call.startswith("prefill")] == ["prefill a", "prefill A"]
+
+
+def test_drafts_that_took_part_are_told_to_the_caller_and_counted():
+    """Steps of 4 of which two drafts are right, and one is wrong."""
+    metrics, engine = Metrics(), FakeEngine(widths=(4,), count_of_step=lambda step: 3)
+    with running(engine, metrics=metrics) as orchestrator:
+        last = ask(orchestrator, "a", 10, sampling=ON).all()[-1]
+    assert (last.usage.accepted_draft_tokens, last.usage.rejected_draft_tokens) == (6, 3)
+    scraped = generate_latest(metrics.registry).decode()
+    steps = engine.widths_used.count(4)
+    for line in (
+        f'slipstream_draft_tokens_total{{outcome="accepted"}} {2.0 * steps}',
+        f'slipstream_draft_tokens_total{{outcome="rejected"}} {1.0 * steps}',
+        f"slipstream_step_tokens_sum {3.0 * steps}",
+        f"slipstream_step_tokens_count {1.0 * steps}",
+    ):
+        assert line in scraped
+
+
+def test_a_prediction_comes_to_the_engine_in_tokens():
+    seen = []
+
+    class Noting(FakeEngine):
+        def first_tokens(self, prefix, openings):
+            seen.extend(list(opening.prediction) for opening in openings if opening)
+            return super().first_tokens(prefix, openings)
+
+    engine = Noting(widths=(1, 4))
+    prediction_ids = Limits.of(engine).ids_of_prediction(engine.get_tokenizer(), "bcd")
+    with running(engine) as orchestrator:
+        ask(orchestrator, "a", 3, prediction_ids=prediction_ids).all()
+    assert seen == [[ord(letter) for letter in "bcd"]]
+
+
+def test_a_prediction_longer_than_any_answer_is_refused():
+    limits = Limits.of(FakeEngine(widths=(1, 4)))
+    with pytest.raises(TooLongError, match=r"^prediction: more than 256 tokens, which no answer has here"):
+        limits.ids_of_prediction(FakeTokenizer(), "x" * 10_000)

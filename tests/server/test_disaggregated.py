@@ -1,0 +1,101 @@
+"""Prompts on two virtual devices, decoding on two others: the answers of one device, whatever the pages' way was.
+
+All pieces have more than 64 tokens: one prefill program on each side.
+"""
+
+from dataclasses import replace
+
+import jax
+import pytest
+from slipstream.engine_impl.disaggregated import BothParams, DisaggregatedEngine
+from slipstream.engine_impl.sampling.params import SamplingParams
+from slipstream.engine_impl.weights.sharding import make_mesh
+from slipstream.server.request.request import Event
+from slipstream.server.scheduler.orchestrator import Orchestrator
+
+from tests.engine_impl.text_models import CONFIG, byte_tokenizer
+from tests.engine_impl.tiny_models import tiny_engine
+from tests.server.scheduler.loop import Asked
+
+LENGTH = 512
+COMPILES_S = 120
+"""The first requests wait for programs (seconds)."""
+FREE = SamplingParams(ignore_eos=True)
+DRAWN = SamplingParams(ignore_eos=True, temperature=1.0, seed=5, repetition_penalty=1.2)
+
+
+def engine_on(devices):
+    """Two slots, pages of 128 tokens, prompts in pieces of as many."""
+    mesh = make_mesh(devices, CONFIG.num_heads, CONFIG.num_kv_heads, len(devices))
+    config = replace(CONFIG, context_length=LENGTH)
+    engine, params = tiny_engine(config, slots=2, mesh=mesh, cache_length=LENGTH, prefill_chunk=128)
+    engine.get_tokenizer = byte_tokenizer
+    return engine, params
+
+
+def served(engine, params):
+    orchestrator = Orchestrator(engine, params, max_queued=9, warm_up=False)
+    orchestrator.start()
+    return orchestrator
+
+
+@pytest.fixture(scope="module")
+def alone():
+    orchestrator = served(*engine_on(jax.devices()[:1]))
+    yield orchestrator
+    orchestrator.close()
+
+
+@pytest.fixture(scope="module")
+def apart():
+    (prefill, prefill_params), (decode, decode_params) = engine_on(jax.devices()[:2]), engine_on(jax.devices()[2:4])
+    orchestrator = served(DisaggregatedEngine(prefill, decode), BothParams(prefill_params, decode_params))
+    yield orchestrator
+    orchestrator.close()
+
+
+def answers(orchestrator, *asks):
+    """(token ids by sample, cached tokens) of requests that run together; a prompt is a text or token ids."""
+    requests = []
+    for prompt, tokens, more in asks:
+        request = Asked("", tokens, **{"sampling": FREE} | more)
+        request.prompt_ids = list(prompt.encode()) if isinstance(prompt, str) else prompt
+        requests.append(request)
+    orchestrator.submit(*requests)
+    told = []
+    for request in requests:
+        ids, event = {}, Event()
+        while not event.is_last:
+            event = request.events.get(timeout=COMPILES_S)
+            assert event.error is None
+            ids.setdefault(event.index, []).extend(event.token_ids)
+        told.append((ids, event.usage.cached_tokens))
+    return told
+
+
+def test_answers_are_those_of_one_device(alone, apart):
+    """A prompt of three pieces beside a short one, greedy and drawn, and two samples of one prompt."""
+    long, short = "a prompt of many pieces " * 15, "one piece " * 10
+    asks = (long, 20, {}), (short, 40, {"sampling": DRAWN})
+    assert answers(apart, *asks) == answers(alone, *asks)
+    samples = (short + "!", 9, {"num_samples": 2, "sampling": DRAWN})
+    assert answers(apart, samples) == answers(alone, samples)
+
+
+def test_a_conversation_goes_on_from_pages_that_decoding_has_filled(alone, apart):
+    """The second turn begins with a page whose last rows came from steps: the prefill side is given them."""
+    first = list(b"Once upon a time there was a server. " * 3)
+    ((answer, _),) = answers(alone, (first, 120, {}))
+    assert answers(apart, (first, 120, {})) == [(answer, 0)]
+    second = [*first, *answer[0], 33]
+    assert len(first) < 128 < len(second)
+    ((expected, cached),) = answers(alone, (second, 12, {}))
+    assert cached == 128
+    assert answers(apart, (second, 12, {})) == [(expected, 128)]
+
+
+def test_sides_whose_pages_differ_are_refused():
+    one, _ = engine_on(jax.devices()[:1])
+    other, _ = tiny_engine(CONFIG, slots=3)
+    with pytest.raises(ValueError, match="pages"):
+        DisaggregatedEngine(one, other)
