@@ -3,6 +3,7 @@
 import asyncio
 import os
 import signal
+import traceback
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,7 +12,8 @@ from ..engine_impl.config import EngineConfig
 from ..engine_impl.errors import RefusedError
 from ..engine_impl.hosts import HostsConfig, Place
 from ..server.config import ServerConfig
-from .telling import BAD_INPUT, tell
+from ..server.errors import UnavailableError
+from .telling import BAD_INPUT, FAILED, tell
 
 if TYPE_CHECKING:
     from ..server.observe.status import StatusLine
@@ -70,6 +72,11 @@ class Serve:
             return asyncio.run(serve(group.load, self.server, line, group))
         except RefusedError as error:
             status = tell(error, BAD_INPUT)
+        except UnavailableError as error:
+            status = tell(error, FAILED)
+        except Exception:
+            traceback.print_exc()
+            status = FAILED
         leave_at_once(status)  # Python's own end would wait for the other hosts
         return status
 

@@ -76,14 +76,19 @@ def load_disaggregated(config: EngineConfig, prefill_devices: int) -> tuple[Disa
                 f"prefill_devices={prefill_devices}: {sizes[0]} and {sizes[1]} devices do not share the model's "
                 f"{shape.num_kv_heads} kv heads alike; halve the devices"
             )
-        decode = build_engine(config, checkpoint, of_decode, draft_checkpoint=draft, kv_heads=heads)
-        layout = decode.layout
+
+        def build(side: Sequence[Any], config: EngineConfig, page_rows: int | None = None) -> Engine:
+            return build_engine(config, checkpoint, side, draft_checkpoint=draft, kv_heads=heads, page_rows=page_rows)
+
+        each = build(of_prefill, config), build(of_decode, config)
+        rows = each[1].page_rows
         same = replace(
-            config, slots=layout.slots, cache_length=layout.length, cache_tokens=layout.pages * layout.page_rows
+            config,
+            slots=min(engine.max_concurrent_decodes for engine in each),
+            cache_length=each[1].layout.length,
+            cache_tokens=max(1, min(engine.pages * engine.page_rows for engine in each) // rows) * rows,
         )
-        prefill = build_engine(
-            same, checkpoint, of_prefill, draft_checkpoint=draft, kv_heads=heads, page_rows=layout.page_rows
-        )
+        prefill, decode = build(of_prefill, same, rows), build(of_decode, same, rows)
         if [one.shape for one in prefill.cache_layouts] != [one.shape for one in decode.cache_layouts]:
             raise RefusedError(f"prefill_devices={prefill_devices}: the draft model's caches differ; halve the devices")
         for engine in (prefill, decode):

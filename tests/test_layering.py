@@ -34,7 +34,7 @@ MAY_IMPORT: dict[str, tuple[set[str], set[str]]] = {
     ),
     "benchmarks": (
         {"protos", "kernels", "cache_manager", "engine_impl", "server"},
-        {"jax", "numpy", "torch", "grpc", "aiohttp", "transformers", "matplotlib", "tyro"},
+        {"jax", "numpy", "torch", "grpc", "aiohttp", "transformers", "matplotlib", "tyro", "safetensors"},
     ),
     "cli": ({"protos", "engine_impl", "server", "benchmarks"}, {"tyro", "grpc", "numpy", "yaml"}),
 }

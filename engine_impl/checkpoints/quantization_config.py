@@ -6,16 +6,13 @@ from functools import partial
 from typing import Any
 
 from ..errors import RefusedError
-from ..models.fields import Fields
 from . import prequantized
 from .contract import Quantization
 from .mixed import Mixed
 from .mxfp4 import MXFP4
 from .prequantized import PER_WORD, Format
+from .quantization_fields import REMEDY, Said
 from .widened import NF4, Float8
-
-REMEDY = "take a copy of the model that is not quantised, and give --quantize-weights int8 or int4"
-
 
 AnyFormat = Format | Float8 | NF4 | MXFP4 | Mixed
 OneOfMany = Format | Float8 | None
@@ -32,7 +29,7 @@ def read_format(fields: Mapping[str, Any], where: str) -> AnyFormat | None:
     described = fields.get("quantization_config") or fields.get("compression_config")
     if not described:
         return None
-    said = _Said(described, where)
+    said = Said(described, where)
     method = said.get("quant_method", "compressed-tensors" if "config_groups" in described else None)
     if method not in METHODS:
         raise RefusedError(
@@ -41,34 +38,7 @@ def read_format(fields: Mapping[str, Any], where: str) -> AnyFormat | None:
     return METHODS[method](said)
 
 
-class _Said(Fields):
-    """A quantization_config."""
-
-    def __init__(self, fields: dict[str, Any], where: str) -> None:
-        super().__init__(fields, where)
-        self.described, self.where = fields, where
-
-    def refused(self, what: str) -> RefusedError:
-        return RefusedError(f"{self.where!r} {what} (quantization_config); {REMEDY}")
-
-    def changed(self, fields: Mapping[str, Any]) -> "_Said":
-        """The same, but for these fields."""
-        return _Said({**self.described, **fields}, self.where)
-
-    def group(self, value: Any) -> int | None:
-        """Inputs that share a scale; None: all."""
-        if not isinstance(value, int) or value == 0 or value < -1:
-            raise self.refused(f"asks for group_size={value!r}")
-        return None if value == -1 else value
-
-    def block(self, value: Any) -> tuple[int, int]:
-        """Outputs and inputs that share a scale."""
-        if not (isinstance(value, list) and len(value) == 2 and all(isinstance(n, int) and n > 0 for n in value)):
-            raise self.refused(f"asks for blocks of {value!r}")
-        return value[0], value[1]
-
-
-def _awq(said: _Said) -> Format:
+def _awq(said: Said) -> Format:
     said.only("bits", 4)
     said.only("version", "gemm", "GEMM")
     said.only("format", "gemm")
@@ -85,7 +55,7 @@ def _awq(said: _Said) -> Format:
     )
 
 
-def _gptq(said: _Said) -> Format | Mixed:
+def _gptq(said: Said) -> Format | Mixed:
     version = "checkpoint_format" if said.get("checkpoint_format") else "format"  # older and newer tools
     said.only(version, "gptq", "gptq_v2")
     said.only("is_marlin_format", False)
@@ -104,7 +74,7 @@ def _gptq(said: _Said) -> Format | Mixed:
     return Mixed(where=said.where, formats=formats | {".*": _gptq_format(said, first_zero)})
 
 
-def _gptq_format(said: _Said, first_zero: int, floats: tuple[str, ...] = ()) -> Format:
+def _gptq_format(said: Said, first_zero: int, floats: tuple[str, ...] = ()) -> Format:
     said.only("bits", 4, 8)
     bits, group = said["bits"], said.group(said["group_size"])
     per_word = 32 // bits
@@ -130,7 +100,7 @@ def _gptq_format(said: _Said, first_zero: int, floats: tuple[str, ...] = ()) -> 
     )
 
 
-def _fp8(said: _Said) -> Float8:
+def _fp8(said: Said) -> Float8:
     said.only("fmt", "e4m3")
     said.only("activation_scheme", "dynamic", "static")
     fixed = said.get("activation_scheme") == "static"
@@ -139,11 +109,11 @@ def _fp8(said: _Said) -> Float8:
     return Float8(where=said.where, strategy="tensor", fixed_activations=fixed)
 
 
-def _fbgemm_fp8(said: _Said) -> Float8:
+def _fbgemm_fp8(said: Said) -> Float8:
     return Float8(where=said.where, strategy="channel")
 
 
-def _bitsandbytes(said: _Said) -> NF4:
+def _bitsandbytes(said: Said) -> NF4:
     said.only("load_in_8bit", False)
     said.only("load_in_4bit", True)
     said.only("bnb_4bit_quant_type", "nf4")
@@ -151,16 +121,19 @@ def _bitsandbytes(said: _Said) -> NF4:
     return NF4(where=said.where)
 
 
-def _mxfp4(said: _Said) -> MXFP4:
+def _mxfp4(said: Said) -> MXFP4:
     return MXFP4(where=said.where)
 
 
-def _compressed_tensors(said: _Said) -> Format | Float8 | Mixed:
+def _compressed_tensors(said: Said) -> Format | Float8 | Mixed:
     if said.get("kv_cache_scheme"):
         raise said.refused("asks for kv_cache_scheme")
     if said.get("sparsity_config", {}).get("format", "dense") != "dense":
         raise said.refused("asks for sparsity_config")
-    groups = [_Said({"format": said["format"]} | group, said.where) for group in said["config_groups"].values()]
+    groups = [
+        Said({**group, "format": group.get("format") or said["format"]}, said.where)
+        for group in said["config_groups"].values()
+    ]
     floats = tuple(_pattern(name) for name in said.get("ignore", []))
     if all(group.get("weights") == groups[0].get("weights") for group in groups):
         fixed = any(map(_has_fixed_activations, groups))
@@ -175,13 +148,13 @@ def _compressed_tensors(said: _Said) -> Format | Float8 | Mixed:
     return Mixed(where=said.where, formats=formats)
 
 
-def _has_fixed_activations(group: _Said) -> bool:
+def _has_fixed_activations(group: Said) -> bool:
     return group.get("input_activations", {}).get("dynamic", True) is not True
 
 
-def _compressed_format(group: _Said, fixed_activations: bool, floats: tuple[str, ...] = ()) -> Format | Float8:
+def _compressed_format(group: Said, fixed_activations: bool, floats: tuple[str, ...] = ()) -> Format | Float8:
     group.only("format", "int-quantized", "naive-quantized", "pack-quantized", "float-quantized")
-    weights = _Said(group.get("weights", {}), group.where)
+    weights = Said(group.get("weights", {}), group.where)
     if group["format"] == "float-quantized" or (
         group["format"] == "naive-quantized" and weights.get("type") == "float"
     ):
@@ -192,7 +165,7 @@ def _compressed_format(group: _Said, fixed_activations: bool, floats: tuple[str,
     return (_packed if group["format"] == "pack-quantized" else _int8)(weights, floats)
 
 
-def _float8(weights: _Said, fixed_activations: bool) -> Float8:
+def _float8(weights: Said, fixed_activations: bool) -> Float8:
     weights.only("type", "float")
     weights.only("num_bits", 8)
     weights.only("strategy", "tensor", "channel", "block")
@@ -202,7 +175,7 @@ def _float8(weights: _Said, fixed_activations: bool) -> Float8:
     return Float8(where=weights.where, strategy=strategy, block=block, fixed_activations=fixed_activations)
 
 
-def _packed(weights: _Said, floats: tuple[str, ...]) -> Format:
+def _packed(weights: Said, floats: tuple[str, ...]) -> Format:
     weights.only("num_bits", 4)
     weights.only("strategy", "group", "channel")
     group = weights.group(weights["group_size"]) if weights["strategy"] == "group" else None
@@ -226,7 +199,7 @@ def _packed(weights: _Said, floats: tuple[str, ...]) -> Format:
     )
 
 
-def _int8(weights: _Said, floats: tuple[str, ...]) -> Format:
+def _int8(weights: Said, floats: tuple[str, ...]) -> Format:
     weights.only("num_bits", 8)
     weights.only("strategy", "channel")
     weights.only("symmetric", True)
@@ -250,7 +223,7 @@ def _begins(pattern: str) -> str:
     return f"(?:{pattern}).*"
 
 
-METHODS: dict[str, Callable[[_Said], AnyFormat]] = {
+METHODS: dict[str, Callable[[Said], AnyFormat]] = {
     "awq": _awq,
     "gptq": _gptq,
     "compressed-tensors": _compressed_tensors,

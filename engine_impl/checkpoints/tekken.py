@@ -18,12 +18,9 @@ SPECIAL = (
 )  # fmt: skip
 """The first control tokens of files that do not list them."""
 
-LETTERS = {byte: letter for byte, letter in zip(
-    (b for run in (range(33, 127), range(161, 173), range(174, 256)) for b in run),
-    map(chr, (b for run in (range(33, 127), range(161, 173), range(174, 256)) for b in run)),
-    strict=True,
-)}  # fmt: skip
-LETTERS |= {byte: chr(256 + i) for i, byte in enumerate(b for b in range(256) if b not in LETTERS)}
+PLAIN = (*range(33, 127), *range(161, 173), *range(174, 256))
+OTHERS = [byte for byte in range(256) if byte not in PLAIN]
+LETTERS = {byte: chr(byte) for byte in PLAIN} | {byte: chr(256 + i) for i, byte in enumerate(OTHERS)}
 """How byte-level BPE writes a byte, as GPT-2 does."""
 
 

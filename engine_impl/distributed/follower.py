@@ -23,7 +23,7 @@ log = logging.getLogger(__name__)
 DONE, FAILED, REFUSED = 0, 1, 2
 """The process's exit status."""
 TOLD_S = 1.0
-"""How long a last word to the leader may take (seconds)."""
+"""How long the leader gets to hear the last word (seconds)."""
 
 Functions = dict[str, Callable[..., Any]]
 Agree = Callable[[dict[str, str], dict[str, int]], Functions]
@@ -115,6 +115,7 @@ class Follower:
         self._end: tuple[int, str] | None = None
         self._ended = threading.Event()
         self._in_order = threading.Lock()
+        self._reader = threading.Thread(target=self._read, name="plan", daemon=True)
         self._dogs = [Watchdog(step_timeout_s, self._fail) for _ in range(2)]
         self._channel = grpc.insecure_channel(address, options=stream_options(step_timeout_s))
         stub = hosts_pb2_grpc.PlanStub(self._channel)
@@ -124,7 +125,7 @@ class Follower:
 
     def run(self) -> None:
         """Until the group's end, or its failure."""
-        threading.Thread(target=self._read, name="plan", daemon=True).start()
+        self._reader.start()
         threading.Thread(target=self._watch_results, name="results", daemon=True).start()
         try:
             agree = self._prepare()
@@ -141,6 +142,8 @@ class Follower:
         """(exit status, why), once it is over."""
         self._ended.wait()
         assert self._end is not None
+        if self._end[0] != DONE:
+            self._reader.join(TOLD_S)  # the leader ends the stream when it has heard why
         return self._end
 
     def leave(self) -> None:

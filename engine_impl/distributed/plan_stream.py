@@ -7,7 +7,6 @@ import hmac
 import logging
 import queue
 import threading
-import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 
@@ -141,7 +140,6 @@ class PlanStream(hosts_pb2_grpc.PlanServicer):
         with self._changed:
             self._ended.add(host)
             self._changed.notify_all()
-        time.sleep(0)  # what it said last is taken first
         self._lose(f"host {host}: {GONE}")
 
     def _leave(self, reason: str) -> None:

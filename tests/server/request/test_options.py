@@ -85,11 +85,16 @@ def values_of(options) -> dict[str, Any]:
     return {one.name: value for one, value in options.values()}
 
 
+def speculating():
+    """An engine that takes every prediction."""
+    return FakeEngine(widths=(1, 2), cache_length=2**21)
+
+
 def through_wire(options):
     message = pb.DecodeRequest(text_content={"text": "a"})
     write_options(message, options)
     received = pb.DecodeRequest.FromString(message.SerializeToString())
-    return read_request(received, FakeEngine(widths=(1, 2)), print, request_id="x")
+    return read_request(received, speculating(), print, request_id="x")
 
 
 def through_flags(values: dict[str, Any]) -> AnswerOptions:
@@ -120,7 +125,7 @@ def as_json(name, value):
 def through_http(values: dict[str, Any]):
     fields = {field_of_option(name): as_json(name, value) for name, value in values.items()}
     raw = json.dumps({"prompt": "a", "max_tokens": 200} | fields).encode()
-    (request,) = CompletionBody.read(raw).requests("x", FakeEngine(widths=(1, 2)), lambda number: print)
+    (request,) = CompletionBody.read(raw).requests("x", speculating(), lambda number: print)
     return request
 
 
@@ -149,7 +154,7 @@ def test_a_value_comes_through_every_front_as_it_was(one, value):
 def test_what_is_left_out_is_the_declared_default_but_for_openais():
     message = pb.DecodeRequest(text_content={"text": "a"}, max_tokens=128)
     declared = {one.name: one.default for one in OPTIONS} | {"seed": 0}
-    assert values_of(read_request(message, FakeEngine(widths=(1, 2)), print, request_id="x")) == declared
+    assert values_of(read_request(message, speculating(), print, request_id="x")) == declared
     assert values_of(through_flags({})) == declared | {"seed": None}
     over_http = values_of(through_http({}))
     assert 0 <= over_http.pop("seed") < 2**32
