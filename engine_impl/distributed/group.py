@@ -14,7 +14,7 @@ from ..config import EngineConfig
 from ..engine import Engine
 from ..errors import RefusedError
 from ..hosts import Place
-from ..loading import build_engine, check_memory, choose_devices, open_draft, open_model
+from ..loading import build_engine, check_memory, choose_devices, open_draft_model, open_model
 from ..runtime import timeline
 from ..sizes import free_memory, memory_of
 from . import joining
@@ -59,7 +59,7 @@ class LeadingGroup:
             board.write(LEADER, json.dumps([self._plan.address, secret]))
             self._plan.wait_for_followers(COME_S)
             devices = choose_devices(self._config.platform)
-            checkpoint, draft = open_model(self._config), open_draft(self._config)
+            checkpoint, draft = open_model(self._config), open_draft_model(self._config)
             engine = build_engine(self._config, checkpoint, devices, draft_checkpoint=draft)
             check_shares(engine, self._place.hosts)
             self._leader = Leader(engine, partial(engine.load_params, checkpoint, draft), self._plan)
@@ -115,7 +115,7 @@ class FollowingGroup:
 
     def _prepare(self) -> Agree:
         devices = choose_devices(self._config.platform)
-        checkpoint, draft = open_model(self._config), open_draft(self._config)
+        checkpoint, draft = open_model(self._config), open_draft_model(self._config)
 
         def agree(facts: dict[str, str], sizes: dict[str, int]) -> Functions:
             engine = build_engine(replace(self._config, **sizes), checkpoint, devices, draft_checkpoint=draft)
