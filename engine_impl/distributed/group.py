@@ -19,7 +19,7 @@ from ..runtime import timeline
 from ..sizes import free_memory, memory_of
 from . import joining
 from .checks import differing, facts_of
-from .follower import DONE, REFUSED, Agree, Follower, Functions
+from .follower import REFUSED, Agree, Follower, Functions
 from .leader import Leader
 from .plan_stream import PlanStream
 from .verbs import CHECK, functions_of
@@ -66,8 +66,10 @@ class LeadingGroup:
             slots, length, tokens = engine.layout.slots, engine.layout.length, engine.pages * engine.page_rows
             sizes = {"slots": slots, "cache_length": length, "cache_tokens": tokens}
             answers = self._leader.ask(CHECK, facts_of(self._config, engine, checkpoint, draft), sizes)
-            if errors := {host: error for host, error in answers.items() if error}:
-                raise RefusedError("; ".join(f"host {host}: {error}" for host, error in errors.items()))
+            if refusal := "; ".join(f"host {host}: {error}" for host, error in answers.items() if error):
+                self._leader.stop(refusal)
+                joining.leave()
+                raise RefusedError(refusal)
             check_memory(engine, memory_of(engine.mesh.local_devices), free_memory())
             return self._leader, self._leader.load()
 
@@ -99,7 +101,7 @@ class FollowingGroup:
         self._follower = Follower(address, secret, self._place.index, self._prepare, self._step_timeout_s)
         threading.Thread(target=self._follower.run, name="follower", daemon=True).start()
         status, why = self._follower.wait()
-        if status == DONE:
+        if self._follower.is_stopped:
             self._follower.close()
             joining.leave()
         return status, why
