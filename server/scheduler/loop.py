@@ -371,7 +371,7 @@ class Loop(Generic[ParamsT, PrefixT, StateT]):
         self._count(pending)
         if result is None:
             return
-        last = self._slots.read(result, is_step=pending.is_step)
+        last = self._slots.read(result, counted=pending.width if pending.is_step else 0)
         self._widths.read(result)
         if pending.is_step and self._metrics is not None:
             count_drafts(self._metrics, result)

@@ -253,7 +253,7 @@ def test_hf_configs_of_both_forms_are_read(tmp_path, old_form):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"model_type": "mamba"}, "family 'mamba'; the families there are: cohere, cohere2, .*, llama, "),
+        ({"model_type": "mamba"}, "a model whose MambaBlock does not attend by transformers' attention functions"),
         ({"rope_parameters": None}, 'neither rope_parameters nor rope_theta; .* for Llama 2 is "rope_theta": 10000.0'),
         ({"rope_parameters": None, "model_type": "qwen3"}, "nor rope_theta; add the one it was trained with$"),
         (

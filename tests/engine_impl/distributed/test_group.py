@@ -137,6 +137,24 @@ def test_an_adapter_that_a_host_lacks_is_refused_with_the_hosts_number():
         assert made.lost.reasons == []
 
 
+def test_an_adapter_that_breaks_its_reader_is_refused_likewise():
+    def breaks(path):
+        raise OSError("the disk is gone")
+
+    with group(FakeEngine(), FakeEngine(on_read_adapter=breaks)) as made:
+        with pytest.raises(RefusedError, match=r"^host 1: OSError: the disk is gone$"):
+            made.leader.read_adapter("adapter-3")
+        assert made.lost.reasons == []
+
+
+def test_an_adapter_asked_for_while_a_verb_fails_on_all_hosts_ends_no_group():
+    """The leader is still at the verb when the call for the adapter, from another thread, reaches a follower."""
+    replay = Replay(functions_of(FakeEngine(), lambda: "parameters"))
+    replay._failed[1] = "ValueError: on all hosts"
+    replay.begin(pb.Call(number=2, verb="read_adapter", results=[2]))
+    replay.begin(pb.Call(number=3, verb="init_decode_state", results=[3], failed=[1]))
+
+
 def test_a_slow_adapter_holds_up_no_step():
     may_go_on = threading.Event()
     with group(FakeEngine(), FakeEngine(on_read_adapter=until(may_go_on))) as made:

@@ -131,6 +131,18 @@ def test_nobody_gives_pages_back_for_drafts():
     assert [call for call in engine.log if call.startswith("prefill")] == ["prefill a", "prefill A"]
 
 
+def test_a_step_that_is_narrower_than_asked_takes_no_pages_for_what_it_cannot_bring():
+    """An engine has no wide steps of many slots: each one brings a token, whatever is asked."""
+    engine = FakeEngine(
+        cache_length=64, page_rows=4, prefill_chunk=4, pages=20, widths=(1, 4), widest=lambda _: 1,
+        count_of_step=lambda _: 5,
+    )  # fmt: skip
+    with running(engine) as orchestrator:
+        asked = [ask(orchestrator, text, 33, sampling=ON) for text in ("a", "A")]
+        assert [len(tokens(one)) for one in asked] == [33, 33]
+    assert [call for call in engine.log if call.startswith("prefill")] == ["prefill a", "prefill A"]
+
+
 def test_drafts_that_took_part_are_told_to_the_caller_and_counted():
     """Steps of 4 of which two drafts are right, and one is wrong."""
     metrics, engine = Metrics(), FakeEngine(widths=(4,), count_of_step=lambda step: 3)
