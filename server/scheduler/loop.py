@@ -201,7 +201,7 @@ class Loop(Generic[ParamsT, PrefixT, StateT]):
         self._turns += 1
         if self._turns % TURNS_A_CHECK == 0:
             self._room.check_integrity()
-        apart = [] if self._apart is None else self._apart.prompts
+        apart: Sequence[Prompt] = () if self._apart is None else self._apart.prompts
         in_parts = {sample for prompt in apart for sample in prompt.samples}
         over = [self.ended.popleft() for _ in range(len(self.ended))]
         self.ended.extend(sample for sample in over if sample in in_parts)  # to be freed when they are stored

@@ -86,10 +86,11 @@ class Widths:
 
     def _tokens(self, roster: Roster, width: int) -> float:
         """That a step brings, as far as can be told."""
-        behind_wrong, behind_right = self._right / np.maximum(self._all, 1e-9)
-        likely_N = np.where(self._is_right_B[roster.slot_B], behind_right, behind_wrong)
-        runs = sum(behind_right**more for more in range(width - 1))
-        return roster.taken + runs * float(likely_N[~roster.is_constrained_B].sum())
+        behind_wrong, behind_right = (self._right / np.maximum(self._all, 1e-9)).tolist()
+        is_right_N = self._is_right_B[roster.slot_B[~roster.is_constrained_B]]
+        rights = int(np.count_nonzero(is_right_N))
+        likely = rights * behind_right + (len(is_right_N) - rights) * behind_wrong
+        return roster.taken + likely * sum(behind_right**more for more in range(width - 1))
 
     def _seconds(self, size: int, width: int) -> float:
         narrow = self._widths[0]
