@@ -154,11 +154,11 @@ class DisaggregatedEngine:
         return self.decode_engine.read_adapter(path)
 
     def put_adapter(self, params: BothParams, index: int, adapter: AdapterWeights) -> BothParams:
-        prefill = self.prefill_engine.put_adapter(params.prefill, index, adapter)  # those of `params` are donated
+        prefill = self.prefill_engine.put_adapter(params.prefill, index, adapter)
         try:
             return BothParams(prefill, self.decode_engine.put_adapter(params.decode, index, adapter))
-        except Exception as error:
-            raise AdaptersLostError("the adapters are lost: another could not be written where steps run") from error
+        except Exception as error:  # one side has it, and gave up the others
+            raise AdaptersLostError("the adapters on the devices are lost: the sides differ") from error
 
     def without_adapters(self, params: BothParams) -> BothParams:
         return BothParams(

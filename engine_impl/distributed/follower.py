@@ -112,6 +112,8 @@ class Follower:
         self._prepare = prepare
         self.is_ready = False
         """Whether every program is compiled, and the leader can count on this host."""
+        self.is_stopped = False
+        """Whether the leader has ended the group, and all its hosts leave it together."""
         self._replay: Replay | None = None
         self._refusal = ""
         self._calls = queue.SimpleQueue[pb.Call]()
@@ -136,7 +138,9 @@ class Follower:
             agree = self._prepare()
             while (call := self._calls.get()).verb != STOP:
                 self._take(call, agree)
-            self._finish(DONE, "the leader has stopped the group")
+            self.is_stopped = True
+            refusal = self._refusal or call.arguments[0].text
+            self._finish(REFUSED if refusal else DONE, refusal or "the leader has stopped the group")
         except RefusedError as error:
             self._finish(REFUSED, str(error))
         except Exception as error:

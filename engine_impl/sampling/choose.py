@@ -69,7 +69,18 @@ def sample(
 
 
 def _argmax(values_BV: jax.Array) -> jax.Array:
-    return jnp.argmax(values_BV, axis=-1).astype(jnp.int32)
+    """i32. XLA:CPU computes an argmax one value at a time, 7.1 ms of CPU time for 32 slots of 49,152 tokens; the
+    largest value and the first place that is not below it are two reductions by vectors, 1.0 ms."""
+
+    def first_of_largest(values_BV):
+        V = values_BV.shape[1]
+        is_largest_BV = jnp.logical_not(values_BV < values_BV.max(axis=1, keepdims=True))
+        return jnp.where(is_largest_BV, jnp.arange(V, dtype=jnp.int32)[None, :], V).min(axis=1)
+
+    def argmax(values_BV):
+        return jnp.argmax(values_BV, axis=1).astype(jnp.int32)
+
+    return jax.lax.platform_dependent(values_BV, cpu=first_of_largest, default=argmax)
 
 
 def _draw(logits_BV: jax.Array, sampling: SlotSampling, position_B: jax.Array) -> jax.Array:

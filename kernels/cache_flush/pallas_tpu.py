@@ -1,14 +1,17 @@
-"""Flush on TPU: a Mosaic kernel that rewrites, for each slot with a new row, the one tile of rows that it belongs to.
+"""Flush on TPU: a Mosaic kernel that rewrites, for each slot with new rows, the tiles of rows that they belong to.
 
-A row is less than a tile and cannot be written alone, so a step reads a slot's aligned tile in a group of layers, puts
-the new rows in and writes it back. The cache is input and output in one. Slots with nothing to write have no step.
+A row is less than a tile and cannot be written alone, so a step reads an aligned tile of a slot in a group of layers,
+puts the new rows in and writes it back. The cache is input and output in one. The grid is as long as the tiles that
+change are many: one or two a slot, none of a slot with nothing to write.
 
-The compiler's schedule for v5e (`kernel_report.py`), bf16, H = 128, the 32 layers of a slot: 340 bundles with 1
-kv head, 964 with 4, 1,151 with 8, while the tiles take 480, 1,920 and 3,841 cycles there and back. So HBM is what a
-flush waits for: for 96 slots 31, 123 and 246 us.
+The compiler's schedule for v5e (`kernel_report.py`), the 32 layers of a tile, bf16, H = 128, W = 1, 4 and 8 tokens a
+slot: 203, 326 and 181 bundles with 1 kv head, 378, 956 and 446 with 4, while the tiles take 480 and 1,920 cycles there
+and back. So HBM is what a flush waits for: with one token, for 96 slots, 31 and 123 us, 246 with 8 heads.
 
-In int8 a tile has 32 rows: 341 bundles for 960 cycles with 1 head, 902 for 3,841 with 4. A tile of scales is those of
-128 tokens, 1 KiB a head: 190 bundles and 120 cycles with 1 head, 426 and 480 with 4.
+Rows move within float32 vectors, one to a sublane: to put a row into a tile of bf16 as it lies takes 350 and 979
+bundles. In int8 a tile has 32 rows: 241, 336 and 412 bundles for 960 cycles with 1 head, 487, 867 and 1,218 for 3,841
+with 4. A tile of scales is those of 128 tokens, 1 KiB a head: 180 bundles and 120 cycles with 1 head, 420 and 480 with
+4, whatever W.
 
 Rows written alone, by one strided DMA per slot, would take 24 bundles and a sixteenth of those bytes. In this layout
 the compiler refuses it in bf16 (offsets must be multiples of 8). It allows it with the heads inside the tokens,

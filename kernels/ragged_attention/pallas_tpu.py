@@ -64,8 +64,8 @@ def _kernel(
         step, is_live = core * max_steps + i, i < count_ref[core]
     cache_ref, scale_ref = cache_refs if len(cache_refs) == 2 else (*cache_refs, None)
     (K, R, _), W, G = cache_ref.shape, tokens, q_ref.shape[1] // tokens
-    has_window = layer_ref.shape == (2,)
-    window = layer_ref[1] if has_window else None
+    window = layer_ref[1] if layer_ref.shape == (2,) else None
+    has_window = window is not None
     first, length = rows_seen(length_ref[slot_ref[step]], window)
     row = block_ref[step] * R  # the page's first, counted from the slot's
     rows_left = length - row
@@ -76,7 +76,7 @@ def _kernel(
     dot = functools.partial(jax.lax.dot_general, preferred_element_type=jnp.float32, precision=precision)
 
     # Token w sees rows from oldest + w on; where that is not above 0 for any token, by how much is of no matter.
-    oldest = jnp.maximum(length - window + 1, -W) if has_window else 0
+    oldest = 0 if window is None else jnp.maximum(length - window + 1, -W)
     is_first_page = row <= first if has_window else block_ref[step] == 0
 
     def is_query_before(token: jax.Array, shape: tuple[int, ...]) -> jax.Array:
@@ -97,7 +97,7 @@ def _kernel(
             score_XW = capped(dot(q_ref[k], k_WC, (((1,), (1,)), ((), ()))) * scale)
             token_XW = jax.lax.broadcasted_iota(jnp.int32, score_XW.shape, 1)
             is_seen_XW = jnp.logical_not(is_query_before(token_XW, score_XW.shape))
-            if has_window:
+            if window is not None:
                 is_seen_XW &= is_query_before(token_XW + jnp.minimum(window, W), score_XW.shape)
             score_XW = jnp.where(is_seen_XW, score_XW, -jnp.inf)
             m_ref[k] = jnp.max(score_XW, axis=-1, keepdims=True)

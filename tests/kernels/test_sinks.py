@@ -34,8 +34,9 @@ def test_a_step_by_hand(mesh, backend):
 def test_a_step(mesh, backend, window, W):
     """Each query head has its own, the same for all tokens; a dead slot's new tokens share with it, too."""
     sink_N = sinks(6)
-    *of_step, length_B = inputs([0, 1, R, R + 1, 3 * R - 2], 3 * R, 2, 3, 64, jnp.float32, window=window, W=W)
-    args = (*of_step, LAYER, length_B)
+    lengths = [0, 1, R, R + 1, 3 * R - 2]
+    q_BWNH, new_BWKC, cache_LBKSC, length_B = inputs(lengths, 3 * R, 2, 3, 64, jnp.float32, window=window, W=W)
+    args = (q_BWNH, new_BWKC, cache_LBKSC, LAYER, length_B)
     out_BWNH = attend(*args, window=window, sink_N=sink_N, mesh=mesh, backend=backend)
     oracle.assert_close(out_BWNH, oracle.ragged_attention(*args, window=window, sink_N=sink_N))
 

@@ -118,11 +118,11 @@ def compile_step(chips, K, G, H, dtype, flush_of, *, topology="v5e:2x4", W=1):
 STEP = pytest.mark.parametrize(("K", "G", "H", "dtype"), [case for i, case in enumerate(quick(2, 3, 5)) if i != 1])
 
 
-def assert_step_is_clean(*args, **options):
+def assert_step_is_clean(chips, K, G, H, dtype, **options):
     def flush_of(mesh):
         return functools.partial(cache_flush, mesh=mesh, backend="pallas")
 
-    cache_LPKRC, compiled = compile_step(*args, flush_of, **options)
+    cache_LPKRC, compiled = compile_step(chips, K, G, H, dtype, flush_of, **options)
     assert_no_copy_of(cache_LPKRC, compiled)
     assert memory_of(compiled).alias_size_in_bytes == nbytes(cache_LPKRC)
 

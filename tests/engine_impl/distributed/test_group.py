@@ -173,8 +173,17 @@ def test_a_mismatch_is_refused_on_both_sides():
     answers = made.leader.ask(CHECK, {"jax": "2"}, {})
     assert answers == {1: "jax: '1' here, '2' on the leader"}
     assert made.lost.reasons == [], "the leader can tell what was refused"
-    made.plan._server.stop(0)
+    made.leader.stop("host 1 differs")
     assert made.followers[0].wait() == (REFUSED, answers[1])
+    made.close()
+
+
+def test_hosts_that_agree_are_told_why_the_group_never_began():
+    made = Group(FakeEngine(), FakeEngine())
+    made.leader.ask(CHECK, {}, {})
+    made.leader.stop("host 2 differs")
+    assert made.followers[0].wait() == (REFUSED, "host 2 differs")
+    assert made.followers[0].is_stopped
     made.close()
 
 

@@ -126,6 +126,19 @@ def test_greedy_slots_are_untouched_by_the_others():
     assert token_B[2] == logits_BV[2].argmax()
 
 
+def test_the_first_of_the_largest_is_chosen():
+    """Equal ones, nothing but -inf, a NaN: always a token, and of the likeliest the first."""
+    logits_BV = np.full((4, VOCABULARY), -np.inf, np.float32)
+    logits_BV[0, [7, 70]] = 1.0
+    logits_BV[1, [0, VOCABULARY - 1]] = np.inf
+    logits_BV[3, 5] = np.nan
+    greedy = jax.tree.map(lambda value: np.stack([value] * 4), SlotSampling.of(SamplingParams()))
+    nothing_said_BV = jnp.zeros(logits_BV.shape, jnp.uint16)
+    token_B = sample(jnp.asarray(logits_BV), nothing_said_BV, greedy, jnp.zeros(4, jnp.int32))
+    assert token_B[:3].tolist() == [7, 0, 0]
+    assert 0 <= token_B[3] < VOCABULARY
+
+
 def test_an_infinite_logit_and_negative_zero_do_not_confuse_the_order():
     logits_V = np.full(VOCABULARY, -np.inf, np.float32)
     logits_V[[1, 2, 3]] = [0.0, -0.0, 1.0]
