@@ -36,6 +36,7 @@ class Widths:
         self._right, self._all = np.array([0.0, 1.0]), np.array([1.0, 2.0])
         self._step_s: dict[tuple[int, int], float] = {}  # mean, by (size, width)
         self._counts: dict[tuple[int, int], float] = {}  # how much that counts
+        self._widest: dict[int, int] = {}  # that the engine has, by size, where it took a narrower step than asked
 
     @property
     def are_drafts(self) -> bool:
@@ -49,6 +50,8 @@ class Widths:
             return narrow
         best, best_rate = narrow, self._tokens(roster, narrow) / self._seconds(size, narrow)
         for width in wider:
+            if width > self._widest.get(size, width):
+                break
             rate = self._tokens(roster, width) / self._seconds(size, width)
             if rate > best_rate * GAIN:
                 best, best_rate = width, rate
@@ -74,11 +77,13 @@ class Widths:
         self._all[1] += more + np.count_nonzero(ends_N)
         self._is_right_B[slot_N] = agreed_N == result.width
 
-    def took(self, roster: Roster, width: int, seconds: float) -> None:
-        """A step of these."""
+    def took(self, roster: Roster, asked: int, width: int, seconds: float) -> None:
+        """A step of these, which was `width` wide where `asked` was chosen."""
         if not self.are_drafts:
             return
         size = size_of(roster)
+        if width < asked:
+            self._widest[size] = width
         known_s = self._step_s.get((size, width), seconds)
         self._step_s[size, width] = known_s + NEWEST * (seconds - known_s)
         for other in self._widths:
