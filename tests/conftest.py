@@ -66,6 +66,9 @@ def without_native_kernels(monkeypatch):
 @pytest.fixture
 def one_device(monkeypatch):
     """For processes that the test starts: the model is not shared by three of eight, without native kernels."""
+    import jax
+
+    jax.devices()  # this process has its eight before the flag is gone
     flags = [flag for flag in os.environ["XLA_FLAGS"].split() if "device_count" not in flag]
     monkeypatch.setenv("XLA_FLAGS", " ".join(flags))
 

@@ -44,7 +44,7 @@ def inputs(L, K, C, dtype, positions, counts=None, W=1):
     return tuple(map(jnp.asarray, (cache_LPKRC, new_LBWKC, np.array(positions, np.int32), count_B, page_BJ)))
 
 
-def expected(cache, new, position_B, count_B, page_BJ, row_axis=3):
+def expected(cache, new, position_B, count_B, page_BJ, *, row_axis: int = 3):
     """Row by row."""
     pages, new, page_BJ = np.moveaxis(np.array(cache), row_axis, 2), np.asarray(new), np.asarray(page_BJ)
     rows = pages.shape[2]

@@ -72,6 +72,7 @@ def answers(orchestrator, *asks):
             event = request.events.get(timeout=COMPILES_S)
             assert event.error is None
             ids.setdefault(event.index, []).extend(event.token_ids)
+        assert event.usage is not None
         told.append((ids, event.usage.cached_tokens))
     return told
 

@@ -37,7 +37,7 @@ class Steps:
     """Steps that take `step_s[width]` and whose drafts are right by `agreed(slot, width)`."""
 
     def __init__(self, slots, step_s, widths=(1, 4), constrained=()):
-        self.roster, self.step_s = of(slots, constrained), step_s
+        self.roster, self.step_s, self.widest = of(slots, constrained), step_s, widths[-1]
         self.widths = Widths(widths, slots)
 
     def run(self, steps, agreed):
@@ -45,15 +45,15 @@ class Steps:
         used = []
         for _ in range(steps):
             width = self.widths.choose(self.roster)
+            used.append(width)
             agreed_N = np.array([min(agreed(slot, width), width) for slot in self.roster.slot_B], np.int32)
             count_N = np.minimum(agreed_N, width - 1) + 1
             token_NW = np.zeros((len(agreed_N), width), np.int32)
             result = HostResult(
                 self.roster, token_NW, count_N, count_N, count_N < 0, None, None, None, agreed_N, agreed_N, *[None] * 3
             )
-            self.widths.took(self.roster, width, self.step_s[width])
+            self.widths.took(self.roster, width, min(width, self.widest), self.step_s[min(width, self.widest)])
             self.widths.read(result)
-            used.append(width)
         return used
 
 
@@ -98,6 +98,12 @@ def test_answers_with_a_grammar_count_for_one_token():
     step_s = {1: 1.0, 4: 1.9}
     assert 4 in Steps(2, step_s).run(60, lambda slot, width: 4)
     assert 4 not in Steps(2, step_s, constrained=(0, 1)).run(60, lambda slot, width: 4)
+
+
+def test_an_engine_that_has_no_step_so_wide_is_asked_once():
+    steps = Steps(8, {1: 1.0, 4: 1.1})
+    steps.widest = 1
+    assert steps.run(300, lambda slot, width: 4).count(4) == 1
 
 
 def test_sizes_are_told_apart():
