@@ -1,13 +1,15 @@
 VENV := .venv
 BIN := $(VENV)/bin
 PYTHON ?= python3
-PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile  # two processes; each may take 5 GB
+# Two processes; each may take 5 GB. Files come as tests/conftest.py orders them, which xdist would reorder. Bytecode is
+# kept: pytest's is dear to make, and every process that tests start reads that of the rooms.
+PYTEST := PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 ROOMS := protos kernels cache_manager engine_impl server benchmarks cli
 
 NATIVE := setup.py $(wildcard kernels/native/*.cc kernels/native/*.h)  # what `pip install` compiles
 
-.PHONY: demo test test-fast gates gpu-gates web-test tools-test ray-test native-check setup check protos manifests rules clean
+.PHONY: demo test test-fast product gates gpu-gates web-test tools-test ray-test native-check setup check protos manifests rules clean
 
 demo: $(VENV)/.runtime           ## serve the embedded model, ask it a question, stop
 	@$(BIN)/slipstream demo
@@ -16,7 +18,10 @@ test: $(VENV)/.test              ## the whole suite
 	$(PYTEST)
 
 test-fast: $(VENV)/.test         ## what does not take long
-	$(PYTEST) -m "not slow and not gates and not gpu_gates and not web and not tools and not ray"
+	$(PYTEST) -m "not slow and not product and not gates and not gpu_gates and not web and not tools and not ray"
+
+product: $(VENV)/.test           ## whole cross products, where the suite has a covering set
+	$(PYTEST) -m product
 
 gates: $(VENV)/.test             ## every program x heads x head dim x chip, by the TPU compiler
 	$(PYTEST) tests/gates -m "not gpu_gates"

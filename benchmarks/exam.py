@@ -90,9 +90,10 @@ def _forced_step(engine: Engine) -> Callable[..., Any]:
     def step(params: Params, state: DecodeState, slot_N, page_NJ, next_token_N) -> tuple[DecodeState, jax.Array]:
         def choose(logits_NV: jax.Array, rows: Rows, count_BV: jax.Array) -> Chosen:
             logprob_NV = jax.nn.log_softmax(logits_NV.astype(jnp.float32))
-            return Chosen(given(next_token_N, logprob_NV[:, 0]), count_BV, logprob_NV)
+            token_N1 = given(next_token_N, logprob_NV[:, 0])[:, None]
+            return Chosen(token_N1, rows.is_live_N.astype(jnp.int32), count_BV, logprob_NV)
 
-        state, logprob_NV, _ = programs.step(params, state, slot_N, page_NJ, choose)
+        state, logprob_NV, _ = programs.step(params, state, programs.taken(state, slot_N), page_NJ, choose)
         return state, logprob_NV
 
     return jax.jit(step, donate_argnums=1, out_shardings=(programs.state_sharding(), None))

@@ -410,9 +410,10 @@ class Engine(Protocol[ParamsT, PrefixT, StateT]):
         """One decode step of the slots named, in their order; one that is full gets no token. The state is donated.
 
         Row n of the result belongs to slot_N[n]; rows behind them have a count of 0. `width` is one of `widths`: the
-        step computes each slot's last token and up to so many drafts less one behind it. A slot's tokens are the same
-        whatever the width; how many a step brings differs. `page_NJ` (i32) must have a page for each row that the step
-        may store: up to `width` behind a slot's length. No slot named: a step that changes nothing.
+        step computes each slot's last token and up to so many drafts less one behind it, fewer where no step of so many
+        slots is that wide. A slot's tokens are the same whatever the width; how many a step brings differs. `page_NJ`
+        (i32) must have a page for each row that the step may store: up to `width` behind a slot's length. Where no slot
+        is named, nothing changes.
         """
         ...
 

@@ -17,7 +17,7 @@ class EngineConfig:
 
     model: str = "embedded"
     """`embedded` (SmolLM2-135M-Instruct, fetched on first use), a GGUF file, a folder with config.json and safetensors
-    files, or a model of the Hugging Face hub (org/name, or org/name@revision)."""
+    files, a model of the Hugging Face hub (org/name, or org/name@revision), or gs://bucket/path."""
 
     model_module: str | None = None
     """A Python module that registers a model family of your own (package.module), see docs/adding-a-model.md."""
@@ -66,6 +66,10 @@ class EngineConfig:
 
     quantize_exclude: tuple[str, ...] = ("lm_head",)
     """Modules that keep their weights as they are, by patterns such as `*.down_proj`; in all layers alike."""
+
+    weight_cache: str | None = None
+    """A folder on a local disk that keeps loaded weights in the form in which the devices have them, quantised: the
+    second start reads only those (path). Default: none are kept."""
 
     max_adapters: int = 0
     """LoRA adapters that the devices hold at once, for requests that name one (count). 0: none are served."""

@@ -16,7 +16,7 @@ from . import api
 from .adapters.stacks import AdapterWeights
 from .api import Allowed, Opening, Piece
 from .engine import Engine
-from .errors import PieceError
+from .errors import AdaptersLostError, PieceError
 from .forward import Params
 from .state import DecodeState, Prefix, StepResult
 from .text.tokenizer import Tokenizer
@@ -154,9 +154,15 @@ class DisaggregatedEngine:
         return self.decode_engine.read_adapter(path)
 
     def put_adapter(self, params: BothParams, index: int, adapter: AdapterWeights) -> BothParams:
+        prefill = self.prefill_engine.put_adapter(params.prefill, index, adapter)
+        try:
+            return BothParams(prefill, self.decode_engine.put_adapter(params.decode, index, adapter))
+        except Exception as error:  # one side has it, and gave up the others
+            raise AdaptersLostError("the adapters on the devices are lost: the sides differ") from error
+
+    def without_adapters(self, params: BothParams) -> BothParams:
         return BothParams(
-            self.prefill_engine.put_adapter(params.prefill, index, adapter),
-            self.decode_engine.put_adapter(params.decode, index, adapter),
+            self.prefill_engine.without_adapters(params.prefill), self.decode_engine.without_adapters(params.decode)
         )
 
     # Verbs

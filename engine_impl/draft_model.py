@@ -2,6 +2,7 @@
 
 import logging
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 from jax.sharding import Mesh
 
@@ -14,7 +15,6 @@ from .errors import RefusedError
 from .models import registry
 from .models.decoder import Decoder, ModelConfig
 from .quantization.swap import resolved
-from .text.tokenizer import Tokenizer
 from .weights.sharding import tensor_parallel_sizes
 
 log = logging.getLogger(__name__)
@@ -66,7 +66,15 @@ def beside(layout: CacheLayout, shape: ModelConfig, backend: Backend) -> CacheLa
     )
 
 
-def check_same_tokens(tokenizer: Tokenizer, other: Tokenizer, draft_model: str) -> None:
+class Vocabulary(Protocol):
+    """A tokenizer, as far as two are compared."""
+
+    vocab_size: int
+
+    def token(self, token_id: int) -> str: ...
+
+
+def check_same_tokens(tokenizer: Vocabulary, other: Vocabulary, draft_model: str) -> None:
     """Raises RefusedError for a draft model whose token ids mean something else than the model's."""
     size = max(tokenizer.vocab_size, other.vocab_size)
     differing = next((i for i in range(size) if tokenizer.token(i) != other.token(i)), None)

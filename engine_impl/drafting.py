@@ -51,7 +51,7 @@ class Slots(NamedTuple):
     """of width 1"""
     page_NJ: jax.Array
     count_NV: Callable[[], jax.Array]
-    """u16, what their texts have, the last token included; of use when one asks for a penalty"""
+    """u16, what their cached tokens are; of use when one asks for a penalty"""
     cache_length: int
     """tokens of a full slot"""
 
@@ -75,7 +75,7 @@ def drafted(
         logits_NV, new = model.decode(params, cache, one, slots.page_NJ)
         chosen_N = sample(
             _of_vocabulary(logits_NV, vocab_size),
-            lambda: counts_behind(slots.count_NV(), draft_NW)[-1],
+            lambda: counts_behind(slots.count_NV(), jnp.concatenate([rows.token_NW, draft_NW], axis=1))[-1],
             rows.sampling, length_N + 1, nobody,
         )  # fmt: skip
         draft_N = jnp.where(w < found.count_N, found.token_NW[:, w], chosen_N)

@@ -19,6 +19,7 @@ takes a `Session`, which knows the pages and the slots in use.
 import copy
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import jax
@@ -51,7 +52,8 @@ from .shapes import Shapes
 from .speculation.texts import texts_of
 from .state import DecodeState, Prefix, StepResult
 from .text.tokenizer import Tokenizer
-from .weights.load import load_params, needed_shapes
+from .weights.kept import kept
+from .weights.load import abstract_params, load_params, needed_shapes
 
 
 class Engine:
@@ -82,7 +84,7 @@ class Engine:
         self.model_name = model_name
         self.mesh = mesh
         platform = mesh.devices.flat[0].platform
-        self.layer_loop: LayerLoop = forward.layer_loop_for(platform, model)
+        self.layer_loop: LayerLoop = forward.layer_loop_for(platform, model, *([] if draft is None else [draft.model]))
         backend = kernels.backend_for(platform)
         self.layout = layout_of(config, model.config, mesh, dtype, page_rows)
         sites = sites_of(model, mesh) if config.max_adapters else ()
@@ -90,6 +92,7 @@ class Engine:
         adapt(model, sites)
         self.model = model
         """The modules, with their linear ones as quantisation left them; they hold no weights."""
+        self._weight_cache = None if config.weight_cache is None else Path(config.weight_cache).expanduser()
         self._tokenizer, self._kv_heads = tokenizer, kv_heads or model.config.num_kv_heads
         self.adapter_places: AdapterPlaces | None = None
         """Of the adapters that the devices hold; None: there are none."""
@@ -213,11 +216,21 @@ class Engine:
     def load_params(self, checkpoint: Checkpoint, draft_checkpoint: Checkpoint | None = None) -> Params:
         """Read the weights onto the mesh, the draft model's too where there is one. Raises RefusedError when a
         checkpoint does not fit its model."""
-        params = load_params(self.model, checkpoint, self.mesh, self.layout.dtype, self.layer_loop)
+        params = self._params_of(self.model, checkpoint)
         if self.draft_model is not None and draft_checkpoint is not None:
-            where = self.mesh, self.layout.dtype, self.layer_loop
-            params |= {"draft": load_params(self.draft_model, draft_checkpoint, *where)}
+            params |= {"draft": self._params_of(self.draft_model, draft_checkpoint)}
         return self.without_adapters(params)
+
+    def _params_of(self, model: Decoder, checkpoint: Checkpoint) -> Params:
+        """From the folder that keeps them, if there is one and it does, else from the checkpoint."""
+        form = self.mesh, self.layout.dtype, self.layer_loop
+
+        def load() -> Params:
+            return load_params(model, checkpoint, *form)
+
+        if self._weight_cache is None:
+            return load()
+        return kept(self._weight_cache, checkpoint.files(), abstract_params(model, *form), load)
 
     @property
     def max_adapters(self) -> int:

@@ -32,8 +32,9 @@ A scan hands each layer its slice of the stacks. Modules that read the stack the
 and, as `layer`, the layer's number; where nothing is stacked, that is 0."""
 
 
-def layer_loop_for(platform: str, model: Decoder) -> LayerLoop:
-    """How a model's layers are walked on a platform. Layers that differ in more than their weights are never stacked.
+def layer_loop_for(platform: str, *models: Decoder) -> LayerLoop:
+    """How the layers of an engine's models are walked on a platform, in all models alike. Layers that differ in more
+    than their weights are never stacked.
 
     TPU: a scan. What the compiler says of 96 slots of 2048 tokens (libtpu 0.0.42; `slipstream plan` shows the scan's
     today), compile seconds, code and temp MiB, static cycles in millions:
@@ -53,7 +54,7 @@ def layer_loop_for(platform: str, model: Decoder) -> LayerLoop:
     Elsewhere unrolled, over a separate array a layer: XLA:CPU copies every slice of a stack, at every step, and so does
     XLA's GPU compiler, all seven matrices of a layer (docs/gpu-evidence.md).
     """
-    return "scan" if platform == "tpu" and len(set(model.module_of_layer)) == 1 else "unrolled"
+    return "scan" if platform == "tpu" and all(len(set(one.module_of_layer)) == 1 for one in models) else "unrolled"
 
 
 class Decoded(NamedTuple):

@@ -49,7 +49,7 @@ def load_engine(
     """
     with timeline.THIS_PROCESS.loading():
         devices = devices or choose_devices(config.platform)  # refused before a download
-        checkpoint, draft = open_model(config), _open_draft(config)
+        checkpoint, draft = open_model(config), open_draft_model(config)
         engine = build_engine(config, checkpoint, devices, reserves=reserves, draft_checkpoint=draft)
         check_memory(engine, memory_of(engine.mesh.local_devices), free_memory())  # refused before weights are read
         return engine, engine.load_params(checkpoint, draft)
@@ -63,7 +63,7 @@ def load_disaggregated(config: EngineConfig, prefill_devices: int) -> tuple[Disa
     with timeline.THIS_PROCESS.loading():
         devices = choose_devices(config.platform)
         check_share(prefill_devices, len(devices))
-        checkpoint, draft = open_model(config), _open_draft(config)
+        checkpoint, draft = open_model(config), open_draft_model(config)
         shape = checkpoint.config
         of_prefill, of_decode = devices[:prefill_devices], devices[prefill_devices:]
         sizes = [
@@ -143,7 +143,7 @@ def build_engine(
     dtype = choose_dtype(config.dtype, devices[0].platform)
     if packs(mesh, backend_for(devices[0].platform)):
         dtype = jnp.dtype("float32")  # of activations and cache; weights become what the config says
-    tokenizer, draft, draft_checkpoint = checkpoint.tokenizer(), None, draft_checkpoint or _open_draft(config)
+    tokenizer, draft, draft_checkpoint = checkpoint.tokenizer(), None, draft_checkpoint or open_draft_model(config)
     if draft_checkpoint is not None:
         check_same_tokens(tokenizer, draft_checkpoint.tokenizer(), draft_checkpoint.name)
         length = config.cache_length or shape.context_length
@@ -204,7 +204,8 @@ def open_model(config: EngineConfig) -> Checkpoint:
     return open_checkpoint(config.model)
 
 
-def _open_draft(config: EngineConfig) -> Checkpoint | None:
+def open_draft_model(config: EngineConfig) -> Checkpoint | None:
+    """What `config.draft_model` names, if it does. Raises RefusedError."""
     return None if config.draft_model is None else open_checkpoint(config.draft_model)
 
 

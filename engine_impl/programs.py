@@ -154,17 +154,14 @@ class Programs:
     def _begun(
         self, params: Params, state: DecodeState, slot_N: jax.Array, page_NJ: jax.Array, mask: Mask, width: int
     ) -> tuple[DecodeState, Rows]:
-        """The slots with their drafts: (the state, where their last tokens are counted, and the draft model's rows of
-        all but the last draft stored; the step's rows)."""
+        """The slots with their drafts: (the state, where the draft model's rows of all but the last draft are stored;
+        the step's rows)."""
         rows = self.taken(state, slot_N)
-        counted_N = rows.sampling.is_penalised.astype(jnp.int32)
-        count_BV = count_answer(state.count_BV, slot_N, rows.token_NW, counted_N, self.mesh)
-        state = replace(state, count_BV=count_BV)
         if self.drafting is None or state.texts is None:
             return state, rows
         drafts = self.drafting.propose(state.texts.of(slot_N), rows, width)
         if self.drafting.model is not None and state.draft_cache is not None:
-            slots = Slots(rows, page_NJ, lambda: count_BV[slot_N], self.cache_length)
+            slots = Slots(rows, page_NJ, lambda: state.count_BV[slot_N], self.cache_length)
             drafts, draft_cache = drafted(
                 self.drafting.model, params["draft"], state.draft_cache, slots, drafts, self.model.config.vocab_size
             )
@@ -181,7 +178,7 @@ class Programs:
 
             def count_RV() -> jax.Array:
                 """The text up to each token of the step and that token, as though its drafts were right."""
-                behind = counts_behind(count_BV[rows.slot_N], rows.token_NW[:, 1:])
+                behind = counts_behind(count_BV[rows.slot_N], rows.token_NW)[1:]
                 return behind[0] if rows.width == 1 else jnp.stack(behind, axis=1).reshape(logits_RV.shape)
 
             # The text so far is `length` cached tokens and this step's own: a chosen token stands behind both.
@@ -192,9 +189,9 @@ class Programs:
             else:
                 room_N *= self.cache_length - rows.length_N
                 accepted = accept(token_NW, rows.drafts, room_N)
-            if rows.width > 1:
-                counted_N = jnp.where(rows.sampling.is_penalised, accepted.count_N - 1, 0)
-                count_BV = count_answer(count_BV, rows.slot_N, token_NW[:, :-1], counted_N, self.mesh)
+            # What is cached is counted: of the step's tokens as many as it brings. Behind what was read, as the flush.
+            counted_N = jnp.where(rows.sampling.is_penalised & (token_NW[:, 0] >= 0), accepted.count_N, 0)
+            count_BV = count_answer(count_BV, rows.slot_N, rows.token_NW, counted_N, self.mesh)
             result = self._result(logits_RV, token_NW, sampling, accepted, rows.drafts)
             return Chosen(token_NW, accepted.count_N, count_BV, result)
 

@@ -121,7 +121,7 @@ class Demand:
         outputs = sum(module.out_features for module in layer if isinstance(module, Linear))
         outputs += sum(chosen * module.weight.shape[-1] for module in layer if isinstance(module, ExpertLinear))
         width = next(parameter.shape[1] for parameter in model.embed_tokens.parameters())
-        sites = sites_of(model, mesh)
+        sites = sites_of(model, mesh) if config.max_adapters else ()
         quantize(model, config, dtype, mesh, backend)
         loop = layer_loop_for(platform, model)
         places = AdapterPlaces(sites, shape.num_layers, config.max_adapters, config.max_adapter_rank, mesh, dtype)

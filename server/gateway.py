@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 from ..engine_impl.api import AnyEngine
 from ..engine_impl.errors import RefusedError
 from .adapters.store import AdapterStore
-from .delivery.mailbox import Batch, Mailbox
+from .delivery.mailbox import Batch, Inbox, Mailbox
 from .errors import CancelledError, DeadlineError, UnavailableError
 from .observe.logs import log_prompt
 from .observe.traces import Header, Traces
@@ -147,9 +147,9 @@ class Gateway:
         engine, orchestrator = self._open()
         orchestrator.check_room(client)
         self._mailbox = mailbox = self._mailbox or Mailbox(asyncio.get_running_loop())
-        events: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
+        inbox = Inbox()
         requests = await asyncio.get_running_loop().run_in_executor(
-            self._lanes[lane], read, engine, lambda number: partial(mailbox.post, events, number)
+            self._lanes[lane], read, engine, lambda number: partial(mailbox.post, inbox, number)
         )
         for request in requests:
             if request.grammar is not None:
@@ -162,7 +162,7 @@ class Gateway:
             log_prompt(request.id, request.prompt_ids, engine.get_tokenizer())
         orchestrator.submit(*requests)
         try:
-            yield Admitted(engine, requests, events)
+            yield Admitted(engine, requests, inbox)
         finally:
             for request in requests:
                 orchestrator.cancel(request)
@@ -176,18 +176,16 @@ class Gateway:
 class Admitted:
     """Requests that were handed in together."""
 
-    def __init__(self, engine: AnyEngine, requests: list[Request], events: "asyncio.Queue[tuple[int, Event]]") -> None:
+    def __init__(self, engine: AnyEngine, requests: list[Request], inbox: Inbox) -> None:
         self.engine, self.requests = engine, requests
-        self._events = events
+        self._inbox = inbox
 
     async def batches(self) -> AsyncIterator[Batch]:
         """All that has come since the batch before, until every request has ended. Raises why one of them was not
         answered to its end, after the batch that told so."""
         under_way = len(self.requests)
         while under_way:
-            batch = [await self._events.get()]
-            while not self._events.empty():
-                batch.append(self._events.get_nowait())
+            batch = await self._inbox.take()
             last = [(self.requests[number], event) for number, event in batch if event.is_last]
             for _, event in last:
                 if event.error is not None:

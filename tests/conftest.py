@@ -4,6 +4,7 @@ import it is imported within a fixture."""
 import os
 import signal
 import sys
+from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -11,8 +12,8 @@ import pytest
 
 os.environ.update(
     JAX_PLATFORMS="cpu",
-    # Programs are compiled here more often than run: LLVM need not improve them, and what XLA emitted before its fusion
-    # emitters takes it a third of the time.
+    # Programs are compiled here more often than run: LLVM need not improve them, and without XLA's fusion emitters it
+    # takes a third of the time. A jaxlib that has one of these flags no more ends at once, and names it.
     XLA_FLAGS=" ".join(
         [
             *os.environ.get("XLA_FLAGS", "").split(),
@@ -28,6 +29,8 @@ os.environ.update(
     TPU_WORKER_HOSTNAMES="localhost",
     ALLOW_MULTIPLE_LIBTPU_LOAD="1",
     HF_HUB_OFFLINE="1",
+    # Of torch, where it is the reference: its threads would wait in a loop for the core that another process has.
+    OMP_NUM_THREADS="1",
     # Two engines of one shape are two times the same programs. They are compiled once, by whichever process and run
     # needs them first, and not kept among the user's own. What JAX reports as made counts those that it found, too, so
     # tests see every program that is asked for anew; `make clean` forgets them.
@@ -35,8 +38,21 @@ os.environ.update(
     JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS="0.1",
 )
 
+SLOW = 50
+"""So many other tests last as long as a slow one."""
+
 # A shell that starts the suite in the background has it ignore Ctrl-C, which some tests press.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(config, items):
+    """Several processes take the files that last longest first: one that came last would leave the others idle."""
+    if hasattr(config, "workerinput"):
+        weight = Counter()
+        for item in items:
+            weight[item.path] += SLOW if item.get_closest_marker("slow") else 1
+        items.sort(key=lambda item: -weight[item.path])
 
 
 @pytest.fixture
@@ -45,6 +61,16 @@ def without_native_kernels(monkeypatch):
     from slipstream.kernels import native
 
     monkeypatch.setattr(native, "is_built", lambda: False)
+
+
+@pytest.fixture
+def one_device(monkeypatch):
+    """For processes that the test starts: the model is not shared by three of eight, without native kernels."""
+    import jax
+
+    jax.devices()  # this process has its eight before the flag is gone
+    flags = [flag for flag in os.environ["XLA_FLAGS"].split() if "device_count" not in flag]
+    monkeypatch.setenv("XLA_FLAGS", " ".join(flags))
 
 
 @pytest.fixture

@@ -241,6 +241,8 @@ class FakeEngine:
     step_s: float = 0.0
     widths: tuple[int, ...] = (1,)
     """A real engine's begin with 1."""
+    widest: Callable[[int], int] = lambda slots: 99
+    """The widest step of so many slots."""
     count_of_step: Callable[[int], int] | None = None
     """How many tokens a step brings, by its number: so many less one of its drafts are right; None: all."""
     model_name: str = "fake"
@@ -384,6 +386,7 @@ class FakeEngine:
         width: int = 1,
     ) -> tuple[FakeState, FakeResult]:
         assert width in (1, *self.widths)
+        width = min(width, self.widest(len(slot_N)))
         step, self.steps = self.steps, self.steps + 1
         state = decode_state.donate()
         self._call("generate")

@@ -25,7 +25,7 @@ MAY_IMPORT: dict[str, tuple[set[str], set[str]]] = {
     "engine_impl": (
         {"kernels", "cache_manager", "protos"},  # protos and grpc: distributed/ alone, see below
         {"jax", "numpy", "torch", "torchax", "gguf", "tokenizers", "jinja2", "libtpu", "jetstream"}
-        | {"safetensors", "sentencepiece", "huggingface_hub", "google", "llguidance", "grpc", "transformers"},
+        | {"safetensors", "sentencepiece", "huggingface_hub", "google", "llguidance", "grpc", "transformers", "gcsfs"},
     ),
     "server": (
         {"protos", "cache_manager", "engine_impl"},
@@ -126,6 +126,7 @@ ENGINE_FACE = {
 ONLY_IN = {
     "torchax": {"engine_impl/bridge.py"},
     "llguidance": {"engine_impl/text/grammar.py"},
+    "gcsfs": {"engine_impl/checkpoints/buckets.py"},
     "opentelemetry": {"server/observe/traces.py"},
     "ray": {f"server/ray/{name}.py" for name in ("application", "ingress", "router", "scaling")},
     "starlette": {"server/ray/ingress.py"},

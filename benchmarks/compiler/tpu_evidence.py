@@ -1,7 +1,7 @@
 """The tables of docs/tpu-evidence.md, as the TPU compiler tells them today; no TPU needed.
 
 Run as `python -m slipstream.benchmarks.compiler.tpu_evidence`, about twenty minutes on two cores; or with the names
-of the tables that are wanted: serving, quantized, designs, writes, carried.
+of the tables that are wanted: serving, quantized, designs, writes, carried, wide.
 """
 
 import itertools
@@ -54,6 +54,8 @@ CARRIED = [  # topology, slots, tokens of the piece
     ("v5e:2x4", 256, 512),
     ("v6e:2x4", 128, 512),
 ]
+WIDE = [("v5e:2x4", slots, width) for slots in (8, 32) for width in (1, 4, 8)]
+"""topology, slots, tokens of each"""
 
 
 def serving_rows() -> Iterator[str]:
@@ -193,12 +195,32 @@ def carried_rows(model: str = "llama-3.1-8b", cache_tokens: int = 65536) -> Iter
             yield "| " + " | ".join([topology, str(slots), str(tokens), way, *cells]) + " |"
 
 
+def wide_rows(model: str = "llama-3.1-8b") -> Iterator[str]:
+    """A step of several tokens a slot, with what drafts them, beside one of one; and that where nothing drafts."""
+    yield "| topology | slots | tokens | static Mcycles | operations | floor ms | compute ms | temp MiB |"
+    yield "|---|---|---|---|---|---|---|---|"
+    for topology, slots, width in [*[("v5e:2x4", slots, 0) for slots in (8, 32)], *WIDE]:
+        config = EngineConfig(
+            model=model, slots=128, cache_length=2048, cache_tokens=262144, speculate="auto" if width else "off"
+        )
+        engine = abstract_engine(shape_of(model), topology, config)
+        budget, program = Budget(engine, chip_of(topology)), f"generate_{slots}x{max(1, width)}"
+        compiled = lower_generate(engine, slots, max(1, width)).compile()
+        report = budget.report(program, compiled, 0)
+        cells = [
+            f"{report.estimated_cycles / 1e6:.2f}", f"{Program(compiled.as_text() or '').operations():,}",
+            f"{report.floor_ms:.2f}", f"{report.compute_floor_ms:.2f}", f"{report.temp_bytes / MIB:.1f}",
+        ]  # fmt: skip
+        yield "| " + " | ".join([topology, str(slots), str(width) if width else "1, off", *cells]) + " |"
+
+
 TABLES = {
     "serving": serving_rows,
     "quantized": quantized_rows,
     "designs": design_rows,
     "writes": write_rows,
     "carried": carried_rows,
+    "wide": wide_rows,
 }
 
 

@@ -1,8 +1,9 @@
 """What a file format offers to whoever loads weights."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal, Protocol
 
 import numpy as np
@@ -46,6 +47,11 @@ class Checkpoint(Protocol):
     @property
     def quantization(self) -> Quantization | None:
         """What `tensor` decodes; None where matrices are floats, or count as such."""
+        ...
+
+    def files(self) -> Sequence[Path]:
+        """What the weights follow from, files of weights and of what tells how to read them. None: they come from
+        nowhere, and are not worth keeping."""
         ...
 
     def shapes(self) -> Mapping[str, tuple[int, ...]]:

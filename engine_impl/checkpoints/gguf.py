@@ -48,6 +48,10 @@ class GGUFCheckpoint:
         self.config = read_gguf_config(self._file, str(path))
         self.quantization = None  # its weights count as floats: exact, and on a CPU faster than codes
 
+    def files(self) -> Sequence[Path]:
+        """All of its parts."""
+        return self._file.paths
+
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
         """The shape of every tensor there is, by its parameter's name; one that we do not know keeps the file's."""
         shapes = {name: (self._file.tensors[stored].shape, index) for name, (stored, index) in self._stored.items()}

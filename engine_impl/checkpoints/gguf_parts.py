@@ -17,7 +17,7 @@ class GGUFParts:
         count, number = first.fields.get("split.count", 1), first.fields.get("split.no", 0)
         if number:
             raise RefusedError(f"{str(path)!r} is file {number + 1} of {count}; give the first one")
-        paths = [path] if count <= 1 else _paths(path, count)
+        self.paths = paths = [path] if count <= 1 else _paths(path, count)
         missing = [part.name for part in paths if not part.is_file()]
         if missing:
             raise RefusedError(f"{str(path)!r} lacks {len(missing)} of {count} files: {', '.join(missing)}; fetch them")

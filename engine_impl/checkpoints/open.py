@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from ..errors import RefusedError
-from . import hub
+from . import buckets, hub
 from .contract import Checkpoint
 from .embedded import embedded_model
 from .gguf import GGUFCheckpoint
@@ -17,6 +17,8 @@ def open_checkpoint(model: str) -> Checkpoint:
     """
     if model == "embedded":
         return GGUFCheckpoint(embedded_model())
+    if buckets.is_url(model):
+        return SafetensorsCheckpoint(buckets.model_folder(model), model)
     path = Path(model).expanduser()
     if path.is_dir():
         return SafetensorsCheckpoint(path)
@@ -26,5 +28,5 @@ def open_checkpoint(model: str) -> Checkpoint:
         return SafetensorsCheckpoint(hub.model_folder(model), model)
     raise RefusedError(
         f"model {model!r} does not exist; give `embedded`, a GGUF file, a folder with config.json and safetensors "
-        "files, or a hub id (org/name)"
+        "files, a hub id (org/name), or gs://bucket/path"
     )

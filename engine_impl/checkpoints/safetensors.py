@@ -8,7 +8,7 @@ import json
 import logging
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -131,6 +131,10 @@ class SafetensorsCheckpoint:
             return None
         plain = (name.removesuffix(f".{WEIGHT}") for name in self._plain if name.endswith(f".{WEIGHT}"))
         return replace(self._format.quantization, floats=tuple(map(re.escape, plain)))
+
+    def files(self) -> Sequence[Path]:
+        """Those with weights, and the config."""
+        return [*weight_files(self.folder, self.name), config_path(self.folder)]
 
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
         """The shape of every tensor there is, by its parameter's name."""

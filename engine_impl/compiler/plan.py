@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from ..checkpoints import hub
+from ..checkpoints import buckets, hub
 from ..checkpoints.contract import Quantization
 from ..checkpoints.gguf import GGUFCheckpoint
 from ..checkpoints.hf_config import read_fields, read_hf_config
@@ -227,6 +227,8 @@ def _config_file(model: str) -> Path | None:
     path = Path(model)
     if path.exists():
         return path
+    if buckets.is_url(model):
+        return buckets.config_file(model)
     return hub.config_file(model) if hub.is_id(model) else None
 
 

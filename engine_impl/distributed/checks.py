@@ -16,25 +16,32 @@ from ..engine import Engine
 PACKAGES = ("slipstream-llm", "jax", "jaxlib", "libtpu", "torch", "torchax", "numpy")
 VARIABLES = ("XLA_FLAGS", "LIBTPU_INIT_ARGS")
 """What the compiler reads beside."""
+PATHS = ("model", "draft_model")
+"""Fields of the config that may differ."""
 SAMPLES = 32
 """Tensors that are looked into."""
 TOLD = 8
 
 
-def facts_of(config: EngineConfig, engine: Engine, checkpoint: Checkpoint) -> dict[str, str]:
-    """By the name that a person knows them by. Flags as they were given, but for the model's path, which may be another
-    on each host: it is the model that is compared."""
-    flags = {f"--{of.name.replace('_', '-')}": getattr(config, of.name) for of in fields(config) if of.name != "model"}
+def facts_of(
+    config: EngineConfig, engine: Engine, checkpoint: Checkpoint, draft_checkpoint: Checkpoint | None = None
+) -> dict[str, str]:
+    """By the name that a person knows them by. Flags as they were given, but for the models' paths, which may be others
+    on each host: it is the models that are compared."""
+    names = [of.name for of in fields(config) if of.name not in PATHS]
+    flags = {f"--{name.replace('_', '-')}": getattr(config, name) for name in names}
     packages = {f"the package {name}": _version(name) for name in PACKAGES}
     variables = {name: os.environ.get(name, "") for name in VARIABLES}
     shapes = engine.shapes
-    programs = (shapes.steps, shapes.prefills, shapes.carries, engine.layout, engine.layer_loop, engine.mesh.size)
+    sizes = (shapes.steps, shapes.wide_steps, shapes.prefills, shapes.carries)
+    programs = (*sizes, engine.cache_layouts, engine.layer_loop, engine.mesh.size)
     facts = {
         "Python": platform.python_version(),
         **packages,
         **variables,
         **flags,
         "the model": fingerprint(checkpoint),
+        "the draft model": None if draft_checkpoint is None else fingerprint(draft_checkpoint),
         "the programs": programs,
     }
     return {name: str(value) for name, value in facts.items()}

@@ -59,6 +59,8 @@ class Replay:
         for number in call.failed:
             if self._failed.pop(number, None) is None:
                 raise DivergedError(f"call {number} failed on the leader and not here")
+        if call.verb == "read_adapter":  # sent out of order: the leader may be at a verb that has failed here already
+            return
         for number, error in self._failed.items():
             raise DivergedError(f"call {number} failed here and not on the leader: {error}")
 
@@ -80,6 +82,9 @@ class Replay:
             self._keep(call, self._functions[call.verb](*(value.text for value in call.arguments)))
         except RefusedError as error:
             return str(error)
+        except Exception as error:  # the leader waits for an answer, whatever it is
+            log.exception("an adapter could not be read")
+            return f"{type(error).__name__}: {error}"
         return ""
 
     def _keep(self, call: pb.Call, results: Any) -> list[StepResult]:
@@ -107,6 +112,8 @@ class Follower:
         self._prepare = prepare
         self.is_ready = False
         """Whether every program is compiled, and the leader can count on this host."""
+        self.is_stopped = False
+        """Whether the leader has ended the group, and all its hosts leave it together."""
         self._replay: Replay | None = None
         self._refusal = ""
         self._calls = queue.SimpleQueue[pb.Call]()
@@ -131,7 +138,9 @@ class Follower:
             agree = self._prepare()
             while (call := self._calls.get()).verb != STOP:
                 self._take(call, agree)
-            self._finish(DONE, "the leader has stopped the group")
+            self.is_stopped = True
+            refusal = self._refusal or call.arguments[0].text
+            self._finish(REFUSED if refusal else DONE, refusal or "the leader has stopped the group")
         except RefusedError as error:
             self._finish(REFUSED, str(error))
         except Exception as error:

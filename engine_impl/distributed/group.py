@@ -14,12 +14,12 @@ from ..config import EngineConfig
 from ..engine import Engine
 from ..errors import RefusedError
 from ..hosts import Place
-from ..loading import build_engine, check_memory, choose_devices, open_model
+from ..loading import build_engine, check_memory, choose_devices, open_draft_model, open_model
 from ..runtime import timeline
 from ..sizes import free_memory, memory_of
 from . import joining
 from .checks import differing, facts_of
-from .follower import DONE, REFUSED, Agree, Follower, Functions
+from .follower import REFUSED, Agree, Follower, Functions
 from .leader import Leader
 from .plan_stream import PlanStream
 from .verbs import CHECK, functions_of
@@ -59,15 +59,17 @@ class LeadingGroup:
             board.write(LEADER, json.dumps([self._plan.address, secret]))
             self._plan.wait_for_followers(COME_S)
             devices = choose_devices(self._config.platform)
-            checkpoint = open_model(self._config)
-            engine = build_engine(self._config, checkpoint, devices)
+            checkpoint, draft = open_model(self._config), open_draft_model(self._config)
+            engine = build_engine(self._config, checkpoint, devices, draft_checkpoint=draft)
             check_shares(engine, self._place.hosts)
-            self._leader = Leader(engine, partial(engine.load_params, checkpoint), self._plan)
+            self._leader = Leader(engine, partial(engine.load_params, checkpoint, draft), self._plan)
             slots, length, tokens = engine.layout.slots, engine.layout.length, engine.pages * engine.page_rows
             sizes = {"slots": slots, "cache_length": length, "cache_tokens": tokens}
-            answers = self._leader.ask(CHECK, facts_of(self._config, engine, checkpoint), sizes)
-            if errors := {host: error for host, error in answers.items() if error}:
-                raise RefusedError("; ".join(f"host {host}: {error}" for host, error in errors.items()))
+            answers = self._leader.ask(CHECK, facts_of(self._config, engine, checkpoint, draft), sizes)
+            if refusal := "; ".join(f"host {host}: {error}" for host, error in answers.items() if error):
+                self._leader.stop(refusal)
+                joining.leave()
+                raise RefusedError(refusal)
             check_memory(engine, memory_of(engine.mesh.local_devices), free_memory())
             return self._leader, self._leader.load()
 
@@ -99,7 +101,7 @@ class FollowingGroup:
         self._follower = Follower(address, secret, self._place.index, self._prepare, self._step_timeout_s)
         threading.Thread(target=self._follower.run, name="follower", daemon=True).start()
         status, why = self._follower.wait()
-        if status == DONE:
+        if self._follower.is_stopped:
             self._follower.close()
             joining.leave()
         return status, why
@@ -113,14 +115,14 @@ class FollowingGroup:
 
     def _prepare(self) -> Agree:
         devices = choose_devices(self._config.platform)
-        checkpoint = open_model(self._config)
+        checkpoint, draft = open_model(self._config), open_draft_model(self._config)
 
         def agree(facts: dict[str, str], sizes: dict[str, int]) -> Functions:
-            engine = build_engine(replace(self._config, **sizes), checkpoint, devices)
-            if wrong := differing(facts_of(self._config, engine, checkpoint), facts):
+            engine = build_engine(replace(self._config, **sizes), checkpoint, devices, draft_checkpoint=draft)
+            if wrong := differing(facts_of(self._config, engine, checkpoint, draft), facts):
                 raise RefusedError(wrong)
             check_memory(engine, memory_of(engine.mesh.local_devices), free_memory())
-            return functions_of(engine, partial(engine.load_params, checkpoint))
+            return functions_of(engine, partial(engine.load_params, checkpoint, draft))
 
         return agree
 

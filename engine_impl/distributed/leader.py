@@ -118,9 +118,10 @@ class Leader:
         """A call that is no engine's verb: what each follower answers, see `PlanStream.answers`."""
         return self._plan.answers(self.send(verb, arguments, {}, ()))
 
-    def stop(self) -> None:
-        """The group's end. Blocks until the followers have ended, some seconds at most."""
-        self._plan.stop(self._message(STOP, (), {}, ()))
+    def stop(self, refusal: str = "") -> None:
+        """The group's end, in order; `refusal`: why it never began. Blocks until the followers have left the stream,
+        some seconds at most."""
+        self._plan.stop(self._message(STOP, (refusal,), {}, ()))
 
     def _call(self, verb: str, *arguments: Any, **keywords: Any) -> Any:
         kinds = VERBS[verb].results

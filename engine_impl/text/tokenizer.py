@@ -4,6 +4,7 @@ import os
 import re
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
+from functools import lru_cache
 
 from tokenizers import AddedToken, decoders, models, pre_tokenizers
 from tokenizers import Tokenizer as Backend
@@ -26,6 +27,8 @@ FIRST_PIECE = 1 << 14
 """How much of a text is read first, to see whether it can be short enough (characters); then four times that, ..."""
 SLACK = 1024
 """How many of a piece's tokens may change with what follows it (tokens). Merges look a few tokens ahead."""
+MAX_KEPT = 4096
+"""Texts of a few tokens that are kept (count)."""
 LOCAL = ("BPE", "Unigram")
 """Models of `tokenizers` of which that is true. A word of WordPiece is unknown as a whole."""
 
@@ -56,6 +59,8 @@ class Tokenizer:
         self.stop_ids = stop_ids
         self.first_ids = tuple(first_ids)
         self._backend = backend
+        self.decode_again = lru_cache(MAX_KEPT)(self.decode)
+        """As `decode`, for a tuple of a few ids that other answers are likely to have too."""
         self._text_prefix = text_prefix
         added = backend.get_added_tokens_decoder().items()
         self._control_ids = {token.content: token_id for token_id, token in added if token.special}
@@ -226,7 +231,7 @@ class TextStream:
         return self._pending()
 
     def _pending(self) -> str:
-        given = self._tokenizer.decode(self._token_ids[self._context_ids : self._given_ids])
+        given = self._tokenizer.decode_again(tuple(self._token_ids[self._context_ids : self._given_ids]))
         text = self._tokenizer.decode(self._token_ids[self._context_ids :])
         if text.startswith(given):
             return text[len(given) :]

@@ -9,7 +9,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -41,7 +41,7 @@ OUTCOMES = {
 
 End = FinishReason | Exception
 
-NOTHING = Event()
+NOTHING, NOTHING_BROUGHT = Event(), Brought()
 
 
 class CallerGoneError(Exception):
@@ -187,11 +187,12 @@ class Delivery:
             emit(request, Event(index=sample.index, prompt_logprobs=prompt_logprobs_of(request, result)))
         note_drafts(request, result, slot)
         kept = min(int(result.kept_B[slot]), request.max_tokens - sample.delivered)
-        token_ids, starts, more = result.token_BW[slot, :kept].tolist(), list[int](), Brought()
+        token_ids, starts, more = result.token_BW[slot, :kept].tolist(), list[int](), NOTHING_BROUGHT
         while len(starts) < kept and not text.is_stopped:
             token_id = token_ids[len(starts)]
             starts.append(text.length)
-            more = more.and_then(text.feed(token_id))
+            brings = text.feed(token_id)
+            more = more.and_then(brings) if len(starts) > 1 else brings
         taken = len(starts)
         sample.delivered += taken
         brought = Event(
@@ -204,11 +205,11 @@ class Delivery:
             logprobs=logprobs_of(sample, result, slot, taken),
         )
         if text.is_stopped:
-            self._end_sample(sample, FinishReason.STOP, replace(brought, stopped_by=text.stopped_by))
+            self._end_sample(sample, FinishReason.STOP, brought._replace(stopped_by=text.stopped_by))
         elif result.stopped_B[slot] and sample.delivered < request.max_tokens:
             stop_id = int(result.token_BW[slot, result.kept_B[slot]])
             is_asked = stop_id in request.sampling.stop_token_ids
-            self._end_sample(sample, FinishReason.STOP, replace(brought, stopped_by=stop_id if is_asked else None))
+            self._end_sample(sample, FinishReason.STOP, brought._replace(stopped_by=stop_id if is_asked else None))
         elif sample.delivered == request.max_tokens:
             self._end_sample(sample, FinishReason.LENGTH, brought)
         else:
@@ -219,14 +220,14 @@ class Delivery:
         request, text = sample.request, self._texts.pop(sample, None)
         sample.done = True
         self._free(sample)
-        last = replace(brought, index=sample.index, finish_reason=reason)
+        last = brought._replace(index=sample.index, finish_reason=reason)
         if text is not None:
             more = Brought(brought.text, brought.reasoning, brought.calls).and_then(text.finish())
-            last = replace(last, text=more.text, reasoning=more.reasoning, calls=more.calls)
+            last = last._replace(text=more.text, reasoning=more.reasoning, calls=more.calls)
             if reason is FinishReason.STOP and text.has_calls:
-                last = replace(last, finish_reason=FinishReason.TOOL_CALLS)
+                last = last._replace(finish_reason=FinishReason.TOOL_CALLS)
         if all(other.done for other in request.samples):
-            last = replace(last, usage=self._close_request(request, OUTCOMES[reason]))
+            last = last._replace(usage=self._close_request(request, OUTCOMES[reason]))
         emit(request, last)
 
     def _end(self, ending: Ending) -> None:

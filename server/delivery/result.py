@@ -76,7 +76,8 @@ class PendingResult:
         next_logprobs: Sequence[PieceLogprobs] = (),
     ) -> None:
         """`is_step`: of a decode step, not of a prefill. `started`: when it was asked for (s of time.monotonic()).
-        `is_timed`: whether it is the first that a step or a prefill brings; further samples draw from the same prefill.
+        `is_timed`: whether its time is a step's or a prefill's own: not where a step carries a piece along, nor where a
+        further sample draws from the same prefill.
         `width`: of the step. `has_drafts`: whether it tells of drafts. `next_logprobs`: of the pieces of a prompt."""
         self.roster, self.is_step, self.started, self.is_timed, self.width = roster, is_step, started, is_timed, width
         self._arrays: dict[str, DeviceArray] = {}

@@ -40,9 +40,9 @@ class CompletionReply(Reply):
 
     def _shifted(self, event: Event, by: int) -> Event:
         if not self._body.is_echo_alone:
-            return replace(event, starts=tuple(by + start for start in event.starts))
+            return event._replace(starts=tuple(by + start for start in event.starts))
         usage = event.usage and replace(event.usage, generated_tokens=0)
-        return replace(event, text="", token_ids=(), starts=(), logprobs=(), usage=usage)
+        return event._replace(text="", token_ids=(), starts=(), logprobs=(), usage=usage)
 
     def _echo(self, of_prompt: int) -> Echo:
         """Made once for all samples."""

@@ -30,7 +30,8 @@ class Piece:
         self.starts += event.starts
         self.text += event.text
         self.reasoning += event.reasoning
-        self.calls = joined(self.calls + event.calls)
+        if event.calls:
+            self.calls = joined(self.calls + event.calls)
         self.token_ids += event.token_ids
         self.logprobs += event.logprobs
         self.prompt_logprobs = event.prompt_logprobs or self.prompt_logprobs

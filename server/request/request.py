@@ -4,7 +4,7 @@ import secrets
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from enum import Enum
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from ...engine_impl.errors import RefusedError, TooLongError
 from ...engine_impl.sampling.params import MAX_SEED, SamplingParams
@@ -78,8 +78,7 @@ class Usage:
     total_ms: float
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Event:
+class Event(NamedTuple):
     """What happened to a sample of a request."""
 
     index: int = 0

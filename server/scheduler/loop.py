@@ -201,7 +201,7 @@ class Loop(Generic[ParamsT, PrefixT, StateT]):
         self._turns += 1
         if self._turns % TURNS_A_CHECK == 0:
             self._room.check_integrity()
-        apart = [] if self._apart is None else self._apart.prompts
+        apart: Sequence[Prompt] = () if self._apart is None else self._apart.prompts
         in_parts = {sample for prompt in apart for sample in prompt.samples}
         over = [self.ended.popleft() for _ in range(len(self.ended))]
         self.ended.extend(sample for sample in over if sample in in_parts)  # to be freed when they are stored
@@ -314,7 +314,7 @@ class Loop(Generic[ParamsT, PrefixT, StateT]):
             )
         except PieceError:
             return None
-        self._count_step(result, roster, started, 1)
+        self._count_step(result, roster, started, 1, carries=True)
         return prefix
 
     def _prefill(
@@ -357,10 +357,18 @@ class Loop(Generic[ParamsT, PrefixT, StateT]):
         self._state, result = self._engine.generate(self._params, self._state, roster.slot_B, page_NJ, allowed, width)
         self._count_step(result, roster, started, width)
 
-    def _count_step(self, result: StepResult, roster: Roster, started: float, width: int) -> None:
+    def _count_step(
+        self, result: StepResult, roster: Roster, started: float, width: int, *, carries: bool = False
+    ) -> None:
         """A step of these was started (s of time.monotonic())."""
         pending = PendingResult(
-            result, roster, is_step=True, started=started, width=width, has_drafts=self._widths.are_drafts
+            result,
+            roster,
+            is_step=True,
+            started=started,
+            is_timed=not carries,
+            width=width,
+            has_drafts=self._widths.are_drafts,
         )
         self._pending.append(pending)
         for sample in self._slots.count_step(roster, width):
@@ -368,10 +376,10 @@ class Loop(Generic[ParamsT, PrefixT, StateT]):
 
     def _deliver(self, pending: PendingResult) -> None:
         result = pending.read()
-        self._count(pending)
+        self._count(pending, result)
         if result is None:
             return
-        last = self._slots.read(result, is_step=pending.is_step)
+        last = self._slots.read(result, counted=pending.width if pending.is_step else 0)
         self._widths.read(result)
         if pending.is_step and self._metrics is not None:
             count_drafts(self._metrics, result)
@@ -400,14 +408,15 @@ class Loop(Generic[ParamsT, PrefixT, StateT]):
             text_T = self._slots.text(sample)[:-1]
             self._room.leave_text(self._slots.take_back(sample), text_T, sample.request.prefix_key)
 
-    def _count(self, pending: PendingResult) -> None:
+    def _count(self, pending: PendingResult, result: HostResult | None) -> None:
         """A result that was read is a success. It took the device from the one before it until now."""
         now = time.monotonic()
         duration_s, self._read_at = now - max(pending.started, self._read_at), now
         self._failures.worked(is_step=pending.is_step)
         if pending.is_step:
             self._step_s = duration_s
-            self._widths.took(pending.roster, pending.width, duration_s)
+            if result is not None and pending.is_timed:
+                self._widths.took(pending.roster, pending.width, result.width, duration_s)
             self.probes.answer()
         if self._metrics is not None:
             if pending.is_step:

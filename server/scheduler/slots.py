@@ -107,8 +107,11 @@ class Slots:
         self._waits_B[roster.slot_B] = roster.is_constrained_B
         return list(self.roster.owner_B[slot_M[self._left_B[slot_M] == 0]])
 
-    def read(self, result: HostResult, *, is_step: bool) -> list[Sample]:
-        """Takes in what was read. Returns whom a step brought the last tokens, which were not counted as such."""
+    def read(self, result: HostResult, *, counted: int) -> list[Sample]:
+        """Takes in what was read. Returns whom a step brought the last tokens, which were not counted as such.
+
+        `counted`: the width by which `count_step` counted the step, which may have been a narrower one; 0: a prefill's.
+        """
         roster, count_N = result.roster, result.count_B
         seated_N = (roster.owner_B == self.roster.owner_B[roster.slot_B]) & (self._left_B[roster.slot_B] > 0)
         slot_M, count_M, token_MW = roster.slot_B[seated_N], count_N[seated_N], result.token_BW[seated_N]
@@ -117,9 +120,9 @@ class Slots:
             at_M = np.minimum(self._known_B[slot_M] + step, self._cache_length - 1)
             self._text_BS[slot_M[brought_M], at_M[brought_M]] = token_MW[brought_M, step]
         self._known_B[slot_M] = np.minimum(self._known_B[slot_M] + count_M, self._cache_length)
-        if not is_step:
+        if not counted:
             return []
-        self._rows_B[slot_M] += count_M - result.width
+        self._rows_B[slot_M] += count_M - counted
         self._left_B[slot_M] = np.maximum(self._left_B[slot_M] - np.maximum(count_M - 1, 0), 0)
         return list(self.roster.owner_B[slot_M[self._left_B[slot_M] == 0]])
 

@@ -36,6 +36,7 @@ class Widths:
         self._right, self._all = np.array([0.0, 1.0]), np.array([1.0, 2.0])
         self._step_s: dict[tuple[int, int], float] = {}  # mean, by (size, width)
         self._counts: dict[tuple[int, int], float] = {}  # how much that counts
+        self._widest: dict[int, int] = {}  # that the engine has, by size, where it took a narrower step than asked
 
     @property
     def are_drafts(self) -> bool:
@@ -49,6 +50,8 @@ class Widths:
             return narrow
         best, best_rate = narrow, self._tokens(roster, narrow) / self._seconds(size, narrow)
         for width in wider:
+            if width > self._widest.get(size, width):
+                break
             rate = self._tokens(roster, width) / self._seconds(size, width)
             if rate > best_rate * GAIN:
                 best, best_rate = width, rate
@@ -74,11 +77,13 @@ class Widths:
         self._all[1] += more + np.count_nonzero(ends_N)
         self._is_right_B[slot_N] = agreed_N == result.width
 
-    def took(self, roster: Roster, width: int, seconds: float) -> None:
-        """A step of these."""
+    def took(self, roster: Roster, asked: int, width: int, seconds: float) -> None:
+        """A step of these, which was `width` wide where `asked` was chosen."""
         if not self.are_drafts:
             return
         size = size_of(roster)
+        if width < asked:
+            self._widest[size] = width
         known_s = self._step_s.get((size, width), seconds)
         self._step_s[size, width] = known_s + NEWEST * (seconds - known_s)
         for other in self._widths:
@@ -86,10 +91,11 @@ class Widths:
 
     def _tokens(self, roster: Roster, width: int) -> float:
         """That a step brings, as far as can be told."""
-        behind_wrong, behind_right = self._right / np.maximum(self._all, 1e-9)
-        likely_N = np.where(self._is_right_B[roster.slot_B], behind_right, behind_wrong)
-        runs = sum(behind_right**more for more in range(width - 1))
-        return roster.taken + runs * float(likely_N[~roster.is_constrained_B].sum())
+        behind_wrong, behind_right = (self._right / np.maximum(self._all, 1e-9)).tolist()
+        is_right_N = self._is_right_B[roster.slot_B[~roster.is_constrained_B]]
+        rights = int(np.count_nonzero(is_right_N))
+        likely = rights * behind_right + (len(is_right_N) - rights) * behind_wrong
+        return roster.taken + likely * sum(behind_right**more for more in range(width - 1))
 
     def _seconds(self, size: int, width: int) -> float:
         narrow = self._widths[0]

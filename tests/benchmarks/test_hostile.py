@@ -68,7 +68,7 @@ def test_an_unknown_input_is_refused():
 
 
 @pytest.mark.slow
-def test_a_short_run(capsys):
+def test_a_short_run(capsys, one_device):
     told = {"spaces": [400], "lists": [400], "grpc-groups": [3], "grpc-adapter": [3]}
     options = HostileOptions(only=",".join(told), callers=3, seconds=0.5, slots=2)
     rows = hostile.run(options)["sweep"]

@@ -2,6 +2,7 @@
 
 import json
 from contextlib import contextmanager
+from typing import Any
 
 import pytest
 from slipstream.benchmarks import speculate
@@ -16,7 +17,7 @@ QUICK = ["bench", "speculate", "--slots", "2", "--load", "1,2", "--requests", "2
 @pytest.fixture
 def engines(monkeypatch):
     """By their flags."""
-    size = {"cache_length": 1024, "max_prefill_length": 512}
+    size: dict[str, Any] = {"cache_length": 1024, "max_prefill_length": 512}
     found = {(): FakeEngine(**size), ("--speculate", "auto"): FakeEngine(**size, widths=(1, 4))}
 
     @contextmanager

@@ -1,23 +1,40 @@
 """slipstream plan on the command line."""
 
+import io
 import json
+from contextlib import redirect_stdout
+from typing import Any
 
 import pytest
 from slipstream.cli.main import run
 from slipstream.cli.plan import mixed
+from slipstream.engine_impl.compiler import plan as compiler
 from slipstream.engine_impl.compiler.headroom import Headroom
 
-SHAPE = ["--slots", "16", "--cache-length", "4096"]
+SMALL = ["--model", "llama-3.2-1b", "--topology", "v5e:2x4", "--slots", "2", "--cache-length", "1024"]
+
+
+@pytest.fixture(scope="module")
+def planned(tmp_path_factory):
+    """(the object of a plan for a mix of lengths, the folder with its programs, the report)."""
+    folder, out, plan, kept = tmp_path_factory.mktemp("hlo"), io.StringIO(), compiler.plan, []
+
+    def keep(*args: Any, **more: Any) -> compiler.PlanReport:
+        kept.append(plan(*args, **more))
+        return kept[0]
+
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(out):
+        patch.setattr(compiler, "plan", keep)
+        assert run(["plan", *SMALL, "--lengths", "fixed:100,29", "--dump", str(folder), "--json"]) == 0
+    return json.loads(out.getvalue().splitlines()[-1]), folder, kept[0]
 
 
 @pytest.mark.slow
-def test_the_last_line_is_one_json_object(capsys, tmp_path):
-    command = ["plan", "--model", "llama-3.2-1b", "--topology", "v5e:2x4", *SHAPE, "--dump", str(tmp_path), "--json"]
-    assert run(command) == 0
-    report = json.loads(capsys.readouterr().out.splitlines()[-1])
+def test_the_last_line_is_one_json_object(planned):
+    report, folder, _ = planned
     assert [report[key] for key in ("model", "topology", "chips", "fits")] == ["llama-3.2-1b", "v5e:2x4", 8, True]
-    assert set(report["programs"]) == {"generate", "insert", "prefill_512", "carry_16x512"}
-    assert (tmp_path / "prefill_512.hlo.txt").exists()
+    assert set(report["programs"]) == {"generate", "insert", "prefill_512", "carry_2x512"}
+    assert (folder / "prefill_512.hlo.txt").exists()
 
 
 def test_a_misfit_prints_its_object_and_exits_1(capsys):
@@ -51,8 +68,10 @@ def test_a_quantised_cache_says_what_it_saves(capsys):
 
 
 @pytest.mark.slow
-def test_the_table_is_for_people(capsys):
-    assert run(["plan", "--model", "embedded", "--topology", "v5e:2x2", "--tensor-parallel", "1", *SHAPE]) == 0
+def test_the_table_is_for_people(planned, monkeypatch, capsys):
+    """Of the same plan, which is compiled once."""
+    monkeypatch.setattr(compiler, "plan", lambda *_, **__: planned[2])
+    assert run(["plan", *SMALL]) == 0
     out = capsys.readouterr().out
     assert "1 x cache_flush" in out
     assert "It fits. Ceiling of the decode step" in out
@@ -60,10 +79,8 @@ def test_the_table_is_for_people(capsys):
 
 
 @pytest.mark.slow
-def test_a_mix_of_lengths_has_lines_and_an_object(capsys):
-    command = ["plan", "--model", "embedded", "--topology", "v5e:2x2", "--tensor-parallel", "1", *SHAPE]
-    assert run([*command, "--lengths", "fixed:100,29", "--json"]) == 0
-    room = json.loads(capsys.readouterr().out.splitlines()[-1])["headroom"]
+def test_a_mix_of_lengths_has_lines_and_an_object(planned):
+    room = planned[0]["headroom"]
     assert 0 < room["tokens_per_second_ceiling"] <= room["decode_tokens_per_second"]
     sent, pool, ceiling = mixed(Headroom(**room))
     assert sent.startswith("Lengths fixed:100,29: prompts of 100 tokens, answers of 29, 114 in the cache")

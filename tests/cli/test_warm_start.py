@@ -1,7 +1,6 @@
 """A second start compiles nothing, and neither does traffic."""
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -63,12 +62,10 @@ asyncio.run(main())
 
 def start(cache: Path) -> tuple[dict, str]:
     """What the server counted, and its log."""
-    environment = {**os.environ, "XLA_FLAGS": ""}
     root = Path(__file__).parents[2]
     done = subprocess.run(
         [sys.executable, "-c", SERVER, str(cache)],
         cwd=root,
-        env=environment,
         capture_output=True,
         text=True,
         timeout=120,
@@ -77,7 +74,7 @@ def start(cache: Path) -> tuple[dict, str]:
     return json.loads(done.stdout.splitlines()[-1]), done.stderr
 
 
-def test_a_second_start_compiles_nothing_and_traffic_nothing_at_all(tmp_path):
+def test_a_second_start_compiles_nothing_and_traffic_nothing_at_all(tmp_path, one_device):
     """Lengths, sampling, probes, cancels: whatever comes, the programs are those of the warm-up."""
     first, first_log = start(tmp_path)
     second, second_log = start(tmp_path)

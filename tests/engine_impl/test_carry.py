@@ -1,5 +1,6 @@
 """Pieces of a prompt that a step carries along: its tokens and theirs are those of two programs."""
 
+import functools
 from dataclasses import replace
 
 import jax
@@ -19,7 +20,8 @@ RUNNING = [[n * 7 % 101 for n in range(length)] for length in (120, 5, 250)]  # 
 LONG = [n * 5 % 101 for n in range(300)]
 
 
-def carrying_engine(config=TINY, devices=1):
+@functools.cache
+def carrying_engine(config, devices):
     """It carries whole chunks, and what is shorter is padded."""
     engine, params = tiny_engine(config, devices=devices, slots=SLOTS, cache_length=512, prefill_chunk=CHUNK)
     engine.shapes = replace(engine.shapes, carried=Carried(SLOTS, CHUNK, CHUNK))
@@ -29,7 +31,7 @@ def carrying_engine(config=TINY, devices=1):
 
 @pytest.fixture(scope="module")
 def tiny():
-    return carrying_engine()
+    return carrying_engine(TINY, 1)
 
 
 def running(engine, params):

@@ -69,7 +69,7 @@ def pages_at(session, pages):
 
 @pytest.fixture(scope="module")
 def tiny():
-    return tiny_engine(slots=SLOTS, cache_length=LENGTH, prefill_chunk=R)
+    return _engine(R)
 
 
 @pytest.mark.parametrize(("devices", "quantize_kv"), [(1, "none"), (1, "int8"), (8, "none")])
@@ -85,7 +85,7 @@ def test_any_pages_give_the_same_tokens(devices, quantize_kv):
 
 @pytest.mark.parametrize("chunk", [128, 256, 384])
 @pytest.mark.parametrize("length", [1, 127, 128, 129, 256, 400])
-def test_chunks_of_any_size_give_the_tokens_of_one_piece(tiny, length, chunk):
+def test_chunks_of_any_size_give_the_tokens_of_one_piece(length, chunk):
     """And the rows: of prompts within a page, of whole pages, and one token more or less."""
     prompt = [n * 5 % 101 for n in range(length)]
     whole = Session(*_engine(LENGTH))
@@ -195,10 +195,9 @@ def test_short_texts_prefilled_together_are_as_alone(tiny, count):
     assert np.array(told).T.tolist() == expected
 
 
-def test_a_prompt_fills_its_own_pages_alone(tiny):
+def test_a_prompt_fills_its_own_pages_alone():
     """A piece's padding goes no further than the text's last page: the next may be another's."""
-    engine, params = tiny_engine(slots=SLOTS, cache_length=LENGTH, prefill_chunk=512)
-    session = Session(engine, params)
+    session = Session(*_engine(LENGTH))
     session.page_BJ[0] = [5, 6, 0, 0]
     poisoned(session)
     session.start(0, [n * 7 % 101 for n in range(R + 12)])  # padded to 256

@@ -35,6 +35,10 @@ class RandomCheckpoint:
     name: str = "random"
     quantization: Quantization | None = None
 
+    def files(self) -> tuple[()]:
+        """None."""
+        return ()
+
     def shapes(self) -> dict[str, tuple[int, ...]]:
         return needed_shapes(registry.build(self.config), self.config.num_kv_heads)
 

@@ -16,7 +16,7 @@ from slipstream.engine_impl.sizes import device_bytes
 
 from tests.tpu import memory_of, text_of
 
-SLOTS, CACHE_LENGTH, LAYERS = 64, 4096, 2
+SLOTS, CACHE_LENGTH, CACHE_TOKENS, LAYERS = 16, 4096, 64 * 4096, 2
 
 
 @functools.cache
@@ -26,7 +26,7 @@ def engine_of(weights: Literal["none", "int8", "int4"] = "none", *, max_adapters
         num_layers=LAYERS, num_heads=16, num_kv_heads=8, head_dim=128, model_dim=1024, ffn_dim=2048, vocab_size=4096,
         context_length=8192, tied_embeddings=False, rope_theta=1e4, rms_norm_eps=1e-5,
     )  # fmt: skip
-    sizes: dict[str, Any] = {"slots": SLOTS, "cache_length": CACHE_LENGTH, "cache_tokens": SLOTS * CACHE_LENGTH}
+    sizes: dict[str, Any] = {"slots": SLOTS, "cache_length": CACHE_LENGTH, "cache_tokens": CACHE_TOKENS}
     config = EngineConfig(**sizes, quantize_weights=weights, max_adapters=max_adapters)
     return abstract_engine(shape, "v5e:2x4", config)
 
@@ -41,6 +41,7 @@ def branches(hlo: Program) -> list[set[str]]:
     return next(of_one for of_one in loops if all("while" in opcodes for opcodes in of_one))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "weights", ["none", *(pytest.param(kind, marks=pytest.mark.gates) for kind in ("int8", "int4"))]
 )

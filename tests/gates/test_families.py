@@ -7,7 +7,7 @@ import pytest
 from slipstream.engine_impl.compiler.budget import cache_copies
 from slipstream.engine_impl.compiler.chips import chip_of
 from slipstream.engine_impl.compiler.hlo import Program
-from slipstream.engine_impl.compiler.lowering import lower_generate, lower_prefill
+from slipstream.engine_impl.compiler.lowering import lower_generate, lower_prefill, lower_score_step
 from slipstream.engine_impl.compiler.plan import abstract_engine
 from slipstream.engine_impl.compiler.presets import PRESETS
 from slipstream.engine_impl.config import EngineConfig
@@ -16,6 +16,7 @@ from slipstream.engine_impl.engine import Engine
 from tests.tpu import memory_of, text_of
 
 TOPOLOGY = "v5e:2x4"
+STEPS = {"generate": lower_generate, "score": lower_score_step}
 BUCKET = 1024
 
 SMALL = (
@@ -47,11 +48,12 @@ def small(name: str) -> Engine:
 
 def check(engine: Engine, program: str) -> None:
     """It fits; the step reads the cache in place, by one kernel a layer, and writes it once."""
-    executable = (lower_generate(engine) if program == "generate" else lower_prefill(engine, 1, BUCKET)).compile()
+    lowered = lower_prefill(engine, 1, BUCKET) if program == "prefill" else STEPS[program](engine)
+    executable = lowered.compile()
     layout, cache_bytes = engine.layout, engine.layout.bytes // engine.mesh.size
     memory, hlo = memory_of(executable), Program(text_of(executable))
     assert memory.argument_size_in_bytes + memory.temp_size_in_bytes < chip_of(TOPOLOGY).hbm_bytes
-    if program == "generate":
+    if program in STEPS:
         assert cache_copies(hlo, engine) == []
         windows = engine.model.config.window_of_layer  # those that cut nothing off are none
         lists = len({window if window is not None and window < layout.length else None for window in windows})
@@ -63,9 +65,10 @@ def check(engine: Engine, program: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", SMALL)
-def test_a_familys_step(name):
-    check(small(name), "generate")
+@pytest.mark.parametrize(("name", "program"), [*((name, "score") for name in SMALL), ("gemma-2-9b", "generate")])
+def test_a_familys_step(name, program):
+    """With given tokens: what chooses them is one for all families, and takes the compiler longer than the layers."""
+    check(small(name), program)
 
 
 @pytest.mark.slow
@@ -84,7 +87,7 @@ def test_a_real_shape(name, program):
 
 def sliced_weights(name: str, program: str) -> list[str]:
     """Slices of at least 256 KiB that a layer takes out of a stack before it uses them; of eight layers."""
-    config = EngineConfig(model=name, slots=32, cache_length=4096, cache_tokens=32 * 4096)
+    config = EngineConfig(model=name, slots=16, cache_length=4096, cache_tokens=32 * 4096)
     engine = abstract_engine(replace(PRESETS[name], num_layers=8), TOPOLOGY, config)
     executable = (lower_generate(engine) if program == "generate" else lower_prefill(engine, 1, 512)).compile()
     return Program(text_of(executable)).loop_slices(2**18)

@@ -11,7 +11,7 @@ from slipstream.engine_impl.config import EngineConfig
 from slipstream.engine_impl.models.llama import LlamaConfig
 from slipstream.kernels.ragged_attention.xla_gpu import BLOCK_BYTES
 
-from .test_programs import LAYERS, PROGRAMS, SLOTS, VOCABULARY, compiled
+from .test_programs import LAYERS, MANY, PROGRAMS, VOCABULARY, compiled
 
 pytestmark = pytest.mark.gpu_gates
 CACHE_LENGTH, FFN_DIM = 2048, 14336
@@ -33,7 +33,7 @@ def test_a_program_on_a_gpu(program, group, head_dim, gpus, quantize_kv):
         vocab_size=VOCABULARY, context_length=8192, tied_embeddings=False, rope_theta=1e4, rms_norm_eps=1e-5,
     )  # fmt: skip
     config = EngineConfig(
-        slots=SLOTS, cache_length=CACHE_LENGTH, cache_tokens=SLOTS * CACHE_LENGTH,
+        slots=MANY, cache_length=CACHE_LENGTH, cache_tokens=MANY * CACHE_LENGTH,
         quantize_kv=quantize_kv,
     )  # fmt: skip
     engine = abstract_engine(shape, f"h100:{gpus}", config)
@@ -48,6 +48,6 @@ def test_a_program_on_a_gpu(program, group, head_dim, gpus, quantize_kv):
     for shape_of_chip in ((FFN_DIM // gpus, 2048), (2048, FFN_DIM // gpus)):
         assert hlo.copies_of(shape_of_chip, 2 * 2048 * FFN_DIM // gpus) == []
     if program != "prefill":
-        logits_bytes = 4 * SLOTS * VOCABULARY // gpus
+        logits_bytes = 4 * MANY * VOCABULARY // gpus
         assert memory.temp_size_in_bytes < BLOCK_BYTES // 4 + 8 * logits_bytes, "no block of rows is written"
         assert memory.alias_size_in_bytes >= cache_bytes

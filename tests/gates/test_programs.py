@@ -1,7 +1,9 @@
 """Gates: the engine's own programs, compiled by the real TPU compiler, as they will run on real chips.
 
-`make test` runs a pairwise selection, `make gates` the whole product. Two layers show what all layers do. The int8
-cache's scales would fit into VMEM (128 MiB) here, which invites XLA to move them there and back.
+`make test` runs a pairwise selection with few slots, each of which costs the compiler time (the sampler of 64 takes it
+three times as long as that of 16); `make gates` the whole product with many. The pool of pages is the same. Two layers
+show what all layers do. The int8 cache's scales would fit into VMEM (128 MiB) here, which invites XLA to move them
+there and back.
 """
 
 import functools
@@ -31,10 +33,12 @@ from slipstream.engine_impl.sampling.params import MAX_LOGPROBS
 
 from tests.tpu import memory_of, text_of
 
-SLOTS, CACHE_LENGTH, BUCKET, LAYERS, VOCABULARY = 64, 4096, 256, 2, 32768
+FEW, MANY, CACHE_LENGTH, BUCKET, LAYERS, VOCABULARY = 16, 64, 4096, 256, 2, 32768
+CACHE_TOKENS = MANY * CACHE_LENGTH
 PROGRAMS = ("generate", "insert", "prefill")
-SHAPES = ("generate_8", "generate_32", "insert_8x64", "prefill_8x64", "carry_64x256")
-"""Further shapes of them: slots of a step, pieces of a prefill; and a step that carries a piece along."""
+SHAPES = ("generate_8", "generate_32", "insert_8x64", "prefill_8x64", "carry_256", "wide_4", "wide_8")
+"""Further shapes of them: slots of a step, pieces of a prefill; a step of all slots that carries a piece along; and
+steps of several tokens a slot, of an engine that drafts."""
 TOPOLOGIES = ("v5e:2x4", "v6e:2x4", "v5p:2x2x2")
 
 SEVERAL_HOSTS = [("generate", 4, 128, topology, "none") for topology in ("v5e:4x4", "v6e:4x4", "v5p:2x2x4")]
@@ -58,44 +62,72 @@ PAIRWISE = [  # every pair of program, kv heads a chip, head dim and topology; o
     ("insert", 4, 128, "v5e:2x4", "int8"),
     ("prefill", 4, 128, "v5e:2x4", "int8"),
     ("generate_8", 4, 128, "v5e:2x4", "none"),
-    ("generate_32", 1, 64, "v6e:2x4", "int8"),
+    ("generate_8", 1, 64, "v6e:2x4", "int8"),
     ("insert_8x64", 1, 128, "v5p:2x2x2", "none"),
     ("prefill_8x64", 8, 128, "v5e:2x4", "none"),
-    ("carry_64x256", 4, 128, "v5e:2x4", "none"),
+    ("carry_256", 4, 128, "v5e:2x4", "none"),
+    ("wide_4", 1, 128, "v5e:2x4", "none"),
+    ("wide_4", 4, 64, "v6e:2x4", "int8"),
+    ("wide_8", 4, 128, "v5p:2x2x2", "none"),
 ]
 CASES = [
-    pytest.param(*case, id="-".join(map(str, case)), marks=pytest.mark.slow if case in PAIRWISE else pytest.mark.gates)
-    for case in PRODUCT
+    pytest.param(*case, slots, id="-".join(map(str, (*case, slots))), marks=mark)
+    for cases, slots, mark in ((PAIRWISE, FEW, pytest.mark.slow), (PRODUCT, MANY, pytest.mark.gates))
+    for case in cases
 ]
+
+
+def small_engine(
+    kv_heads: int,
+    head_dim: int,
+    topology: str,
+    quantize_kv: Literal["none", "int8"] = "none",
+    slots: int = FEW,
+    *,
+    speculates: bool = False,
+) -> Engine:
+    """Two layers of a Llama with so many kv heads on each of eight chips; one object for one set of arguments."""
+    return _engine(kv_heads, head_dim, topology, quantize_kv, slots, speculates)
 
 
 @functools.cache
-def small_engine(kv_heads: int, head_dim: int, topology: str, quantize_kv: Literal["none", "int8"] = "none") -> Engine:
-    """Two layers of a Llama with so many kv heads on each of eight chips."""
+def _engine(
+    kv_heads: int, head_dim: int, topology: str, quantize_kv: Literal["none", "int8"], slots: int, speculates: bool
+) -> Engine:
     shape = LlamaConfig(
         num_layers=LAYERS, num_heads=16 * kv_heads, num_kv_heads=8 * kv_heads, head_dim=head_dim,
         model_dim=1024, ffn_dim=2048, vocab_size=VOCABULARY, context_length=8192, tied_embeddings=False,
         rope_theta=1e4, rms_norm_eps=1e-5,
     )  # fmt: skip
     config = EngineConfig(
-        slots=SLOTS, cache_length=CACHE_LENGTH, cache_tokens=SLOTS * CACHE_LENGTH, quantize_kv=quantize_kv
+        slots=slots,
+        cache_length=CACHE_LENGTH,
+        cache_tokens=CACHE_TOKENS,
+        quantize_kv=quantize_kv,
+        speculate="auto" if speculates else "off",
     )
     return abstract_engine(shape, topology, config)
 
 
+@functools.lru_cache(maxsize=64)
 def compiled(engine: Engine, program: str) -> Any:
-    """`generate` of all slots or `generate_8`; `prefill` and `insert` of one piece of BUCKET tokens or `..._8x64`;
-    `carry` of slots and tokens."""
+    """`generate` of all slots or `generate_8`; `wide_4`, of all slots with four tokens each; `prefill` and `insert` of
+    one piece of BUCKET tokens or `..._8x64`; `carry` of all slots and so many tokens. Several tests read what one
+    compilation gives."""
     name, _, size = program.partition("_")
     if name == "generate":
-        return lower_generate(engine, int(size or SLOTS)).compile()
+        return lower_generate(engine, int(size) if size else None).compile()
+    if name == "wide":
+        return lower_generate(engine, engine.max_concurrent_decodes, int(size)).compile()
+    if name == "carry":
+        return lower_carry(engine, engine.max_concurrent_decodes, int(size)).compile()
     sizes = map(int, size.split("x")) if size else (1, BUCKET)
-    return {"insert": lower_insert, "prefill": lower_prefill, "carry": lower_carry}[name](engine, *sizes).compile()
+    return {"insert": lower_insert, "prefill": lower_prefill}[name](engine, *sizes).compile()
 
 
 def copies_of_counts(hlo: Program, engine: Engine) -> list[str]:
     """Whole copies of count_BV in HBM, in any branch."""
-    shape = (SLOTS, VOCABULARY // engine.mesh.size)
+    shape = (engine.max_concurrent_decodes, VOCABULARY // engine.mesh.size)
     instructions = [instruction for computation in hlo.computations.values() for instruction in computation.values()]
     return [
         instruction.name
@@ -126,10 +158,11 @@ def moved_on_chip(hlo: Program, engine: Engine) -> list[str]:
     ]
 
 
-@pytest.mark.parametrize(("program", "kv_heads", "head_dim", "topology", "quantize_kv"), CASES)
-def test_a_program_on_real_chips(program, kv_heads, head_dim, topology, quantize_kv):
+@pytest.mark.parametrize(("program", "kv_heads", "head_dim", "topology", "quantize_kv", "slots"), CASES)
+def test_a_program_on_real_chips(program, kv_heads, head_dim, topology, quantize_kv, slots):
     """It compiles and fits, the donated cache and counts are updated in place, and nothing copies them."""
-    engine = small_engine(kv_heads, head_dim, topology, quantize_kv=quantize_kv)
+    width = int(program.removeprefix("wide_")) if program.startswith("wide") else 1
+    engine = small_engine(kv_heads, head_dim, topology, quantize_kv, slots, speculates=width > 1)
     executable = compiled(engine, program)
     memory, hlo = memory_of(executable), Program(text_of(executable))
     cache_bytes = engine.layout.bytes // engine.mesh.size
@@ -141,10 +174,10 @@ def test_a_program_on_real_chips(program, kv_heads, head_dim, topology, quantize
         assert hlo.pallas_calls() == {"chunk_attention": LAYERS}
         assert memory.temp_size_in_bytes < 0.05 * cache_bytes + 2 * 2**20  # v5p turns queries and rows around
     else:
-        logits_bytes = 4 * SLOTS * VOCABULARY // engine.mesh.size  # a sampled step holds a few of these
-        assert memory.temp_size_in_bytes < 0.01 * cache_bytes + 8 * logits_bytes
-        state_bytes = cache_bytes + 2 * SLOTS * VOCABULARY // engine.mesh.size  # a u16 a slot and token
-        state_bytes += sampling_bytes(engine)
+        logits_bytes = 4 * slots * width * VOCABULARY // engine.mesh.size  # a sampled step holds a few of these
+        assert memory.temp_size_in_bytes < 0.01 * cache_bytes + 8 * logits_bytes + 2**20
+        state_bytes = cache_bytes + 2 * slots * VOCABULARY // engine.mesh.size  # a u16 a slot and token
+        state_bytes += sampling_bytes(engine) + (4 * slots * CACHE_LENGTH if width > 1 else 0)  # the slots' texts
         assert state_bytes <= memory.alias_size_in_bytes < state_bytes + 64 * 1024  # the rest, and what tiles pad
         assert copies_of_counts(hlo, engine) == []
         flushes = len(jax.tree.leaves(engine.layout.abstract(engine.mesh)))
@@ -183,7 +216,7 @@ def test_what_one_program_leaves_the_next_takes_as_it_lies(kv_heads, head_dim, q
 
     engine = small_engine(kv_heads, head_dim, "v5e:2x4", quantize_kv=quantize_kv)
     prefill, insert, generate, few, carry = (
-        compiled(engine, program) for program in ("prefill", "insert", "generate", "generate_8", "carry_64x256")
+        compiled(engine, program) for program in ("prefill", "insert", "generate", "generate_8", "carry_256")
     )
     (_, read, *_), _ = prefill.input_formats
     (prefix, state_in, *_), _ = insert.input_formats
@@ -252,7 +285,7 @@ def test_no_step_sorts_the_vocabulary():
     what every chip found likeliest."""
     for instruction in instructions_of("generate"):
         if instruction.opcode == "sort":
-            assert instruction.result[0].shape == (SLOTS, 8 * MAX_LOGPROBS)
+            assert instruction.result[0].shape == (FEW, 8 * MAX_LOGPROBS)
 
 
 @pytest.mark.slow
@@ -264,7 +297,7 @@ def test_no_chip_gathers_the_logits():
         if instruction.opcode.removesuffix("-start") in ("all-gather", "all-to-all", "collective-permute")
     ]
     assert gathered
-    assert max(gathered) <= 4 * SLOTS * 8 * MAX_LOGPROBS
+    assert max(gathered) <= 4 * FEW * 8 * MAX_LOGPROBS
 
 
 @pytest.mark.slow

@@ -56,9 +56,10 @@ def chunk_attention(q_TNH, k_SKH, v_SKH, window=None, soft_cap=None, sink_N=None
     return out_TNH
 
 
-def normal(seed, *shape, dtype=jnp.float32):
-    """Standard normal values."""
-    return jnp.asarray(np.random.default_rng(seed).standard_normal(shape), dtype)
+def normal(seed, *shape, dtype=jnp.float32, times=1):
+    """Normal values. Made by numpy, since JAX would compile each line for each shape."""
+    values = np.random.default_rng(seed).standard_normal(shape).astype(jnp.dtype(dtype))
+    return jnp.asarray(values * values.dtype.type(times))
 
 
 def assert_close(actual, expected):

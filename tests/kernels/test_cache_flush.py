@@ -33,18 +33,18 @@ def inputs(L, K, C, dtype, positions, counts=None, W=1):
     """A cache with NaN in half of its rows, new rows with NaN behind a slot's count, positions, counts (W), pages."""
     B = len(positions)
     page_BJ, pool = pages_of(B)
-    count_B = jnp.array(counts or [W] * B, jnp.int32)
-    cache_LPKRC = oracle.normal(0, L, pool, K, R, C, dtype=jnp.float32) * 50
-    new_LBWKC = oracle.normal(1, L, B, W, K, C, dtype=jnp.float32) * 50
+    count_B = np.array(counts or [W] * B, np.int32)
+    cache_LPKRC, new_LBWKC = (
+        np.clip(np.asarray(oracle.normal(seed, *shape, times=50)), -128, 127).astype(jnp.dtype(dtype))
+        for seed, shape in enumerate([(L, pool, K, R, C), (L, B, W, K, C)])
+    )
     if jnp.issubdtype(dtype, jnp.floating):
-        cache_LPKRC = jnp.where(jnp.arange(R)[None, None, None, :, None] % 2 == 0, jnp.nan, cache_LPKRC)
-        is_stored_BW = jnp.arange(W)[None, :] < count_B[:, None]
-        new_LBWKC = jnp.where(is_stored_BW[None, :, :, None, None], new_LBWKC, jnp.nan)
-    where = (jnp.array(positions, jnp.int32), count_B, jnp.asarray(page_BJ))
-    return cache_LPKRC.astype(dtype), new_LBWKC.astype(dtype), *where
+        cache_LPKRC[:, :, :, ::2] = np.nan
+        new_LBWKC[:, np.arange(W)[None, :] >= count_B[:, None]] = np.nan
+    return tuple(map(jnp.asarray, (cache_LPKRC, new_LBWKC, np.array(positions, np.int32), count_B, page_BJ)))
 
 
-def expected(cache, new, position_B, count_B, page_BJ, row_axis=3):
+def expected(cache, new, position_B, count_B, page_BJ, *, row_axis: int = 3):
     """Row by row."""
     pages, new, page_BJ = np.moveaxis(np.array(cache), row_axis, 2), np.asarray(new), np.asarray(page_BJ)
     rows = pages.shape[2]

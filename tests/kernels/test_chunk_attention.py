@@ -33,9 +33,9 @@ class Case:
     def __init__(self, starts, tokens, K, G, H, dtype=jnp.float32, *, window=None, spread=1, int8=False, rows=R):
         M, J = len(starts), max(max(starts) // rows, 1)
         self.starts, self.tokens, self.window, self.dtype = starts, tokens, window, dtype
-        self.q_TNH = oracle.normal(0, M * tokens, K * G, H, dtype=dtype) * jnp.asarray(spread, dtype)
+        self.q_TNH = oracle.normal(0, M * tokens, K * G, H, dtype=dtype, times=spread)
         self.k_TKH, self.v_TKH = (oracle.normal(seed, M * tokens, K, H, dtype=dtype) for seed in (1, 2))
-        self.rows_MKSC = np.array(oracle.normal(3, M, K, J * rows, 2 * H, dtype=dtype).astype(jnp.float32))
+        self.rows_MKSC = np.array(oracle.normal(3, M, K, J * rows, 2 * H, dtype=dtype)).astype(np.float32)
         self.scale_LPK2R = scale_MK2S = None
         stored = self.rows_MKSC
         if int8:
@@ -195,11 +195,12 @@ def test_int8_rows_mean_code_times_scale(mesh, backend, K, G, H, dtype, window, 
 def test_by_hand(mesh, backend):
     """A cached row of score log 3 and v = 8 among 127 of weight exp(-1000), an own one of score 0 and v = 4."""
     H = 64
-    q_TNH = jnp.zeros((1, 1, H)).at[..., 0].set(8.0)  # times H**-0.5 is 1
-    k_TKH, v_TKH = jnp.zeros((1, 1, H)), jnp.full((1, 1, H), 4.0)
-    cache_LPKRC = jnp.zeros((1, 2, 1, R, 2 * H)).at[0, 1, 0, :, 0].set(-1000.0).at[0, 0].set(jnp.nan)
-    cache_LPKRC = cache_LPKRC.at[0, 1, 0, 5, 0].set(np.log(3.0)).at[0, 1, 0, 5, H:].set(8.0)
-    args = q_TNH, k_TKH, v_TKH, cache_LPKRC, 0, jnp.array([R]), jnp.array([[1]])
+    q_TNH, k_TKH, v_TKH = (np.full((1, 1, H), value, np.float32) for value in (0, 0, 4))
+    q_TNH[..., 0] = 8  # times H**-0.5 is 1
+    cache_LPKRC = np.zeros((1, 2, 1, R, 2 * H), np.float32)
+    cache_LPKRC[0, 0], cache_LPKRC[0, 1, 0, :, 0] = np.nan, -1000
+    cache_LPKRC[0, 1, 0, 5, 0], cache_LPKRC[0, 1, 0, 5, H:] = np.log(3), 8
+    args = q_TNH, k_TKH, v_TKH, cache_LPKRC, 0, np.array([R], np.int32), np.array([[1]], np.int32)
     out_TNH = ATTEND(*args, mesh=mesh, backend=backend)
     np.testing.assert_allclose(out_TNH, np.full((1, 1, H), 7.0), rtol=1e-6)
 

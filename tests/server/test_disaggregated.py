@@ -4,10 +4,12 @@ All pieces have more than 64 tokens: one prefill program on each side.
 """
 
 from dataclasses import replace
+from typing import Any
 
 import jax
 import pytest
 from slipstream.engine_impl.disaggregated import BothParams, DisaggregatedEngine
+from slipstream.engine_impl.errors import AdaptersLostError
 from slipstream.engine_impl.sampling.params import SamplingParams
 from slipstream.engine_impl.weights.sharding import make_mesh
 from slipstream.server.request.request import Event
@@ -15,6 +17,7 @@ from slipstream.server.scheduler.orchestrator import Orchestrator
 
 from tests.engine_impl.text_models import CONFIG, byte_tokenizer
 from tests.engine_impl.tiny_models import tiny_engine
+from tests.fakes import FakeEngine
 from tests.server.scheduler.loop import Asked
 
 LENGTH = 512
@@ -69,6 +72,7 @@ def answers(orchestrator, *asks):
             event = request.events.get(timeout=COMPILES_S)
             assert event.error is None
             ids.setdefault(event.index, []).extend(event.token_ids)
+        assert event.usage is not None
         told.append((ids, event.usage.cached_tokens))
     return told
 
@@ -92,6 +96,21 @@ def test_a_conversation_goes_on_from_pages_that_decoding_has_filled(alone, apart
     ((expected, cached),) = answers(alone, (second, 12, {}))
     assert cached == 128
     assert answers(apart, (second, 12, {})) == [(expected, 128)]
+
+
+@pytest.mark.parametrize(("failing", "error"), [(0, RuntimeError), (1, AdaptersLostError)])
+def test_an_adapter_that_one_side_cannot_take_is_lost_once_the_other_has_given_up_its_own(failing, error):
+    def fail(call):
+        if call.startswith("put_adapter"):
+            raise RuntimeError("out of memory")
+
+    sides: Any = FakeEngine(max_adapters=1), FakeEngine(max_adapters=1)
+    engine, params = DisaggregatedEngine(*sides), BothParams({}, {})
+    sides[failing].on_call = fail
+    with pytest.raises(error):
+        engine.put_adapter(params, 1, sides[0].read_adapter("adapter-1"))
+    assert engine.without_adapters(params) == params
+    assert [side.log[-1] for side in sides] == ["without_adapters"] * 2
 
 
 def test_sides_whose_pages_differ_are_refused():

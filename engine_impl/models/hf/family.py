@@ -28,6 +28,7 @@ class HFConfig(ModelConfig):
         return self.facts.rope_of_layer
 
 
+# Names of linear modules whose outputs the chips share, and of those whose inputs they do.
 COLUMNS = (
     "q_proj", "k_proj", "v_proj", "qkv_proj", "query_key_value", "Wqkv", "c_attn", "query", "key", "value",
     "gate_proj", "up_proj", "gate_up_proj", "fc1", "fc_in", "c_fc", "dense_h_to_4h", "w1", "w3",
@@ -97,7 +98,7 @@ def read_config(fields: dict[str, Any], where: str) -> HFConfig:
     count = config.num_hidden_layers
     if type(head) is not Linear:
         raise RefusedError(f"{where!r} is of a model whose head is a {type(head).__name__}; it needs a module of ours")
-    tied = head.weight is embedding.weight or bool(config.tie_word_embeddings)
+    tied = head.weight is embedding.weight
     if tied and head.bias is not None:
         raise RefusedError(f"{where!r} is of a model whose tied head has a bias; it needs a module of ours")
     facts = probed(model, count, where)

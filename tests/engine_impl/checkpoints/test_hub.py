@@ -187,7 +187,7 @@ def test_what_could_be_an_id(model, is_one):
 
 @pytest.mark.parametrize("model", ["nothing", "/nowhere/at/all", "nowhere/m.gguf"])
 def test_what_is_nothing_is_told(cache, model):
-    with pytest.raises(RefusedError, match=r"does not exist; give `embedded`, a GGUF file, a folder .* or a hub id"):
+    with pytest.raises(RefusedError, match=r"does not exist; give `embedded`, a GGUF file, a folder .*, a hub id"):
         open_checkpoint(model)
 
 

@@ -18,7 +18,8 @@ from slipstream.engine_impl.models import registry
 from slipstream.engine_impl.models.llama import LlamaConfig
 from slipstream.engine_impl.models.rope import frequencies
 
-SMALL = replace(preset("llama-3.2-1b"), num_layers=2)
+VOCABULARY = 16384
+SMALL = replace(preset("llama-3.2-1b"), num_layers=2, vocab_size=VOCABULARY)  # 128,256 take the compiler longer
 PREFILL, CARRY = "prefill_512", "carry_16x512"
 """Of a whole chunk, and of it beside all slots."""
 
@@ -39,7 +40,7 @@ def small_plan(tmp_path_factory):
 def test_memory_is_what_arithmetic_says(small_plan):
     """bf16, 8 chips: a kv head and an eighth of every matrix each, but for norms."""
     report, _ = small_plan
-    matrices = 128256 * 2048 + 2 * (2048 * 2048 * 2 + 2 * 512 * 2048 + 3 * 2048 * 8192)
+    matrices = VOCABULARY * 2048 + 2 * (2048 * 2048 * 2 + 2 * 512 * 2048 + 3 * 2048 * 8192)
     norms = (2 * 2 + 1) * 2048
     assert report.chips == 8
     assert report.weights_bytes_per_chip == 2 * (matrices // 8 + norms)
@@ -58,7 +59,7 @@ def test_memory_is_what_arithmetic_says(small_plan):
 
 
 LAYERS = 2 * (2048 * 2048 * 2 + 2 * 512 * 2048 + 3 * 2048 * 8192)
-HEAD = 128256 * 2048
+HEAD = VOCABULARY * 2048
 
 
 @pytest.mark.parametrize(
@@ -121,7 +122,7 @@ def test_dump_writes_the_programs(small_plan):
 
 @pytest.mark.slow
 def test_a_misfit_says_which_by_how_much_and_what_would_help():
-    shape, config = preset("llama-3.2-1b"), EngineConfig(slots=64, cache_length=131072, cache_tokens=64 * 131072)
+    shape, config = replace(SMALL, num_layers=16), EngineConfig(slots=2, cache_length=131072, cache_tokens=64 * 131072)
     report = plan(config, shape, "v5e:2x4")
     assert not report.fits
     assert report.misfit is not None
@@ -136,20 +137,24 @@ def test_a_misfit_says_which_by_how_much_and_what_would_help():
 
 @pytest.mark.slow
 def test_the_compilers_own_refusal_is_a_misfit_too():
-    """Weights and cache fit to the byte; what the program needs beside them does not."""
-    first = planned(slots=1)
-    slots = (first.hbm_bytes_per_chip - first.weights_bytes_per_chip) // first.cache_bytes_per_chip
-    report = planned(slots=slots)
+    """Weights and cache fit to half a MiB; what the program needs beside them does not."""
+    arithmetic = planned(slots=10**6)  # compiles nothing
+    a_token = arithmetic.cache_bytes_per_chip // arithmetic.cache_tokens
+    tokens = (arithmetic.hbm_bytes_per_chip - arithmetic.weights_bytes_per_chip) // a_token // 1024 * 1024
+    report = plan(EngineConfig(slots=1, cache_length=4096, cache_tokens=tokens), SMALL, "v5e:2x4")
     assert not report.fits
     assert report.misfit is not None
-    assert report.misfit.program in ("generate", "insert", PREFILL, f"carry_{slots}x512")
+    assert report.misfit.program == "generate"
+    assert report.misfit.compiler is not None
 
 
 @pytest.mark.slow
 def test_max_slots_is_the_last_that_fits():
-    shape, config = preset("llama-3.2-1b"), EngineConfig(cache_length=131072)
+    """Few of them: a step of many takes the compiler long."""
+    shape, config = replace(SMALL, num_layers=64), EngineConfig(cache_length=131072)
     best = largest_slots(config, shape, "v5e:2x4")
     assert best.fits
+    assert best.slots > 1
     assert best.cache_tokens == best.slots * 131072
     one_more = {"slots": best.slots + 1, "cache_tokens": (best.slots + 1) * 131072}
     assert not plan(replace(config, **one_more), shape, "v5e:2x4").fits
@@ -248,7 +253,7 @@ def test_hf_configs_of_both_forms_are_read(tmp_path, old_form):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"model_type": "mamba"}, "family 'mamba'; the families there are: cohere, cohere2, .*, llama, "),
+        ({"model_type": "mamba"}, "a model whose MambaBlock does not attend by transformers' attention functions"),
         ({"rope_parameters": None}, 'neither rope_parameters nor rope_theta; .* for Llama 2 is "rope_theta": 10000.0'),
         ({"rope_parameters": None, "model_type": "qwen3"}, "nor rope_theta; add the one it was trained with$"),
         (

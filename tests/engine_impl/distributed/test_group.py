@@ -137,6 +137,24 @@ def test_an_adapter_that_a_host_lacks_is_refused_with_the_hosts_number():
         assert made.lost.reasons == []
 
 
+def test_an_adapter_that_breaks_its_reader_is_refused_likewise():
+    def breaks(path):
+        raise OSError("the disk is gone")
+
+    with group(FakeEngine(), FakeEngine(on_read_adapter=breaks)) as made:
+        with pytest.raises(RefusedError, match=r"^host 1: OSError: the disk is gone$"):
+            made.leader.read_adapter("adapter-3")
+        assert made.lost.reasons == []
+
+
+def test_an_adapter_asked_for_while_a_verb_fails_on_all_hosts_ends_no_group():
+    """The leader is still at the verb when the call for the adapter, from another thread, reaches a follower."""
+    replay = Replay(functions_of(FakeEngine(), lambda: "parameters"))
+    replay._failed[1] = "ValueError: on all hosts"
+    replay.begin(pb.Call(number=2, verb="read_adapter", results=[2]))
+    replay.begin(pb.Call(number=3, verb="init_decode_state", results=[3], failed=[1]))
+
+
 def test_a_slow_adapter_holds_up_no_step():
     may_go_on = threading.Event()
     with group(FakeEngine(), FakeEngine(on_read_adapter=until(may_go_on))) as made:
@@ -155,8 +173,17 @@ def test_a_mismatch_is_refused_on_both_sides():
     answers = made.leader.ask(CHECK, {"jax": "2"}, {})
     assert answers == {1: "jax: '1' here, '2' on the leader"}
     assert made.lost.reasons == [], "the leader can tell what was refused"
-    made.plan._server.stop(0)
+    made.leader.stop("host 1 differs")
     assert made.followers[0].wait() == (REFUSED, answers[1])
+    made.close()
+
+
+def test_hosts_that_agree_are_told_why_the_group_never_began():
+    made = Group(FakeEngine(), FakeEngine())
+    made.leader.ask(CHECK, {}, {})
+    made.leader.stop("host 2 differs")
+    assert made.followers[0].wait() == (REFUSED, "host 2 differs")
+    assert made.followers[0].is_stopped
     made.close()
 
 

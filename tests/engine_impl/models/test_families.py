@@ -163,11 +163,23 @@ def written_by_transformers(family: str, root: Path) -> tuple[Path, Any]:
 
 
 QUICK = {("gemma3", 8)}  # it has whatever the others have, and eight devices scan over the layers
+ON_ONE_ONLY = {"qwen2-windows", "smollm3-windows", "glm"}
+ON_BOTH = {"llama", "gemma2", "gemma3", "mixtral", "phi3", "gpt_oss", "cohere2"}
+"""On one device layers are unrolled, by one code for all families: these have what it may get wrong (windows, ropes,
+soft caps, experts, sinks, matrices that are split)."""
+
+
+def mark_of(family, devices):
+    if (family, devices) in QUICK:
+        return ()
+    is_chosen = devices == 8 or family in ON_ONE_ONLY | ON_BOTH
+    return pytest.mark.slow if is_chosen else (pytest.mark.slow, pytest.mark.product)
+
 
 CASES = [
-    pytest.param(*case, id="-".join(map(str, case)), marks=() if case in QUICK else pytest.mark.slow)
+    pytest.param(*case, id="-".join(map(str, case)), marks=mark_of(*case))
     for case in itertools.product(FAMILIES, (1, 8))
-    if case not in (("qwen2-windows", 8), ("smollm3-windows", 8), ("glm", 8))
+    if case[0] not in ON_ONE_ONLY or case[1] == 1
 ]
 
 
@@ -191,7 +203,6 @@ def test_logits_and_greedy_tokens_equal_transformers(family, devices, tmp_path_f
         ("mixtral", {"num_experts_per_tok": 1}),
         ("qwen3_moe", {"norm_topk_prob": True}),
         ("gpt_oss", {"sliding_window": 512}),
-        ("gpt_oss", {"num_experts_per_tok": 2}),
         ("gpt_oss", {"swiglu_limit": 7.0}),
         ("gpt_oss", {"swiglu_alpha": 1.0}),
         ("smollm3", {"no_rope_layers": [1, 1, 1]}),

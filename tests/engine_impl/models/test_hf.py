@@ -14,7 +14,7 @@ from slipstream.engine_impl.checkpoints.safetensors import SafetensorsCheckpoint
 from slipstream.engine_impl.config import EngineConfig
 from slipstream.engine_impl.errors import RefusedError
 from slipstream.engine_impl.forward import layer_loop_for
-from slipstream.engine_impl.loading import load_engine
+from slipstream.engine_impl.loading import build_engine, load_engine
 from slipstream.engine_impl.models import registry
 from slipstream.engine_impl.models.hf import outside
 from slipstream.engine_impl.models.hf.family import HFConfig
@@ -41,7 +41,7 @@ MODELS: dict[str, tuple[int, dict[str, Any]]] = {
     "gpt2": (1, {}),  # learned positions; matrices are [in, out]; tied
     "phi": (1, {}),  # a head with biases; parts of a head turn
     "starcoder2": (8, {"sliding_window": 12}),
-    "nemotron": (1, {}),  # norms of its own
+    "granite_swa": (1, WINDOWS),  # sinks
     "exaone4": (1, WINDOWS),  # the second layer has no rope
     "helium": (8, {}),  # a rope that turns neighbours
 }  # fmt: skip
@@ -122,8 +122,9 @@ def test_what_is_found_of_a_model():
     assert read("gpt2").tied_embeddings
 
 
-def test_layers_that_are_not_alike_are_not_stacked_and_take_no_adapters():
-    model = registry.build(read("exaone4"))
+def test_layers_that_are_not_alike_are_not_stacked_and_take_no_adapters(tmp_path):
+    written("exaone4", tmp_path)
+    model = build_engine(EngineConfig(model=str(tmp_path), slots=1, cache_length=128, tensor_parallel=1)).model
     assert layer_loop_for("tpu", model) == "unrolled"
     assert layer_loop_for("tpu", registry.build(read("phi"))) == "scan"
     with pytest.raises(RefusedError, match="adapters need layers that are alike"):

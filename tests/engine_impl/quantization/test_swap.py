@@ -209,7 +209,7 @@ def answers_of_decoded_weights(kind):
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["int8", "int4"])
 @pytest.mark.parametrize(
-    ("devices", "loop"), [(1, "unrolled"), (1, "scan"), pytest.param(8, "scan", marks=pytest.mark.slow)]
+    ("devices", "loop"), [(1, "unrolled"), pytest.param(1, "scan", marks=pytest.mark.product), (8, "scan")]
 )
 def test_an_engine_equals_one_with_the_decoded_weights(kind, devices, loop, monkeypatch):
     reference = answers_of_decoded_weights(kind)

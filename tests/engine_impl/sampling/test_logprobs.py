@@ -36,10 +36,13 @@ def test_what_is_asked_for_is_torchs_and_the_rest_zero(asked):
     np.testing.assert_allclose(told.top_BP, top.values * wants_top, rtol=1e-5)
 
 
-@pytest.mark.parametrize(("chips", "vocabulary"), [(1, 101), (8, 400), (8, 160), (8, 88), (8, 101)])
-def test_chips_that_share_the_vocabulary_find_the_same(chips, vocabulary):
-    """Fewer than P entries a chip, and a vocabulary that they cannot divide, included."""
-    logits_BV, devices = logits(3, vocabulary), mesh(chips)
+@pytest.mark.parametrize(
+    ("chips", "rows", "vocabulary"),
+    [(1, 3, 101), (8, 3, 400), (8, 3, 160), (8, 3, 88), (8, 3, 101), (8, 16, 400), (8, 24, 400), (8, 48, 88)],
+)
+def test_chips_that_share_the_vocabulary_find_the_same(chips, rows, vocabulary):
+    """Fewer than P entries a chip, and a vocabulary that they cannot divide, included; of rows in turns or at once."""
+    logits_BV, devices = logits(rows, vocabulary), mesh(chips)
     axis = "tensor" if vocabulary % chips == 0 else None
     shared = jax.device_put(logits_BV, NamedSharding(devices, PartitionSpec(None, axis)))
     token_BP, logit_BP = LIKELIEST(shared, devices)

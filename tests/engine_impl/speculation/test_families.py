@@ -24,7 +24,7 @@ CASES = [
 def test_no_draft_changes_a_token(family, devices, tmp_path_factory):
     """Drafts that are right, but for every seventh; greedy, and drawn beside it; over a page's border."""
     folder, _ = written_by_transformers(family, tmp_path_factory.getbasetemp())
-    loaded = load(folder, devices, "auto")
+    loaded = load(folder, devices, speculate="auto")
     cases = [(prompt, sampling, ()) for prompt, sampling in zip(PROMPTS, SAMPLINGS, strict=True)]
     plain, _ = told_by(loaded, cases, TOKENS, 1)
     assert all(len({*one.tokens}) >= 4 for one in plain), "a model that repeats itself would prove little"

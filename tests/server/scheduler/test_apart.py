@@ -1,5 +1,7 @@
 """Prompts that devices of their own compute: steps go on meanwhile, and nothing is stored before it is there."""
 
+from typing import Any
+
 from slipstream.server.request.request import FinishReason
 
 from tests.server.scheduler.reading import expected
@@ -11,7 +13,7 @@ class Apart(House):
 
     def __init__(self, slots=4, **sizes):
         super().__init__(slots, prefills_apart=True, **sizes)
-        self.engine = self.loop._engine
+        self.engine: Any = self.loop._engine
         self.ready = True
         self.engine.is_prefix_ready = lambda: self.ready
 

@@ -32,7 +32,7 @@ def read(slots, roster, *tokens_of_slots, is_step=True, width=1):
         token_BW[row, : len(tokens)] = tokens
     nothing = [None] * 8
     result = HostResult(roster, token_BW, count_B, *roster.ends(token_BW, count_B), *nothing)
-    return slots.read(result, is_step=is_step)
+    return slots.read(result, counted=result.width if is_step else 0)
 
 
 def test_slots_are_given_and_taken_back():

@@ -37,7 +37,7 @@ class Steps:
     """Steps that take `step_s[width]` and whose drafts are right by `agreed(slot, width)`."""
 
     def __init__(self, slots, step_s, widths=(1, 4), constrained=()):
-        self.roster, self.step_s = of(slots, constrained), step_s
+        self.roster, self.step_s, self.widest = of(slots, constrained), step_s, widths[-1]
         self.widths = Widths(widths, slots)
 
     def run(self, steps, agreed):
@@ -45,15 +45,15 @@ class Steps:
         used = []
         for _ in range(steps):
             width = self.widths.choose(self.roster)
+            used.append(width)
             agreed_N = np.array([min(agreed(slot, width), width) for slot in self.roster.slot_B], np.int32)
             count_N = np.minimum(agreed_N, width - 1) + 1
             token_NW = np.zeros((len(agreed_N), width), np.int32)
             result = HostResult(
                 self.roster, token_NW, count_N, count_N, count_N < 0, None, None, None, agreed_N, agreed_N, *[None] * 3
             )
-            self.widths.took(self.roster, width, self.step_s[width])
+            self.widths.took(self.roster, width, min(width, self.widest), self.step_s[min(width, self.widest)])
             self.widths.read(result)
-            used.append(width)
         return used
 
 
@@ -100,6 +100,12 @@ def test_answers_with_a_grammar_count_for_one_token():
     assert 4 not in Steps(2, step_s, constrained=(0, 1)).run(60, lambda slot, width: 4)
 
 
+def test_an_engine_that_has_no_step_so_wide_is_asked_once():
+    steps = Steps(8, {1: 1.0, 4: 1.1})
+    steps.widest = 1
+    assert steps.run(300, lambda slot, width: 4).count(4) == 1
+
+
 def test_sizes_are_told_apart():
     """A step of one slot may gain where one of eight does not."""
     steps = Steps(8, {1: 1.0, 4: 5.0})
@@ -128,6 +134,18 @@ def test_nobody_gives_pages_back_for_drafts():
     with running(engine) as orchestrator:
         asked = [ask(orchestrator, text, 31, sampling=ON) for text in ("a", "A")]
         assert [len(tokens(one)) for one in asked] == [31, 31]
+    assert [call for call in engine.log if call.startswith("prefill")] == ["prefill a", "prefill A"]
+
+
+def test_a_step_that_is_narrower_than_asked_takes_no_pages_for_what_it_cannot_bring():
+    """An engine has no wide steps of many slots: each one brings a token, whatever is asked."""
+    engine = FakeEngine(
+        cache_length=64, page_rows=4, prefill_chunk=4, pages=20, widths=(1, 4), widest=lambda _: 1,
+        count_of_step=lambda _: 5,
+    )  # fmt: skip
+    with running(engine) as orchestrator:
+        asked = [ask(orchestrator, text, 33, sampling=ON) for text in ("a", "A")]
+        assert [len(tokens(one)) for one in asked] == [33, 33]
     assert [call for call in engine.log if call.startswith("prefill")] == ["prefill a", "prefill A"]
 
 

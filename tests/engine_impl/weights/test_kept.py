@@ -1,0 +1,158 @@
+"""Weights that a folder keeps for the next start."""
+
+import errno
+import json
+import os
+from dataclasses import replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from slipstream.engine_impl.checkpoints.safetensors import SafetensorsCheckpoint
+from slipstream.engine_impl.config import EngineConfig
+from slipstream.engine_impl.engine import Engine
+from slipstream.engine_impl.errors import RefusedError
+from slipstream.engine_impl.forward import LayerLoop
+from slipstream.engine_impl.models import registry
+from slipstream.engine_impl.weights import kept
+from slipstream.engine_impl.weights.sharding import make_mesh
+
+from ..checkpoints.folders import write_folder
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A tiny Llama's checkpoint."""
+    write_folder(tmp_path / "model")
+    return tmp_path / "model"
+
+
+def engine_of(folder, devices=1, loop: LayerLoop = "unrolled", **changes) -> tuple[Engine, SafetensorsCheckpoint]:
+    checkpoint = SafetensorsCheckpoint(folder)
+    shape = checkpoint.config
+    mesh = make_mesh(jax.devices(), shape.num_heads, shape.num_kv_heads, devices)
+    model = registry.build(replace(shape, num_kv_heads=max(shape.num_kv_heads, mesh.size)))
+    config = EngineConfig(
+        slots=1, cache_length=128, cache_tokens=128, weight_cache=str(folder.parent / "kept"), **changes
+    )
+    tokenizer: Any = None
+    engine = Engine(model, mesh, config, jnp.dtype("float32"), tokenizer, "tiny", shape.num_kv_heads)
+    return engine.twin(layer_loop=loop), checkpoint
+
+
+def entries(folder) -> list[str]:
+    return sorted(path.name for path in (folder.parent / "kept").iterdir())
+
+
+def unreadable(name: str) -> np.ndarray:
+    raise AssertionError(f"{name} was read from the checkpoint")
+
+
+def assert_same(one, other):
+    assert jax.tree.structure(one) == jax.tree.structure(other)
+    for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True):
+        assert (a.dtype, a.sharding.is_equivalent_to(b.sharding, a.ndim)) == (b.dtype, True)
+        np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
+
+
+@pytest.mark.parametrize(
+    ("devices", "loop", "changes"),
+    [(1, "unrolled", {}), (4, "scan", {}), (2, "scan", {"quantize_weights": "int8"})],
+)
+def test_the_second_start_reads_no_tensor_of_the_checkpoint(folder, devices, loop, changes, monkeypatch):
+    engine, checkpoint = engine_of(folder, devices, loop, **changes)
+    first = engine.load_params(checkpoint)
+    engine, checkpoint = engine_of(folder, devices, loop, **changes)
+    monkeypatch.setattr(checkpoint, "tensor", unreadable)
+    second = engine.load_params(checkpoint)
+    assert_same(first, second)
+    assert len(entries(folder)) == 1
+
+
+def test_what_determines_the_weights_determines_the_entry(folder, monkeypatch):
+    def load(**changes):
+        engine, checkpoint = engine_of(folder, **changes)
+        engine.load_params(checkpoint)
+        return len(entries(folder))
+
+    assert load() == load() == 1
+    assert load(quantize_weights="int8") == 2
+    assert load(devices=2) == 3
+    assert load(devices=2, loop="scan") == 4
+    weights = folder / "model.safetensors"
+    os.utime(weights, ns=(0, weights.stat().st_mtime_ns + 1))
+    assert load() == 5
+    monkeypatch.setattr(kept, "code", lambda: "another version")
+    assert load() == 6
+
+
+def spoil_data(entry):
+    data = bytearray((entry / "data").read_bytes())
+    data[len(data) // 2] ^= 1
+    (entry / "data").write_bytes(data)
+
+
+def cut_data(entry):
+    os.truncate(entry / "data", (entry / "data").stat().st_size // 2)
+
+
+def spoil_index(entry):
+    (entry / "index.json").write_text("{")
+
+
+def forget_a_leaf(entry):
+    index = json.loads((entry / "index.json").read_text())
+    index.popitem()
+    (entry / "index.json").write_text(json.dumps(index))
+
+
+@pytest.mark.parametrize("spoil", [spoil_data, cut_data, spoil_index, forget_a_leaf])
+def test_a_damaged_entry_is_told_once_and_mended_from_the_checkpoint(folder, spoil, caplog):
+    engine, checkpoint = engine_of(folder)
+    first = engine.load_params(checkpoint)
+    (name,) = entries(folder)
+    spoil(folder.parent / "kept" / name)
+    assert_same(engine.load_params(checkpoint), first)
+    (told,) = [record for record in caplog.records if record.levelname == "WARNING"]
+    assert "they come from the checkpoint" in told.getMessage()
+    assert_same(engine.load_params(checkpoint), first)
+    assert len([record for record in caplog.records if record.levelname == "WARNING"]) == 1
+
+
+def test_a_full_disk_is_told_and_leaves_nothing_behind(folder, monkeypatch, caplog):
+    def full(descriptor):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    engine, checkpoint = engine_of(folder)
+    engine.load_params(checkpoint)
+    assert entries(folder) == []
+    (told,) = caplog.records
+    assert "No space left on device" in told.getMessage()
+
+
+def test_a_folder_that_cannot_be_made_is_told(folder, caplog):
+    (folder.parent / "kept").write_text("a file")
+    engine, checkpoint = engine_of(folder)
+    engine.load_params(checkpoint)
+    assert "are not kept" in caplog.text
+
+
+def test_what_a_killed_start_left_is_taken_away(folder):
+    left = folder.parent / "kept" / f"{kept.BEGUN}999999999"
+    left.mkdir(parents=True)
+    engine, checkpoint = engine_of(folder)
+    engine.load_params(checkpoint)
+    assert not left.exists()
+
+
+def test_a_checkpoint_that_does_not_fit_is_still_refused(folder):
+    """Nothing of it is kept."""
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 3}))
+    engine, checkpoint = engine_of(folder)
+    with pytest.raises(RefusedError, match="does not fit"):
+        engine.load_params(checkpoint)
+    assert not (folder.parent / "kept").exists()
