@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import torch
 from jax.sharding import Mesh
 from torch import Tensor, nn
 
@@ -31,6 +32,8 @@ class Form:
     kind: Literal["float32", "bfloat16", "int8", "int4"]
     block: int = 0
     """inputs that share a scale, of int4 alone"""
+    activations: Literal["float32", "bfloat16"] = "float32"
+    """what a product's inputs are rounded to; sums are float32"""
 
     def panels(self, weight_OI: jax.Array) -> Panels:
         """A float weight in this form."""
@@ -46,14 +49,15 @@ def packs(mesh: Mesh, backend: Backend) -> bool:
     return backend == "native_cpu" and mesh.size == 1
 
 
-def float_form(config: EngineConfig) -> Form:
-    """That of weights which are not quantised."""
-    return Form("bfloat16" if config.dtype == "bfloat16" else "float32")
+def form_of(config: EngineConfig, kind: Literal["float", "int8", "int4"], block: int = 0) -> Form:
+    """That of weights of floats, or of codes: with `dtype` bfloat16 every product's inputs are rounded to it."""
+    floats = "bfloat16" if config.dtype == "bfloat16" else "float32"
+    return Form(floats if kind == "float" else kind, block, floats)
 
 
 def pack_floats(model: Decoder, config: EngineConfig, mesh: Mesh, backend: Backend) -> None:
     """Swaps the model's `Linear` modules, those that are left, for ones with panels of the config's type."""
-    form = float_form(config)
+    form = form_of(config, "float")
     linear = {name: module for name, module in model.named_modules() if isinstance(module, Linear)}
     for name, module in linear.items():
         parent, _, own = name.rpartition(".")
@@ -71,7 +75,7 @@ def decoded(model: Decoder, params: dict[str, Any]) -> dict[str, Any]:
             if isinstance(part, PanelWeight):
                 prefix = f"{path}." if path else ""
                 arrays = {name: weights.pop(f"{prefix}{name}") for name in part.stored}
-                weights[f"{prefix}{WEIGHT}"] = unpack(Panels(**arrays), part.outputs)
+                weights[f"{prefix}{WEIGHT}"] = unpack(Panels(**arrays), part.outputs)[:, : part.inputs]
         return weights
 
     embed_tokens = section(model.embed_tokens, params["embed_tokens"])
@@ -88,8 +92,8 @@ class PanelWeight(EncodedModule):
     """A matrix [O, I] in panels; its parameters are named as the fields of `Panels`."""
 
     def __init__(self, replaced: nn.Module, mesh: Mesh, form: Form) -> None:
-        self.outputs, inputs = replaced.get_parameter("weight").shape
-        super().__init__(replaced, _stored(form, self.outputs, inputs), None, mesh)
+        self.outputs, self.inputs = replaced.get_parameter("weight").shape
+        super().__init__(replaced, _stored(form, self.outputs, self.inputs), None, mesh)
         self.form, self.kind, self.block = form, form.kind, form.block
 
     def encode(self, weight: jax.Array) -> Mapping[str, jax.Array]:
@@ -114,14 +118,14 @@ class PanelLinear(PanelWeight):
         self.multiply = functools.partial(panel_matmul, outputs=self.outputs, backend=backend)
 
     def forward(self, x_RI: Tensor) -> Tensor:
-        return self.with_bias(self.call(self.multiply, x_RI))
+        return self.with_bias(self.call(self.multiply, x_RI.to(getattr(torch, self.form.activations))))
 
 
 class PanelEmbedding(PanelWeight):
     """In the place of an `Embedding` whose weight is the head's too."""
 
     def forward(self, token_R: Tensor) -> Tensor:
-        return self.call(lambda token_R, panels: columns(panels, token_R), token_R)
+        return self.call(lambda token_R, panels: columns(panels, token_R)[:, : self.inputs], token_R)
 
 
 @functools.cache

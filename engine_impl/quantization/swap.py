@@ -17,7 +17,7 @@ from ..models.decoder import Decoder
 from ..models.parts import ExpertLinear, Linear
 from .int8_matmul import multiply_floats, multiply_rounded, multiply_split
 from .linear import EncodedModule, Int4Linear, Int8ExpertLinear, Int8Linear
-from .panels import Form, PanelLinear, pack_floats, packs
+from .panels import PanelLinear, form_of, pack_floats, packs
 
 Swap = Callable[[Linear, int | None], EncodedModule]
 BLOCKS = (128, 64, 32)
@@ -133,7 +133,7 @@ def _swap_for(config: EngineConfig, dtype: jnp.dtype, mesh: Mesh, backend: Backe
     is_packed = packs(mesh, backend) and dtype == jnp.float32
     if config.quantize_weights == "int8":
         if is_packed and config.quantize_activations == "none":
-            return lambda module, axis: PanelLinear(module, mesh, Form("int8"), backend)
+            return lambda module, axis: PanelLinear(module, mesh, form_of(config, "int8"), backend)
         multiply = multiply_split if mesh.devices.flat[0].platform == "cpu" else multiply_floats
         multiply = multiply_rounded if config.quantize_activations == "int8" else multiply
         return lambda module, axis: Int8Linear(module, axis, mesh, multiply=multiply)
@@ -147,7 +147,7 @@ def _swap_for(config: EngineConfig, dtype: jnp.dtype, mesh: Mesh, backend: Backe
                 "use a smaller block, int8, or leave it out with --quantize-exclude"
             )
         if is_packed:
-            return PanelLinear(module, mesh, Form("int4", block), backend)
+            return PanelLinear(module, mesh, form_of(config, "int4", block), backend)
         return Int4Linear(module, axis, mesh, block=block, dtype=dtype, backend=backend)
 
     return swap

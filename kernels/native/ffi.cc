@@ -1,6 +1,8 @@
 // The kernels as XLA calls them: handlers of its foreign function interface, on its own thread pool.
+#include <cstring>
 #include <optional>
 #include <string>
+#include <vector>
 
 #include "kernels.h"
 #include "share.h"
@@ -28,8 +30,17 @@ std::optional<Stored> stored_as(ffi::AnyBuffer code, bool has_offset) {
   }
 }
 
-// Shapes are checked where the call is made, in op.py.
-ffi::Error multiply(ffi::ThreadPool pool, ffi::Buffer<ffi::DataType::F32> x, ffi::AnyBuffer code,
+std::vector<float> widened(const uint16_t* halves, int64_t count) {
+  std::vector<float> floats(count);
+  for (int64_t i = 0; i < count; ++i) {
+    const uint32_t bits = static_cast<uint32_t>(halves[i]) << 16;
+    std::memcpy(&floats[i], &bits, sizeof bits);
+  }
+  return floats;
+}
+
+// Shapes and types are checked where the call is made, in op.py.
+ffi::Error multiply(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer code,
                     ffi::Buffer<ffi::DataType::F32> scale, ffi::Buffer<ffi::DataType::F32> offset,
                     ffi::ResultBuffer<ffi::DataType::F32> out) {
   const int64_t R = x.dimensions()[0], I = x.dimensions()[1], O = out->dimensions()[1], P = code.dimensions()[0];
@@ -43,12 +54,17 @@ ffi::Error multiply(ffi::ThreadPool pool, ffi::Buffer<ffi::DataType::F32> x, ffi
   const int64_t rows = (R + row_parts - 1) / row_parts;
   const int64_t panel_parts = std::min(P, std::max<int64_t>(1, threads * PARTS_OF_A_THREAD / row_parts));
   const int64_t panels = (P + panel_parts - 1) / panel_parts;
-  const float* from = x.typed_data();
+  const auto* halves = x.element_type() == ffi::DataType::BF16 ? static_cast<const uint16_t*>(x.untyped_data()) : nullptr;
+  const bool has_dots = own.dots && (*stored == Stored::kBF16 || *stored == Stored::kInt8) && I % 2 == 0;
+  const auto floats = halves && !has_dots ? widened(halves, R * I) : std::vector<float>();
+  const float* from = !halves ? static_cast<const float*>(x.untyped_data()) : has_dots ? nullptr : floats.data();
   float* to = out->typed_data();
   share(pool, threads, row_parts * panel_parts, [=, &own](int64_t part) {
     const int64_t row = part % row_parts * rows, panel = part / row_parts * panels;
     const int64_t count = std::min(rows, R - row), last = std::min(panel + panels, P);
-    if (count > 0 && panel < last) own.panels(from + row * I, weight, to + row * O, count, panel, last);
+    if (count <= 0 || panel >= last) return;
+    if (from) return own.panels(from + row * I, weight, to + row * O, count, panel, last);
+    own.dots(halves + row * I, weight, to + row * O, count, panel, last);
   });
   return ffi::Error::Success();
 }
@@ -95,7 +111,7 @@ EXPORTED const char* slipstream_source() { return SLIPSTREAM_SOURCE; }
 XLA_FFI_DEFINE_HANDLER_SYMBOL(slipstream_panel_matmul, slipstream::multiply,
                               ffi::Ffi::Bind()
                                   .Ctx<ffi::ThreadPool>()
-                                  .Arg<ffi::Buffer<ffi::DataType::F32>>()   // x_RI
+                                  .Arg<ffi::AnyBuffer>()                    // x_RI, float or bfloat16
                                   .Arg<ffi::AnyBuffer>()                    // code
                                   .Arg<ffi::Buffer<ffi::DataType::F32>>()   // scale, or empty
                                   .Arg<ffi::Buffer<ffi::DataType::F32>>()   // offset, or empty

@@ -10,9 +10,10 @@ namespace slipstream {
 constexpr int PANEL = 32;
 
 // How a panel's weights are stored. All are read in the order of memory, an input's 32 outputs (or two inputs') at once.
+// bfloat16 has an even number of inputs, and two inputs of an output are neighbours, as dot products take them.
 enum class Stored {
   kF32,   // float [P, I, 32]
-  kBF16,  // bfloat16 [P, I, 32]; outputs o and o + 16 are neighbours, so that a 32-bit word holds a vector's lane of each
+  kBF16,  // bfloat16 [P, I / 2, 32, 2]
   kInt8,  // int8 [P, I, 32], scale [P, 32]
   kInt4,  // int8 [P, I / 2, 32], input 2 i in the low half and 2 i + 1 in the high one; scale, offset [P, Q, 32]
 };
@@ -48,11 +49,15 @@ struct Kernels {
   const char* name;
   // out[rows, outputs] of the panels [first, last) and these rows; `out` and `x` begin at the first row.
   void (*panels)(const float* x, const Panels& weight, float* out, int64_t rows, int64_t first, int64_t last);
+  // The same of activations in bfloat16, an even number of inputs, and weights in bfloat16 or int8. Null where the level
+  // has no such instructions: then `panels` makes the same products of activations that were widened.
+  void (*dots)(const uint16_t* x, const Panels& weight, float* out, int64_t rows, int64_t first, int64_t last);
   // All tokens' query heads of one kv head of one slot.
   void (*attend)(const Attention& of, int64_t slot, int64_t kv_head);
 };
 
 // Null where the compiler's target has no such instructions.
+const Kernels* avx512_bf16();
 const Kernels* avx512();
 const Kernels* avx2();
 const Kernels* generic();

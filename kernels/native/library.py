@@ -5,6 +5,7 @@ The library is plain C to Python: it is opened by ctypes, and XLA calls its hand
 
 import ctypes
 import functools
+import hashlib
 import logging
 import sysconfig
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Any
 import jax
 
 PATH = Path(__file__).with_name(f"_kernels{sysconfig.get_config_var('EXT_SUFFIX')}")
+SOURCES = Path(__file__).resolve().parent
 HANDLERS = ("slipstream_panel_matmul", "slipstream_ragged_attention")
 
 log = logging.getLogger(__name__)
@@ -37,9 +39,12 @@ def use_level(name: str) -> None:
         raise ValueError(f"this CPU does not run the kernels of {name=}; its own are {level()!r}")
 
 
-def source() -> str:
-    """The SHA-256 of the sources that the library was built from."""
-    return _opened().slipstream_source().decode()
+def source_here() -> str | None:
+    """The SHA-256 of the sources in a checkout, as setup.py compiles it in; None in an installed package."""
+    if not (SOURCES.parents[1] / "setup.py").exists():
+        return None
+    paths = [*sorted(SOURCES.glob("*.cc")), *sorted(SOURCES.glob("*.h"))]
+    return hashlib.sha256(b"".join(path.read_bytes() for path in paths)).hexdigest()
 
 
 def call(handler: str, out: jax.ShapeDtypeStruct, *operands: jax.Array, **attributes: Any) -> jax.Array:
@@ -62,11 +67,14 @@ def _library() -> ctypes.CDLL | None:
         return None
     try:
         library = ctypes.CDLL(str(PATH))
+        library.slipstream_level.restype = library.slipstream_source.restype = ctypes.c_char_p
+        library.slipstream_use_level.restype, library.slipstream_use_level.argtypes = ctypes.c_bool, [ctypes.c_char_p]
+        if source_here() not in (None, library.slipstream_source().decode()):
+            log.warning("the native kernels are older than their sources, XLA's run instead; build them: pip install -e .")
+            return None
         for name in HANDLERS:
             jax.ffi.register_ffi_target(name, jax.ffi.pycapsule(getattr(library, name)), platform="cpu")
     except (OSError, AttributeError, RuntimeError, ValueError) as error:
         log.warning("the native kernels cannot be used, XLA's run instead; build them anew: %s", error)
         return None
-    library.slipstream_level.restype = library.slipstream_source.restype = ctypes.c_char_p
-    library.slipstream_use_level.restype, library.slipstream_use_level.argtypes = ctypes.c_bool, [ctypes.c_char_p]
     return library

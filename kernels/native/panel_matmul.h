@@ -1,64 +1,118 @@
 // Rows times panels of weights. Included once for each level; see kernels.h for how weights are stored.
 //
-// A panel is multiplied GROUP by GROUP: two vectors, outputs from j and from j + 16 on. ROWS rows of them stay in
-// registers while the panel streams by. With more rows the panel is unpacked once, DEPTH inputs at a time, into floats
-// that stay in the nearest caches; floats are read where they lie.
+// A panel is multiplied as two vectors, outputs from j and from j + 16 on. Up to ROWS rows of sums stay in registers while
+// the panel streams by. With more rows DEPTH inputs of a panel are taken at a time, unpacked once where they are codes, so
+// that they stay in the nearest cache while portions of the rows pass over them; the portions fetch what comes next.
+//
+// Every sum is made input after input, whatever the number of rows: a row's result does not depend on the others.
 
 constexpr int DEPTH = 256;  // divided by the inputs of every block of int4
 constexpr int HALF = PANEL / 2;
+constexpr int UNROLLED = 4;  // a multiple of each STEP
 
-struct Floats {
-  static constexpr int STEP = 1;  // inputs that are read at once
-  const float* panel;
+// Two inputs in bfloat16, the earlier in the low half.
+using Pair = uint32_t;
+
+template <typename Lane>
+struct VectorOf;
+template <>
+struct VectorOf<float> {
+  typedef F type;
+};
+template <>
+struct VectorOf<Pair> {
+  typedef U32 type;
+};
+template <typename Lane>
+using Vector = typename VectorOf<Lane>::type;
+
+static INLINE void multiply_add(F& sum, F x, F w) { sum += x * w; }
+#if DOTS
+static INLINE void multiply_add(F& sum, U32 x, U32 w) { sum = dot(sum, x, w); }
+#endif
+
+// Weights as they are multiplied. What is read beside them, `next`, comes into the cache meanwhile.
+template <typename Lane>
+struct Plain {
+  using X = Lane;
+  static constexpr int STEP = 1;  // inputs, or pairs of them, that are read at once
+  const Lane* panel;
+  const char* next;
+  int64_t stride;  // bytes of `next` for each input
 
   INLINE void start(int64_t, int) {}
-  INLINE void read(int64_t i, int j, F (&w)[STEP][2]) const {
-    const float* row = panel + i * PANEL + j;
-    __builtin_prefetch(row + AHEAD * PANEL);
-    __builtin_prefetch(row + AHEAD * PANEL + HALF);
+  INLINE void read(int64_t i, int j, Vector<Lane> (&w)[STEP][2]) const {
+    const Lane* row = panel + i * PANEL + j;
+    __builtin_prefetch(next + i * stride, 0, 2);
+    __builtin_prefetch(next + i * stride + 64, 0, 2);
     w[0][0] = load(row), w[0][1] = load(row + HALF);
   }
-  INLINE void finish(int, F&, F&) const {}
-
-  static constexpr int AHEAD = 16;
 };
 
-struct BFloats {
-  static constexpr int STEP = 1;
-  const uint16_t* panel;
+// bfloat16 as floats.
+struct Widened {
+  using X = float;
+  static constexpr int STEP = 2;
+  static constexpr int64_t BYTES = 2 * PANEL;  // of an input
+  const Pair* panel;
 
+  INLINE const char* at(int64_t i) const { return reinterpret_cast<const char*>(panel) + i * BYTES; }
   INLINE void start(int64_t, int) {}
   INLINE void read(int64_t i, int j, F (&w)[STEP][2]) const {
-    const uint16_t* row = panel + i * PANEL + 2 * j;
+    const Pair* row = panel + i / 2 * PANEL + j;
     __builtin_prefetch(row + 32 * PANEL);
-    I32 pair;
-    __builtin_memcpy(&pair, row, sizeof pair);
-    w[0][0] = as_floats(pair << 16), w[0][1] = as_floats(pair & (int32_t)0xffff0000);
+    __builtin_prefetch(row + 32 * PANEL + HALF);
+    for (int half = 0; half < 2; ++half) {
+      const U32 pair = load(row + half * HALF);
+      w[0][half] = as_floats(pair << 16), w[1][half] = as_floats(pair & 0xffff0000);
+    }
   }
-  INLINE void finish(int, F&, F&) const {}
 };
 
 struct Codes8 {
+  using X = float;
   static constexpr int STEP = 1;
+  static constexpr int64_t BYTES = PANEL;
   const int8_t* panel;
-  const float* scale;
 
+  INLINE const char* at(int64_t i) const { return reinterpret_cast<const char*>(panel) + i * BYTES; }
   INLINE void start(int64_t, int) {}
   INLINE void read(int64_t i, int j, F (&w)[STEP][2]) const {
     const int8_t* row = panel + i * PANEL + j;
     __builtin_prefetch(row + 64 * PANEL);
     w[0][0] = load(row), w[0][1] = load(row + HALF);
   }
-  INLINE void finish(int j, F& low, F& high) const { low *= load(scale + j), high *= load(scale + j + HALF); }
+};
+
+// The same by pairs of inputs: bfloat16 holds each code exactly, in the upper half of a float.
+struct PairedCodes8 {
+  using X = Pair;
+  static constexpr int STEP = 1;
+  static constexpr int64_t BYTES = 2 * PANEL;
+  const int8_t* panel;
+
+  INLINE const char* at(int64_t i) const { return reinterpret_cast<const char*>(panel) + i * BYTES; }
+  INLINE void start(int64_t, int) {}
+  INLINE void read(int64_t i, int j, U32 (&w)[STEP][2]) const {
+    const int8_t* row = panel + 2 * i * PANEL + j;
+    __builtin_prefetch(row + 64 * PANEL);
+    for (int half = 0; half < 2; ++half) {
+      const F low = load(row + half * HALF), high = load(row + PANEL + half * HALF);
+      w[0][half] = as_bits(low) >> 16 | as_bits(high);
+    }
+  }
 };
 
 struct Codes4 {
+  using X = float;
   static constexpr int STEP = 2;
+  static constexpr int64_t BYTES = PANEL / 2;
   const int8_t* panel;
   const float *scale, *offset;
   int64_t block;  // inputs
   F scales[2], offsets[2];
 
+  INLINE const char* at(int64_t i) const { return reinterpret_cast<const char*>(panel) + i * BYTES; }
   INLINE void start(int64_t i, int j) {
     const int64_t at = i / block * PANEL + j;
     scales[0] = load(scale + at), scales[1] = load(scale + at + HALF);
@@ -73,133 +127,186 @@ struct Codes4 {
       w[1][half] = __builtin_convertvector(pair >> 4, F) * scales[half] + offsets[half];
     }
   }
-  INLINE void finish(int, F&, F&) const {}
 };
 
-// Where a block of inputs ends that share a scale; floats and int8 have one block of all.
+// Where a block of inputs ends that share a scale; others have one block of all.
 template <typename Codes>
 static INLINE int64_t block_of(const Codes&, int64_t inputs) { return inputs; }
 template <>
 INLINE int64_t block_of(const Codes4& codes, int64_t) { return codes.block; }
 
+// Where a row's sums go, and the scales that end them, or null.
+struct Sums {
+  float* out;
+  int64_t row;
+  bool adds;  // to what is there
+  const float* scale;
+};
+
+template <int N, typename Codes>
+static INLINE void add_inputs(const typename Codes::X* x, int64_t x_row, const Codes& codes, int64_t i, int j,
+                              F (&sums)[N][2]) {
+  Vector<typename Codes::X> w[Codes::STEP][2];
+  codes.read(i, j, w);
+#pragma GCC unroll 2
+  for (int s = 0; s < Codes::STEP; ++s)
+#pragma GCC unroll 16
+    for (int n = 0; n < N; ++n) {
+      const auto value = splat(x[n * x_row + i + s]);
+      multiply_add(sums[n][0], value, w[s][0]), multiply_add(sums[n][1], value, w[s][1]);
+    }
+}
+
 // out[N, 32] (+)= x[N, first ... last) times the panel; `x` and `out` have rows of their own lengths.
 template <int N, typename Codes>
-static void multiply(const float* x, int64_t x_row, Codes codes, int64_t first, int64_t last, float* out,
-                     int64_t out_row, bool adds) {
+static void multiply(const typename Codes::X* x, int64_t x_row, Codes codes, int64_t first, int64_t last,
+                     const Sums& to) {
   for (int j = 0; j < HALF; j += LANES) {
     F sums[N][2];
-    for (int n = 0; n < N; ++n) sums[n][0] = sums[n][1] = F{};
+#pragma GCC unroll 16
+    for (int n = 0; n < N; ++n) {
+      const float* row = to.out + n * to.row + j;
+      sums[n][0] = to.adds ? load(row) : F{}, sums[n][1] = to.adds ? load(row + HALF) : F{};
+    }
     const int64_t block = block_of(codes, last - first);
     for (int64_t from = first; from < last; from += block) {
-      const int64_t to = from + block < last ? from + block : last;
+      const int64_t end = from + block < last ? from + block : last;
       codes.start(from, j);
-      for (int64_t i = from; i < to; i += Codes::STEP) {
-        F w[Codes::STEP][2];
-        codes.read(i, j, w);
-#pragma GCC unroll 2
-        for (int s = 0; s < Codes::STEP; ++s)
-#pragma GCC unroll 16
-          for (int n = 0; n < N; ++n) {
-            const F value = splat(x[n * x_row + i + s]);
-            sums[n][0] += value * w[s][0], sums[n][1] += value * w[s][1];
-          }
-      }
+      int64_t i = from;
+      for (; i + UNROLLED <= end; i += UNROLLED)
+#pragma GCC unroll 4
+        for (int u = 0; u < UNROLLED; u += Codes::STEP) add_inputs<N>(x, x_row, codes, i + u, j, sums);
+      for (; i < end; i += Codes::STEP) add_inputs<N>(x, x_row, codes, i, j, sums);
     }
+#pragma GCC unroll 16
     for (int n = 0; n < N; ++n) {
-      codes.finish(j, sums[n][0], sums[n][1]);
-      float* row = out + n * out_row + j;
-      store(row, adds ? load(row) + sums[n][0] : sums[n][0]);
-      store(row + HALF, adds ? load(row + HALF) + sums[n][1] : sums[n][1]);
+      float* row = to.out + n * to.row + j;
+      if (to.scale) sums[n][0] *= load(to.scale + j), sums[n][1] *= load(to.scale + j + HALF);
+      store(row, sums[n][0]), store(row + HALF, sums[n][1]);
     }
   }
 }
 
 // The same for `rows` rows, at most ROWS.
 template <int N, typename Codes>
-static INLINE void multiply_rows(int64_t rows, const float* x, int64_t x_row, const Codes& codes, int64_t first,
-                                 int64_t last, float* out, int64_t out_row, bool adds) {
+static INLINE void multiply_rows(int64_t rows, const typename Codes::X* x, int64_t x_row, const Codes& codes,
+                                 int64_t first, int64_t last, const Sums& to) {
   if constexpr (N > 0) {
-    if (rows == N) return multiply<N>(x, x_row, codes, first, last, out, out_row, adds);
-    multiply_rows<N - 1>(rows, x, x_row, codes, first, last, out, out_row, adds);
+    if (rows == N) return multiply<N>(x, x_row, codes, first, last, to);
+    multiply_rows<N - 1>(rows, x, x_row, codes, first, last, to);
   }
 }
 
-// All rows, in even portions.
-template <typename Codes>
-static void multiply_all(int64_t rows, const float* x, int64_t x_row, const Codes& codes, int64_t first, int64_t last,
-                         float* out, int64_t out_row, bool adds) {
-  const int64_t portions = (rows + ROWS - 1) / ROWS;
-  for (int64_t p = 0, done = 0; p < portions; ++p) {
-    const int64_t count = (rows - done + portions - p - 1) / (portions - p);
-    multiply_rows<ROWS>(count, x + done * x_row, x_row, codes, first, last, out + done * out_row, out_row, adds);
-    done += count;
+// All rows, in even portions, each of which fetches its share of the `bytes` of each input at `next`.
+template <typename Lane>
+static void multiply_all(int64_t rows, const Lane* x, int64_t x_row, const Lane* panel, int64_t inputs,
+                         const char* next, int64_t bytes, Sums to) {
+  const int64_t portions = (rows + ROWS - 1) / ROWS, stride = bytes / portions;
+  for (int64_t p = 0; p < portions; ++p) {
+    const int64_t count = (rows + portions - p - 1) / (portions - p);
+    const Plain<Lane> codes{panel, next + p * inputs * stride, stride};
+    multiply_rows<ROWS>(count, x, x_row, codes, 0, inputs, to);
+    x += count * x_row, to.out += count * to.row, rows -= count;
   }
 }
 
+// A panel of codes. `inputs` are pairs where x is.
 template <typename Codes>
-static void multiply_panel(const float* x, Codes codes, int64_t inputs, float* out, int64_t out_row, int64_t rows) {
-  if (rows <= ROWS) return multiply_rows<ROWS>(rows, x, inputs, codes, 0, inputs, out, out_row, false);
-  alignas(64) float unpacked[DEPTH * PANEL];
+static void multiply_panel(const typename Codes::X* x, Codes codes, int64_t inputs, int64_t rows, Sums to) {
+  using Lane = typename Codes::X;
+  if (rows <= ROWS) return multiply_rows<ROWS>(rows, x, inputs, codes, 0, inputs, to);
+  alignas(64) Lane unpacked[DEPTH * PANEL];
+  const float* scale = to.scale;
   for (int64_t first = 0; first < inputs; first += DEPTH) {
     const int64_t last = first + DEPTH < inputs ? first + DEPTH : inputs;
     for (int j = 0; j < HALF; j += LANES) {
       const int64_t block = block_of(codes, last - first);
       for (int64_t from = first; from < last; from += block) {
-        const int64_t to = from + block < last ? from + block : last;
+        const int64_t end = from + block < last ? from + block : last;
         codes.start(from, j);
-        for (int64_t i = from; i < to; i += Codes::STEP) {
-          F w[Codes::STEP][2];
+        for (int64_t i = from; i < end; i += Codes::STEP) {
+          Vector<Lane> w[Codes::STEP][2];
           codes.read(i, j, w);
           for (int s = 0; s < Codes::STEP; ++s) {
-            codes.finish(j, w[s][0], w[s][1]);
             store(unpacked + (i - first + s) * PANEL + j, w[s][0]);
             store(unpacked + (i - first + s) * PANEL + j + HALF, w[s][1]);
           }
         }
       }
     }
-    multiply_all(rows, x + first, inputs, Floats{unpacked}, 0, last - first, out, out_row, first > 0);
+    to.adds = first > 0, to.scale = last == inputs ? scale : nullptr;
+    multiply_all(rows, x + first, inputs, unpacked, last - first, codes.at(last), Codes::BYTES, to);
   }
 }
 
-template <>
-void multiply_panel(const float* x, Floats codes, int64_t inputs, float* out, int64_t out_row, int64_t rows) {
-  if (rows <= ROWS) return multiply_rows<ROWS>(rows, x, inputs, codes, 0, inputs, out, out_row, false);
+// A panel that is multiplied as it lies.
+template <typename Lane>
+static void multiply_panel(const Lane* x, const Lane* panel, int64_t inputs, int64_t rows, Sums to) {
+  constexpr int64_t BYTES = PANEL * sizeof(Lane), AHEAD = 64;
+  const auto* bytes = reinterpret_cast<const char*>(panel);
+  if (rows <= ROWS) {
+    const Plain<Lane> codes{panel, bytes + AHEAD * BYTES, BYTES};
+    return multiply_rows<ROWS>(rows, x, inputs, codes, 0, inputs, to);
+  }
   for (int64_t first = 0; first < inputs; first += DEPTH) {
     const int64_t last = first + DEPTH < inputs ? first + DEPTH : inputs;
-    multiply_all(rows, x + first, inputs, Floats{codes.panel + first * PANEL}, 0, last - first, out, out_row, first > 0);
+    to.adds = first > 0;
+    multiply_all(rows, x + first, inputs, panel + first * PANEL, last - first, bytes + last * BYTES, BYTES, to);
+  }
+}
+
+// Calls multiply(panel, sums) for each panel; a last one of fewer outputs is computed aside.
+template <typename Multiply>
+static void of_panels(const Panels& weight, float* out, int64_t rows, int64_t first, int64_t last,
+                      const Multiply& multiply) {
+  const int64_t O = weight.outputs;
+  for (int64_t p = first; p < last; ++p) {
+    const int64_t count = O - p * PANEL < PANEL ? O - p * PANEL : PANEL;
+    const float* scale = weight.stored == Stored::kInt8 ? weight.scale + p * PANEL : nullptr;
+    if (count == PANEL) {
+      multiply(p, Sums{out + p * PANEL, O, false, scale});
+      continue;
+    }
+    std::vector<float> aside(rows * PANEL);
+    multiply(p, Sums{aside.data(), PANEL, false, scale});
+    for (int64_t r = 0; r < rows; ++r) std::copy_n(aside.data() + r * PANEL, count, out + r * O + p * PANEL);
   }
 }
 
 static void panels(const float* x, const Panels& weight, float* out, int64_t rows, int64_t first, int64_t last) {
-  const int64_t I = weight.inputs, O = weight.outputs;
-  for (int64_t p = first; p < last; ++p) {
-    const int64_t count = O - p * PANEL < PANEL ? O - p * PANEL : PANEL;
-    // A last panel of fewer outputs is computed aside.
-    std::vector<float> aside(count < PANEL ? rows * PANEL : 0);
-    float* to = count < PANEL ? aside.data() : out + p * PANEL;
-    const int64_t to_row = count < PANEL ? PANEL : O;
+  const int64_t I = weight.inputs;
+  of_panels(weight, out, rows, first, last, [&](int64_t p, const Sums& to) {
+    const auto* bytes = static_cast<const int8_t*>(weight.code);
     switch (weight.stored) {
       case Stored::kF32:
-        multiply_panel(x, Floats{static_cast<const float*>(weight.code) + p * I * PANEL}, I, to, to_row, rows);
-        break;
+        return multiply_panel(x, static_cast<const float*>(weight.code) + p * I * PANEL, I, rows, to);
       case Stored::kBF16:
-        multiply_panel(x, BFloats{static_cast<const uint16_t*>(weight.code) + p * I * PANEL}, I, to, to_row, rows);
-        break;
-      case Stored::kInt8: {
-        const auto* code = static_cast<const int8_t*>(weight.code) + p * I * PANEL;
-        multiply_panel(x, Codes8{code, weight.scale + p * PANEL}, I, to, to_row, rows);
-        break;
-      }
+        return multiply_panel(x, Widened{static_cast<const Pair*>(weight.code) + p * I / 2 * PANEL}, I, rows, to);
+      case Stored::kInt8:
+        return multiply_panel(x, Codes8{bytes + p * I * PANEL}, I, rows, to);
       case Stored::kInt4: {
-        const auto* code = static_cast<const int8_t*>(weight.code) + p * I / 2 * PANEL;
         const int64_t grid = p * weight.blocks * PANEL;
+        const int8_t* code = bytes + p * I / 2 * PANEL;
         const Codes4 codes{code, weight.scale + grid, weight.offset + grid, I / weight.blocks, {}, {}};
-        multiply_panel(x, codes, I, to, to_row, rows);
-        break;
+        return multiply_panel(x, codes, I, rows, to);
       }
     }
-    for (int64_t r = 0; count < PANEL && r < rows; ++r)
-      std::copy_n(to + r * PANEL, count, out + r * O + p * PANEL);
-  }
+  });
 }
+
+#if DOTS
+// Of bfloat16 or int8; the inputs are even in number.
+static void dots(const uint16_t* x, const Panels& weight, float* out, int64_t rows, int64_t first, int64_t last) {
+  const int64_t pairs = weight.inputs / 2;
+  const auto* from = reinterpret_cast<const Pair*>(x);
+  of_panels(weight, out, rows, first, last, [&](int64_t p, const Sums& to) {
+    if (weight.stored == Stored::kInt8) {
+      const auto* code = static_cast<const int8_t*>(weight.code) + p * weight.inputs * PANEL;
+      return multiply_panel(from, PairedCodes8{code}, pairs, rows, to);
+    }
+    return multiply_panel(from, static_cast<const Pair*>(weight.code) + p * pairs * PANEL, pairs, rows, to);
+  });
+}
+#else
+constexpr auto dots = nullptr;
+#endif

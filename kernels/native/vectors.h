@@ -5,6 +5,7 @@
 
 typedef float F __attribute__((vector_size(LANES * 4)));
 typedef int32_t I32 __attribute__((vector_size(LANES * 4)));
+typedef uint32_t U32 __attribute__((vector_size(LANES * 4)));
 typedef int8_t I8 __attribute__((vector_size(LANES)));
 typedef float F4 __attribute__((vector_size(16)));
 
@@ -14,7 +15,15 @@ static INLINE F load(const float* from) {
   return value;
 }
 
+static INLINE U32 load(const uint32_t* from) {
+  U32 value;
+  __builtin_memcpy(&value, from, sizeof value);
+  return value;
+}
+
 static INLINE void store(float* to, F value) { __builtin_memcpy(to, &value, sizeof value); }
+
+static INLINE void store(uint32_t* to, U32 value) { __builtin_memcpy(to, &value, sizeof value); }
 
 // int8 to int32, as many as a vector of floats has.
 static INLINE I32 widened(const int8_t* from) {
@@ -33,7 +42,16 @@ static INLINE F load(const int8_t* from) { return __builtin_convertvector(widene
 
 static INLINE F splat(float value) { return value - F{}; }
 
-static INLINE F as_floats(I32 bits) { return (F)bits; }
+static INLINE U32 splat(uint32_t value) { return value - U32{}; }
+
+static INLINE F as_floats(U32 bits) { return (F)bits; }
+
+static INLINE U32 as_bits(F value) { return (U32)value; }
+
+#if DOTS
+// sum + the products of each lane's two bfloat16.
+static INLINE F dot(F sum, U32 x, U32 w) { return (F)_mm512_dpbf16_ps((__m512)sum, (__m512bh)x, (__m512bh)w); }
+#endif
 
 static INLINE F larger(F a, F b) { return a > b ? a : b; }
 
@@ -70,5 +88,5 @@ static INLINE F exp_of_negative(F x) {
   p = p * r + 1.0f / 6;
   p = p * r + 0.5f;
   p = p * (r * r) + (r + 1.0f);
-  return p * as_floats((whole + 127) << 23);
+  return p * as_floats((U32)(whole + 127) << 23);
 }

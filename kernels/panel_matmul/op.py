@@ -12,10 +12,11 @@ LONGEST_RUN = 256
 
 
 def panel_matmul(x_RI: jax.Array, weight: Panels, *, outputs: int, backend: Backend) -> jax.Array:
-    """x @ weight, one row or many; weights become floats in registers, sums are f32.
+    """x @ weight, one row or many; products are exact and sums f32, input after input in the native kernel, whatever the
+    number of rows.
 
     Args:
-        x_RI: activations, f32.
+        x_RI: activations; f32 where weights are, bf16 where weights are, and either for codes.
         weight: see `Panels`.
         outputs: O; the last panel's other outputs are not computed.
         backend: "native_cpu", or any other for XLA's product of the unpacked weight.
@@ -27,9 +28,12 @@ def panel_matmul(x_RI: jax.Array, weight: Panels, *, outputs: int, backend: Back
         ValueError: shapes or dtypes that do not fit together, at trace time.
     """
     check_backend(backend)
-    if x_RI.dtype != jnp.float32:
-        raise ValueError(f"x_RI must be float32, got {x_RI.dtype}")
     _check(weight, x_RI.shape[1], outputs)
+    allowed = (jnp.float32, jnp.bfloat16) if weight.scale is not None else (weight.code.dtype,)
+    if x_RI.dtype not in allowed:
+        raise ValueError(f"x_RI must be {' or '.join(jnp.dtype(one).name for one in allowed)}, got {x_RI.dtype}")
+    if weight.code.dtype == jnp.bfloat16:
+        x_RI = jnp.pad(x_RI, ((0, 0), (0, x_RI.shape[1] % 2)))
     matmul = panel_matmul_native if backend == "native_cpu" else panel_matmul_reference
     return matmul(x_RI, weight, outputs)
 
@@ -40,6 +44,8 @@ def _check(weight: Panels, inputs: int, outputs: int) -> None:
     if code.dtype not in of_code or any(leaf is not None and leaf.dtype != jnp.float32 for leaf in (scale, offset)):
         dtypes = [str(leaf.dtype) for leaf in weight if leaf is not None]
         raise ValueError(f"panels are float32 or bfloat16, or int8 codes with float32 scales, got {dtypes}")
+    if code.dtype == jnp.bfloat16:
+        return check_shape("code", code, (P, -(-inputs // 2), PANEL, 2), "PIX2")
     if scale is None or offset is None:
         check_shape("code", code, (P, inputs, PANEL), "PIX")
         if scale is not None:

@@ -18,9 +18,9 @@ class Panels(NamedTuple):
     that one input adds to 32 outputs in a few registers. Outputs are filled up to whole panels with zeros."""
 
     code: jax.Array
-    """f32 or bf16 [P, I, 32], the weight itself: in bf16 outputs o and o + 16 are neighbours, so that a shift and a
-    mask make two floats of a word. i8 [P, I, 32], its codes. Or i8 [P, I / 2, 32] with two inputs' codes in a byte,
-    each in [-8, 7], the earlier input's in the low half."""
+    """f32 [P, I, 32], or bf16 [P, I / 2, 32, 2], the weight itself: in bf16 two inputs of an output are neighbours, as
+    dot products take them, and a zero fills an odd number of inputs up. i8 [P, I, 32], its codes. Or i8 [P, I / 2, 32]
+    with two inputs' codes in a byte, each in [-8, 7], the earlier input's in the low half."""
     scale: jax.Array | None = None
     """f32: [P, 32] an output's, or [P, Q, 32] a block's of 4-bit codes; weight = code * scale + offset"""
     offset: jax.Array | None = None
@@ -31,10 +31,10 @@ class Panels(NamedTuple):
 def pack(weight_OI: jax.Array, dtype: jnp.dtype) -> Panels:
     """A float weight, as f32 or bf16."""
     code_PIX = _in_panels(weight_OI.astype(dtype).T)
-    if dtype == jnp.bfloat16:
-        P, I, _ = code_PIX.shape
-        code_PIX = code_PIX.reshape(P, I, 2, PANEL // 2).swapaxes(2, 3).reshape(P, I, PANEL)
-    return Panels(code_PIX)
+    if dtype != jnp.bfloat16:
+        return Panels(code_PIX)
+    code_PIX = jnp.pad(code_PIX, ((0, 0), (0, code_PIX.shape[1] % 2), (0, 0)))
+    return Panels(code_PIX.reshape(len(code_PIX), -1, 2, PANEL).swapaxes(2, 3))
 
 
 @jax.jit
@@ -50,8 +50,10 @@ def pack_int4(packed: jax.Array, scale_QO: jax.Array, offset_QO: jax.Array) -> P
 
 
 def unpack(weight: Panels, outputs: int) -> jax.Array:
-    """f32 weight_OI."""
+    """f32 weight_OI; of bf16 with the input that was filled up."""
     code_PIX = weight.code.astype(jnp.float32)
+    if code_PIX.ndim == 4:
+        code_PIX = code_PIX.swapaxes(2, 3).reshape(len(code_PIX), -1, PANEL)
     P, I, X = code_PIX.shape
     if weight.offset is not None and weight.scale is not None:
         low_high = [(weight.code << 4) >> 4, weight.code >> 4]  # of i8 the right shift keeps the sign
@@ -60,21 +62,23 @@ def unpack(weight: Panels, outputs: int) -> jax.Array:
         code_PIX = code_PIX * weight.scale.repeat(block, axis=1) + weight.offset.repeat(block, axis=1)
     elif weight.scale is not None:
         code_PIX = code_PIX * weight.scale[:, None]
-    elif weight.code.dtype == jnp.bfloat16:
-        code_PIX = code_PIX.reshape(P, I, X // 2, 2).swapaxes(2, 3).reshape(P, I, X)
     return code_PIX.swapaxes(1, 2).reshape(P * X, -1)[:outputs]
 
 
 def columns(weight: Panels, output_R: jax.Array) -> jax.Array:
-    """f32 [R, I]: of these outputs all their inputs, as an embedding is looked up. Of float weights."""
-    lane_R = output_R % PANEL
-    if weight.code.dtype == jnp.bfloat16:
-        lane_R = lane_R % (PANEL // 2) * 2 + lane_R // (PANEL // 2)
-    return weight.code[output_R // PANEL, :, lane_R].astype(jnp.float32)
+    """f32 [R, I]: of these outputs all their inputs, as an embedding is looked up. Of float weights, as `unpack`."""
+    return weight.code[output_R // PANEL, :, output_R % PANEL].astype(jnp.float32).reshape(len(output_R), -1)
+
+
+def rounded(x: jax.Array) -> jax.Array:
+    """f32 values as bfloat16 has them, to nearest, ties to even."""
+    return jax.lax.reduce_precision(x, exponent_bits=8, mantissa_bits=7)
 
 
 def panel_matmul_reference(x_RI: jax.Array, weight: Panels, outputs: int) -> jax.Array:
     """`op.panel_matmul`: f32 [R, O]."""
+    if x_RI.dtype == jnp.bfloat16:
+        x_RI = rounded(x_RI.astype(jnp.float32))  # said again, for XLA leaves a rounding out that it sees widened
     return jnp.einsum("RI,OI->RO", x_RI, unpack(weight, outputs))
 
 

@@ -2,6 +2,7 @@
 //
 // Every array is as long as it must be and not longer, so that the address sanitizer finds a value read too many; what
 // must not be used is NaN. Each level that this CPU runs is forced in turn.
+#include <algorithm>
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -111,7 +112,7 @@ void fill(Weight& weight, Stored stored, int64_t I, int64_t O, int64_t block) {
           value = weight.floats[at + lane];
           break;
         case Stored::kBF16: {
-          uint16_t& half = weight.halves[at + lane % 16 * 2 + lane / 16];
+          uint16_t& half = weight.halves[((p * I + i) / 2 * PANEL + lane) * 2 + i % 2];
           if (o >= O) half = 0x7fc0;
           value = widened(half);
           break;
@@ -135,14 +136,18 @@ void fill(Weight& weight, Stored stored, int64_t I, int64_t O, int64_t block) {
   weight.panels = Panels{stored, code, weight.scale.data(), weight.offset.data(), I, O, Q};
 }
 
-void check_product(Stored stored, int64_t R, int64_t I, int64_t O, int64_t block) {
-  Weight weight;
-  fill(weight, stored, I, O, block);
-  const std::vector<float> x = normal(R * I);
+// The rows that `multiply` makes of panels [first, last), in two parts.
+template <typename Multiply>
+std::vector<float> multiplied(const Weight& weight, int64_t R, const Multiply& multiply) {
+  const int64_t O = weight.panels.outputs, P = (O + PANEL - 1) / PANEL, middle = P / 2;
   std::vector<float> out(R * O, NOT_A_NUMBER);
-  const int64_t P = (O + PANEL - 1) / PANEL, middle = P / 2;
-  kernels().panels(x.data(), weight.panels, out.data(), R, 0, middle);
-  kernels().panels(x.data(), weight.panels, out.data(), R, middle, P);
+  multiply(out.data(), R, 0, middle);
+  multiply(out.data(), R, middle, P);
+  return out;
+}
+
+void compare(const char* what, const Weight& weight, const std::vector<float>& x, const std::vector<float>& out) {
+  const int64_t I = weight.panels.inputs, O = weight.panels.outputs, R = x.size() / I;
   double worst = 0;
   for (int64_t r = 0; r < R; ++r)
     for (int64_t o = 0; o < O; ++o) {
@@ -154,7 +159,39 @@ void check_product(Stored stored, int64_t R, int64_t I, int64_t O, int64_t block
       const double error = std::fabs(out[r * O + o] - sum) / size;
       worst = error <= worst ? worst : error;  // a NaN is kept
     }
-  expect(worst < 2e-6, "a product", worst);
+  expect(worst < 2e-6, what, worst);
+}
+
+// Bit by bit: a row does not depend on how many there are.
+void compare_alone(const std::vector<float>& all, const std::vector<float>& alone) {
+  expect(std::equal(alone.begin(), alone.end(), all.begin()), "a row that is alone", 1);
+}
+
+void check_product(Stored stored, int64_t R, int64_t I, int64_t O, int64_t block) {
+  Weight weight;
+  fill(weight, stored, I, O, block);
+  std::vector<float> x = normal(R * I);
+  std::vector<uint16_t> halves;
+  for (float& value : x) {
+    if (stored != Stored::kBF16 && stored != Stored::kInt8) break;
+    uint32_t bits;
+    __builtin_memcpy(&bits, &value, sizeof bits);
+    halves.push_back(bits >> 16);
+    value = widened(bits >> 16);
+  }
+  const auto panels = [&](float* out, int64_t rows, int64_t first, int64_t last) {
+    kernels().panels(x.data(), weight.panels, out, rows, first, last);
+  };
+  const auto out = multiplied(weight, R, panels);
+  compare("a product", weight, x, out);
+  compare_alone(out, multiplied(weight, 1, panels));
+  if (!kernels().dots || halves.empty() || I % 2) return;
+  const auto dots = [&](float* out, int64_t rows, int64_t first, int64_t last) {
+    kernels().dots(halves.data(), weight.panels, out, rows, first, last);
+  };
+  const auto dotted = multiplied(weight, R, dots);
+  compare("dot products", weight, x, dotted);
+  compare_alone(dotted, multiplied(weight, 1, dots));
 }
 
 void check_products() {
@@ -165,7 +202,7 @@ void check_products() {
   for (int64_t I : {1, 3, 17, 257}) {  // inputs that nothing divides
     for (int64_t R : {1, 14}) {
       check_product(Stored::kF32, R, I, 40, 1);
-      check_product(Stored::kBF16, R, I, 40, 1);
+      check_product(Stored::kBF16, R, I + 1, 40, 1);
       check_product(Stored::kInt8, R, I, 40, 1);
     }
   }
@@ -257,7 +294,7 @@ void check_attentions() {
 int main() {
   check_sharing();
   int levels = 0;
-  for (const char* level : {"generic", "avx2", "avx512"}) {
+  for (const char* level : {"generic", "avx2", "avx512", "avx512_bf16"}) {
     if (!use_level(level)) {
       std::printf("%s: not on this CPU\n", level);
       continue;

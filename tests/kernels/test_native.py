@@ -1,22 +1,22 @@
 """The C++ kernels as XLA calls them, by each level of vector instructions that this CPU has. `make native-check` runs
 them without Python, under sanitizers."""
 
+import functools
 import hashlib
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from slipstream.kernels import native, ragged_attention
+from slipstream.kernels.native import library
 from slipstream.kernels.panel_matmul import PANEL, Panels, columns, pack, pack_int4, pack_int8, panel_matmul, unpack
 
 from . import oracle
 
-SOURCES = Path(__file__).parents[2] / "kernels" / "native"
 MULTIPLY = jax.jit(panel_matmul, static_argnames=("outputs", "backend"))
 ATTEND = jax.jit(ragged_attention, static_argnames=("window", "soft_cap", "mesh", "backend"))
-LEVELS = ("generic", "avx2", "avx512")
+LEVELS = ("generic", "avx2", "avx512", "avx512_bf16")
 
 
 @pytest.fixture(params=LEVELS)
@@ -31,10 +31,24 @@ def level(request):
 
 
 def test_the_library_was_built_from_these_sources():
-    paths = [*sorted(SOURCES.glob("*.cc")), *sorted(SOURCES.glob("*.h"))]
-    assert native.source() == hashlib.sha256(b"".join(path.read_bytes() for path in paths)).hexdigest(), (
-        "the native kernels are older than their sources; build them anew: make setup"
-    )
+    assert native.is_built(), "the native kernels are older than their sources; build them anew: make setup"
+
+
+def test_a_library_older_than_its_sources_is_not_used(monkeypatch, caplog):
+    monkeypatch.setattr(library, "source_here", lambda: "of other sources")
+    assert library._library.__wrapped__() is None
+    assert "older than their sources, XLA's run instead; build them: pip install -e ." in caplog.text
+
+
+def test_sources_are_looked_for_in_a_checkout_alone(monkeypatch, tmp_path):
+    folder = tmp_path / "kernels" / "native"
+    folder.mkdir(parents=True)
+    monkeypatch.setattr(library, "SOURCES", folder)
+    for name, text in {"b.h": "3", "b.cc": "2", "a.cc": "1", "a.py": "no source"}.items():
+        (folder / name).write_text(text)
+    assert library.source_here() is None
+    (tmp_path / "setup.py").touch()
+    assert library.source_here() == hashlib.sha256(b"123").hexdigest()
 
 
 def test_a_level_that_the_cpu_has_not_is_refused():
@@ -48,10 +62,11 @@ def test_a_level_that_the_cpu_has_not_is_refused():
 def test_panels_hold_the_weight(dtype):
     weight_OI = oracle.normal(0, 70, 5, dtype=dtype)
     panels = pack(jnp.asarray(weight_OI, jnp.float32), dtype)
-    assert panels.code.shape == (3, 5, PANEL)
-    assert np.array_equal(unpack(panels, 70), weight_OI.astype(np.float32))
+    assert panels.code.shape == ((3, 5, PANEL) if dtype == jnp.float32 else (3, 3, PANEL, 2))
+    filled_OI = np.pad(weight_OI.astype(np.float32), ((0, 0), (0, 0 if dtype == jnp.float32 else 1)))
+    assert np.array_equal(unpack(panels, 70), filled_OI)
     output_R = np.array([0, 15, 16, 31, 32, 69])
-    assert np.array_equal(columns(panels, jnp.asarray(output_R)), weight_OI.astype(np.float32)[output_R])
+    assert np.array_equal(columns(panels, jnp.asarray(output_R)), filled_OI[output_R])
 
 
 def test_panels_hold_codes():
@@ -70,35 +85,57 @@ def test_panels_hold_codes():
     np.testing.assert_allclose(unpack(panels, 40), weight_IO.T, rtol=1e-5)
 
 
-@pytest.mark.parametrize("R", [1, 30])
-def test_products_with_codes(level, R):
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("I", [288, 33])
+def test_products_with_codes(level, I, dtype):
+    """33 inputs are odd in number, and no block divides them."""
     rng = np.random.default_rng(1)
-    I, O = 288, 70
-    x_RI = oracle.normal(1, R, I)
-    int8 = pack_int8(jnp.asarray(rng.integers(-128, 128, (O, I), np.int8)), oracle.normal(2, O))
-    packed = jnp.asarray(rng.integers(-128, 128, (I // 2, O), np.int8))
-    for panels in (int8, pack_int4(packed, oracle.normal(3, I // 32, O), oracle.normal(4, I // 32, O))):
-        expected_RO = np.asarray(x_RI).astype(np.float64) @ np.asarray(unpack(panels, O)).astype(np.float64).T
-        for backend in ("native_cpu", "xla"):
-            out_RO = MULTIPLY(x_RI, panels, outputs=O, backend=backend)
-            np.testing.assert_allclose(out_RO, expected_RO, rtol=1e-5, atol=1e-5 * np.abs(expected_RO).max())
+    R, O = 30, 70
+    x_RI = jnp.asarray(oracle.normal(1, R, I), dtype)
+    kinds = [pack_int8(jnp.asarray(rng.integers(-128, 128, (O, I), np.int8)), oracle.normal(2, O))]
+    if I % 32 == 0:
+        packed = jnp.asarray(rng.integers(-128, 128, (I // 2, O), np.int8))
+        kinds.append(pack_int4(packed, oracle.normal(3, I // 32, O), oracle.normal(4, I // 32, O)))
+    for panels in kinds:
+        check_product(x_RI, panels, np.asarray(unpack(panels, O)))
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-@pytest.mark.parametrize("R", [1, 8, 13, 200])
-def test_products(level, R, dtype):
+@pytest.mark.parametrize(("R", "I"), [(8, 301), (13, 300), (200, 300)])
+def test_products(level, R, I, dtype):
     """Few rows and many, by one thread or several; what fills the last panel up is NaN."""
-    I, O = 300, 200
-    x_RI = oracle.normal(1, R, I)
+    O = 200
     panels = pack(jnp.asarray(oracle.normal(2, O, I)), dtype)
-    weight_OI = np.asarray(unpack(panels, O)).astype(np.float64)
-    lane = np.arange(PANEL) if dtype == jnp.float32 else np.arange(PANEL).reshape(2, -1).T.reshape(-1)
-    filled_PX = (np.arange(len(panels.code))[:, None] * PANEL + lane) >= O
-    panels = Panels(jnp.where(filled_PX[:, None], jnp.asarray(jnp.nan, dtype), panels.code))
+    weight_OI = np.asarray(unpack(panels, O))[:, :I]
+    filled_PX = np.arange(len(panels.code) * PANEL).reshape(-1, PANEL) >= O
+    filled = filled_PX[:, None] if dtype == jnp.float32 else filled_PX[:, None, :, None]
+    panels = Panels(jnp.where(filled, jnp.asarray(jnp.nan, dtype), panels.code))
+    check_product(jnp.asarray(oracle.normal(1, R, I), dtype), panels, weight_OI)
+
+
+def check_product(x_RI, panels, weight_OI):
+    """Against float64; natively a row alone has the very bits that it has beside others."""
+    O = len(weight_OI)
+    expected_RO = np.asarray(x_RI).astype(np.float64) @ weight_OI.astype(np.float64).T
     for backend in ("native_cpu", "xla"):
         out_RO = MULTIPLY(x_RI, panels, outputs=O, backend=backend)
         assert out_RO.dtype == jnp.float32
-        np.testing.assert_allclose(out_RO, np.asarray(x_RI).astype(np.float64) @ weight_OI.T, rtol=2e-5, atol=2e-5)
+        np.testing.assert_allclose(out_RO, expected_RO, rtol=1e-5, atol=1e-5 * np.abs(expected_RO).max())
+        if backend == "native_cpu":
+            assert np.array_equal(MULTIPLY(x_RI[:1], panels, outputs=O, backend=backend), out_RO[:1])
+
+
+def test_activations_are_rounded_to_nearest_even(level):
+    """By hand: 1 + 2^-8 is as near to 1 as to 1 + 2^-7, 1 + 3 / 2^8 to 1 + 2^-7 and 1 + 2^-6; within one program."""
+    panels = pack(jnp.eye(2), jnp.bfloat16)
+
+    @functools.partial(jax.jit, static_argnames="backend")
+    def of_floats(x_RI, backend):
+        return panel_matmul(x_RI.astype(jnp.bfloat16), panels, outputs=2, backend=backend)
+
+    for backend in ("native_cpu", "xla"):
+        out_RO = of_floats(jnp.array([[1 + 2**-8, 1 + 3 * 2**-8]]), backend)
+        assert out_RO.tolist() == [[1.0, 1 + 2**-6]]
 
 
 @pytest.mark.parametrize(("coded", "H", "W"), [(False, 20, 1), (False, 64, 5), (True, 20, 4), (True, 64, 1)])
@@ -130,6 +167,11 @@ def test_attention(level, mesh, coded, H, W):
     ("change", "message"),
     [
         ({"x": jnp.zeros((2, 64), jnp.bfloat16)}, "x_RI must be float32, got bfloat16"),
+        ({"code": jnp.zeros((1, 32, 32, 2), jnp.bfloat16)}, "x_RI must be bfloat16, got float32"),
+        (
+            {"x": jnp.zeros((2, 63), jnp.bfloat16), "code": jnp.zeros((1, 63, 32), jnp.bfloat16)},
+            r"code must be \[P, I, X, 2\] = \(1, 32, 32, 2\), got \(1, 63, 32\)",
+        ),
         ({"code": jnp.zeros((1, 64, 32), jnp.float16)}, r"float32 or bfloat16, or int8 codes .*, got \['float16'\]"),
         ({"code": jnp.zeros((1, 64, 32), jnp.int8)}, r"got \['int8'\]"),
         ({"outputs": 33}, r"code must be \[P, I, X\] = \(2, 64, 32\), got \(1, 64, 32\)"),
