@@ -44,8 +44,8 @@ class EngineConfig:
     """Devices that share the model (devices). Default: the largest size that devices and head counts allow."""
 
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Type of weights, activations and cache; on CPUs with native kernels of the weights and of what they are multiplied
-    with, while sums, attention and cache are float32. `auto`: float32 on CPUs, else bfloat16."""
+    """Type of weights, activations and cache; on CPUs with native kernels of the weights and of what is multiplied with
+    them, while sums, attention and cache are float32. `auto`: float32 on CPUs, else bfloat16."""
 
     quantize_kv: Literal["none", "int8"] = "none"
     """Keys and values in the cache. `int8`: codes with a scale for each token and head, half of bfloat16's bytes."""

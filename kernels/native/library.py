@@ -70,7 +70,9 @@ def _library() -> ctypes.CDLL | None:
         library.slipstream_level.restype = library.slipstream_source.restype = ctypes.c_char_p
         library.slipstream_use_level.restype, library.slipstream_use_level.argtypes = ctypes.c_bool, [ctypes.c_char_p]
         if source_here() not in (None, library.slipstream_source().decode()):
-            log.warning("the native kernels are older than their sources, XLA's run instead; build them: pip install -e .")
+            log.warning(
+                "the native kernels are older than their sources, XLA's run instead; build them: pip install -e ."
+            )
             return None
         for name in HANDLERS:
             jax.ffi.register_ffi_target(name, jax.ffi.pycapsule(getattr(library, name)), platform="cpu")

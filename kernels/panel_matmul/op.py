@@ -12,8 +12,7 @@ LONGEST_RUN = 256
 
 
 def panel_matmul(x_RI: jax.Array, weight: Panels, *, outputs: int, backend: Backend) -> jax.Array:
-    """x @ weight, one row or many; products are exact and sums f32, input after input in the native kernel, whatever the
-    number of rows.
+    """x @ weight, one row or many; sums are f32, in the native kernel input after input whatever the number of rows.
 
     Args:
         x_RI: activations; f32 where weights are, bf16 where weights are, and either for codes.

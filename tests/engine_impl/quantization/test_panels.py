@@ -34,7 +34,9 @@ def kinds(engine):
         ({}, TIED, {"float32"}),
         pytest.param({}, SHAPE, {"float32"}, marks=pytest.mark.slow),
         pytest.param({"dtype": "bfloat16"}, TIED, {"bfloat16"}, marks=pytest.mark.slow),
-        pytest.param({"dtype": "bfloat16", "quantize_weights": "int8"}, SHAPE, {"bfloat16", "int8"}, marks=pytest.mark.slow),
+        pytest.param(
+            {"dtype": "bfloat16", "quantize_weights": "int8"}, SHAPE, {"bfloat16", "int8"}, marks=pytest.mark.slow
+        ),
         pytest.param({"quantize_weights": "int8"}, SHAPE, {"float32", "int8"}, marks=pytest.mark.slow),
         pytest.param({"quantize_weights": "int4"}, TIED, {"float32", "int4"}, marks=pytest.mark.slow),
         pytest.param({"quantize_kv": "int8"}, SHAPE, {"float32"}, marks=pytest.mark.slow),
