@@ -121,6 +121,7 @@ class Engine:
             chunk=chunk_of(config, self.layout, self.max_prefill_length, platform),
             platform=platform,
             has_adapters=config.max_adapters > 0,
+            has_reaches=self.programs.has_reaches,
             speculates=config.speculate != "off",
         )
 
@@ -269,6 +270,10 @@ class Engine:
         for array in jax.tree.leaves(params.get("adapters", ())):
             array.delete()  # before the new ones are made: two may not fit
         return params | {"adapters": self.adapter_places.empty(self.layer_loop)}
+
+    def reach_of(self, length: int) -> int:
+        """What decides the angles of a text that may come to `length` tokens, see `ModelConfig.reach_of`."""
+        return self.programs.reach_of(length)
 
     def init_decode_state(self) -> DecodeState:
         """All slots empty."""
