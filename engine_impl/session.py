@@ -48,8 +48,8 @@ class Session:
         """A text for a slot, piece by piece. A piece is stored when the next one is asked for; the last is left to
         `insert`.
 
-        `next_id` is the token behind the text, -1 if nobody knows; None: no log-probabilities are wanted. `length`: what
-        the text may come to (tokens), by which some ropes turn; None: to all that a slot holds.
+        `next_id` is the token behind the text, -1 if nobody knows; None: no log-probabilities are wanted. `length`:
+        what the text may come to (tokens), by which some ropes turn; None: to all that a slot holds.
 
         Raises RefusedError for an empty text, one that is longer than the engine takes, and a slot that the pool has no
         pages for.

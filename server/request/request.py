@@ -215,6 +215,11 @@ class Request(AnswerOptions):
                 sample.constraint = Constraint(start.copy(), end_ids)
 
     @property
+    def longest_text(self) -> int:
+        """Tokens that are computed at most: of prompt and answer; behind a prompt that one token is asked for, none."""
+        return len(self.prompt_ids) + (self.max_tokens if self.max_tokens > 1 else 0)
+
+    @property
     def slots_needed(self) -> int:
         """A single token comes from the prefill and needs none."""
         return self.num_samples if self.max_tokens > 1 else 0

@@ -108,7 +108,7 @@ class Orchestrator(Generic[ParamsT, PrefixT, StateT]):
             check_slots(request.num_samples, self._slots)
             if is_overdue(request, time.monotonic()):
                 raise DeadlineError(f"the deadline of request {request.id} passed before it could be queued")
-            request.reach = self._reach_of(len(request.prompt_ids) + request.max_tokens)
+            request.reach = self._reach_of(request.longest_text)
         with self._refusals_counted():
             self._queue.put(*requests)
 

@@ -16,7 +16,7 @@ from slipstream.engine_impl.errors import RefusedError
 from slipstream.engine_impl.models import registry
 from slipstream.engine_impl.models.rope_scaling import FIXED, SCALINGS, UNREAD
 from slipstream.engine_impl.models.transformer import TransformerConfig
-from slipstream.engine_impl.scoring import score
+from slipstream.engine_impl.scoring import Through, score
 from slipstream.engine_impl.session import Session
 from slipstream.engine_impl.weights.sharding import make_mesh
 
@@ -203,7 +203,9 @@ def test_each_text_turns_by_what_it_may_come_to(name, devices, tmp_path):
 
     told = answers([0, 2], 1) | answers([2, 1], 1)
     assert answers([0, 2], engine.tokens_per_step, (told[0], told[2])) == {0: told[0], 2: told[2]}
-    for text, (prompt, (_, length)) in enumerate(zip(prompts, LENGTHS, strict=True)):  # the reference's angles only grow
+    for text, (prompt, (_, length)) in enumerate(
+        zip(prompts, LENGTHS, strict=True)
+    ):  # the reference's angles only grow
         answer = told[text]
         filled = prompt + answer[:-1] + [0] * (length - len(prompt) - STEPS + 1)
         expected = reference_logits(reference, filled)[len(prompt) - 1 : len(prompt) + STEPS - 1]
@@ -224,7 +226,8 @@ def test_a_text_is_scored_by_its_own_length(tmp_path):
     draw_weights(reference, seed=6)
     reference.save_pretrained(tmp_path)
     session = Session(*load(tmp_path, 256))
-    for length, through in ((60, "prefill"), (128, "prefill"), (131, "prefill"), (131, "decode")):
+    cases: list[tuple[int, Through]] = [(60, "prefill"), (128, "prefill"), (131, "prefill"), (131, "decode")]
+    for length, through in cases:
         text = [(7 * i * i + 3 * i) % 101 for i in range(length)]
         logprob_TV = torch.log_softmax(torch.tensor(reference_logits(reference, text)), -1)
         expected = [float(logprob_TV[at, token]) for at, token in enumerate(text[1:])]

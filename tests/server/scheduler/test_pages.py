@@ -83,7 +83,8 @@ def test_keys_keep_prefixes_apart():
 
 
 def test_texts_of_other_angles_share_no_pages():
-    """A text's angles follow from its prompt and max_tokens, and are its pages' and its pieces', pre-empted or not."""
+    """A text's angles follow from its prompt and max_tokens, and are its pages' and its pieces'; where one token is
+    asked for, as for a prompt that is scored, from its prompt alone."""
 
     def reach_of(length: int) -> int:
         return 0 if length <= 20 else length
@@ -92,9 +93,9 @@ def test_texts_of_other_angles_share_no_pages():
     engine.reach_of = reach_of
     prefill, reaches = engine.prefill, []
 
-    def noted(params, state, pieces):
+    def noted(params, decode_state, pieces):
         reaches.extend(piece.reach for piece in pieces)
-        return prefill(params, state, pieces)
+        return prefill(params, decode_state, pieces)
 
     engine.prefill = noted
     with running(engine) as orchestrator:
@@ -103,6 +104,8 @@ def test_texts_of_other_angles_share_no_pages():
             assert request.answer()[0] == expected(prompt, max_tokens)
             until(lambda: orchestrator.slots_in_use == 0)
             assert request.cached_tokens == cached
+        ask(orchestrator, "x" * 20, 1, sampling=FREE).answer()
+        ask(orchestrator, "y" * 20, 2, sampling=FREE).answer()
     assert set(reaches) == {0, 21, 22}
 
 
