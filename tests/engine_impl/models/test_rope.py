@@ -203,9 +203,7 @@ def test_each_text_turns_by_what_it_may_come_to(name, devices, tmp_path):
 
     told = answers([0, 2], 1) | answers([2, 1], 1)
     assert answers([0, 2], engine.tokens_per_step, (told[0], told[2])) == {0: told[0], 2: told[2]}
-    for text, (prompt, (_, length)) in enumerate(
-        zip(prompts, LENGTHS, strict=True)
-    ):  # the reference's angles only grow
+    for text, (prompt, (_, length)) in enumerate(zip(prompts, LENGTHS, strict=True)):  # its angles only grow
         answer = told[text]
         filled = prompt + answer[:-1] + [0] * (length - len(prompt) - STEPS + 1)
         expected = reference_logits(reference, filled)[len(prompt) - 1 : len(prompt) + STEPS - 1]
