@@ -17,6 +17,7 @@ takes a `Session`, which knows the pages and the slots in use.
 """
 
 import copy
+import inspect
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -231,7 +232,9 @@ class Engine:
 
         if self._weight_cache is None:
             return load()
-        return kept(self._weight_cache, checkpoint.files(), abstract_params(model, *form), load)
+        files = checkpoint.files()
+        family = [Path(inspect.getfile(type(model)))] if files else []  # it may be a module of the user's
+        return kept(self._weight_cache, [*files, *family], abstract_params(model, *form), load)
 
     @property
     def max_adapters(self) -> int:
