@@ -49,7 +49,8 @@ def both_ways(loaded: Loaded, slots: int, tokens: int) -> tuple[Callable[[], Non
     for slot in range(slots):
         session.start(slot, [slot + at for at in range(LIVE_TOKENS)])
     slot_N, page_NJ = np.arange(slots, dtype=np.int32), session.page_BJ
-    piece = Piece(token_T=np.arange(tokens, dtype=np.int32), start=0, page_J=page_NJ[0])
+    reach = engine.reach_of(engine.cache_length)
+    piece = Piece(token_T=np.arange(tokens, dtype=np.int32), start=0, page_J=page_NJ[0], reach=reach)
 
     def apart() -> None:
         prefix = engine.prefill(loaded.params, session.state, [piece])

@@ -121,6 +121,8 @@ class Piece:
     """Asks for the log-probability of the token behind each, and of so many likeliest ones; None asks for none."""
     adapter: int = 0
     """Index of the adapter that changes the model for the text, see `Engine.put_adapter`; 0 is none."""
+    reach: int = 0
+    """The text's, see `Engine.reach_of`; all of its pieces say the same."""
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -351,6 +353,12 @@ class Engine(Protocol[ParamsT, PrefixT, StateT]):
     @property
     def devices(self) -> Iterable[Device]:
         """What it runs on."""
+        ...
+
+    def reach_of(self, length: int) -> int:
+        """What decides the angles of a text that may come to `length` tokens, prompt and answer. Texts of different
+        reaches have different rows, also where their tokens are the same. Mostly 0: of few models the angles depend
+        on it."""
         ...
 
     def get_tokenizer(self) -> Tokenizer:

@@ -145,6 +145,9 @@ class DisaggregatedEngine:
     def devices(self) -> list[api.Device]:
         return [*self.prefill_engine.devices, *self.decode_engine.devices]
 
+    def reach_of(self, length: int) -> int:
+        return self.decode_engine.reach_of(length)
+
     def get_tokenizer(self) -> Tokenizer:
         return self.decode_engine.get_tokenizer()
 

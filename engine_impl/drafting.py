@@ -71,7 +71,7 @@ def drafted(
     def sub_step(carry: tuple[KV, jax.Array, jax.Array], w: jax.Array) -> tuple[Any, None]:
         cache, token_N, draft_NW = carry
         length_N = rows.length_N + w
-        one = Rows(rows.slot_N, rows.is_live_N, token_N[:, None], length_N, rows.sampling)
+        one = Rows(rows.slot_N, rows.is_live_N, token_N[:, None], length_N, rows.sampling, reach_N=rows.reach_N)
         logits_NV, new = model.decode(params, cache, one, slots.page_NJ)
         chosen_N = sample(
             _of_vocabulary(logits_NV, vocab_size),

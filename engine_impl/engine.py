@@ -17,6 +17,7 @@ takes a `Session`, which knows the pages and the slots in use.
 """
 
 import copy
+import inspect
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -121,6 +122,7 @@ class Engine:
             chunk=chunk_of(config, self.layout, self.max_prefill_length, platform),
             platform=platform,
             has_adapters=config.max_adapters > 0,
+            has_reaches=self.programs.has_reaches,
             speculates=config.speculate != "off",
         )
 
@@ -230,7 +232,9 @@ class Engine:
 
         if self._weight_cache is None:
             return load()
-        return kept(self._weight_cache, checkpoint.files(), abstract_params(model, *form), load)
+        files = checkpoint.files()
+        family = [Path(inspect.getfile(type(model)))] if files else []  # it may be a module of the user's
+        return kept(self._weight_cache, [*files, *family], abstract_params(model, *form), load)
 
     @property
     def max_adapters(self) -> int:
@@ -269,6 +273,10 @@ class Engine:
         for array in jax.tree.leaves(params.get("adapters", ())):
             array.delete()  # before the new ones are made: two may not fit
         return params | {"adapters": self.adapter_places.empty(self.layer_loop)}
+
+    def reach_of(self, length: int) -> int:
+        """What decides the angles of a text that may come to `length` tokens, see `ModelConfig.reach_of`."""
+        return self.programs.reach_of(length)
 
     def init_decode_state(self) -> DecodeState:
         """All slots empty."""

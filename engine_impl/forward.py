@@ -78,13 +78,13 @@ class Prefilled(NamedTuple):
 
 def decode(model: Decoder, params: Params, rows: Rows, attend: Attend) -> Decoded:
     """A step's tokens, from position `length` on."""
-    x_RD, new_LRKC = _layers(model, params, *_rows(rows), attend, _adapters(rows))
+    x_RD, new_LRKC = _layers(model, params, _rows(rows), attend)
     return Decoded(logits(model, params, x_RD), new_LRKC)
 
 
 def prefill(model: Decoder, params: Params, pieces: PieceBatch, attend: Attend, mesh: Mesh) -> Prefilled:
     """Padded pieces of texts, at the positions from `start` on."""
-    x_RD, kv = _layers(model, params, *_pieces(pieces), attend, pieces.adapter_R)
+    x_RD, kv = _layers(model, params, _pieces(pieces), attend)
     logits_NV = logits(model, params, _last(x_RD, pieces))
     return Prefilled(logits_NV, kv, _next_logprobs(model, params, x_RD, pieces, mesh))
 
@@ -94,29 +94,34 @@ def carry(
 ) -> tuple[Decoded, Prefilled]:
     """`decode` and `prefill` in one pass over the weights; `attend` is that of both."""
     M = rows.token_NW.size
-    token_R, position_R = (jnp.concatenate(both) for both in zip(_rows(rows), _pieces(pieces), strict=True))
-    adapters_M, adapter_R = _adapters(rows), pieces.adapter_R
-    if adapters_M is not None and adapter_R is not None:
-        adapter_R = jnp.concatenate([adapters_M, adapter_R])
-    x_RD, (new_LMKC, kv) = _layers(model, params, token_R, position_R, attend, adapter_R)
+    both = jax.tree.map(lambda *values: jnp.concatenate(values), _rows(rows), _pieces(pieces))
+    x_RD, (new_LMKC, kv) = _layers(model, params, both, attend)
     x_MD, x_RD = x_RD[:M], x_RD[M:]
     logits_RV = logits(model, params, jnp.concatenate([x_MD, _last(x_RD, pieces)]))
     told = _next_logprobs(model, params, x_RD, pieces, mesh)
     return Decoded(logits_RV[:M], new_LMKC), Prefilled(logits_RV[M:], kv, told)
 
 
-def _rows(rows: Rows) -> tuple[jax.Array, jax.Array]:
-    """(token_R, position_R), a slot's side by side."""
-    return rows.token_NW.reshape(-1), rows.position_NW.reshape(-1)
+class _Tokens(NamedTuple):
+    """What is computed together, i32."""
+
+    token_R: jax.Array
+    position_R: jax.Array
+    adapter_R: jax.Array | None
+    """as in DecodeState, and so below"""
+    reach_R: jax.Array | None
 
 
-def _adapters(rows: Rows) -> jax.Array | None:
-    return None if rows.adapter_N is None else rows.of_tokens(rows.adapter_N)
+def _rows(rows: Rows) -> _Tokens:
+    """A slot's side by side."""
+    each = rows.of_tokens(rows.adapter_N), rows.of_tokens(rows.reach_N)
+    return _Tokens(rows.token_NW.reshape(-1), rows.position_NW.reshape(-1), *each)
 
 
-def _pieces(pieces: PieceBatch) -> tuple[jax.Array, jax.Array]:
-    """(token_R, position_R), one piece behind another."""
-    return pieces.token_NT.reshape(-1), pieces.position_NT.reshape(-1)
+def _pieces(pieces: PieceBatch) -> _Tokens:
+    """One piece behind another."""
+    each = pieces.of_tokens(pieces.adapter_N), pieces.of_tokens(pieces.reach_N)
+    return _Tokens(pieces.token_NT.reshape(-1), pieces.position_NT.reshape(-1), *each)
 
 
 def _last(x_RD: jax.Array, pieces: PieceBatch) -> jax.Array:
@@ -132,16 +137,15 @@ def _next_logprobs(model: Decoder, params: Params, x_RD: jax.Array, pieces: Piec
     return prompt_logprobs(x_RD, next_R, pieces.asked, lambda some_RD: logits(model, params, some_RD), mesh)
 
 
-def _layers(
-    model: Decoder, params: Params, token_R, position_R, attend: Attend, adapter_R: jax.Array | None
-) -> tuple[jax.Array, Any]:
+def _layers(model: Decoder, params: Params, tokens: _Tokens, attend: Attend) -> tuple[jax.Array, Any]:
     """The residual stream behind the last layer, and each layer's k, v in the form to be stored.
 
     Where there are adapters the loop is there twice: rows of which none has one do not pay for those that there are.
     """
+    token_R, position_R, adapter_R, reach_R = tokens
     x_RD = bridge.run(model.embed_tokens, params["embed_tokens"], token_R)
     x_RD = bridge.run(model.after_embedding, params["after_embedding"], x_RD, position_R)
-    ropes = bridge.run(model.rope, {}, position_R)
+    ropes = bridge.run(model.rope, {}, position_R, reach_R)
     layers = params["layers"]
     if adapter_R is None:
         return _walk(model, layers, x_RD, ropes, attend, {})

@@ -4,6 +4,7 @@ A decode step reads the cache, keeps its new rows aside, chooses tokens, and sto
 `Programs.step`, of which `generate`, `carry` and `score_step` are uses.
 """
 
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
@@ -82,6 +83,16 @@ class Programs:
     def cache_length(self) -> int:
         """Tokens of a full slot: the cache's rows, at most the model's positions."""
         return min(self.layout.length, self.model.config.context_length)
+
+    def reach_of(self, length: int) -> int:
+        """As of the model, and of the draft model where there is one: a length that means the same to both."""
+        ours = self.model.config.reach_of(length)
+        return ours if self._small is None else max(ours, self._small.reach_of(length))
+
+    @property
+    def has_reaches(self) -> bool:
+        """Whether texts may differ in their angles."""
+        return self.reach_of(sys.maxsize) > 0
 
     # A decode step
 
@@ -225,7 +236,8 @@ class Programs:
 
         sampling = jax.tree.map(of_live, state.sampling, SlotSampling.of(GREEDY))
         adapter_N = None if state.adapter_B is None else of_live(state.adapter_B, jnp.int32(0))
-        return Rows(slot_N, is_live_N, of(state.token_B)[:, None], length_N, sampling, adapter_N)
+        reach_N = None if state.reach_B is None else of(state.reach_B)
+        return Rows(slot_N, is_live_N, of(state.token_B)[:, None], length_N, sampling, adapter_N, reach_N)
 
     # A text
 
@@ -273,6 +285,7 @@ class Programs:
         return DecodeState(
             self.empty_cache(), nothing_B, nothing_B, SlotSampling.greedy(slots), count_BV,
             adapter_B=nothing_B if self.has_adapters else None,
+            reach_B=nothing_B if self.has_reaches else None,
             texts=None if self.drafting is None else Texts.empty(slots, self.layout.length),
             draft_cache=None if self._small is None else self._small.empty_cache(),
         )  # fmt: skip
@@ -294,6 +307,7 @@ class Programs:
             jax.tree.map(into, state.sampling, prefix.sampling),
             into(state.count_BV, prefix.count_NV),
             jax.tree.map(into, state.adapter_B, prefix.adapter_N),
+            jax.tree.map(into, state.reach_B, prefix.reach_N),
             jax.tree.map(into, state.texts, prefix.texts),
             draft_cache,
         )
@@ -358,6 +372,7 @@ class Programs:
             sampling=SlotSampling.greedy(N),
             count_NV=jnp.zeros((N, V), jnp.uint16),
             adapter_N=pieces.adapter_N,
+            reach_N=pieces.reach_N,
             texts=None if self.drafting is None else Texts.empty(N, self.layout.length),
         )
 
@@ -367,6 +382,7 @@ class Programs:
         return DecodeState(
             self.cache_sharding(), everywhere, everywhere, self._sampling, v,
             adapter_B=everywhere if self.has_adapters else None,
+            reach_B=everywhere if self.has_reaches else None,
             texts=None if self.drafting is None else Texts(everywhere, everywhere),
             draft_cache=None if self._small is None else self._small.cache_sharding(),
         )  # fmt: skip
@@ -378,6 +394,7 @@ class Programs:
         return Prefix(
             self._text_sharding, everywhere, everywhere, v, *told, everywhere, self._sampling, v,
             adapter_N=everywhere if self.has_adapters else None,
+            reach_N=everywhere if self.has_reaches else None,
             texts=None if self.drafting is None else Texts(everywhere, everywhere),
             draft_kv=None if self._small is None else self._small._text_sharding,
         )  # fmt: skip

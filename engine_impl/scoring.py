@@ -31,7 +31,8 @@ def score(session: Session, token_ids: Sequence[int], through: Through = "prefil
             raise RefusedError(f"token id {token_id} must be from 0 to {engine.vocab_size - 1}")
     if through == "decode":
         return _through_decode(session, token_ids)
-    pieces = [np.asarray(prefix.logprob_NT)[0] for prefix in session.prefill(0, token_ids, next_id=-1)]
+    prefixes = session.prefill(0, token_ids, next_id=-1, length=len(token_ids))
+    pieces = [np.asarray(prefix.logprob_NT)[0] for prefix in prefixes]
     return np.concatenate(pieces)[: len(token_ids) - 1].tolist()
 
 
@@ -42,7 +43,7 @@ def perplexity(logprobs: Sequence[float]) -> float:
 
 def _through_decode(session: Session, token_ids: Sequence[int]) -> list[float]:
     first, second, *rest = token_ids
-    (prefix,) = session.prefill(0, [first], next_id=second)
+    (prefix,) = session.prefill(0, [first], next_id=second, length=len(token_ids))
     session.insert(session.engine.force(prefix, [second]), 0)
     logprobs = [prefix.logprob_NT[0, 0], *(session.score([token_id])[0] for token_id in rest)]
     session.stop(0)

@@ -42,11 +42,14 @@ class Session:
         """It changes the model for all texts from now on; the engine has a place for it."""
         self.params, self.adapter = self.engine.put_adapter(self.params, 1, adapter), 1
 
-    def prefill(self, slot: int, token_ids: Sequence[int], next_id: int | None = None) -> Iterator[Prefix]:
+    def prefill(
+        self, slot: int, token_ids: Sequence[int], next_id: int | None = None, length: int | None = None
+    ) -> Iterator[Prefix]:
         """A text for a slot, piece by piece. A piece is stored when the next one is asked for; the last is left to
         `insert`.
 
-        `next_id` is the token behind the text, -1 if nobody knows; None: no log-probabilities are wanted.
+        `next_id` is the token behind the text, -1 if nobody knows; None: no log-probabilities are wanted. `length`:
+        what the text may come to (tokens), by which some ropes turn; None: to all that a slot holds.
 
         Raises RefusedError for an empty text, one that is longer than the engine takes, and a slot that the pool has no
         pages for.
@@ -60,6 +63,7 @@ class Session:
                 f"{slot=}: the cache has pages for {len(self.page_BJ)} slots; raise --cache-tokens to {enough}, "
                 "or lower --cache-length"
             )
+        reach = self.engine.reach_of(length or self.engine.cache_length)
         prefix = None
         for start in range(0, len(token_ids), chunk):
             if prefix is not None:
@@ -72,6 +76,7 @@ class Session:
                 next_id=token_ids[end] if end < len(token_ids) else -1 if next_id is None else next_id,
                 logprobs=None if next_id is None else 0,
                 adapter=self.adapter,
+                reach=reach,
             )
             prefix = self.engine.prefill(self.params, self.state, [piece])
             yield prefix
@@ -83,10 +88,10 @@ class Session:
         if is_last and slot not in self.slots:
             self.slots.append(slot)
 
-    def prefilled(self, slot: int, token_ids: Sequence[int]) -> Prefix:
-        """A text's last piece; those before it are stored."""
+    def prefilled(self, slot: int, token_ids: Sequence[int], length: int | None = None) -> Prefix:
+        """A text's last piece; those before it are stored. `length`: as of `prefill`."""
         prefix = None
-        for prefix in self.prefill(slot, token_ids):  # noqa: B007
+        for prefix in self.prefill(slot, token_ids, length=length):  # noqa: B007
             pass
         assert prefix is not None
         return prefix
@@ -98,15 +103,16 @@ class Session:
         sampling: SamplingParams = GREEDY,
         prompt_length: int | None = None,
         prediction: Sequence[int] = (),
+        length: int | None = None,
     ) -> StepResult:
         """A text into a slot, whatever was there: the token behind it, N = 1.
 
         `prompt_length`: how many of its tokens are the prompt; the rest is an answer's beginning. None: all.
-        `prediction`: of the answer, see `Opening`.
+        `prediction`: of the answer, see `Opening`. `length`: as of `prefill`.
         """
-        length = len(token_ids) if prompt_length is None else prompt_length
-        opening = Opening(text=token_ids, prompt_length=length, sampling=sampling, prediction=prediction)
-        prefix, result = self.engine.first_tokens(self.prefilled(slot, token_ids), [opening])
+        of_prompt = len(token_ids) if prompt_length is None else prompt_length
+        opening = Opening(text=token_ids, prompt_length=of_prompt, sampling=sampling, prediction=prediction)
+        prefix, result = self.engine.first_tokens(self.prefilled(slot, token_ids, length), [opening])
         self.insert(prefix, slot)
         return result
 

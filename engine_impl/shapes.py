@@ -58,6 +58,7 @@ class Shapes:
     """most tokens of a piece"""
     platform: str = "cpu"
     has_adapters: bool = False
+    has_reaches: bool = False
     speculates: bool = False
     """whether there are wide steps"""
     carried: Carried | None = None
@@ -130,22 +131,21 @@ class Shapes:
         """
         N, T = shape or self.prefill_of([len(piece.token_T) for piece in pieces])
         token_NT, next_NT = np.zeros((N, T), np.int32), np.full((N, T), -1, np.int32)
-        start_N, count_N, adapter_N = np.zeros((3, N), np.int32)
+        start_N, count_N, adapter_N, reach_N = np.zeros((4, N), np.int32)
         for n, piece in enumerate(pieces):
             if piece.start % self.page_rows:
                 raise PieceError(f"{piece.start=} must be a multiple of page_rows={self.page_rows}")
-            start_N[n], count_N[n], adapter_N[n] = piece.start, len(piece.token_T), piece.adapter
+            start_N[n], count_N[n] = piece.start, len(piece.token_T)
+            adapter_N[n], reach_N[n] = piece.adapter, piece.reach
             token_NT[n, : count_N[n]] = piece.token_T
             if piece.logprobs is not None:
                 next_NT[n, : count_N[n]] = [*piece.token_T[1:], piece.next_id]
         page_NJ = np.zeros((N, self.pages_per_slot), np.int32)
         for n, piece in enumerate(pieces):
             page_NJ[n, : len(piece.page_J)] = piece.page_J
-        asked, adapters = (
-            np.int32(max(piece.logprobs or 0 for piece in pieces)),
-            adapter_N if self.has_adapters else None,
-        )
-        arrays: Any = token_NT, start_N, count_N, next_NT, asked, page_NJ, adapters
+        asked = np.int32(max(piece.logprobs or 0 for piece in pieces))
+        adapters, reaches = adapter_N if self.has_adapters else None, reach_N if self.has_reaches else None
+        arrays: Any = token_NT, start_N, count_N, next_NT, asked, page_NJ, adapters, reaches
         return PieceBatch(*arrays)
 
     def step(self, slot_N: np.ndarray, width: int = 1) -> np.ndarray:

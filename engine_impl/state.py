@@ -1,7 +1,7 @@
 """What the engine's programs take and give: frozen pytrees of device arrays."""
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, overload
 
 import jax
 import jax.numpy as jnp
@@ -26,11 +26,12 @@ class PieceBatch(NamedTuple):
     """the texts' rows of the page table"""
     adapter_N: jax.Array | None = None
     """as in DecodeState"""
+    reach_N: jax.Array | None = None
+    """as in DecodeState"""
 
-    @property
-    def adapter_R(self) -> jax.Array | None:
-        """i32, each token's; None where there are no adapters."""
-        return None if self.adapter_N is None else jnp.repeat(self.adapter_N, self.token_NT.shape[1])
+    def of_tokens(self, values_N: jax.Array | None) -> jax.Array | None:
+        """What each text has, for each token of its piece; None stays None."""
+        return None if values_N is None else jnp.repeat(values_N, self.token_NT.shape[1])
 
     @property
     def position_NT(self) -> jax.Array:
@@ -65,6 +66,8 @@ class Prefix:
     """u16, what the texts have, see penalties.py; made for texts with a penalty"""
     adapter_N: jax.Array | None = None
     """i32, as in DecodeState"""
+    reach_N: jax.Array | None = None
+    """i32, as in DecodeState"""
     texts: Texts | None = None
     """as in DecodeState; empty before `first_tokens`"""
     draft_kv: KV | None = None
@@ -92,6 +95,8 @@ class DecodeState:
     """u16, what the cached tokens are, see penalties.py; up to date for slots with a penalty"""
     adapter_B: jax.Array | None = None
     """i32, the adapter that changes the model for the slot, 0 is none; None where there are no adapters"""
+    reach_B: jax.Array | None = None
+    """i32, which angles the slot's text takes, see `ModelConfig.reach_of`; None where all texts take the same"""
     texts: Texts | None = None
     """up to each slot's last chosen token; None where nothing drafts"""
     draft_cache: KV | None = None
@@ -116,6 +121,8 @@ class Rows:
     """[N] each; greedy where no token is chosen, so that it asks nothing of the sampler"""
     adapter_N: jax.Array | None = None
     """i32, as in DecodeState; 0 where no token is chosen"""
+    reach_N: jax.Array | None = None
+    """i32, as in DecodeState"""
     drafts: Drafts | None = None
     """W of each; None where nothing drafts"""
 
@@ -129,9 +136,18 @@ class Rows:
         """i32, each token's place in its text."""
         return self.length_N[:, None] + jnp.arange(self.width, dtype=jnp.int32)
 
-    def of_tokens(self, values_N: jax.Array) -> jax.Array:
-        """What each slot has, for each of its tokens: N W rows."""
-        return values_N if self.width == 1 else jnp.repeat(values_N, self.width, axis=0)
+    @overload
+    def of_tokens(self, values_N: jax.Array) -> jax.Array: ...
+
+    @overload
+    def of_tokens(self, values_N: None) -> None: ...
+
+    @overload
+    def of_tokens(self, values_N: jax.Array | None) -> jax.Array | None: ...
+
+    def of_tokens(self, values_N: jax.Array | None) -> jax.Array | None:
+        """What each slot has, for each of its tokens: N W rows; None stays None."""
+        return values_N if values_N is None or self.width == 1 else jnp.repeat(values_N, self.width, axis=0)
 
 
 @jax.tree_util.register_dataclass

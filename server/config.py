@@ -113,7 +113,7 @@ AUTO = "auto"
 class ChatConfig:
     """How the answers of chats are read."""
 
-    tool_format: Literal["auto", "hermes", "llama", "mistral", "gemma"] = AUTO
+    tool_format: Literal["auto", "hermes", "llama", "mistral", "gemma", "harmony"] = AUTO
     """How the model writes calls of tools. auto: as its chat template does, or in Hermes' form where that knows none or
     writes them otherwise."""
 

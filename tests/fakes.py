@@ -268,6 +268,8 @@ class FakeEngine:
     at_index: dict[int, "FakeAdapter"] = field(default_factory=dict)
     """Adapters on the devices."""
     devices: tuple[FakeDevice, ...] = (FakeDevice(),)
+    reach_of: Callable[[int], int] = lambda length: 0
+    """Which angles a text takes that may come to so many tokens: what is computed does not depend on it."""
 
     @property
     def tokens_per_step(self) -> int:

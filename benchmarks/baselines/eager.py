@@ -85,7 +85,7 @@ class EagerPrograms(Programs):
 
     def decode(self, params: Params, cache: KV, rows: Rows, page_NJ: jax.Array) -> Decoded:
         layers = EagerLayers(self.model, rows.length_N, page_NJ, rows.is_live_N, self.mesh, self.backend, self.scatter)
-        logits_NV, new = layers.decode(params, rows.token_NW[:, 0], cache.rows)
+        logits_NV, new = layers.decode(params, rows.token_NW[:, 0], cache.rows, rows.reach_N)
         return Decoded(logits_NV, KV(new))
 
     def store(self, cache: KV, new: KV, length_N: jax.Array, count_N: jax.Array, page_NJ: jax.Array) -> KV:
@@ -125,11 +125,13 @@ class EagerLayers:
         self._backend: Backend = backend
         self._scatter: Scatter = scatter
 
-    def decode(self, params: Params, token_B: jax.Array, cache: Any) -> tuple[jax.Array, Any]:
+    def decode(
+        self, params: Params, token_B: jax.Array, cache: Any, reach_B: jax.Array | None
+    ) -> tuple[jax.Array, Any]:
         """One token a slot: (logits_BV, the cache in the form it came, with the new rows)."""
         x_BD = bridge.run(self._model.embed_tokens, params["embed_tokens"], token_B)
         x_BD = bridge.run(self._model.after_embedding, params["after_embedding"], x_BD, self._length_B)
-        (rope,) = bridge.run(self._model.rope, {}, self._length_B)
+        (rope,) = bridge.run(self._model.rope, {}, self._length_B, reach_B)
         one_cache = cache[0] if isinstance(cache, tuple) else cache
         steps = attention_steps(one_cache, self._length_B, self._page_BJ, mesh=self._mesh, backend=self._backend)
 

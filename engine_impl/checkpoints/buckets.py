@@ -1,14 +1,18 @@
 """Models in Google Cloud Storage (gs://bucket/path), copied whole into a folder of ours before they are read.
 
 What is there whole is used as it is, without a look at the bucket; `slipstream fetch` brings it up to date. Files come
-side by side, each in pieces that are appended to what came before an interruption.
+side by side, each in pieces that are appended to what came before an interruption. Processes that fetch the same model
+at once take turns: whoever comes second finds it there.
 """
 
+import fcntl
 import fnmatch
 import json
+import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +21,13 @@ from .embedded import home
 from .hub import CONFIG_FILES, FILES
 from .safetensors import weight_files
 
+log = logging.getLogger(__name__)
+
 SCHEME = "gs://"
 LISTING = ".listing.json"
 """What the bucket had when the copy was begun: {file: [bytes, version]}."""
+LOCK = ".lock"
+"""Whoever fetches has it."""
 PART = ".part"
 """Ends the name of a file that is not whole."""
 PIECE = 32 * 2**20
@@ -74,17 +82,23 @@ def _fetch(url: str, patterns: Sequence[str]) -> Path:
             f"{url} cannot be listed ({_why(error)}); check the name, and log in with "
             "`gcloud auth application-default login` where it is private"
         ) from error
-    wanted = {
+    listing = {
         name: [int(file["size"]), str(file.get("generation") or file.get("etag") or file.get("created"))]
         for name, file in there.items()
-        if file["type"] == "file" and any(fnmatch.fnmatch(name, pattern) for pattern in patterns)
+        if file["type"] == "file" and _is_among(name, FILES)
     }
-    if "config.json" not in wanted:
+    if "config.json" not in listing:
         raise RefusedError(f"{url} has no config.json; give the folder of a model in transformers' form")
+    wanted = [name for name in listing if _is_among(name, patterns)]
+
+    def copy(name: str) -> None:
+        _copy(bucket, there[name]["name"], folder / name, listing[name][0])
+
     try:
-        _prepare(folder, wanted)
-        with ThreadPoolExecutor(TOGETHER, "fetch") as pool:
-            for _ in pool.map(lambda name: _copy(bucket, there[name]["name"], folder / name, wanted[name][0]), wanted):
+        folder.mkdir(parents=True, exist_ok=True)
+        with _alone(folder), ThreadPoolExecutor(TOGETHER, "fetch") as pool:
+            _prepare(folder, listing)
+            for _ in pool.map(copy, wanted):
                 pass
     except Exception as error:
         raise RefusedError(
@@ -93,16 +107,31 @@ def _fetch(url: str, patterns: Sequence[str]) -> Path:
     return folder
 
 
-def _prepare(folder: Path, wanted: dict[str, list[Any]]) -> None:
+def _is_among(name: str, patterns: Sequence[str]) -> bool:
+    return any(fnmatch.fnmatch(name, pattern) for pattern in patterns)
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Two that append to one file would spoil it. The lock goes with its process."""
+    with (folder / LOCK).open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            log.info("another process fetches into %s; this one waits for it", folder)
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _prepare(folder: Path, listing: dict[str, list[Any]]) -> None:
     """Drops what the bucket has changed, or does not have any more."""
-    folder.mkdir(parents=True, exist_ok=True)
     before = _listing(folder)
     for name in before:
-        if before[name] != wanted.get(name):
+        if before[name] != listing.get(name):
             for path in (folder / name, folder / f"{name}{PART}"):
                 path.unlink(missing_ok=True)
     fresh = folder / f"{LISTING}{os.getpid()}"
-    fresh.write_text(json.dumps(wanted))
+    fresh.write_text(json.dumps(listing))
     os.replace(fresh, folder / LISTING)
 
 

@@ -8,6 +8,8 @@ from typing import Any
 from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers
 from tokenizers import Tokenizer as Backend
 
+from ..errors import RefusedError
+
 TEKKEN = "tekken.json"
 BOS, EOS = "<s>", "</s>"
 
@@ -31,7 +33,10 @@ def read_tekken(path: Path) -> Backend:
     count = config["default_vocab_size"] - len(special)
     tokens = [base64.b64decode(entry["token_bytes"]) for entry in told["vocab"][:count]]
     rank = {token: i for i, token in enumerate(tokens)}
-    vocabulary = {text: i for i, text in enumerate([*special, *map(_letters, tokens)])}
+    texts = [*special, *map(_letters, tokens)]
+    vocabulary = {text: i for i, text in enumerate(texts)}
+    if len(vocabulary) != len(texts) or any(entry.get("rank", i) != i for i, entry in enumerate(told["vocab"][:count])):
+        raise RefusedError(f"{str(path)!r} has tokens twice, or not in the order of their ranks; fetch it anew")
     merges = [pair for token in tokens for pair in _merges(token, rank)]
     backend = Backend(models.BPE(vocab=vocabulary, merges=merges, ignore_merges=True))
     backend.pre_tokenizer = pre_tokenizers.Sequence(

@@ -89,7 +89,8 @@ def _pieces(engine: Engine, pieces: int, tokens: int) -> PieceBatch:
     asked: Any = _array(engine, (), jnp.int32)
     _, page_NJ = _texts(engine, pieces)
     adapter_N = start_N if engine.programs.has_adapters else None
-    return PieceBatch(token_NT, start_N, start_N, token_NT, asked, page_NJ, adapter_N)
+    reach_N = start_N if engine.programs.has_reaches else None
+    return PieceBatch(token_NT, start_N, start_N, token_NT, asked, page_NJ, adapter_N, reach_N)
 
 
 def _texts(engine: Engine, count: int) -> tuple[Any, Any]:

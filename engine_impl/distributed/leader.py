@@ -48,6 +48,10 @@ class Leader:
         self.max_adapters = engine.max_adapters
         self.devices = engine.devices
 
+    def reach_of(self, length: int) -> int:
+        """See `api.Engine`: the same on all hosts."""
+        return self._engine.reach_of(length)
+
     def get_tokenizer(self) -> Tokenizer:
         """The model's."""
         return self._engine.get_tokenizer()

@@ -114,7 +114,8 @@ class Prompts:
 
     def _piece(self, params: Params, prompt_ids: Sequence[int], shared: int) -> Prefix:
         """What stands behind a prompt's first `shared` tokens, which are in the cache of this object's own."""
-        piece = Piece(token_T=np.array(prompt_ids[shared:], np.int32), start=shared, page_J=self._page_J)
+        reach = self._engine.reach_of(self._engine.cache_length)  # how long an answer may become is not told
+        piece = Piece(token_T=np.array(prompt_ids[shared:], np.int32), start=shared, page_J=self._page_J, reach=reach)
         return self._engine.prefill_behind(params, self._scratch, [piece])
 
     def _joined(self, before: KV, behind: Prefix, prompt_ids: Sequence[int], shared: int) -> Prefix:

@@ -96,9 +96,13 @@ class ModelConfig:
         return (0,) * self.num_layers
 
     def for_length(self, length: int) -> Self:
-        """The config of a server whose requests have at most `length` tokens. It differs where a rope depends on the
-        length: all requests of a server take the same angles, however long each one is."""
+        """The config of a server whose requests have at most `length` tokens: without what only longer ones need."""
         return self
+
+    def reach_of(self, length: int) -> int:
+        """Which angles a text takes that may come to `length` tokens, by the shortest length that takes the same ones;
+        0: those that the rope was trained with. Of most models all texts do."""
+        return 0
 
 
 class Anywhere(nn.Module):
@@ -139,7 +143,8 @@ class Decoder(nn.Module):
     after_embedding: nn.Module
     """(x_RD, position_R) -> x_RD; may have parameters"""
     rope: nn.Module
-    """position_R -> a tuple; each layer takes the entry that `config.rope_of_layer` names. All of one shape."""
+    """(position_R, reach_R or None) -> a tuple; each layer takes the entry that `config.rope_of_layer` names. All of
+    one shape."""
     layers: nn.ModuleList
     """(x_RD, rope, attend) -> (x_RD, k_RKH, v_RKH); all alike but for their weights, see `module_of_layer`"""
     norm: nn.Module

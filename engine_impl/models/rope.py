@@ -1,12 +1,22 @@
 """Rotary position embedding (Su et al., arXiv 2104.09864), halves rotated against each other."""
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
 Factors = tuple[float, ...]
 """What each of the rope's frequencies is divided by."""
+
+
+class Stretched(Protocol):
+    """A rope's frequencies in texts that come to more tokens than it was trained for."""
+
+    def of_texts(self, reach_R: Tensor, frequency_F: Tensor) -> Tensor:
+        """frequency_RF of rows of texts of these reaches, see `ModelConfig.reach_of`; `frequency_F` within the trained
+        length."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -17,6 +27,8 @@ class Angles:
     """radians per token, fastest first; a head's dimensions behind twice as many do not turn"""
     scale: float = 1.0
     """cos and sin are multiplied by it"""
+    stretched: Stretched | None = None
+    """None: they are the same in all texts"""
 
 
 class Rope(nn.Module):
@@ -26,14 +38,21 @@ class Rope(nn.Module):
         super().__init__()
         self.angles = angles
 
-    def forward(self, position_R: Tensor) -> tuple[tuple[Tensor, Tensor], ...]:
-        """i32 positions -> a (cos_R1H, sin_R1H) for each rope, float32, to be broadcast over heads. H is the width that
-        turns."""
-        return tuple(_turns(position_R, angles) for angles in self.angles)
+    def forward(self, position_R: Tensor, reach_R: Tensor | None = None) -> tuple[tuple[Tensor, Tensor], ...]:
+        """i32 positions, and the reaches of their texts -> a (cos_R1H, sin_R1H) for each rope, float32, to be broadcast
+        over heads. H is the width that turns.
+
+        Raises ValueError without reaches where a rope depends on them.
+        """
+        return tuple(_turns(position_R, reach_R, angles) for angles in self.angles)
 
 
-def _turns(position_R: Tensor, angles: Angles) -> tuple[Tensor, Tensor]:
+def _turns(position_R: Tensor, reach_R: Tensor | None, angles: Angles) -> tuple[Tensor, Tensor]:
     frequency = torch.tensor(angles.frequencies, device=position_R.device, dtype=torch.float32)
+    if angles.stretched is not None:
+        if reach_R is None:
+            raise ValueError("a rope that depends on the text's length needs its reach")
+        frequency = angles.stretched.of_texts(reach_R, frequency)[:, None]
     angle = position_R.float()[:, None, None] * frequency
     angle_R1H = torch.cat([angle, angle], dim=-1)
     if angles.scale == 1:

@@ -8,6 +8,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from .fields import Fields
 from .rope import Factors, frequencies
 
@@ -18,11 +21,19 @@ class LongLists:
 
     trained_length: int
     """tokens"""
+    plain: tuple[float, ...]
+    """the rope's frequencies without scaling (radians per token)"""
     long: Factors
 
-    def factors(self, length: int) -> Factors:
-        """For requests of up to `length` tokens, more than the trained length."""
-        return self.long
+    def reach_of(self, length: int) -> int:
+        """See `ModelConfig.reach_of`."""
+        return self.trained_length + 1 if length > self.trained_length else 0
+
+    def of_texts(self, reach_R: Tensor, frequency_F: Tensor) -> Tensor:
+        """As `Stretched`."""
+        slow = [plain / factor for plain, factor in zip(self.plain, self.long, strict=True)]
+        slow_F = torch.tensor(slow, device=reach_R.device, dtype=torch.float32)
+        return torch.where(reach_R[:, None] > self.trained_length, slow_F, frequency_F)
 
 
 @dataclass(frozen=True)
@@ -35,10 +46,17 @@ class DynamicNTK:
     width: int
     """dimensions of a head that turn"""
 
-    def factors(self, length: int) -> Factors:
-        """For requests of up to `length` tokens, more than the trained length."""
-        stretch = self.factor * length / self.trained_length - (self.factor - 1)
-        return tuple(stretch ** (2 * i / (self.width - 2)) for i in range(self.width // 2))
+    def reach_of(self, length: int) -> int:
+        """See `ModelConfig.reach_of`."""
+        return length if length > self.trained_length else 0
+
+    def of_texts(self, reach_R: Tensor, frequency_F: Tensor) -> Tensor:
+        """As `Stretched`."""
+        length_R = torch.clamp(reach_R, min=self.trained_length).float()
+        stretch_R = self.factor * length_R / self.trained_length - (self.factor - 1)
+        powers = [2 * i / (self.width - 2) for i in range(self.width // 2)]
+        power_F = torch.tensor(powers, device=reach_R.device, dtype=torch.float32)
+        return frequency_F / stretch_R[:, None] ** power_F
 
 
 Beyond = LongLists | DynamicNTK
@@ -53,7 +71,7 @@ class Scaling:
     scale: float = 1.0
     """cos and sin are multiplied by it."""
     beyond: Beyond | None = None
-    """What takes the factors' place when requests may become longer than the trained length."""
+    """What becomes of the rope in texts that come to more than the trained length."""
 
 
 class RopeFields:
@@ -153,7 +171,8 @@ def _longrope(rope: RopeFields) -> Scaling:
     scale = rope.get("attention_factor")
     if scale is None:
         scale = 1.0 if factor <= 1 else math.sqrt(1 + math.log(factor) / math.log(trained))
-    beyond = LongLists(trained, rope.factor_list("long_factor"))
+    plain = frequencies(rope.width, rope["rope_theta"])
+    beyond = LongLists(trained, plain, rope.factor_list("long_factor"))
     return Scaling(rope.factor_list("short_factor"), float(scale), beyond)
 
 

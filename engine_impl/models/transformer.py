@@ -38,7 +38,7 @@ class TransformerConfig(ModelConfig):
     rope_scale: float = 1.0
     """The rope's cos and sin are multiplied by it."""
     rope_beyond: Beyond | None = None
-    """What takes the factors' place when requests may become longer than the trained length."""
+    """What becomes of the rope in texts that come to more than its trained length."""
     rope_width: int | None = None
     """How many of a head's dimensions turn, the first ones; None is all."""
     without_rope: tuple[bool, ...] = (False,)
@@ -48,7 +48,7 @@ class TransformerConfig(ModelConfig):
     def angles(self) -> Angles:
         """The rope of all layers, or of those that see all."""
         width = self.rope_width or self.head_dim
-        return Angles(frequencies(width, self.rope_theta, self.rope_factors), self.rope_scale)
+        return Angles(frequencies(width, self.rope_theta, self.rope_factors), self.rope_scale, self.rope_beyond)
 
     @property
     def ropes(self) -> tuple[Angles, ...]:
@@ -61,9 +61,10 @@ class TransformerConfig(ModelConfig):
         return tuple(int(self.without_rope[i % len(self.without_rope)]) for i in range(self.num_layers))
 
     def for_length(self, length: int) -> Self:
-        if self.rope_beyond is None or length <= self.rope_beyond.trained_length:
-            return self
-        return replace(self, rope_factors=self.rope_beyond.factors(length), rope_beyond=None)
+        return self if self.reach_of(length) else replace(self, rope_beyond=None)
+
+    def reach_of(self, length: int) -> int:
+        return 0 if self.rope_beyond is None else self.rope_beyond.reach_of(length)
 
 
 class Attention(nn.Module):

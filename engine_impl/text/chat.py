@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
-HERMES, LLAMA, MISTRAL, GEMMA = TOOL_FORMATS = ("hermes", "llama", "mistral", "gemma")
+HERMES, LLAMA, MISTRAL, GEMMA, HARMONY = TOOL_FORMATS = ("hermes", "llama", "mistral", "gemma", "harmony")
 """How models write that they call a tool."""
 
 NO_ARGUMENTS = '{"type": "object", "properties": {}}'

@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 from ..errors import RefusedError
-from .chat import MISTRAL, Call, TemplateFacts, Tool, Turn
+from .chat import HARMONY, MISTRAL, Call, TemplateFacts, Tool, Turn
 
 
 def messages_of(turns: Iterable[Turn], facts: TemplateFacts) -> list[dict[str, Any]]:
@@ -21,7 +21,7 @@ def _message(turn: Turn, facts: TemplateFacts) -> dict[str, Any]:
     if turn.name:
         message["name"] = turn.name
     if turn.reasoning:
-        message["reasoning_content"] = turn.reasoning
+        message["thinking" if facts.tool_format == HARMONY else "reasoning_content"] = turn.reasoning
     if turn.call_id:
         message["tool_call_id"] = _id(turn.call_id, facts)
     if turn.calls:
@@ -72,11 +72,15 @@ def function_of(tool: Tool) -> dict[str, Any]:
 
 def apart(turns: Iterable[Turn], facts: TemplateFacts) -> Iterator[Turn]:
     """The same conversation for a template that would leave out, or refuse, several calls or a text beside calls: they
-    become turns of their own, each call with its result behind it."""
+    become turns of their own, each call with its result behind it. Where there are channels a call has one text before
+    it, which is a thought."""
     waiting = list(turns)
     while waiting:
         turn = waiting.pop(0)
-        if turn.calls and turn.content and not facts.writes_text_beside_calls:
+        if turn.calls and turn.content and turn.reasoning and facts.tool_format == HARMONY:
+            yield replace(turn, calls=(), reasoning="")
+            turn = replace(turn, content="")
+        elif turn.calls and turn.content and not facts.writes_text_beside_calls:
             yield replace(turn, calls=())
             turn = replace(turn, content="", reasoning="")
         if len(turn.calls) < 2 or facts.writes_several_calls:

@@ -6,7 +6,7 @@ from typing import Any
 
 from ..errors import RefusedError
 from ..runtime.workers import WorkerError
-from .chat import GEMMA, HERMES, LLAMA, MISTRAL, Call, TemplateFacts, Tool, Turn
+from .chat import GEMMA, HARMONY, HERMES, LLAMA, MISTRAL, Call, TemplateFacts, Tool, Turn
 from .messages import functions_of, messages_of
 from .templates import variables_of, written
 
@@ -23,6 +23,9 @@ FORMS = (
     (LLAMA, re.compile(r'\{\s*"name":\s*"aFunction",\s*"parameters":\s*\{')),
 )
 """How a call looks, by its format."""
+
+CHANNELS = ("<|channel|>", "<|message|>")
+"""A template that names these writes messages with channels, whatever it does with tools."""
 
 ID, OTHER_ID = "aCallHere", "bCallHere"  # 9 letters: Mistral's templates take no others
 TOOL = Tool(
@@ -50,8 +53,9 @@ def examine(source: str, special_tokens: tuple[tuple[str, str], ...]) -> Templat
         return text if all(one in text for one in expected) else ""
 
     text = writes([QUESTION, CALLING, RESULT, ANSWER, AGAIN], "aDescription", "aHint", "aValue", "aResult")
+    has_channels = all(mark in source for mark in CHANNELS)
     return TemplateFacts(
-        tool_format=next((name for name, form in FORMS if form.search(text)), None),
+        tool_format=HARMONY if has_channels else next((name for name, form in FORMS if form.search(text)), None),
         writes_tools=bool(text),
         writes_several_calls=bool(
             writes([QUESTION, CALLING_TWICE, RESULT, OTHER_RESULT, ANSWER, AGAIN], "aValue", "bValue", "bResult")

@@ -10,10 +10,14 @@ import hashlib
 import json
 import logging
 import os
+import secrets
 import shutil
+import socket
+import time
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -32,7 +36,12 @@ ALIGNED = 4096
 BLOCK = 16 * 2**20
 """Bytes that have a checksum of their own, and that a thread reads at a time."""
 BEGUN = ".begun-"
-"""What an entry is called until it is whole, with the number of the process behind it."""
+"""How an entry's name begins until it is whole; behind it are the host, the number of the process, and what is random:
+processes of several hosts may share the folder."""
+LEFT_S = 3600.0
+"""What another host has begun and not touched for so long is left over (seconds)."""
+READERS = ("gguf", "ml_dtypes", "safetensors", "transformers")
+"""Packages that have a part in what weights become."""
 
 
 class DamagedError(Exception):
@@ -43,7 +52,8 @@ def kept(folder: Path, files: Sequence[Path], shapes: Params, load: Callable[[],
     """The parameters: those that the folder keeps, else what `load` gives, which it then keeps.
 
     Args:
-        files: of the checkpoint, see `Checkpoint.files`; where there are none, nothing is kept.
+        files: of the checkpoint, see `Checkpoint.files`, and of the model's own code; where there are none, nothing is
+            kept.
         shapes: the parameters' shapes, types and shardings, see `load.abstract_params`.
     """
     if not files:
@@ -57,8 +67,10 @@ def kept(folder: Path, files: Sequence[Path], shapes: Params, load: Callable[[],
 
 
 def _key(files: Sequence[Path], shapes: Params) -> str:
-    """An entry's name: by what the weights are made of, what they become, and the code in between."""
-    sources = [[str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns] for file in files]
+    """An entry's name: by what the weights are made of, what they become, and the code in between. A file that takes
+    another's place is told by its time of change, also where a copy has kept size and time of writing."""
+    told_of = [(file.resolve(), file.stat()) for file in files]
+    sources = [[str(path), of.st_size, of.st_mtime_ns, of.st_ctime_ns] for path, of in told_of]
     leaves = {
         path: [leaf.shape, str(leaf.dtype), str(leaf.sharding.spec), leaf.sharding.mesh.shape_tuple]
         for path, leaf in _leaves(shapes)
@@ -74,33 +86,46 @@ def code() -> str:
     folders = ("weights", "checkpoints", "quantization", "models", "../kernels/panel_matmul")
     for path in sorted(path for folder in folders for path in (room / folder).rglob("*.py")):
         digest.update(path.read_bytes())
+    for package in READERS:
+        digest.update(f"{package} {_version(package)}".encode())
     return digest.hexdigest()
 
 
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return ""
+
+
 def _read_or_tell(entry: Path, shapes: Params) -> Params | None:
-    """None where they are not there. What is damaged is taken away."""
+    """None where they are not there. What is damaged is taken away; what could not be read, or held, stays."""
     try:
         return _read(entry, shapes)
     except FileNotFoundError:
         return None
     except Exception as error:  # anybody may have written there
         log.warning("weights in %s are not read (%s); they come from the checkpoint", entry, error)
-        shutil.rmtree(entry, ignore_errors=True)
+        if isinstance(error, DamagedError | ValueError | KeyError | TypeError | AttributeError):
+            shutil.rmtree(entry, ignore_errors=True)
         return None
 
 
 def _write_or_tell(entry: Path, params: Params) -> None:
-    begun = entry.with_name(f"{BEGUN}{os.getpid()}")
+    begun: Path | None = None
     try:
         entry.parent.mkdir(parents=True, exist_ok=True)
         _remove_leftovers(entry.parent)
+        begun = entry.with_name(f"{BEGUN}{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(4)}")
         begun.mkdir()
         _write(begun, params)
         os.replace(begun, entry)
-    except OSError as error:
-        shutil.rmtree(begun, ignore_errors=True)
+    except Exception as error:  # of the disk, and of what has to be copied from the devices
+        if begun is not None:
+            shutil.rmtree(begun, ignore_errors=True)
         if not entry.is_dir():  # else another process was faster
-            log.warning("weights are not kept in %s (%s)", entry.parent, error.strerror or error)
+            why = error.strerror if isinstance(error, OSError) else None
+            log.warning("weights are not kept in %s (%s)", entry.parent, why or error)
 
 
 def _leaves(params: Params) -> Iterator[tuple[str, Any]]:
@@ -193,6 +218,16 @@ def _blocks(data: memoryview) -> list[memoryview]:
 def _remove_leftovers(folder: Path) -> None:
     """Of processes that were ended before they were done."""
     for left in folder.glob(f"{BEGUN}*"):
-        owner = left.name.removeprefix(BEGUN)
-        if not (owner.isdecimal() and Path(f"/proc/{owner}").exists()):
+        host, _, rest = left.name.removeprefix(BEGUN).rpartition("-")[0].rpartition("-")
+        is_here = host == socket.gethostname()
+        is_begun_here = is_here and rest.isdecimal() and int(rest) != os.getpid() and Path(f"/proc/{rest}").exists()
+        if not is_begun_here and (is_here or time.time() - _touched(left) > LEFT_S):
             shutil.rmtree(left, ignore_errors=True)
+
+
+def _touched(begun: Path) -> float:
+    """When it was written to last (s since 1970); what is gone, just now."""
+    try:
+        return max(path.stat().st_mtime for path in (begun, *begun.iterdir()))
+    except OSError:
+        return time.time()

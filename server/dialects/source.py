@@ -85,6 +85,11 @@ class Prose:
             self._is_begun = True
             yield self._kind(shown)
 
+    def part(self, blanks: str) -> None:
+        """What is shown from here on stands apart from what was shown before."""
+        if self._is_begun:
+            self._blanks = blanks
+
     def finish(self) -> Reading[None]:
         """At the answer's end."""
         if self._blanks and not self.is_trimmed:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 
 from ...engine_impl.text.chat import GEMMA, HERMES, LLAMA, MISTRAL
-from . import gemma, hermes, llama, mistral
+from . import gemma, harmony, hermes, llama, mistral
 from .calls import Calls, new_id
 from .parts import Brought, Content, Part, Thought
 from .source import Prose, Reading, Source, begins, skip
@@ -24,6 +24,11 @@ class AnswerSyntax:
     """Names of those that may be called."""
     at_most_one_call: bool = False
     """The answer ends behind its first one."""
+    channels: bool = False
+    """The answer is written in messages with channels, see harmony.py: these tell calls, thoughts and content apart, so
+    that there is neither a tool_format nor think_tags."""
+    shows_thoughts: bool = False
+    """There: thoughts are content too."""
     think_tags: tuple[str, str] | None = None
     """What stands around a thought at the answer's beginning; None: no thought is looked for."""
     is_thinking: bool = False
@@ -32,6 +37,8 @@ class AnswerSyntax:
     @property
     def marks(self) -> tuple[str, ...]:
         """Texts that have to be seen, though a vocabulary may have them as control tokens."""
+        if self.channels:
+            return harmony.MARKS
         return (FORMATS[self.tool_format].MARKS if self.tool_format else ()) + (self.think_tags or ())
 
     @property
@@ -76,12 +83,16 @@ class AnswerReader:
 
 
 def _answer(source: Source, syntax: AnswerSyntax, calls: Calls) -> Reading[None]:
+    prose = Prose(Content)
+    if syntax.channels:
+        yield from harmony.read(source, calls, prose, prose if syntax.shows_thoughts else Prose(Thought))
+        yield from prose.finish()
+        return
     if syntax.think_tags is not None:
         yield from _thought(source, *syntax.think_tags, is_begun=syntax.is_thinking)
     if syntax.tool_format is None:
         yield from _everything(source)
         return
-    prose = Prose(Content)
     yield from FORMATS[syntax.tool_format].read(source, calls, prose)
     yield from prose.finish()
 

@@ -7,8 +7,8 @@ from dataclasses import replace
 from typing import Any
 
 from ...engine_impl.errors import RefusedError
-from ...engine_impl.text.chat import GEMMA, HERMES, LLAMA, MISTRAL, Tool
-from ..dialects import gemma, hermes, llama, mistral
+from ...engine_impl.text.chat import GEMMA, HARMONY, HERMES, LLAMA, MISTRAL, Tool
+from ..dialects import gemma, harmony, hermes, llama, mistral
 from ..dialects.syntax import AnswerSyntax
 from .grammar import Grammar, Schema, bounded_json, literal
 
@@ -49,14 +49,14 @@ def may_call(
 ) -> Grammar:
     """As `must_call`, or the answer is as `content` says."""
     rules = _call_rules(tools, syntax, most, control_id)
-    return _made(f"start: thought (calls | @{CONTENT})", rules, syntax, control_id, content)
+    return _made(f"start: thought (calls | {_content(syntax)})", rules, syntax, control_id, content)
 
 
 def after_thought(syntax: AnswerSyntax, content: Grammar, control_id: ControlId) -> Grammar:
     """`content`, with a thought before it where the model thinks."""
-    if syntax.think_tags is None:
+    if syntax.think_tags is None and not syntax.channels:
         return content
-    return _made(f"start: thought @{CONTENT}", [], syntax, control_id, content)
+    return _made(f"start: thought {_content(syntax)}", [], syntax, control_id, content)
 
 
 def strict_if_called(
@@ -65,6 +65,11 @@ def strict_if_called(
     """Any text; a call in it is one of the tools', with arguments as the schema says if it is strict. None: where calls
     are written so that a text may be the beginning of one until its end, this is left to the model."""
     loose = [tool if tool.name in strict else replace(tool, parameters=ANY_OBJECT) for tool in tools]
+    if syntax.channels:
+        if control_id(harmony.CHANNEL) is None:
+            return None
+        start = "start: thought said? (calls | final TEXT)"
+        return _made(start, [*_call_rules(loose, syntax, most, control_id)], syntax, control_id)
     opening = {HERMES: hermes.OPEN, MISTRAL: mistral.OPEN, LLAMA: llama.MARK}.get(syntax.tool_format or "")
     if opening is None:
         return None
@@ -81,6 +86,10 @@ def strict_if_called(
     return Grammar.of_structural_tag(structures, [hermes.OPEN])
 
 
+def _content(syntax: AnswerSyntax) -> str:
+    return f"final @{CONTENT}" if syntax.channels else f"@{CONTENT}"
+
+
 def _made(
     start: str, rules: list[str], syntax: AnswerSyntax, control_id: ControlId, content: Grammar | None = None
 ) -> Grammar:
@@ -93,11 +102,14 @@ def _made(
 
 
 def _call_rules(tools: Sequence[Tool], syntax: AnswerSyntax, most: int, control_id: ControlId) -> list[str]:
-    assert syntax.tool_format is not None
-    return RULES[syntax.tool_format](tools, most, control_id)
+    tool_format = HARMONY if syntax.channels else syntax.tool_format
+    assert tool_format is not None
+    return RULES[tool_format](tools, most, control_id)
 
 
 def _thought_rules(syntax: AnswerSyntax, control_id: ControlId) -> list[str]:
+    if syntax.channels:
+        return _channel_rules(control_id)
     if syntax.think_tags is None:
         return ['thought: ""']
     opening, closing = syntax.think_tags
@@ -106,6 +118,33 @@ def _thought_rules(syntax: AnswerSyntax, control_id: ControlId) -> list[str]:
         lazy = [f"rest: TEXT {_mark(closing, control_id)}"]
     begin = "rest" if syntax.is_thinking else f"({_mark(opening, control_id)} rest)?"
     return [f"thought: {begin} BLANKS", *lazy, r"BLANKS: /[ \n]{0,2}/"]
+
+
+def _channel_rules(control_id: ControlId) -> list[str]:
+    """A message to nobody ends with what begins the next one."""
+    channel, message, end, start, _ = (_mark(mark, control_id) for mark in harmony.MARKS)
+    text = "rest: TEXT" if control_id(harmony.END) is not None else "rest[lazy]: TEXT"
+    return [
+        f'thought: ({channel} "{harmony.ANALYSIS}" {message} rest {start} "assistant")?',
+        f'said: {channel} "{harmony.COMMENTARY}" {message} rest {start} "assistant"',
+        f'final: {channel} "{harmony.FINAL}" {message}',
+        f"{text} {end}",
+    ]
+
+
+def _harmony(tools: Sequence[Tool], most: int, control_id: ControlId) -> list[str]:
+    """A call ends the answer."""
+    del most
+    channel, message, _, _, constrain = (_mark(mark, control_id) for mark in harmony.MARKS)
+    return [
+        f'calls: {channel} "{harmony.COMMENTARY} to={harmony.FUNCTIONS}" function',
+        "function: " + " | ".join(f"function_{number}" for number in range(len(tools))),
+        *(
+            f"function_{number}: {literal(tool.name)} "
+            f'" " {constrain} "json" {message} %json {bounded_json(_schema(tool))}'
+            for number, tool in enumerate(tools)
+        ),
+    ]
 
 
 def _hermes(tools: Sequence[Tool], most: int, control_id: ControlId) -> list[str]:
@@ -154,6 +193,7 @@ RULES: dict[str, Callable[[Sequence[Tool], int, ControlId], list[str]]] = {
     LLAMA: _llama,
     MISTRAL: _mistral,
     GEMMA: _gemma,
+    HARMONY: _harmony,
 }
 """The rule `calls` and those below it."""
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from ...engine_impl.errors import RefusedError
-from ...engine_impl.text.chat import HERMES, Chat, TemplateFacts, Tool, Turn
+from ...engine_impl.text.chat import HARMONY, HERMES, Chat, TemplateFacts, Tool, Turn
 from ..config import AUTO, ChatConfig
 from ..dialects.syntax import AnswerSyntax
 from .call_grammar import ControlId, after_thought, may_call, must_call, strict_if_called
@@ -79,6 +79,13 @@ def dialect_of(facts: TemplateFacts, config: ChatConfig) -> Dialect:
     return Dialect(facts.tool_format or HERMES, facts.tool_format is None, think_tags)
 
 
+def check_channels(facts: TemplateFacts) -> None:
+    """Raises RefusedError for tools where answers have channels and the template writes none: calls in a text would be
+    in a form that the model does not know."""
+    if facts.tool_format == HARMONY and not facts.writes_tools:
+        raise RefusedError("tools: the model's chat template has channels and writes no tools; leave them out")
+
+
 def prompt_of(call: ChatCall, tokenizer: "Tokenizer", limits: "Limits", config: ChatConfig) -> Prompt:
     """Raises RefusedError for what no model, or this one, is asked so."""
     check(call)
@@ -87,13 +94,18 @@ def prompt_of(call: ChatCall, tokenizer: "Tokenizer", limits: "Limits", config: 
     dialect = dialect_of(facts, config)
     tools = () if call.tool_choice == NONE and not call.tool_name else chat.tools
     uses_tools = bool(tools) or any(turn.calls or turn.role == "tool" for turn in chat.turns)
+    if uses_tools:
+        check_channels(facts)
+    has_channels = dialect.tool_format == HARMONY
     chat = replace(chat, tools=tools, as_text=dialect.as_text and uses_tools)
     prompt = limits.prompt_of_chat(tokenizer, chat)
     syntax = AnswerSyntax(
-        tool_format=dialect.tool_format if tools else None,
+        tool_format=dialect.tool_format if tools and not has_channels else None,
+        channels=has_channels,
+        shows_thoughts=config.reasoning_format != AUTO,
         tools=frozenset(tool.name for tool in tools),
         at_most_one_call=not call.parallel_tool_calls or bool(call.tool_name),
-        think_tags=dialect.think_tags,
+        think_tags=None if has_channels else dialect.think_tags,
         is_thinking=begins_in_thought(chat, prompt.end, dialect.think_tags),
     )
     return Prompt(

@@ -149,7 +149,11 @@ class Request(AnswerOptions):
     """When it is worth nothing any more (s of time.monotonic())."""
     id: str = field(default_factory=lambda: secrets.token_hex(6))
     prefix_key: str = ""
-    """Cached prefixes are shared among requests of the same key, see prefix_key.py."""
+    """Whose cached prefixes it may share, see prefix_key.py and `shared_key`."""
+
+    reach: int = 0
+    """What decides its text's angles, see `Engine.reach_of`: fixed by its prompt and `max_tokens` when it is handed in,
+    whatever it comes to."""
 
     adapter_name: str = ""
     """Of the adapter that it asks for; "" is none."""
@@ -196,6 +200,11 @@ class Request(AnswerOptions):
         self.adapter = adapter
         self.prefix_key += f"#{adapter.number}"
 
+    @property
+    def shared_key(self) -> str:
+        """Cached prefixes are shared among requests of the same one: texts of other angles have other rows."""
+        return f"{self.prefix_key}@{self.reach}" if self.reach else self.prefix_key
+
     def constrain(self, tokenizer: "Tokenizer") -> None:
         """Compile the grammar, if there is one, before the request is handed in. It takes its time, and lets other
         threads run. Raises RefusedError for one that cannot be compiled, or takes too much."""
@@ -204,6 +213,11 @@ class Request(AnswerOptions):
             end_ids = (*asked.stop_token_ids, *(() if asked.ignore_eos else tokenizer.stop_ids))
             for sample in self.samples:
                 sample.constraint = Constraint(start.copy(), end_ids)
+
+    @property
+    def longest_text(self) -> int:
+        """Tokens that are computed at most: of prompt and answer; behind a prompt that one token is asked for, none."""
+        return len(self.prompt_ids) + (self.max_tokens if self.max_tokens > 1 else 0)
 
     @property
     def slots_needed(self) -> int:

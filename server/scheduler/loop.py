@@ -235,7 +235,7 @@ class Loop(Generic[ParamsT, PrefixT, StateT]):
 
     def _prompt(self, samples: Sequence[Sample], text: Sequence[int]) -> Prompt:
         token_T = np.asarray(text, np.int32)
-        return Prompt(tuple(samples), token_T, self._room.names(token_T, samples[0].request.prefix_key))
+        return Prompt(tuple(samples), token_T, self._room.names(token_T, samples[0].request.shared_key))
 
     def _free(self, turn: StepPlan) -> None:
         for request in turn.expired:
@@ -406,7 +406,7 @@ class Loop(Generic[ParamsT, PrefixT, StateT]):
         """Of a sample that decodes. What its text fills stays as a cached prefix; its last token may lack its row."""
         if sample.slot is not None:
             text_T = self._slots.text(sample)[:-1]
-            self._room.leave_text(self._slots.take_back(sample), text_T, sample.request.prefix_key)
+            self._room.leave_text(self._slots.take_back(sample), text_T, sample.request.shared_key)
 
     def _count(self, pending: PendingResult, result: HostResult | None) -> None:
         """A result that was read is a success. It took the device from the one before it until now."""

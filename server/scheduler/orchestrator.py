@@ -60,7 +60,7 @@ class Orchestrator(Generic[ParamsT, PrefixT, StateT]):
 
         `step_timeout_s`: a turn of the loop that takes longer gives the engine up; 0: none does.
         """
-        self._slots = engine.max_concurrent_decodes
+        self._slots, self._reach_of = engine.max_concurrent_decodes, engine.reach_of
         self._metrics, self._warm_up, self._on_ready, self._on_dead = metrics, warm_up, on_ready, on_dead
         self._queue = RequestQueue(
             max_queued, max_queued_tokens, slots=self._slots, free_slots=lambda: self._loop.slots_free
@@ -108,6 +108,7 @@ class Orchestrator(Generic[ParamsT, PrefixT, StateT]):
             check_slots(request.num_samples, self._slots)
             if is_overdue(request, time.monotonic()):
                 raise DeadlineError(f"the deadline of request {request.id} passed before it could be queued")
+            request.reach = self._reach_of(request.longest_text)
         with self._refusals_counted():
             self._queue.put(*requests)
 

@@ -75,6 +75,7 @@ class Prompt:
             next_id=int(self.token_T[end]) if end < len(self.token_T) else -1,
             logprobs=self.request.asked_prompt_logprobs if self.is_fresh else None,
             adapter=self.adapter,
+            reach=self.request.reach,
         )
 
     def opening(self, sample: Sample) -> Opening:

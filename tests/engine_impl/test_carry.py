@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from slipstream.engine_impl.api import Opening, Piece
 from slipstream.engine_impl.errors import PieceError
+from slipstream.engine_impl.models.rope_scaling import DynamicNTK
 from slipstream.engine_impl.sampling.params import SamplingParams
 from slipstream.engine_impl.session import Session
 from slipstream.engine_impl.shapes import Carried, Shapes
@@ -51,6 +52,7 @@ def pieces_of(session, slot, text, **more):
     for start in range(0, len(text), CHUNK):
         token_T = np.array(text[start : start + CHUNK], np.int32)
         behind = text[start + CHUNK] if start + CHUNK < len(text) else -1
+        more["reach"] = session.engine.reach_of(session.engine.cache_length)
         yield Piece(token_T=token_T, start=start, page_J=session.page_BJ[slot], next_id=behind, **more)
 
 
@@ -69,8 +71,9 @@ def carry(session, piece):
         (TINY, 1),
         (replace(TINY, windows=(40, None), attn_soft_cap=20.0), 1),
         (replace(TINY, num_kv_heads=8), 8),
+        (replace(TINY, rope_beyond=DynamicNTK(64, 4.0, 16)), 1),
     ],
-    ids=["llama", "windows", "8 devices"],
+    ids=["llama", "windows", "8 devices", "angles by the length"],
 )
 def test_a_prompt_that_steps_carry_along_has_its_own_tokens_and_so_have_they(config, devices):
     engine, params = carrying_engine(config, devices)

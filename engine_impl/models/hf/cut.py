@@ -213,7 +213,7 @@ class Places(_Piece):
         super().__init__(frame)
         self.leaves_of_layer = dict(leaves_of_layer)
 
-    def forward(self, position_R: Tensor) -> tuple[tuple[Tensor, ...], ...]:
+    def forward(self, position_R: Tensor, reach_R: None = None) -> tuple[tuple[Tensor, ...], ...]:
         calls = self.frame.calls(position_R)
         return tuple(
             tuple(calls[layer].leaves[leaf] for leaf in leaves) for layer, leaves in self.leaves_of_layer.items()

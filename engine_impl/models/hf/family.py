@@ -101,6 +101,8 @@ def read_config(fields: dict[str, Any], where: str) -> HFConfig:
     tied = head.weight is embedding.weight
     if tied and head.bias is not None:
         raise RefusedError(f"{where!r} is of a model whose tied head has a bias; it needs a module of ours")
+    if not isinstance(longest := getattr(config, "max_position_embeddings", None), int):
+        raise RefusedError(f"{where!r} does not tell how long a text may be (max_position_embeddings); add it")
     facts = probed(model, count, where)
     num_heads, num_kv_heads, head_dim = facts.heads
     return HFConfig(
@@ -109,7 +111,7 @@ def read_config(fields: dict[str, Any], where: str) -> HFConfig:
         num_kv_heads=num_kv_heads,
         head_dim=head_dim,
         vocab_size=embedding.weight.shape[0],
-        context_length=config.max_position_embeddings,
+        context_length=longest,
         tied_embeddings=tied,
         windows=shortest_turn(facts.windows),
         attn_soft_cap=facts.soft_cap,

@@ -1,7 +1,10 @@
 """Models from buckets, against fsspec's file system in memory: the real store is not tried."""
 
+import fcntl
 import sys
+import time
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -73,7 +76,7 @@ def test_a_model_is_copied_once_and_then_read_without_the_bucket(bucket, tmp_pat
     folder = buckets.folder_of(URL)
     assert folder == tmp_path / "home/models/gs/bucket/models/tiny"
     originals = sorted(path.name for path in (tmp_path / "model").iterdir())
-    assert sorted(path.name for path in folder.iterdir()) == [buckets.LISTING, *originals]
+    assert sorted(path.name for path in folder.iterdir()) == [buckets.LISTING, buckets.LOCK, *originals]
     assert all((folder / name).read_bytes() == (tmp_path / "model" / name).read_bytes() for name in originals)
     monkeypatch.setattr(buckets, "open_bucket", lambda: pytest.fail("the bucket was asked"))
     open_checkpoint(URL)
@@ -88,6 +91,36 @@ def test_an_interrupted_copy_goes_on_where_it_was(bucket, tmp_path):
     bucket.breaks_after = None
     open_checkpoint(URL)
     assert bucket.bytes_read() == total  # nothing came twice
+
+
+def test_a_look_at_the_config_loses_nothing_of_a_copy_that_was_begun(bucket, tmp_path):
+    total = sum(path.stat().st_size for path in (tmp_path / "model").iterdir())
+    bucket.breaks_after = 8
+    with pytest.raises(RefusedError):
+        open_checkpoint(URL)
+    (buckets.folder_of(URL) / "config.json").unlink(missing_ok=True)
+    bucket.breaks_after = None
+    bucket.read = [read for read in bucket.read if read[0] != "config.json"]
+    buckets.config_file(URL)
+    open_checkpoint(URL)
+    assert bucket.bytes_read() == total
+
+
+def test_who_fetches_what_another_fetches_waits_for_it(bucket, caplog):
+    folder = buckets.folder_of(URL)
+    folder.mkdir(parents=True)
+    caplog.set_level("INFO")
+    with ThreadPoolExecutor(1) as pool:
+        with (folder / buckets.LOCK).open("w") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            second = pool.submit(buckets.fetch, URL)
+            end = time.monotonic() + 10
+            while "waits for it" not in caplog.text:
+                assert time.monotonic() < end
+                time.sleep(0.002)
+            assert bucket.read == []
+        assert second.result(timeout=10) == folder
+    assert bucket.read
 
 
 def test_a_piece_that_fails_once_is_asked_for_again(bucket, monkeypatch):

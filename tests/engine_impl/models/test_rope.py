@@ -14,8 +14,10 @@ from slipstream.engine_impl.config import EngineConfig
 from slipstream.engine_impl.engine import Engine
 from slipstream.engine_impl.errors import RefusedError
 from slipstream.engine_impl.models import registry
-from slipstream.engine_impl.models.rope_scaling import FIXED, SCALINGS, UNREAD, DynamicNTK
+from slipstream.engine_impl.models.rope_scaling import FIXED, SCALINGS, UNREAD
 from slipstream.engine_impl.models.transformer import TransformerConfig
+from slipstream.engine_impl.scoring import Through, score
+from slipstream.engine_impl.session import Session
 from slipstream.engine_impl.weights.sharding import make_mesh
 
 from ..tiny_models import greedy, logits_behind
@@ -60,6 +62,9 @@ ROPES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
 }  # fmt: skip
 
 
+BY_LENGTH = [kind for kind in SCALINGS if kind not in FIXED]
+
+
 def hf_config(name):
     import transformers
 
@@ -90,9 +95,21 @@ def read(fields: dict[str, Any]) -> TransformerConfig:
 def test_angles_equal_transformers(name, length):
     config = hf_config(name)
     frequencies, scale = reference_angles(config, length)
-    angles = read(config.to_dict()).for_length(length).angles
-    assert angles.frequencies == pytest.approx(frequencies, rel=1e-5)
+    ours = read(config.to_dict())
+    angles = ours.angles
+    assert of_text(ours, length) == pytest.approx(frequencies, rel=1e-5)
     assert angles.scale == pytest.approx(scale, rel=1e-6)
+
+
+def of_text(config: TransformerConfig, length: int) -> list[float]:
+    """The frequencies of a text that may come to so many tokens."""
+    angles, reach = config.angles, config.reach_of(length)
+    frequency_F = torch.tensor(angles.frequencies)
+    if angles.stretched is None:
+        assert reach == 0
+        return frequency_F.tolist()
+    (of_text_F,) = angles.stretched.of_texts(torch.tensor([reach]), frequency_F)
+    return of_text_F.tolist()
 
 
 @pytest.mark.parametrize("name", ROPES)
@@ -108,13 +125,13 @@ def test_how_far_a_rope_carries(name, reach):
     assert registry.read_config(hf_config(name).to_dict(), "config.json").context_length == reach
 
 
-def load(folder, cache_length, *, devices=1):
+def load(folder, cache_length, *, devices=1, **more):
     checkpoint = SafetensorsCheckpoint(folder)
-    shape = checkpoint.config.for_length(cache_length)
+    shape = checkpoint.config
     mesh = make_mesh(jax.devices(), shape.num_heads, shape.num_kv_heads, devices)
     model = registry.build(replace(shape, num_kv_heads=max(shape.num_kv_heads, mesh.size)))
     tokenizer: Any = None
-    config = EngineConfig(slots=2, cache_length=cache_length, cache_tokens=2 * cache_length)
+    config = EngineConfig(slots=2, cache_length=cache_length, cache_tokens=2 * cache_length, **more)
     engine = Engine(model, mesh, config, jnp.dtype("float32"), tokenizer, "tiny")
     return engine, engine.load_params(checkpoint)
 
@@ -125,24 +142,13 @@ CASES = [
     ("yarn", 128, (20, 90)),  # short and beyond the original 64
     ("yarn-of-its-own", 256, (20, 128)),
     ("yarn-told", 128, (20, 90)),
-    ("dynamic", 128, (20, 90)),  # within the trained length: not scaled
-    ("dynamic", 256, (130, 200)),  # beyond it
-    ("longrope", 128, (20, 90)),  # the short list
-    ("longrope", 256, (130, 200)),  # the long one
     ("partial", 128, (20, 90)),
 ]
 
 
-@pytest.mark.parametrize(
-    ("name", "cache_length", "lengths"),
-    [
-        pytest.param(*case, id=f"{case[0]}-{case[1]}", marks=() if case[:2] == ("longrope", 256) else pytest.mark.slow)
-        for case in CASES
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "cache_length", "lengths"), CASES, ids=[name for name, *_ in CASES])
 def test_logits_and_greedy_tokens_equal_transformers(name, cache_length, lengths, tmp_path):
-    """A rope that depends on the length takes the angles of the served cache length. So does the reference: it keeps
-    the angles of the longest text that it has seen."""
     import transformers
 
     config = hf_config(name)
@@ -151,7 +157,6 @@ def test_logits_and_greedy_tokens_equal_transformers(name, cache_length, lengths
     reference.save_pretrained(tmp_path)
     engine, params = load(tmp_path, cache_length)
     prompts = [[(7 * i * i + 3 * i) % 101 for i in range(n)] for n in lengths]
-    reference_logits(reference, [0] * cache_length)
     answers = greedy(engine, params, prompts, 32)
     for prompt, answer in zip(prompts, answers, strict=True):
         expected = reference_logits(reference, prompt + answer[:-1])[len(prompt) - 1 :]
@@ -159,6 +164,72 @@ def test_logits_and_greedy_tokens_equal_transformers(name, cache_length, lengths
         np.testing.assert_allclose(first, reference_logits(reference, prompt)[-1], atol=1e-4)
         assert expected.argmax(-1).tolist() == answer
         assert len(set(answer)) >= 5  # a model that repeats itself would prove little
+
+
+STEPS = 24
+LENGTHS = ((90, 90 + STEPS), (110, 110 + STEPS), (110, 250))
+"""Of texts: the prompt, and what it may come to (tokens). The rope was trained for 128."""
+
+
+@pytest.mark.parametrize(
+    ("name", "devices"),
+    [("dynamic", 1), ("longrope", 1), *(pytest.param(name, 8, marks=pytest.mark.slow) for name in BY_LENGTH)],
+)
+def test_each_text_turns_by_what_it_may_come_to(name, devices, tmp_path):
+    """Side by side in the same steps, in prompts of several pieces, and in wide steps. A reference that is given a text
+    filled up to what it may come to turns by that."""
+    import transformers
+
+    config = hf_config(name)
+    torch.manual_seed(0)
+    reference = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+    draw_weights(reference, seed=6)
+    reference.save_pretrained(tmp_path)
+    engine, params = load(tmp_path, 256, devices=devices, prefill_chunk=128, speculate="auto")
+    engine.shapes = replace(engine.shapes, chunk=engine.page_rows)
+    prompts = [[(7 * i * i + 3 * i) % 101 for i in range(n)] for n, _ in LENGTHS]
+
+    def answers(texts, width, predictions=((), ())):
+        session, found = Session(engine, params), {}
+        for slot, text in enumerate(texts):
+            length, prediction = LENGTHS[text][1], predictions[slot]
+            first = session.start(slot, prompts[text], length=length, prediction=prediction)
+            found[text] = [int(first.token_BW[0, 0])]
+        while min(map(len, found.values())) < STEPS:
+            result = session.step(width)
+            for slot, text in enumerate(texts):
+                found[text] += np.asarray(result.token_BW)[slot, : int(result.count_B[slot])].tolist()
+        return {text: answer[:STEPS] for text, answer in found.items()}
+
+    told = answers([0, 2], 1) | answers([2, 1], 1)
+    assert answers([0, 2], engine.tokens_per_step, (told[0], told[2])) == {0: told[0], 2: told[2]}
+    for text, (prompt, (_, length)) in enumerate(zip(prompts, LENGTHS, strict=True)):  # its angles only grow
+        answer = told[text]
+        filled = prompt + answer[:-1] + [0] * (length - len(prompt) - STEPS + 1)
+        expected = reference_logits(reference, filled)[len(prompt) - 1 : len(prompt) + STEPS - 1]
+        assert expected.argmax(-1).tolist() == answer
+        assert len(set(answer)) >= 5  # a model that repeats itself would prove little
+        logits_V = np.asarray(Session(engine, params).prefilled(0, prompt, length).logits_NV)[0]
+        np.testing.assert_allclose(logits_V, expected[0], atol=1e-4)
+    of_one_prompt = [np.asarray(Session(engine, params).prefilled(0, prompts[1], n).logits_NV) for _, n in LENGTHS]
+    assert np.abs(of_one_prompt[0] - of_one_prompt[1]).max() > 1e-2
+
+
+def test_a_text_is_scored_by_its_own_length(tmp_path):
+    """By a prefill and by steps: within the trained length as though no longer text could come."""
+    import transformers
+
+    config = hf_config("dynamic")
+    reference = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+    draw_weights(reference, seed=6)
+    reference.save_pretrained(tmp_path)
+    session = Session(*load(tmp_path, 256))
+    cases: list[tuple[int, Through]] = [(60, "prefill"), (128, "prefill"), (131, "prefill"), (131, "decode")]
+    for length, through in cases:
+        text = [(7 * i * i + 3 * i) % 101 for i in range(length)]
+        logprob_TV = torch.log_softmax(torch.tensor(reference_logits(reference, text)), -1)
+        expected = [float(logprob_TV[at, token]) for at, token in enumerate(text[1:])]
+        assert score(session, text, through) == pytest.approx(expected, abs=1e-4)
 
 
 def test_layers_with_a_window_scale_a_rope_of_their_own():
@@ -181,18 +252,31 @@ def test_layers_with_a_window_scale_a_rope_of_their_own():
         np.testing.assert_allclose(sin_R1H[:, 0], sin_1RH[0], atol=1e-4)
 
 
-def test_a_length_decides_once_for_all_requests():
-    """At the trained length the short list, one token more the long one; the trained length is no scaling at all."""
-    longrope = read(hf_config("longrope").to_dict())
-    assert longrope.for_length(128) == longrope
-    long = longrope.for_length(129).rope_factors
-    assert long is not None
-    assert list(long) == LISTS["long_factor"]
-    assert longrope.for_length(129) == longrope.for_length(512)
-    dynamic = read(hf_config("dynamic").to_dict())
-    assert dynamic.for_length(128).rope_factors is None
-    assert DynamicNTK(128, 2.0, 16).factors(128) == (1.0,) * 8
-    assert dynamic.for_length(129) != dynamic.for_length(130)
+def test_texts_of_one_reach_have_the_same_angles():
+    """Of LongRoPE there are two kinds of texts, of a dynamic rope one for each length beyond the trained one."""
+    longrope, dynamic, linear = (read(hf_config(name).to_dict()) for name in ("longrope", "dynamic", "linear"))
+    assert [longrope.reach_of(length) for length in (1, 128, 129, 512)] == [0, 0, 129, 129]
+    assert [dynamic.reach_of(length) for length in (1, 128, 129, 512)] == [0, 0, 129, 512]
+    assert linear.reach_of(512) == 0
+    plain = of_text(longrope, 128)
+    longer = [a * b for a, b in zip(of_text(longrope, 129), LISTS["long_factor"], strict=True)]
+    assert longer == pytest.approx([a * b for a, b in zip(plain, LISTS["short_factor"], strict=True)])
+    assert of_text(dynamic, 128) == pytest.approx(of_text(replace(dynamic, rope_beyond=None), 128))
+
+
+@pytest.mark.parametrize("name", BY_LENGTH)
+def test_a_server_of_short_requests_has_one_rope(name):
+    """Its programs are those of a model whose rope depends on nothing."""
+    config = read(hf_config(name).to_dict())
+    assert config.for_length(128).rope_beyond is None
+    assert config.for_length(128).angles.frequencies == config.angles.frequencies
+    assert config.for_length(129) == config
+
+
+def test_a_rope_that_depends_on_the_length_is_not_computed_without_one():
+    rope = registry.build(read(hf_config("dynamic").to_dict())).rope
+    with pytest.raises(ValueError, match="needs its reach"):
+        rope(torch.tensor([1]))
 
 
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
@@ -238,7 +322,7 @@ def test_what_cannot_be_right_is_refused(name, change, message):
         registry.read_config(fields | {"rope_parameters": fields["rope_parameters"] | change}, "config.json")
 
 
-@pytest.mark.parametrize("kind", [kind for kind in SCALINGS if kind not in FIXED])
+@pytest.mark.parametrize("kind", BY_LENGTH)
 def test_layers_with_a_window_take_no_rope_that_depends_on_the_length(kind):
     import transformers
 

@@ -99,6 +99,29 @@ parameters:{{ tool.function.parameters | tojson }}}<end_function_declaration>
 {% endif -%}
 {%- endfor -%}"""  # noqa: E501
 
+HARMONY = """\
+{%- for m in messages -%}
+{%- if m.role == 'tool' -%}
+<|start|>functions.{{ m.name }} to=assistant<|channel|>commentary<|message|>{{ m.content | tojson }}<|end|>
+{%- elif m.tool_calls -%}
+{%- if m.content and m.thinking %}{{ raise_exception('one thought before a call') }}{% endif -%}
+{%- if m.content or m.thinking -%}
+<|start|>assistant<|channel|>analysis<|message|>{{ m.thinking or m.content }}<|end|>
+{%- endif -%}
+{%- set call = m.tool_calls[0].function -%}
+<|start|>assistant to=functions.{{ call.name }}<|channel|>commentary json<|message|>
+{{- call.arguments | tojson }}<|call|>
+{%- elif m.role == 'assistant' -%}
+<|start|>assistant<|channel|>final<|message|>{{ m.content }}<|end|>
+{%- else -%}
+<|start|>{{ 'developer' if m.role == 'system' else m.role }}<|message|>{{ m.content }}
+{%- if tools and loop.first %}{% for t in tools %}
+// {{ t.function.description }}
+type {{ t.function.name }} = (_: {{ t.function.parameters | tojson }}) => any;{% endfor %}{% endif %}<|end|>
+{%- endif -%}
+{%- endfor -%}
+{%- if add_generation_prompt %}<|start|>assistant{% endif -%}"""
+
 OTHER_FORM = """\
 {%- for tool in tools or [] %}{{ tool | tojson }}{% endfor -%}
 {%- for m in messages -%}

@@ -38,7 +38,13 @@ WHOLE = (
 )
 TEXTS = ["Hi", "Let me see.", "Pariß", "Rome", "Sunny", "Rain", "Sun, then rain.", "Bye", "Of a city."]
 
-NATIVE = {"hermes": templates.HERMES, "llama": templates.LLAMA, "mistral": templates.MISTRAL, "gemma": templates.GEMMA}
+NATIVE = {
+    "hermes": templates.HERMES,
+    "llama": templates.LLAMA,
+    "mistral": templates.MISTRAL,
+    "gemma": templates.GEMMA,
+    "harmony": templates.HARMONY,
+}
 
 
 def rendered(source, chat, facts=None):
@@ -49,8 +55,8 @@ def rendered(source, chat, facts=None):
 def test_a_templates_form_is_found_by_trying_it(tool_format):
     facts = examine(NATIVE[tool_format], SPECIAL)
     assert (facts.tool_format, facts.writes_tools) == (tool_format, True)
-    assert facts.writes_several_calls == (tool_format != "llama")
-    assert facts.writes_text_beside_calls == (tool_format in ("hermes", "gemma"))
+    assert facts.writes_several_calls == (tool_format not in ("llama", "harmony"))
+    assert facts.writes_text_beside_calls == (tool_format in ("hermes", "gemma", "harmony"))
     assert facts.think_tags == (("<think>", "</think>") if tool_format == "hermes" else None)
 
 
@@ -174,3 +180,30 @@ def test_mistrals_ids_have_nine_letters_and_belong_together():
 def test_a_template_that_writes_without_end_is_stopped_whatever_it_was_given():
     with pytest.raises(Exception, match="writes more than 10 characters"):
         written("{{ 'x' * 11 }}", {}, 10)
+
+
+def test_a_thought_before_a_call_is_given_as_its_template_takes_it():
+    """gpt-oss' takes one text before a call, and calls it a thought."""
+    turns = (
+        HI,
+        Turn(role="assistant", content="Let me see.", reasoning="Where?", calls=(PARIS,)),
+        result(PARIS, "Sunny"),
+        Turn(role="assistant", content="I ask.", calls=(ROME,)),
+        result(ROME, "Rain"),
+    )
+    text = rendered(templates.HARMONY, Chat(turns=turns, tools=(TOOL,)))
+    before = "<|start|>assistant<|channel|>"
+    call = "<|start|>assistant to=functions.get_weather<|channel|>commentary json<|message|>"
+    assert f"{before}final<|message|>Let me see.<|end|>{before}analysis<|message|>Where?<|end|>{call}" in text
+    assert f"{before}analysis<|message|>I ask.<|end|>{call}" in text
+    assert text.endswith("<|start|>assistant")
+    going_on = Chat(turns=(HI, Turn(role="assistant", content="So")), add_generation_prompt=False,
+                    continue_final_message=True)  # fmt: skip
+    assert rendered(templates.HARMONY, going_on).endswith("final<|message|>So")
+
+
+def test_channels_without_tools_are_channels_all_the_same():
+    facts = examine(
+        "{% for m in messages %}<|start|>{{ m.role }}<|channel|>final<|message|>{{ m.content }}{% endfor %}", ()
+    )
+    assert (facts.tool_format, facts.writes_tools) == ("harmony", False)

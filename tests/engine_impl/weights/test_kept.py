@@ -1,8 +1,11 @@
 """Weights that a folder keeps for the next start."""
 
 import errno
+import inspect
 import json
 import os
+import socket
+import time
 from dataclasses import replace
 from typing import Any
 
@@ -141,11 +144,104 @@ def test_a_folder_that_cannot_be_made_is_told(folder, caplog):
 
 
 def test_what_a_killed_start_left_is_taken_away(folder):
-    left = folder.parent / "kept" / f"{kept.BEGUN}999999999"
-    left.mkdir(parents=True)
+    """Here a process that is not there any more tells; of other hosts, that nobody has touched it for an hour."""
+    here, parent, long_ago = socket.gethostname(), os.getppid(), time.time() - 2 * kept.LEFT_S
+    names = {
+        f"{here}-999999999-ab": False,
+        f"{here}-{os.getpid()}-ab": False,  # a container's first process, once more
+        f"{here}-{parent}-ab": True,
+        f"{here}-{parent}-old": True,
+        "other-host-7-ab": True,
+        "other-host-7-old": False,
+        "12345": True,
+        "12345-old": False,
+    }
+    for name in names:
+        left = folder.parent / "kept" / f"{kept.BEGUN}{name}"
+        left.mkdir(parents=True)
+        (left / "data").write_bytes(b"x")
+        if name.endswith("old"):
+            for path in (left / "data", left):
+                os.utime(path, (long_ago, long_ago))
     engine, checkpoint = engine_of(folder)
     engine.load_params(checkpoint)
-    assert not left.exists()
+    there = {name for name in names if (folder.parent / "kept" / f"{kept.BEGUN}{name}").exists()}
+    assert there == {name for name, stays in names.items() if stays}
+
+
+def test_two_starts_at_once_do_not_meet(folder, monkeypatch):
+    """The second begins, and is done, while the first one writes."""
+    write, began = kept._write, []
+
+    def slow(into, params):
+        began.append(into)
+        if len(began) == 1:
+            engine, checkpoint = engine_of(folder)
+            monkeypatch.setattr(kept, "_remove_leftovers", lambda folder: None)  # it is of this process
+            engine.load_params(checkpoint)
+        write(into, params)
+
+    monkeypatch.setattr(kept, "_write", slow)
+    engine, checkpoint = engine_of(folder)
+    first = engine.load_params(checkpoint)
+    assert len(set(began)) == 2
+    assert len(entries(folder)) == 1
+    monkeypatch.setattr(checkpoint, "tensor", unreadable)
+    assert_same(engine.load_params(checkpoint), first)
+
+
+def test_a_shard_in_anothers_place_is_told_though_a_copy_kept_its_times(folder):
+    engine, checkpoint = engine_of(folder)
+    engine.load_params(checkpoint)
+    weights = folder / "model.safetensors"
+    before, data = weights.stat(), bytearray(weights.read_bytes())
+    data[-5] ^= 1
+    weights.write_bytes(data)
+    os.utime(weights, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert (weights.stat().st_size, weights.stat().st_mtime_ns) == (before.st_size, before.st_mtime_ns)
+    engine, checkpoint = engine_of(folder)
+    engine.load_params(checkpoint)
+    assert len(entries(folder)) == 2
+
+
+def test_what_cannot_be_read_now_stays_for_the_next_start(folder, monkeypatch, caplog):
+    """Such as where the devices, or the host, have no memory for it."""
+    engine, checkpoint = engine_of(folder)
+    first = engine.load_params(checkpoint)
+
+    def full(*args):
+        raise MemoryError("no room")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(kept, "_array", full)
+        assert_same(engine.load_params(checkpoint), first)
+    assert "no room" in caplog.text
+    monkeypatch.setattr(checkpoint, "tensor", unreadable)
+    assert_same(engine.load_params(checkpoint), first)
+
+
+def test_weights_that_cannot_be_copied_are_loaded_all_the_same(folder, monkeypatch, caplog):
+    def broken(file, array):
+        raise RuntimeError("the device does not answer")
+
+    monkeypatch.setattr(kept, "_append", broken)
+    engine, checkpoint = engine_of(folder)
+    engine.load_params(checkpoint)
+    assert entries(folder) == []
+    assert "are not kept" in caplog.text
+    assert "the device does not answer" in caplog.text
+
+
+def test_another_module_of_a_model_makes_another_entry(folder, tmp_path, monkeypatch):
+    """It may be the user's own, which says how a checkpoint's tensors become weights."""
+    module = tmp_path / "module.py"
+    module.write_text("a")
+    monkeypatch.setattr(inspect, "getfile", lambda of: str(module))
+    for text in ("a", "another"):
+        module.write_text(text)
+        engine, checkpoint = engine_of(folder)
+        engine.load_params(checkpoint)
+    assert len(entries(folder)) == 2
 
 
 def test_a_checkpoint_that_does_not_fit_is_still_refused(folder):

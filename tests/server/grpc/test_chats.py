@@ -51,6 +51,26 @@ def test_what_is_absent_is_as_over_http():
     assert not read_chat(message).chat.add_generation_prompt
 
 
+def test_channels_are_told_apart():
+    async def scenario():
+        script = (
+            "<|channel|>analysis<|message|>Hm<|end|><|start|>assistant<|channel|>commentary<|message|>Look.<|end|>"
+            f"<|start|>assistant<|channel|>commentary to=functions.get_weather json<|message|>{PARIS}"
+        )
+        facts = TemplateFacts(tool_format="harmony", writes_tools=True)
+        async with serving(Scripted(script, facts)) as (_, channel):
+            request = chat_request(("user", "Hi"), max_tokens=300)
+            request.messages.tools.add(name="get_weather")
+            told = Answer.of(1)
+            for event in await events(channel, request):
+                told.grow(event)
+        (sample,) = told.samples
+        assert (sample.text, sample.reasoning, sample.finish_reason) == ("Look.", "Hm", "tool_calls")
+        assert sample.shown == f"Hm\n\nLook.\n[calls get_weather] {PARIS}"
+
+    asyncio.run(scenario())
+
+
 def test_calls_and_thoughts_are_told_apart():
     async def scenario():
         facts = TemplateFacts(think_tags=("<think>", "</think>"))

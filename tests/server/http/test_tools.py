@@ -295,3 +295,52 @@ def test_a_conversation_may_be_long():
             await chat(client, tools=[], tool_choice="required", extra_body={"user": "x" * (1 << 16)})
 
     asked(CALL, check)
+
+
+CHANNELS = TemplateFacts(tool_format="harmony", writes_tools=True)
+HARMONY = (
+    "<|channel|>analysis<|message|>Where?<|end|><|start|>assistant<|channel|>commentary to=functions.get_weather "
+    f"<|constrain|>json<|message|>{PARIS}"
+)
+SAID = "<|channel|>analysis<|message|>Well.<|end|><|start|>assistant<|channel|>final<|message|>Sunny."
+
+
+def test_channels_are_thoughts_content_and_calls():
+    async def check(client, engine, server):
+        (choice,) = (await chat(client, max_tokens=300)).choices
+        assert (choice.finish_reason, choice.message.content) == ("tool_calls", None)
+        assert choice.message.reasoning_content == "Where?"
+        (call,) = choice.message.tool_calls
+        assert (call.function.name, call.function.arguments) == ("get_weather", PARIS)
+        deltas = [chunk.choices[0] async for chunk in await chat(client, stream=True, max_tokens=300)]
+        assert "".join(getattr(one.delta, "reasoning_content", "") or "" for one in deltas) == "Where?"
+        parts = [part for one in deltas for part in one.delta.tool_calls or ()]
+        assert parts[0].function.name == "get_weather"
+        assert "".join(part.function.arguments or "" for part in parts) == PARIS
+        assert len(parts) > 2
+        assert deltas[-1].finish_reason == "tool_calls"
+        await chat(client, tool_choice="required", max_tokens=300)
+        assert "to=functions." in engine.tokenizer.grammars[-1]
+
+    asked(HARMONY, check, CHANNELS)
+
+
+def test_channels_without_tools():
+    async def check(client, engine, server):
+        message = (await chat(client, tools=None, max_tokens=300)).choices[0].message
+        assert (message.content, message.reasoning_content) == ("Sunny.", "Well.")
+        await chat(client, tools=None, max_tokens=300, response_format={"type": "json_object"})
+        assert "final" in engine.tokenizer.grammars[-1]
+        if engine.tokenizer.template_facts.writes_tools:
+            return
+        with pytest.raises(BadRequestError, match="has channels and writes no tools"):
+            await chat(client)
+
+    asked(SAID, check, TemplateFacts(tool_format="harmony"))
+    asked(SAID, check, CHANNELS)
+
+    async def shown(client, engine, server):
+        message = (await chat(client, tools=None, max_tokens=300)).choices[0].message
+        assert message.content == "Well.\n\nSunny."
+
+    asked(SAID, shown, CHANNELS, chat=ChatConfig(reasoning_format="none"))

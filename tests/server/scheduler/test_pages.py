@@ -82,6 +82,33 @@ def test_keys_keep_prefixes_apart():
             assert request.cached_tokens == cached
 
 
+def test_texts_of_other_angles_share_no_pages():
+    """A text's angles follow from its prompt and max_tokens, and are its pages' and its pieces'; where one token is
+    asked for, as for a prompt that is scored, from its prompt alone."""
+
+    def reach_of(length: int) -> int:
+        return 0 if length <= 20 else length
+
+    engine, prompt = reading(), "a text of some letters"[:16]
+    engine.reach_of = reach_of
+    prefill, reaches = engine.prefill, []
+
+    def noted(params, decode_state, pieces):
+        reaches.extend(piece.reach for piece in pieces)
+        return prefill(params, decode_state, pieces)
+
+    engine.prefill = noted
+    with running(engine) as orchestrator:
+        for max_tokens, cached in ((3, 0), (4, 12), (5, 0), (5, 12), (6, 0), (3, 12)):
+            request = ask(orchestrator, prompt, max_tokens, sampling=FREE)
+            assert request.answer()[0] == expected(prompt, max_tokens)
+            until(lambda: orchestrator.slots_in_use == 0)
+            assert request.cached_tokens == cached
+        ask(orchestrator, "x" * 20, 1, sampling=FREE).answer()
+        ask(orchestrator, "y" * 20, 2, sampling=FREE).answer()
+    assert set(reaches) == {0, 21, 22}
+
+
 def test_samples_share_what_stands_before_the_last_piece():
     engine, prompt = reading(), "three samples of a prompt"
     with running(engine) as orchestrator:
