@@ -99,11 +99,8 @@ def test_a_conversation_goes_on_from_pages_that_decoding_has_filled(alone, apart
 
 
 def test_a_copy_that_fails_fails_its_request_alone_though_it_loses_the_prefill_sides_cache(alone, apart, monkeypatch):
-    """Both sides go on: what was computed before, whole pages of a prompt or of an answer, comes back as it is asked for."""
-    text, other = (
-        list(b"There was once a queue that nobody left. " * 3),
-        "nothing of that sort, and longer than a page " * 6,
-    )
+    """Both sides go on: what was computed before, a prompt or an answer, comes back as it is asked for."""
+    text, other = list(b"There was once a queue that nobody left. " * 3), "nothing of that sort, and longer " * 8
     ((answer, _),) = answers(apart, (text, 120, {}))
     answers(apart, (other, 1, {}))
     assert not apart._loop._state.has_P.all()

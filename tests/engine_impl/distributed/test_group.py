@@ -115,8 +115,8 @@ def test_a_verb_that_raises_on_a_follower_alone_ends_the_group_at_once():
     """Though the leader asks for nothing more."""
     with group(FakeEngine(), FakeEngine(), FakeEngine(on_prefill=fail_here)) as made:
         state, piece = made.leader.init_decode_state(), Piece(token_T=np.ones(1, np.int32), start=0, page_J=PAGES)
-        made.leader.prefill(None, state, [piece])
-        assert made.lost.wait() == "host 2: call 3 failed there and not here: ValueError: only here"
+        made.leader.prefill(made.leader.load(), state, [piece])
+        assert made.lost.wait() == "host 2: call 4 failed there and not here: ValueError: only here"
         assert [follower.wait()[0] for follower in made.followers] == [FAILED] * 2
         with pytest.raises(GroupLostError, match="host 2"):
             made.leader.init_decode_state()
