@@ -1,6 +1,6 @@
 """Writes the locks of both images: every package that they install, pinned and with its hash.
 
-    python deploy/lock.py         # deploy/requirements.lock: what `.[tpu,otlp]` needs
+    python deploy/lock.py         # deploy/requirements.lock: what `.[tpu,otlp,gcs,hf]` needs
     python deploy/lock.py ray     # deploy/ray/requirements.lock: what the extra `ray` needs beside the first
 
 It asks pip what that is here: on x86-64 Linux, with the Python of the image. PyTorch is left out: its CPU build has
@@ -34,7 +34,7 @@ def main() -> None:
         packages = [one for one in packages if one["metadata"]["name"].lower() not in pinned]
         write(HERE / "ray" / "requirements.lock", packages, image="deploy/ray/Dockerfile", beside="the first image")
     else:
-        write(FIRST, needed(f"{HERE.parent}[tpu,otlp]"), image="deploy/Dockerfile", beside="PyTorch")
+        write(FIRST, needed(f"{HERE.parent}[tpu,otlp,gcs,hf]"), image="deploy/Dockerfile", beside="PyTorch")
 
 
 def extra(name: str) -> list[str]:

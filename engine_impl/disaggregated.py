@@ -245,14 +245,29 @@ class DisaggregatedEngine:
 
     def _bring_back(self, state: BothStates, pieces: Sequence[Piece]) -> None:
         """What the prefill side lacks of the pages that the pieces' texts begin with."""
-        pages = {int(page) for piece in pieces for page in piece.page_J[: piece.start // self.page_rows]}
+        pages = {int(page) for piece in pieces for page in piece.page_J[: -(-piece.start // self.page_rows)]}
         missing = sorted(page for page in pages if not state.has_P[page])
         while missing:
             size = next((size for size in PAGES_AT_ONCE if size >= len(missing)), PAGES_AT_ONCE[-1])
             now, missing = missing[:size], missing[size:]
             page_M = np.array(now + now[-1:] * (size - len(now)), np.int32)
-            self._copies.copy(state, page_M)
+            try:
+                self._copies.copy(state, page_M)
+            except Exception:
+                self._begin_anew(state)
+                raise
             state.has_P[now] = True
+
+    def _begin_anew(self, state: BothStates) -> None:
+        """A copy failed. The cache that it was to change in place may be lost with it: an empty one takes its place,
+        and pages come back from the decode side, which has all, as texts need them."""
+        leaves = jax.tree.leaves(_caches(state.prefill))
+        if not any(leaf.is_deleted() for leaf in leaves):
+            return
+        for leaf in leaves:  # two may not fit the devices
+            leaf.delete()
+        state.prefill = self.prefill_engine.init_decode_state()
+        state.has_P[:] = False
 
 
 if TYPE_CHECKING:

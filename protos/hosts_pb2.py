@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1dslipstream/protos/hosts.proto\x12\x10slipstream.hosts\"\x82\x02\n\x04\x43\x61ll\x12\x0e\n\x06number\x18\x01 \x01(\x03\x12\x0c\n\x04verb\x18\x02 \x01(\t\x12*\n\targuments\x18\x03 \x03(\x0b\x32\x17.slipstream.hosts.Value\x12\x36\n\x08keywords\x18\x04 \x03(\x0b\x32$.slipstream.hosts.Call.KeywordsEntry\x12\x0f\n\x07results\x18\x05 \x03(\x03\x12\r\n\x05\x66reed\x18\x06 \x03(\x03\x12\x0e\n\x06\x66\x61iled\x18\x07 \x03(\x03\x1aH\n\rKeywordsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12&\n\x05value\x18\x02 \x01(\x0b\x32\x17.slipstream.hosts.Value:\x02\x38\x01\"I\n\x06Report\x12\x0e\n\x06number\x18\x01 \x01(\x03\x12\r\n\x05\x65rror\x18\x02 \x01(\t\x12\x12\n\nis_leaving\x18\x03 \x01(\x08\x12\x0c\n\x04lost\x18\x04 \x01(\t\"\xd0\x02\n\x05Value\x12\x11\n\x07nothing\x18\x01 \x01(\x08H\x00\x12\x0f\n\x05truth\x18\x02 \x01(\x08H\x00\x12\x0f\n\x05whole\x18\x03 \x01(\x12H\x00\x12\x0e\n\x04real\x18\x04 \x01(\x01H\x00\x12\x0e\n\x04text\x18\x05 \x01(\tH\x00\x12(\n\x05\x61rray\x18\x06 \x01(\x0b\x32\x17.slipstream.hosts.ArrayH\x00\x12*\n\x06wholes\x18\x07 \x01(\x0b\x32\x18.slipstream.hosts.WholesH\x00\x12+\n\x07several\x18\x08 \x01(\x0b\x32\x18.slipstream.hosts.ValuesH\x00\x12)\n\x05pairs\x18\t \x01(\x0b\x32\x18.slipstream.hosts.ValuesH\x00\x12*\n\x06record\x18\n \x01(\x0b\x32\x18.slipstream.hosts.RecordH\x00\x12\x10\n\x06handle\x18\x0b \x01(\x03H\x00\x42\x06\n\x04kind\"3\n\x05\x41rray\x12\r\n\x05\x64type\x18\x01 \x01(\t\x12\r\n\x05shape\x18\x02 \x03(\x03\x12\x0c\n\x04\x64\x61ta\x18\x03 \x01(\x0c\"\x18\n\x06Wholes\x12\x0e\n\x06values\x18\x01 \x03(\x12\"1\n\x06Values\x12\'\n\x06values\x18\x01 \x03(\x0b\x32\x17.slipstream.hosts.Value\"\x94\x01\n\x06Record\x12\x0c\n\x04type\x18\x01 \x01(\t\x12\x34\n\x06\x66ields\x18\x02 \x03(\x0b\x32$.slipstream.hosts.Record.FieldsEntry\x1a\x46\n\x0b\x46ieldsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12&\n\x05value\x18\x02 \x01(\x0b\x32\x17.slipstream.hosts.Value:\x02\x38\x01\x32\x46\n\x04Plan\x12>\n\x06\x46ollow\x12\x18.slipstream.hosts.Report\x1a\x16.slipstream.hosts.Call(\x01\x30\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1dslipstream/protos/hosts.proto\x12\x10slipstream.hosts\"\x82\x02\n\x04\x43\x61ll\x12\x0e\n\x06number\x18\x01 \x01(\x03\x12\x0c\n\x04verb\x18\x02 \x01(\t\x12*\n\targuments\x18\x03 \x03(\x0b\x32\x17.slipstream.hosts.Value\x12\x36\n\x08keywords\x18\x04 \x03(\x0b\x32$.slipstream.hosts.Call.KeywordsEntry\x12\x0f\n\x07results\x18\x05 \x03(\x03\x12\r\n\x05\x66reed\x18\x06 \x03(\x03\x12\x0e\n\x06\x66\x61iled\x18\x07 \x03(\x03\x1aH\n\rKeywordsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12&\n\x05value\x18\x02 \x01(\x0b\x32\x17.slipstream.hosts.Value:\x02\x38\x01\"Y\n\x06Report\x12\x0e\n\x06number\x18\x01 \x01(\x03\x12\r\n\x05\x65rror\x18\x02 \x01(\t\x12\x12\n\nis_leaving\x18\x03 \x01(\x08\x12\x0c\n\x04lost\x18\x04 \x01(\t\x12\x0e\n\x06\x66\x61iled\x18\x05 \x01(\x03\"\xd0\x02\n\x05Value\x12\x11\n\x07nothing\x18\x01 \x01(\x08H\x00\x12\x0f\n\x05truth\x18\x02 \x01(\x08H\x00\x12\x0f\n\x05whole\x18\x03 \x01(\x12H\x00\x12\x0e\n\x04real\x18\x04 \x01(\x01H\x00\x12\x0e\n\x04text\x18\x05 \x01(\tH\x00\x12(\n\x05\x61rray\x18\x06 \x01(\x0b\x32\x17.slipstream.hosts.ArrayH\x00\x12*\n\x06wholes\x18\x07 \x01(\x0b\x32\x18.slipstream.hosts.WholesH\x00\x12+\n\x07several\x18\x08 \x01(\x0b\x32\x18.slipstream.hosts.ValuesH\x00\x12)\n\x05pairs\x18\t \x01(\x0b\x32\x18.slipstream.hosts.ValuesH\x00\x12*\n\x06record\x18\n \x01(\x0b\x32\x18.slipstream.hosts.RecordH\x00\x12\x10\n\x06handle\x18\x0b \x01(\x03H\x00\x42\x06\n\x04kind\"3\n\x05\x41rray\x12\r\n\x05\x64type\x18\x01 \x01(\t\x12\r\n\x05shape\x18\x02 \x03(\x03\x12\x0c\n\x04\x64\x61ta\x18\x03 \x01(\x0c\"\x18\n\x06Wholes\x12\x0e\n\x06values\x18\x01 \x03(\x12\"1\n\x06Values\x12\'\n\x06values\x18\x01 \x03(\x0b\x32\x17.slipstream.hosts.Value\"\x94\x01\n\x06Record\x12\x0c\n\x04type\x18\x01 \x01(\t\x12\x34\n\x06\x66ields\x18\x02 \x03(\x0b\x32$.slipstream.hosts.Record.FieldsEntry\x1a\x46\n\x0b\x46ieldsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12&\n\x05value\x18\x02 \x01(\x0b\x32\x17.slipstream.hosts.Value:\x02\x38\x01\x32\x46\n\x04Plan\x12>\n\x06\x46ollow\x12\x18.slipstream.hosts.Report\x1a\x16.slipstream.hosts.Call(\x01\x30\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -40,19 +40,19 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_CALL_KEYWORDSENTRY']._serialized_start=238
   _globals['_CALL_KEYWORDSENTRY']._serialized_end=310
   _globals['_REPORT']._serialized_start=312
-  _globals['_REPORT']._serialized_end=385
-  _globals['_VALUE']._serialized_start=388
-  _globals['_VALUE']._serialized_end=724
-  _globals['_ARRAY']._serialized_start=726
-  _globals['_ARRAY']._serialized_end=777
-  _globals['_WHOLES']._serialized_start=779
-  _globals['_WHOLES']._serialized_end=803
-  _globals['_VALUES']._serialized_start=805
-  _globals['_VALUES']._serialized_end=854
-  _globals['_RECORD']._serialized_start=857
-  _globals['_RECORD']._serialized_end=1005
-  _globals['_RECORD_FIELDSENTRY']._serialized_start=935
-  _globals['_RECORD_FIELDSENTRY']._serialized_end=1005
-  _globals['_PLAN']._serialized_start=1007
-  _globals['_PLAN']._serialized_end=1077
+  _globals['_REPORT']._serialized_end=401
+  _globals['_VALUE']._serialized_start=404
+  _globals['_VALUE']._serialized_end=740
+  _globals['_ARRAY']._serialized_start=742
+  _globals['_ARRAY']._serialized_end=793
+  _globals['_WHOLES']._serialized_start=795
+  _globals['_WHOLES']._serialized_end=819
+  _globals['_VALUES']._serialized_start=821
+  _globals['_VALUES']._serialized_end=870
+  _globals['_RECORD']._serialized_start=873
+  _globals['_RECORD']._serialized_end=1021
+  _globals['_RECORD_FIELDSENTRY']._serialized_start=951
+  _globals['_RECORD_FIELDSENTRY']._serialized_end=1021
+  _globals['_PLAN']._serialized_start=1023
+  _globals['_PLAN']._serialized_end=1093
 # @@protoc_insertion_point(module_scope)

@@ -32,16 +32,18 @@ class Call(_message.Message):
     def __init__(self, number: _Optional[int] = ..., verb: _Optional[str] = ..., arguments: _Optional[_Iterable[_Union[Value, _Mapping]]] = ..., keywords: _Optional[_Mapping[str, Value]] = ..., results: _Optional[_Iterable[int]] = ..., freed: _Optional[_Iterable[int]] = ..., failed: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class Report(_message.Message):
-    __slots__ = ("number", "error", "is_leaving", "lost")
+    __slots__ = ("number", "error", "is_leaving", "lost", "failed")
     NUMBER_FIELD_NUMBER: _ClassVar[int]
     ERROR_FIELD_NUMBER: _ClassVar[int]
     IS_LEAVING_FIELD_NUMBER: _ClassVar[int]
     LOST_FIELD_NUMBER: _ClassVar[int]
+    FAILED_FIELD_NUMBER: _ClassVar[int]
     number: int
     error: str
     is_leaving: bool
     lost: str
-    def __init__(self, number: _Optional[int] = ..., error: _Optional[str] = ..., is_leaving: _Optional[bool] = ..., lost: _Optional[str] = ...) -> None: ...
+    failed: int
+    def __init__(self, number: _Optional[int] = ..., error: _Optional[str] = ..., is_leaving: _Optional[bool] = ..., lost: _Optional[str] = ..., failed: _Optional[int] = ...) -> None: ...
 
 class Value(_message.Message):
     __slots__ = ("nothing", "truth", "whole", "real", "text", "array", "wholes", "several", "pairs", "record", "handle")

@@ -89,6 +89,7 @@ class Serving:
         """Why the engine was given up."""
         self.is_ready = False
         """Whether health checks are answered with SERVING."""
+        self._has_begun = False  # requests may be there, whatever health checks say now
         self.orchestrator: Orchestrator[Any, Any, Any] | None = None
         self.metrics = Metrics()
         self.address = config.address
@@ -139,6 +140,7 @@ class Serving:
             self._peers.watch(partial(soon, self._on_lost), partial(soon, self._on_leaving))
         try:
             await self._load_and_warm_up()
+            self._has_begun = True
             await self._set_ready(True)
             self._start_watchers()
         except BaseException:
@@ -265,8 +267,8 @@ class Serving:
         return orchestrator_hangs or (self._peers is not None and self.dead_reason is not None)
 
     def _on_lost(self, reason: str) -> None:
-        """One of the other hosts. Nothing that is started on the devices would end."""
-        if self.orchestrator is not None and self.is_ready:
+        """One of the other hosts. Nothing that is started on the devices would end; requests do, during a drain too."""
+        if self.orchestrator is not None and self._has_begun:
             self.orchestrator.give_up(reason)
         else:
             log.error("the group is given up: %s", reason)

@@ -49,6 +49,10 @@ class Replay:
         """How many results are kept."""
         return len(self._held)
 
+    def failure(self, number: int) -> str:
+        """Why a call has failed here; empty: it has not."""
+        return self._failed.get(number, "")
+
     def begin(self, call: pb.Call) -> None:
         """What each call tells of those before it: which results nobody wants any more, and which calls failed.
 
@@ -195,7 +199,10 @@ class Follower:
         if call.verb == "read_adapter":
             threading.Thread(target=self._read_adapter, args=(self._replay, call), name="adapter", daemon=True).start()
             return
-        for result in self._done(self._replay, call):
+        results = self._done(self._replay, call)
+        if error := self._replay.failure(call.number):  # at once: the next call may be long in coming
+            self._reports.put(pb.Report(failed=call.number, error=error))
+        for result in results:
             result.token_BW.copy_to_host_async()
             self._results.put(result)
         self.is_ready |= call.verb == "warm_up"

@@ -135,7 +135,9 @@ class Leader:
             results = self._functions[verb](*map(bare, arguments), **{name: bare(of) for name, of in keywords.items()})
         except Exception:
             self._failed.append(number)
+            self._plan.ended(number, raised=True)
             raise
+        self._plan.ended(number, raised=False)
         handed: tuple[Any, ...] = tuple(
             result if kind is None else kind(handle, result, self._freed)
             for kind, handle, result in zip(kinds, numbers, listed(verb, results), strict=True)

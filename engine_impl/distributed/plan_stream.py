@@ -15,6 +15,7 @@ import grpc
 from ...protos import hosts_pb2 as pb
 from ...protos import hosts_pb2_grpc
 from ..errors import RefusedError
+from .failures import Failures
 from .options import stream_options
 
 log = logging.getLogger(__name__)
@@ -39,6 +40,7 @@ class PlanStream(hosts_pb2_grpc.PlanServicer):
         self._hosts, self._secret = hosts, secret
         self._queues: dict[int, queue.SimpleQueue[pb.Call | None]] = {}
         self._answers: dict[tuple[int, int], str] = {}
+        self._failures = Failures(hosts - 1)
         self._ended: set[int] = set()
         self._changed = threading.Condition()
         self._on_lost: Callable[[str], object] = lambda reason: None
@@ -80,6 +82,11 @@ class PlanStream(hosts_pb2_grpc.PlanServicer):
         self._check()
         for waiting in self._queues.values():
             waiting.put(call)
+
+    def ended(self, number: int, *, raised: bool) -> None:
+        """A call has ended on the leader. A follower on which it has not ended alike is lost, from either's word on."""
+        if why := self._failures.here(number, raised=raised):
+            self._lose(why)
 
     def answers(self, number: int) -> dict[int, str]:
         """What each follower says to a call that wants an answer: why it failed, or nothing. Waits for all.
@@ -131,6 +138,8 @@ class PlanStream(hosts_pb2_grpc.PlanServicer):
             self._leave(f"host {host} was asked to stop")
         if report.lost:
             self._lose(f"host {host}: {report.lost}")
+        if report.failed and (why := self._failures.there(report.failed, host, report.error)):
+            self._lose(why)
         if report.number:
             with self._changed:
                 self._answers[host, report.number] = report.error

@@ -9,6 +9,7 @@ import logging
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing
 from typing import Any, cast
+from urllib.parse import quote
 
 import grpc
 from ray.exceptions import RayActorError
@@ -132,8 +133,8 @@ class Ingress:
         )
         sent = tuple(one for one in headers if one[0] not in NOT_SENT)
         peer = request.client.host if request.client is not None else ""
-        target = request.scope.get("raw_path", b"").decode("ascii").removeprefix(request.scope.get("root_path", ""))
-        if query := request.scope["query_string"].decode("ascii"):
+        target = spelt(request.scope.get("raw_path", b"")).removeprefix(request.scope.get("root_path", ""))
+        if query := spelt(request.scope["query_string"]):
             target += f"?{query}"
         body = await self._body_of(request)
         return HttpCall(
@@ -180,6 +181,11 @@ def metadata(context: RayServegRPCContext) -> Headers:
     if not any(key == REQUEST_ID for key, _ in sent):
         sent += [(REQUEST_ID, value) for key, value in context.trailing_metadata() if key == "request_id"]
     return (*sent, (FORWARDED, ip_of(context.peer())))
+
+
+def spelt(of_target: bytes) -> str:
+    """As it came; bytes that no URL may have, which a stranger sends all the same, in percent encoding."""
+    return quote(of_target, safe="%/?:@!$&'()*+,;=-._~[]|")
 
 
 def is_ours_to_send(key: str) -> bool:

@@ -73,7 +73,7 @@ class Loop(Generic[ParamsT, PrefixT, StateT]):
         prefix_cache: bool = True,
         in_turn: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> None:
-        """`in_turn`: what every turn is made within."""
+        """`in_turn`: what every turn is made within, and what is done after one that fails."""
         self._engine, self._params, self._queue, self._metrics = engine, params, queue, metrics
         self._in_turn = in_turn
         self._stop_ids = sorted(engine.get_tokenizer().stop_ids)
@@ -145,7 +145,8 @@ class Loop(Generic[ParamsT, PrefixT, StateT]):
                 except DeadError:
                     raise
                 except Exception as error:
-                    self._recover(error)
+                    with self._in_turn():
+                        self._recover(error)
         finally:
             self._constraints.close()
 

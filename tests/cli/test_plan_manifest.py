@@ -6,7 +6,7 @@ import subprocess
 import pytest
 import yaml
 from slipstream.cli.main import parse, run
-from slipstream.cli.manifest import overlay
+from slipstream.cli.manifest import hosts_of, overlay
 from slipstream.cli.plan import cost_of
 from slipstream.cli.serve import Serve
 from slipstream.engine_impl.compiler.budget import ProgramReport
@@ -77,30 +77,56 @@ def test_it_tells_of_the_plan_above():
     )
 
 
-@pytest.mark.tools
-@pytest.mark.parametrize("chip", ["v5e", "v6e"])
-def test_it_renders_to_the_pods_of_the_overlay_that_is_there(chip, tmp_path):
-    """But for the host's memory and CPUs, which a plan asks for by the model's size."""
+def rendered(text: str, tmp_path, kind: str) -> dict:
+    """The one object of a kind."""
     folder = tmp_path / "kubernetes"
     shutil.copytree(KUBERNETES, folder)
     (folder / "overlays" / "planned").mkdir()
-    planned = overlay(report(f"{chip}:2x4"), PLANNED, "")
-    (folder / "overlays" / "planned" / "kustomization.yaml").write_text(planned)
+    (folder / "overlays" / "planned" / "kustomization.yaml").write_text(text)
     done = subprocess.run(
         ["kubectl", "kustomize", folder / "overlays" / "planned"], check=True, capture_output=True, text=True
     )
-    (mine,) = [one for one in yaml.safe_load_all(done.stdout) if one["kind"] == "Deployment"]
-    (theirs,) = [one for one in objects(f"{chip}-8") if one["kind"] == "Deployment"]
-    mine, theirs = (one["spec"]["template"] for one in (mine, theirs))
+    (found,) = [one for one in yaml.safe_load_all(done.stdout) if one["kind"] == kind]
+    return found
+
+
+def check_pods(mine: dict, theirs: dict, resources: dict) -> None:
     assert mine["metadata"]["annotations"].items() <= theirs["metadata"]["annotations"].items()
     mine, theirs = mine["spec"], theirs["spec"]
     assert mine["nodeSelector"] == theirs["nodeSelector"]
     assert mine["initContainers"] == theirs["initContainers"]
     assert mine["containers"][0]["args"] == theirs["containers"][0]["args"]
-    assert mine["containers"][0]["resources"] == {
-        "requests": {"cpu": "16", "memory": "24Gi", "google.com/tpu": 8},
-        "limits": {"google.com/tpu": 8},
-    }
+    assert mine["containers"][0]["resources"] == resources
+
+
+@pytest.mark.tools
+@pytest.mark.parametrize("chip", ["v5e", "v6e"])
+def test_it_renders_to_the_pods_of_the_overlay_that_is_there(chip, tmp_path):
+    """But for the host's memory and CPUs, which a plan asks for by the model's size."""
+    mine = rendered(overlay(report(f"{chip}:2x4"), PLANNED, ""), tmp_path, "Deployment")
+    (theirs,) = [one for one in objects(f"{chip}-8") if one["kind"] == "Deployment"]
+    requests = {"cpu": "16", "memory": "24Gi", "google.com/tpu": 8}
+    resources = {"requests": requests, "limits": {"google.com/tpu": 8}}
+    check_pods(mine["spec"]["template"], theirs["spec"]["template"], resources)
+
+
+@pytest.mark.tools
+@pytest.mark.parametrize("chip", ["v5e", "v6e"])
+def test_a_slice_of_several_hosts_is_a_group_whose_pods_load_their_share(chip, tmp_path):
+    """Sixteen chips with 9 GiB of the weights each: 36 GiB at each host."""
+    planned = report(f"{chip}:4x4", chips=16, weights_bytes_per_chip=9 * GIB)
+    mine = rendered(overlay(planned, PLANNED, ""), tmp_path, "LeaderWorkerSet")
+    (theirs,) = [one for one in objects(f"{chip}-16") if one["kind"] == "LeaderWorkerSet"]
+    mine, theirs = mine["spec"]["leaderWorkerTemplate"], theirs["spec"]["leaderWorkerTemplate"]
+    assert mine["size"] == theirs["size"] == 4
+    requests = {"cpu": "8", "memory": "44Gi", "google.com/tpu": 4}
+    resources = {"requests": requests, "limits": {"google.com/tpu": 4}}
+    check_pods(mine["workerTemplate"], theirs["workerTemplate"], resources)
+
+
+@pytest.mark.parametrize(("topology", "hosts"), [("v5e:2x4", 1), ("v5e:4x8", 8), ("v5p:2x2x4", 4), ("v4:2x2x2", 2)])
+def test_how_many_pods_a_server_has(topology, hosts):
+    assert hosts_of(topology) == hosts
 
 
 def test_what_a_million_tokens_cost():
@@ -116,8 +142,8 @@ def test_what_a_million_tokens_cost():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--manifest", "--topology", "v5e:4x4"], "--manifest takes the TPU slices of one host, topology='v5e:4x4'"),
-        (["--manifest", "--topology", "h100:1"], "topology='h100:1' is none: v4:2x2x1, v5e:2x2, v5e:2x4"),
+        (["--manifest", "--topology", "v5e:8x8"], "--manifest takes TPU slices of up to 32 chips, topology='v5e:8x8'"),
+        (["--manifest", "--topology", "h100:1"], "topology='h100:1' is none: v4:2x2x1, v4:2x2x2, v4:2x2x4, v5e:2x2"),
         (["--manifest", "--json"], "--manifest and --json ask for two answers"),
         (["--price", "0"], "price=0.0 must be what a chip costs in an hour, more than 0"),
         (["--price", "nan"], "price=nan must be"),

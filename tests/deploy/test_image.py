@@ -20,7 +20,7 @@ LOCKED = {
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 NEEDED = [
     *PROJECT["project"]["dependencies"],
-    *(one for extra in ("tpu", "otlp") for one in PROJECT["project"]["optional-dependencies"][extra]),
+    *(one for extra in ("tpu", "otlp", "gcs", "hf") for one in PROJECT["project"]["optional-dependencies"][extra]),
 ]
 IGNORE = (ROOT / ".dockerignore").read_text().splitlines()
 

@@ -98,6 +98,38 @@ def test_a_conversation_goes_on_from_pages_that_decoding_has_filled(alone, apart
     assert answers(apart, (second, 12, {})) == [(expected, 128)]
 
 
+def test_a_copy_that_fails_fails_its_request_alone_though_it_loses_the_prefill_sides_cache(alone, apart, monkeypatch):
+    """Both sides go on: what was computed before, a prompt or an answer, comes back as it is asked for."""
+    text, other = list(b"There was once a queue that nobody left. " * 3), "nothing of that sort, and longer " * 8
+    ((answer, _),) = answers(apart, (text, 120, {}))
+    answers(apart, (other, 1, {}))
+    assert not apart._loop._state.has_P.all()
+
+    def lose(caches, pages, page_M):
+        for leaf in jax.tree.leaves(caches):
+            leaf.delete()
+        raise RuntimeError("the copy failed")
+
+    turn = [*text, *answer[0], 33]
+    with monkeypatch.context() as broken:
+        broken.setattr(apart._loop._engine._copies, "_put", lose)
+        request = Asked("", 4, sampling=FREE)
+        request.prompt_ids = turn
+        running = Asked("", 60, sampling=FREE)
+        running.prompt_ids = list(b"another one " * 8)
+        apart.submit(running)
+        first = running.events.get(timeout=COMPILES_S)
+        apart.submit(request)
+        assert "the copy failed" in str(request.events.get(timeout=COMPILES_S).error)
+        while not first.is_last:
+            first = running.events.get(timeout=COMPILES_S)
+            assert first.error is None
+    for ask in ((turn, 4, {}), (other, 5, {})):
+        (ours,), (theirs,) = answers(apart, ask), answers(alone, ask)
+        assert ours[0] == theirs[0]
+        assert ours[1] >= 128
+
+
 @pytest.mark.parametrize(("failing", "error"), [(0, RuntimeError), (1, AdaptersLostError)])
 def test_an_adapter_that_one_side_cannot_take_is_lost_once_the_other_has_given_up_its_own(failing, error):
     def fail(call):

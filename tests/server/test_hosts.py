@@ -100,6 +100,29 @@ def test_a_host_that_is_leaving_has_the_leader_drain_and_stop_the_group():
     assert peers.stops == 1
 
 
+def test_a_host_that_is_lost_during_a_drain_fails_what_runs_and_the_rest_of_the_end_goes_on():
+    peers = FakePeers()
+
+    async def scenario():
+        engine = FakeEngine(pace=threading.Semaphore(0))
+        serving = Serving(lambda: (engine, None), ServerConfig(port=0, grace_s=WAIT_S), None, peers)
+        await serving.__aenter__()
+        async with grpc.aio.insecure_channel(serving.address) as channel:
+            running = ask(channel)
+            await running.read()
+            leaving = asyncio.create_task(serving.__aexit__())
+            while serving.is_ready:
+                await asyncio.sleep(0.005)
+            peers.lose("host 1: it died")
+            assert await code_of(running) is grpc.StatusCode.UNAVAILABLE
+            await leaving
+        assert serving.dead_reason == "the engine is given up: host 1: it died"
+        assert serving.hangs
+
+    asyncio.run(asyncio.wait_for(scenario(), WAIT_S))
+    assert peers.stops == 0
+
+
 SERVER = """
 import asyncio, sys, threading
 from slipstream.server.config import ServerConfig

@@ -8,6 +8,7 @@ import grpc
 import numpy as np
 import pytest
 from slipstream.engine_impl.api import Opening, Piece
+from slipstream.engine_impl.distributed.failures import Failures
 from slipstream.engine_impl.distributed.follower import FAILED, REFUSED, DivergedError, Follower, Replay
 from slipstream.engine_impl.distributed.leader import Leader
 from slipstream.engine_impl.distributed.plan_stream import GroupLostError, PlanStream
@@ -97,25 +98,37 @@ def test_a_verb_that_raises_on_all_hosts_is_told_to_its_caller_alone():
         assert answer(made.leader, state, "a", steps=1)[1] == "bc"
 
 
-@pytest.mark.parametrize("failing", ["leader", "follower"])
-def test_a_verb_that_raises_on_one_side_ends_the_group(failing):
-    def fail(prompt):
-        raise ValueError("only here")
+def fail_here(prompt):
+    raise ValueError("only here")
 
-    faulty, sound = FakeEngine(on_prefill=fail), FakeEngine()
-    engines = (faulty, sound) if failing == "leader" else (sound, faulty)
-    with group(*engines) as made:
-        state = made.leader.init_decode_state()
-        try:
-            answer(made.leader, state, "a", steps=0)
-        except ValueError:
-            made.leader.init_decode_state()
-        reason = made.lost.wait()
-        assert reason.startswith("host 1: DivergedError: call 4 failed ")
-        assert ("only here" in reason) == (failing == "follower")
+
+def test_a_verb_that_raises_on_the_leader_alone_ends_the_group_at_the_next():
+    with group(FakeEngine(on_prefill=fail_here), FakeEngine()) as made:
+        with pytest.raises(ValueError, match="only here"):
+            answer(made.leader, made.leader.init_decode_state(), "a", steps=0)
+        made.leader.init_decode_state()
+        assert made.lost.wait() == "host 1: DivergedError: call 4 failed on the leader and not here"
         assert made.followers[0].wait()[0] == FAILED
-        with pytest.raises(GroupLostError, match="host 1"):
+
+
+def test_a_verb_that_raises_on_a_follower_alone_ends_the_group_at_once():
+    """Though the leader asks for nothing more."""
+    with group(FakeEngine(), FakeEngine(), FakeEngine(on_prefill=fail_here)) as made:
+        state, piece = made.leader.init_decode_state(), Piece(token_T=np.ones(1, np.int32), start=0, page_J=PAGES)
+        made.leader.prefill(made.leader.load(), state, [piece])
+        assert made.lost.wait() == "host 2: call 4 failed there and not here: ValueError: only here"
+        assert [follower.wait()[0] for follower in made.followers] == [FAILED] * 2
+        with pytest.raises(GroupLostError, match="host 2"):
             made.leader.init_decode_state()
+
+
+def test_a_follower_may_tell_of_a_failure_before_or_after_the_leader_has_it():
+    failures = Failures(followers=2)
+    assert failures.there(1, 1, "ValueError") == failures.here(1, raised=True) == failures.there(1, 2, "") == ""
+    assert failures.here(2, raised=True) == failures.here(3, raised=False) == failures.there(2, 1, "") == ""
+    assert failures.there(2, 2, "") == failures.there(5, 1, "late") == failures.here(4, raised=False) == ""
+    assert failures.here(5, raised=False) == "host 1: call 5 failed there and not here: late"
+    assert failures.there(3, 2, "early") == "host 2: call 3 failed there and not here: early"
 
 
 def test_adapters_are_read_on_every_host():

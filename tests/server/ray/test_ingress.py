@@ -93,6 +93,15 @@ def test_what_the_connection_has_ends_with_it_and_the_rest_goes_through(handles)
     asyncio.run(run())
 
 
+def test_bytes_that_no_url_may_have_go_through_in_percent_encoding(handles):
+    async def run():
+        async with handles.served() as (ingress, handle, _):
+            status, _, _ = await handles.ask(ingress, "GET", "/v1/models?a=é%20&b=[1]|+")
+            assert (status, handle.calls[0].target) == (200, "/v1/models?a=%C3%A9%20&b=[1]|+")
+
+    asyncio.run(run())
+
+
 def test_an_application_below_a_path(handles):
     async def run():
         async with handles.served() as (ingress, handle, _):

@@ -23,6 +23,23 @@ def test_a_failed_step_fails_its_requests_and_the_next_ones_work():
     assert engine.states_made == 2
 
 
+def test_a_fresh_start_that_hangs_after_a_failed_step_is_noticed_too():
+    engine, may_go_on, reasons = FakeEngine(on_generate=raise_on(1)), threading.Event(), queue.Queue()
+    make = engine.init_decode_state
+
+    def hang():
+        may_go_on.wait(WAIT_S)
+        return make()
+
+    with running(engine, step_timeout_s=0.1, on_dead=reasons.put) as orchestrator:
+        request = ask(orchestrator, "a", 1)
+        assert request.answer()[0] == "b"
+        engine.init_decode_state = hang
+        ask(orchestrator, "a", 9)
+        assert "a step has taken longer than --step-timeout=0.1 s" in reasons.get(timeout=WAIT_S)
+        may_go_on.set()
+
+
 def test_an_error_that_shows_when_tokens_are_read_is_a_failed_step_too():
     engine = FakeEngine(late_errors={0: RuntimeError("late")})
     with running(engine) as orchestrator:
