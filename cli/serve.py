@@ -42,13 +42,13 @@ class Serve:
         os.environ.setdefault("GRPC_VERBOSITY", "NONE")
         for number in (signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP):
             signal.signal(number, signal.SIG_IGN)  # until the server says what they mean
-        from ..server.observe import logs
+        from ..server.observe import logs, standard_files
         from ..server.observe.status import StatusLine
 
+        standard_files.take_over()
         watch = self.server.watch
         line = StatusLine() if watch.log_format == "text" else None
         logs.configure(watch.log_format, prompts=watch.log_prompts, line=line)
-        logs.take_over_stderr()
         if place is not None:
             return self._in_group(place, line)
         if self.server.orchestrator == "jetstream":

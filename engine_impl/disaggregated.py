@@ -44,8 +44,8 @@ class BothStates:
     """bool, pages that the prefill side has as well: decoding stored nothing in them"""
     known_B: np.ndarray
     """i64, tokens of each slot's text that the prefill side has computed; rows behind them are decode's"""
-    table_NJ: np.ndarray | None = None
-    """the page table of the latest step"""
+    most_B: np.ndarray
+    """i64, tokens of each slot's text at most, with what the steps since may have stored"""
 
 
 class _PageCopies:
@@ -177,6 +177,7 @@ class DisaggregatedEngine:
             self.decode_engine.init_decode_state(),
             has_P=np.zeros(self.pages, bool),
             known_B=np.zeros(slots, np.int64),
+            most_B=np.zeros(slots, np.int64),
         )
 
     def warm_up(self, params: BothParams, decode_state: BothStates) -> BothStates:
@@ -207,8 +208,7 @@ class DisaggregatedEngine:
         for slot, end, page_J in zip(slots, end_N.tolist(), page_NJ, strict=False):
             state.has_P[page_J[: -(-end // self.page_rows)]] = True
             if slot is not None:
-                state.known_B[slot] = end
-        state.table_NJ = None
+                state.known_B[slot] = state.most_B[slot] = end
         return state
 
     def generate(
@@ -222,10 +222,10 @@ class DisaggregatedEngine:
     ) -> tuple[BothStates, StepResult]:
         state = decode_state
         state.decode, result = self.decode_engine.generate(params.decode, state.decode, slot_N, page_NJ, allowed, width)
-        if page_NJ is not state.table_NJ:  # pages are added as answers grow
-            is_decoded_NJ = np.arange(page_NJ.shape[1]) >= state.known_B[slot_N, None] // self.page_rows
-            state.has_P[page_NJ[is_decoded_NJ]] = False
-            state.table_NJ = page_NJ
+        state.most_B[slot_N] += width
+        first_J = np.arange(page_NJ.shape[1]) * self.page_rows
+        is_behind_NJ = first_J + self.page_rows > state.known_B[slot_N, None]
+        state.has_P[page_NJ[is_behind_NJ & (first_J < state.most_B[slot_N, None])]] = False
         return state, result
 
     def carries(self, slots: int, lengths: Sequence[int]) -> bool:

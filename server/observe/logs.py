@@ -3,14 +3,16 @@
 import json
 import logging
 import queue
+import select
 import sys
 import threading
 import time
 from collections.abc import Sequence
 from contextlib import suppress
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
+from .standard_files import await_room
 from .status import StatusLine
 
 if TYPE_CHECKING:
@@ -22,6 +24,8 @@ PROMPTS = logging.getLogger("slipstream.server.prompts")
 
 WAITING = 10_000
 """Lines that may wait to be written (count)."""
+PIECE = select.PIPE_BUF // 4
+"""Written at once (characters): a pipe that has room has room for so many, whatever their encoding."""
 FLUSH_S = 1.0
 """How long the process's end waits for them (seconds)."""
 
@@ -33,19 +37,6 @@ def configure(form: Literal["text", "json"], *, prompts: bool = False, line: Sta
     logging.basicConfig(handlers=[handler], force=True)
     logging.getLogger("slipstream").setLevel(logging.INFO)
     PROMPTS.setLevel(logging.DEBUG if prompts else logging.INFO)
-
-
-def take_over_stderr() -> None:
-    """For the process's whole life: what Python itself tells of (warnings, exceptions that nobody can catch) goes into
-    the log too. Written directly it would wait for whoever has stopped to read."""
-    logging.captureWarnings(True)
-
-    def tell(what: object, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
-        info: Any = (kind, error, trace)
-        log.error("an exception that nobody caught in %r", what, exc_info=info)
-
-    sys.unraisablehook = lambda it: tell(it.object, it.exc_type, it.exc_value, it.exc_traceback)
-    threading.excepthook = lambda it: tell(it.thread, it.exc_type, it.exc_value, it.exc_traceback)
 
 
 def log_prompt(request_id: str, prompt_ids: Sequence[int], tokenizer: "Tokenizer") -> None:
@@ -96,7 +87,10 @@ class Handler(logging.Handler):
         if dropped := self.dropped - self._told:
             self._told += dropped
             text = f"{text}\n{dropped} lines of the log were dropped: nobody read it"
-        self._stream.write(f"{text}\n")
+        text += "\n"
+        for begin in range(0, len(text), PIECE):
+            await_room(self._stream)
+            self._stream.write(text[begin : begin + PIECE])
         self._stream.flush()
 
 

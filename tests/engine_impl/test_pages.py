@@ -206,6 +206,18 @@ def test_a_prompt_fills_its_own_pages_alone():
     assert not is_nan_P[5]
 
 
+def test_what_fills_up_a_batch_of_prompts_fills_no_page(tiny):
+    """Two pieces in a program of four: the others' rows go nowhere, not into page 0 either."""
+    engine, params = tiny
+    session = poisoned(Session(engine, params))
+    table_NJ = np.zeros_like(session.page_BJ[:2])
+    table_NJ[:, 0] = 5, 6
+    pieces = [Piece(token_T=np.array([7, 8, 9]), start=0, page_J=page_J) for page_J in table_NJ]
+    session.state = engine.insert(engine.prefill(params, session.state, pieces), session.state, [None] * 2, table_NJ)
+    is_nan_P = np.asarray(jnp.isnan(session.state.cache.rows).any(axis=(0, 2, 4)).all(axis=1))
+    assert np.flatnonzero(~is_nan_P).tolist() == [5, 6]
+
+
 def test_a_step_writes_one_row_of_one_page_per_live_slot(tiny):
     """Two slots with one first page, each with its own second."""
     engine, params = tiny

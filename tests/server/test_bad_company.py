@@ -22,27 +22,26 @@ pytestmark = pytest.mark.slow
 
 SERVER = """
 import asyncio, sys
-from slipstream.server.observe import logs
+from slipstream.server.observe import logs, standard_files
 from slipstream.server.config import ServerConfig
 from slipstream.server.lifecycle import serve
 from slipstream.cli.main import open_standard_files
 from tests.fakes import FakeEngine
 open_standard_files()
+standard_files.take_over()
 logs.configure("text")
-logs.take_over_stderr()
 load = lambda: (FakeEngine(model_name="m" * 2000), None)
 sys.exit(asyncio.run(serve(load, ServerConfig(port=0, http_port=int(sys.argv[1]), grace_s=5))))
 """
 ROOT = Path(__file__).parents[2]
+ENVIRONMENT = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+"""Python's own buffers belong to the bad company: a lock of theirs is held by whoever writes."""
 
 
 def start(port: int, *, shell: str = "exec {}", **more) -> subprocess.Popen[str]:
     """The command runs in a shell that may close its files first."""
-    quoted, environment = (
-        f"'{sys.executable}' -c '{SERVER}' {port}",
-        os.environ | {"GRPC_VERBOSITY": "NONE"},
-    )  # as serve
-    return subprocess.Popen(["bash", "-c", shell.format(quoted)], cwd=ROOT, env=environment, text=True, **more)
+    quoted = f"'{sys.executable}' -c '{SERVER}' {port}"
+    return subprocess.Popen(["bash", "-c", shell.format(quoted)], cwd=ROOT, env=ENVIRONMENT, text=True, **more)
 
 
 @pytest.fixture
@@ -86,7 +85,7 @@ def await_gone(port: int) -> None:
 def end(process: subprocess.Popen[str]) -> int:
     process.send_signal(signal.SIGTERM)
     try:
-        return process.wait(6 * WAIT_S)
+        return process.wait(2 * WAIT_S)
     finally:
         process.kill()
 
@@ -125,31 +124,6 @@ def test_it_serves_whoever_holds_its_files(shell, port):
         os.killpg(process.pid, signal.SIGTERM)
         process.wait(2 * WAIT_S)
         await_gone(port)
-
-
-def test_what_python_tells_goes_into_the_log():
-    """Warnings, and exceptions in threads and finalisers: each a record, and serving does not wait for a reader."""
-    code = """
-import threading, warnings
-from slipstream.server.observe import logs
-class Bad:
-    def __del__(self):
-        raise ValueError("in a finaliser")
-def fail():
-    raise ValueError("in a thread")
-logs.configure("json")
-logs.take_over_stderr()
-warnings.warn("a warning")
-Bad()
-thread = threading.Thread(target=fail)
-thread.start()
-thread.join()
-"""
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
-    records = [json.loads(line) for line in done.stderr.splitlines()]
-    assert ["a warning" in records[0]["message"], *("in a " in record["exception"] for record in records[1:])] == [
-        True
-    ] * 3
 
 
 def test_signals_that_mean_nothing_are_told_and_end_nothing(port):

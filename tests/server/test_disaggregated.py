@@ -7,7 +7,9 @@ from dataclasses import replace
 from typing import Any
 
 import jax
+import numpy as np
 import pytest
+from slipstream.engine_impl.api import Opening, Piece
 from slipstream.engine_impl.disaggregated import BothParams, DisaggregatedEngine
 from slipstream.engine_impl.errors import AdaptersLostError
 from slipstream.engine_impl.sampling.params import SamplingParams
@@ -128,6 +130,24 @@ def test_a_copy_that_fails_fails_its_request_alone_though_it_loses_the_prefill_s
         (ours,), (theirs,) = answers(apart, ask), answers(alone, ask)
         assert ours[0] == theirs[0]
         assert ours[1] >= 128
+
+
+def test_steps_make_stale_only_the_pages_that_they_may_have_filled(apart):
+    """Entries behind a text's pages are 0: page 0, whose text lies elsewhere, is not theirs."""
+    engine, params = apart._loop._engine, apart._loop._params
+    state, text = engine.init_decode_state(), list(range(1, 121))
+    for pages, slot in (([0], None), ([2, 3], 1)):
+        page_NJ = np.zeros((1, LENGTH // 128), np.int32)
+        page_NJ[0, : len(pages)] = pages
+        prefix = engine.prefill(params, state, [Piece(token_T=np.array(text), start=0, page_J=page_NJ[0])])
+        opening = Opening(text=text, prompt_length=len(text), sampling=FREE)
+        prefix, _ = engine.first_tokens(prefix, [opening])
+        state = engine.insert(prefix, state, [slot], page_NJ)
+    assert np.flatnonzero(state.has_P).tolist() == [0, 2]
+    state.has_P[3] = True  # as if of an earlier text
+    for step in range(9):
+        state, _ = engine.generate(params, state, np.array([1]), page_NJ)
+        assert np.flatnonzero(state.has_P).tolist() == ([0, 3] if step < 8 else [0])
 
 
 @pytest.mark.parametrize(("failing", "error"), [(0, RuntimeError), (1, AdaptersLostError)])

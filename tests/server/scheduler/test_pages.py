@@ -137,6 +137,18 @@ def test_prompt_logprobs_of_several_pieces():
             until(lambda: orchestrator.slots_in_use == 0)
 
 
+def test_a_pool_takes_what_is_live_and_not_what_may_come():
+    """4,096 tokens of cache: four requests that may each grow to 1,024, if that were kept for them."""
+    engine = reading(16, cache_length=1024, page_rows=128, prefill_chunk=512, pages=32, pace=threading.Semaphore(40))
+    with running(engine, max_queued=16) as orchestrator:
+        prompts = [f"{number:02}" * (50 + number * 13 % 100) for number in range(16)]
+        requests = [ask(orchestrator, prompt, 1024 - len(prompt), sampling=FREE) for prompt in prompts]
+        until(lambda: orchestrator.slots_in_use >= 12)
+        for request in requests:
+            orchestrator.cancel(request)
+        engine.pace.release(9999)
+
+
 @pytest.mark.parametrize("width", [1, 3])
 def test_a_pool_that_is_too_small_for_all_pre_empts_and_loses_nothing(width):
     counts = itertools.cycle(range(1, width + 1))

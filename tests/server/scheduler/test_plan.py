@@ -120,6 +120,17 @@ def test_short_prompts_are_prefilled_together():
     assert narrow.turn(*short).let_in == tuple(short[:2]), "as many as there are slots"
 
 
+def test_short_tails_of_cached_prefixes_are_prefilled_together():
+    """However long what is there already."""
+    house = House(8, batch=3)
+    first = house.prompt([1] * 21)
+    house.room.let_in(first, [house.slots.reserve(first.samples[0])])
+    house.room.advance(first, 21)
+    tails = [house.prompt([1] * 20 + [2, number]) for number in range(3)]
+    assert all(len(house.room.need(prompt).shared) == 20 // house.room.rows for prompt in tails)
+    assert house.turn(*tails).let_in == tuple(tails)
+
+
 def test_newcomers_and_prompts_in_work_take_turns():
     house = House(4)
     long, new = house.working(30), house.prompt([7])
