@@ -49,7 +49,7 @@ class AnswerOptions:
 
     prediction: str | None = option(None, Text(longest=MAX_PREDICTION))
     """What the answer will probably be, or a text that it keeps most of: a server that speculates answers sooner then.
-    It changes no token."""
+    It changes no token, but where the cache is int8 a near tie may fall the other way."""
 
     def __post_init__(self) -> None:
         check_options(self, AnswerOptions)
