@@ -23,7 +23,7 @@ from ..checkpoints.folders import CONFIG, random_tensors, write_folder
 pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parents[3]
-DEVICES = "--xla_force_host_platform_device_count=2 --xla_backend_optimization_level=0"
+DEVICES = os.environ["XLA_FLAGS"].replace("device_count=8", "device_count=2")
 START_S, END_S = 300.0, 30.0
 STEP_S = 5.0
 """--step-timeout: what a test of a host that hangs takes."""
