@@ -43,6 +43,8 @@ os.environ.update(
 SLOW = 50
 """So many other tests last as long as a slow one."""
 
+gc.disable()  # until all is imported, see pytest_collection_finish
+
 # A shell that starts the suite in the background has it ignore Ctrl-C, which some tests press.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
@@ -52,7 +54,8 @@ def pytest_collection_finish():
     """What was imported stays; looking through it for garbage, again and again, took a tenth of the time."""
     gc.collect()
     gc.freeze()
-    gc.set_threshold(20_000, 10, 10)
+    gc.set_threshold(50_000, 20, 10)
+    gc.enable()
 
 
 @pytest.hookimpl(trylast=True)

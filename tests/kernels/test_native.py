@@ -11,6 +11,8 @@ import pytest
 from slipstream.kernels import native, ragged_attention
 from slipstream.kernels.panel_matmul import PANEL, Panels, columns, pack, pack_int4, pack_int8, panel_matmul, unpack
 
+from tests.arrays import array
+
 from . import oracle
 
 SOURCES = Path(__file__).parents[2] / "kernels" / "native"
@@ -47,18 +49,18 @@ def test_a_level_that_the_cpu_has_not_is_refused():
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_panels_hold_the_weight(dtype):
     weight_OI = oracle.normal(0, 70, 5, dtype=dtype)
-    panels = pack(jnp.asarray(weight_OI, jnp.float32), dtype)
+    panels = pack(array(weight_OI, jnp.float32), dtype)
     assert panels.code.shape == (3, 5, PANEL)
     assert np.array_equal(unpack(panels, 70), weight_OI.astype(np.float32))
     output_R = np.array([0, 15, 16, 31, 32, 69])
-    assert np.array_equal(columns(panels, jnp.asarray(output_R)), weight_OI.astype(np.float32)[output_R])
+    assert np.array_equal(columns(panels, array(output_R)), weight_OI.astype(np.float32)[output_R])
 
 
 def test_panels_hold_codes():
     """By hand: code * scale, and of 4 bits + offset."""
     rng = np.random.default_rng(0)
     code_OI, scale_O = rng.integers(-128, 128, (40, 6), np.int8), rng.uniform(1, 2, 40).astype(np.float32)
-    panels = pack_int8(jnp.asarray(code_OI), jnp.asarray(scale_O))
+    panels = pack_int8(array(code_OI), array(scale_O))
     assert [leaf.shape for leaf in panels[:2]] == [(2, 6, PANEL), (2, PANEL)]
     np.testing.assert_allclose(unpack(panels, 40), code_OI * scale_O[:, None], rtol=1e-6)
     code_IO = rng.integers(-8, 8, (16, 40), np.int8)
@@ -75,8 +77,8 @@ def test_products_with_codes(level, R):
     rng = np.random.default_rng(1)
     I, O = 288, 70
     x_RI = oracle.normal(1, R, I)
-    int8 = pack_int8(jnp.asarray(rng.integers(-128, 128, (O, I), np.int8)), oracle.normal(2, O))
-    packed = jnp.asarray(rng.integers(-128, 128, (I // 2, O), np.int8))
+    int8 = pack_int8(array(rng.integers(-128, 128, (O, I), np.int8)), oracle.normal(2, O))
+    packed = array(rng.integers(-128, 128, (I // 2, O), np.int8))
     for panels in (int8, pack_int4(packed, oracle.normal(3, I // 32, O), oracle.normal(4, I // 32, O))):
         expected_RO = np.asarray(x_RI).astype(np.float64) @ np.asarray(unpack(panels, O)).astype(np.float64).T
         for backend in ("native_cpu", "xla"):
@@ -90,11 +92,11 @@ def test_products(level, R, dtype):
     """Few rows and many, by one thread or several; what fills the last panel up is NaN."""
     I, O = 300, 200
     x_RI = oracle.normal(1, R, I)
-    panels = pack(jnp.asarray(oracle.normal(2, O, I)), dtype)
+    panels = pack(array(oracle.normal(2, O, I)), dtype)
     weight_OI = np.asarray(unpack(panels, O)).astype(np.float64)
     lane = np.arange(PANEL) if dtype == jnp.float32 else np.arange(PANEL).reshape(2, -1).T.reshape(-1)
     filled_PX = (np.arange(len(panels.code))[:, None] * PANEL + lane) >= O
-    panels = Panels(jnp.where(filled_PX[:, None], jnp.asarray(jnp.nan, dtype), panels.code))
+    panels = Panels(jnp.where(filled_PX[:, None], array(jnp.nan, dtype), panels.code))
     for backend in ("native_cpu", "xla"):
         out_RO = MULTIPLY(x_RI, panels, outputs=O, backend=backend)
         assert out_RO.dtype == jnp.float32
@@ -119,9 +121,9 @@ def test_attention(level, mesh, coded, H, W):
         options["scale_LPK2R"] = oracle.paged(scale_LBK2S, page_BJ, pool, R, row_axis=4)
     else:
         rows_LBKSC = np.where(used_BS[None, :, None, :, None], rows_LBKSC, np.nan).astype(np.float32)
-    args = (q_BWNH, new_BWKC, oracle.paged(jnp.asarray(rows_LBKSC), page_BJ, pool, R), layer, jnp.asarray(length_B))
+    args = (q_BWNH, new_BWKC, oracle.paged(array(rows_LBKSC), page_BJ, pool, R), layer, array(length_B))
     out_BWNH, expected_BWNH = (
-        ATTEND(*args, jnp.asarray(page_BJ), **options, mesh=mesh, backend=backend) for backend in ("native_cpu", "xla")
+        ATTEND(*args, array(page_BJ), **options, mesh=mesh, backend=backend) for backend in ("native_cpu", "xla")
     )
     np.testing.assert_allclose(out_BWNH, expected_BWNH, rtol=1e-5, atol=1e-5)
 

@@ -69,9 +69,9 @@ def served():
 
 @pytest.fixture(scope="module")
 def reference():
-    """The harness over transformers: its Llama with the embedded model's weights as we read them (test_embedded_model.py
-    compares those with what transformers' own reader makes of them, which takes ten times as long), and a tokenizer
-    that splits as the model's does."""
+    """The harness over transformers: its Llama with the embedded model's weights as we read them, and a tokenizer that
+    splits as the model's does. test_embedded_model.py compares the weights with what transformers' own reader makes of
+    the file, which takes far longer."""
     import torch
     from lm_eval.models.huggingface import HFLM
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
