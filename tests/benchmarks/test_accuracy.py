@@ -14,6 +14,7 @@ from slipstream.cli import main as cli
 from slipstream.engine_impl.scoring import score
 from slipstream.engine_impl.session import Session
 
+from tests.arrays import array
 from tests.engine_impl.tiny_models import TINY, RandomCheckpoint, greedy, tiny_engine
 
 SIZES = {"WINDOW": 128, "CONTEXT": 60, "FORCED": 6, "PROMPT": 40, "ANSWER": 8, "SLOTS": 3}
@@ -65,7 +66,7 @@ def test_forced_and_continued_are_what_the_engine_says_itself():
 
 def test_divergence_by_hand():
     expected_BV, other_BV = np.log([[0.5, 0.5], [0.25, 0.75]]), np.log([[0.25, 0.75], [0.25, 0.75]])
-    kl_B, equal_B = accuracy._compared(jnp.asarray(expected_BV, jnp.float32), jnp.asarray(other_BV, jnp.float32))
+    kl_B, equal_B = accuracy._compared(array(expected_BV, jnp.float32), array(other_BV, jnp.float32))
     np.testing.assert_allclose(kl_B, [0.5 * np.log(2) + 0.5 * np.log(2 / 3), 0], atol=1e-6)
     assert equal_B.tolist() == [False, True]
 

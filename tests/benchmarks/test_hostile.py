@@ -68,9 +68,11 @@ def test_an_unknown_input_is_refused():
 
 
 @pytest.mark.slow
-def test_a_short_run(capsys, one_device):
+def test_a_short_run(capsys, one_device, monkeypatch):
+    monkeypatch.setattr(hostile, "USUAL_S", 0.3)
+    monkeypatch.setattr(hostile, "SETTLE_S", 0.1)
     told = {"spaces": [400], "lists": [400], "grpc-groups": [3], "grpc-adapter": [3]}
-    options = HostileOptions(only=",".join(told), callers=3, seconds=0.5, slots=2)
+    options = HostileOptions(only=",".join(told), callers=3, seconds=0.1, slots=2)
     rows = hostile.run(options)["sweep"]
     assert [(row["input"], row["callers"]) for row in rows] == [(name, callers) for name in told for callers in (1, 3)]
     assert all(row["statuses"] == told[row["input"]] for row in rows)

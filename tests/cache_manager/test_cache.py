@@ -21,6 +21,7 @@ from slipstream.cache_manager import (
     tuned_page_rows,
 )
 
+from tests.arrays import array
 from tests.tpu import memory_of
 
 LAYOUT = CacheLayout(
@@ -38,19 +39,19 @@ def mesh():
 
 
 def noise(*shape, seed=0):
-    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
+    return array(np.random.default_rng(seed).normal(size=shape), jnp.float32)
 
 
 def int8_noise(layout, seed=0):
     """A cache of random codes and scales."""
     codes = np.random.default_rng(seed).integers(-127, 128, layout.shape)
-    return KV(jnp.asarray(codes, jnp.int8), jnp.abs(noise(*layout.shape[:3], 2, layout.page_rows, seed=seed)))
+    return KV(array(codes, jnp.int8), jnp.abs(noise(*layout.shape[:3], 2, layout.page_rows, seed=seed)))
 
 
 def int8_prefix(bucket, seed=1):
     """A prompt's codes and scales."""
     codes = np.random.default_rng(seed).integers(-127, 128, (2, 2, bucket, 8))
-    return KV(jnp.asarray(codes, jnp.int8), jnp.abs(noise(2, 2, 2, bucket, seed=seed)))
+    return KV(array(codes, jnp.int8), jnp.abs(noise(2, 2, 2, bucket, seed=seed)))
 
 
 def meant(kv):
@@ -130,7 +131,7 @@ def hard_rows():
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_int8_is_off_by_half_a_scale_at_most(dtype):
     """Against float64; k and v do not share a scale, so an outlier in k does v no harm."""
-    x = jnp.asarray(hard_rows(), dtype)
+    x = array(hard_rows(), dtype)
     kv = jax.jit(Int8().encode)(x)
     assert (kv.rows.dtype, kv.scales.dtype, kv.scales.shape) == (jnp.int8, jnp.float32, (5, 6, 2))
     exact = np.asarray(x, np.float64).reshape(5, 6, 2, 16)
@@ -144,7 +145,7 @@ def test_int8_is_off_by_half_a_scale_at_most(dtype):
 
 def test_one_value_a_head():
     """Head dim 1: every code is 127, -127 or 0, and the value comes back."""
-    x = jnp.array([[3.0, -0.5], [0.0, 1e30], [-7.0, 0.0]])
+    x = array([[3.0, -0.5], [0.0, 1e30], [-7.0, 0.0]])
     kv = Int8().encode(x)
     assert kv.rows.tolist() == [[127, -127], [0, 127], [-127, 0]]
     np.testing.assert_allclose(np.asarray(kv.rows, np.float32) * np.asarray(kv.scales), x, rtol=1e-6)
@@ -182,7 +183,7 @@ def test_insert_is_left_aligned_and_touches_the_texts_pages(slot, bucket, start,
     assert texts.scales is not None
     expected = jax.tree.map(np.array, cache)
     copy_text(expected, texts, slot, 0, bucket, start, count)
-    args = jnp.asarray(PAGES[slot : slot + 1]), jnp.array([start]), jnp.array([count])
+    args = array(PAGES[slot : slot + 1]), array([start]), array([count])
     assert_same(INSERT(cache, texts, *args), expected)
     assert_same(INSERT(KV(cache.rows), KV(texts.rows), *args), KV(expected.rows))
 
@@ -219,7 +220,7 @@ def test_insert_is_in_place(codec, count):
     assert memory.temp_size_in_bytes < layout.bytes / 10
 
 
-LENGTHS, COUNTS = jnp.array([0, 5, 127]), jnp.array([1, 0, 2])
+LENGTHS, COUNTS = array([0, 5, 127]), array([1, 0, 2])
 WRITTEN = ((0, 0, 4, 0), (2, 0, 1, 127), (2, 1, 3, 0))  # slot, of its tokens, page, row
 
 
@@ -230,10 +231,10 @@ def test_flush_writes_accepted_tokens_behind_the_last_row(mesh):
     for slot, token, page, row in WRITTEN:
         expected[:, page, :, row] = np.asarray(new)[:, slot, token]
     new = new.at[:, 0, 1].set(jnp.nan)
-    flushed = FLUSH(KV(cache), new, LENGTHS, COUNTS, jnp.asarray(PAGES), codec=Plain(), mesh=mesh, backend="xla")
-    assert_same(flushed, KV(jnp.asarray(expected)))
-    full = jnp.array([256, 256, 256])
-    flushed = FLUSH(KV(cache), new, full, COUNTS, jnp.asarray(PAGES), codec=Plain(), mesh=mesh, backend="xla")
+    flushed = FLUSH(KV(cache), new, LENGTHS, COUNTS, array(PAGES), codec=Plain(), mesh=mesh, backend="xla")
+    assert_same(flushed, KV(array(expected)))
+    full = array([256, 256, 256])
+    flushed = FLUSH(KV(cache), new, full, COUNTS, array(PAGES), codec=Plain(), mesh=mesh, backend="xla")
     assert_same(flushed, KV(cache))
 
 
@@ -246,5 +247,5 @@ def test_flush_encodes_and_leaves_all_else_as_it_is(mesh):
     for slot, token, page, row in WRITTEN:
         expected.rows[:, page, :, row] = encoded.rows[:, slot, token]
         expected.scales[:, page, :, :, row] = encoded.scales[:, slot, token]
-    flushed = FLUSH(cache, new, LENGTHS, COUNTS, jnp.asarray(PAGES), codec=Int8(), mesh=mesh, backend="xla")
+    flushed = FLUSH(cache, new, LENGTHS, COUNTS, array(PAGES), codec=Int8(), mesh=mesh, backend="xla")
     assert_same(flushed, expected)

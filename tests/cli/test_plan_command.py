@@ -3,6 +3,7 @@
 import io
 import json
 from contextlib import redirect_stdout
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ from slipstream.cli.main import run
 from slipstream.cli.plan import mixed
 from slipstream.engine_impl.compiler import plan as compiler
 from slipstream.engine_impl.compiler.headroom import Headroom
+from slipstream.engine_impl.compiler.presets import PRESETS, preset
 
 SMALL = ["--model", "llama-3.2-1b", "--topology", "v5e:2x4", "--slots", "2", "--cache-length", "1024"]
 
@@ -25,6 +27,7 @@ def planned(tmp_path_factory):
 
     with pytest.MonkeyPatch.context() as patch, redirect_stdout(out):
         patch.setattr(compiler, "plan", keep)
+        patch.setitem(PRESETS, "llama-3.2-1b", replace(preset("llama-3.2-1b"), vocab_size=2048))  # sooner compiled
         assert run(["plan", *SMALL, "--lengths", "fixed:100,29", "--dump", str(folder), "--json"]) == 0
     return json.loads(out.getvalue().splitlines()[-1]), folder, kept[0]
 

@@ -10,6 +10,8 @@ from slipstream.cache_manager import KV, Plain
 from slipstream.engine_impl.attention import attend_cache, attend_chunk, stored_head_dim
 from slipstream.engine_impl.weights.sharding import make_mesh
 
+from tests.arrays import array
+
 LENGTHS, H = [0, 3, 70, 128], 6
 PAGES = np.array([[2], [0], [3], [1]], np.int32)
 
@@ -20,7 +22,7 @@ def mesh():
 
 
 def random(*shape):
-    return jnp.asarray(np.random.default_rng(shape).normal(size=shape).astype(np.float32))
+    return array(np.random.default_rng(shape).normal(size=shape).astype(np.float32))
 
 
 def wide(x, head_dim):
@@ -36,13 +38,13 @@ def test_tpu_rows_are_whole_tiles(head_dim, stored):
 def test_padded_heads_change_nothing(mesh):
     """Neither what the model gets back nor, but for zeros, what is stored."""
     q, k, v = random(4, 4, H), random(4, 2, H), random(4, 2, H)
-    pages = jnp.asarray(PAGES)
+    pages = array(PAGES)
     cached_k, cached_v = random(1, 4, 2, 128, H), random(1, 4, 2, 128, H)
     outs, stored = [], []
     for width in (H, 16):
         cache = jnp.concatenate([wide(cached_k, width), wide(cached_v, width)], axis=-1)
-        attend = attend_cache(KV(cache), jnp.asarray(LENGTHS), pages, soft_cap=2.0, mesh=mesh, backend="xla")
-        start_N = jnp.array([0, 128])
+        attend = attend_cache(KV(cache), array(LENGTHS), pages, soft_cap=2.0, mesh=mesh, backend="xla")
+        start_N = array([0, 128])
         prompt = attend_chunk(KV(cache), start_N, pages[:2], codec=Plain(), soft_cap=2.0, mesh=mesh, backend="xla")
         outs.append(tuple(jax.jit(one.call, static_argnums=(0, 1))(0, 0, q, k, v) for one in (attend, prompt)))
         stored.append((attend.stored(k, v), cast(KV, prompt.stored(k, v)).rows))
@@ -59,12 +61,10 @@ def test_a_traced_kind_sees_what_a_known_one_sees(mesh, what):
     """Layers under a scan select among windows; those that cut nothing off are one kind."""
     windows = {"window_of_layer": (5, None, 40, 4000), "mesh": mesh, "backend": "xla"}
     if what == "cache":
-        attend = attend_cache(KV(random(4, 4, 2, 128, 2 * H)), jnp.asarray(LENGTHS), jnp.asarray(PAGES), **windows)
+        attend = attend_cache(KV(random(4, 4, 2, 128, 2 * H)), array(LENGTHS), array(PAGES), **windows)
         qkv = random(4, 4, H), random(4, 2, H), random(4, 2, H)
     else:
-        attend = attend_chunk(
-            KV(random(4, 4, 2, 128, 2 * H)), jnp.array([128]), jnp.array([[2, 3]]), codec=Plain(), **windows
-        )
+        attend = attend_chunk(KV(random(4, 4, 2, 128, 2 * H)), array([128]), array([[2, 3]]), codec=Plain(), **windows)
         qkv = random(64, 4, H), random(64, 2, H), random(64, 2, H)
     assert attend.kind_of_layer == (0, 1, 2, 1)
     traced, known_kind = jax.jit(attend.call), jax.jit(attend.call, static_argnums=1)

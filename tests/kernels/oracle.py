@@ -6,6 +6,8 @@ import jax.numpy as jnp
 import ml_dtypes  # noqa: F401  (lets numpy cast bf16)
 import numpy as np
 
+from tests.arrays import array
+
 TOLERANCE: dict[str, Any] = {
     "float32": {"rtol": 1e-5, "atol": 1e-5},
     "bfloat16": {"rtol": 8e-3, "atol": 4e-3},
@@ -59,7 +61,7 @@ def chunk_attention(q_TNH, k_SKH, v_SKH, window=None, soft_cap=None, sink_N=None
 def normal(seed, *shape, dtype=jnp.float32, times=1):
     """Normal values. Made by numpy, since JAX would compile each line for each shape."""
     values = np.random.default_rng(seed).standard_normal(shape).astype(jnp.dtype(dtype))
-    return jnp.asarray(values * values.dtype.type(times))
+    return array(values * values.dtype.type(times))
 
 
 def assert_close(actual, expected):
@@ -83,7 +85,7 @@ def paged(leaf, page_BJ, pool, rows, row_axis=3):
         for j in range(S // rows):
             if page_BJ[b, j] >= 0:
                 pages[:, page_BJ[b, j]] = leaf[:, b, :, j * rows : (j + 1) * rows]
-    return jnp.asarray(np.moveaxis(pages, 3, row_axis))
+    return array(np.moveaxis(pages, 3, row_axis))
 
 
 def table(lengths, S, rows, seed=0):

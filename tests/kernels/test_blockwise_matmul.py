@@ -10,6 +10,8 @@ import pytest
 from slipstream.engine_impl.compiler.hlo import Program
 from slipstream.kernels.blockwise_matmul import Blockwise, blockwise_matmul, unpack
 
+from tests.arrays import array
+
 from ..tpu import abstract, compile_for, memory_of, text_of, tpu_mesh
 
 MATMUL = jax.jit(blockwise_matmul, static_argnames=("split", "mesh", "backend"))
@@ -26,15 +28,15 @@ def draw(rng, L, I, O, block, dtype=np.float32):
 
 
 def test_the_low_half_of_a_byte_is_the_first_code():
-    packed_PO = jnp.array([[0x18], [0x7F]], jnp.int8)
+    packed_PO = array([[0x18], [0x7F]], jnp.int8)
     assert unpack(packed_PO).tolist() == [[-8], [1], [-1], [7]]
 
 
 def test_by_hand(mesh):
     # One output, a block of 8 inputs: codes 0 to 7, scale 2, offset 10.
-    packed_LPO = jnp.array([[[0x10], [0x32], [0x54], [0x76]]], jnp.int8)
+    packed_LPO = array([[[0x10], [0x32], [0x54], [0x76]]], jnp.int8)
     weight = Blockwise(packed_LPO, jnp.full((1, 1, 1), 2.0), jnp.full((1, 1, 1), 10.0))
-    x_RI = jnp.eye(8, dtype=jnp.float32)[jnp.array([0, 3, 7])]
+    x_RI = jnp.eye(8, dtype=jnp.float32)[array([0, 3, 7])]
     out_RO = blockwise_matmul(x_RI, weight, split=None, mesh=mesh, backend="xla")
     assert out_RO.tolist() == [[10], [16], [24]]
 
@@ -55,7 +57,7 @@ def test_equals_float64(mesh, backend, R, I, O, block):
     weight, weight_LIO = draw(rng, 3, I, O, block)
     x_RI = rng.normal(size=(R, I)).astype(np.float32)
     for layer in (0, 2):
-        out_RO = MATMUL(jnp.asarray(x_RI), weight, layer, split=None, mesh=mesh, backend=backend)
+        out_RO = MATMUL(array(x_RI), weight, layer, split=None, mesh=mesh, backend=backend)
         np.testing.assert_allclose(out_RO, x_RI @ weight_LIO[layer], rtol=1e-4, atol=2e-4 * I**0.5)
 
 
@@ -65,7 +67,7 @@ def test_bfloat16_rounds_no_more_than_its_inputs_do(mesh):
     x_RI = rng.normal(size=(4, 256)).astype(jnp.bfloat16)
     exact_RO = x_RI.astype(np.float64) @ weight_LIO[0]
     for backend in ("xla", "pallas_interpret"):
-        out_RO = MATMUL(jnp.asarray(x_RI), weight, split=None, mesh=mesh, backend=backend)
+        out_RO = MATMUL(array(x_RI), weight, split=None, mesh=mesh, backend=backend)
         np.testing.assert_allclose(np.asarray(out_RO, np.float64), exact_RO, rtol=0.02, atol=0.02 * exact_RO.std())
 
 
@@ -74,7 +76,7 @@ def test_eight_devices_equal_one(mesh_of_8, split):
     rng = np.random.default_rng(1)
     weight, weight_LIO = draw(rng, 2, 256, 64, 32)
     x_RI = rng.normal(size=(4, 256)).astype(np.float32)
-    out_RO = MATMUL(jnp.asarray(x_RI), weight, 1, split=split, mesh=mesh_of_8, backend="xla")
+    out_RO = MATMUL(array(x_RI), weight, 1, split=split, mesh=mesh_of_8, backend="xla")
     np.testing.assert_allclose(out_RO, x_RI @ weight_LIO[1], rtol=1e-4, atol=1e-3)
 
 

@@ -14,6 +14,7 @@ from slipstream.kernels.cache_flush.pallas_tpu import (
     tiles_to_write,
 )
 
+from tests.arrays import array
 from tests.tpu import memory_of
 
 from . import oracle
@@ -112,7 +113,7 @@ def test_scales_are_written_on_the_lanes(mesh, backend, K, B):
     page_BJ, pool = pages_of(B)
     scale_LPK2R, new_LBWK2 = oracle.normal(0, 2, pool, K, 2, rows), oracle.normal(1, 2, B, 1, K, 2)
     scale_LPK2R = jnp.where(jnp.arange(rows) % 2 == 0, jnp.nan, scale_LPK2R)
-    args = (scale_LPK2R, new_LBWK2, jnp.array(positions), jnp.ones(B, jnp.int32), jnp.asarray(page_BJ))
+    args = (scale_LPK2R, new_LBWK2, array(positions), jnp.ones(B, jnp.int32), array(page_BJ))
     out = FLUSH(*args, row_axis=4, mesh=mesh, backend=backend)
     assert np.array_equal(oracle.bits(out), oracle.bits(expected(*args, row_axis=4)))
 
@@ -123,9 +124,9 @@ def test_scales_of_the_rows_that_were_accepted(mesh, backend):
     positions, counts = [126, 0, 254, 256, 509, 512, 60, 3], [5, 2, 5, 1, 5, 2, 0, 4]
     page_BJ, pool = pages_of(len(positions))
     scale_LPK2R, new_LBWK2 = oracle.normal(0, 2, pool, K, 2, rows), oracle.normal(1, 2, len(positions), W, K, 2)
-    is_stored_BW = jnp.arange(W)[None, :] < jnp.array(counts)[:, None]
+    is_stored_BW = jnp.arange(W)[None, :] < array(counts)[:, None]
     new_LBWK2 = jnp.where(is_stored_BW[None, :, :, None, None], new_LBWK2, jnp.nan)
-    args = (scale_LPK2R, new_LBWK2, jnp.array(positions), jnp.array(counts), jnp.asarray(page_BJ))
+    args = (scale_LPK2R, new_LBWK2, array(positions), array(counts), array(page_BJ))
     out = FLUSH(*args, row_axis=4, mesh=mesh, backend=backend)
     assert np.array_equal(oracle.bits(out), oracle.bits(expected(*args, row_axis=4)))
 
@@ -155,7 +156,7 @@ def test_several_layer_groups():
 )  # fmt: skip
 def test_a_step_for_each_tile_that_changes(tokens, positions, counts, steps):
     page_BJ = jnp.arange(8, dtype=jnp.int32).reshape(4, 2) + 40
-    at = jnp.array(positions, jnp.int32), jnp.array(counts, jnp.int32)
+    at = array(positions, jnp.int32), array(counts, jnp.int32)
     tiles = TILES(*at, page_BJ, tokens=tokens, tile=8, rows=R)
     assert int(tiles.count) == max(1, len(steps))
     listed = list(zip(*(values.tolist() for values in tiles[1:]), strict=True))
@@ -188,7 +189,7 @@ def test_tile_rows():
 )
 def test_xla_is_in_place(mesh, dtype, row_axis, shape, W):
     """A copy of the cache per step would cost more than the step."""
-    cache, position_B, page_BJ = jnp.zeros(shape, dtype), jnp.array([0, 5, 99, 2 * R]), jnp.asarray(pages_of(4)[0])
+    cache, position_B, page_BJ = jnp.zeros(shape, dtype), array([0, 5, 99, 2 * R]), array(pages_of(4)[0])
     new = jnp.moveaxis(jnp.take(cache[:, :4], jnp.arange(W), axis=row_axis), row_axis, 2)
     flush = jax.jit(functools.partial(cache_flush, row_axis=row_axis, mesh=mesh, backend="xla"), donate_argnums=0)
     memory = memory_of(flush.lower(cache, new, position_B, jnp.full(4, W), page_BJ).compile())

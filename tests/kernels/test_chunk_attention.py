@@ -8,6 +8,8 @@ from slipstream.kernels import chunk_attention
 from slipstream.kernels.chunk_attention import xla_gpu
 from slipstream.kernels.chunk_attention.pallas_tpu import block_and_heads
 
+from tests.arrays import array
+
 from . import oracle
 
 L, LAYER, R = 2, 1, 128
@@ -56,16 +58,16 @@ class Case:
                         scale_LPK2R[LAYER, page_MJ[m, j]] = scale_MK2S[m, ..., j * rows : (j + 1) * rows]
                 else:
                     page_MJ[m, j] = page_MJ[m, j] if j * rows < start else -1
-        self.cache_LPKRC = jnp.asarray(cache_LPKRC, jnp.int8 if int8 else dtype)
-        self.scale_LPK2R = jnp.asarray(scale_LPK2R) if int8 else None
-        self.page_MJ = jnp.asarray(page_MJ, jnp.int32)
+        self.cache_LPKRC = array(cache_LPKRC, jnp.int8 if int8 else dtype)
+        self.scale_LPK2R = array(scale_LPK2R) if int8 else None
+        self.page_MJ = array(page_MJ, jnp.int32)
 
     def attend(self, backend, mesh, **options):
         if self.window is not None:
             options = {"window": jnp.int32(self.window)} | options
         return ATTEND(
             *(self.q_TNH, self.k_TKH, self.v_TKH, self.cache_LPKRC, LAYER),
-            jnp.asarray(self.starts, jnp.int32), self.page_MJ,
+            array(self.starts, jnp.int32), self.page_MJ,
             scale_LPK2R=self.scale_LPK2R, mesh=mesh, backend=backend, **options,
         )  # fmt: skip
 
@@ -235,12 +237,12 @@ def test_layers_of_one_scan_have_windows_of_their_own(mesh, backend):
     @jax.jit
     def attend_layers(window_L):
         def of_layer(_, layer):
-            args = one.q_TNH, one.k_TKH, one.v_TKH, cache_LPKRC, layer, jnp.asarray(one.starts), one.page_MJ
+            args = one.q_TNH, one.k_TKH, one.v_TKH, cache_LPKRC, layer, array(one.starts), one.page_MJ
             return None, chunk_attention(*args, window=window_L[layer], mesh=mesh, backend=backend)
 
         return jax.lax.scan(of_layer, None, jnp.arange(3))[1]
 
-    out_LTNH = attend_layers(jnp.array([case.window for case in cases]))
+    out_LTNH = attend_layers(array([case.window for case in cases]))
     for layer, case in enumerate(cases):
         oracle.assert_close(out_LTNH[layer], case.expected())
 

@@ -11,6 +11,8 @@ from slipstream.kernels.ragged_attention.page_sizes import TARGET_BYTES, page_ro
 from slipstream.kernels.ragged_attention.pallas_tpu import ragged_attention_tpu
 from slipstream.kernels.ragged_attention.steps import live_steps
 
+from tests.arrays import array
+
 from . import oracle
 
 L, LAYER, R = 3, 1, 128
@@ -23,7 +25,7 @@ def attend(q_BWNH, new_BWKC, cache_LBKSC, layer, length_B, *, rows=R, scale_LBK2
     cache_LPKRC = oracle.paged(cache_LBKSC, page_BJ, pool, rows)
     if scale_LBK2S is not None:
         options["scale_LPK2R"] = oracle.paged(scale_LBK2S, page_BJ, pool, rows, row_axis=4)
-    return ATTEND(q_BWNH, new_BWKC, cache_LPKRC, layer, length_B, jnp.asarray(page_BJ), **options)
+    return ATTEND(q_BWNH, new_BWKC, cache_LPKRC, layer, length_B, array(page_BJ), **options)
 
 
 @pytest.fixture(autouse=True)
@@ -42,7 +44,7 @@ def inputs(lengths, S, K, G, H, dtype, seed=0, window=None, W=1):
     layer_BKSC = np.where(used_BS[:, None, :, None], oracle.normal(seed + 2, B, K, S, 2 * H, dtype=dtype), np.nan)
     cache_LBKSC = np.full((L, *layer_BKSC.shape), np.nan)
     cache_LBKSC[LAYER] = layer_BKSC
-    return q_BWNH, new_BWKC, jnp.asarray(cache_LBKSC, dtype), jnp.asarray(lengths, jnp.int32)
+    return q_BWNH, new_BWKC, array(cache_LBKSC, dtype), array(lengths, jnp.int32)
 
 
 @pytest.mark.parametrize("backend", ["xla", "xla_gpu", "pallas_interpret"])
@@ -91,7 +93,7 @@ def test_the_last_gpu_block_reaches_back(mesh, monkeypatch):
         page_BJ, pool = oracle.table(args[3], 640, R)
         cache_LPKRC = oracle.paged(args[2], page_BJ, pool, R)
         of_window = {"window": None if window is None else jnp.int32(window)}
-        out_BWNH = attend(*args[:2], cache_LPKRC, LAYER, args[3], jnp.asarray(page_BJ), **of_window)
+        out_BWNH = attend(*args[:2], cache_LPKRC, LAYER, args[3], array(page_BJ), **of_window)
         oracle.assert_close(out_BWNH, oracle.ragged_attention(*args[:3], LAYER, args[3], window=window))
 
 
@@ -186,7 +188,7 @@ def test_layers_of_one_scan_have_windows_of_their_own(mesh, backend):
 
         return jax.lax.scan(of_layer, None, jnp.arange(3))[1]
 
-    out_LBWNH = attend_layers(jnp.array(windows), jnp.asarray(page_BJ))
+    out_LBWNH = attend_layers(array(windows), array(page_BJ))
     for layer, window in enumerate(windows):
         expected_BWNH = oracle.ragged_attention(q_BWNH, new_BWKC, cache_LBKSC, layer, length_B, window=window)
         oracle.assert_close(out_LBWNH[layer], expected_BWNH)
@@ -286,8 +288,8 @@ def quantised(rows_LBKSC):
     scale_LBKS2 = (np.abs(half_LBKS2H).max(axis=-1) / 127).astype(np.float32)
     code_LBKS2H = np.nan_to_num(half_LBKS2H / scale_LBKS2[..., None], nan=99).round().astype(np.int8)
     meant = (code_LBKS2H * scale_LBKS2[..., None].astype(np.float64)).reshape(rows_LBKSC.shape)
-    codes = jnp.asarray(code_LBKS2H.reshape(rows_LBKSC.shape))
-    return codes, jnp.asarray(scale_LBKS2.swapaxes(-1, -2)), meant
+    codes = array(code_LBKS2H.reshape(rows_LBKSC.shape))
+    return codes, array(scale_LBKS2.swapaxes(-1, -2)), meant
 
 
 @pytest.mark.parametrize(
@@ -356,7 +358,7 @@ def test_the_steps_are_the_live_pages(lengths, cores, window):
     """
     page_BJ, pool = oracle.table(lengths, 3 * R, R)
     steps = LIST(
-        jnp.array(lengths, jnp.int32), None if window is None else jnp.int32(window), jnp.asarray(page_BJ),
+        array(lengths, jnp.int32), None if window is None else jnp.int32(window), array(page_BJ),
         max_pages=pool, cores=cores,
     )  # fmt: skip
     steps = jax.tree.map(np.asarray, steps)
@@ -396,11 +398,11 @@ def test_two_cores():
     lengths, S, H = [200, 1, 0, 0, 256, 130], 256, 128
     q_BWNH, new_BWKC, cache_LBKSC, length_B = inputs(lengths, S, 1, 2, H, jnp.float32)
     page_BJ, pool = oracle.table(lengths, S, R)
-    steps = LIST(length_B, None, jnp.asarray(page_BJ), max_pages=pool, cores=2)
+    steps = LIST(length_B, None, array(page_BJ), max_pages=pool, cores=2)
     assert steps.count.tolist() == [5, 4]
     cache_LPKRC = oracle.paged(cache_LBKSC, page_BJ, pool, R)
     attend = jax.jit(functools.partial(ragged_attention_tpu, interpret=interpret_params("pallas_interpret")))
-    at = (None, jnp.int32(LAYER), length_B, jnp.asarray(page_BJ), None, None)
+    at = (None, jnp.int32(LAYER), length_B, array(page_BJ), None, None)
     out_BWNH = attend(q_BWNH, new_BWKC, cache_LPKRC, *at, steps)
     oracle.assert_close(out_BWNH, oracle.ragged_attention(q_BWNH, new_BWKC, cache_LBKSC, LAYER, length_B))
 
@@ -414,7 +416,7 @@ def test_slots_share_pages(mesh, backend):
     cache_LBKSC[:, :, :, :R] = np.nan_to_num(cache_LBKSC[:, :1, :, :R])
     page_BJ = np.array([[2, 0], [2, -1], [2, 1], [2, -1]], np.int32)
     cache_LPKRC = oracle.paged(cache_LBKSC, page_BJ, 4, R)
-    args, where = (length_B, jnp.asarray(page_BJ)), {"mesh": mesh, "backend": backend}
+    args, where = (length_B, array(page_BJ)), {"mesh": mesh, "backend": backend}
     steps = jax.jit(functools.partial(attention_steps, max_pages=6, **where))(cache_LPKRC, *args)
     out_BWNH = ATTEND(q_BWNH, new_BWKC, cache_LPKRC, LAYER, *args, steps, **where)
     oracle.assert_close(out_BWNH, oracle.ragged_attention(q_BWNH, new_BWKC, cache_LBKSC, LAYER, length_B))
@@ -425,7 +427,7 @@ def test_steps_listed_once_for_all_layers(mesh):
     """What the engine does: the steps come from outside the layer loop."""
     q_BWNH, new_BWKC, cache_LBKSC, length_B = inputs([0, 3, 200], 256, 1, 2, 64, jnp.float32)
     page_BJ, pool = oracle.table(length_B, 256, R)
-    cache_LPKRC, page_BJ = oracle.paged(cache_LBKSC, page_BJ, pool, R), jnp.asarray(page_BJ)
+    cache_LPKRC, page_BJ = oracle.paged(cache_LBKSC, page_BJ, pool, R), array(page_BJ)
     where = {"mesh": mesh, "backend": "pallas_interpret"}
     args = (q_BWNH, new_BWKC, cache_LPKRC, LAYER, length_B, page_BJ)
     steps = attention_steps(cache_LPKRC, length_B, page_BJ, **where)

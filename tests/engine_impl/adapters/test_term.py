@@ -17,6 +17,8 @@ from slipstream.engine_impl.models.llama import Llama
 from slipstream.engine_impl.session import Session
 from slipstream.engine_impl.weights.sharding import make_mesh
 
+from tests.arrays import array
+
 from ..tiny_models import TINY, RandomCheckpoint
 
 PROMPT = list(range(3, 12))
@@ -25,7 +27,7 @@ PROMPT = list(range(3, 12))
 def test_rows_get_their_own_adapters_term_and_exactly_zero_without():
     generator = np.random.default_rng(0)
     x_RI, down_XrI, up_XOr = (generator.normal(size=size) for size in ((4, 5), (3, 2, 5), (3, 6, 2)))
-    adapter_R = jnp.array([0, 3, 1, 3])
+    adapter_R = array([0, 3, 1, 3])
     out_RO = np.asarray(term(jnp.float32(x_RI), adapter_R, jnp.float32(down_XrI), jnp.float32(up_XOr)))
     assert (out_RO[0] == 0).all()
     for row, index in ((1, 2), (2, 0), (3, 2)):
@@ -35,7 +37,7 @@ def test_rows_get_their_own_adapters_term_and_exactly_zero_without():
 def test_an_overflow_of_one_adapter_is_not_anothers():
     """0 times infinity would be NaN: a row's columns are chosen, not multiplied."""
     down_XrI = jnp.stack([jnp.ones((1, 2)), jnp.full((1, 2), 3e38)])
-    out_RO = term(jnp.ones((1, 2)), jnp.array([1]), down_XrI, jnp.ones((2, 3, 1)))
+    out_RO = term(jnp.ones((1, 2)), array([1]), down_XrI, jnp.ones((2, 3, 1)))
     assert out_RO.tolist() == [[2, 2, 2]]
 
 

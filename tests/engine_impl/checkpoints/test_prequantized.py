@@ -4,7 +4,6 @@ import fnmatch
 from dataclasses import replace
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import Mesh
@@ -19,6 +18,8 @@ from slipstream.engine_impl.loading import load_engine
 from slipstream.engine_impl.models import registry
 from slipstream.engine_impl.quantization.swap import resolved
 from slipstream.kernels.blockwise_matmul import unpack
+
+from tests.arrays import array
 
 from ..tiny_models import greedy
 from . import packers
@@ -133,7 +134,7 @@ def test_codes_are_kept(tmp_path, kind, options):
         if kind == "int8":
             np.testing.assert_array_equal(leaf(params, f"{module}.code"), code_OI, err_msg=name)
         else:
-            code_IO = np.asarray(unpack(jnp.asarray(leaf(params, f"{module}.packed"))))
+            code_IO = np.asarray(unpack(array(leaf(params, f"{module}.packed"))))
             np.testing.assert_array_equal(code_IO.T, code_OI - 8, err_msg=name)
     assert params["lm_head"]["weight"].dtype == options.get("dtype", "float32")
 
@@ -194,7 +195,7 @@ def test_a_group_that_is_not_there_is_told(tmp_path):
 def test_a_plain_order_may_be_stored(tmp_path):
     model = Quantized("gptq", group_order=in_order)
     _, params = load(model.folder(tmp_path / "m"))
-    code_IO = unpack(jnp.asarray(leaf(params, "layers.0.mlp.up_proj.packed")))
+    code_IO = unpack(array(leaf(params, "layers.0.mlp.up_proj.packed")))
     np.testing.assert_array_equal(np.asarray(code_IO).T + 8, model.codes["layers.0.mlp.up_proj.weight"])
 
 

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
@@ -23,6 +22,8 @@ from slipstream.engine_impl.models import experts, mixtral, registry
 from slipstream.engine_impl.models.fields import Fields
 from slipstream.engine_impl.models.transformer import windows_of_layers
 from slipstream.engine_impl.models.unread import check_unread
+
+from tests.arrays import array
 
 from ..tiny_models import logits_behind
 from .against_transformers import PROMPTS, assert_equal, draw_weights, load, reference_logits
@@ -405,10 +406,10 @@ def test_both_ways_through_the_experts_agree():
     module = experts.MixtureOfExperts(shape, bias=True)
     weights = {name: 0.3 * torch.randn(p.shape) for name, p in module.named_parameters()}
     x_RD = torch.randn(12, shape.model_dim)
-    arrays = {name: jnp.asarray(value.numpy()) for name, value in weights.items()}
+    arrays = {name: array(value.numpy()) for name, value in weights.items()}
     alone = [torch.func.functional_call(module, weights, x_RD[i : i + 1]).detach().numpy()[0] for i in range(12)]
     together = torch.func.functional_call(module, weights, x_RD).detach().numpy()
     np.testing.assert_allclose(together, alone, atol=1e-5)
     run = jax.jit(functools.partial(bridge.run, module))  # one program each; op by op would compile every op
-    np.testing.assert_allclose(run(arrays, jnp.asarray(x_RD.numpy())), alone, atol=1e-5)
-    np.testing.assert_allclose(run(arrays, jnp.asarray(x_RD[:1].numpy())), alone[:1], atol=1e-5)
+    np.testing.assert_allclose(run(arrays, array(x_RD.numpy())), alone, atol=1e-5)
+    np.testing.assert_allclose(run(arrays, array(x_RD[:1].numpy())), alone[:1], atol=1e-5)

@@ -20,6 +20,8 @@ from slipstream.engine_impl.quantization.int8_matmul import multiply_floats, mul
 from slipstream.engine_impl.quantization.linear import Int4Linear, Int8Linear
 from slipstream.kernels.blockwise_matmul import unpack
 
+from tests.arrays import array
+
 from ..tiny_models import TINY, RandomCheckpoint, greedy
 
 MIXTRAL = {
@@ -51,7 +53,7 @@ def awkward(rng, O, I):
 
 def test_int8_is_off_by_half_a_step_at_most():
     weight_OI = awkward(np.random.default_rng(0), 40, 96)
-    code_OI, scale_O = (np.asarray(x, np.float64) for x in encode_int8(jnp.asarray(weight_OI)).values())
+    code_OI, scale_O = (np.asarray(x, np.float64) for x in encode_int8(array(weight_OI)).values())
     assert 127 <= np.abs(code_OI).max() <= 128
     assert (np.abs(code_OI * scale_O[:, None] - weight_OI) <= scale_O[:, None] * 0.5001).all()
     assert np.array_equal(code_OI[1], np.zeros(96))
@@ -63,7 +65,7 @@ def test_int8_codes_of_another_tool_are_kept(extreme):
     code_OI = rng.integers(-126, 127, (8, 64))
     code_OI[:, 5] = extreme
     weight_OI = code_OI * rng.uniform(1e-4, 1e-2, (8, 1))
-    assert np.array_equal(encode_int8(jnp.asarray(weight_OI, jnp.float32))["code"], code_OI)
+    assert np.array_equal(encode_int8(array(weight_OI, jnp.float32))["code"], code_OI)
 
 
 def test_int8_rows_of_another_tool_need_not_reach_127():
@@ -74,7 +76,7 @@ def test_int8_rows_of_another_tool_need_not_reach_127():
     code_OI = rng.integers(1 - size, np.maximum(size, 2 - size), (8, 64))
     code_OI[:, 5], code_OI[-1] = largest[:, 0], 0
     scale_O1 = rng.uniform(1e-4, 1e-2, (8, 1)).astype(np.float16).astype(np.float64)
-    encoded = encode_int8(jnp.asarray(code_OI * scale_O1, jnp.float32))
+    encoded = encode_int8(array(code_OI * scale_O1, jnp.float32))
     assert np.array_equal(encoded["code"][:5], code_OI[:5])
     np.testing.assert_allclose(encoded["code"] * encoded["scale"][:, None], code_OI * scale_O1, rtol=1e-6)
 
@@ -92,7 +94,7 @@ def test_int8_rows_of_another_tool_need_not_reach_127():
 )
 def test_int4_is_off_by_half_a_step_but_beyond_the_ends_of_a_grid(block, dtype):
     weight_OI = awkward(np.random.default_rng(2), 24, 128)
-    packed = encode_int4(jnp.asarray(weight_OI), block, jnp.dtype(dtype))
+    packed = encode_int4(array(weight_OI), block, jnp.dtype(dtype))
     code_OI, scale_OI = (
         np.asarray(unpack(packed.packed)).T,
         np.asarray(packed.scale, np.float64).T.repeat(block, axis=1),
@@ -122,11 +124,11 @@ def test_int4_is_nearer_than_a_grid_that_spans_the_block(block):
         weight_Xi = np.abs(weight_OI.astype(np.float64)).reshape(-1, block)
         return ((weight_Xi + np.sqrt((weight_Xi**2).mean(1, keepdims=True))) * square_Xi).sum(1)
 
-    fitted_OI = decoded(encode_int4(jnp.asarray(weight_OI), block, jnp.dtype("float32")))
+    fitted_OI = decoded(encode_int4(array(weight_OI), block, jnp.dtype("float32")))
     allowed_X = error_X(spanning(weight_OI, block))
     assert (error_X(fitted_OI) <= allowed_X * 1.001 + 1e-9 * allowed_X.max()).all()
     normal_OI = np.random.default_rng(8).normal(size=(64, 256)).astype(np.float32)
-    fitted_OI = decoded(encode_int4(jnp.asarray(normal_OI), block, jnp.dtype("float32")))
+    fitted_OI = decoded(encode_int4(array(normal_OI), block, jnp.dtype("float32")))
     square = ((fitted_OI - normal_OI) ** 2).sum() / ((spanning(normal_OI, block) - normal_OI) ** 2).sum()
     assert square < 0.95
 
@@ -140,7 +142,7 @@ def test_int4_grids_of_other_tools_are_kept(low, high):
     step_OQi[0, 0, :2] = 0, 15
     scale_OQ1, offset_OQ1 = rng.uniform(1e-3, 1e-2, (16, 8, 1)), rng.normal(size=(16, 8, 1))
     weight_OI = (step_OQi * scale_OQ1 + offset_OQ1 * (low == 0)).reshape(16, 256).astype(np.float32)
-    packed = encode_int4(jnp.asarray(weight_OI), 32, jnp.dtype("float32"))
+    packed = encode_int4(array(weight_OI), 32, jnp.dtype("float32"))
     np.testing.assert_allclose(decoded(packed), weight_OI, rtol=0, atol=1e-6)
 
 
@@ -148,7 +150,7 @@ def test_int4_scales_in_bfloat16_cost_little():
     weight_OI = np.random.default_rng(4).normal(size=(24, 128)).astype(np.float32)  # a shape compiled above
     error = {}
     for dtype in ("float32", "bfloat16"):
-        error[dtype] = np.abs(decoded(encode_int4(jnp.asarray(weight_OI), 32, jnp.dtype(dtype))) - weight_OI).mean()
+        error[dtype] = np.abs(decoded(encode_int4(array(weight_OI), 32, jnp.dtype(dtype))) - weight_OI).mean()
     assert error["bfloat16"] < 1.1 * error["float32"]
 
 
@@ -189,8 +191,8 @@ class Decoded(RandomCheckpoint):
         if not fnmatch.fnmatch(name, "layers.*_proj.weight"):
             return value
         if self.kind == "int4":
-            return decoded(encode_int4(jnp.asarray(value), 32, jnp.dtype("float32"))).astype(np.float32)
-        code_OI, scale_O = encode_int8(jnp.asarray(value)).values()
+            return decoded(encode_int4(array(value), 32, jnp.dtype("float32"))).astype(np.float32)
+        code_OI, scale_O = encode_int8(array(value)).values()
         return np.asarray(code_OI * scale_O[:, None])
 
 
@@ -230,7 +232,7 @@ def test_experts_become_int8(config, devices):
             value = super().tensor(name)
             if not fnmatch.fnmatch(name, "*.experts.*.weight") and not fnmatch.fnmatch(name, "*_proj.weight"):
                 return value
-            code_OI, scale_O = encode_int8(jnp.asarray(value)).values()
+            code_OI, scale_O = encode_int8(array(value)).values()
             return np.asarray(code_OI * scale_O[:, None])
 
     excluded = {"quantize_exclude": ("lm_head", "*.gate")}

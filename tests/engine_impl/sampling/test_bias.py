@@ -13,6 +13,8 @@ from slipstream.engine_impl.sampling.mask import Mask
 from slipstream.engine_impl.sampling.params import MAX_BIASES, SamplingParams
 from slipstream.engine_impl.sampling.slots import SlotSampling
 
+from tests.arrays import array
+
 VOCABULARY = 400
 biased, without_ends = jax.jit(bias.biased), jax.jit(bias.without_ends)
 
@@ -38,7 +40,7 @@ def sample(logits_BV, count_BV, sampling, position_B):
 
 def chosen(logits_BV, sampling, position_B):
     nothing_said_BV = jnp.zeros(logits_BV.shape, jnp.uint16)
-    return sample(logits_BV, nothing_said_BV, sampling, jnp.asarray(position_B)).tolist()
+    return sample(logits_BV, nothing_said_BV, sampling, array(position_B)).tolist()
 
 
 BIASES = [
@@ -52,9 +54,7 @@ def test_bias_is_transformers_and_others_keep_their_logits_to_the_bit():
     from transformers import SequenceBiasLogitsProcessor
 
     logits_BV = logits(3)
-    biased_BV = np.asarray(
-        biased(jnp.asarray(logits_BV), slots(*[SamplingParams(logit_bias=added) for added in BIASES]))
-    )
+    biased_BV = np.asarray(biased(array(logits_BV), slots(*[SamplingParams(logit_bias=added) for added in BIASES])))
     for slot, added in enumerate(BIASES):
         expected = torch.tensor(logits_BV[slot : slot + 1])
         if added:
@@ -90,7 +90,7 @@ def test_the_least_length_is_transformers(min_tokens, generated):
     params = SamplingParams(min_tokens=prompt + min_tokens, stop_token_ids=(5, 9))  # counted from the beginning
     sampling = slots(params, params, model_stop_ids=(9, 399))
     position_B = jnp.full(2, prompt + generated)
-    np.testing.assert_array_equal(without_ends(jnp.asarray(logits_BV), sampling, position_B), expected)
+    np.testing.assert_array_equal(without_ends(array(logits_BV), sampling, position_B), expected)
 
 
 def test_a_biased_token_is_chosen_and_a_forbidden_one_never():
@@ -113,7 +113,7 @@ def test_bias_comes_before_penalties_and_cannot_bring_back_what_must_wait():
     said_BV = jnp.zeros((1, VOCABULARY), jnp.uint16).at[0, 2].set(1)
     # 1 + 8 = 9, over 3 is 3; the other way round 1 / 3 + 8 would win over 2 + 2.
     params = SamplingParams(logit_bias={2: 8, 1: 2}, repetition_penalty=3)
-    assert sample(jnp.asarray(logits_V[None]), said_BV, slots(params), jnp.array([4])).tolist() == [1]
+    assert sample(array(logits_V[None]), said_BV, slots(params), array([4])).tolist() == [1]
     params = SamplingParams(logit_bias={2: 100}, min_tokens=5, stop_token_ids=(2,))
     assert chosen(logits_V[None], slots(params), [4]) == [1]
     assert chosen(logits_V[None], slots(params), [5]) == [2]

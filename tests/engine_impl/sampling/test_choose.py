@@ -11,6 +11,8 @@ from slipstream.engine_impl.sampling.mask import Mask
 from slipstream.engine_impl.sampling.params import SamplingParams
 from slipstream.engine_impl.sampling.slots import SlotSampling
 
+from tests.arrays import array
+
 VOCABULARY = 500
 cut = jax.jit(choose.cut)
 
@@ -96,7 +98,7 @@ def test_greedy_tokens_are_penalised_too():
     count_BV = jnp.zeros(logits_BV.shape, jnp.uint16).at[:, first].set(1)
     params = [SamplingParams(repetition_penalty=10), SamplingParams()]
     sampling = jax.tree.map(lambda *values: np.stack(values), *map(SlotSampling.of, params))
-    token_B = sample(jnp.stack([logits_BV[0]] * 2), count_BV, sampling, jnp.array([4, 4]))
+    token_B = sample(jnp.stack([logits_BV[0]] * 2), count_BV, sampling, array([4, 4]))
     assert token_B.tolist() == [second, first]
 
 
@@ -121,7 +123,7 @@ def test_greedy_slots_are_untouched_by_the_others():
     params = [SamplingParams(), SamplingParams(temperature=5.0, top_k=3), SamplingParams()]
     sampling = jax.tree.map(lambda *values: np.stack(values), *map(SlotSampling.of, params))
     nothing_said_BV = jnp.zeros(logits_BV.shape, jnp.uint16)
-    token_B = sample(jnp.asarray(logits_BV), nothing_said_BV, sampling, jnp.array([4, 4, 4]))
+    token_B = sample(array(logits_BV), nothing_said_BV, sampling, array([4, 4, 4]))
     assert token_B[0] == logits_BV[0].argmax()
     assert token_B[2] == logits_BV[2].argmax()
 
@@ -134,7 +136,7 @@ def test_the_first_of_the_largest_is_chosen():
     logits_BV[3, 5] = np.nan
     greedy = jax.tree.map(lambda value: np.stack([value] * 4), SlotSampling.of(SamplingParams()))
     nothing_said_BV = jnp.zeros(logits_BV.shape, jnp.uint16)
-    token_B = sample(jnp.asarray(logits_BV), nothing_said_BV, greedy, jnp.zeros(4, jnp.int32))
+    token_B = sample(array(logits_BV), nothing_said_BV, greedy, jnp.zeros(4, jnp.int32))
     assert token_B[:3].tolist() == [7, 0, 0]
     assert 0 <= token_B[3] < VOCABULARY
 

@@ -9,6 +9,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from slipstream.engine_impl.sampling.logprobs import likeliest, logprob_of, logprobs, prompt_logprobs
 from slipstream.engine_impl.sampling.params import MAX_LOGPROBS
 
+from tests.arrays import array
+
 LOGPROBS, LIKELIEST = jax.jit(logprobs, static_argnums=3), jax.jit(likeliest, static_argnums=1)
 
 
@@ -58,9 +60,9 @@ def test_equally_likely_tokens_come_by_their_id():
 
 
 def test_bfloat16_logits_are_normalised_in_float32():
-    logits_BV = jnp.asarray(logits(2, 4000), jnp.bfloat16)
+    logits_BV = array(logits(2, 4000), jnp.bfloat16)
     expected = softmax(np.asarray(logits_BV, np.float32))[[0, 1], [1, 2]]
-    np.testing.assert_allclose(logprob_of(logits_BV, jnp.array([1, 2])), expected, rtol=1e-5)
+    np.testing.assert_allclose(logprob_of(logits_BV, array([1, 2])), expected, rtol=1e-5)
 
 
 @pytest.mark.parametrize(("rows", "asked"), [(16, 1), (16, 16), (128, 100), (192, 130), (256, 130), (512, 512)])
@@ -72,7 +74,7 @@ def test_a_prompts_logprobs_are_of_the_token_behind_each(rows, asked):
     x_RD[asked:], next_R[asked:] = np.nan, -1
     devices = mesh(1)
     told = [
-        prompt_logprobs(jnp.asarray(x_RD), jnp.asarray(next_R), jnp.int32(k), lambda some: some @ weight_DV, devices)
+        prompt_logprobs(array(x_RD), array(next_R), jnp.int32(k), lambda some: some @ weight_DV, devices)
         for k in (0, 3)
     ]
     logprob_RV = softmax(x_RD[:asked] @ weight_DV)

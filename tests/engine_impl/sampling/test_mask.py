@@ -9,6 +9,8 @@ from slipstream.engine_impl.sampling.mask import Masks
 from slipstream.engine_impl.sampling.params import SamplingParams
 from slipstream.engine_impl.sampling.slots import SlotSampling
 
+from tests.arrays import array
+
 
 def words(vocab_size, *token_ids):
     bits = np.zeros(-(-vocab_size // 32) * 32, bool)
@@ -24,13 +26,13 @@ def sample(logits_BV, sampling, mask):
 
 def chosen(logits_BV, params, mask):
     slots = [SlotSampling.of(one) for one in params]
-    sampling = jax.tree.map(lambda *values: jnp.stack([jnp.asarray(value) for value in values]), *slots)
+    sampling = jax.tree.map(lambda *values: jnp.stack([array(value) for value in values]), *slots)
     return sample(logits_BV, sampling, mask).tolist()
 
 
 @pytest.mark.parametrize("vocab_size", [32, 33, 70, 128])
 def test_only_what_may_come_keeps_its_logits(vocab_size):
-    logits_BV = jnp.asarray(np.random.default_rng(0).normal(size=(3, vocab_size)), jnp.float32)
+    logits_BV = array(np.random.default_rng(0).normal(size=(3, vocab_size)), jnp.float32)
     allowed = [0, 31, vocab_size - 1]
     mask = Masks(vocab_size, None).of(3, [(1, words(vocab_size, *allowed))])
     masked_BV = np.asarray(mask.applied(logits_BV))
@@ -62,7 +64,7 @@ def test_a_forbidden_token_is_never_chosen_and_neighbours_choose_as_ever(params)
     """Token 7 is by far the likeliest, and 5 of those that may come."""
     logits_V = np.zeros(70, np.float32)
     logits_V[7], logits_V[5] = 50, 20
-    logits_BV = jnp.asarray(np.stack([logits_V] * 3))
+    logits_BV = array(np.stack([logits_V] * 3))
     mask = Masks(70, None).of(3, [(1, words(70, 3, 5, 64))])
     free, masked, other = chosen(logits_BV, [params] * 3, mask)
     assert [free, other] == chosen(logits_BV, [params] * 3, Masks(70, None).of(3, []))[::2]

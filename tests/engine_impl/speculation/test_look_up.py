@@ -12,6 +12,8 @@ from slipstream.engine_impl.speculation import look_up
 from slipstream.engine_impl.speculation.drafts import Drafts, accept
 from slipstream.engine_impl.speculation.texts import Texts, texts_of
 
+from tests.arrays import array
+
 S, W = 40, 4
 looked_up = jax.jit(look_up.look_up, static_argnames=("width", "shortest"))
 
@@ -21,7 +23,7 @@ def found(text, prediction=(), prompt_length=None, **more):
     prompt_length = len(text) - 1 if prompt_length is None else prompt_length
     opening = Opening(text=text, prompt_length=prompt_length, sampling=SamplingParams(), prediction=prediction)
     texts = jax.tree.map(jnp.asarray, texts_of([opening], S))
-    drafts = looked_up(texts, jnp.array([len(text) - 1]), width=W, **more)
+    drafts = looked_up(texts, array([len(text) - 1]), width=W, **more)
     return drafts.token_NW[0, : int(drafts.count_N[0])].tolist()
 
 
@@ -78,20 +80,20 @@ def test_the_answer_never_overwrites_what_is_predicted_of_it():
     texts = jax.tree.map(jnp.asarray, texts_of([opening], S))
     longer = jax.jit(Texts.longer)
     for length in range(3, S - 1):
-        drafts = looked_up(texts, jnp.array([length]), width=W)
+        drafts = looked_up(texts, array([length]), width=W)
         right = answer[length - 2 : length - 2 + W]
         known = min(W, S - 3 - 3 - (length - 2))  # the last three are not predicted
         if known > 0:
             assert drafts.token_NW[0, :known].tolist() == right[:known]
-        token_NW = jnp.array([[answer[length - 2]] * W])
-        texts = longer(texts, jnp.array([0]), jnp.array([length + 1]), token_NW, jnp.array([1]))
+        token_NW = array([[answer[length - 2]] * W])
+        texts = longer(texts, array([0]), array([length + 1]), token_NW, array([1]))
     np.testing.assert_array_equal(texts.token_BS[0], PROMPT + answer)
 
 
 def test_texts_grow_by_what_counts_and_not_beyond_their_end():
     texts = Texts(jnp.zeros((3, 6), jnp.int32), jnp.full(3, 6))
-    token_NW = jnp.array([[1, 2, 3], [4, 5, 6], [7, 8, 9]])
-    texts = texts.longer(jnp.array([2, 0, 3]), jnp.array([1, 4, 0]), token_NW, jnp.array([2, 3, 3]))
+    token_NW = array([[1, 2, 3], [4, 5, 6], [7, 8, 9]])
+    texts = texts.longer(array([2, 0, 3]), array([1, 4, 0]), token_NW, array([2, 3, 3]))
     assert texts.token_BS.tolist() == [[0, 0, 0, 0, 4, 5], [0] * 6, [0, 1, 2, 0, 0, 0]]
 
 
@@ -100,7 +102,7 @@ def test_a_text_that_goes_on_has_what_it_would_have():
     answer, predicted = [1, 2, 9, 4], [1, 2, 3, 4, 5, 6]
     opening = partial(Opening, prompt_length=3, sampling=SamplingParams(), prediction=predicted)
     begun = texts_of([opening(text=PROMPT)], S)
-    grown = jax.tree.map(jnp.asarray, begun).longer(jnp.array([0]), jnp.array([3]), jnp.array([answer]), jnp.array([4]))
+    grown = jax.tree.map(jnp.asarray, begun).longer(array([0]), array([3]), array([answer]), array([4]))
     jax.tree.map(np.testing.assert_array_equal, grown, texts_of([opening(text=PROMPT + answer)], S))
 
 
@@ -117,13 +119,13 @@ def test_a_text_that_goes_on_has_what_it_would_have():
     ],
 )
 def test_drafts_are_accepted_up_to_the_first_that_is_wrong(drafts, count, agreed, accepted):
-    token_NW, count_N = jnp.array([drafts] * 4), jnp.array([count] * 4)
-    told = accept(jnp.array([[5, 6, 7, 8]] * 4), Drafts(token_NW, count_N), jnp.array([9, 2, 1, 0]))
+    token_NW, count_N = array([drafts] * 4), array([count] * 4)
+    told = accept(array([[5, 6, 7, 8]] * 4), Drafts(token_NW, count_N), array([9, 2, 1, 0]))
     assert told.agreed_N.tolist() == [agreed] * 4
     assert told.count_N.tolist() == [accepted, min(2, accepted), 1, 0]
 
 
 @pytest.mark.parametrize(("draft", "count", "agreed"), [(5, 1, 1), (6, 1, 0), (5, 0, 0)])
 def test_a_step_of_one_token_tells_whether_a_draft_would_have_been_right(draft, count, agreed):
-    told = accept(jnp.array([[5]]), Drafts(jnp.array([[draft]]), jnp.array([count])), jnp.array([9]))
+    told = accept(array([[5]]), Drafts(array([[draft]]), array([count])), array([9]))
     assert (told.agreed_N.tolist(), told.count_N.tolist()) == ([agreed], [1])

@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from hypothesis_jsonschema import from_schema
 from slipstream.engine_impl.checkpoints.open import open_checkpoint
 from slipstream.engine_impl.checkpoints.pieces import backend_of, read_pieces
 from slipstream.engine_impl.errors import RefusedError
@@ -137,11 +136,19 @@ def test_what_ends_validates_of_any_schema(tokenizer, schema, seed):
     check(tokenizer, schema, [seed])
 
 
+def from_schema(schema):
+    import hypothesis_jsonschema  # a second, which no other file needs
+
+    return hypothesis_jsonschema.from_schema(schema)
+
+
 VALUED = [PERSON, *BY_HAND[3:5], BY_HAND[6], *BY_HAND[9:11]]  # a number with bounds takes no exponent
-PERSONS = st.fixed_dictionaries(
-    {name: from_schema(PERSON["properties"][name]) for name in PERSON["required"]},
-    optional={"parent": st.sampled_from([{}, {"name": "x"}])},
-).map(lambda person: {name: person[name] for name in PERSON["properties"] if name in person})
+PERSONS = st.deferred(
+    lambda: st.fixed_dictionaries(
+        {name: from_schema(PERSON["properties"][name]) for name in PERSON["required"]},
+        optional={"parent": st.sampled_from([{}, {"name": "x"}])},
+    ).map(lambda person: {name: person[name] for name in PERSON["properties"] if name in person})
+)
 
 
 @settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=UNHURRIED)

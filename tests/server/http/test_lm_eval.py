@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 from slipstream.engine_impl.checkpoints.embedded import embedded_model
+from slipstream.engine_impl.checkpoints.gguf import GGUFCheckpoint
 
-from tests.engine_impl.tiny_models import embedded_engine
 from tests.test_end_to_end import CLI, SIZES
 
 pytestmark = [
@@ -68,34 +68,48 @@ def served():
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """The same weights as transformers saves them, beside a tokenizer that splits as the model's does."""
+def reference():
+    """The harness over transformers: its Llama with the embedded model's weights as we read them, and a tokenizer that
+    splits as the model's does. test_embedded_model.py compares the weights with what transformers' own reader makes of
+    the file, which takes far longer."""
     import torch
-    from transformers import AutoModelForCausalLM, LlamaForCausalLM, PreTrainedTokenizerFast
+    from lm_eval.models.huggingface import HFLM
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-    path, tokenizer = embedded_model(), embedded_engine()[0].get_tokenizer()
-    loaded: Any = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
-    del loaded.config.quantization_config
-    plain = LlamaForCausalLM(loaded.config)  # one that was read from GGUF cannot be saved
-    plain.load_state_dict(loaded.state_dict())
-    saved = tmp_path_factory.mktemp("embedded")
-    plain.save_pretrained(saved)
+    checkpoint = GGUFCheckpoint(embedded_model())
+    shape: Any = checkpoint.config
+    tokenizer = checkpoint.tokenizer()
+    config: Any = LlamaConfig(
+        vocab_size=shape.vocab_size,
+        hidden_size=shape.model_dim,
+        intermediate_size=shape.ffn_dim,
+        num_hidden_layers=shape.num_layers,
+        num_attention_heads=shape.num_heads,
+        num_key_value_heads=shape.num_kv_heads,
+        max_position_embeddings=shape.context_length,
+        rms_norm_eps=shape.rms_norm_eps,
+        rope_parameters={"rope_type": "default", "rope_theta": shape.rope_theta},
+        tie_word_embeddings=True,
+        bos_token_id=tokenizer.bos_id,
+        eos_token_id=tokenizer.eos_id,
+    )
+    model: Any = LlamaForCausalLM(config)
+    weights = {f"model.{name}": torch.from_numpy(checkpoint.tensor(name)) for name in checkpoint.shapes()}
+    model.load_state_dict(weights, strict=False)
+    assert {*model.state_dict()} == {*weights, "lm_head.weight"}  # which is the embedding
     names = {f"{name}_token": tokenizer.token(getattr(tokenizer, f"{name}_id")) for name in ("bos", "eos")}
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer._backend, pad_token=names["eos_token"], **names)
     fast.chat_template = tokenizer.chat_template
-    fast.save_pretrained(saved)
-    return saved
+    hf: Any = HFLM  # whose arguments the checker does not see
+    return hf(pretrained=model.eval(), tokenizer=fast, batch_size=1, max_length=64)
 
 
-def test_the_harness_finds_what_it_finds_with_transformers(folder, monkeypatch):
+def test_the_harness_finds_what_it_finds_with_transformers(reference, monkeypatch):
     """Log-likelihoods within 1e-3 and equally greedy, with two prompts in a call; equal texts, raw and as chats; by
     the server's own tokenizer."""
     from lm_eval.api.registry import get_model
-    from lm_eval.models.huggingface import HFLM
 
     monkeypatch.setenv("OPENAI_API_KEY", "none")
-    hf: Any = HFLM  # whose arguments the checker does not see
-    reference = hf(pretrained=str(folder), device="cpu", dtype="float32", batch_size=1, max_length=64)
     with served() as address:
         base = f"http://{address}/v1"
         common = {"model": "embedded", "max_length": 64, "max_retries": 1}
