@@ -37,8 +37,8 @@ time.sleep(0.1)  # the log's thread has begun
 """
 
 
-def writers(files: int, **more) -> subprocess.Popen[bytes]:
-    return subprocess.Popen([sys.executable, "-c", WRITERS], cwd=ROOT, env=ENVIRONMENT, stderr=files, **more)
+def writers(file: int) -> subprocess.Popen[bytes]:
+    return subprocess.Popen([sys.executable, "-c", WRITERS], cwd=ROOT, env=ENVIRONMENT, stdout=file, stderr=file)
 
 
 def fill(file: int) -> None:
@@ -60,7 +60,7 @@ def test_no_writer_waits_for_a_reader_that_has_stopped(kind):
     else:
         reading, writing = os.openpty()
     try:
-        with writers(writing, stdout=writing) as process:
+        with writers(writing) as process:
             try:
                 assert process.wait(WAIT_S) == 0
             finally:
@@ -74,7 +74,7 @@ def test_others_who_hold_the_pipe_still_wait_for_its_reader():
     """A shell's next command may not know that a write can fail for want of room."""
     reading, writing = os.pipe()
     with open(reading, "rb") as reader:
-        with writers(writing, stdout=writing) as process:
+        with writers(writing) as process:
             assert os.get_blocking(writing)
             os.close(writing)
             text = reader.read()
