@@ -268,12 +268,15 @@ class FakeEngine:
     at_index: dict[int, "FakeAdapter"] = field(default_factory=dict)
     """Adapters on the devices."""
     devices: tuple[FakeDevice, ...] = (FakeDevice(),)
-    reach_of: Callable[[int], int] = lambda length: 0
+    on_reach: Callable[[int], int] = lambda length: 0
     """Which angles a text takes that may come to so many tokens: what is computed does not depend on it."""
 
     @property
     def tokens_per_step(self) -> int:
         return self.widths[-1]
+
+    def reach_of(self, length: int) -> int:
+        return self.on_reach(length)
 
     @property
     def pages_per_slot(self) -> int:

@@ -90,7 +90,7 @@ def test_texts_of_other_angles_share_no_pages():
         return 0 if length <= 20 else length
 
     engine, prompt = reading(), "a text of some letters"[:16]
-    engine.reach_of = reach_of
+    engine.on_reach = reach_of
     prefill, reaches = engine.prefill, []
 
     def noted(params, decode_state, pieces):
