@@ -298,6 +298,8 @@ def test_stops():
             for stop in ("efg", ["nope", "efg"]):
                 (choice,) = (await complete(client, max_tokens=20, stop=stop)).choices
                 assert (choice.text, choice.finish_reason) == ("bcd", "stop")
+            (choice,) = (await complete(client, max_tokens=20, stop=[CONTROL, "nope"])).choices  # which no text shows
+            assert (choice.text, choice.finish_reason) == ("bcd", "stop")
             (choice,) = (await complete(client, max_tokens=20, stop=["b", "f"], extra_body={"min_tokens": 3})).choices
             assert (choice.text, choice.finish_reason) == ("bcde", "stop")
             (choice,) = (await complete(client, extra_body={"stop_token_ids": [ord("d")]})).choices
