@@ -1,6 +1,5 @@
 """A serving process whose log nobody reads, whose stdout is closed, that gets strange signals, or has no file left."""
 
-import contextlib
 import json
 import os
 import resource
@@ -17,6 +16,7 @@ from slipstream.server.net.connections import most_connections
 from slipstream.server.net.ports import listening
 
 from tests.server.calls import WAIT_S
+from tests.server.pipes import fill
 
 pytestmark = pytest.mark.slow
 
@@ -88,15 +88,6 @@ def end(process: subprocess.Popen[str]) -> int:
         return process.wait(2 * WAIT_S)
     finally:
         process.kill()
-
-
-def fill(pipe: int) -> None:
-    """Whoever writes there waits from now on."""
-    os.set_blocking(pipe, False)
-    with contextlib.suppress(BlockingIOError):
-        while True:
-            os.write(pipe, b"x" * 4096)
-    os.set_blocking(pipe, True)
 
 
 def test_a_log_that_nobody_reads_stops_neither_answers_nor_the_end(port):

@@ -51,6 +51,19 @@ def test_what_is_absent_is_as_over_http():
     assert not read_chat(message).chat.add_generation_prompt
 
 
+async def called(script, facts):
+    """The answer of a model that says so, which thinks, says something and calls a tool."""
+    async with serving(Scripted(script, facts)) as (_, channel):
+        request = chat_request(("user", "Hi"), max_tokens=300)
+        request.messages.tools.add(name="get_weather")
+        told = Answer.of(1)
+        for event in await events(channel, request):
+            told.grow(event)
+    (sample,) = told.samples
+    assert (sample.text, sample.reasoning, sample.finish_reason) == ("Look.", "Hm", "tool_calls")
+    return sample
+
+
 def test_channels_are_told_apart():
     async def scenario():
         script = (
@@ -58,14 +71,7 @@ def test_channels_are_told_apart():
             f"<|start|>assistant<|channel|>commentary to=functions.get_weather json<|message|>{PARIS}"
         )
         facts = TemplateFacts(tool_format="harmony", writes_tools=True)
-        async with serving(Scripted(script, facts)) as (_, channel):
-            request = chat_request(("user", "Hi"), max_tokens=300)
-            request.messages.tools.add(name="get_weather")
-            told = Answer.of(1)
-            for event in await events(channel, request):
-                told.grow(event)
-        (sample,) = told.samples
-        assert (sample.text, sample.reasoning, sample.finish_reason) == ("Look.", "Hm", "tool_calls")
+        sample = await called(script, facts)
         assert sample.shown == f"Hm\n\nLook.\n[calls get_weather] {PARIS}"
 
     asyncio.run(scenario())
@@ -74,17 +80,10 @@ def test_channels_are_told_apart():
 def test_calls_and_thoughts_are_told_apart():
     async def scenario():
         facts = TemplateFacts(think_tags=("<think>", "</think>"))
-        async with serving(Scripted(f"<think>Hm</think>Look.\n{CALL}", facts)) as (_, channel):
-            request = chat_request(("user", "Hi"), max_tokens=200)
-            request.messages.tools.add(name="get_weather")
-            told = Answer.of(1)
-            for event in await events(channel, request):
-                told.grow(event)
-            (sample,) = told.samples
-            assert (sample.text, sample.reasoning, sample.finish_reason) == ("Look.", "Hm", "tool_calls")
-            (call,) = sample.as_json()["tool_calls"]
-            assert (call["name"], call["arguments"]) == ("get_weather", PARIS)
-            assert sample.shown == f"Hm\n\nLook.\n[calls get_weather] {PARIS}"
+        sample = await called(f"<think>Hm</think>Look.\n{CALL}", facts)
+        (call,) = sample.as_json()["tool_calls"]
+        assert (call["name"], call["arguments"]) == ("get_weather", PARIS)
+        assert sample.shown == f"Hm\n\nLook.\n[calls get_weather] {PARIS}"
 
     asyncio.run(scenario())
 

@@ -1,6 +1,5 @@
 """Whoever reads stdout and stderr, or has stopped to, holds up no writer."""
 
-import contextlib
 import json
 import os
 import socket
@@ -10,6 +9,8 @@ from pathlib import Path
 
 import pytest
 from slipstream.server.observe import standard_files
+
+from ..pipes import fill
 
 ROOT = Path(__file__).parents[3]
 ENVIRONMENT = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
@@ -39,14 +40,6 @@ time.sleep(0.1)  # the log's thread has begun
 
 def writers(file: int) -> subprocess.Popen[bytes]:
     return subprocess.Popen([sys.executable, "-c", WRITERS], cwd=ROOT, env=ENVIRONMENT, stdout=file, stderr=file)
-
-
-def fill(file: int) -> None:
-    os.set_blocking(file, False)
-    with contextlib.suppress(BlockingIOError):
-        while True:
-            os.write(file, b"x" * 4096)
-    os.set_blocking(file, True)
 
 
 @pytest.mark.parametrize("kind", ["pipe", "socket", "terminal"])
