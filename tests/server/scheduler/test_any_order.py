@@ -94,7 +94,7 @@ class AnyOrder(RuleBasedStateMachine):
     @invariant()
     def no_page_is_lost(self):
         if hasattr(self, "loop"):
-            self.loop._room.check_integrity()
+            self.loop._holdings.room.check_integrity()
             states = self.loop.pages()
             assert sum(states.values()) == self.engine.pages
 
