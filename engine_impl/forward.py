@@ -165,16 +165,22 @@ def _walk(
 
     Layers differ in their weights, in how far back they see and in their rope. Under a scan all three are selected by
     the layer's number; unrolled, a layer is traced once for each way of seeing, and for each module that computes some.
+
+    A layer's last sum is left to the next one's turn, where XLA:TPU makes one operation of it and of the norm that
+    reads it (docs/tpu-evidence.md).
     """
     kind_of_layer, rope_of_layer = attend.kind_of_layer, model.config.rope_of_layer
 
-    def layer(x_RD, weights, index, kind, rope, module=0):
+    def layer(stream, weights, index, kind, rope, module=0):
         def attend_layer(q_RNH, k_RKH, v_RKH, sink_N=None):
             tensors = (q_RNH, k_RKH, v_RKH) if sink_N is None else (q_RNH, k_RKH, v_RKH, sink_N)
             return bridge.call_kernel(functools.partial(attend.call, index, kind), *tensors)
 
-        x_RD, k_RKH, v_RKH = bridge.run(model.layers[module], weights, x_RD, rope, attend_layer)
-        return x_RD, attend.stored(k_RKH, v_RKH)
+        x_RD, out_RD = stream
+        x_RD, out_RD, k_RKH, v_RKH = bridge.run(model.layers[module], weights, x_RD + out_RD, rope, attend_layer)
+        return (x_RD, out_RD), attend.stored(k_RKH, v_RKH)
+
+    stream = (x_RD, jnp.zeros_like(x_RD))
 
     if isinstance(layers, dict):
         readers = stack_readers(model.layers[0])
@@ -184,22 +190,25 @@ def _walk(
         sliced = {name: stack for name, stack in layers.items() if name not in whole}
         ropes_stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *ropes) if len(ropes) > 1 else None
 
-        def step(x_RD, of_layer):
+        def step(stream, of_layer):
             weights, index, kind, which = of_layer
             weights = {**weights, **whole, **of_all, **numbered(model.layers[0], index)}
             rope = ropes[0] if ropes_stacked is None else jax.tree.map(lambda leaves: leaves[which], ropes_stacked)
-            return layer(x_RD, weights, index, kind, rope)
+            return layer(stream, weights, index, kind, rope)
 
         numbers = (range(len(model.layers)), kind_of_layer, rope_of_layer)
-        return jax.lax.scan(step, x_RD, (sliced, *(jnp.asarray(list(n), jnp.int32) for n in numbers)))
+        layers = (sliced, *(jnp.asarray(list(n), jnp.int32) for n in numbers))
+        (x_RD, out_RD), kv = jax.lax.scan(step, stream, layers)
+        return x_RD + out_RD, kv
 
     layer = jax.jit(layer, static_argnums=(3, 5))  # XLA inlines the calls, so a layer's index is a constant again
     per_layer = []
     for index, (weights, module) in enumerate(zip(layers, model.module_of_layer, strict=True)):
         weights = {**weights, **of_all, **numbered(model.layers[module], jnp.int32(0))}
-        x_RD, kv = layer(x_RD, weights, jnp.int32(index), kind_of_layer[index], ropes[rope_of_layer[index]], module)
+        stream, kv = layer(stream, weights, jnp.int32(index), kind_of_layer[index], ropes[rope_of_layer[index]], module)
         per_layer.append(kv)
-    return x_RD, jax.tree.map(lambda *of_layers: jnp.stack(of_layers), *per_layer)
+    x_RD, out_RD = stream
+    return x_RD + out_RD, jax.tree.map(lambda *of_layers: jnp.stack(of_layers), *per_layer)
 
 
 def logits(model: Decoder, params: Params, x_RD: jax.Array) -> jax.Array:

@@ -131,6 +131,7 @@ class EagerLayers:
         """One token a slot: (logits_BV, the cache in the form it came, with the new rows)."""
         x_BD = bridge.run(self._model.embed_tokens, params["embed_tokens"], token_B)
         x_BD = bridge.run(self._model.after_embedding, params["after_embedding"], x_BD, self._length_B)
+        out_BD = jnp.zeros_like(x_BD)
         (rope,) = bridge.run(self._model.rope, {}, self._length_B, reach_B)
         one_cache = cache[0] if isinstance(cache, tuple) else cache
         steps = attention_steps(one_cache, self._length_B, self._page_BJ, mesh=self._mesh, backend=self._backend)
@@ -151,22 +152,23 @@ class EagerLayers:
                 weights = {**weights, **whole, **forward.numbered(one, index)}
                 return layer(*carry, rope, weights, index), None
 
-            (x_BD, cache), _ = jax.lax.scan(step, (x_BD, cache), (sliced, index_L))
-            return forward.logits(self._model, params, x_BD), cache
+            (x_BD, out_BD, cache), _ = jax.lax.scan(step, (x_BD, out_BD, cache), (sliced, index_L))
+            return forward.logits(self._model, params, x_BD + out_BD), cache
         layers = [{**weights, **forward.numbered(one, jnp.int32(0))} for weights in layers]
         if isinstance(cache, tuple):
             per_layer = []
             for weights, cache_1PKRC in zip(layers, cache, strict=True):
-                x_BD, cache_1PKRC = layer(x_BD, cache_1PKRC, rope, weights, jnp.int32(0))
+                x_BD, out_BD, cache_1PKRC = layer(x_BD, out_BD, cache_1PKRC, rope, weights, jnp.int32(0))
                 per_layer.append(cache_1PKRC)
             cache = tuple(per_layer)
         else:
             for index, weights in enumerate(layers):
-                x_BD, cache = layer(x_BD, cache, rope, weights, jnp.int32(index))
-        return forward.logits(self._model, params, x_BD), cache
+                x_BD, out_BD, cache = layer(x_BD, out_BD, cache, rope, weights, jnp.int32(index))
+        return forward.logits(self._model, params, x_BD + out_BD), cache
 
-    def _layer(self, steps, x_BD, cache_LPKRC, rope, weights, index) -> tuple[jax.Array, jax.Array]:
-        """One layer: its new rows go into the cache first, and attention reads the cache that holds them."""
+    def _layer(self, steps, x_BD, out_BD, cache_LPKRC, rope, weights, index) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """One layer: its new rows go into the cache first, and attention reads the cache that holds them. The stream is
+        in two parts, as ours."""
 
         def attend(q_BNH, k_BKH, v_BKH):
             nonlocal cache_LPKRC
@@ -177,10 +179,10 @@ class EagerLayers:
             args = (q_BNH[:, None], new_BKC[:, None], cache_LPKRC, index, self._length_B, self._page_BJ, steps)
             return ragged_attention(*args, mesh=self._mesh, backend=self._backend)[:, 0]
 
-        x_BD, _, _ = bridge.run(
-            self._model.layers[0], weights, x_BD, rope, lambda q, k, v, _: bridge.call_kernel(attend, q, k, v)
+        x_BD, out_BD, _, _ = bridge.run(
+            self._model.layers[0], weights, x_BD + out_BD, rope, lambda q, k, v, _: bridge.call_kernel(attend, q, k, v)
         )
-        return x_BD, cache_LPKRC
+        return x_BD, out_BD, cache_LPKRC
 
     def _insert(self, cache_LPKRC: jax.Array, new_BKC: jax.Array, layer: jax.Array) -> jax.Array:
         """The cache with every live slot's new row in one layer, in place when XLA sees that nobody needs the old."""

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol, Self
+from typing import Any, ClassVar, NamedTuple, Protocol, Self
 
 from torch import Tensor, nn
 
@@ -16,6 +16,18 @@ class Attend(Protocol):
         """out_RNH, softmax of q . k times H**-0.5. `sink_N`: a score of each head that takes its share of the weights
         and adds nothing."""
         ...
+
+
+class LayerOutput(NamedTuple):
+    """What a layer gives. The residual stream behind it is x_RD + out_RD: the layer loop adds them."""
+
+    x_RD: Tensor
+    """the stream before the last thing that the layer adds to it"""
+    out_RD: Tensor
+    """what is still to be added"""
+    k_RKH: Tensor
+    """as the cache shall hold it, rope applied"""
+    v_RKH: Tensor
 
 
 def split_name(name: str) -> tuple[str, str, str]:
@@ -146,7 +158,7 @@ class Decoder(nn.Module):
     """(position_R, reach_R or None) -> a tuple; each layer takes the entry that `config.rope_of_layer` names. All of
     one shape."""
     layers: nn.ModuleList
-    """(x_RD, rope, attend) -> (x_RD, k_RKH, v_RKH); all alike but for their weights, see `module_of_layer`"""
+    """(x_RD, rope, attend) -> LayerOutput; all alike but for their weights, see `module_of_layer`"""
     norm: nn.Module
     """x_RD -> x_RD"""
     lm_head: nn.Module

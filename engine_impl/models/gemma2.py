@@ -5,7 +5,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from .decoder import Attend
+from .decoder import Attend, LayerOutput
 from .fields import Fields
 from .gemma import Gemma, read_gemma
 from .parts import GemmaRMSNorm, SoftCap, gelu_tanh
@@ -35,11 +35,11 @@ class SandwichLayer(nn.Module):
         self.mlp = GatedMLP(config, gelu_tanh)
         self.post_feedforward_layernorm = GemmaRMSNorm(dim, eps)
 
-    def forward(self, x_RD: Tensor, rope: tuple[Tensor, Tensor], attend: Attend) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(self, x_RD: Tensor, rope: tuple[Tensor, Tensor], attend: Attend) -> LayerOutput:
         out_RD, k_RKH, v_RKH = self.self_attn(self.input_layernorm(x_RD), rope, attend)
         x_RD = x_RD + self.post_attention_layernorm(out_RD)
         out_RD = self.mlp(self.pre_feedforward_layernorm(x_RD))
-        return x_RD + self.post_feedforward_layernorm(out_RD), k_RKH, v_RKH
+        return LayerOutput(x_RD, self.post_feedforward_layernorm(out_RD), k_RKH, v_RKH)
 
 
 class Gemma2(Gemma):

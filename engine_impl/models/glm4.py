@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from .decoder import Attend, RowRange, split_name
+from .decoder import Attend, LayerOutput, RowRange, split_name
 from .fields import Fields
 from .parts import RMSNorm
 from .transformer import Attention, GatedMLP, Layer, Transformer, TransformerConfig, read_rope, read_shape
@@ -69,11 +69,11 @@ class Glm4Layer(nn.Module):
         self.mlp = GatedMLP(config)
         self.post_mlp_layernorm = RMSNorm(dim, eps)
 
-    def forward(self, x_RD: Tensor, rope: tuple[Tensor, Tensor], attend: Attend) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(self, x_RD: Tensor, rope: tuple[Tensor, Tensor], attend: Attend) -> LayerOutput:
         out_RD, k_RKH, v_RKH = self.self_attn(self.input_layernorm(x_RD), rope, attend)
         x_RD = x_RD + self.post_self_attn_layernorm(out_RD)
         out_RD = self.mlp(self.post_attention_layernorm(x_RD))
-        return x_RD + self.post_mlp_layernorm(out_RD), k_RKH, v_RKH
+        return LayerOutput(x_RD, self.post_mlp_layernorm(out_RD), k_RKH, v_RKH)
 
 
 class Glm4(Glm):

@@ -5,7 +5,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from .decoder import Anywhere, Attend
+from .decoder import Anywhere, Attend, LayerOutput
 from .fields import Fields
 from .parts import Scale
 from .transformer import Attention, GatedMLP, Layer, Transformer, TransformerConfig, read_rope, read_shape
@@ -32,10 +32,10 @@ class GraniteLayer(Layer):
         super().__init__(config, attention, GatedMLP(config))
         self.multiplier = config.residual_multiplier
 
-    def forward(self, x_RD: Tensor, rope: tuple[Tensor, Tensor], attend: Attend) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(self, x_RD: Tensor, rope: tuple[Tensor, Tensor], attend: Attend) -> LayerOutput:
         out_RD, k_RKH, v_RKH = self.self_attn(self.input_layernorm(x_RD), rope, attend)
         x_RD = x_RD + self._scaled(out_RD)
-        return x_RD + self._scaled(self.mlp(self.post_attention_layernorm(x_RD))), k_RKH, v_RKH
+        return LayerOutput(x_RD, self._scaled(self.mlp(self.post_attention_layernorm(x_RD))), k_RKH, v_RKH)
 
     def _scaled(self, out_RD: Tensor) -> Tensor:
         return (out_RD.float() * self.multiplier).to(out_RD.dtype)

@@ -5,7 +5,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from .decoder import Attend
+from .decoder import Attend, LayerOutput
 from .fields import Fields
 from .parts import WideRMSNorm
 from .transformer import Attention, GatedMLP, Transformer, TransformerConfig, read_rope, read_shape
@@ -33,10 +33,10 @@ class PostNormLayer(nn.Module):
         self.mlp = GatedMLP(config)
         self.post_feedforward_layernorm = WideRMSNorm(config.model_dim, config.rms_norm_eps)
 
-    def forward(self, x_RD: Tensor, rope: tuple[Tensor, Tensor], attend: Attend) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(self, x_RD: Tensor, rope: tuple[Tensor, Tensor], attend: Attend) -> LayerOutput:
         out_RD, k_RKH, v_RKH = self.self_attn(x_RD, rope, attend)
         x_RD = x_RD + self.post_attention_layernorm(out_RD)
-        return x_RD + self.post_feedforward_layernorm(self.mlp(x_RD)), k_RKH, v_RKH
+        return LayerOutput(x_RD, self.post_feedforward_layernorm(self.mlp(x_RD)), k_RKH, v_RKH)
 
 
 class Olmo2(Transformer):

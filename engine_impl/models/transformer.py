@@ -13,7 +13,7 @@ from typing import Any, ClassVar, Self, TypeVar
 from torch import Tensor, nn
 from torch.nn import functional
 
-from .decoder import Attend, Decoder, ModelConfig, Pairs
+from .decoder import Attend, Decoder, LayerOutput, ModelConfig, Pairs
 from .fields import Fields
 from .parts import Embedding, Linear, RMSNorm
 from .rope import Angles, Factors, Rope, frequencies, rotate
@@ -110,7 +110,8 @@ class GatedMLP(nn.Module):
 
 
 class Layer(nn.Module):
-    """One transformer layer: the rows' new residual stream and the k, v that somebody else will store."""
+    """One transformer layer. What it leaves to be added is the feed-forward's answer; the k, v somebody else will
+    store."""
 
     def __init__(
         self,
@@ -125,10 +126,10 @@ class Layer(nn.Module):
         self.post_attention_layernorm = norm(config.model_dim, config.rms_norm_eps)
         self.mlp = mlp
 
-    def forward(self, x_RD: Tensor, rope: tuple[Tensor, Tensor], attend: Attend) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(self, x_RD: Tensor, rope: tuple[Tensor, Tensor], attend: Attend) -> LayerOutput:
         out_RD, k_RKH, v_RKH = self.self_attn(self.input_layernorm(x_RD), rope, attend)
         x_RD = x_RD + out_RD
-        return x_RD + self.mlp(self.post_attention_layernorm(x_RD)), k_RKH, v_RKH
+        return LayerOutput(x_RD, self.mlp(self.post_attention_layernorm(x_RD)), k_RKH, v_RKH)
 
 
 class ParallelLayer(nn.Module):
@@ -138,10 +139,10 @@ class ParallelLayer(nn.Module):
         super().__init__()
         self.input_layernorm, self.self_attn, self.mlp = input_layernorm, self_attn, mlp
 
-    def forward(self, x_RD: Tensor, rope: tuple[Tensor, Tensor], attend: Attend) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(self, x_RD: Tensor, rope: tuple[Tensor, Tensor], attend: Attend) -> LayerOutput:
         normed_RD = self.input_layernorm(x_RD)
         out_RD, k_RKH, v_RKH = self.self_attn(normed_RD, rope, attend)
-        return x_RD + out_RD + self.mlp(normed_RD), k_RKH, v_RKH
+        return LayerOutput(x_RD + out_RD, self.mlp(normed_RD), k_RKH, v_RKH)
 
 
 class Transformer(Decoder):

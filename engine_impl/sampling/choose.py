@@ -33,7 +33,7 @@ def sample(
     """Choose one token a slot; or several, where each of B is one of a slot's positions, side by side.
 
     Args:
-        logits_BV: any float; compared in float32.
+        logits_BV: any float; float32 where a slot asks for more than the likeliest, whose order is the same.
         counts: gives count_BV, u16, what the slots' texts have so far, see penalties.py; of use when a slot asks for a
             penalty, and not before.
         sampling: [B] each.
@@ -43,12 +43,10 @@ def sample(
     Returns:
         token_B, i32.
     """
-    logits_BV = logits_BV.astype(jnp.float32)
-
     goes_on_B = sampling.must_go_on(position_B)
 
     def asked() -> jax.Array:
-        wanted_BV = logits_BV
+        wanted_BV = logits_BV.astype(jnp.float32)
         for asked_B, applied in (
             (sampling.is_biased, lambda wanted_BV: biased(wanted_BV, sampling)),
             (sampling.is_penalised, lambda wanted_BV: penalise(wanted_BV, counts(), sampling)),

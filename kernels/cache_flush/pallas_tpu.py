@@ -30,6 +30,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jax.typing import DTypeLike
 
 LANES = 128
+SUBLANES = 8  # rows of a vector of 32 bits
 VMEM_BYTES = 8 * 1024 * 1024  # for tiles, of the 16 MiB that a kernel gets on v5e; new rows take up to half as much
 MOST_TOKENS = 8  # of a slot in a step: rows of a tile of floats
 
@@ -101,24 +102,33 @@ def _write_rows(
     at_ref,  # [N]
     start_ref,  # [N]
     end_ref,  # [N]
-    new_ref,  # [layers, K, W, C]
+    new_ref,  # [layers, K, W, C]; of one token as `_one_row` takes it
     tile_ref,  # [layers, K, rows, C]
     out_ref,  # [layers, K, rows, C], the tile's own place
+    *,
+    tokens: int,
 ):
     """By way of float32, in whose vectors a row moves alone."""
-    del slot_ref, page_ref, at_ref
-    (layers, K, rows, C), W = tile_ref.shape, new_ref.shape[2]
-    start, end = start_ref[pl.program_id(1)], end_ref[pl.program_id(1)]
+    del page_ref, at_ref
+    layers, K, rows, C = tile_ref.shape
+    slot, start, end = (ref[pl.program_id(1)] for ref in (slot_ref, start_ref, end_ref))
     row_RC = jax.lax.broadcasted_iota(jnp.int32, (rows, C), 0)
     is_new_RC = (row_RC >= start) & (row_RC < end)
     for layer in range(layers):
         for k in range(K):
-            new_WC = new_ref[layer, k].astype(jnp.float32)
-            if W == 1:
-                new_RC = jnp.broadcast_to(new_WC, (rows, C))
+            if tokens == 1:
+                new_RC = _one_row(new_ref[layer].astype(jnp.float32), k, K, slot, start)
             else:
+                new_WC = new_ref[layer, k].astype(jnp.float32)
                 new_RC = pltpu.roll(_filled(new_WC, rows), start & (rows - 1), axis=0)
             out_ref[layer, k] = jnp.where(is_new_RC, new_RC.astype(tile_ref.dtype), tile_ref[layer, k])
+
+
+def _one_row(new: jax.Array, k: int, K: int, slot: jax.Array, row: jax.Array) -> jax.Array:
+    """[SUBLANES, C] whose `row` is what head k of a slot gets; `new` is one layer's block, see `_new_rows`."""
+    if K > 1:
+        return jnp.broadcast_to(new[k : k + 1], (SUBLANES, new.shape[1]))
+    return pltpu.roll(new, (row - slot) & (SUBLANES - 1), axis=0)
 
 
 def _filled(x_WC: jax.Array, rows: int) -> jax.Array:
@@ -143,17 +153,17 @@ def _write_codes(
     at_ref,  # [N]
     start_ref,  # [N]
     end_ref,  # [N]
-    new_ref,  # [layers, K, W / 4, C] words
+    new_ref,  # [layers, K, W / 4, C] words; of one token as `_one_row` takes it
     tile_ref,  # [layers, K, 32, C]
     out_ref,  # [layers, K, 32, C], the tile's own place
     *,
     tokens: int,
 ):
     """By words of four codes, as they lie in a vector; to widen them takes 853 bundles with W = 4, words 336."""
-    del slot_ref, page_ref, at_ref
+    del page_ref, at_ref
     layers, K, rows, C = tile_ref.shape
     words = rows // 4
-    start, end = start_ref[pl.program_id(1)], end_ref[pl.program_id(1)]
+    slot, start, end = (ref[pl.program_id(1)] for ref in (slot_ref, start_ref, end_ref))
     first_VC = jax.lax.broadcasted_iota(jnp.int32, (words, C), 0) * 4  # row of a word
     masks = [
         jnp.where((first_VC + i >= start) & (first_VC + i < end), np.uint32(255 << (8 * i)).astype(np.int32), 0)
@@ -163,7 +173,7 @@ def _write_codes(
     for layer in range(layers):
         for k in range(K):
             if tokens == 1:
-                moved_VC = jnp.broadcast_to(new_ref[layer, k], (words, C))
+                moved_VC = _one_row(new_ref[layer], k, K, slot, start >> 2)
             else:
                 moved_VC = _moved_words(_filled(new_ref[layer, k], words), start)
             tile_VC = pltpu.bitcast(tile_ref[layer, k], jnp.int32)
@@ -204,6 +214,22 @@ def _write_lanes(
             out_ref[layer, k] = jnp.where(is_new_2R, moved, tile_ref[layer, k])
 
 
+def _new_rows(new_LBKWC: jax.Array, layers: int, tokens: int) -> tuple[jax.Array, pl.BlockSpec]:
+    """The new rows, int8's as words, as the kernel takes them, and its block of them: a slot's, of so many layers.
+
+    An axis of one is padded to a tile, and XLA would copy all rows to have it: 6 % of the static cycles of a step of
+    llama-2-7b, with 4 heads. So a single token has no axis; nor has a single head, and SUBLANES slots are a block then.
+    """
+    _, B, K, W, C = new_LBKWC.shape
+    if tokens > 1:
+        return new_LBKWC, pl.BlockSpec((layers, None, K, W, C), lambda group, i, slot, *_: (group, slot[i], 0, 0, 0))
+    if K > 1:
+        new_LBKC = new_LBKWC[:, :, :, 0]
+        return new_LBKC, pl.BlockSpec((layers, None, K, C), lambda group, i, slot, *_: (group, slot[i], 0, 0))
+    new_LBC = jnp.pad(new_LBKWC[:, :, 0, 0], ((0, 0), (0, -B % SUBLANES), (0, 0)))
+    return new_LBC, pl.BlockSpec((layers, SUBLANES, C), lambda group, i, slot, *_: (group, slot[i] // SUBLANES, 0))
+
+
 def cache_flush_tpu(
     cache: jax.Array,
     new: jax.Array,
@@ -226,14 +252,11 @@ def cache_flush_tpu(
         cores = cores if L % cores == 0 else 1
     if row_axis == 3:
         is_coded = cache.dtype == jnp.int8
-        kernel = functools.partial(_write_codes, tokens=W) if is_coded else _write_rows
+        kernel = functools.partial(_write_codes if is_coded else _write_rows, tokens=W)
         tile_shape = (tile_rows(cache.dtype), cache.shape[4])
         layers = layer_group(L // cores, K, cache.shape[4], cache.dtype, vmem_bytes)
         new = new.swapaxes(2, 3)
-        new = as_words(new) if is_coded else new
-        new_spec = pl.BlockSpec(
-            (layers, None, *new.shape[2:]), lambda group, i, slot_ref, *_: (group, slot_ref[i], 0, 0, 0)
-        )
+        new, new_spec = _new_rows(as_words(new) if is_coded else new, layers, tokens=W)
     else:
         lanes_of_slot = 1 if W == 1 else MOST_TOKENS
         kernel, tile_shape = functools.partial(_write_lanes, lanes_of_slot=lanes_of_slot), (cache.shape[3], LANES)

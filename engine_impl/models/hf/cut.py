@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from ..decoder import Attend
+from ..decoder import Attend, LayerOutput
 from ..parts import Linear
 from .attention import attending
 
@@ -221,7 +221,8 @@ class Places(_Piece):
 
 
 class OuterLayer(nn.Module):
-    """A layer of transformers with the face of ours. It has that layer's own children and parameters."""
+    """A layer of transformers with the face of ours. It has that layer's own children and parameters. It leaves nothing
+    to be added."""
 
     def __init__(self, of: nn.Module, call: Call, kv_heads: int | None = None) -> None:
         """Args:
@@ -233,7 +234,7 @@ class OuterLayer(nn.Module):
         self._of, self._call, self._kv_heads = (of,), call, kv_heads
         self._linear = [path for path, module in of.named_modules() if isinstance(module, Linear)]
 
-    def forward(self, x_RD: Tensor, rope: Sequence[Tensor], attend: Attend) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(self, x_RD: Tensor, rope: Sequence[Tensor], attend: Attend) -> LayerOutput:
         args, kwargs = self._call.filled(rope)
         hooks = [hook for path in self._linear for hook in _rows_only(self.get_submodule(path))]
         try:
@@ -243,7 +244,8 @@ class OuterLayer(nn.Module):
             for hook in hooks:
                 hook.remove()
         (called,) = current.calls
-        return (out if isinstance(out, Tensor) else out[0])[0], called.k_RKH, called.v_RKH
+        x_RD = (out if isinstance(out, Tensor) else out[0])[0]
+        return LayerOutput(x_RD, torch.zeros_like(x_RD), called.k_RKH, called.v_RKH)
 
 
 def _rows_only(linear: nn.Module) -> list[Any]:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ...errors import RefusedError
+from ..decoder import LayerOutput
 from .attention import Called, CannotError, Mask, attending
 from .cut import Call, Frame, OuterLayer
 from .facts import Facts
@@ -184,11 +185,11 @@ class _Probe:
         x_RD = self.frame.embedded(self.outer, self.table[self.token_R[position_R]], position_R)
         for index, call in enumerate(self.frame.calls(position_R)):
             rope = [call.leaves[leaf] for leaf in self.leaves_of_layer[index]]
-            x_RD, _, _ = self._layer(index, index, x_RD, rope)
+            x_RD = self._layer(index, index, x_RD, rope).x_RD
         logits_RV = torch.func.functional_call(self.head, self.head_weights, self.frame.before_head(self.outer, x_RD))
         return self.frame.behind_head(logits_RV)
 
-    def _layer(self, index: int, by: int, x_RD: Tensor, rope: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    def _layer(self, index: int, by: int, x_RD: Tensor, rope: list[Tensor]) -> LayerOutput:
         """A layer, computed by another one's module."""
         prefix = f"{self.path}.{index}."
         weights = {name.removeprefix(prefix): of for name, of in self.weights.items() if name.startswith(prefix)}
