@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING
 from ..engine_impl.config import EngineConfig
 from ..engine_impl.errors import RefusedError
 from ..engine_impl.hosts import HostsConfig, Place
+from ..engine_impl.runtime import allocator
+from ..engine_impl.runtime.platforms import platform_of
 from ..server.config import ServerConfig
 from ..server.errors import UnavailableError
 from .telling import BAD_INPUT, FAILED, tell
@@ -49,6 +51,8 @@ class Serve:
         watch = self.server.watch
         line = StatusLine() if watch.log_format == "text" else None
         logs.configure(watch.log_format, prompts=watch.log_prompts, line=line)
+        if platform_of(self.engine.platform) == "cpu":
+            allocator.keep_freed()  # before the fronts have threads
         if place is not None:
             return self._in_group(place, line)
         if self.server.orchestrator == "jetstream":

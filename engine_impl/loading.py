@@ -4,7 +4,6 @@ import logging
 import os
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -24,7 +23,8 @@ from .forward import Params
 from .models import registry
 from .quantization.panels import packs
 from .quantization.swap import resolved
-from .runtime import compilations, timeline
+from .runtime import allocator, compilations, timeline
+from .runtime.platforms import platform_of
 from .sampling.params import MAX_MODEL_STOP_IDS
 from .sizes import free_memory, longest_text, memory_of, sized, with_pages_for_all
 from .weights.sharding import make_mesh
@@ -52,7 +52,9 @@ def load_engine(
         checkpoint, draft = open_model(config), open_draft_model(config)
         engine = build_engine(config, checkpoint, devices, reserves=reserves, draft_checkpoint=draft)
         check_memory(engine, memory_of(engine.mesh.local_devices), free_memory())  # refused before weights are read
-        return engine, engine.load_params(checkpoint, draft)
+        params = engine.load_params(checkpoint, draft)
+        allocator.give_back()  # the weights as they were read
+        return engine, params
 
 
 def load_disaggregated(config: EngineConfig, prefill_devices: int) -> tuple[DisaggregatedEngine, BothParams]:
@@ -213,25 +215,20 @@ def choose_devices(platform: str) -> list[Any]:
     """The devices of a platform (see `EngineConfig.platform`). Raises RefusedError when it has none.
 
     The platform is chosen explicitly: left alone, JAX tries them all and complains of each that is not there. Of a
-    GPU's memory JAX would take 75 %; here it takes GPU_MEMORY_SHARE, if the environment names no other share.
+    GPU's memory JAX would take 75 %; here it takes GPU_MEMORY_SHARE, if the environment names no other share. On a CPU
+    freed memory is kept.
     """
     if not any(os.environ.get(name) for name in MEMORY_SHARES):
         os.environ[MEMORY_SHARES[0]] = str(GPU_MEMORY_SHARE)
-    if platform != "auto":
-        jax.config.update("jax_platforms", platform)
-    elif not os.environ.get("JAX_PLATFORMS"):
-        jax.config.update("jax_platforms", _platform_here())
+    name = platform_of(platform)
+    jax.config.update("jax_platforms", name)
+    if name == "cpu":
+        allocator.keep_freed()
     try:
         return jax.devices()
     except (RuntimeError, AssertionError) as error:  # the latter when JAX lacks the platform's plugin altogether
         reason = str(error) or "its JAX plugin is not installed"
         raise RefusedError(f"platform={platform!r} has no devices here ({reason}); use --platform cpu") from error
-
-
-def _platform_here() -> str:
-    if any(Path("/dev").glob("accel[0-9]*")) or any(Path("/dev/vfio").glob("[0-9]*")):
-        return "tpu"
-    return "cuda" if Path("/dev/nvidiactl").exists() else "cpu"
 
 
 def choose_dtype(name: str, platform: str) -> jnp.dtype:

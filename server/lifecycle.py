@@ -22,7 +22,7 @@ from grpc_reflection.v1alpha import reflection
 from ..engine_impl.api import AnyEngine
 from ..engine_impl.errors import RefusedError
 from ..engine_impl.hosts import Peers
-from ..engine_impl.runtime import timeline
+from ..engine_impl.runtime import allocator, timeline
 from ..engine_impl.runtime.compilations import programs
 from .adapters.store import AdapterStore
 from .address import join_address
@@ -69,6 +69,10 @@ KEEPALIVE_S = 20.0
 HANDSHAKE_S, IDLE_S = 10.0, 300.0
 """How long a gRPC connection may take to begin, and be without a call (seconds); clients begin the next call on a new
 one."""
+
+
+MEMORY_S = 10.0
+"""How often an idle server returns memory to the system (seconds)."""
 
 
 class Serving:
@@ -286,6 +290,7 @@ class Serving:
     def _start_watchers(self) -> None:
         if self.profile is not None:
             self.profile.arm()
+        self._watchers.append(asyncio.create_task(self._give_back()))
         if self._config.probe_interval_s:
             self._watchers.append(asyncio.create_task(self._probe()))
         if self._line is not None and self._line.is_shown:
@@ -295,6 +300,13 @@ class Serving:
         for watcher in self._watchers:
             watcher.cancel()
         await asyncio.gather(*self._watchers, return_exceptions=True)
+
+    async def _give_back(self) -> None:
+        """What requests have left behind, while there are none."""
+        while True:
+            await asyncio.sleep(MEMORY_S)
+            if not self._gateway.calls:
+                await asyncio.to_thread(allocator.give_back)
 
     async def _probe(self) -> None:
         """Ready as long as the device answers."""

@@ -86,12 +86,15 @@ ffi::Error attend(ffi::ThreadPool pool, ffi::Buffer<ffi::DataType::F32> q, ffi::
       *layer.typed_data(), *window.typed_data(), soft_cap,
       sink.element_count() ? sink.typed_data() : nullptr,
   };
-  int64_t rows = 0;
-  for (int64_t b = 0; b < of.slots; ++b) rows += of.length[b] + 1;
+  int64_t rows = 0, longest = 0;
+  for (int64_t b = 0; b < of.slots; ++b) rows += of.length[b] + 1, longest = std::max<int64_t>(longest, of.length[b] + 1);
   const Kernels& own = kernels();
   const int64_t threads = rows * of.tokens * of.heads * of.head_dim < SMALL ? 1 : pool.num_threads();
-  share(pool, threads, of.slots * of.kv_heads,
-        [=, &own](int64_t part) { own.attend(of, part / of.kv_heads, part % of.kv_heads); });
+  // A part is several heads one behind another, whose rows are fetched ahead; but a long text's heads are shared.
+  const int64_t heads = of.slots * of.kv_heads, even = rows * of.kv_heads / (longest * threads * PARTS_OF_A_THREAD);
+  const int64_t each = std::max<int64_t>(1, even);
+  share(pool, threads, (heads + each - 1) / each,
+        [=, &own](int64_t part) { own.attend(of, part * each, std::min(heads, (part + 1) * each)); });
   return ffi::Error::Success();
 }
 

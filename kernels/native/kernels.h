@@ -52,8 +52,8 @@ struct Kernels {
   // The same of activations in bfloat16, an even number of inputs, and weights in bfloat16 or int8. Null where the level
   // has no such instructions: then `panels` makes the same products of activations that were widened.
   void (*dots)(const uint16_t* x, const Panels& weight, float* out, int64_t rows, int64_t first, int64_t last);
-  // All tokens' query heads of one kv head of one slot.
-  void (*attend)(const Attention& of, int64_t slot, int64_t kv_head);
+  // All tokens' query heads of the kv heads [first, last), counted over all slots: slot * kv_heads + kv_head.
+  void (*attend)(const Attention& of, int64_t first, int64_t last);
 };
 
 // Null where the compiler's target has no such instructions.

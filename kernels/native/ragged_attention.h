@@ -10,6 +10,87 @@ struct Scratch {
   std::vector<float> q, acc, score, softmax;
 };
 
+// What a slot's tokens see of its cached rows: from `first` up to `end`.
+struct Reach {
+  int64_t first, end;
+};
+
+static INLINE Reach reach_of(const Attention& of, int64_t slot) {
+  const int64_t all = of.pages_per_slot * of.page_rows;
+  const int64_t length = of.length[slot] < all ? of.length[slot] : all;
+  return {of.window > 0 ? std::max<int64_t>(of.length[slot] - of.window + 1, 0) : 0, of.window == 1 ? 0 : length};
+}
+
+// And of one page.
+template <typename Cell>
+struct Seen {
+  const Cell* rows;
+  int64_t count;
+  const float* scales;  // or null
+};
+
+template <typename Cell>
+static INLINE Seen<Cell> seen(const Attention& of, const Reach& reach, int64_t slot, int64_t kv_head, int64_t block) {
+  const int64_t R = of.page_rows, from = reach.first > block * R ? reach.first - block * R : 0;
+  const int64_t count = (reach.end - block * R < R ? reach.end - block * R : R) - from;
+  const auto clamped = [](int64_t i, int64_t size) { return i < 0 ? 0 : i < size ? i : size - 1; };  // as XLA clamps
+  const int64_t page = clamped(of.page[slot * of.pages_per_slot + block], of.pool);
+  const int64_t at = (clamped(of.layer, of.layers) * of.pool + page) * of.kv_heads + kv_head;
+  const auto* rows = static_cast<const Cell*>(of.cache) + (at * R + from) * 2 * of.head_dim;
+  return {rows, count, of.scale ? of.scale + at * 2 * R + from : nullptr};
+}
+
+// Fetches rows before they are read, in the order in which they are, LEAD bytes ahead. A page's k and its v are read in
+// two passes: memory is to work during both, so each fetches half.
+template <typename Cell>
+class Ahead {
+ public:
+  // Of the kv heads [first, last), as Kernels::attend.
+  Ahead(const Attention& of, int64_t first, int64_t last) : of_(of), head_(first), last_(last) {
+    if (enter()) at_ += LEAD;
+  }
+
+  INLINE void fetch(int64_t bytes) {
+    if (at_ >= end_ && !next()) return;
+    for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(at_ + i);  // what is behind the end does no harm
+    at_ += bytes;
+  }
+
+ private:
+  static constexpr int64_t LEAD = 1 << 16;
+
+  bool next() {
+    while (head_ < last_) {
+      const int64_t over = at_ - end_;
+      ++block_;
+      if (block_ * of_.page_rows < reach_.end ? take() : (++head_, enter())) {
+        at_ += over;
+        if (at_ < end_) return true;
+      }
+    }
+    return false;
+  }
+
+  // The head's first page; whether there is one.
+  bool enter() {
+    if (head_ >= last_) return false;
+    reach_ = reach_of(of_, head_ / of_.kv_heads), block_ = reach_.first / of_.page_rows;
+    return block_ * of_.page_rows < reach_.end && take();
+  }
+
+  bool take() {
+    const auto here = seen<Cell>(of_, reach_, head_ / of_.kv_heads, head_ % of_.kv_heads, block_);
+    at_ = reinterpret_cast<const char*>(here.rows);
+    end_ = reinterpret_cast<const char*>(here.rows + here.count * 2 * of_.head_dim);
+    return true;
+  }
+
+  const Attention& of_;
+  int64_t head_, last_, block_ = 0;
+  Reach reach_{};
+  const char *at_ = nullptr, *end_ = nullptr;
+};
+
 // score[g, row] = q[g] . k[row] for N queries and TOGETHER rows, or one.
 template <int N, int COUNT, typename Cell>
 static INLINE void score_rows(const float* q, const Cell* rows, int64_t H, float* score, int64_t score_row) {
@@ -34,10 +115,12 @@ static INLINE void score_rows(const float* q, const Cell* rows, int64_t H, float
 }
 
 template <int N, typename Cell>
-static void score_page(const float* q, const Cell* rows, int64_t count, int64_t H, float* score, int64_t score_row) {
+static void score_page(const float* q, const Cell* rows, int64_t count, int64_t H, float* score, int64_t score_row,
+                       Ahead<Cell>* ahead) {
+  const int64_t half = TOGETHER * H * sizeof(Cell);  // of the rows
   int64_t r = 0;
   for (; r + TOGETHER <= count; r += TOGETHER) {
-    __builtin_prefetch(rows + (r + 2 * TOGETHER) * 2 * H);
+    if (ahead) ahead->fetch(half);
     score_rows<N, TOGETHER>(q, rows + r * 2 * H, H, score + r, score_row);
   }
   for (; r < count; ++r) score_rows<N, 1>(q, rows + r * 2 * H, H, score + r, score_row);
@@ -46,12 +129,13 @@ static void score_page(const float* q, const Cell* rows, int64_t count, int64_t 
 // acc[g] += weight[g, row] v[row] for N queries; `rows` begin at their v.
 template <int N, typename Cell>
 static void weigh_page(const float* weight, int64_t weight_row, const Cell* rows, int64_t count, int64_t H,
-                       float* acc) {
+                       float* acc, Ahead<Cell>* ahead) {
   int64_t h = 0;
   for (; h + 2 * LANES <= H; h += 2 * LANES) {
     F sums[N][2];
     for (int n = 0; n < N; ++n) sums[n][0] = load(acc + n * H + h), sums[n][1] = load(acc + n * H + h + LANES);
     for (int64_t r = 0; r < count; ++r) {
+      if (ahead && h == 0 && r % TOGETHER == 0) ahead->fetch(TOGETHER * H * sizeof(Cell));
       const F low = load(rows + r * 2 * H + h), high = load(rows + r * 2 * H + h + LANES);
       for (int n = 0; n < N; ++n) {
         const F value = splat(weight[n * weight_row + r]);
@@ -86,22 +170,24 @@ static float softened(float* score, int64_t count, float& m, float& l) {
   return decay;
 }
 
-// The scores of X queries, N at a time for as long as there are N.
+// The scores of X queries, N at a time for as long as there are N. The first pass over the rows fetches ahead.
 template <int N, typename Cell>
 static void score_queries(const float* q, int64_t X, const Cell* rows, int64_t count, int64_t H, float* score,
-                          int64_t score_row) {
-  for (; X >= N; X -= N, q += N * H, score += N * score_row) score_page<N>(q, rows, count, H, score, score_row);
+                          int64_t score_row, Ahead<Cell>* ahead) {
+  for (; X >= N; X -= N, q += N * H, score += N * score_row, ahead = nullptr)
+    score_page<N>(q, rows, count, H, score, score_row, ahead);
   if constexpr (N > 1)
-    if (X) score_queries<N - 1>(q, X, rows, count, H, score, score_row);
+    if (X) score_queries<N - 1>(q, X, rows, count, H, score, score_row, ahead);
 }
 
 // acc[x] += weights times v, likewise.
 template <int N, typename Cell>
 static void weigh_queries(const float* weight, int64_t X, int64_t weight_row, const Cell* rows, int64_t count, int64_t H,
-                          float* acc) {
-  for (; X >= N; X -= N, weight += N * weight_row, acc += N * H) weigh_page<N>(weight, weight_row, rows, count, H, acc);
+                          float* acc, Ahead<Cell>* ahead) {
+  for (; X >= N; X -= N, weight += N * weight_row, acc += N * H, ahead = nullptr)
+    weigh_page<N>(weight, weight_row, rows, count, H, acc, ahead);
   if constexpr (N > 1)
-    if (X) weigh_queries<N - 1>(weight, X, weight_row, rows, count, H, acc);
+    if (X) weigh_queries<N - 1>(weight, X, weight_row, rows, count, H, acc, ahead);
 }
 
 // The softmax over the slot's own tokens, from each token itself on back: scaled queries into q; m, l and acc [X, H].
@@ -135,12 +221,8 @@ static void start_from_own(const Attention& of, int64_t slot, int64_t kv_head, f
 }
 
 template <typename Cell>
-static void attend_over(const Attention& of, int64_t slot, int64_t kv_head) {
+static void attend_over(const Attention& of, int64_t slot, int64_t kv_head, Ahead<Cell>& ahead) {
   const int64_t H = of.head_dim, G = of.heads / of.kv_heads, R = of.page_rows, X = of.tokens * G;
-  const int64_t reach = of.pages_per_slot * R;
-  const int64_t length = of.length[slot] < reach ? of.length[slot] : reach;
-  const int64_t end = of.window == 1 ? 0 : length;
-  const int64_t first = of.window > 0 ? std::max<int64_t>(of.length[slot] - of.window + 1, 0) : 0;
   const int64_t score_row = (R + LANES - 1) / LANES * LANES;
 
   static thread_local Scratch scratch;
@@ -148,29 +230,25 @@ static void attend_over(const Attention& of, int64_t slot, int64_t kv_head) {
   float *q = scratch.q.data(), *acc = scratch.acc.data(), *score = scratch.score.data();
   float *m = scratch.softmax.data(), *l = m + X;
   start_from_own(of, slot, kv_head, q, m, l, acc);
-  const int64_t layer = of.layer < 0 ? 0 : of.layer < of.layers ? of.layer : of.layers - 1;
-  for (int64_t block = first / R; block * R < end; ++block) {
-    const int64_t page = of.page[slot * of.pages_per_slot + block];
-    const int64_t at = (layer * of.pool + (page < 0 ? 0 : page < of.pool ? page : of.pool - 1)) * of.kv_heads + kv_head;
-    const int64_t from = first > block * R ? first - block * R : 0;
-    const int64_t count = (end - block * R < R ? end - block * R : R) - from;
-    const Cell* rows = static_cast<const Cell*>(of.cache) + (at * R + from) * 2 * H;
-    const float* scales = of.scale ? of.scale + at * 2 * R + from : nullptr;
-    score_queries<QUERIES>(q, X, rows, count, H, score, score_row);
+  const Reach reach = reach_of(of, slot);
+  for (int64_t block = reach.first / R; block * R < reach.end; ++block) {
+    const Seen<Cell> here = seen<Cell>(of, reach, slot, kv_head, block);
+    score_queries<QUERIES>(q, X, here.rows, here.count, H, score, score_row, &ahead);
     for (int64_t x = 0; x < X; ++x) {
       float* weight = score + x * score_row;
-      if (scales)
-        for (int64_t r = 0; r < count; ++r) weight[r] *= scales[r];
+      if (here.scales)
+        for (int64_t r = 0; r < here.count; ++r) weight[r] *= here.scales[r];
       if (of.soft_cap > 0)
-        for (int64_t r = 0; r < count; ++r) weight[r] = capped(weight[r], of.soft_cap);
-      const int64_t unseen = of.window > 0 ? of.length[slot] + x / G - of.window + 1 - block * R - from : 0;
-      for (int64_t r = 0; r < unseen && r < count; ++r) weight[r] = -INFINITY;
-      const float decay = softened(weight, count, m[x], l[x]);
-      if (scales)
-        for (int64_t r = 0; r < count; ++r) weight[r] *= scales[R + r];
+        for (int64_t r = 0; r < here.count; ++r) weight[r] = capped(weight[r], of.soft_cap);
+      const int64_t oldest = of.window > 0 ? of.length[slot] + x / G - of.window + 1 : 0;
+      const int64_t unseen = oldest - std::max(block * R, reach.first);
+      for (int64_t r = 0; r < unseen && r < here.count; ++r) weight[r] = -INFINITY;
+      const float decay = softened(weight, here.count, m[x], l[x]);
+      if (here.scales)
+        for (int64_t r = 0; r < here.count; ++r) weight[r] *= here.scales[R + r];
       for (int64_t h = 0; h < H; ++h) acc[x * H + h] *= decay;
     }
-    weigh_queries<QUERIES>(score, X, score_row, rows + H, count, H, acc);
+    weigh_queries<QUERIES>(score, X, score_row, here.rows + H, here.count, H, acc, &ahead);
   }
   for (int64_t x = 0; x < X; ++x) {
     float* out = of.out + ((slot * of.tokens + x / G) * of.heads + kv_head * G + x % G) * H;
@@ -178,6 +256,12 @@ static void attend_over(const Attention& of, int64_t slot, int64_t kv_head) {
   }
 }
 
-static void attend(const Attention& of, int64_t slot, int64_t kv_head) {
-  of.scale ? attend_over<int8_t>(of, slot, kv_head) : attend_over<float>(of, slot, kv_head);
+template <typename Cell>
+static void attend_all(const Attention& of, int64_t first, int64_t last) {
+  Ahead<Cell> ahead(of, first, last);
+  for (int64_t i = first; i < last; ++i) attend_over<Cell>(of, i / of.kv_heads, i % of.kv_heads, ahead);
+}
+
+static void attend(const Attention& of, int64_t first, int64_t last) {
+  of.scale ? attend_all<int8_t>(of, first, last) : attend_all<float>(of, first, last);
 }

@@ -261,6 +261,31 @@ def test_a_peer_that_vanishes_without_a_word_gives_its_slot_back(monkeypatch):
     asyncio.run(asyncio.wait_for(scenario(), WAIT_S))
 
 
+def test_memory_goes_back_while_nobody_asks(monkeypatch):
+    returned = threading.Event()
+    monkeypatch.setattr(lifecycle, "MEMORY_S", 0.01)
+    monkeypatch.setattr(lifecycle.allocator, "give_back", returned.set)
+
+    async def scenario():
+        engine = FakeEngine(pace=threading.Semaphore(0))
+        async with (
+            Serving(lambda: (engine, None), ServerConfig(port=0)) as serving,
+            grpc.aio.insecure_channel(serving.address) as channel,
+        ):
+            assert await asyncio.to_thread(returned.wait, WAIT_S)
+            running = ask(channel, max_tokens=5)
+            await running.read()
+            await asyncio.sleep(0.02)  # what was begun before the request came
+            returned.clear()
+            await asyncio.sleep(0.05)
+            assert not returned.is_set()
+            engine.pace.release(99)
+            await whole(running)
+            assert await asyncio.to_thread(returned.wait, WAIT_S)
+
+    asyncio.run(scenario())
+
+
 def test_ready_as_long_as_the_engine_gives_a_step(monkeypatch, caplog):
     """A probe that fails means NOT_SERVING, but answers go on; the next that works means SERVING again."""
     works, asked = threading.Event(), []

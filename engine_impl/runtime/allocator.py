@@ -1,0 +1,58 @@
+"""What the C library does with memory that is freed, on hosts whose processors compute the model.
+
+XLA allocates a program's temporaries at every call, 50 MiB and more for a step of 32 slots. glibc would return them to
+the system each time, and the system gives them back page by page, filled with zeros: a fifth of such a step. Other C
+libraries are left as they are.
+"""
+
+import ctypes
+import functools
+import logging
+import os
+
+M_TRIM_THRESHOLD, M_MMAP_MAX, M_ARENA_MAX = -1, -4, -8
+"""Of glibc's malloc.h."""
+
+KEPT_BYTES = 512 << 20
+"""Free memory at the heap's end that stays with the process (bytes); `give_back` returns it too."""
+
+SETTINGS = {
+    # One heap: another has a part for each thread, of 64 MiB at most, and what is larger is mapped for itself.
+    M_ARENA_MAX: 1,
+    # Nothing is mapped for itself: it would be unmapped when freed. A threshold would not do, 32 MiB are its limit.
+    M_MMAP_MAX: 0,
+    M_TRIM_THRESHOLD: KEPT_BYTES,
+}
+
+log = logging.getLogger(__name__)
+
+
+_keeps = False
+
+
+def keep_freed() -> None:
+    """Freed memory is used again from now on, instead of going back to the system.
+
+    Call it before threads begin to allocate: one that has a heap of its own keeps that.
+    """
+    global _keeps
+    if _keeps:
+        return
+    library = _glibc()
+    _keeps = library is not None and all([library.mallopt(name, value) for name, value in SETTINGS.items()])
+    log.debug("memory that is freed %s", "is kept" if _keeps else "is the C library's to keep: it is not glibc")
+
+
+def give_back() -> None:
+    """What is free after `keep_freed` goes back to the system. Allocations wait meanwhile, some 60 ms for each GiB."""
+    if _keeps and (library := _glibc()) is not None:
+        library.malloc_trim(0)
+
+
+@functools.cache
+def _glibc() -> ctypes.CDLL | None:
+    try:
+        version = os.confstr("CS_GNU_LIBC_VERSION")
+    except (AttributeError, OSError, ValueError):
+        return None
+    return ctypes.CDLL(None) if version and version.startswith("glibc") else None

@@ -1,0 +1,79 @@
+"""Memory that is freed: kept for what comes next on CPUs, and given back when asked to."""
+
+import logging
+import os
+import subprocess
+import sys
+
+import pytest
+from slipstream.engine_impl.runtime import allocator
+from slipstream.engine_impl.runtime.platforms import platform_of
+
+IS_GLIBC = "CS_GNU_LIBC_VERSION" in getattr(os, "confstr_names", {})
+
+BLOCK = """
+import ctypes, resource, sys, threading
+from slipstream.engine_impl.runtime import allocator
+libc = ctypes.CDLL(None)
+libc.malloc.restype, libc.malloc.argtypes, libc.free.argtypes = ctypes.c_void_p, [ctypes.c_size_t], [ctypes.c_void_p]
+libc.memset.argtypes = ctypes.c_void_p, ctypes.c_int, ctypes.c_size_t
+
+def used():
+    at = libc.malloc(100 << 20)  # more than any threshold of glibc's, and than a thread's own heap
+    libc.memset(at, 1, 100 << 20)
+    libc.free(at)
+
+def in_thread(work):
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+
+def faults_of(work):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    work()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+if sys.argv[1] == "kept":
+    allocator.keep_freed()
+used()
+print(faults_of(used), faults_of(lambda: in_thread(used)))
+allocator.give_back()
+print(faults_of(used))
+"""
+PAGES = 100 * 256
+"""Faults when all of a block's pages are new; with pages of 4 KiB."""
+
+
+def faults(how):
+    """Of a block that is allocated again, in the same thread and in another one, and behind `give_back`."""
+    done = subprocess.run([sys.executable, "-c", BLOCK, how], capture_output=True, text=True, timeout=60, check=True)
+    return [int(count) for count in done.stdout.split()]
+
+
+@pytest.mark.skipif(not IS_GLIBC, reason="another C library keeps memory as it likes")
+def test_what_is_freed_is_there_again_in_any_thread_until_it_is_given_back():
+    again, elsewhere, behind = faults("kept")
+    assert max(again, elsewhere) < 200
+    assert behind > PAGES * 0.9
+
+
+@pytest.mark.skipif(not IS_GLIBC, reason="another C library keeps memory as it likes")
+def test_left_alone_the_library_returns_it():
+    assert min(faults("left alone")) > PAGES * 0.9
+
+
+def test_another_c_library_is_left_as_it_is(monkeypatch, caplog):
+    monkeypatch.setattr(allocator, "_keeps", False)
+    monkeypatch.setattr(allocator, "_glibc", lambda: None)
+    with caplog.at_level(logging.DEBUG):
+        allocator.keep_freed()
+        allocator.give_back()
+    assert "not glibc" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("asked", "variable", "name"), [("tpu", "cpu", "tpu"), ("auto", "cuda,cpu", "cuda,cpu"), ("cpu", "", "cpu")]
+)
+def test_a_platform_is_the_one_asked_for_else_the_environments(asked, variable, name, monkeypatch):
+    monkeypatch.setenv("JAX_PLATFORMS", variable)
+    assert platform_of(asked) == name
