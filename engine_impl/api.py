@@ -142,12 +142,15 @@ class Opening:
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Allowed:
-    """Which tokens may come next in some rows of a step, which get one token each; in the others all may."""
+    """Which tokens may come next in some rows of a step; in the others all may. A step brings these rows their forced
+    tokens, as many as its width has room for, and one behind them."""
 
     row_C: np.ndarray
     """i32, of `slot_N`"""
+    forced_CF: np.ndarray
+    """i32, the next tokens, as far as no others may come; -1 behind them"""
     word_CW: np.ndarray
-    """u32, see `Matcher.allowed`"""
+    """u32, which may come behind these, see `Matcher.allowed`"""
 
 
 class Matcher(Protocol):

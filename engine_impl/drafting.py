@@ -36,6 +36,16 @@ def of_long_repeats(texts: Texts, rows: Rows, width: int) -> Drafts:
     return look_up(texts, rows.length_N, width, shortest=LONGEST)
 
 
+def forced_first(drafts: Drafts, mask: Mask) -> Drafts:
+    """With the tokens that must come instead, where a slot has a mask: what it says behind any other is not known."""
+    count_N = jnp.where(mask.is_asked_B, 0, drafts.count_N)
+    if mask.forced_BF is None:
+        return drafts._replace(count_N=count_N)
+    forced_NW = jnp.pad(mask.forced_BF, ((0, 0), (0, 1)))
+    token_NW = jnp.where(mask.is_asked_B[:, None], forced_NW, drafts.token_NW)
+    return Drafts(token_NW, count_N + (mask.forced_BF >= 0).sum(axis=1))
+
+
 class SmallModel(Protocol):
     """The programs of a draft model; see `Programs`."""
 

@@ -46,7 +46,7 @@ from .models.decoder import Decoder
 from .placing import placed
 from .programs import GREEDY, Drafting, Programs
 from .quantization.swap import quantize
-from .sampling.mask import Mask, Masks
+from .sampling.mask import Asked, Mask, Masks
 from .sampling.penalties import counts_of_text, is_penalised
 from .sampling.slots import SlotSampling
 from .shapes import Shapes
@@ -304,7 +304,7 @@ class Engine:
             raise ValueError(f"{len(openings)} openings for a prefix of {rows}")
         openings = [*openings, *[None] * (rows - len(openings))]
         is_complete_N = np.array([opening is not None for opening in openings])
-        masked = [(n, o.allowed_W) for n, o in enumerate(openings) if o is not None and o.allowed_W is not None]
+        masked = [Asked(n, (), o.allowed_W) for n, o in enumerate(openings) if o and o.allowed_W is not None]
         texts = None if self.programs.drafting is None else texts_of(openings, self.layout.length)
         token_N, sampling, count_NV, texts, result = self.jitted.first_tokens(
             prefix.logits_NV, prefix.start_N, prefix.count_N, is_complete_N, self._sampling(openings),
@@ -346,7 +346,7 @@ class Engine:
         """
         width = self.shapes.width_of(len(slot_N), width)
         slot_N = self.shapes.step(slot_N, width)
-        mask = self._mask(len(slot_N), allowed)
+        mask = self._mask(len(slot_N), allowed, width)
         page_NJ = self.shapes.table(page_NJ, len(slot_N))
         return self.jitted.generate(params, decode_state, slot_N, page_NJ, mask, width=width)
 
@@ -425,9 +425,12 @@ class Engine:
         result.token_BW.block_until_ready()
         return decode_state
 
-    def _mask(self, rows: int, allowed: Allowed | None) -> Mask:
-        asked = [] if allowed is None else list(zip(allowed.row_C.tolist(), allowed.word_CW, strict=True))
-        return self._masks.of(rows, asked)
+    def _mask(self, rows: int, allowed: Allowed | None, width: int = 1) -> Mask:
+        if allowed is None:
+            return self._masks.of(rows, (), width)
+        of_rows = zip(allowed.row_C.tolist(), allowed.forced_CF, allowed.word_CW, strict=True)
+        asked = [Asked(row, forced_F[forced_F >= 0], word_W) for row, forced_F, word_W in of_rows]
+        return self._masks.of(rows, asked, width)
 
     def _sampling(self, openings: Sequence[Opening | None]) -> SlotSampling:
         """[N] each, on the host; `min_tokens` as a position in the text, as a step's tokens have."""

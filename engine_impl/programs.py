@@ -18,7 +18,7 @@ from ..cache_manager import KV, CacheLayout
 from ..kernels import Backend
 from . import forward
 from .attention import Attend, attend_both, attend_cache, attend_chunk
-from .drafting import Propose, Slots, drafted
+from .drafting import Propose, Slots, drafted, forced_first
 from .forward import Decoded, Params, Prefilled
 from .models.decoder import Decoder
 from .sampling.choose import sample
@@ -170,15 +170,15 @@ class Programs:
         rows = self.taken(state, slot_N)
         if self.drafting is None or state.texts is None:
             return state, rows
-        drafts = self.drafting.propose(state.texts.of(slot_N), rows, width)
+        drafts = forced_first(self.drafting.propose(state.texts.of(slot_N), rows, width), mask)
         if self.drafting.model is not None and state.draft_cache is not None:
             slots = Slots(rows, page_NJ, lambda: state.count_BV[slot_N], self.cache_length)
             drafts, draft_cache = drafted(
                 self.drafting.model, params["draft"], state.draft_cache, slots, drafts, self.model.config.vocab_size
             )
+            drafts = forced_first(drafts, mask)
             state = replace(state, draft_cache=draft_cache)
-        # What a mask says of the token behind a draft is not known: such a slot gets one token.
-        drafts = drafts._replace(count_N=jnp.where(rows.is_live_N & ~mask.is_asked_B, drafts.count_N, 0))
+        drafts = drafts._replace(count_N=jnp.where(rows.is_live_N, drafts.count_N, 0))
         is_taken_NW = jnp.arange(width - 1) < drafts.count_N[:, None]
         draft_NW = jnp.where(is_taken_NW, drafts.token_NW[:, :-1], 0)
         return state, replace(rows, token_NW=jnp.concatenate([rows.token_NW, draft_NW], axis=1), drafts=drafts)

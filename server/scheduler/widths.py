@@ -3,7 +3,8 @@
 A draft is likely right where the one before it was: an answer that copies goes on copying. So two shares are kept, of
 drafts that were right behind a right one and behind a wrong one, and for each slot which of the two it stands behind.
 Also a step of width 1 tells whether its slots' first drafts would have been right: a text that has nothing to copy
-never pays for a wide step to find that out.
+never pays for a wide step to find that out. Of an answer with a grammar the tokens that must come are known, and no
+others are drafted.
 """
 
 from collections.abc import Sequence
@@ -95,7 +96,8 @@ class Widths:
         is_right_N = self._is_right_B[roster.slot_B[~roster.is_constrained_B]]
         rights = int(np.count_nonzero(is_right_N))
         likely = rights * behind_right + (len(is_right_N) - rights) * behind_wrong
-        return roster.taken + likely * sum(behind_right**more for more in range(width - 1))
+        sure = sum(min(len(constraint.forced), width - 1) for _, constraint in roster.constrained)
+        return roster.taken + sure + likely * sum(behind_right**more for more in range(width - 1))
 
     def _seconds(self, size: int, width: int) -> float:
         narrow = self._widths[0]

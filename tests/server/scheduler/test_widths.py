@@ -22,13 +22,13 @@ def tokens(asked):
     return [token_id for event in asked.all() for token_id in event.token_ids]
 
 
-def of(slots, constrained=()):
+def of(slots, constrained=(), grammar="*" * 9):
     """A roster of so many, all in slots of their own."""
     roster = Roster.empty(slots, 1)
     for slot in range(slots):
         sample = Request(prompt_ids=[1], deliver=print).samples[0]
         if slot in constrained:
-            sample.constraint = Constraint(FakeMatcher("[a-z]*"), ())
+            sample.constraint = Constraint(FakeMatcher(grammar), ())
         roster = roster.having(slot, sample)
     return roster
 
@@ -36,8 +36,8 @@ def of(slots, constrained=()):
 class Steps:
     """Steps that take `step_s[width]` and whose drafts are right by `agreed(slot, width)`."""
 
-    def __init__(self, slots, step_s, widths=(1, 4), constrained=()):
-        self.roster, self.step_s, self.widest = of(slots, constrained), step_s, widths[-1]
+    def __init__(self, slots, step_s, widths=(1, 4), constrained=(), grammar="*" * 9):
+        self.roster, self.step_s, self.widest = of(slots, constrained, grammar), step_s, widths[-1]
         self.widths = Widths(widths, slots)
 
     def run(self, steps, agreed):
@@ -94,10 +94,12 @@ def test_one_that_copies_among_many_that_do_not_is_not_worth_a_wide_step():
     assert set(used[20:]) == {1}
 
 
-def test_answers_with_a_grammar_count_for_one_token():
+def test_answers_with_a_grammar_count_for_one_token_and_what_must_come():
     step_s = {1: 1.0, 4: 1.9}
     assert 4 in Steps(2, step_s).run(60, lambda slot, width: 4)
     assert 4 not in Steps(2, step_s, constrained=(0, 1)).run(60, lambda slot, width: 4)
+    assert 4 not in Steps(2, step_s, constrained=(0,), grammar="x*").run(60, lambda slot, width: 0)
+    assert {*Steps(2, step_s, constrained=(0,), grammar="xx*").run(60, lambda slot, width: 0)[1:]} == {4}
 
 
 def test_an_engine_that_has_no_step_so_wide_is_asked_once():
