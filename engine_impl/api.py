@@ -318,14 +318,12 @@ class Engine(Protocol[ParamsT, PrefixT, StateT]):
         ...
 
     @property
-    def widths(self) -> tuple[int, ...]:
-        """Of steps, in tokens that they bring a slot at most, ascending; the first is 1, and the only one where nothing
-        drafts."""
+    def tokens_per_step(self) -> int:
+        """W: most tokens that a step brings a slot; 1 where nothing drafts."""
         ...
 
-    @property
-    def tokens_per_step(self) -> int:
-        """W: most tokens that a step brings a slot, the last of `widths`."""
+    def widths_of(self, slots: int) -> tuple[int, ...]:
+        """Of steps of so many slots, in tokens that they bring each at most, ascending; the first is 1."""
         ...
 
     @property
@@ -420,9 +418,9 @@ class Engine(Protocol[ParamsT, PrefixT, StateT]):
     ) -> tuple[StateT, StepResult]:
         """One decode step of the slots named, in their order; one that is full gets no token. The state is donated.
 
-        Row n of the result belongs to slot_N[n]; rows behind them have a count of 0. `width` is one of `widths`: the
-        step computes each slot's last token and up to so many drafts less one behind it, fewer where no step of so many
-        slots is that wide. A slot's tokens are the same whatever the width; how many a step brings differs. `page_NJ`
+        Row n of the result belongs to slot_N[n]; rows behind them have a count of 0. `width` is one that some step has:
+        the step computes each slot's last token and up to so many drafts less one behind it, fewer where `widths_of` so
+        many slots has no such width. A slot's tokens are the same whatever the width; how many a step brings differs. `page_NJ`
         (i32) must have a page for each row that the step may store: up to `width` behind a slot's length. Where no slot
         is named, nothing changes.
         """

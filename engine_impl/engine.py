@@ -161,14 +161,13 @@ class Engine:
         return False
 
     @property
-    def widths(self) -> tuple[int, ...]:
-        """Of steps, in tokens that they bring a slot at most."""
-        return self.shapes.widths
-
-    @property
     def tokens_per_step(self) -> int:
-        """W: the largest of `widths`."""
-        return self.widths[-1]
+        """W: of the widest step."""
+        return self.shapes.widths[-1]
+
+    def widths_of(self, slots: int) -> tuple[int, ...]:
+        """Of steps of so many slots, in tokens that they bring each at most."""
+        return self.shapes.widths_of(slots)
 
     @property
     def page_rows(self) -> int:
@@ -337,7 +336,7 @@ class Engine:
         width: int = 1,
     ) -> tuple[DecodeState, StepResult]:
         """One decode step: every slot named that is neither empty nor full gets its next token, or tokens, up to
-        `width`, one of `widths`. The state is donated.
+        `width`, one of `shapes.widths`. The state is donated.
 
         Row n of the result belongs to slot_N[n]; rows behind them have a count of 0. `allowed`: which tokens may come.
         Where no step of so many slots is that wide, it is narrower: see `Shapes.wide_steps`.
@@ -345,7 +344,7 @@ class Engine:
         Raises ValueError for more slots than there are, and for another width.
         """
         width = self.shapes.width_of(len(slot_N), width)
-        slot_N = self.shapes.step(slot_N, width)
+        slot_N = self.shapes.step(slot_N)
         mask = self._mask(len(slot_N), allowed, width)
         page_NJ = self.shapes.table(page_NJ, len(slot_N))
         return self.jitted.generate(params, decode_state, slot_N, page_NJ, mask, width=width)

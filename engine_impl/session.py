@@ -122,7 +122,7 @@ class Session:
         self.insert(self.engine.force(self.prefilled(slot, earlier), [last]), slot)
 
     def step(self, width: int = 1) -> StepResult:
-        """A token for every slot in use, or up to `width`, one of the engine's `widths`."""
+        """A token for every slot in use, or up to `width`, see `Engine.generate`."""
         slot_N = np.array(self.slots, np.int32)
         self.state, result = self.engine.generate(self.params, self.state, slot_N, self.page_BJ[slot_N], width=width)
         return result

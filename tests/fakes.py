@@ -275,6 +275,9 @@ class FakeEngine:
     def tokens_per_step(self) -> int:
         return self.widths[-1]
 
+    def widths_of(self, slots: int) -> tuple[int, ...]:
+        return tuple(width for width in self.widths if width <= self.widest(slots))
+
     def reach_of(self, length: int) -> int:
         return self.on_reach(length)
 

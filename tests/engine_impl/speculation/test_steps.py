@@ -1,5 +1,7 @@
 """Steps of several tokens: no answer changes by them, whatever is drafted, and nothing of a rejected draft is kept."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from slipstream.engine_impl.api import Allowed
@@ -25,6 +27,12 @@ def with_tokenizer(engine):
     return engine
 
 
+def with_widths(engine):
+    """Of more tokens than a CPU's steps of so many slots have."""
+    engine.shapes = replace(engine.shapes, wide={4: (4, 8)})
+    return engine
+
+
 OPENINGS = [(PROMPT, sampling, ()) for sampling in SAMPLINGS]
 
 
@@ -40,7 +48,7 @@ def plain():
 @pytest.fixture(scope="module")
 def drafting():
     engine, params = tiny_engine(speculate="auto")
-    return with_tokenizer(scripted(engine)), params
+    return with_tokenizer(scripted(with_widths(engine))), params
 
 
 def wrong(token):
@@ -186,7 +194,7 @@ def test_what_must_come_and_may_not_ends_the_run(drafting):
 def serving():
     """With the proposer that serves."""
     engine, params = tiny_engine(speculate="auto")
-    return with_tokenizer(engine), params
+    return with_tokenizer(with_widths(engine)), params
 
 
 def test_what_the_text_repeats_and_what_is_predicted_is_drafted(plain, serving):
