@@ -89,7 +89,7 @@ def drafted(
             rows.sampling, length_N + 1, nobody,
         )  # fmt: skip
         draft_N = jnp.where(w < found.count_N, found.token_NW[:, w], chosen_N)
-        # As in `Programs.step`: the rows wait for what was read.
+        # As in `DecodeStep.step`: the rows wait for what was read.
         is_stored_N = rows.is_live_N & (length_N < slots.cache_length) & (chosen_N >= 0)
         cache = model.store(cache, new, length_N, is_stored_N.astype(jnp.int32), slots.page_NJ)
         return (cache, draft_N, draft_NW.at[:, w].set(draft_N)), None

@@ -35,6 +35,7 @@ from .adapters.peft_folder import adapter_folder, read_adapter
 from .adapters.sites import adapt, sites_of
 from .adapters.stacks import AdapterPlaces, AdapterWeights
 from .api import Allowed, Opening, Piece
+from .caching import Drafting
 from .checkpoints.contract import Checkpoint
 from .config import EngineConfig
 from .draft_model import DraftModel, beside
@@ -44,9 +45,10 @@ from .forward import LayerLoop, Params
 from .layout import chunk_of, layout_of
 from .models.decoder import Decoder
 from .placing import placed
-from .programs import GREEDY, Drafting, Programs
+from .programs import Programs
 from .quantization.swap import quantize
 from .sampling.mask import Asked, Mask, Masks
+from .sampling.params import GREEDY
 from .sampling.penalties import counts_of_text, is_penalised
 from .sampling.slots import SlotSampling
 from .shapes import Shapes

@@ -16,8 +16,7 @@ from .api import Opening, Piece
 from .engine import Engine
 from .errors import RefusedError
 from .forward import Params
-from .programs import GREEDY
-from .sampling.params import SamplingParams
+from .sampling.params import GREEDY, SamplingParams
 from .state import DecodeState, Prefix, StepResult
 
 

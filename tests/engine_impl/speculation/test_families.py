@@ -22,7 +22,8 @@ def _marks(family: str, devices: int) -> list[pytest.MarkDecorator]:
 
 
 CASES = [
-    pytest.param(*case, id="-".join(map(str, case)), marks=_marks(*case)) for case in itertools.product(FAMILIES, (1, 8))
+    pytest.param(family, devices, id=f"{family}-{devices}", marks=_marks(family, devices))
+    for family, devices in itertools.product(FAMILIES, (1, 8))
 ]
 
 
