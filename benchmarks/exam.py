@@ -11,10 +11,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ..engine_impl.decode_step import Chosen, given
 from ..engine_impl.engine import Engine
 from ..engine_impl.errors import RefusedError
 from ..engine_impl.forward import Params
-from ..engine_impl.programs import Chosen, given
 from ..engine_impl.scoring import score
 from ..engine_impl.session import Session
 from ..engine_impl.state import DecodeState, Rows

@@ -1,17 +1,20 @@
 """Speculation on and off, each in a server of its own on the same model, under the same load in turns over gRPC.
 
-Two kinds of answers: a paragraph that the model is asked to write once more with one word changed, and random tokens
-that go on at a high temperature, where there is nothing to copy. Both servers must give the same tokens.
+Three kinds of answers: a paragraph that the model is asked to write once more with one word changed; random tokens that
+go on at a high temperature, where there is nothing to copy; and records in a JSON schema with long keys, which the
+grammar forces. Both servers must give the same tokens.
 """
 
 import asyncio
 import contextlib
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
+from ..engine_impl.errors import RefusedError
 from ..protos import orchestrator_pb2 as pb
 from ..server.child import server
 from ..server.errors import FailedError
@@ -37,12 +40,26 @@ DAYS = ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday")
 THINGS = ("apples", "lanterns", "boats", "kettles", "letters", "carpets")
 
 
+SHORT = {"type": "string", "minLength": 1, "maxLength": 12}
+FIELDS: dict[str, dict[str, Any]] = {
+    "customer_first_name": SHORT,
+    "customer_last_name": SHORT,
+    "shipping_address_city": SHORT,
+    "number_of_items_in_the_order": {"type": "integer", "minimum": 1, "maximum": 99},
+    "is_the_order_already_paid_for": {"type": "boolean"},
+    "preferred_delivery_weekday": {"enum": list(DAYS)},
+}
+SCHEMA = json.dumps({"type": "object", "properties": FIELDS, "required": list(FIELDS), "additionalProperties": False})
+
+
 @dataclass(frozen=True)
 class Ask(LoadRequest):
     """A request of text."""
 
     text: str
     """What a user says."""
+    schema: str | None = None
+    """JSON, of the answer."""
 
 
 class Caller(GrpcCaller):
@@ -51,7 +68,8 @@ class Caller(GrpcCaller):
     def message(self, ask: LoadRequest) -> pb.DecodeRequest:
         if isinstance(ask, Ask):
             message = pb.DecodeRequest.Message(role="user", content=ask.text)
-            return pb.DecodeRequest(messages=pb.DecodeRequest.Chat(messages=[message]), max_tokens=ask.max_tokens)
+            chat = pb.DecodeRequest.Chat(messages=[message])
+            return pb.DecodeRequest(messages=chat, max_tokens=ask.max_tokens, json_schema=ask.schema)
         message = super().message(ask)
         message.temperature, message.seed = TEMPERATURE, ask.prompt_ids[0]
         return message
@@ -73,7 +91,21 @@ def random(options: SpeculateOptions, block: int) -> list[LoadRequest]:
     ]
 
 
-KINDS: dict[str, Callable[[SpeculateOptions, int], list[LoadRequest]]] = {"copies": copying, "random": random}
+def recording(options: SpeculateOptions, block: int) -> list[LoadRequest]:
+    """An order's record; it ends where it is whole."""
+    rng = np.random.default_rng([options.seed, block])
+    orders = [
+        f"{rng.choice(NAMES)} orders {rng.integers(2, 40)} {rng.choice(THINGS)} for {rng.choice(DAYS)}."
+        for _ in range(options.requests)
+    ]
+    return [Ask([], options.max_tokens, f"{order} Write the record.", SCHEMA) for order in orders]
+
+
+KINDS: dict[str, Callable[[SpeculateOptions, int], list[LoadRequest]]] = {
+    "copies": copying,
+    "random": random,
+    "schema": recording,
+}
 
 
 def rewriting(rng: np.random.Generator) -> str:
@@ -89,7 +121,9 @@ def rewriting(rng: np.random.Generator) -> str:
 
 def run(options: SpeculateOptions) -> dict[str, Any]:
     """{"rows": a row for each kind and load, ...the flags}. Raises FailedError when the two do not answer alike, or do
-    not answer."""
+    not answer; RefusedError for answers that are not known."""
+    if unknown := [kind for kind in options.kinds if kind not in KINDS]:
+        raise RefusedError(f"answers={unknown[0]!r} must be of {', '.join(KINDS)}")
     warn_if_busy()
     words = ["--speculate", "auto"]
     if options.draft_model is not None:
@@ -109,7 +143,8 @@ async def measure(options: SpeculateOptions, targets: list[str]) -> list[dict[st
             await stack.enter_async_context(Caller(target, options.timeout_s, ignore_eos=True)) for target in targets
         ]
         rows = []
-        for kind, asks_of in KINDS.items():
+        for kind in options.kinds:
+            asks_of = KINDS[kind]
             for load in options.loads:
                 pairs = []
                 for block in range(1 + options.pairs):  # the first one warms up

@@ -142,12 +142,15 @@ class Opening:
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Allowed:
-    """Which tokens may come next in some rows of a step, which get one token each; in the others all may."""
+    """Which tokens may come next in some rows of a step; in the others all may. A step brings these rows their forced
+    tokens, as many as its width has room for, and one behind them."""
 
     row_C: np.ndarray
     """i32, of `slot_N`"""
+    forced_CF: np.ndarray
+    """i32, the next tokens, as far as no others may come; -1 behind them"""
     word_CW: np.ndarray
-    """u32, see `Matcher.allowed`"""
+    """u32, which may come behind these, see `Matcher.allowed`"""
 
 
 class Matcher(Protocol):
@@ -315,14 +318,12 @@ class Engine(Protocol[ParamsT, PrefixT, StateT]):
         ...
 
     @property
-    def widths(self) -> tuple[int, ...]:
-        """Of steps, in tokens that they bring a slot at most, ascending; the first is 1, and the only one where nothing
-        drafts."""
+    def tokens_per_step(self) -> int:
+        """W: most tokens that a step brings a slot; 1 where nothing drafts."""
         ...
 
-    @property
-    def tokens_per_step(self) -> int:
-        """W: most tokens that a step brings a slot, the last of `widths`."""
+    def widths_of(self, slots: int) -> tuple[int, ...]:
+        """Of steps of so many slots, in tokens that they bring each at most, ascending; the first is 1."""
         ...
 
     @property
@@ -417,11 +418,11 @@ class Engine(Protocol[ParamsT, PrefixT, StateT]):
     ) -> tuple[StateT, StepResult]:
         """One decode step of the slots named, in their order; one that is full gets no token. The state is donated.
 
-        Row n of the result belongs to slot_N[n]; rows behind them have a count of 0. `width` is one of `widths`: the
-        step computes each slot's last token and up to so many drafts less one behind it, fewer where no step of so many
-        slots is that wide. A slot's tokens are the same whatever the width; how many a step brings differs. `page_NJ`
-        (i32) must have a page for each row that the step may store: up to `width` behind a slot's length. Where no slot
-        is named, nothing changes.
+        Row n of the result belongs to slot_N[n]; rows behind them have a count of 0. `width` is one that some step has:
+        the step computes each slot's last token and up to so many drafts less one behind it, fewer where `widths_of` so
+        many slots has no such width. A slot's tokens are the same whatever the width; how many a step brings differs.
+        `page_NJ` (i32) must have a page for each row that the step may store: up to `width` behind a slot's length.
+        Where no slot is named, nothing changes.
         """
         ...
 

@@ -110,12 +110,11 @@ class DisaggregatedEngine:
         return self.prefill_engine.prefill_batch
 
     @property
-    def widths(self) -> tuple[int, ...]:
-        return self.decode_engine.widths
-
-    @property
     def tokens_per_step(self) -> int:
         return self.decode_engine.tokens_per_step
+
+    def widths_of(self, slots: int) -> tuple[int, ...]:
+        return self.decode_engine.widths_of(slots)
 
     @property
     def page_rows(self) -> int:

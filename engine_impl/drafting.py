@@ -36,6 +36,16 @@ def of_long_repeats(texts: Texts, rows: Rows, width: int) -> Drafts:
     return look_up(texts, rows.length_N, width, shortest=LONGEST)
 
 
+def forced_first(drafts: Drafts, mask: Mask) -> Drafts:
+    """With the tokens that must come instead, where a slot has a mask: what it says behind any other is not known."""
+    count_N = jnp.where(mask.is_asked_B, 0, drafts.count_N)
+    if mask.forced_BF is None:
+        return drafts._replace(count_N=count_N)
+    forced_NW = jnp.pad(mask.forced_BF, ((0, 0), (0, 1)))
+    token_NW = jnp.where(mask.is_asked_B[:, None], forced_NW, drafts.token_NW)
+    return Drafts(token_NW, count_N + (mask.forced_BF >= 0).sum(axis=1))
+
+
 class SmallModel(Protocol):
     """The programs of a draft model; see `Programs`."""
 
@@ -79,7 +89,7 @@ def drafted(
             rows.sampling, length_N + 1, nobody,
         )  # fmt: skip
         draft_N = jnp.where(w < found.count_N, found.token_NW[:, w], chosen_N)
-        # As in `Programs.step`: the rows wait for what was read.
+        # As in `DecodeStep.step`: the rows wait for what was read.
         is_stored_N = rows.is_live_N & (length_N < slots.cache_length) & (chosen_N >= 0)
         cache = model.store(cache, new, length_N, is_stored_N.astype(jnp.int32), slots.page_NJ)
         return (cache, draft_N, draft_NW.at[:, w].set(draft_N)), None

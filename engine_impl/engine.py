@@ -35,6 +35,7 @@ from .adapters.peft_folder import adapter_folder, read_adapter
 from .adapters.sites import adapt, sites_of
 from .adapters.stacks import AdapterPlaces, AdapterWeights
 from .api import Allowed, Opening, Piece
+from .caching import Drafting
 from .checkpoints.contract import Checkpoint
 from .config import EngineConfig
 from .draft_model import DraftModel, beside
@@ -44,9 +45,10 @@ from .forward import LayerLoop, Params
 from .layout import chunk_of, layout_of
 from .models.decoder import Decoder
 from .placing import placed
-from .programs import GREEDY, Drafting, Programs
+from .programs import Programs
 from .quantization.swap import quantize
-from .sampling.mask import Mask, Masks
+from .sampling.mask import Asked, Mask, Masks
+from .sampling.params import GREEDY
 from .sampling.penalties import counts_of_text, is_penalised
 from .sampling.slots import SlotSampling
 from .shapes import Shapes
@@ -161,14 +163,13 @@ class Engine:
         return False
 
     @property
-    def widths(self) -> tuple[int, ...]:
-        """Of steps, in tokens that they bring a slot at most."""
-        return self.shapes.widths
-
-    @property
     def tokens_per_step(self) -> int:
-        """W: the largest of `widths`."""
-        return self.widths[-1]
+        """W: of the widest step."""
+        return self.shapes.widths[-1]
+
+    def widths_of(self, slots: int) -> tuple[int, ...]:
+        """Of steps of so many slots, in tokens that they bring each at most."""
+        return self.shapes.widths_of(slots)
 
     @property
     def page_rows(self) -> int:
@@ -304,7 +305,7 @@ class Engine:
             raise ValueError(f"{len(openings)} openings for a prefix of {rows}")
         openings = [*openings, *[None] * (rows - len(openings))]
         is_complete_N = np.array([opening is not None for opening in openings])
-        masked = [(n, o.allowed_W) for n, o in enumerate(openings) if o is not None and o.allowed_W is not None]
+        masked = [Asked(n, (), o.allowed_W) for n, o in enumerate(openings) if o and o.allowed_W is not None]
         texts = None if self.programs.drafting is None else texts_of(openings, self.layout.length)
         token_N, sampling, count_NV, texts, result = self.jitted.first_tokens(
             prefix.logits_NV, prefix.start_N, prefix.count_N, is_complete_N, self._sampling(openings),
@@ -337,7 +338,7 @@ class Engine:
         width: int = 1,
     ) -> tuple[DecodeState, StepResult]:
         """One decode step: every slot named that is neither empty nor full gets its next token, or tokens, up to
-        `width`, one of `widths`. The state is donated.
+        `width`, one of `shapes.widths`. The state is donated.
 
         Row n of the result belongs to slot_N[n]; rows behind them have a count of 0. `allowed`: which tokens may come.
         Where no step of so many slots is that wide, it is narrower: see `Shapes.wide_steps`.
@@ -345,8 +346,8 @@ class Engine:
         Raises ValueError for more slots than there are, and for another width.
         """
         width = self.shapes.width_of(len(slot_N), width)
-        slot_N = self.shapes.step(slot_N, width)
-        mask = self._mask(len(slot_N), allowed)
+        slot_N = self.shapes.step(slot_N)
+        mask = self._mask(len(slot_N), allowed, width)
         page_NJ = self.shapes.table(page_NJ, len(slot_N))
         return self.jitted.generate(params, decode_state, slot_N, page_NJ, mask, width=width)
 
@@ -425,9 +426,12 @@ class Engine:
         result.token_BW.block_until_ready()
         return decode_state
 
-    def _mask(self, rows: int, allowed: Allowed | None) -> Mask:
-        asked = [] if allowed is None else list(zip(allowed.row_C.tolist(), allowed.word_CW, strict=True))
-        return self._masks.of(rows, asked)
+    def _mask(self, rows: int, allowed: Allowed | None, width: int = 1) -> Mask:
+        if allowed is None:
+            return self._masks.of(rows, (), width)
+        of_rows = zip(allowed.row_C.tolist(), allowed.forced_CF, allowed.word_CW, strict=True)
+        asked = [Asked(row, forced_F[forced_F >= 0], word_W) for row, forced_F, word_W in of_rows]
+        return self._masks.of(rows, asked, width)
 
     def _sampling(self, openings: Sequence[Opening | None]) -> SlotSampling:
         """[N] each, on the host; `min_tokens` as a position in the text, as a step's tokens have."""

@@ -16,8 +16,7 @@ from .api import Opening, Piece
 from .engine import Engine
 from .errors import RefusedError
 from .forward import Params
-from .programs import GREEDY
-from .sampling.params import SamplingParams
+from .sampling.params import GREEDY, SamplingParams
 from .state import DecodeState, Prefix, StepResult
 
 
@@ -122,7 +121,7 @@ class Session:
         self.insert(self.engine.force(self.prefilled(slot, earlier), [last]), slot)
 
     def step(self, width: int = 1) -> StepResult:
-        """A token for every slot in use, or up to `width`, one of the engine's `widths`."""
+        """A token for every slot in use, or up to `width`, see `Engine.generate`."""
         slot_N = np.array(self.slots, np.int32)
         self.state, result = self.engine.generate(self.params, self.state, slot_N, self.page_BJ[slot_N], width=width)
         return result

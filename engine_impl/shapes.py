@@ -1,6 +1,6 @@
 """From what a caller names to the few shapes that programs are compiled for. Arithmetic on the host alone."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -17,12 +17,13 @@ one more, as each row costs its multiplications there."""
 STEPS = (1, 8, 32, 128)
 """Slots that a step computes; behind them all that there are. A TPU has no step of 1: there a product with one row is
 slower than with eight (305 thousand static cycles for two small layers on v5e, of eight 169)."""
-WIDTHS = (1, 4, 8)
-"""Tokens that a step computes of each slot, where something drafts: the last one and drafts behind it."""
-WIDE_ROWS = {"cpu": 64}
-WIDE_ROW = 256
-"""The most rows of a wide step, its slots times its width, by platform. So far they cost little more than one each: a
-step waits for its weights up to some 240 rows on v5e, 560 on v6e."""
+WIDTHS = {"cpu": {1: (4, 8), 8: (2, 4)}}
+WIDTH = {32: (4, 8), 64: (4,)}
+"""Tokens that a step of so many slots at most computes of each, where something drafts, by platform: the last one and
+drafts behind it. Up to 256 rows cost little more than one each: a step waits for its weights up to some 240 rows on
+v5e, 560 on v6e. On a CPU each row costs its multiplications."""
+WIDE_ROWS = 256
+"""The most rows of a wide step."""
 BURSTS = {"cpu": (4, 8, 32)}
 BURST = (2, 8, 64)
 """Short texts that are prefilled together, by platform: how many at least and at most, and the longest (tokens). On a
@@ -63,6 +64,8 @@ class Shapes:
     """whether there are wide steps"""
     carried: Carried | None = None
     """instead of the platform's, for tests and benchmarks"""
+    wide: Mapping[int, tuple[int, ...]] | None = None
+    """likewise, see WIDTHS"""
 
     @property
     def prefills(self) -> tuple[tuple[int, int], ...]:
@@ -89,23 +92,38 @@ class Shapes:
     @property
     def wide_steps(self) -> tuple[tuple[int, int], ...]:
         """(slots of a step, its width) of those that compute several tokens of each slot, the narrowest first."""
-        most = WIDE_ROWS.get(self.platform, WIDE_ROW)
-        sizes = self.steps if self.speculates else ()
-        return tuple((size, width) for width in WIDTHS[1:] for size in sizes if size * width <= most)
+        wide = [(width, size) for size in self.steps for width in self.widths_of(size)[1:]]
+        return tuple((size, width) for width, size in sorted(wide))
 
     @property
     def widths(self) -> tuple[int, ...]:
-        """See `api.Engine.widths`."""
+        """Of any step, ascending."""
         return (1, *sorted({width for _, width in self.wide_steps}))
 
+    def widths_of(self, slots: int) -> tuple[int, ...]:
+        """See `api.Engine.widths_of`."""
+        size = self.size_of(slots)
+        of_sizes = (self.wide or WIDTHS.get(self.platform, WIDTH)) if self.speculates else {}
+        return (1, *next((widths for most, widths in of_sizes.items() if size <= most), ()))
+
     def width_of(self, slots: int, wanted: int) -> int:
-        """The width of a step of so many slots, of which `wanted` is asked: there may be no wide one of so many.
+        """The width of a step of so many slots, of which `wanted` is asked: there may be none of so many that is as
+        wide.
 
         Raises ValueError for what is none of `widths`.
         """
         if wanted not in self.widths:
             raise ValueError(f"width={wanted} must be one of {self.widths}")
-        return max((width for size, width in self.wide_steps if width <= wanted and slots <= size), default=1)
+        return max(width for width in self.widths_of(slots) if width <= wanted)
+
+    def size_of(self, slots: int) -> int:
+        """Slots of the step that computes so many.
+
+        Raises ValueError for too many.
+        """
+        if slots > self.slots:
+            raise ValueError(f"{slots} slots are named, there are {self.slots}")
+        return next(size for size in self.steps if size >= slots)
 
     @property
     def carries(self) -> tuple[tuple[int, int], ...]:
@@ -148,15 +166,12 @@ class Shapes:
         arrays: Any = token_NT, start_N, count_N, next_NT, asked, page_NJ, adapters, reaches
         return PieceBatch(*arrays)
 
-    def step(self, slot_N: np.ndarray, width: int = 1) -> np.ndarray:
-        """The slots, filled up to the size of a step of this width with a number that no slot has.
+    def step(self, slot_N: np.ndarray) -> np.ndarray:
+        """The slots, filled up to the size of a step with a number that no slot has.
 
         Raises ValueError for too many.
         """
-        if len(slot_N) > self.slots:
-            raise ValueError(f"{len(slot_N)} slots are named, there are {self.slots}")
-        sizes = self.steps if width == 1 else [size for size, of in self.wide_steps if of == width]
-        return self.filled(slot_N, next(size for size in sizes if size >= len(slot_N)))
+        return self.filled(slot_N, self.size_of(len(slot_N)))
 
     def filled(self, slots: Sequence[int] | np.ndarray, size: int) -> np.ndarray:
         """So many slots, i32, with a number that no slot has behind them."""

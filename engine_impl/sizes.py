@@ -27,7 +27,7 @@ from .models import registry
 from .models.decoder import ModelConfig
 from .models.parts import ExpertLinear, Linear
 from .quantization.swap import quantize
-from .shapes import WIDE_ROW
+from .shapes import WIDE_ROWS
 from .weights import load as weights
 
 SLOTS = 8
@@ -139,7 +139,7 @@ class Demand:
         self._vocab_bytes = LOGITS_BYTES * shape.vocab_size // mesh.size
         speculates = config.speculate != "off"
         self._text_bytes = 4 * (config.cache_length or shape.context_length) if speculates else 0
-        self.wide_bytes = WIDE_ROW * self._vocab_bytes if speculates else 0
+        self.wide_bytes = WIDE_ROWS * self._vocab_bytes if speculates else 0
         """Logits of the widest step."""
         if draft is not None:
             small = Demand(replace(draft.config, speculate="off", draft_model=None), draft.model.config, mesh, dtype)

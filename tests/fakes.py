@@ -275,6 +275,9 @@ class FakeEngine:
     def tokens_per_step(self) -> int:
         return self.widths[-1]
 
+    def widths_of(self, slots: int) -> tuple[int, ...]:
+        return tuple(width for width in self.widths if width <= self.widest(slots))
+
     def reach_of(self, length: int) -> int:
         return self.on_reach(length)
 
@@ -398,8 +401,12 @@ class FakeEngine:
         self.on_generate(step)
         right = width if self.count_of_step is None else self.count_of_step(step) - 1
         count_N = np.full(len(slot_N), min(right + 1, width))
-        if allowed is not None:
-            count_N[allowed.row_C] = 1
+        forced = {} if allowed is None else {
+            int(row): forced_F[forced_F >= 0].tolist()
+            for row, forced_F in zip(allowed.row_C, allowed.forced_CF, strict=True)
+        }  # fmt: skip
+        for row, tokens in forced.items():
+            count_N[row] = min(len(tokens) + 1, width)
         token_NW = np.full((len(slot_N), width), -1)
         for at in range(width):
             token_N, length_N = state.token_B[slot_N], state.length_B[slot_N]
@@ -412,7 +419,10 @@ class FakeEngine:
             if state.adapter_B.any():
                 next_N = next_N + [self.shift(index) for index in state.adapter_B[slot_N]]
             for row, word_W in () if allowed is None else zip(allowed.row_C, allowed.word_CW, strict=True):
-                next_N[row] = nearest_allowed(int(next_N[row]), word_W)
+                if at < len(forced[row]):
+                    next_N[row] = forced[row][at]
+                else:
+                    next_N[row] = nearest_allowed(int(next_N[row]), word_W)
             state.token_B[slot_N[live_N]] = token_NW[live_N, at] = next_N[live_N]
         self.widths_used.append(width)
         return state, self._result(token_NW, lambda: self._wait(step), agreed=min(right, width))

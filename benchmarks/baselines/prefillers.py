@@ -10,7 +10,7 @@ import torch
 from ...engine_impl.api import Opening
 from ...engine_impl.engine import Engine
 from ...engine_impl.forward import Params
-from ...engine_impl.programs import GREEDY
+from ...engine_impl.sampling.params import GREEDY
 from ...engine_impl.session import Session
 
 PAUSE_S = 0.05

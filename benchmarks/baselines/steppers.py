@@ -13,7 +13,7 @@ import numpy as np
 from ...engine_impl.api import Opening
 from ...engine_impl.engine import Engine
 from ...engine_impl.forward import Params
-from ...engine_impl.programs import GREEDY
+from ...engine_impl.sampling.params import GREEDY
 from ...engine_impl.session import Session
 from ...engine_impl.state import DecodeState
 from ..measure.timing import timed

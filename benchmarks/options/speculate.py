@@ -8,11 +8,13 @@ from .flags import Hosted, Json, Pairs, Seed, check_positive, numbers
 
 @dataclass(frozen=True, kw_only=True)
 class SpeculateOptions(Hosted):
-    """Speculation on beside off: two servers, the same answers in turns (A B A B), half of which copy."""
+    """Speculation on beside off: two servers, the same answers in turns (A B A B)."""
 
     cache_length: int = 512
     load: str = "1,8"
     """Requests in flight (requests); a comma list is run in turn."""
+    answers: str = "copies,random,schema"
+    """Of which kinds: text that copies, random tokens, JSON in a schema with long keys (a comma list)."""
     requests: int = 8
     """Requests of one block (requests)."""
     max_tokens: int = 96
@@ -31,6 +33,11 @@ class SpeculateOptions(Hosted):
         for load in self.loads:
             if load != int(load) or load < 1:
                 raise RefusedError(f"load={load} must be a whole number of requests in flight")
+
+    @property
+    def kinds(self) -> list[str]:
+        """Of answers."""
+        return self.answers.split(",")
 
     @property
     def loads(self) -> list[float]:

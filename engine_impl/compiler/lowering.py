@@ -35,7 +35,7 @@ def lower_insert(engine: Engine, pieces: int, tokens: int) -> jax.stages.Lowered
 
 def lower_generate(engine: Engine, slots: int | None = None, width: int = 1) -> jax.stages.Lowered:
     """The decode step of so many slots, of so many tokens each; None: of all."""
-    mask = _mask(engine, slots or engine.max_concurrent_decodes)
+    mask = _mask(engine, slots or engine.max_concurrent_decodes, width)
     return engine.jitted.generate.lower(*_step_arguments(engine, slots), mask, width=width)
 
 
@@ -98,8 +98,8 @@ def _texts(engine: Engine, count: int) -> tuple[Any, Any]:
     return _array(engine, (count,), jnp.int32), _array(engine, (count, engine.pages_per_slot), jnp.int32)
 
 
-def _mask(engine: Engine, rows: int) -> Mask:
-    shapes = Mask.nothing(rows, engine.vocab_size)
+def _mask(engine: Engine, rows: int, width: int = 1) -> Mask:
+    shapes = Mask.nothing(rows, engine.vocab_size, width)
     return jax.tree.map(lambda values: _array(engine, values.shape, values.dtype), shapes)
 
 

@@ -39,7 +39,6 @@ class Leader:
         self.prefill_chunk = engine.prefill_chunk
         self.prefill_batch = engine.prefill_batch
         self.prefills_apart = engine.prefills_apart
-        self.widths = engine.widths
         self.tokens_per_step = engine.tokens_per_step
         self.page_rows = engine.page_rows
         self.pages = engine.pages
@@ -47,6 +46,10 @@ class Leader:
         self.table_entries = engine.table_entries
         self.max_adapters = engine.max_adapters
         self.devices = engine.devices
+
+    def widths_of(self, slots: int) -> tuple[int, ...]:
+        """See `api.Engine`: the same on all hosts."""
+        return self._engine.widths_of(slots)
 
     def reach_of(self, length: int) -> int:
         """See `api.Engine`: the same on all hosts."""

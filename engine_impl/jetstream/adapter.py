@@ -18,8 +18,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ..engine import Engine
 from ..errors import RefusedError
 from ..forward import Params
-from ..programs import GREEDY
-from ..sampling.params import SamplingParams
+from ..sampling.params import GREEDY, SamplingParams
 from ..state import DecodeState, Prefix, StepResult
 from . import compat as jetstream_compat
 from .prompts import JetStreamPrefix, Prompts

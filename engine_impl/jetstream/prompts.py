@@ -14,9 +14,8 @@ from ..api import Opening, Piece
 from ..engine import Engine
 from ..errors import RefusedError
 from ..forward import Params
-from ..programs import GREEDY
 from ..sampling.logprobs import nothing
-from ..sampling.params import SamplingParams
+from ..sampling.params import GREEDY, SamplingParams
 from ..state import Prefix, StepResult
 
 

@@ -80,3 +80,7 @@ class SamplingParams:
 
     def __post_init__(self) -> None:
         check_options(self, SamplingParams)
+
+
+GREEDY = SamplingParams()
+"""What is asked where nothing is."""

@@ -58,7 +58,7 @@ class Results:
         if pending.is_step:
             self.step_s = duration_s
             if result is not None and pending.is_timed:
-                self._widths.took(pending.roster, pending.width, result.width, duration_s)
+                self._widths.took(result, duration_s)
             self._probes.answer()
         if self._metrics is not None:
             if pending.is_step:

@@ -3,10 +3,16 @@
 A draft is likely right where the one before it was: an answer that copies goes on copying. So two shares are kept, of
 drafts that were right behind a right one and behind a wrong one, and for each slot which of the two it stands behind.
 Also a step of width 1 tells whether its slots' first drafts would have been right: a text that has nothing to copy
-never pays for a wide step to find that out.
+never pays for a wide step to find that out. Of an answer with a grammar the tokens that must come are known, and no
+others are drafted.
+
+What a step takes is measured, by size and width, and what was measured long ago is forgotten and measured anew.
+Estimates may be wrong all the same. So there is a purse: it gets what wide steps win, and a hundredth of each narrow
+one, and pays what wide steps lose. While it is empty steps are narrow. So whatever a text's drafts are, it is slower by
+a hundredth at most, and a few steps.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -16,43 +22,42 @@ from ..delivery.roster import Roster
 GAIN = 1.03
 """A wide step must promise so many times the tokens a second of a narrower one: estimates are noisy."""
 ROW_COSTS = 0.1
-"""Before it was measured, each token of the width beside the first is held to lengthen a step by this share."""
-FADES = 0.005
-"""What was measured of a width counts by this share less with each step of another: it is tried again in the end."""
+"""Where no wide step of a size was measured, each token of the width beside the first is held to lengthen it by this
+share."""
 NEWEST = 0.2
 """The share of the latest step in the mean time of a width's steps."""
+LONGEST = 2.0
+"""A step counts for so many times that mean at most: something else may have held it up."""
+KNOWN = 1000
+"""After so many steps of a size what its steps took is measured anew, if none of that width was among them."""
 FORGETS = 0.98
 """What an earlier draft counts, one step later."""
+ALLOWED = 0.01
+"""Of a narrow step's time, what wide ones may lose."""
+PURSE = (-2.0, 2.0)
+"""The least and the most that it holds, in times of a narrow step."""
 
 
 class Widths:
     """The loop's. One thread."""
 
-    def __init__(self, widths: Sequence[int], slots: int) -> None:
-        """`widths` as in Engine."""
-        self._widths = widths
+    def __init__(self, widths_of: Callable[[int], Sequence[int]], slots: int) -> None:
+        """`widths_of` as in Engine."""
+        self._widths_of = widths_of
         self._is_right_B = np.zeros(slots, bool)  # the slot's latest draft
         # Drafts that were right, and all: [behind a wrong one, behind a right one].
         self._right, self._all = np.array([0.0, 1.0]), np.array([1.0, 2.0])
-        self._step_s: dict[tuple[int, int], float] = {}  # mean, by (size, width)
-        self._counts: dict[tuple[int, int], float] = {}  # how much that counts
-        self._widest: dict[int, int] = {}  # that the engine has, by size, where it took a narrower step than asked
-
-    @property
-    def are_drafts(self) -> bool:
-        """Whether anything drafts."""
-        return self._widths[-1] > 1
+        self._sizes = dict[int, StepTimes]()
 
     def choose(self, roster: Roster) -> int:
         """For a step of these."""
-        narrow, *wider = self._widths
-        if not wider or ((size := size_of(roster)), narrow) not in self._step_s:
+        narrow, *wider = self._widths_of(roster.taken)
+        times = self._sizes.get(size_of(roster))
+        if not wider or times is None or narrow not in times.mean_s or times.purse < 0:
             return narrow
-        best, best_rate = narrow, self._tokens(roster, narrow) / self._seconds(size, narrow)
+        best, best_rate = narrow, self._tokens(roster, narrow) / times.of(narrow)
         for width in wider:
-            if width > self._widest.get(size, width):
-                break
-            rate = self._tokens(roster, width) / self._seconds(size, width)
+            rate = self._tokens(roster, width) / times.of(width)
             if rate > best_rate * GAIN:
                 best, best_rate = width, rate
         return best
@@ -77,17 +82,14 @@ class Widths:
         self._all[1] += more + np.count_nonzero(ends_N)
         self._is_right_B[slot_N] = agreed_N == result.width
 
-    def took(self, roster: Roster, asked: int, width: int, seconds: float) -> None:
-        """A step of these, which was `width` wide where `asked` was chosen."""
-        if not self.are_drafts:
+    def took(self, result: HostResult, seconds: float) -> None:
+        """What a step's time was."""
+        roster, width = result.roster, result.width
+        narrow, *wider = self._widths_of(roster.taken)
+        if not wider or not roster.taken:
             return
-        size = size_of(roster)
-        if width < asked:
-            self._widest[size] = width
-        known_s = self._step_s.get((size, width), seconds)
-        self._step_s[size, width] = known_s + NEWEST * (seconds - known_s)
-        for other in self._widths:
-            self._counts[size, other] = 1 if other == width else self._counts.get((size, other), 0) * (1 - FADES)
+        times = self._sizes.setdefault(size_of(roster), StepTimes(narrow))
+        times.add(width, seconds, float(result.count_B.sum()) / roster.taken)
 
     def _tokens(self, roster: Roster, width: int) -> float:
         """That a step brings, as far as can be told."""
@@ -95,15 +97,45 @@ class Widths:
         is_right_N = self._is_right_B[roster.slot_B[~roster.is_constrained_B]]
         rights = int(np.count_nonzero(is_right_N))
         likely = rights * behind_right + (len(is_right_N) - rights) * behind_wrong
-        return roster.taken + likely * sum(behind_right**more for more in range(width - 1))
+        sure = sum(min(len(constraint.forced), width - 1) for _, constraint in roster.constrained)
+        return roster.taken + sure + likely * sum(behind_right**more for more in range(width - 1))
 
-    def _seconds(self, size: int, width: int) -> float:
-        narrow = self._widths[0]
-        unmeasured_s = self._step_s[size, narrow] * (1 + ROW_COSTS * (width - narrow))
-        if width == narrow:
-            return unmeasured_s
-        measured_s = self._step_s.get((size, width), unmeasured_s)
-        return unmeasured_s + self._counts.get((size, width), 0) * (measured_s - unmeasured_s)
+
+class StepTimes:
+    """Of one size, and what wide steps have won."""
+
+    def __init__(self, narrow: int) -> None:
+        self._narrow = narrow
+        self.purse = 0.0
+        """In times of a narrow step."""
+        self._number = 0
+        self._latest = dict[int, int]()  # the number of each width's latest step
+        self.mean_s = dict[int, float]()
+        """By width, of those that are known."""
+
+    def add(self, width: int, seconds: float, tokens: float) -> None:
+        """A step was so long, and brought a slot so many tokens."""
+        self._number += 1
+        known_s = self.mean_s.get(width, seconds)
+        self.mean_s[width] = known_s + NEWEST * (min(seconds, LONGEST * known_s) - known_s)
+        self._latest[width] = self._number
+        for other in [other for other, latest in self._latest.items() if latest <= self._number - KNOWN]:
+            del self._latest[other], self.mean_s[other]
+        if self._narrow in self.mean_s:
+            won = ALLOWED if width == self._narrow else tokens - self.of(width) / self.of(self._narrow)
+            least, most = PURSE
+            self.purse = min(max(self.purse + won, least), most)
+
+    def of(self, width: int) -> float:
+        """A step's time (seconds): measured, or as those of the next width that was; the narrow one's is known."""
+        if width in self.mean_s:
+            return self.mean_s[width]
+        narrow_s, row_costs = self.mean_s[self._narrow], ROW_COSTS
+        wide = [known for known in self.mean_s if known != self._narrow]
+        if wide:
+            next_to = min(wide, key=lambda known: abs(known - width))
+            row_costs = (self.mean_s[next_to] / narrow_s - 1) / (next_to - self._narrow)
+        return narrow_s * (1 + row_costs * (width - self._narrow))
 
 
 def size_of(roster: Roster) -> int:

@@ -34,9 +34,10 @@ def test_both_sides_answer_the_same_and_the_drafts_are_counted(engines, capsys):
     assert cli.run([*QUICK, "--json"]) == 0
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert [(row["kind"], row["load"]) for row in result["rows"]] == [
-        (kind, load) for kind in ("copies", "random") for load in (1, 2)
+        (kind, load) for kind in ("copies", "random", "schema") for load in (1, 2)
     ]
     assert result["rows"][0]["accepted_share"] > 0.3
+    assert result["rows"][-1]["accepted_share"] == 0, "what a schema begins with is prefill's: the fake's answer is []"
     assert all(row["speedup"]["ratio_p50"] > 0 for row in result["rows"])
 
 
@@ -49,3 +50,8 @@ def test_answers_that_differ_end_it(engines, capsys):
 def test_a_load_that_is_no_count_is_refused(capsys):
     assert cli.run(["bench", "speculate", "--load", "1.5"]) == 2
     assert "load=1.5 must be a whole number" in capsys.readouterr().err
+
+
+def test_answers_that_are_not_known_are_refused(capsys):
+    assert cli.run(["bench", "speculate", "--answers", "copies,odes"]) == 2
+    assert "answers='odes' must be of copies, random, schema" in capsys.readouterr().err

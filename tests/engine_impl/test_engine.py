@@ -264,7 +264,7 @@ def test_everything_is_compiled_once():
         session.state = engine.warm_up(params, session.state)
         assert engine.shapes.prefills == ((1, 16), (1, 64), (1, 128), (4, 32))
         assert (engine.shapes.steps, engine.shapes.carries) == ((1, 4), ((4, 64),))
-        assert engine.shapes.wide_steps == ((1, 4), (4, 4), (1, 8), (4, 8))
+        assert engine.shapes.wide_steps == ((4, 2), (1, 4), (4, 4), (1, 8))
         programs = 4 + 4 + 2 + 2 + 4 + 1
         assert len(compilations) == programs, "prefill and insert; first tokens of 1 and of 4; steps; wide ones; carry"
         compilations.clear()
@@ -280,7 +280,7 @@ def test_everything_is_compiled_once():
             if round_ % 2:
                 prefix, _ = engine.first_tokens(prefix, [opening([1] * length, replace(sampling, seed=99))])
             session.insert(prefix, slot)
-            np.asarray(session.step((1, 4, 8)[round_ % 3]).token_BW)
+            np.asarray(session.step((1, 2, 4, 8)[round_ % 4]).token_BW)
             if round_ > 3:
                 session.stop(slot)
         pieces = [Piece(token_T=np.arange(n + 1), start=0, page_J=session.page_BJ[n]) for n in range(2)]

@@ -47,7 +47,11 @@ def equal(one, other):
         SAMPLING,
         Piece(token_T=np.arange(3, dtype=np.int32), start=16, page_J=np.array([4], np.int32), logprobs=0, adapter=2),
         Opening(text=(1, 2, 3), prompt_length=2, sampling=SAMPLING, allowed_W=np.array([1], np.uint32)),
-        Allowed(row_C=np.array([0], np.int32), word_CW=np.array([[2**32 - 1]], np.uint32)),
+        Allowed(
+            row_C=np.array([0], np.int32),
+            forced_CF=np.array([[7, -1]], np.int32),
+            word_CW=np.array([[2**32 - 1]], np.uint32),
+        ),
     ],
     ids=lambda value: type(value).__name__,
 )  # fmt: skip

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from slipstream.cache_manager import KV
-from slipstream.engine_impl.programs import Drafting
+from slipstream.engine_impl.caching import Drafting
 from slipstream.engine_impl.session import Session
 from slipstream.engine_impl.speculation.drafts import Drafts
 

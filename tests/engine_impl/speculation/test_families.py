@@ -8,15 +8,22 @@ from slipstream.engine_impl.sampling.params import SamplingParams
 from ..models.test_families import FAMILIES, PROMPTS, load, written_by_transformers
 from .steps import told_by
 
-TOKENS, WIDTHS = 24, [4, 4, 8, 1]
+TOKENS, WIDTHS = 24, [4, 2, 4, 1]
 SAMPLINGS = [SamplingParams(), SamplingParams(temperature=0.7, top_p=0.95, seed=5)]
 
 QUICK = {("gemma3", 8)}
 """It has windows, and two ropes; and eight devices scan over the layers."""
+
+
+def _marks(family: str, devices: int) -> list[pytest.MarkDecorator]:
+    if (family, devices) in QUICK:
+        return []
+    return [pytest.mark.slow] if devices == 1 else [pytest.mark.slow, pytest.mark.product]
+
+
 CASES = [
-    pytest.param(*case, id="-".join(map(str, case)), marks=() if case in QUICK else pytest.mark.slow)
-    for case in itertools.product(FAMILIES, (1, 8))
-    if case[1] == 1 or case in QUICK
+    pytest.param(family, devices, id=f"{family}-{devices}", marks=_marks(family, devices))
+    for family, devices in itertools.product(FAMILIES, (1, 8))
 ]
 
 

@@ -1,5 +1,7 @@
 """Steps of several tokens: no answer changes by them, whatever is drafted, and nothing of a rejected draft is kept."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from slipstream.engine_impl.api import Allowed
@@ -25,6 +27,12 @@ def with_tokenizer(engine):
     return engine
 
 
+def with_widths(engine):
+    """Of more tokens than a CPU's steps of so many slots have."""
+    engine.shapes = replace(engine.shapes, wide={4: (4, 8)})
+    return engine
+
+
 OPENINGS = [(PROMPT, sampling, ()) for sampling in SAMPLINGS]
 
 
@@ -40,7 +48,7 @@ def plain():
 @pytest.fixture(scope="module")
 def drafting():
     engine, params = tiny_engine(speculate="auto")
-    return with_tokenizer(scripted(engine)), params
+    return with_tokenizer(scripted(with_widths(engine))), params
 
 
 def wrong(token):
@@ -127,35 +135,66 @@ def test_a_full_cache_ends_the_accepted_run(drafting, room):
     assert session.state.length_B.tolist()[:2] == [engine.cache_length, len(PROMPT) + steps + 1]
 
 
-def test_a_row_with_a_mask_gets_one_token_and_the_others_theirs(plain, drafting):
-    """Whatever is drafted for it: which token may come behind a draft is not known."""
-    answers = [one.tokens for one in plain]
+def words(*but):
+    """All tokens may come but these."""
     allowed_V = np.ones(101, bool)
-    allowed_V[answers[0][1]] = False
-    word_W = np.packbits(np.pad(allowed_V, (0, 27)), bitorder="little").view(np.uint32)
-    tokens = {}
-    for width in (1, 4):
+    allowed_V[list(but)] = False
+    return np.packbits(np.pad(allowed_V, (0, 27)), bitorder="little").view(np.uint32)
+
+
+@pytest.mark.parametrize("sampling", SAMPLINGS[:3], ids=["greedy", "drawn", "penalised"])
+@pytest.mark.parametrize("forced", [0, 1, 2, 3, 6])
+def test_a_row_with_a_mask_gets_what_must_come_and_one_token_behind(plain, drafting, sampling, forced):
+    """Whatever is drafted for it: which token may come behind a draft is not known, but behind what must. Rows beside
+    it get theirs."""
+    forced_F, answer, likeliest = np.arange(40, 40 + forced, dtype=np.int32), plain[1].tokens, None
+    told: dict[int, list[int]] = {}
+    for width in (1, 4, 8):
         session = Session(*drafting)
         for slot in (0, 1):
-            session.start(slot, PROMPT, SAMPLINGS[slot])
-            script(session, slot, answers[slot][1:])
-        slot_N = np.array([0, 1], np.int32)
-        allowed = Allowed(row_C=np.array([0], np.int32), word_CW=word_W[None])
-        session.state, result = session.engine.generate(
-            session.params, session.state, slot_N, session.page_BJ[slot_N], allowed, width
-        )
-        assert result.count_B.tolist()[:2] == [1, width]
-        assert result.drafted_B.tolist()[:2] == [0, width]
-        tokens[width] = result.token_BW[0, 0]
-        assert np.asarray(result.token_BW)[1, :width].tolist() == answers[1][1 : 1 + width]
-    assert tokens[1] == tokens[4] != answers[0][1]
+            session.start(slot, PROMPT, (sampling, SAMPLINGS[1])[slot])
+            script(session, slot, answer[1:])
+        tokens, others = [], []
+        while len(tokens) <= forced:
+            left_F = forced_F[len(tokens) :]
+            word_W = words() if likeliest is None else words(likeliest)
+            allowed = Allowed(row_C=np.array([0], np.int32), forced_CF=left_F[None], word_CW=word_W[None])
+            slot_N = np.array([0, 1], np.int32)
+            session.state, result = session.engine.generate(
+                session.params, session.state, slot_N, session.page_BJ[slot_N], allowed, width
+            )
+            count, other = result.count_B.tolist()[:2]
+            assert (count, other) == (min(len(left_F) + 1, width), width)
+            assert result.drafted_B.tolist()[:2] == [min(len(left_F), width - 1), width]
+            assert result.agreed_B.tolist()[:2] == [count - 1, width]
+            tokens += np.asarray(result.token_BW)[0, :count].tolist()
+            others += np.asarray(result.token_BW)[1, :other].tolist()
+        assert others == answer[1 : 1 + len(others)]
+        assert tokens[:-1] == forced_F.tolist()
+        told[width] = tokens
+    assert told[1] == told[4] == told[8]
+    likeliest = told[1][-1]
+
+
+def test_what_must_come_and_may_not_ends_the_run(drafting):
+    """A token that min_tokens forbids: what is chosen instead is told, and the host sees it."""
+    session = Session(*drafting)
+    session.start(0, PROMPT, SamplingParams(min_tokens=9, stop_token_ids=(41,)))
+    script(session, 0, [])
+    forced_CF, slot_N = np.array([[40, 41, 42]], np.int32), np.zeros(1, np.int32)
+    allowed = Allowed(row_C=slot_N, forced_CF=forced_CF, word_CW=words()[None])
+    session.state, result = session.engine.generate(
+        session.params, session.state, slot_N, session.page_BJ[slot_N], allowed, 4
+    )
+    assert [int(counts[0]) for counts in (result.drafted_B, result.agreed_B, result.count_B)] == [3, 1, 2]
+    assert int(result.token_BW[0, 0]) == 40 != int(result.token_BW[0, 1]) != 41
 
 
 @pytest.fixture(scope="module")
 def serving():
     """With the proposer that serves."""
     engine, params = tiny_engine(speculate="auto")
-    return with_tokenizer(engine), params
+    return with_tokenizer(with_widths(engine)), params
 
 
 def test_what_the_text_repeats_and_what_is_predicted_is_drafted(plain, serving):

@@ -9,7 +9,7 @@ from slipstream.engine_impl.errors import RefusedError
 from slipstream.engine_impl.sampling.params import SamplingParams
 from slipstream.server.delivery.result import HostResult
 from slipstream.server.delivery.roster import Roster
-from slipstream.server.request.constraint import Constraint
+from slipstream.server.request.constraint import AHEAD, Constraint
 from slipstream.server.request.grammar import Grammar
 from slipstream.server.request.request import FinishReason
 from slipstream.server.scheduler.constraints import Constraints
@@ -184,7 +184,7 @@ def test_one_that_is_cancelled_while_its_grammar_is_at_work_gives_its_slot_back(
 
     monkeypatch.setattr(FakeTokenizer, "matcher", lambda self, text: Slow(text))
     with running(FakeEngine()) as orchestrator:
-        request = asked(orchestrator, "a", 9, "hello")
+        request = asked(orchestrator, "a", 9, "*****")
         assert at_work.wait(10)
         assert ask(orchestrator, "a").answer()[0] == "bcd", "nobody waits for it"
         orchestrator.cancel(request)
@@ -232,13 +232,100 @@ def test_one_that_left_and_is_over_is_not_parked(monkeypatch):
     assert not loop._holdings.parked
 
 
+def tokens_of(word_W):
+    return np.flatnonzero(np.unpackbits(word_W.view(np.uint8), bitorder="little")).tolist()
+
+
+def constraint_of(text, matcher=FakeMatcher, end_ids=(STOP_ID,)):
+    return Constraint(matcher(text), end_ids)
+
+
+EVERY = list(range(256))
+
+
+@pytest.mark.parametrize(
+    ("text", "forced", "behind"),
+    [
+        ("a", "", [ord("a")]),  # nothing follows it
+        ("ab", "a", [ord("b")]),
+        ("*b", "", EVERY),
+        ("ab*", "ab", EVERY),
+        ("abc*d", "abc", EVERY),
+        ("x" * 40, "x" * AHEAD, [ord("x")]),
+    ],
+)
+def test_what_must_come_is_known_up_to_where_others_may(text, forced, behind):
+    constraint = constraint_of(text)
+    assert constraint.forced == list(forced.encode())
+    assert tokens_of(constraint.allowed_behind_W) == behind
+    assert tokens_of(constraint.allowed_W) == ([ord(text[0])] if text[0] != "*" else EVERY)
+    assert (constraint.is_over, constraint.error) == (False, ""), "not before it was read"
+
+
+@pytest.mark.parametrize("at_once", [1, 2, 3, 7])
+@pytest.mark.parametrize("text", ["a", "abcd", "**", "ab*cd*", "x" * 40])
+def test_it_is_over_when_all_was_read(text, at_once):
+    """Steps bring what must come, as far as they have room, and one token behind it."""
+    constraint, answer = constraint_of(text), text.replace("*", "?")
+    while not constraint.is_over:
+        assert not constraint.error
+        count = min(len(constraint.forced) + 1, at_once)
+        constraint.take(list(answer[:count].encode()))
+        answer = answer[count:]
+    assert answer == ""
+
+
+def test_a_token_that_ends_the_answer_is_not_looked_past():
+    assert constraint_of("abc*", end_ids=(ord("b"),)).forced == [ord("a")]
+
+
+def test_another_token_than_must_come_fails():
+    constraint = constraint_of("abc*")
+    constraint.take(list(b"ax"))
+    assert "its grammar allows no token that min_tokens" in constraint.error
+
+
+def test_what_fails_while_it_looks_ahead_fails_when_it_gets_there():
+    class Failing(FakeMatcher):
+        def take(self, token_id):
+            super().take(ord("?") if chr(token_id) == "c" else token_id)
+
+    constraint = constraint_of("abcd", Failing)
+    assert constraint.forced == [*b"ab"]
+    constraint.take([*b"ab"])
+    assert constraint.error == ""
+    constraint.take([*b"c"])
+    assert "comes to no end: '?' does not come before 'cd'" in constraint.error
+
+
+@pytest.mark.parametrize(
+    ("text", "max_tokens", "answer", "steps"),
+    [
+        ("abcd", 20, "abcd", 1),
+        ("hello, world", 20, "hello, world", 3),
+        ("*ab*cd*", 20, "bab" + "ccd" + "e", 3),
+        ("hello, world", 7, "hello, ", 2),
+    ],
+)
+def test_wide_steps_bring_what_must_come(text, max_tokens, answer, steps):
+    """The first token is prefill's."""
+    engine = FakeEngine(widths=(1, 4))
+    noted_steps = noted(engine)
+    with running(engine) as orchestrator:
+        text, last = asked(orchestrator, "a", max_tokens, text).answer()
+        assert text == answer
+        assert last.usage.generated_tokens == len(answer)
+        until(lambda: orchestrator.slots_in_use == 0)
+    assert steps <= len(noted_steps) < len(answer) - 1
+
+
 def test_what_may_end_an_answer():
     def ends(**sampling):
         request = constrained("a", 9, "x", sampling=SamplingParams(**sampling))
         constraint = request.samples[0].constraint
         assert isinstance(constraint, Constraint)
         constraint.take([ord("x")])
-        return np.flatnonzero(np.unpackbits(constraint.allowed_W.view(np.uint8), bitorder="little")).tolist()
+        return tokens_of(constraint.allowed_W)
 
     assert ends() == [STOP_ID]
     assert ends(stop_token_ids=(7,)) == [7, STOP_ID]

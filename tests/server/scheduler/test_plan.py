@@ -25,7 +25,7 @@ class House:
         self.room = Room(self.engine, prefix_cache=prefix_cache)
         self.in_work, self.parked, self.came = [], [], 0
         self.batch = self.engine.prefill_batch
-        self.widths = Widths(self.engine.widths, slots)
+        self.widths = Widths(self.engine.widths_of, slots)
 
     def prompt(self, tokens: int | list[int] = 1, *, answer: int = 0, **more) -> Prompt:
         """Of one that has come just now; `tokens` with `answer` of them the answer's."""
