@@ -1,8 +1,8 @@
 """What a newcomer waits for: from a command's start to its first token, or to SERVING, and where the time goes.
 
-Every run is a process of its own. Runs come in pairs: "cold" finds an empty folder of compiled programs, "warm" finds
-what the cold one left there. The model is fetched before, and its file is in the operating system's memory after the
-first run.
+Every run is a process of its own. Runs come in pairs: "cold" finds an empty folder of compiled programs, and the
+operating system has nothing of the model's files in memory; "warm" finds what the cold one left. The model is fetched
+before.
 """
 
 import json
@@ -12,18 +12,24 @@ import subprocess
 import tempfile
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 
 from ..engine_impl.checkpoints.embedded import home
 from ..engine_impl.checkpoints.open import open_checkpoint
+from ..engine_impl.config import EngineConfig
 from ..engine_impl.loading import choose_devices
 from ..engine_impl.runtime.timeline import STAGES
 from ..server.child import CLI, flags
 from ..server.errors import FailedError
-from .measure import machine
+from .measure import disk, machine
+from .measure.random_checkpoint import write_checkpoint
 from .measure.table import Progress, table
 from .options.start import StartOptions
 
@@ -48,24 +54,19 @@ def run(options: StartOptions) -> dict[str, Any]:
     """{"cold": numbers, "warm": numbers, ...}. Raises RefusedError for a model that is not there, FailedError when the
     command fails or takes longer than it may."""
     load_average = machine.warn_if_busy()
-    open_checkpoint(options.engine.model)  # fetched, if need be, by nobody's clock
-    starts: dict[str, list[Start]] = {"cold": [], "warm": []}
-    progress = Progress()
-    for _ in range(options.runs):
-        with tempfile.TemporaryDirectory(prefix="slipstream-start-") as name:
-            folder = Path(name)
-            home().mkdir(parents=True, exist_ok=True)
-            (folder / "models").symlink_to(home().absolute() / "models")
-            for state, its_starts in starts.items():
-                progress.bar(sum(map(len, starts.values())), 2 * options.runs, f"{options.command}, {state}")
-                its_starts.append(measure(options, folder))
-    progress.clear()
+    with started(options) as engine:
+        command = words(options, engine)
+        files = files_of(options, engine)
+        alone_s, size = disk.plain_read_s(files), sum(file.stat().st_size for file in files)
+        starts = _pairs(options, command, files)
     choose_devices(options.engine.platform)  # for their names; not sooner, or a TPU would be taken
     warm = float(np.median([start.seconds for start in starts["warm"]]))
-    has_goal = options.command == "generate" and options.engine.model == "embedded"
+    has_goal = options.command == "generate" and engine.model == "embedded"
+    found = {state: summary(its_starts) for state, its_starts in starts.items()}
     result = (
-        {"command": options.command, "words": words(options), "runs": options.runs}
-        | {state: summary(its_starts) for state, its_starts in starts.items()}
+        {"command": options.command, "words": command, "runs": options.runs}
+        | found
+        | {"files": of_disk(size, alone_s, found["cold"]["stages"]["loading"])}
         | {"goal_seconds": GOAL_S if has_goal else None, "goal_met": warm <= GOAL_S if has_goal else None}
         | machine.describe(len(os.sched_getaffinity(0)))
         | {"load_average": load_average}
@@ -74,22 +75,76 @@ def run(options: StartOptions) -> dict[str, Any]:
     return result
 
 
-def words(options: StartOptions) -> list[str]:
+@contextmanager
+def started(options: StartOptions) -> Iterator[EngineConfig]:
+    """What is started. A random checkpoint and a cache of weights lie in a folder that goes away again."""
+    with tempfile.TemporaryDirectory(prefix="slipstream-start-") as name:
+        engine = options.engine
+        if options.random_gib is not None:
+            dtype = torch.bfloat16 if options.dtype == "bfloat16" else torch.float32
+            engine = replace(engine, model=str(write_checkpoint(Path(name) / "random", options.random_gib, dtype)))
+        if options.weight_cache:
+            engine = replace(engine, weight_cache=str(Path(name) / "weights"))
+        yield engine
+
+
+def files_of(options: StartOptions, engine: EngineConfig) -> list[Path]:
+    """What a start reads: the checkpoint's files, or those of the cache, which a start fills that nobody times."""
+    checkpoint = open_checkpoint(engine.model)  # fetched, if need be, by nobody's clock
+    if engine.weight_cache is None:
+        return list(checkpoint.files())
+    with tempfile.TemporaryDirectory(prefix="slipstream-start-") as name:
+        measure(options, words(options, engine), _home(Path(name)))
+    return [path for path in Path(engine.weight_cache).rglob("*") if path.is_file()]
+
+
+def _pairs(options: StartOptions, command: list[str], files: list[Path]) -> dict[str, list[Start]]:
+    starts: dict[str, list[Start]] = {"cold": [], "warm": []}
+    progress = Progress()
+    for _ in range(options.runs):
+        with tempfile.TemporaryDirectory(prefix="slipstream-start-") as name:
+            folder = _home(Path(name))
+            disk.forget(files)
+            for state, its_starts in starts.items():
+                progress.bar(sum(map(len, starts.values())), 2 * options.runs, f"{options.command}, {state}")
+                its_starts.append(measure(options, command, folder))
+    progress.clear()
+    return starts
+
+
+def _home(folder: Path) -> Path:
+    """No compiled program is in it, but the models that were fetched are."""
+    home().mkdir(parents=True, exist_ok=True)
+    (folder / "models").symlink_to(home().absolute() / "models")
+    return folder
+
+
+def of_disk(size: int, alone_s: float, loading_s: float) -> dict[str, Any]:
+    """What was read (bytes), and how fast, against a plain read of the same files."""
+    return {
+        "bytes": size,
+        "plain_read_s": round(alone_s, 3),
+        "plain_read_mb_per_s": round(size / alone_s / 1e6),
+        "cold_loading_share": round(alone_s / loading_s, 3) if loading_s else None,
+    }
+
+
+def words(options: StartOptions, engine: EngineConfig) -> list[str]:
     """The command line, without the program's name. It tells its own start-up: in its log, or in its JSON."""
-    size = flags(options.engine)
+    size = flags(engine)
     if options.command == "serve":
         return ["serve", "--port", "0", "--log-format", "json", *size]
     return ["generate", *size, "--prompt", options.prompt, "--max-tokens", "1", "--json"]
 
 
-def measure(options: StartOptions, folder: Path) -> Start:
-    """One run, with `folder` as its home."""
+def measure(options: StartOptions, command: list[str], folder: Path) -> Start:
+    """One run of these words, with `folder` as its home."""
     environment = os.environ | {"SLIPSTREAM_HOME": str(folder)}
     with tempfile.TemporaryFile("w+") as log:
         began = time.monotonic()
         # A session of its own: Ctrl-C is ours to handle.
         process = subprocess.Popen(
-            [*CLI, *words(options)],
+            [*CLI, *command],
             stdout=subprocess.PIPE,
             stderr=log,
             text=True,
@@ -110,7 +165,7 @@ def measure(options: StartOptions, folder: Path) -> Start:
         logged = log.read().strip().splitlines()
     if found is None or process.returncode:
         raise FailedError(
-            f"`slipstream {' '.join(words(options))}` ended with status {process.returncode} after "
+            f"`slipstream {' '.join(command)}` ended with status {process.returncode} after "
             f"{time.monotonic() - began:.0f} s: " + ("\n".join(logged[-5:]) or "it said nothing")
         )
     ended, line = found
@@ -176,6 +231,11 @@ def told(result: dict[str, Any]) -> str:
     end = "its first token" if result["command"] == "generate" else "SERVING"
     text = f"`slipstream {' '.join(result['words'])}`, from its start to {end}, on {result['cpu']}\n" + table(
         ["programs on disk", "p50 s", "min", "max", *stages, "compiled", "found"], rows
+    )
+    files = result["files"]
+    text += (
+        f"\nfiles: {files['bytes'] / 1e6:,.0f} MB, which one thread reads at {files['plain_read_mb_per_s']} MB/s; cold "
+        f"loading reads them at {files['cold_loading_share']} of that"
     )
     if result["goal_seconds"] is None:
         return text

@@ -48,6 +48,7 @@ _GLM4 = {
     "post_ffw_norm": "post_mlp_layernorm",
 }
 _HEAD_NORMS = {"attn_q_norm": "self_attn.q_layernorm.norms.{}", "attn_k_norm": "self_attn.k_layernorm.norms.{}"}
+WINDOW, WINDOW_PATTERN = "attention.sliding_window", "attention.sliding_window_pattern"
 QUERY_BIAS, QUERY_NORM, FFN_NORM = "blk.0.attn_q.bias", "blk.0.attn_q_norm.weight", "blk.0.ffn_norm.weight"
 _SANDWICH = {
     **LAYER_MODULES,
@@ -81,6 +82,10 @@ class Architecture:
     """what a YaRN rope's `truncate` is; files do not tell"""
     layer_norms: bool = False
     """norms are layer norms"""
+    two_ropes: bool = False
+    """layers with a window have a rope of their own, which is not scaled"""
+    local_theta: float | None = None
+    """its theta where a file does not tell; None: that of the other layers"""
     fields: Callable[[Get, Tensors], dict[str, Any]]
     """what else stands in the `config.json`"""
 
@@ -117,7 +122,7 @@ def _gpt_oss(get: Get, tensors: Tensors) -> dict[str, Any]:
         "intermediate_size": get("expert_feed_forward_length"),
         "num_local_experts": get("expert_count"),
         "num_experts_per_tok": get("expert_used_count"),
-        "sliding_window": get("attention.sliding_window"),
+        "sliding_window": get(WINDOW),
     }
 
 
@@ -148,7 +153,7 @@ def _cohere2(get: Get, tensors: Tensors) -> dict[str, Any]:
     return {
         "hidden_act": "silu",
         "logit_scale": get("logit_scale"),
-        "sliding_window": get("attention.sliding_window"),
+        "sliding_window": get(WINDOW),
         "sliding_window_pattern": 4,  # files do not tell; so in llama.cpp
     }
 
@@ -167,14 +172,14 @@ def _gemma(get: Get, tensors: Tensors) -> dict[str, Any]:
 
 
 def _phi3(get: Get, tensors: Tensors) -> dict[str, Any]:
-    window = get("attention.sliding_window", 0)
+    window = get(WINDOW, 0)
     return {"hidden_act": "silu", "sliding_window": window or None}
 
 
 def _gemma2(get: Get, tensors: Tensors) -> dict[str, Any]:
     return {
         **_gemma(get, tensors),
-        "sliding_window": get("attention.sliding_window", 4096),
+        "sliding_window": get(WINDOW, 4096),
         "attn_logit_softcapping": get("attn_logit_softcapping", 50.0),
         "final_logit_softcapping": get("final_logit_softcapping", 30.0),
         "query_pre_attn_scalar": _query_scale(get, layers_of_27b=46),
@@ -184,11 +189,24 @@ def _gemma2(get: Get, tensors: Tensors) -> dict[str, Any]:
 def _gemma3(get: Get, tensors: Tensors) -> dict[str, Any]:
     return {
         **_gemma(get, tensors),
-        "sliding_window": get("attention.sliding_window"),
-        "sliding_window_pattern": get("attention.sliding_window_pattern", 6),
+        **_windows(get, every=6),
         "final_logit_softcapping": get("final_logit_softcapping", None),
         "query_pre_attn_scalar": _query_scale(get, layers_of_27b=62),
     }
+
+
+def _olmo3(get: Get, tensors: Tensors) -> dict[str, Any]:
+    return {**_silu(get, tensors), **_windows(get, every=4)}
+
+
+def _windows(get: Get, *, every: int) -> dict[str, Any]:
+    """Files tell by number which layers see all, or for each layer whether it has a window, or not, as in llama.cpp:
+    then the last of so many sees all."""
+    pattern = get(WINDOW_PATTERN, every)
+    if not isinstance(pattern, list):
+        pattern = [bool((i + 1) % pattern) for i in range(get("block_count"))]
+    kinds = ["sliding_attention" if has_window else "full_attention" for has_window in pattern]
+    return {"sliding_window": get(WINDOW), "layer_types": kinds}
 
 
 def _query_scale(get: Get, layers_of_27b: int) -> int:
@@ -212,7 +230,14 @@ ARCHITECTURES = {
     "phi3": Architecture(model_type="phi3", layer_modules=_FUSED, fields=_phi3),
     "gemma": Architecture(model_type="gemma", norms_from_zero=True, fields=_gemma),
     "gemma2": Architecture(model_type="gemma2", layer_modules=_SANDWICH, norms_from_zero=True, fields=_gemma2),
-    "gemma3": Architecture(model_type="gemma3_text", layer_modules=_SANDWICH, norms_from_zero=True, fields=_gemma3),
+    "gemma3": Architecture(
+        model_type="gemma3_text",
+        layer_modules=_SANDWICH,
+        norms_from_zero=True,
+        two_ropes=True,
+        local_theta=10000.0,
+        fields=_gemma3,
+    ),
     "gpt-oss": Architecture(
         model_type="gpt_oss",
         layer_modules=_GPT_OSS,
@@ -233,3 +258,8 @@ WITH_EXPERTS = {
     "gpt-oss": ARCHITECTURES["gpt-oss"],
 }
 """What an architecture is when it has an `expert_count`."""
+
+WITH_WINDOWS = {
+    "olmo2": Architecture(model_type="olmo3", layer_modules=_POST_NORMS, two_ropes=True, fields=_olmo3),
+}
+"""What an architecture is when it has a window."""

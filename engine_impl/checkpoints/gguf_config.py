@@ -4,13 +4,22 @@ import math
 from dataclasses import replace
 from typing import Any
 
+import gguf
 import numpy as np
 
 from ..errors import RefusedError
 from ..models import registry
 from ..models.decoder import ModelConfig
 from ..models.transformer import TransformerConfig
-from .gguf_architectures import ARCHITECTURES, WITH_EXPERTS, Architecture, Get
+from .gguf_architectures import (
+    ARCHITECTURES,
+    WINDOW,
+    WINDOW_PATTERN,
+    WITH_EXPERTS,
+    WITH_WINDOWS,
+    Architecture,
+    Get,
+)
 from .gguf_parts import GGUFParts
 
 ROPE_FACTORS = "rope_freqs.weight"
@@ -21,23 +30,39 @@ MISSING = {"deepseek2": "deepseek_v3"}
 """Architectures that are asked for -> the model type that says why they are missing."""
 EMBEDDING, HEAD = "token_embd.weight", "output.weight"
 
-_UNREAD = (
-    "rope.dimension_sections",
-    "rope.scaling.alpha",
-    "rope.scaling.yarn_ext_factor",
-    "rope.scaling.yarn_log_multiplier",
-)
-"""Fields that change the answers and are not read, unless they are zero."""
-
-_SAYS_NOTHING_NEW = {
-    **dict.fromkeys(("attn_logit_softcapping", "final_logit_softcapping", "attention.scale"), (0,)),
-    **dict.fromkeys(("attention.clamp_kqv", "attention.max_alibi_bias", "expert_shared_count"), (0,)),
-    **dict.fromkeys(("logit_scale", "embedding_scale", "residual_scale", "expert_weights_scale"), (0, 1)),
-    "leading_dense_block_count": (0,),
-    "expert_gating_func": (0, 1),  # softmax
-    "attention.causal": (True,),
+KEYS = {
+    key.removeprefix("{arch}.")
+    for section in vars(gguf.Keys).values()
+    if isinstance(section, type)
+    for key in vars(section).values()
+    if isinstance(key, str) and key.startswith("{arch}.")
 }
-"""Fields that some architecture computes with, and the values that ask for what all others do anyway."""
+"""All fields of architectures that the `gguf` package knows."""
+
+_NOTHING = (0, False)
+_CHANGES_NOTHING: dict[str, tuple[Any, ...]] = {
+    "attention.causal": (True,),
+    "expert_gating_func": (0, 1),  # softmax
+    "expert_weights_norm": (False, True),  # an architecture with experts has its own rule, as in llama.cpp
+    **dict.fromkeys(("logit_scale", "embedding_scale", "residual_scale", "expert_weights_scale"), (0, 1)),
+    "rope.scaling.attn_factor": (0, 1),
+}
+"""Values of fields that ask for what is done anyway; of those that are not here 0 and False."""
+
+DOES_NOTHING = {
+    "vocab_size",  # the embedding tells
+    "tensor_data_layout",
+    "pooling_type",
+    "use_parallel_residual",  # StableLM's tensors tell
+    "expert_feed_forward_length",  # Mixtral's tensors tell
+    "attention.layer_norm_epsilon",  # of models whose norms are RMS norms, and the other way round
+    "attention.layer_norm_rms_epsilon",
+    "rope.scaling.finetuned",
+    "rope.scaling.original_context_length",  # of ropes that are not YaRN's, likewise the next two
+    "rope.scaling.yarn_beta_fast",
+    "rope.scaling.yarn_beta_slow",
+}
+"""Fields that change no answer of an architecture that does not read them."""
 
 
 class GGUFFields:
@@ -66,6 +91,8 @@ class GGUFFields:
                 f"model file {self.where!r} is of the family {name!r}{why}; the families there are: "
                 f"{', '.join(ARCHITECTURES)}"
             )
+        if name in WITH_WINDOWS and self(f"{name}.{WINDOW}", 0):
+            return WITH_WINDOWS[name]
         if not self(f"{name}.expert_count", 0):
             return ARCHITECTURES[name]
         if name not in WITH_EXPERTS:
@@ -73,21 +100,28 @@ class GGUFFields:
         return WITH_EXPERTS[name]
 
     def of_architecture(self, key: str, *default: Any) -> Any:
-        """A field whose key begins with the architecture's name. One value for each layer has to be one for all."""
+        """A field whose key begins with the architecture's name. One value for each layer has to be one for all, but
+        for which of them have a window."""
         value = self(f"{self('general.architecture')}.{key}", *default)
-        if isinstance(value, list) and len(set(value)) == 1:
-            return value[0]
-        if isinstance(value, list):
+        if key == WINDOW_PATTERN:
+            return value
+        if isinstance(value := _of_all(value), list):
             raise RefusedError(f"{self.where!r} has layers that differ in {key}: {value}; that is not there yet")
         return value
 
     def check_unread(self) -> None:
         """Raises RefusedError for a field that could change answers and that nobody has asked for."""
         name = self("general.architecture")
-        for key, nothing_new in _SAYS_NOTHING_NEW.items():
-            value = self.file.fields.get(f"{name}.{key}")
-            if value is not None and f"{name}.{key}" not in self._asked_for and value not in nothing_new:
+        unread = {key for key in KEYS - DOES_NOTHING if f"{name}.{key}" not in self._asked_for}
+        for key in sorted(key for key in unread if f"{name}.{key}" in self.file.fields):
+            value = _of_all(self.file.fields[f"{name}.{key}"])
+            if value not in _CHANGES_NOTHING.get(key, _NOTHING):
                 raise RefusedError(f"{self.where!r} has {key}={value}, which is not read for a {name}; convert it anew")
+
+
+def _of_all(value: Any) -> Any:
+    """The one value of a list of equal ones; whatever else there is, as it is."""
+    return value[0] if isinstance(value, list) and len(set(value)) == 1 else value
 
 
 def read_gguf_config(file: GGUFParts, where: str) -> ModelConfig:
@@ -96,9 +130,6 @@ def read_gguf_config(file: GGUFParts, where: str) -> ModelConfig:
     architecture, get = fields.architecture(), fields.of_architecture
     if EMBEDDING not in file.tensors:
         raise RefusedError(f"{where!r} has no token embedding; convert the model anew")
-    for key in _UNREAD:
-        if value := get(key, 0):
-            raise RefusedError(f"{where!r} has {key}={value}, which is not there yet")
     heads, model_dim = get("attention.head_count"), get("embedding_length")
     head_dim = get("attention.key_length", model_dim // heads)
     if (value_dim := get("attention.value_length", head_dim)) != head_dim:
@@ -120,9 +151,11 @@ def read_gguf_config(file: GGUFParts, where: str) -> ModelConfig:
         "rope_parameters": _rope(fields, head_dim),
         **architecture.fields(get, file.tensors),
     }
-    if architecture.model_type == "gemma3_text":
-        local = {"rope_type": "default", "rope_theta": get("rope.freq_base_swa", 10000.0)}
-        config["rope_parameters"] = {"full_attention": config["rope_parameters"], "sliding_attention": local}
+    if architecture.two_ropes:
+        rope = config["rope_parameters"]
+        theta = get("rope.freq_base_swa", architecture.local_theta or rope["rope_theta"])
+        local = {"rope_type": "default", "rope_theta": theta}
+        config["rope_parameters"] = {"full_attention": rope, "sliding_attention": local}
     fields.check_unread()
     read = registry.read_config(config, where)
     return _with_rope_factors(read, file, where)

@@ -9,6 +9,7 @@ import mmap
 import struct
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -75,7 +76,7 @@ class GGUFFile:
         infos = [reader.tensor_info() for _ in range(tensor_count)]
         alignment = self.fields.get("general.alignment", _ALIGNMENT)
         start = -(-reader.position // alignment) * alignment
-        self.tensors = {name: _stored(shape, kind, start + offset) for name, shape, kind, offset in infos}
+        self.tensors = {name: _stored(name, shape, kind, start + offset) for name, shape, kind, offset in infos}
         end = max((at.offset + math.prod(at.bytes_shape) for at in self.tensors.values()), default=0)
         if len(self.tensors) < tensor_count:
             raise ValueError("two of its tensors have one name")
@@ -96,7 +97,11 @@ def _dequantised(stored: np.ndarray, kind: gguf.GGMLQuantizationType) -> np.ndar
     return out.reshape(*stored.shape[:-1], columns)
 
 
-def _stored(shape: tuple[int, ...], kind: int, offset: int) -> StoredTensor:
+def _stored(name: str, shape: tuple[int, ...], kind: int, offset: int) -> StoredTensor:
+    if kind not in set(gguf.GGMLQuantizationType):
+        raise ValueError(
+            f"tensor {name} is of kind {kind}, which gguf {version('gguf')} does not know; pip install -U gguf"
+        )
     known = gguf.GGMLQuantizationType(kind)
     return StoredTensor(shape, known, offset, gguf.quants.quant_shape_to_byte_shape(shape, known))
 

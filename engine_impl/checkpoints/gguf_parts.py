@@ -22,6 +22,8 @@ class GGUFParts:
         if missing:
             raise RefusedError(f"{str(path)!r} lacks {len(missing)} of {count} files: {', '.join(missing)}; fetch them")
         files = [first, *map(_open, paths[1:])]
+        for expected, file in enumerate(files):
+            self._check_number(file, expected, count)
         self.fields = first.fields
         self.tensors = {name: stored for file in files for name, stored in file.tensors.items()}
         self._file_of = {name: file for file in files for name in file.tensors}
@@ -29,6 +31,14 @@ class GGUFParts:
         if not len(self.tensors) == sum(len(file.tensors) for file in files) == stated:
             raise RefusedError(
                 f"{str(path)!r} tells of {stated} tensors, its {count} files hold others; fetch them anew"
+            )
+
+    def _check_number(self, file: GGUFFile, expected: int, count: int) -> None:
+        number, of = file.fields.get("split.no", 0), file.fields.get("split.count", 1)
+        if count > 1 and (number, of) != (expected, count):
+            raise RefusedError(
+                f"{str(file.path)!r} says that it is file {number + 1} of {of}, by its name it is {expected + 1} of "
+                f"{count}; fetch it anew"
             )
 
     def tensor(self, name: str, index: int | None = None) -> np.ndarray:

@@ -14,6 +14,7 @@ ARCHITECTURES = {
     "qwen3_moe": "qwen3moe",
     "cohere": "command-r",
     "gpt_oss": "gpt-oss",
+    "olmo3": "olmo2",
 }
 """Model types that have another name in GGUF."""
 
@@ -34,6 +35,8 @@ def add_shape(writer, fields):
         writer.add_layer_norm_rms_eps(fields["rms_norm_eps"])
     if fields.get("sliding_window") and fields["model_type"] != "mistral":
         writer.add_sliding_window(fields["sliding_window"])
+    if fields["model_type"] == "olmo3":
+        writer.add_sliding_window_pattern([kind == "sliding_attention" for kind in fields["layer_types"]])
     if fields.get("attn_logit_softcapping"):
         writer.add_attn_logit_softcapping(fields["attn_logit_softcapping"])
     if fields.get("final_logit_softcapping"):
@@ -86,13 +89,24 @@ def of_gpt_oss(tensors):
     return named
 
 
+def llama3_factors(rope, head_dim):
+    """What Llama 3's rope divides its frequencies by."""
+    original, factor = rope["original_max_position_embeddings"], rope["factor"]
+    low, high = rope["low_freq_factor"], rope["high_freq_factor"]
+    turns = original / (2 * np.pi) * rope["rope_theta"] ** (-np.arange(0, head_dim, 2) / head_dim)
+    share = np.clip((turns - low) / (high - low), 0, 1)
+    return np.float32(1 / ((1 - share) / factor + share))
+
+
 def add_rope(writer, rope, head_dim):
     writer.add_rope_freq_base(rope["rope_theta"])
     writer.add_rope_dimension_count(int(head_dim * rope.get("partial_rotary_factor", 1)))
     if rope["rope_type"] in ("linear", "yarn"):
         writer.add_rope_scaling_type(gguf.RopeScalingType(rope["rope_type"]))
         writer.add_rope_scaling_factor(rope["factor"])
-    if "original_max_position_embeddings" in rope:
+    if rope["rope_type"] == "llama3":
+        writer.add_tensor("rope_freqs.weight", llama3_factors(rope, head_dim))
+    elif "original_max_position_embeddings" in rope:
         writer.add_rope_scaling_orig_ctx_len(rope["original_max_position_embeddings"])
     if rope["rope_type"] == "longrope":
         writer.add_rope_scaling_attn_factors(rope["attention_factor"])
@@ -119,8 +133,10 @@ def stored(name, value, fields, architecture):
     return value + 1 if architecture.startswith("gemma") and name.endswith("norm.weight") else value
 
 
-def write_gguf(folder, path, *, extra=None, **tokenizer):
-    """The folder's model with one token a byte for a tokenizer. `extra`: tensors beside the model's."""
+def write_gguf(folder, path, *, extra=None, fields=None, **tokenizer):
+    """The folder's model with one token a byte for a tokenizer. `extra`: tensors beside the model's; `fields`: of its
+    architecture, which the gguf package has a method for."""
+    more = fields or {}
     fields = json.loads((folder / "config.json").read_text())
     model_type: str = fields["model_type"]
     architecture = ARCHITECTURES.get(model_type, model_type)
@@ -130,6 +146,8 @@ def write_gguf(folder, path, *, extra=None, **tokenizer):
     if "sliding_attention" in rope:
         writer.add_rope_freq_base_swa(rope["sliding_attention"]["rope_theta"])
     add_rope(writer, rope.get("full_attention", rope), head_dim)
+    for name, value in more.items():
+        getattr(writer, f"add_{name}")(value)
     add_byte_tokenizer(writer, vocab_size=fields["vocab_size"], **tokenizer)
     kinds: dict[str, gguf.MODEL_ARCH] = {name: kind for kind, name in gguf.MODEL_ARCH_NAMES.items()}
     names = gguf.get_tensor_name_map(kinds[architecture], fields["num_hidden_layers"])

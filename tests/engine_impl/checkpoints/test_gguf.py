@@ -1,5 +1,6 @@
 """GGUF files that are not what they should be."""
 
+import struct
 from typing import Any
 
 import gguf
@@ -7,12 +8,15 @@ import numpy as np
 import pytest
 import sentencepiece
 from slipstream.engine_impl.checkpoints.gguf import GGUFCheckpoint
+from slipstream.engine_impl.checkpoints.gguf_config import DOES_NOTHING, KEYS, read_gguf_config
 from slipstream.engine_impl.checkpoints.gguf_file import GGUFFile
+from slipstream.engine_impl.checkpoints.gguf_parts import GGUFParts
 from slipstream.engine_impl.checkpoints.pieces import read_pieces
 from slipstream.engine_impl.config import EngineConfig
 from slipstream.engine_impl.errors import RefusedError
 from slipstream.engine_impl.loading import load_engine
 from slipstream.engine_impl.session import Session
+from slipstream.engine_impl.text.chat import Chat
 from tokenizers.pre_tokenizers import ByteLevel
 
 from .vocabularies import CORPUS
@@ -20,7 +24,10 @@ from .vocabularies import CORPUS
 HEADS, KV_HEADS, HEAD_DIM, DIM, FFN, VOCABULARY = 4, 2, 8, 32, 48, 259
 
 
-def write_model(path, *, family="llama", drop=(), extra=None, shapes=None, scaling=None, pieces=None, fields=None):
+def write_model(
+    path, *, family="llama", drop=(), extra=None, shapes=None, scaling=None, pieces=None, fields=None, model="gpt2",
+    pre="smollm",
+):  # fmt: skip
     """A whole tiny Llama, random, with a byte-level tokenizer, or with these SentencePiece pieces."""
     rng = np.random.default_rng(0)
     writer = gguf.GGUFWriter(path, family)
@@ -36,7 +43,7 @@ def write_model(path, *, family="llama", drop=(), extra=None, shapes=None, scali
     for key, value in (fields or {}).items():
         kinds = {
             bool: gguf.GGUFValueType.BOOL, int: gguf.GGUFValueType.UINT32, float: gguf.GGUFValueType.FLOAT32,
-            list: gguf.GGUFValueType.ARRAY,
+            str: gguf.GGUFValueType.STRING,
         }  # fmt: skip
         key = key if key.startswith("tokenizer") else f"{family}.{key}"
         if f"{family}." in key and isinstance(value, list):
@@ -47,8 +54,9 @@ def write_model(path, *, family="llama", drop=(), extra=None, shapes=None, scali
         writer.add_rope_scaling_type(gguf.RopeScalingType(scaling))
     if pieces is None:
         letters = sorted(ByteLevel.alphabet())
-        writer.add_tokenizer_model("gpt2")
-        writer.add_tokenizer_pre("smollm")
+        writer.add_tokenizer_model(model)
+        if pre is not None:
+            writer.add_tokenizer_pre(pre)
         writer.add_token_list([*letters, "<s>", "</s>", "ab"])
         writer.add_token_types([1] * 256 + [3, 3, 1])
         writer.add_token_merges(["a b"])
@@ -121,7 +129,9 @@ def test_the_rope_of_llama_3_comes_from_its_tensor(tmp_path):
         ({"family": "mamba"}, "family 'mamba'; the families there are: llama, qwen2, qwen3, smollm3, olmo2"),
         ({"scaling": "longrope"}, "scales its rope by 'longrope'; those there are: none, linear, yarn"),
         ({"family": "qwen2", "fields": {"expert_count": 8}}, "is a qwen2 with experts; those there are: llama"),
-        ({"fields": {"rope.scaling.alpha": 8.0}}, r"has rope.scaling.alpha=8.0, which is not there yet"),
+        ({"fields": {"rope.scaling.alpha": 8.0}}, "has rope.scaling.alpha=8.0, which is not read for a llama"),
+        ({"fields": {"attention.sliding_window": 64}}, "attention.sliding_window=64, which is not read for a llama"),
+        ({"fields": {"rope.dimension_sections": [2, 1, 1]}}, r"rope.dimension_sections=\[2, 1, 1\], which is not read"),
         ({"fields": {"attn_logit_softcapping": 50.0}}, "attn_logit_softcapping=50.0, which is not read for a llama"),
         ({"fields": {"attention.causal": False}}, "attention.causal=False, which is not read for a llama"),
         ({"fields": {"attention.value_length": 16}}, "heads of 8 for keys and 16 for values"),
@@ -144,7 +154,8 @@ def test_weights_are_never_wrong_in_silence(tmp_path, change, message):
         ({"rope.scale_linear": 4.0}, (4.0,) * 4),
         ({"rope.scaling.factor": 4.0}, (4.0,) * 4),
         ({"rope.scaling.factor": 0.0}, None),
-        ({"logit_scale": 1.0, "attention.scale": 0.0, "attention.causal": True}, None),
+        ({"logit_scale": 1.0, "attention.scale": 0.0, "attention.causal": True, "vocab_size": 5}, None),
+        ({"rope.dimension_sections": [0, 0, 0, 0], "attention.layer_norm_epsilon": 0.1}, None),
         ({}, None),
     ],
 )
@@ -160,12 +171,82 @@ def test_a_turn_ends_where_the_file_says(key, tmp_path):
     assert GGUFCheckpoint(path).tokenizer().stop_ids == {100, 257}
 
 
-def test_every_kind_that_the_package_dequantises(tmp_path):
-    """Zeros of each; what a kind's values are is the package's business."""
-    for kind, quantisation in gguf.quants._type_traits.items():
-        stored = np.zeros((2, quantisation.type_size), np.uint8)
-        file = write_tensors(tmp_path / f"{kind.name}.gguf", {"x": (kind, stored)})
-        assert file.tensor("x").shape == (2, quantisation.block_size), kind.name
+def test_every_known_field_is_read_or_refused(tmp_path):
+    """Of those that the package knows, so that a new one is refused until somebody looks at it."""
+    parts = GGUFParts(write_model(tmp_path / "m.gguf"))
+    fields, config = parts.fields, read_gguf_config(parts, "m")
+    for key in KEYS:
+        parts.fields = fields | {f"llama.{key}": 3}
+        try:
+            changed = read_gguf_config(parts, "m") != config
+        except RefusedError:
+            changed = True
+        assert changed or key in DOES_NOTHING, key
+
+
+def test_the_chat_template_is_the_files(tmp_path):
+    template = "{{ bos_token }}{% for m in messages %}[{{ m.role }}]{{ m.content }}{{ eos_token }}{% endfor %}>"
+    fields = {
+        "tokenizer.chat_template": template, "tokenizer.chat_template.tool_use": "not this one",
+        "tokenizer.ggml.bos_token_id": 256,
+    }  # fmt: skip
+    tokenizer = GGUFCheckpoint(write_model(tmp_path / "m.gguf", fields=fields)).tokenizer()
+    chat = Chat.of([{"role": "user", "content": "hi"}])
+    assert tokenizer.render_chat(chat) == "<s>[user]hi</s>>"
+    without = GGUFCheckpoint(write_model(tmp_path / "without.gguf")).tokenizer()
+    with pytest.raises(RefusedError, match="has no chat template"):
+        without.render_chat(chat)
+    broken = write_model(tmp_path / "broken.gguf", fields={"tokenizer.chat_template": "{% for %}"})
+    with pytest.raises(RefusedError, match="chat template"):
+        GGUFCheckpoint(broken).tokenizer().render_chat(chat)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"pre": "viking"}, "pre-tokenizer 'viking' is not there; those there are: gpt-2"),
+        ({"pre": "default"}, "pre-tokenizer 'default' is not there"),
+        ({"pre": None}, r"lacks the field 'tokenizer\.ggml\.pre'"),
+        ({"model": "t5"}, r"has a tokenizer 't5'; those there are: gpt2 \(byte-level BPE\), llama"),
+    ],
+)
+def test_a_tokenizer_that_is_not_known_is_refused_by_name(change, message, tmp_path):
+    with pytest.raises(RefusedError, match=message):
+        GGUFCheckpoint(write_model(tmp_path / "m.gguf", **change)).tokenizer()
+
+
+@pytest.mark.parametrize("kind", gguf.GGMLQuantizationType, ids=lambda kind: kind.name)
+def test_every_kind_is_read_or_refused_by_name(tmp_path, kind):
+    """Random codes of each kind, whole and one entry of a stack, are what the package makes of them; by this every kind
+    that a later package has is tried too."""
+    block_size, block_bytes = gguf.GGML_QUANT_SIZES[kind]
+    rng = np.random.default_rng(0)
+    width = 2 * block_size
+    stored = rng.integers(0, 256, (3, 5, 2 * block_bytes)).astype(np.uint8)
+    file = write_tensors(tmp_path / "m.gguf", {"x": (kind, stored)})
+    assert file.tensors["x"].shape == (3, 5, width)
+    if kind not in (KINDS.F32, KINDS.F16, *gguf.quants._type_traits):
+        with pytest.raises(ValueError, match=f"tensor x is stored as {kind.name}, which cannot be dequantised"):
+            file.tensor("x")
+        return
+    with np.errstate(all="ignore"):  # random scales
+        expected = gguf.quants.dequantize(stored, kind)
+        whole, one = file.tensor("x"), file.tensor("x", 2)
+    assert whole.dtype == np.float32
+    np.testing.assert_array_equal(whole, expected)
+    np.testing.assert_array_equal(one, expected[2])
+
+
+def test_a_kind_that_the_package_does_not_know_is_told(tmp_path):
+    path = tmp_path / "m.gguf"
+    write_tensors(path, {"weights": (KINDS.I8, np.zeros((2, 4), np.int8))})
+    number = struct.pack("<I", KINDS.I8)
+    data = path.read_bytes()
+    at = data.index(b"weights") + 7 + 4 + 2 * 8
+    assert data[at : at + 4] == number
+    path.write_bytes(data[:at] + struct.pack("<I", 99) + data[at + 4 :])
+    with pytest.raises(RefusedError, match=r"tensor weights is of kind 99, which gguf \S+ does not know"):
+        GGUFCheckpoint(path)
 
 
 def test_a_missing_file_is_told(tmp_path):
@@ -237,12 +318,6 @@ def test_each_kind_of_quantisation_by_hand(tmp_path, kind):
     file = write_tensors(tmp_path / "m.gguf", {"x": (kind, np.repeat(stored, 3, axis=0))})
     assert file.tensors["x"].shape == (3, len(values))
     np.testing.assert_array_equal(file.tensor("x"), [values] * 3)
-
-
-def test_a_kind_that_holds_no_floats_is_told(tmp_path):
-    file = write_tensors(tmp_path / "m.gguf", {"x": (KINDS.I8, np.zeros((2, 4), np.int8))})
-    with pytest.raises(ValueError, match="tensor x is stored as I8, which cannot be dequantised"):
-        file.tensor("x")
 
 
 def test_every_kind_of_field(tmp_path):

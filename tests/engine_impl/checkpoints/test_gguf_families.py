@@ -18,7 +18,7 @@ from slipstream.engine_impl.models import registry
 from slipstream.engine_impl.weights.load import needed_shapes
 from slipstream.engine_impl.weights.sharding import make_mesh
 
-from ..models.test_families import DEFAULT, SIZES, draw_weights
+from ..models.test_families import DEFAULT, LLAMA3, SIZES, draw_weights
 from ..tiny_models import logits_behind
 from .gguf_writing import write_gguf
 
@@ -34,6 +34,7 @@ GEMMA3_ROPES = {
 
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("Llama", {"rope_parameters": DEFAULT | {"rope_type": "linear", "factor": 4.0}}),
+    "llama3": ("Llama", {"rope_parameters": LLAMA3}),
     "llama-biases": ("Llama", {"rope_parameters": DEFAULT, "attention_bias": True}),
     "mistral": ("Mistral", {"rope_parameters": DEFAULT, "sliding_window": None}),
     "mixtral": (
@@ -73,6 +74,14 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "smollm3": ("SmolLM3", {"rope_parameters": YARN, "num_hidden_layers": 5}),
     "olmo2": ("Olmo2", {"rope_parameters": DEFAULT, "hidden_size": 128}),
+    "olmo3": (
+        "Olmo3",
+        {
+            "rope_parameters": {"full_attention": YARN, "sliding_attention": DEFAULT}, "hidden_size": 128,
+            "sliding_window": 7, "num_hidden_layers": 3,
+            "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+        },
+    ),
     "granite": (
         "Granite",
         {
@@ -119,7 +128,8 @@ def folder_of(family, root):
 
 
 def test_every_architecture_is_tried():
-    assert set(FAMILIES) - {"mistral", "mixtral", "llama-biases", "stablelm-parallel"} == set(ARCHITECTURES)
+    of_others = {"mistral", "mixtral", "llama3", "llama-biases", "olmo3", "stablelm-parallel"}
+    assert set(FAMILIES) - of_others == set(ARCHITECTURES)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -144,6 +154,23 @@ def test_config_and_weights_equal_the_folders(family, tmp_path):
         np.testing.assert_allclose(file.tensor(name), folder.tensor(name), atol=exact, rtol=0, err_msg=name)
 
 
+def read_window(tmp_path, **fields):
+    path = write_gguf(folder_of("gemma3", tmp_path), tmp_path / "m.gguf", fields=fields)
+    config: Any = GGUFCheckpoint(path).config
+    return config.window_of_layer
+
+
+def test_which_layers_have_a_window(tmp_path):
+    """By number, or told for each layer; where a file tells nothing, five of six."""
+    every = tuple(7 if (i + 1) % 6 else None for i in range(7))
+    assert read_window(tmp_path / "nothing") == every
+    assert read_window(tmp_path / "number", sliding_window_pattern=2) == (7, None, 7, None, 7, None, 7)
+    told = [True, True, False, True, False, False, True]
+    expected = tuple(7 if each else None for each in told)
+    assert read_window(tmp_path / "list", sliding_window_pattern=told) == expected
+    assert read_window(tmp_path / "all", sliding_window_pattern=[True] * 7) == (7,) * 7
+
+
 def logits(checkpoint):
     mesh = make_mesh(jax.devices(), checkpoint.config.num_heads, checkpoint.config.num_kv_heads, 1)
     model = registry.build(checkpoint.config.for_length(128))
@@ -164,7 +191,7 @@ def test_logits_equal_the_folders(tmp_path):
 def split(path, *, parts, count=None):
     """A file's tensors over several, as `llama-gguf-split` names and numbers them."""
     reader = gguf.GGUFReader(path)
-    paths = [path.with_name(f"m-{number + 1:05}-of-{parts:05}.gguf") for number in range(parts)]
+    paths = [path.with_name(f"{path.stem}-{number + 1:05}-of-{parts:05}.gguf") for number in range(parts)]
     for number, part in enumerate(paths):
         writer = gguf.GGUFWriter(part, "ignored" if number else str(reader.fields["general.architecture"].contents()))
         if number == 0:
@@ -200,6 +227,23 @@ def test_a_model_in_several_files(tmp_path):
     renamed = first.rename(tmp_path / "renamed.gguf")
     with pytest.raises(RefusedError, match=r"is the first of 3 files; its name has to end in '-00001-of-00003.gguf'"):
         GGUFCheckpoint(renamed)
+
+
+@pytest.mark.parametrize(
+    ("second", "message"),
+    [
+        ("m-00003-of-00003.gguf", r"00002-of-00003\.gguf' says that it is file 3 of 3, by its name it is 2 of 3"),
+        ("other-00002-of-00002.gguf", r"00002-of-00003\.gguf' says that it is file 2 of 2, by its name it is 2 of 3"),
+    ],
+)
+def test_files_in_another_order_or_of_another_model(second, message, tmp_path):
+    whole = write_gguf(folder_of("qwen3", tmp_path), tmp_path / "m.gguf")
+    first, _, _ = split(whole, parts=3)
+    split(whole.rename(tmp_path / "other.gguf"), parts=2)
+    (tmp_path / second).replace(tmp_path / "m-00002-of-00003.gguf")
+    (tmp_path / "other-00001-of-00002.gguf").replace(tmp_path / "m-00003-of-00003.gguf")
+    with pytest.raises(RefusedError, match=message):
+        GGUFCheckpoint(first)
 
 
 def test_files_that_do_not_add_up(tmp_path):

@@ -139,7 +139,8 @@ def test_codes_are_kept(tmp_path, kind, options):
     assert params["lm_head"]["weight"].dtype == options.get("dtype", "float32")
 
 
-@pytest.mark.parametrize("kind", ["awq", pytest.param("int8", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["awq", "int8"])
 def test_answers_are_those_of_the_decoded_weights(tmp_path, kind):
     model = Quantized(kind)
     quantized = load(model.folder(tmp_path / "quantized"))

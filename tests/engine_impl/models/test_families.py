@@ -163,22 +163,19 @@ def written_by_transformers(family: str, root: Path) -> tuple[Path, Any]:
     return root / family, model
 
 
-QUICK = {("gemma3", 8)}  # it has whatever the others have, and eight devices scan over the layers
 ON_ONE_ONLY = {"qwen2-windows", "smollm3-windows", "glm"}
 ON_BOTH = {"llama", "gemma2", "gemma3", "mixtral", "phi3", "gpt_oss", "cohere2"}
 """On one device layers are unrolled, by one code for all families: these have what it may get wrong (windows, ropes,
 soft caps, experts, sinks, matrices that are split)."""
 
 
-def mark_of(family, devices):
-    if (family, devices) in QUICK:
-        return ()
+def marks_of(family, devices):
     is_chosen = devices == 8 or family in ON_ONE_ONLY | ON_BOTH
     return pytest.mark.slow if is_chosen else (pytest.mark.slow, pytest.mark.product)
 
 
 CASES = [
-    pytest.param(*case, id="-".join(map(str, case)), marks=mark_of(*case))
+    pytest.param(*case, id="-".join(map(str, case)), marks=marks_of(*case))
     for case in itertools.product(FAMILIES, (1, 8))
     if case[0] not in ON_ONE_ONLY or case[1] == 1
 ]

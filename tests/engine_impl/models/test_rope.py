@@ -171,10 +171,9 @@ LENGTHS = ((90, 90 + STEPS), (110, 110 + STEPS), (110, 250))
 """Of texts: the prompt, and what it may come to (tokens). The rope was trained for 128."""
 
 
-@pytest.mark.parametrize(
-    ("name", "devices"),
-    [("dynamic", 1), ("longrope", 1), *(pytest.param(name, 8, marks=pytest.mark.slow) for name in BY_LENGTH)],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("devices", [1, 8])
+@pytest.mark.parametrize("name", BY_LENGTH)
 def test_each_text_turns_by_what_it_may_come_to(name, devices, tmp_path):
     """Side by side in the same steps, in prompts of several pieces, and in wide steps. A reference that is given a text
     filled up to what it may come to turns by that."""
@@ -215,6 +214,7 @@ def test_each_text_turns_by_what_it_may_come_to(name, devices, tmp_path):
     assert np.abs(of_one_prompt[0] - of_one_prompt[1]).max() > 1e-2
 
 
+@pytest.mark.slow
 def test_a_text_is_scored_by_its_own_length(tmp_path):
     """By a prefill and by steps: within the trained length as though no longer text could come."""
     import transformers
