@@ -5,11 +5,11 @@ puts the new rows in and writes it back. The cache is input and output in one. T
 change are many: one or two a slot, none of a slot with nothing to write.
 
 The compiler's schedule for v5e (`kernel_report.py`), the 32 layers of a tile, bf16, H = 128, W = 1, 4 and 8 tokens a
-slot: 203, 326 and 181 bundles with 1 kv head, 378, 956 and 446 with 4, while the tiles take 480 and 1,920 cycles there
+slot: 213, 326 and 181 bundles with 1 kv head, 336, 956 and 446 with 4, while the tiles take 480 and 1,920 cycles there
 and back. So HBM is what a flush waits for: with one token, for 96 slots, 31 and 123 us, 246 with 8 heads.
 
 Rows move within float32 vectors, one to a sublane: to put a row into a tile of bf16 as it lies takes 350 and 979
-bundles. In int8 a tile has 32 rows: 241, 336 and 412 bundles for 960 cycles with 1 head, 487, 867 and 1,218 for 3,841
+bundles. In int8 a tile has 32 rows: 287, 336 and 412 bundles for 960 cycles with 1 head, 486, 867 and 1,218 for 3,841
 with 4. A tile of scales is those of 128 tokens, 1 KiB a head: 180 bundles and 120 cycles with 1 head, 420 and 480 with
 4, whatever W.
 

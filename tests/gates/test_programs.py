@@ -158,6 +158,19 @@ def moved_on_chip(hlo: Program, engine: Engine) -> list[str]:
     ]
 
 
+def copies_of_new_rows(hlo: Program, engine: Engine, slots: int) -> list[str]:
+    """Copies of all layers' rows of a step of so many slots, whatever axes of one stand among theirs."""
+    layout = engine.layout
+    shape = (layout.layers, slots, layout.kv_heads // engine.mesh.size, layout.shape[-1])
+    wanted = [size for size in shape if size > 1]
+    return [
+        instruction.name
+        for instruction in hlo.computations[hlo.entry].values()
+        if instruction.opcode in ("copy", "transpose")
+        and [size for size in instruction.result[0].shape if size > 1] == wanted
+    ]
+
+
 @pytest.mark.parametrize(("program", "kv_heads", "head_dim", "topology", "quantize_kv", "slots"), CASES)
 def test_a_program_on_real_chips(program, kv_heads, head_dim, topology, quantize_kv, slots):
     """It compiles and fits, the donated cache and counts are updated in place, and nothing copies them."""
@@ -180,6 +193,8 @@ def test_a_program_on_real_chips(program, kv_heads, head_dim, topology, quantize
         state_bytes += sampling_bytes(engine) + (4 * slots * CACHE_LENGTH if width > 1 else 0)  # the slots' texts
         assert state_bytes <= memory.alias_size_in_bytes < state_bytes + 64 * 1024  # the rest, and what tiles pad
         assert copies_of_counts(hlo, engine) == []
+        if program.startswith("generate") and quantize_kv == "none":
+            assert copies_of_new_rows(hlo, engine, int(program.partition("_")[2] or slots)) == []
         flushes = len(jax.tree.leaves(engine.layout.abstract(engine.mesh)))
         kernels = {"live_steps": 1, "ragged_attention": LAYERS, "cache_flush": flushes}
         kernels |= {"chunk_attention": LAYERS} if program.startswith("carry") else {}
@@ -305,6 +320,23 @@ def test_a_slot_that_asks_for_nothing_pays_for_nothing():
     """The step outside its conditionals has one pass over the logits: the argmax, and its two small gathers."""
     generate = Program(text_of(compiled(small_engine(1, 64, "v5e:2x4"), "generate")))
     assert generate.collectives() == {"all-reduce": 2 * LAYERS + 1, "all-gather": 2}
+
+
+@pytest.mark.slow
+def test_a_residual_sum_is_part_of_the_norm_that_reads_it():
+    """Of both sums of a layer none is an operation by itself."""
+    engine = small_engine(1, 64, "v5e:2x4")
+    hlo = Program(text_of(compiled(engine, "generate")))
+    loops = [instruction for instruction in hlo.computations[hlo.entry].values() if instruction.opcode == "while"]
+    assert loops
+    sums = [
+        instruction.name
+        for loop in loops
+        for callee in loop.callees
+        for instruction in hlo.computations[callee].values()
+        if instruction.opcode == "add" and instruction.result[0].shape == (FEW, 1024)
+    ]
+    assert sums == []
 
 
 @pytest.mark.slow
