@@ -1,4 +1,7 @@
-"""When an engine that fails is given up."""
+"""What is told of an engine that fails, and when it is given up."""
+
+from ..errors import FailedError
+from ..request.request import Request
 
 MAX_FAILURES = 3
 """Failures without a success between them (count), after which the engine is given up."""
@@ -40,3 +43,8 @@ def describe(error: Exception) -> str:
     """One short line: an XLA error can fill screens."""
     lines = str(error).splitlines()
     return f"{type(error).__name__}: {lines[0][:200]}" if lines else type(error).__name__
+
+
+def failed(request: Request, error: Exception) -> FailedError:
+    """What ends the request."""
+    return FailedError(f"request {request.id} failed in the engine: {describe(error)}")

@@ -83,6 +83,7 @@ def test_a_slot_that_is_never_freed_is_found(monkeypatch):
     assert any("1 slots, 0 places in the queue and 0 pages are still taken" in fault for fault in result["faults"])
 
 
+@pytest.mark.slow
 def test_a_pool_that_is_too_small_is_soaked_by_preemptions(capsys):
     """Prompts of up to 8 tokens and answers of up to 30: a request grows into its second or third page of 16, and there
     are 4 pages for 4 slots."""

@@ -69,11 +69,11 @@ def carry(session, piece):
     ("config", "devices"),
     [
         (TINY, 1),
-        (replace(TINY, windows=(40, None), attn_soft_cap=20.0), 1),
         (replace(TINY, num_kv_heads=8), 8),
-        (replace(TINY, rope_beyond=DynamicNTK(64, 4.0, 16)), 1),
+        pytest.param(replace(TINY, windows=(40, None), attn_soft_cap=20.0), 1, marks=pytest.mark.slow),
+        pytest.param(replace(TINY, rope_beyond=DynamicNTK(64, 4.0, 16)), 1, marks=pytest.mark.slow),
     ],
-    ids=["llama", "windows", "8 devices", "angles by the length"],
+    ids=["llama", "8 devices", "windows", "angles by the length"],
 )
 def test_a_prompt_that_steps_carry_along_has_its_own_tokens_and_so_have_they(config, devices):
     engine, params = carrying_engine(config, devices)

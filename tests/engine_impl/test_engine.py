@@ -245,6 +245,7 @@ def test_an_answer_that_was_interrupted_goes_on_as_it_would_have(tiny, monkeypat
         assert whole[:kept] + answer == whole
 
 
+@pytest.mark.slow
 def test_everything_is_compiled_once():
     """However slots fill, prompts vary and parameters change: warm_up compiles all there is to compile."""
     engine, params = tiny_engine(slots=4, cache_length=256, prefill_chunk=128, speculate="auto")

@@ -72,7 +72,14 @@ def tiny():
     return _engine(R)
 
 
-@pytest.mark.parametrize(("devices", "quantize_kv"), [(1, "none"), (1, "int8"), (8, "none")])
+@pytest.mark.parametrize(
+    ("devices", "quantize_kv"),
+    [
+        (1, "none"),
+        pytest.param(1, "int8", marks=pytest.mark.slow),
+        pytest.param(8, "none", marks=pytest.mark.slow),
+    ],
+)
 def test_any_pages_give_the_same_tokens(devices, quantize_kv):
     """NaN in every page and row that no slot has filled."""
     config = replace(TINY, num_kv_heads=8) if devices > 1 else TINY

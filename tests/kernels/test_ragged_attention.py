@@ -51,7 +51,7 @@ def inputs(lengths, S, K, G, H, dtype, seed=0, window=None, W=1):
 @pytest.mark.parametrize(
     ("K", "G", "H", "dtype"),
     [
-        (1, 8, 128, jnp.bfloat16),
+        pytest.param(1, 8, 128, jnp.bfloat16, marks=pytest.mark.slow),
         (3, 3, 64, jnp.float32),
         pytest.param(1, 4, 64, jnp.bfloat16, marks=pytest.mark.slow),
         pytest.param(4, 1, 128, jnp.float32, marks=pytest.mark.slow),
@@ -199,7 +199,7 @@ def test_layers_of_one_scan_have_windows_of_their_own(mesh, backend):
     ("W", "K", "G", "H", "dtype"),
     [
         (4, 1, 4, 128, jnp.bfloat16),
-        (3, 3, 3, 64, jnp.float32),
+        pytest.param(3, 3, 3, 64, jnp.float32, marks=pytest.mark.slow),
         pytest.param(8, 2, 1, 128, jnp.float32, marks=pytest.mark.slow),
         pytest.param(2, 1, 8, 256, jnp.bfloat16, marks=pytest.mark.slow),
         pytest.param(5, 4, 2, 64, jnp.bfloat16, marks=pytest.mark.slow),

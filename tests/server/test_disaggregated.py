@@ -105,7 +105,7 @@ def test_a_copy_that_fails_fails_its_request_alone_though_it_loses_the_prefill_s
     text, other = list(b"There was once a queue that nobody left. " * 3), "nothing of that sort, and longer " * 8
     ((answer, _),) = answers(apart, (text, 120, {}))
     answers(apart, (other, 1, {}))
-    assert not apart._loop._state.has_P.all()
+    assert not apart._loop._execution._state.has_P.all()
 
     def lose(caches, pages, page_M):
         for leaf in jax.tree.leaves(caches):
@@ -114,7 +114,7 @@ def test_a_copy_that_fails_fails_its_request_alone_though_it_loses_the_prefill_s
 
     turn = [*text, *answer[0], 33]
     with monkeypatch.context() as broken:
-        broken.setattr(apart._loop._engine._copies, "_put", lose)
+        broken.setattr(apart._loop._execution._engine._copies, "_put", lose)
         request = Asked("", 4, sampling=FREE)
         request.prompt_ids = turn
         running = Asked("", 60, sampling=FREE)
@@ -134,7 +134,7 @@ def test_a_copy_that_fails_fails_its_request_alone_though_it_loses_the_prefill_s
 
 def test_steps_make_stale_only_the_pages_that_they_may_have_filled(apart):
     """Entries behind a text's pages are 0: page 0, whose text lies elsewhere, is not theirs."""
-    engine, params = apart._loop._engine, apart._loop._params
+    engine, params = apart._loop._execution._engine, apart._loop._execution._params
     state, text = engine.init_decode_state(), list(range(1, 121))
     for pages, slot in (([0], None), ([2, 3], 1)):
         page_NJ = np.zeros((1, LENGTH // 128), np.int32)

@@ -133,6 +133,7 @@ sys.exit(asyncio.run(serve(lambda: (engine, None), ServerConfig(port=0, step_tim
 """
 
 
+@pytest.mark.slow
 def test_a_device_that_hangs_ends_the_process_after_the_timeout():
     """With its requests first: Python's own end would wait for the device."""
     root = Path(__file__).parents[2]

@@ -2,6 +2,7 @@
 
 import itertools
 
+import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
@@ -94,7 +95,7 @@ class AnyOrder(RuleBasedStateMachine):
     @invariant()
     def no_page_is_lost(self):
         if hasattr(self, "loop"):
-            self.loop._room.check_integrity()
+            self.loop._holdings.room.check_integrity()
             states = self.loop.pages()
             assert sum(states.values()) == self.engine.pages
 
@@ -128,5 +129,5 @@ class AnyOrder(RuleBasedStateMachine):
             assert [told.logprob for told in events[0].prompt_logprobs] == [0.0, *(-token / 8 for token in prompt[1:])]
 
 
-TestAnyOrder = AnyOrder.TestCase
+TestAnyOrder = pytest.mark.slow(AnyOrder.TestCase)
 TestAnyOrder.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)

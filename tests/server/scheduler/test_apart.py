@@ -1,7 +1,5 @@
 """Prompts that devices of their own compute: steps go on meanwhile, and nothing is stored before it is there."""
 
-from typing import Any
-
 from slipstream.server.request.request import FinishReason
 
 from tests.server.scheduler.reading import expected
@@ -13,7 +11,6 @@ class Apart(House):
 
     def __init__(self, slots=4, **sizes):
         super().__init__(slots, prefills_apart=True, **sizes)
-        self.engine: Any = self.loop._engine
         self.ready = True
         self.engine.is_prefix_ready = lambda: self.ready
 

@@ -88,7 +88,7 @@ def test_an_answer_with_a_grammar_takes_part_in_every_second_step_and_the_others
     collect = Constraints.collect
     monkeypatch.setattr(Constraints, "collect", lambda self, wait_s: collect(self, 10))  # on the slowest of machines
     house = House(8)
-    steps = noted(house.loop._engine)
+    steps = noted(house.engine)
     free = [house.ask("a", 40) for _ in range(7)]
     house.turns(7)
     request = constrained("a", 40, "twelve chars")
@@ -106,7 +106,7 @@ def test_several_with_nobody_beside_them_go_on_together(monkeypatch):
     collect = Constraints.collect
     monkeypatch.setattr(Constraints, "collect", lambda self, wait_s: collect(self, 10))
     house = House(3)
-    steps = noted(house.loop._engine)
+    steps = noted(house.engine)
     requests = [constrained("a", 40, "x" * 20) for _ in range(3)]
     for request in requests:
         house.queue.put(request)
@@ -225,12 +225,11 @@ def test_one_that_left_and_is_over_is_not_parked(monkeypatch):
     (sample,), loop, posted = request.samples, house.loop, []
     monkeypatch.setattr(loop.delivery, "end_sample", posted.append)
     house.queue.put(request)
-    until(lambda: house.turns() or any(result.is_step for result in loop._pending))
-    loop._parked.leave(sample, loop._slots.text(sample))  # as _free does
-    loop._free_slot(sample)
+    until(lambda: house.turns() or any(result.is_step for result in loop._execution.pending))
+    loop._holdings.preempt(sample)
     house.turns(2)
     assert posted == [sample]
-    assert not loop._parked
+    assert not loop._holdings.parked
 
 
 def test_what_may_end_an_answer():

@@ -2,6 +2,7 @@
 
 import gc
 import weakref
+from typing import Any
 
 import numpy as np
 import pytest
@@ -20,7 +21,8 @@ class House:
 
     def __init__(self, slots=4, queue=None, **sizes):
         self.queue = RequestQueue(99) if queue is None else queue
-        self.loop = Loop(reading(slots, **sizes), None, self.queue, None)
+        self.engine: Any = reading(slots, **sizes)
+        self.loop = Loop(self.engine, None, self.queue, None)
         self.loop.start(warm_up=False)
         self.loop.delivery.start()
 
@@ -81,7 +83,7 @@ def test_requests_may_end_while_a_failed_step_is_cleared_away():
     house = House()
     first, second = house.ask("a", 9), house.ask("b", 9)
     house.turns(3)
-    parked = house.loop._parked
+    parked = house.loop._holdings.parked
     holds_all = parked.holds_all
 
     def ends_the_other(request):
@@ -100,7 +102,7 @@ def test_a_failure_while_room_is_given_leaves_nobody_with_a_slot():
     def let_in(prompt, slots):
         raise RuntimeError("no page")
 
-    house.loop._room.let_in = let_in
+    house.loop._holdings.room.let_in = let_in
     request = house.ask("a", 9)
     with pytest.raises(RuntimeError, match="no page") as raised:
         house.turns()
@@ -109,7 +111,7 @@ def test_a_failure_while_room_is_given_leaves_nobody_with_a_slot():
     good = house.ask("b", 20)
     house.idle()
     assert good.answer()[0] == expected("b", 20)
-    assert house.loop._slots.free == 2
+    assert house.loop._holdings.slots.free == 2
 
 
 def test_growing_slots_may_take_the_cached_prefix_that_a_plan_counted_on():

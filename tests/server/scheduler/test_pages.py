@@ -168,7 +168,7 @@ def test_a_pool_that_is_too_small_for_all_pre_empts_and_loses_nothing(width):
                 assert [len(event.token_ids) for event in events] == [1] * 50, "no token twice, none left out"
         until(lambda: orchestrator.slots_in_use == 0)
         assert pages(orchestrator)["live"] == 0
-        orchestrator._loop._room.check_integrity()
+        orchestrator._loop._holdings.room.check_integrity()
     assert metrics.preemptions > 3
 
 
@@ -198,12 +198,12 @@ def test_a_pre_empted_request_can_be_cancelled_and_can_expire():
         old.next()
         young = ask(orchestrator, "y", 60, sampling=FREE)
         engine.pace.release(40)
-        until(lambda: orchestrator._loop._parked)
+        until(lambda: orchestrator._loop._holdings.parked)
         orchestrator.cancel(young)
         engine.pace.release(999)
         assert young.all()[-1].finish_reason is FinishReason.CANCELLED
         assert old.answer()[0] == expected("o", 60)[1:]
-        until(lambda: not orchestrator._loop._parked)
+        until(lambda: not orchestrator._loop._holdings.parked)
 
 
 def test_a_failed_step_leaves_alone_who_is_parked():
@@ -213,7 +213,7 @@ def test_a_failed_step_leaves_alone_who_is_parked():
         old.next()
         young = ask(orchestrator, "y", 60, sampling=FREE)
         engine.pace.release(40)
-        until(lambda: orchestrator._loop._parked)
+        until(lambda: orchestrator._loop._holdings.parked)
         engine.late_errors[engine.steps] = RuntimeError("broke")
         engine.pace.release(999)
         assert isinstance(old.all()[-1].error, FailedError)
@@ -227,7 +227,7 @@ def test_a_damaged_page_table_is_found_and_built_anew(monkeypatch):
     with running(engine) as orchestrator:
         request = ask(orchestrator, "a", 40, sampling=FREE)
         request.next()
-        orchestrator._loop._room._pages._page_BJ[3, 0] = 9
+        orchestrator._loop._holdings.room._pages._page_BJ[3, 0] = 9
         engine.pace.release(999)
         error = request.all()[-1].error
         assert isinstance(error, FailedError)
