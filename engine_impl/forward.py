@@ -169,9 +169,7 @@ def _ropes(model: Decoder, position_R: jax.Array, reach_R: jax.Array | None) -> 
     def never() -> Any:
         return jax.tree.map(lambda turn: jnp.zeros(turn.shape, turn.dtype), jax.eval_shape(made))
 
-    return jax.lax.platform_dependent(
-        cpu=lambda: jax.lax.cond((position_R >= 0).any(), made, never), default=made
-    )
+    return jax.lax.platform_dependent(cpu=lambda: jax.lax.cond((position_R >= 0).any(), made, never), default=made)
 
 
 def _walk(
