@@ -68,7 +68,7 @@ def test_a_rope_is_computed_once_for_all_layers():
     batch = engine.shapes.pieces([Piece(token_T=np.zeros(16, np.int32), start=0, page_J=no_pages)])
     program = engine.jitted.prefill.lower(params, state.cache, batch, state.draft_cache).compile()
     assert SHAPE.num_layers > 1
-    assert program.as_text().count(" cosine(") == 1
+    assert (program.as_text() or "").count(" cosine(") == 1
 
 
 def test_several_devices_have_no_panels():
