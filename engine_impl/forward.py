@@ -159,8 +159,9 @@ def _layers(model: Decoder, params: Params, tokens: _Tokens, attend: Attend) -> 
 
 
 def _ropes(model: Decoder, position_R: jax.Array, reach_R: jax.Array | None) -> Any:
-    """What `model.rope` gives, computed once. XLA:CPU would fuse sines and cosines into every layer, 1.5 ms of a step of
-    32 slots of SmolLM2-135M; what a conditional gives it leaves alone. No position is negative, but XLA does not know.
+    """What `model.rope` gives, computed once. XLA:CPU would fuse sines and cosines into every layer, 1.5 ms of a step
+    of 32 slots of SmolLM2-135M; what a conditional gives it leaves alone. No position is negative, but XLA does not
+    know.
     """
 
     def made() -> Any:
@@ -169,9 +170,7 @@ def _ropes(model: Decoder, position_R: jax.Array, reach_R: jax.Array | None) -> 
     def never() -> Any:
         return jax.tree.map(lambda turn: jnp.zeros(turn.shape, turn.dtype), jax.eval_shape(made))
 
-    return jax.lax.platform_dependent(
-        cpu=lambda: jax.lax.cond((position_R >= 0).any(), made, never), default=made
-    )
+    return jax.lax.platform_dependent(cpu=lambda: jax.lax.cond((position_R >= 0).any(), made, never), default=made)
 
 
 def _walk(

@@ -112,6 +112,7 @@ ENGINE_FACE = {
     "hosts",
     "loading",
     "option",
+    "runtime/allocator",
     "runtime/compilations",
     "runtime/timeline",
     "runtime/tracing",

@@ -86,7 +86,7 @@ ffi::Error attend(ffi::ThreadPool pool, ffi::Buffer<ffi::DataType::F32> q, ffi::
       *layer.typed_data(), *window.typed_data(), soft_cap,
       sink.element_count() ? sink.typed_data() : nullptr,
   };
-  int64_t rows = 0, longest = 0;
+  int64_t rows = 0, longest = 1;
   for (int64_t b = 0; b < of.slots; ++b) rows += of.length[b] + 1, longest = std::max<int64_t>(longest, of.length[b] + 1);
   const Kernels& own = kernels();
   const int64_t threads = rows * of.tokens * of.heads * of.head_dim < SMALL ? 1 : pool.num_threads();

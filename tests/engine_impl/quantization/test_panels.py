@@ -3,8 +3,10 @@
 from dataclasses import replace
 
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from slipstream.benchmarks.baselines.xla import xla_twin
+from slipstream.engine_impl.api import Piece
 from slipstream.engine_impl.config import EngineConfig
 from slipstream.engine_impl.errors import RefusedError
 from slipstream.engine_impl.loading import build_engine
@@ -58,6 +60,15 @@ def test_a_tied_embedding_lies_there_once():
     assert type(engine.model.lm_head) is PanelLinear
     assert params["lm_head"] is params["embed_tokens"]
     assert {name: leaf.dtype for name, leaf in params["embed_tokens"].items()} == {"code": jnp.dtype("bfloat16")}
+
+
+def test_a_rope_is_computed_once_for_all_layers():
+    engine, params = engine_with(SHAPE)
+    state, no_pages = engine.init_decode_state(), np.zeros(0, np.int32)
+    batch = engine.shapes.pieces([Piece(token_T=np.zeros(16, np.int32), start=0, page_J=no_pages)])
+    program = engine.jitted.prefill.lower(params, state.cache, batch, state.draft_cache).compile()
+    assert SHAPE.num_layers > 1
+    assert (program.as_text() or "").count(" cosine(") == 1
 
 
 def test_several_devices_have_no_panels():
