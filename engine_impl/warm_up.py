@@ -1,5 +1,6 @@
 """Every program of serving is compiled by running it once, over texts without a meaning."""
 
+import jax
 import numpy as np
 
 from .api import Engine, Opening, ParamsT, Piece, PrefixT, StateT
@@ -42,5 +43,5 @@ def warm_up_steps(
         piece = Piece(token_T=np.zeros(tokens, np.int32), start=0, page_J=page_J)
         page_NJ = np.zeros((size, 0), np.int32)
         decode_state, result, _ = engine.carry(params, decode_state, nobody, page_NJ, [piece])
-    np.asarray(result.count_B)
+    jax.block_until_ready(result.count_B)
     return decode_state
