@@ -285,8 +285,9 @@ class Engine:
         is_complete_N = np.array([opening is not None for opening in openings])
         texts = None if self.programs.drafting is None else texts_of(openings, self.layout.length)
         token_N, sampling, count_NV, texts, result = self.jitted.first_tokens(
-            prefix.logits_NV, prefix.start_N, prefix.count_N, is_complete_N, sampling_of(openings, self.get_tokenizer()),
-            counts_of(openings, prefix.count_NV), self._masks.of(rows, masks_of_openings(openings)), texts,
+            prefix.logits_NV, prefix.start_N, prefix.count_N, is_complete_N,
+            sampling_of(openings, self.get_tokenizer()), counts_of(openings, prefix.count_NV),
+            self._masks.of(rows, masks_of_openings(openings)), texts,
         )  # fmt: skip
         return replace(prefix, token_N=token_N, sampling=sampling, count_NV=count_NV, texts=texts), result
 
