@@ -20,6 +20,8 @@ SHAPE = {
 }  # fmt: skip
 """TinyLlama's, but for the number of layers."""
 INDEX = "model.safetensors.index.json"
+TEMPLATE = "{% for message in messages %}{{ message.content }}{% endfor %}"
+"""Of chats, which `generate` asks for."""
 
 
 def write_checkpoint(folder: Path, gib: float, dtype: torch.dtype, shape: dict[str, Any] = SHAPE) -> Path:
@@ -38,6 +40,7 @@ def write_checkpoint(folder: Path, gib: float, dtype: torch.dtype, shape: dict[s
         raise RefusedError(f"random_gib={gib} is less than a model of one layer has; give at least {least:.2f}")
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(shape | {"num_hidden_layers": layers}))
+    (folder / "chat_template.jinja").write_text(TEMPLATE)
     _byte_level().save(str(folder / "tokenizer.json"))
     values, weight_map = {name: _drawn(size, dtype) for name, size in of_one.items()}, {}
     for number in range(layers + 1):  # the last one is what is no layer's

@@ -14,6 +14,7 @@ from slipstream.engine_impl.checkpoints.open import open_checkpoint
 from slipstream.engine_impl.config import EngineConfig
 from slipstream.engine_impl.errors import RefusedError
 from slipstream.engine_impl.models import registry
+from slipstream.engine_impl.text.chat import Chat
 from slipstream.engine_impl.weights.load import needed_shapes
 
 from tests.engine_impl.checkpoints.folders import write_folder
@@ -75,7 +76,9 @@ def test_what_is_read_of_a_random_checkpoint(tmp_path, monkeypatch):
     size = sum(checkpoint.tensor(name).nbytes for name in checkpoint.shapes())
     assert 0.8 < size / 2**17 <= 1
     assert checkpoint.tensor("layers.1.mlp.up_proj.weight").std() > 0.01
-    assert checkpoint.tokenizer().encode("ab") == [64, 65]
+    tokenizer = checkpoint.tokenizer()
+    assert tokenizer.render_chat(Chat.of([{"role": "user", "content": "ab"}])) == "ab"
+    assert tokenizer.encode("ab") == [64, 65]
     with pytest.raises(RefusedError, match=r"random_gib=1e-06 is less than a model of one layer has; give at least"):
         write_checkpoint(tmp_path / "none", 1e-6, torch.bfloat16, random_checkpoint.SHAPE)
     assert start.files_of(StartOptions(), EngineConfig(model=str(folder))) == checkpoint.files()
