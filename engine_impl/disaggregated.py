@@ -20,6 +20,7 @@ from .errors import AdaptersLostError, PieceError
 from .forward import Params
 from .state import DecodeState, Prefix, StepResult
 from .text.tokenizer import Tokenizer
+from .warm_up import blank, warm_up_steps
 
 PAGES_AT_ONCE = (1, 8, 64)
 """That are copied by one program (pages)."""
@@ -182,11 +183,11 @@ class DisaggregatedEngine:
     def warm_up(self, params: BothParams, decode_state: BothStates) -> BothStates:
         state, prefill, decode = decode_state, self.prefill_engine, self.decode_engine
         for shape in prefill.shapes.prefills:
-            prefix, page_NJ = prefill.blank(params.prefill, state.prefill, shape)
+            prefix, page_NJ = blank(prefill, params.prefill, state.prefill, shape)
             state = self.insert(prefix, state, [None] * len(page_NJ), page_NJ)
         for size in PAGES_AT_ONCE:
             self._copies.copy(state, np.zeros(size, np.int32))
-        state.decode = decode.warm_up_steps(params.decode, state.decode)
+        state.decode = warm_up_steps(decode, decode.shapes, params.decode, state.decode)
         return state
 
     def prefill(self, params: BothParams, decode_state: BothStates, pieces: Sequence[Piece]) -> Prefix:

@@ -17,7 +17,6 @@ takes a `Session`, which knows the pages and the slots in use.
 """
 
 import copy
-import inspect
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -35,28 +34,27 @@ from .adapters.peft_folder import adapter_folder, read_adapter
 from .adapters.sites import adapt, sites_of
 from .adapters.stacks import AdapterPlaces, AdapterWeights
 from .api import Allowed, Opening, Piece
+from .asked import counts_of, masks_of, masks_of_openings, sampling_of
 from .caching import Drafting
 from .checkpoints.contract import Checkpoint
 from .config import EngineConfig
 from .draft_model import DraftModel, beside
 from .drafting import of_long_repeats, of_text
-from .errors import AdaptersLostError, PieceError, RefusedError
+from .errors import PieceError, RefusedError
 from .forward import LayerLoop, Params
 from .layout import chunk_of, layout_of
 from .models.decoder import Decoder
 from .placing import placed
 from .programs import Programs
 from .quantization.swap import quantize
-from .sampling.mask import Asked, Mask, Masks
-from .sampling.params import GREEDY
-from .sampling.penalties import counts_of_text, is_penalised
-from .sampling.slots import SlotSampling
+from .sampling.mask import Masks
 from .shapes import Shapes
 from .speculation.texts import texts_of
 from .state import DecodeState, Prefix, StepResult
 from .text.tokenizer import Tokenizer
-from .weights.kept import kept
-from .weights.load import abstract_params, load_params, needed_shapes
+from .warm_up import warm_up_prefills, warm_up_steps
+from .weights.load import needed_shapes
+from .weights.loaded import loaded
 
 
 class Engine:
@@ -219,23 +217,11 @@ class Engine:
     def load_params(self, checkpoint: Checkpoint, draft_checkpoint: Checkpoint | None = None) -> Params:
         """Read the weights onto the mesh, the draft model's too where there is one. Raises RefusedError when a
         checkpoint does not fit its model."""
-        params = self._params_of(self.model, checkpoint)
-        if self.draft_model is not None and draft_checkpoint is not None:
-            params |= {"draft": self._params_of(self.draft_model, draft_checkpoint)}
-        return self.without_adapters(params)
-
-    def _params_of(self, model: Decoder, checkpoint: Checkpoint) -> Params:
-        """From the folder that keeps them, if there is one and it does, else from the checkpoint."""
         form = self.mesh, self.layout.dtype, self.layer_loop
-
-        def load() -> Params:
-            return load_params(model, checkpoint, *form)
-
-        if self._weight_cache is None:
-            return load()
-        files = checkpoint.files()
-        family = [Path(inspect.getfile(type(model)))] if files else []  # it may be a module of the user's
-        return kept(self._weight_cache, [*files, *family], abstract_params(model, *form), load)
+        params = loaded(self.model, checkpoint, *form, self._weight_cache)
+        if self.draft_model is not None and draft_checkpoint is not None:
+            params |= {"draft": loaded(self.draft_model, draft_checkpoint, *form, self._weight_cache)}
+        return self.without_adapters(params)
 
     @property
     def max_adapters(self) -> int:
@@ -259,21 +245,13 @@ class Engine:
         Raises AdaptersLostError when it fails once they are donated; before, what made it fail.
         """
         assert self.adapter_places is not None
-        before = params["adapters"]
-        try:
-            return params | {"adapters": self.adapter_places.with_adapter(before, index, adapter)}
-        except Exception as error:
-            if not any(array.is_deleted() for array in jax.tree.leaves(before)):
-                raise
-            raise AdaptersLostError("the adapters on the devices are lost: another could not be written") from error
+        return params | {"adapters": self.adapter_places.put(params["adapters"], index, adapter)}
 
     def without_adapters(self, params: Params) -> Params:
         """The parameters with no adapter on the devices, whatever has become of those that were there."""
         if self.adapter_places is None:
             return params
-        for array in jax.tree.leaves(params.get("adapters", ())):
-            array.delete()  # before the new ones are made: two may not fit
-        return params | {"adapters": self.adapter_places.empty(self.layer_loop)}
+        return params | {"adapters": self.adapter_places.emptied(params.get("adapters", ()), self.layer_loop)}
 
     def reach_of(self, length: int) -> int:
         """What decides the angles of a text that may come to `length` tokens, see `ModelConfig.reach_of`."""
@@ -305,11 +283,11 @@ class Engine:
             raise ValueError(f"{len(openings)} openings for a prefix of {rows}")
         openings = [*openings, *[None] * (rows - len(openings))]
         is_complete_N = np.array([opening is not None for opening in openings])
-        masked = [Asked(n, (), o.allowed_W) for n, o in enumerate(openings) if o and o.allowed_W is not None]
         texts = None if self.programs.drafting is None else texts_of(openings, self.layout.length)
         token_N, sampling, count_NV, texts, result = self.jitted.first_tokens(
-            prefix.logits_NV, prefix.start_N, prefix.count_N, is_complete_N, self._sampling(openings),
-            self._counts(openings, prefix.count_NV), self._masks.of(rows, masked), texts,
+            prefix.logits_NV, prefix.start_N, prefix.count_N, is_complete_N,
+            sampling_of(openings, self.get_tokenizer()), counts_of(openings, prefix.count_NV),
+            self._masks.of(rows, masks_of_openings(openings)), texts,
         )  # fmt: skip
         return replace(prefix, token_N=token_N, sampling=sampling, count_NV=count_NV, texts=texts), result
 
@@ -347,7 +325,7 @@ class Engine:
         """
         width = self.shapes.width_of(len(slot_N), width)
         slot_N = self.shapes.step(slot_N)
-        mask = self._mask(len(slot_N), allowed, width)
+        mask = self._masks.of(len(slot_N), masks_of(allowed), width)
         page_NJ = self.shapes.table(page_NJ, len(slot_N))
         return self.jitted.generate(params, decode_state, slot_N, page_NJ, mask, width=width)
 
@@ -374,7 +352,7 @@ class Engine:
             raise PieceError(f"a step of {len(slot_N)} slots does not carry pieces of {lengths} tokens: prefill them")
         slots, tokens = shape
         batch = self.shapes.pieces(pieces, (1, tokens))
-        slot_N, mask = self.shapes.filled(slot_N, slots), self._mask(slots, allowed)
+        slot_N, mask = self.shapes.filled(slot_N, slots), self._masks.of(slots, masks_of(allowed))
         return self.jitted.carry(params, decode_state, slot_N, self.shapes.table(page_NJ, slots), batch, mask)
 
     def score_step(
@@ -398,63 +376,8 @@ class Engine:
 
     def warm_up(self, params: Params, decode_state: DecodeState) -> DecodeState:
         """Compile every program of serving by running it once; no slot may be in use, and none is after."""
-        for shape in self.shapes.prefills:
-            prefix, page_NJ = self.blank(params, decode_state, shape)
-            decode_state = self.insert(prefix, decode_state, [None] * len(page_NJ), page_NJ)
-        return self.warm_up_steps(params, decode_state)
-
-    def blank(self, params: Params, decode_state: DecodeState, shape: tuple[int, int]) -> tuple[Prefix, np.ndarray]:
-        """A prefix of one of `shapes.prefills`, without a meaning, and a page table for it."""
-        count, tokens = shape
-        page_NJ = np.zeros((count, 0), np.int32)
-        pieces = [Piece(token_T=np.zeros(tokens, np.int32), start=0, page_J=page_J) for page_J in page_NJ]
-        prefix = self.prefill(params, decode_state, pieces)
-        opening = Opening(text=[0], prompt_length=1, sampling=GREEDY)
-        prefix, _ = self.first_tokens(prefix, [opening] * count)
-        return prefix, page_NJ
-
-    def warm_up_steps(self, params: Params, decode_state: DecodeState) -> DecodeState:
-        """The part of `warm_up` behind the prefills."""
-        for size, width in [*((size, 1) for size in self.shapes.steps), *self.shapes.wide_steps]:
-            nobody, no_pages = np.full(size, self.layout.slots, np.int32), np.zeros((size, 0), np.int32)
-            decode_state, result = self.generate(params, decode_state, nobody, no_pages, width=width)
-        for size, tokens in self.shapes.carries:
-            nobody, page_J = np.full(size, self.layout.slots, np.int32), np.zeros(0, np.int32)
-            piece = Piece(token_T=np.zeros(tokens, np.int32), start=0, page_J=page_J)
-            page_NJ = np.zeros((size, 0), np.int32)
-            decode_state, result, _ = self.carry(params, decode_state, nobody, page_NJ, [piece])
-        result.token_BW.block_until_ready()
-        return decode_state
-
-    def _mask(self, rows: int, allowed: Allowed | None, width: int = 1) -> Mask:
-        if allowed is None:
-            return self._masks.of(rows, (), width)
-        of_rows = zip(allowed.row_C.tolist(), allowed.forced_CF, allowed.word_CW, strict=True)
-        asked = [Asked(row, forced_F[forced_F >= 0], word_W) for row, forced_F, word_W in of_rows]
-        return self._masks.of(rows, asked, width)
-
-    def _sampling(self, openings: Sequence[Opening | None]) -> SlotSampling:
-        """[N] each, on the host; `min_tokens` as a position in the text, as a step's tokens have."""
-
-        def of_one(opening: Opening | None) -> SlotSampling:
-            if opening is None:
-                return SlotSampling.of(GREEDY)
-            asked = opening.sampling
-            one = SlotSampling.of(asked, self.get_tokenizer().stop_ids if asked.min_tokens else ())
-            return replace(one, min_tokens=one.min_tokens + np.int32(opening.prompt_length))
-
-        return jax.tree.map(lambda *values: np.stack(values), *map(of_one, openings))
-
-    def _counts(self, openings: Sequence[Opening | None], made_NV: jax.Array) -> jax.Array:
-        """u16 count_NV of the texts, where one of them asks for a penalty; else what is there already, which nobody
-        reads."""
-        if not any(opening is not None and is_penalised(opening.sampling) for opening in openings):
-            return made_NV
-        count_NV = np.zeros(made_NV.shape, np.uint16)
-        for n, opening in enumerate(openings):
-            if opening is not None and is_penalised(opening.sampling):
-                count_NV[n] = counts_of_text(opening.text, opening.prompt_length, self.vocab_size)
-        return placed(count_NV, made_NV.sharding)
+        decode_state = warm_up_prefills(self, self.shapes, params, decode_state)
+        return warm_up_steps(self, self.shapes, params, decode_state)
 
 
 if TYPE_CHECKING:

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from ..errors import AdaptersLostError
 from ..placing import placed
 from .sites import DOWN, UP, Site
 
@@ -71,6 +72,22 @@ class AdapterPlaces:
             for name, of in self._described((self.layers,)).items()
         }
         return self._put["scan" if isinstance(stacks, dict) else "unrolled"](stacks, arrays, np.int32(index - 1))
+
+    def put(self, stacks: Stacks, index: int, weights: AdapterWeights) -> Stacks:
+        """`with_adapter`. Raises AdaptersLostError when it fails once the stacks are donated; before, what made it
+        fail."""
+        try:
+            return self.with_adapter(stacks, index, weights)
+        except Exception as error:
+            if not any(array.is_deleted() for array in jax.tree.leaves(stacks)):
+                raise
+            raise AdaptersLostError("the adapters on the devices are lost: another could not be written") from error
+
+    def emptied(self, stacks: Stacks, loop: Loop) -> Stacks:
+        """All places free, whatever has become of those that were there."""
+        for array in jax.tree.leaves(stacks):
+            array.delete()  # before the new ones are made: two may not fit
+        return self.empty(loop)
 
     @property
     def bytes_of_one(self) -> int:
