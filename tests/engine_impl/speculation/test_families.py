@@ -14,9 +14,12 @@ SAMPLINGS = [SamplingParams(), SamplingParams(temperature=0.7, top_p=0.95, seed=
 QUICK = {("gemma3", 8)}
 """It has windows, and two ropes; and eight devices scan over the layers."""
 CASES = [
-    pytest.param(*case, id="-".join(map(str, case)), marks=() if case in QUICK else pytest.mark.slow)
+    pytest.param(
+        *case,
+        id="-".join(map(str, case)),
+        marks=() if case in QUICK else pytest.mark.slow if case[1] == 1 else (pytest.mark.slow, pytest.mark.product),
+    )
     for case in itertools.product(FAMILIES, (1, 8))
-    if case[1] == 1 or case in QUICK
 ]
 
 
