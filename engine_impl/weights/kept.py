@@ -25,7 +25,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ..checkpoints.by_rows import THREADS
+from ..checkpoints.by_rows import THREADS, empty
 from ..forward import Params
 
 log = logging.getLogger(__name__)
@@ -192,7 +192,7 @@ def _array(leaf: Any, share: Callable[[Any], np.ndarray]) -> jax.Array:
 def _share(file: BinaryIO, pool: ThreadPoolExecutor, leaf: Any, of: Any, start: int, sums: list[int]) -> np.ndarray:
     """One share, read by all threads. Raises DamagedError for one that is not as it was written."""
     shape = tuple(len(range(*part.indices(size))) for part, size in zip(of, leaf.shape, strict=True))
-    out = np.empty(shape, jnp.dtype(leaf.dtype))
+    out = empty(shape, jnp.dtype(leaf.dtype))
     blocks = _blocks(_bytes_of(out))
     if len(blocks) != len(sums):
         raise DamagedError("an array has another size than the index says")

@@ -1,6 +1,7 @@
 """Every family by the real TPU compiler: small shapes in `make test`, the real ones in `make gates`."""
 
 from dataclasses import replace
+from typing import Any
 
 import jax
 import pytest
@@ -12,6 +13,10 @@ from slipstream.engine_impl.compiler.plan import abstract_engine
 from slipstream.engine_impl.compiler.presets import PRESETS
 from slipstream.engine_impl.config import EngineConfig
 from slipstream.engine_impl.engine import Engine
+from slipstream.engine_impl.models import registry
+from slipstream.engine_impl.models.glm4 import GlmConfig
+from slipstream.engine_impl.models.llama import LlamaConfig
+from slipstream.engine_impl.models.rope_scaling import DynamicNTK, LongLists
 
 from tests.tpu import memory_of, text_of
 
@@ -33,14 +38,14 @@ REAL = {  # slots that fit with 4096 tokens each, bf16
 }  # fmt: skip
 
 
-def small(name: str) -> Engine:
+def small(name: str, **more: Any) -> Engine:
     """The family with a layer of each kind that it has and one more, a kv head a chip, and windows that cut off; few
-    slots, as each costs the compiler time."""
+    slots, as each costs the compiler time. `more`: of its config."""
     windows = tuple(window and 500 for window in dict.fromkeys(PRESETS[name].windows))
     layers = max(len(windows), len(getattr(PRESETS[name], "without_rope", ()))) + 1
     shape = replace(
         PRESETS[name], num_layers=layers, windows=windows, num_heads=16, num_kv_heads=8, model_dim=1024,
-        ffn_dim=2048, vocab_size=32768,
+        ffn_dim=2048, vocab_size=32768, **more,
     )  # fmt: skip
     config = EngineConfig(model=name, slots=16, cache_length=4096, cache_tokens=16 * 4096)
     return abstract_engine(shape, TOPOLOGY, config)
@@ -69,6 +74,27 @@ def check(engine: Engine, program: str) -> None:
 def test_a_familys_step(name, program):
     """With given tokens: what chooses them is one for all families, and takes the compiler longer than the layers."""
     check(small(name), program)
+
+
+def test_every_family_has_a_step_of_its_own():
+    """GLM-4 of 2024 is that of 2025 without two norms; Llama's programs are those of test_programs."""
+    tried = {type(PRESETS[name]) for name in SMALL} | {GlmConfig, LlamaConfig}
+    assert tried == {family.config_type for family in registry.FAMILIES.values()}
+
+
+TRAINED = 2048
+BY_LENGTH = {
+    "longrope": LongLists(trained_length=TRAINED, plain=(1.0,) * 48, long=(2.0,) * 48),
+    "dynamic": DynamicNTK(trained_length=TRAINED, factor=2.0, width=96),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rope", BY_LENGTH)
+def test_a_step_of_texts_that_turn_each_by_its_length(rope):
+    engine = small("phi-3-mini", rope_beyond=BY_LENGTH[rope])
+    assert engine.model.config.reach_of(TRAINED + 1)
+    check(engine, "score")
 
 
 @pytest.mark.slow

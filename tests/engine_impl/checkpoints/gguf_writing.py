@@ -133,9 +133,9 @@ def stored(name, value, fields, architecture):
     return value + 1 if architecture.startswith("gemma") and name.endswith("norm.weight") else value
 
 
-def write_gguf(folder, path, *, extra=None, fields=None, **tokenizer):
+def write_gguf(folder, path, *, extra=None, fields=None, kind=None, **tokenizer):
     """The folder's model with one token a byte for a tokenizer. `extra`: tensors beside the model's; `fields`: of its
-    architecture, which the gguf package has a method for."""
+    architecture, which the gguf package has a method for; `kind`: how matrices are quantised."""
     more = fields or {}
     fields = json.loads((folder / "config.json").read_text())
     model_type: str = fields["model_type"]
@@ -156,7 +156,10 @@ def write_gguf(folder, path, *, extra=None, fields=None, **tokenizer):
     for name, value in tensors.items():
         if fields["tie_word_embeddings"] and name == "lm_head.weight":
             continue
-        writer.add_tensor(str(names.get_name(name, (".weight", ".bias"))), stored(name, value, fields, architecture))
+        value, its_kind = stored(name, value, fields, architecture), None
+        if kind is not None and value.ndim > 1:
+            value, its_kind = gguf.quantize(value, kind), kind
+        writer.add_tensor(str(names.get_name(name, (".weight", ".bias"))), value, raw_dtype=its_kind)
     for name, value in (extra or {}).items():
         writer.add_tensor(name, value)
     writer.write_header_to_file()

@@ -3,6 +3,7 @@
 import threading
 
 import gguf
+import jax
 import ml_dtypes
 import numpy as np
 import pytest
@@ -28,6 +29,15 @@ def test_a_copy_is_whole(shape, dtype):
 def test_a_copy_of_columns_is_whole():
     source = np.arange(70 * 90, dtype=np.float32).reshape(70, 90)
     np.testing.assert_array_equal(by_rows.copied(source.T[:, 5:50], np.dtype(np.float64)), source.T[:, 5:50])
+
+
+@pytest.mark.parametrize("shape", [(), (0, 5), (37, 11), (1000, 1000)])
+def test_a_cpu_takes_a_copy_as_it_is(shape):
+    """Without a second one."""
+    copy = by_rows.copied(np.ones(shape, ml_dtypes.bfloat16), np.dtype(np.float32))
+    on_device = jax.device_put(copy)
+    assert on_device.unsafe_buffer_pointer() == copy.ctypes.data or not copy.size
+    np.testing.assert_array_equal(on_device, copy)
 
 
 def test_a_stack_is_whole():

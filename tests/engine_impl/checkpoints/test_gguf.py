@@ -217,6 +217,19 @@ def test_a_tokenizer_that_is_not_known_is_refused_by_name(change, message, tmp_p
         GGUFCheckpoint(write_model(tmp_path / "m.gguf", **change)).tokenizer()
 
 
+@pytest.mark.parametrize(
+    ("fields", "first_ids"),
+    [
+        ({"tokenizer.ggml.bos_token_id": 256}, []),
+        ({"tokenizer.ggml.bos_token_id": 256, "tokenizer.ggml.add_bos_token": False}, []),
+        ({"tokenizer.ggml.bos_token_id": 256, "tokenizer.ggml.add_bos_token": True}, [256]),
+    ],
+)
+def test_a_bos_comes_first_where_the_file_says_so(fields, first_ids, tmp_path):
+    tokenizer = GGUFCheckpoint(write_model(tmp_path / "m.gguf", fields=fields)).tokenizer()
+    assert tokenizer.encode("ab") == [*first_ids, 258]
+
+
 @pytest.mark.parametrize("kind", gguf.GGMLQuantizationType, ids=lambda kind: kind.name)
 def test_every_kind_is_read_or_refused_by_name(tmp_path, kind):
     """Random codes of each kind, whole and one entry of a stack, are what the package makes of them; by this every kind
@@ -350,3 +363,15 @@ def test_sentencepiece_tokenizers(tmp_path, llama_pieces):
         assert tokenizer.decode(tokenizer.encode(text)) == text
     assert tokenizer.encode("a</s>b") == [1, *reference.encode("a"), 2, *reference.encode("b")]
     assert (tokenizer.bos_id, tokenizer.stop_ids) == (1, {2})
+
+
+def test_sentencepiece_without_a_space_in_front(tmp_path, gemma_pieces):
+    """As Gemma's: the file says so, and a space of the text's own counts."""
+    (tmp_path / "tokenizer.model").write_bytes(gemma_pieces)
+    pieces, _ = read_pieces(tmp_path / "tokenizer.model")
+    fields = {"tokenizer.ggml.add_space_prefix": False}
+    tokenizer = GGUFCheckpoint(write_model(tmp_path / "m.gguf", pieces=pieces, fields=fields)).tokenizer()
+    reference = sentencepiece.SentencePieceProcessor(model_proto=gemma_pieces)
+    for text in [*CORPUS, " leading", "two  spaces"]:
+        assert tokenizer.encode(text) == [1, *reference.encode(text)], text
+        assert tokenizer.decode(tokenizer.encode(text)) == text

@@ -116,11 +116,11 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
 }  # fmt: skip
 
 
-def folder_of(family, root):
+def folder_of(family, root, **sizes):
     import transformers
 
     name, fields = FAMILIES[family]
-    config = getattr(transformers, f"{name}Config")(**(SIZES | {"vocab_size": 261} | fields))
+    config = getattr(transformers, f"{name}Config")(**(SIZES | {"vocab_size": 261} | fields | sizes))
     model = transformers.AutoModelForCausalLM.from_config(config)
     draw_weights(model, seed=1)
     model.save_pretrained(root)
@@ -152,6 +152,44 @@ def test_config_and_weights_equal_the_folders(family, tmp_path):
     exact = 0 if "gemma" not in family else 1e-6  # one was added to the norms and taken off again
     for name in needed:
         np.testing.assert_allclose(file.tensor(name), folder.tensor(name), atol=exact, rtol=0, err_msg=name)
+
+
+def can_quantise(kind):
+    try:
+        gguf.quantize(np.zeros((1, 256), np.float32), kind)
+    except NotImplementedError:
+        return False
+    return True
+
+
+@pytest.mark.parametrize("family", ["llama3", "mixtral"])
+def test_quantised_matrices_have_the_quantisers_values(family, tmp_path):
+    """In rows that were put in another order, and in stacks of experts; of every kind that the package writes."""
+    sizes = {"num_hidden_layers": 1, "hidden_size": 256, "intermediate_size": 256, "head_dim": 32}
+    folder = SafetensorsCheckpoint(folder_of(family, tmp_path, **sizes))
+    kinds = [kind for kind in gguf.quants._type_traits if can_quantise(kind)]
+    assert len(kinds) >= 8
+    for kind in kinds:
+        file = GGUFCheckpoint(write_gguf(tmp_path, tmp_path / f"{kind.name}.gguf", kind=kind))
+        for name in file.shapes():
+            expected = np.array(folder.tensor(name))
+            if expected.ndim > 1:
+                expected = gguf.dequantize(gguf.quantize(expected, kind), kind)
+            np.testing.assert_array_equal(file.tensor(name), expected, f"{kind.name} {name}")
+
+
+@pytest.mark.parametrize(
+    ("name", "layers", "dim", "heads", "head_dim", "scalar"),
+    [("gemma2", 46, 4608, 32, 128, 144), ("gemma2", 42, 3584, 16, 256, 256), ("gemma3", 62, 5376, 32, 128, 168)],
+)
+def test_gemmas_of_27b_scale_queries_by_their_width(name, layers, dim, heads, head_dim, scalar):
+    """As their config.json says; a file does not."""
+    fields = {
+        "block_count": layers, "embedding_length": dim, "attention.head_count": heads, "attention.key_length": head_dim,
+        "attention.sliding_window": 1024,
+    }  # fmt: skip
+    read = ARCHITECTURES[name].fields(lambda key, *default: fields.get(key, *default), ())
+    assert read["query_pre_attn_scalar"] == scalar
 
 
 def read_window(tmp_path, **fields):

@@ -57,7 +57,9 @@ FORMATS = {
         compressed("pack-quantized", PACKED_WEIGHTS | {"symmetric": True}), packers.packed_symmetric,
     ),
     "int8": (compressed("int-quantized", INT8_WEIGHTS, DYNAMIC), packers.int8),
+    "int8, naive": (compressed("naive-quantized", INT8_WEIGHTS), packers.int8),
 }  # fmt: skip
+INT8 = ("int8", "int8, naive")
 
 
 class Quantized:
@@ -74,14 +76,14 @@ class Quantized:
                 self.tensors[name] = value
                 continue
             O, I = value.shape
-            Q = 1 if kind == "int8" else I // GROUP
+            Q = 1 if kind in INT8 else I // GROUP
             group_I = np.arange(I) * Q // I if group_order is None else group_order(module, I)
-            code_OI = rng.integers(-128, 128, (O, I)) if kind == "int8" else rng.integers(0, 16, (O, I))
+            code_OI = rng.integers(-128, 128, (O, I)) if kind in INT8 else rng.integers(0, 16, (O, I))
             for group in range(Q):  # a group spans all codes, so that there is but one grid for it
                 inputs = np.flatnonzero(group_I == group)
-                code_OI[:, inputs[0]], code_OI[:, inputs[1]] = (-128, 127) if kind == "int8" else (0, 15)
-            zero_OQ = np.full((O, Q), 0 if kind == "int8" else 8)
-            if kind not in ("int8", "packed, symmetric"):
+                code_OI[:, inputs[0]], code_OI[:, inputs[1]] = (-128, 127) if kind in INT8 else (0, 15)
+            zero_OQ = np.full((O, Q), 0 if kind in INT8 else 8)
+            if kind not in (*INT8, "packed, symmetric"):
                 zero_OQ = rng.integers(5, 11, (O, Q))
                 zero_OQ[:2, 0] = (1, 16) if kind in ("gptq", "gptq, old") else (0, 15)  # what can be stored
             scale_OQ = rng.uniform(0.5, 1.5, (O, Q)) / np.abs(code_OI - zero_OQ[:, group_I]).max() / I**0.5 * 12
@@ -131,7 +133,7 @@ def test_codes_are_kept(tmp_path, kind, options):
     _, params = load(model.folder(tmp_path / "m"), **options)
     for name, code_OI in model.codes.items():
         module = name.removesuffix(".weight")
-        if kind == "int8":
+        if kind in INT8:
             np.testing.assert_array_equal(leaf(params, f"{module}.code"), code_OI, err_msg=name)
         else:
             code_IO = np.asarray(unpack(array(leaf(params, f"{module}.packed"))))

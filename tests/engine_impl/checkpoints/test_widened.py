@@ -19,12 +19,11 @@ BLOCK = (20, 12)
 """It divides neither the outputs nor the inputs of most matrices."""
 
 
-def of_float8(strategy, **weights):
+def of_float8(strategy, format="float-quantized", **weights):
     weights = {"num_bits": 8, "type": "float", "symmetric": True, "strategy": strategy, **weights}
     groups = {"group_0": {"targets": ["Linear"], "weights": weights, "input_activations": {"dynamic": True}}}
     return {
-        "quant_method": "compressed-tensors", "format": "float-quantized", "config_groups": groups,
-        "ignore": ["lm_head"],
+        "quant_method": "compressed-tensors", "format": format, "config_groups": groups, "ignore": ["lm_head"],
     }  # fmt: skip
 
 
@@ -37,6 +36,7 @@ FORMATS = {  # the quantization_config, what the scale is called, its shape for 
     "fbgemm": ({"quant_method": "fbgemm_fp8", "activation_scale_ub": 1200.0}, "weight_scale", lambda O, I: (O, 1)),
     "float-quantized, a tensor": (of_float8("tensor"), "weight_scale", lambda O, I: (1,)),
     "float-quantized, channels": (of_float8("channel"), "weight_scale", lambda O, I: (O, 1)),
+    "naive-quantized": (of_float8("channel", "naive-quantized"), "weight_scale", lambda O, I: (O, 1)),
     "float-quantized, blocks": (
         of_float8("block", block_structure=list(BLOCK)),
         "weight_scale", lambda O, I: (-(-O // BLOCK[0]), -(-I // BLOCK[1])),

@@ -170,14 +170,13 @@ soft caps, experts, sinks, matrices that are split)."""
 
 
 def marks_of(family, devices):
-    is_chosen = devices == 8 or family in ON_ONE_ONLY | ON_BOTH
+    is_chosen = family in ON_BOTH or (family in ON_ONE_ONLY) == (devices == 1)
     return pytest.mark.slow if is_chosen else (pytest.mark.slow, pytest.mark.product)
 
 
 CASES = [
     pytest.param(*case, id="-".join(map(str, case)), marks=marks_of(*case))
     for case in itertools.product(FAMILIES, (1, 8))
-    if case[0] not in ON_ONE_ONLY or case[1] == 1
 ]
 
 

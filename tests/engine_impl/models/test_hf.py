@@ -36,7 +36,7 @@ WINDOWS = {"sliding_window": 12, "layer_types": ["sliding_attention", "full_atte
 ROPE = {"rope_theta": 10000.0, "partial_rotary_factor": 0.5}
 
 MODELS: dict[str, tuple[int, dict[str, Any]]] = {
-    # model type: devices, what its config says beside SIZES
+    # model type: the devices of `make test` (`make product` has both numbers), what its config says beside SIZES
     "gpt_neox": (8, {}),  # q, k and v in one matrix, by heads; a head by another name
     "gpt2": (1, {}),  # learned positions; matrices are [in, out]; tied
     "phi": (1, {}),  # a head with biases; parts of a head turn
@@ -79,13 +79,20 @@ PROMPT = [(7 * i * i + 3 * i) % 101 for i in range(257)]
 """Two whole pieces, which take the same program, and a token for the first step."""
 
 
+CASES = [
+    pytest.param(model_type, devices, marks=() if devices == chosen else pytest.mark.product)
+    for model_type, (chosen, _) in MODELS.items()
+    for devices in (1, 8)
+]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("model_type", MODELS)
-def test_logits_and_greedy_tokens_equal_transformers(model_type, tmp_path):
+@pytest.mark.parametrize(("model_type", "devices"), CASES)
+def test_logits_and_greedy_tokens_equal_transformers(model_type, devices, tmp_path):
     """Behind two pieces of a prompt longer than the windows, then of 32 steps. Eight devices scan over layers that are
     alike."""
     reference = written(model_type, tmp_path)
-    engine, params = load(tmp_path, MODELS[model_type][0], cache_length=384)
+    engine, params = load(tmp_path, devices, cache_length=384)
     logits_V = logits_behind(engine, params, PROMPT[:-1])
     np.testing.assert_allclose(logits_V, reference_logits(reference, PROMPT[:-1])[-1], atol=1e-4)
     session = Session(engine, params)

@@ -137,7 +137,7 @@ def load(folder, cache_length, *, devices=1, **more):
 
 
 CASES = [
-    # rope, cache length, prompt's lengths
+    # rope, cache length, prompts' lengths
     ("linear", 128, (20, 90)),
     ("yarn", 128, (20, 90)),  # short and beyond the original 64
     ("yarn-of-its-own", 256, (20, 128)),
@@ -147,15 +147,16 @@ CASES = [
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("devices", [1, pytest.param(8, marks=pytest.mark.product)])
 @pytest.mark.parametrize(("name", "cache_length", "lengths"), CASES, ids=[name for name, *_ in CASES])
-def test_logits_and_greedy_tokens_equal_transformers(name, cache_length, lengths, tmp_path):
+def test_logits_and_greedy_tokens_equal_transformers(name, cache_length, lengths, devices, tmp_path):
     import transformers
 
     config = hf_config(name)
     reference = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
     draw_weights(reference, seed=6)
     reference.save_pretrained(tmp_path)
-    engine, params = load(tmp_path, cache_length)
+    engine, params = load(tmp_path, cache_length, devices=devices)
     prompts = [[(7 * i * i + 3 * i) % 101 for i in range(n)] for n in lengths]
     answers = greedy(engine, params, prompts, 32)
     for prompt, answer in zip(prompts, answers, strict=True):
