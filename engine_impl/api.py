@@ -405,8 +405,7 @@ class Engine(Protocol[ParamsT, PrefixT, StateT]):
         """Stores the pieces' rows from their `start` on in their texts' pages. A piece with a slot is its text's last:
         the slot takes over the token and the sampling of `first_tokens`, whatever was there.
 
-        The state is donated, the prefix is not. Raises PieceError for a prefix of devices of their own that are seen
-        to have failed with it: the state is as it was.
+        The state is donated, the prefix is not.
         """
         ...
 

@@ -73,15 +73,6 @@ def _caches(state: DecodeState) -> Any:
     return state.cache, state.draft_cache
 
 
-def wrong_with(arrays: Any) -> Exception | None:
-    """What went wrong on the devices with arrays that are ready."""
-    try:
-        jax.block_until_ready(arrays)
-    except Exception as error:
-        return error
-    return None
-
-
 class DisaggregatedEngine:
     """Satisfies `api.Engine`. The two have the same model, slots and pages."""
 
@@ -201,11 +192,7 @@ class DisaggregatedEngine:
 
     def prefill(self, params: BothParams, decode_state: BothStates, pieces: Sequence[Piece]) -> Prefix:
         self._bring_back(decode_state, pieces)
-        try:
-            return self.prefill_engine.prefill(params.prefill, decode_state.prefill, pieces)
-        except Exception:
-            self._begin_anew(decode_state)
-            raise
+        return self.prefill_engine.prefill(params.prefill, decode_state.prefill, pieces)
 
     def first_tokens(self, prefix: Prefix, openings: Sequence[Opening | None]) -> tuple[Prefix, StepResult]:
         return self.prefill_engine.first_tokens(prefix, openings)
@@ -214,9 +201,6 @@ class DisaggregatedEngine:
         self, prefix: Prefix, decode_state: BothStates, slots: Sequence[int | None], page_NJ: np.ndarray
     ) -> BothStates:
         state, engine = decode_state, self.decode_engine
-        if prefix.is_ready() and (error := wrong_with(prefix)):  # before the decode side has anything of it
-            self._begin_anew(state)
-            raise PieceError("the prefill failed on its devices") from error
         end_N = np.asarray(prefix.start_N) + np.asarray(prefix.count_N)
         state.prefill = self.prefill_engine.insert(prefix, state.prefill, [None] * len(slots), page_NJ)
         moved = jax.device_put(prefix, engine.programs.prefix_sharding())
@@ -275,10 +259,10 @@ class DisaggregatedEngine:
             state.has_P[now] = True
 
     def _begin_anew(self, state: BothStates) -> None:
-        """A copy or a prefill failed. The cache that was to change in place may be lost with it: an empty one takes its
-        place, and pages come back from the decode side, which has all, as texts need them."""
+        """A copy failed. The cache that it was to change in place may be lost with it: an empty one takes its place,
+        and pages come back from the decode side, which has all, as texts need them."""
         leaves = jax.tree.leaves(_caches(state.prefill))
-        if not any(leaf.is_deleted() or (leaf.is_ready() and wrong_with(leaf)) for leaf in leaves):
+        if not any(leaf.is_deleted() for leaf in leaves):
             return
         for leaf in leaves:  # two may not fit the devices
             leaf.delete()

@@ -107,8 +107,7 @@ class Execution(Generic[ParamsT, PrefixT, StateT]):
             self._store(pieces)
 
     def take_up(self) -> None:
-        """Stores what was computed apart, as soon as no step has to wait for it. Raises PieceError for what is seen to
-        have failed there, which leaves everything else as it was."""
+        """Stores what was computed apart, as soon as no step has to wait for it."""
         if self._apart is not None and (self._apart.is_ready() or not self._holdings.slots.due.taken):
             pieces, self._apart = self._apart, None
             self._store(pieces)
@@ -121,8 +120,8 @@ class Execution(Generic[ParamsT, PrefixT, StateT]):
         self._count_step(result, roster, started, width)
 
     def _store(self, pieces: Pieces[PrefixT]) -> None:
-        self._state = store(self._engine, self._state, pieces, self._holdings.room, self._holdings.slots)
         self.pending += pieces.pending
+        self._state = store(self._engine, self._state, pieces, self._holdings.room, self._holdings.slots)
         for prompt in pieces.prompts:
             self._holdings.advance(prompt)
 

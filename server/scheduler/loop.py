@@ -25,12 +25,12 @@ one last event.
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Generic
 
 from ...engine_impl.api import Engine, ParamsT, PrefixT, StateT
-from ...engine_impl.errors import PieceError, RefusedError
+from ...engine_impl.errors import RefusedError
 from ..delivery.delivery import Delivery
 from ..errors import UnavailableError
 from ..observe.metrics import Metrics
@@ -151,8 +151,7 @@ class Loop(Generic[ParamsT, PrefixT, StateT]):
 
     def _turn(self) -> None:
         self._go_on()
-        if computed_apart := self._execution.computed_apart:
-            self._take_up(computed_apart)
+        self._execution.take_up()
         turn = self._plan()
         self._is_full = turn.is_full
         self._free(turn)
@@ -234,24 +233,12 @@ class Loop(Generic[ParamsT, PrefixT, StateT]):
             if len(prompts) > 1:  # whose fault it was, shows when each goes alone
                 errors = [self._prefill([prompt], at_once=True) for prompt in prompts]
                 return next(filter(None, errors), None)
-            self._fail_alone(prompts, error)
+            for prompt in prompts:
+                self._holdings.drop(prompt)
+                self.delivery.end(prompt.request, failed(prompt.request, error))
             return error
         self._execution.keep(pieces, at_once=at_once)
         return None
-
-    def _take_up(self, prompts: Sequence[Prompt]) -> None:
-        """What devices of their own have computed of these. What failed there fails alone."""
-        try:
-            self._execution.take_up()
-        except PieceError as error:
-            log.exception("the prefill of requests %s failed", ", ".join(prompt.request.id for prompt in prompts))
-            self._fail_alone(prompts, error)
-            self._failures.prefill_failed(error)
-
-    def _fail_alone(self, prompts: Sequence[Prompt], error: Exception) -> None:
-        for prompt in prompts:
-            self._holdings.drop(prompt)
-            self.delivery.end(prompt.request, failed(prompt.request, error))
 
     def _recover(self, error: Exception) -> None:
         """A step failed, its state was donated and is lost: fail whoever was in it and start afresh. Who is parked had
