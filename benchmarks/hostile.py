@@ -20,7 +20,7 @@ import grpc
 from ..engine_impl.errors import RefusedError
 from ..server.child import server
 from ..server.net.ports import listening
-from .load.hostile_callers import CALL_S, HEADERS, NO_ANSWER, Answers, Attack, attack, attackers, compute
+from .load.hostile_callers import CALL_S, HEADERS, NO_ANSWER, Answers, Attack, attack, attackers
 from .load.hostile_inputs import COMPLETIONS, INPUTS
 from .measure import machine
 from .measure.stats import percentile
@@ -29,16 +29,14 @@ from .options.flags import facts
 from .options.hostile import HostileOptions
 
 USUAL_S = 2.0
-"""How long the undisturbed server is measured before each input, and as long beside a process that only computes
-(seconds)."""
+"""How long the undisturbed server is measured before each input (seconds)."""
 SETTLE_S = 1.0
 """Time that memory gets to come back (seconds)."""
 
 MAX_HEALTH_MS, WORST_HEALTH_MS, MAX_TTFT_GROWTH_MS, MAX_SLOWDOWN = 300.0, 1000.0, 500.0, 1.5
 MAX_PEAK_MIB = 200.0
 """What must hold: health checks (p99 and the worst; what this process waits for a processor meanwhile is not theirs),
-the growth of the median time to first token, the stream's slowdown beyond what callers that only compute cost it, and
-memory on top."""
+the growth of the median time to first token, the stream's slowdown, and memory on top."""
 NAP_S = 0.005
 """A sleep whose lateness tells how long this process waits for a processor (seconds)."""
 
@@ -92,14 +90,13 @@ async def measure(url: str, address: str, pid: int, aside: Executor, options: Ho
                 continue
             size = len(make(options.input_bytes))
             usual = await watcher.watch(asyncio.sleep(USUAL_S, Answers()))
-            beside = await watcher.watch(loop.run_in_executor(aside, compute, USUAL_S))
             for callers in (1, options.callers):
                 progress.show(f"{name}, {callers} at once ...")
                 before = memory_mib(pid)
                 how = Attack(name=name, size=options.input_bytes, callers=callers, seconds=options.seconds)
                 seen = await watcher.watch(loop.run_in_executor(aside, attack, url, address, how))
                 await asyncio.sleep(SETTLE_S)
-                rows.append(row(name, size, callers, usual, beside, seen, before, memory_mib(pid)))
+                rows.append(row(name, size, callers, usual, seen, before, memory_mib(pid)))
     progress.clear()
     return rows
 
@@ -212,15 +209,13 @@ def row(
     size: int,
     callers: int,
     usual: Watched,
-    beside: Watched,
     seen: Watched,
     before_mib: float,
     after_mib: float,
 ) -> dict[str, Any]:
-    """The numbers of one attack, and what of them must not be. `beside`: of the server beside callers that only compute
-    and ask nothing: where they share its processors, so much is not the server's."""
+    """The numbers of one attack, and what of them must not be."""
     ttft_growth_ms = _p(seen.ttft_ms, 50) - _p(usual.ttft_ms, 50)
-    slowdown, own_slowdown = (one.chunks_per_second / max(seen.chunks_per_second, 1e-9) for one in (usual, beside))
+    slowdown = usual.chunks_per_second / max(seen.chunks_per_second, 1e-9)
     peak_mib = max(seen.memory_mib, default=before_mib) - before_mib
     health_ms, late_ms, worst_ms = _p(seen.health_ms, 99), _p(seen.late_ms, 99), max(seen.health_ms)
     faults = [
@@ -229,7 +224,7 @@ def row(
             ("health checks' p99 (ms)", health_ms - late_ms, MAX_HEALTH_MS),
             ("the worst health check (ms)", worst_ms - max(seen.late_ms), WORST_HEALTH_MS),
             ("the growth of the time to first token (ms)", ttft_growth_ms, MAX_TTFT_GROWTH_MS),
-            ("the stream's slowdown", own_slowdown, MAX_SLOWDOWN),
+            ("the stream's slowdown", slowdown, MAX_SLOWDOWN),
             ("the growth of memory (MiB)", peak_mib, MAX_PEAK_MIB),
         )
         if value > limit
@@ -248,7 +243,6 @@ def row(
         "ttft_growth_ms_p50": round(ttft_growth_ms, 1),
         "ttft_ms_max": round(max(seen.ttft_ms), 1),
         "slowdown": round(slowdown, 2),
-        "own_slowdown": round(own_slowdown, 2),
         "peak_mib": round(peak_mib, 1),
         "kept_mib": round(after_mib - before_mib, 1),
         "faults": faults,
@@ -272,7 +266,6 @@ def summary(rows: list[dict[str, Any]]) -> str:
         "late_ms_max": "max",
         "ttft_growth_ms_p50": "TTFT + ms p50",
         "slowdown": "slowdown",
-        "own_slowdown": "the server's",
         "peak_mib": "peak + MiB",
         "kept_mib": "kept MiB",
     }

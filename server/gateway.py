@@ -4,7 +4,7 @@ import asyncio
 import secrets
 from collections.abc import AsyncIterator, Callable, Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import asynccontextmanager, contextmanager, nullcontext
 from enum import Enum
 from functools import partial
 from typing import Any, TypeVar
@@ -18,6 +18,7 @@ from .observe.logs import log_prompt
 from .observe.traces import Header, Traces
 from .request.adapter import LoadedAdapter
 from .request.request import NO_ADAPTERS, Event, FinishReason, Request
+from .rests import Rests
 from .scheduler.orchestrator import Orchestrator
 
 REQUEST_ID = "x-request-id"
@@ -81,6 +82,7 @@ class Gateway:
         self._closed = "the model is still loading; try again later"
         self._mailbox: Mailbox | None = None
         self._lanes = {lane: ThreadPoolExecutor(count, f"read-{lane.value}") for lane, count in THREADS.items()}
+        self._rests = Rests(THREADS[Lane.LONG])
 
     def open(self, engine: AnyEngine, orchestrator: Orchestrator[Any, Any, Any]) -> None:
         """From now on requests are served."""
@@ -129,7 +131,12 @@ class Gateway:
         """What a call wants of the engine's host side alone, such as its tokenizer: in a thread. Raises what `work`
         raises, and UnavailableError."""
         engine, _ = self._open()
-        return await asyncio.get_running_loop().run_in_executor(self._lanes[lane], work, engine)
+        return await self._in_lane(lane, work, engine)
+
+    async def _in_lane(self, lane: Lane, work: Callable[..., T], *args: Any) -> T:
+        loop = asyncio.get_running_loop()
+        async with self._rests.place() if lane is Lane.LONG else nullcontext():
+            return await loop.run_in_executor(self._lanes[lane], work, *args)
 
     @asynccontextmanager
     async def admit(self, read: Read, lane: "Lane", client: str, header: Header) -> AsyncIterator["Admitted"]:
@@ -148,9 +155,7 @@ class Gateway:
         orchestrator.check_room(client)
         self._mailbox = mailbox = self._mailbox or Mailbox(asyncio.get_running_loop())
         inbox = Inbox()
-        requests = await asyncio.get_running_loop().run_in_executor(
-            self._lanes[lane], read, engine, lambda number: partial(mailbox.post, inbox, number)
-        )
+        requests = await self._in_lane(lane, read, engine, lambda number: partial(mailbox.post, inbox, number))
         for request in requests:
             if request.grammar is not None:
                 await self.compute(partial(constrain, request), Lane.GRAMMAR)

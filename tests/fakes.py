@@ -401,12 +401,11 @@ class FakeEngine:
         self.on_generate(step)
         right = width if self.count_of_step is None else self.count_of_step(step) - 1
         count_N = np.full(len(slot_N), min(right + 1, width))
-        forced = {} if allowed is None else {
-            int(row): forced_F[forced_F >= 0].tolist()
-            for row, forced_F in zip(allowed.row_C, allowed.forced_CF, strict=True)
-        }  # fmt: skip
-        for row, tokens in forced.items():
-            count_N[row] = min(len(tokens) + 1, width)
+        forced: dict[int, list[int]] = {}
+        if allowed is not None:
+            for row, forced_F in zip(allowed.row_C.tolist(), allowed.forced_CF, strict=True):
+                forced[row] = forced_F[forced_F >= 0].tolist()
+                count_N[row] = min(len(forced[row]) + 1, width)
         token_NW = np.full((len(slot_N), width), -1)
         for at in range(width):
             token_N, length_N = state.token_B[slot_N], state.length_B[slot_N]

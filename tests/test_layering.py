@@ -90,7 +90,7 @@ SUB_ROOMS: dict[str, dict[str, set[str]]] = {
         "delivery": {"errors", "dialects", "request", "observe"},
         "scheduler": {"errors", "request", "observe", "delivery"},
         "grpc": {"errors", "config", "dialects", "request", "net", "gateway"},
-        "http": {"errors", "config", "adapters", "dialects", "request", "net", "delivery", "gateway"},
+        "http": {"errors", "config", "adapters", "dialects", "request", "net", "delivery", "gateway", "rests"},
         "jetstream": {"errors", "config", "net", "observe", "grpc", "lifecycle"},
         "ray": {"errors", "config", "flags", "gateway", "grpc", "http", "lifecycle", "net", "observe", "scheduler"},
     },

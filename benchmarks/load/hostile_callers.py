@@ -54,14 +54,6 @@ def attackers() -> Iterator[ProcessPoolExecutor]:
         yield aside
 
 
-def compute(seconds: float) -> Answers:
-    """Takes as much of a processor as it gets, and sends nothing."""
-    until = time.perf_counter() + seconds
-    while time.perf_counter() < until:
-        pass
-    return Answers()
-
-
 def attack(url: str, address: str, how: Attack) -> Answers:
     """Until every caller has had its last answer. `url`: of the HTTP front; `address`: of the gRPC front."""
     path, make = INPUTS[how.name]

@@ -63,6 +63,8 @@ class Chat:
     """More variables of the template (a JSON object)."""
     enable_thinking: bool | None = None
     """The variable by which reasoning models' templates are told whether to think; None: as the template has it."""
+    reasoning_effort: str = ""
+    """Likewise, for how long; "none" is not at all. "": as the template has it."""
     add_generation_prompt: bool = True
     """End with the beginning of the assistant's turn."""
     continue_final_message: bool = False

@@ -95,12 +95,25 @@ def _more_variables(chat: Chat, facts: TemplateFacts) -> dict[str, Any]:
     given = json_of(chat.template_kwargs or "{}", dict, "chat_template_kwargs")
     if chat.enable_thinking is not None:
         given["enable_thinking"] = chat.enable_thinking
+    if chat.reasoning_effort:
+        given |= _effort(chat.reasoning_effort, facts)
     for name in given:
         if name in OURS:
             raise RefusedError(f"chat_template_kwargs: {name!r} has a field of its own in the request; send it there")
         if name not in facts.variables and not (name == "enable_thinking" and given[name] is False):
             raise RefusedError(f"chat_template_kwargs: the model's chat template does not read {name!r}; leave it out")
     return given
+
+
+def _effort(effort: str, facts: TemplateFacts) -> dict[str, Any]:
+    """As the template is told of it. Raises RefusedError for one that takes none."""
+    if "reasoning_effort" in facts.variables:
+        return {"reasoning_effort": effort}
+    if effort == "none":
+        return {"enable_thinking": False}
+    raise RefusedError(
+        f"reasoning_effort={effort!r}: the model's chat template does not read it; leave it out, or send 'none'"
+    )
 
 
 def _documents(chat: Chat, facts: TemplateFacts) -> list[Any] | None:

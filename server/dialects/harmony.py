@@ -37,11 +37,13 @@ class Header(NamedTuple):
     """Recipient, without `functions.`; "" is none."""
 
 
-def read(source: Source, calls: Calls, prose: Prose, thought: Prose) -> Reading[None]:
-    """`thought`: where thoughts are told; `prose` itself where they are no other than content."""
+def read(source: Source, calls: Calls, prose: Prose, thought: Prose, *, goes_on: bool = False) -> Reading[None]:
+    """`thought`: where thoughts are told; `prose` itself where they are no other than content. `goes_on`: it begins
+    within a message, of content."""
     thought.is_trimmed = True
     while True:
-        header = yield from _header(source)
+        header = None if goes_on else (yield from _header(source))
+        goes_on = False
         kind = prose
         if header is not None and header.to in calls.offered and header.channel != FINAL:
             source.take(header.length)

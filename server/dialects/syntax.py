@@ -29,6 +29,8 @@ class AnswerSyntax:
     that there is neither a tool_format nor think_tags."""
     shows_thoughts: bool = False
     """There: thoughts are content too."""
+    goes_on: bool = False
+    """There: the prompt ends within a message, and the answer begins with the rest of it."""
     think_tags: tuple[str, str] | None = None
     """What stands around a thought at the answer's beginning; None: no thought is looked for."""
     is_thinking: bool = False
@@ -85,7 +87,8 @@ class AnswerReader:
 def _answer(source: Source, syntax: AnswerSyntax, calls: Calls) -> Reading[None]:
     prose = Prose(Content)
     if syntax.channels:
-        yield from harmony.read(source, calls, prose, prose if syntax.shows_thoughts else Prose(Thought))
+        thought = prose if syntax.shows_thoughts else Prose(Thought)
+        yield from harmony.read(source, calls, prose, thought, goes_on=syntax.goes_on)
         yield from prose.finish()
         return
     if syntax.think_tags is not None:

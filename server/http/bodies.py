@@ -20,6 +20,7 @@ from ..request.request import MAX_MESSAGES, Limits, Request, check_slots
 from .errors import BadFieldError
 from .fields import (
     MAX_ITEMS,
+    Effort,
     JsonList,
     JsonObject,
     Message,
@@ -53,6 +54,8 @@ class Body(DeclaredFields, Forms):
         "spaces_between_special_tokens": (True,),
         "include_stop_str_in_output": (False,),
         "guided_whitespace_pattern": (),
+        "return_tokens_as_token_ids": (False,),
+        "vllm_xargs": ({},),
     }
 
     model: str | None = None
@@ -138,11 +141,13 @@ class Body(DeclaredFields, Forms):
 class CompletionBody(Body):
     """POST /v1/completions. Several prompts are several requests."""
 
-    refused: ClassVar[dict[str, tuple[Any, ...]]] = Body.refused | {"suffix": ("",)}
+    refused: ClassVar[dict[str, tuple[Any, ...]]] = Body.refused | {"suffix": ("",), "prompt_embeds": ()}
 
     prompt: Prompts
     max_tokens: int = 16
     echo: bool = False
+    add_special_tokens: bool = True
+    """Whether texts begin as the model wants them to, mostly with a BOS."""
     logprobs: int | None = None
     best_of: int | None = None
 
@@ -178,7 +183,7 @@ class CompletionBody(Body):
         return len(self.prompt) if isinstance(self.prompt, list) and not self._is_ids else 1
 
     def check_counts(self, limits: Limits) -> None:
-        prompts = [self.prompt] if self._is_ids else self.prompt
+        prompts: list[Any] = self.prompt if isinstance(self.prompt, list) and not self._is_ids else [self.prompt]
         for prompt in prompts:
             if isinstance(prompt, list):
                 limits.check_count(len(prompt))
@@ -195,8 +200,9 @@ class CompletionBody(Body):
             raise BadFieldError("prompt", "prompt is an empty list; send at least one")
         grammar = self.grammar()
         for prompt in prompts:
-            is_text = isinstance(prompt, str)
-            yield Prompt(token_ids=limits.ids_of_text(tokenizer, prompt) if is_text else prompt, grammar=grammar)
+            is_text, first = isinstance(prompt, str), self.add_special_tokens
+            token_ids = limits.ids_of_text(tokenizer, prompt, with_first=first) if is_text else prompt
+            yield Prompt(token_ids=token_ids, grammar=grammar)
 
     def longest(self, room: int) -> int:
         return 1 if self.is_echo_alone else self.max_tokens  # the token behind the prompt is not shown
@@ -211,8 +217,12 @@ class ChatBody(Body):
         "modalities": (["text"],),
         "audio": (),
         "web_search_options": (),
-        "reasoning_effort": ("none",),
         "chat_template": (),
+        "add_special_tokens": (False,),
+        "echo": (False,),
+        "verbosity": ("medium",),
+        "include_reasoning": (True,),
+        "thinking_token_budget": (),
     }
 
     messages: Annotated[list[Message], *few(MAX_MESSAGES)]
@@ -226,6 +236,7 @@ class ChatBody(Body):
     documents: JsonList = ""
     chat_template_kwargs: JsonObject = ""
     enable_thinking: bool | None = None
+    reasoning_effort: Effort | None = None
     add_generation_prompt: bool | None = None
     continue_final_message: bool = False
 
@@ -249,6 +260,7 @@ class ChatBody(Body):
             documents=self.documents,
             template_kwargs=self.chat_template_kwargs,
             enable_thinking=self.enable_thinking,
+            reasoning_effort=self.reasoning_effort or "",
             add_generation_prompt=not self.continue_final_message if begins is None else begins,
             continue_final_message=self.continue_final_message,
         )

@@ -254,6 +254,10 @@ ToolChoice = Annotated[
 ]
 
 
+Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh"]
+"""How long a reasoning model shall think; OpenAI's words."""
+
+
 class StreamOptions(Strict):
     """What a stream brings beside the answer."""
 

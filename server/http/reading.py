@@ -11,6 +11,7 @@ from typing import TypeVar
 from ...engine_impl.runtime.workers import WorkerError, Workers
 from ..errors import FIRST_RETRY_S, QueueFullError
 from ..request.request import Limits
+from ..rests import Rests
 from .errors import BadFieldError, HttpError
 from .readable import Readable
 
@@ -41,7 +42,7 @@ class BodyReader:
         """`max_bytes` bounds a body, unpacked."""
         self._max_bytes, self._waiting = max_bytes, 0
         self._workers = Workers(COUNT, seconds=SECONDS, memory_mib=MEMORY_MIB, nice=15)
-        self._threads = ThreadPoolExecutor(COUNT, "large-bodies")
+        self._threads, self._rests = ThreadPoolExecutor(COUNT, "large-bodies"), Rests(COUNT)
 
     async def read(self, kind: type[BodyT], raw: bytes, encoding: str, limits: Callable[[], Limits]) -> BodyT:
         """`encoding` is what the caller calls it, such as gzip. `limits` is asked for large bodies alone.
@@ -59,9 +60,10 @@ class BodyReader:
             )
         self._waiting += 1
         try:
-            loop = asyncio.get_running_loop()
-            args = (read_aside, kind, raw, encoding, self._max_bytes, limits())
-            return await loop.run_in_executor(self._threads, self._workers.call, *args)
+            async with self._rests.place():
+                loop = asyncio.get_running_loop()
+                args = (read_aside, kind, raw, encoding, self._max_bytes, limits())
+                return await loop.run_in_executor(self._threads, self._workers.call, *args)
         except WorkerError as error:
             raise BadFieldError("", f"the body cannot be read: it {error}; send less") from error
         finally:

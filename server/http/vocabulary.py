@@ -1,6 +1,6 @@
 """The tokenizer over HTTP, as vLLM serves it: /tokenize, /detokenize, /tokenizer_info."""
 
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 from ..config import ChatConfig
 from ..request.request import MAX_MESSAGES, Limits
@@ -16,6 +16,10 @@ if TYPE_CHECKING:
 
 class TokenizeBody(ChatBody):
     """POST /tokenize: raw text, or a conversation through the model's chat template."""
+
+    refused: ClassVar[dict[str, tuple[Any, ...]]] = {
+        name: neutral for name, neutral in ChatBody.refused.items() if name != "add_special_tokens"
+    }
 
     prompt: str | None = None
     messages: Annotated[list[Message], *few(MAX_MESSAGES)] = []  # noqa: RUF012

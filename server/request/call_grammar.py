@@ -10,7 +10,8 @@ from ...engine_impl.errors import RefusedError
 from ...engine_impl.text.chat import GEMMA, HARMONY, HERMES, LLAMA, MISTRAL, Tool
 from ..dialects import gemma, harmony, hermes, llama, mistral
 from ..dialects.syntax import AnswerSyntax
-from .grammar import Grammar, Schema, bounded_json, literal
+from .gemma_arguments import GENERIC, Arguments
+from .grammar import Grammar, bounded_json, check_depth, literal
 
 PLAIN = {"type", "properties", "required", "description", "title", "$defs", "definitions", "$schema"}
 """Keys of schemas that describe an object by its properties alone."""
@@ -28,15 +29,6 @@ OTHER = r"OTHER: /([^{ \t\n\r](.|\n)*)?/"
 ANY_OBJECT = '{"type": "object", "additionalProperties": true}'
 """Parameters that hold arguments to nothing."""
 
-GEMMA_RULES = r"""
-object: "{" (pair ("," pair)*)? "}"
-pair: KEY ":" value
-value: text | NUMBER | "true" | "false" | "null" | object | list
-list: "[" (value ("," value)*)? "]"
-KEY: /[A-Za-z0-9_.-]{1,64}/
-NUMBER: /-?(0|[1-9][0-9]{0,14})(\.[0-9]{1,15})?/
-"""
-
 
 def must_call(tools: Sequence[Tool], syntax: AnswerSyntax, most: int, control_id: ControlId) -> Grammar:
     """One of the tools is called, or up to `most` are; a thought may come before. Raises RefusedError for parameters
@@ -49,14 +41,29 @@ def may_call(
 ) -> Grammar:
     """As `must_call`, or the answer is as `content` says."""
     rules = _call_rules(tools, syntax, most, control_id)
-    return _made(f"start: thought (calls | {_content(syntax)})", rules, syntax, control_id, content)
+    start = f"thought calls | @{CONTENT}" if syntax.goes_on else f"thought (calls | {_content(syntax)})"
+    return _made(f"start: {start}", rules, syntax, control_id, content)
 
 
 def after_thought(syntax: AnswerSyntax, content: Grammar, control_id: ControlId) -> Grammar:
     """`content`, with a thought before it where the model thinks."""
-    if syntax.think_tags is None and not syntax.channels:
+    if syntax.goes_on or (syntax.think_tags is None and not syntax.channels):
         return content
     return _made(f"start: thought {_content(syntax)}", [], syntax, control_id, content)
+
+
+def check_strict(tools: Sequence[Tool], strict: Collection[str], syntax: AnswerSyntax) -> None:
+    """Raises RefusedError for a strict tool whose schema says what its arguments cannot be held to."""
+    if syntax.tool_format != GEMMA:
+        return
+    for tool in tools:
+        arguments = Arguments(literal(gemma.QUOTE))
+        arguments.of(_checked(tool))
+        if tool.name in strict and arguments.unheld:
+            raise RefusedError(
+                f"the tool {tool.name!r} is strict, and arguments in this model's form, which is no JSON, are not held "
+                f"to {min(arguments.unheld)!r} of its parameters; leave that out, or strict"
+            )
 
 
 def strict_if_called(
@@ -68,9 +75,10 @@ def strict_if_called(
     if syntax.channels:
         if control_id(harmony.CHANNEL) is None:
             return None
-        start = "start: thought said? (calls | final TEXT)"
+        start = "start: thought said? (calls | final TEXT)" + " | TEXT" * syntax.goes_on
         return _made(start, [*_call_rules(loose, syntax, most, control_id)], syntax, control_id)
-    opening = {HERMES: hermes.OPEN, MISTRAL: mistral.OPEN, LLAMA: llama.MARK}.get(syntax.tool_format or "")
+    openings = {HERMES: hermes.OPEN, MISTRAL: mistral.OPEN, LLAMA: llama.MARK, GEMMA: gemma.OPEN}
+    opening = openings.get(syntax.tool_format or "")
     if opening is None:
         return None
     if control_id(opening) is not None:  # no text can hold it
@@ -109,7 +117,7 @@ def _call_rules(tools: Sequence[Tool], syntax: AnswerSyntax, most: int, control_
 
 def _thought_rules(syntax: AnswerSyntax, control_id: ControlId) -> list[str]:
     if syntax.channels:
-        return _channel_rules(control_id)
+        return _channel_rules(syntax, control_id)
     if syntax.think_tags is None:
         return ['thought: ""']
     opening, closing = syntax.think_tags
@@ -120,12 +128,13 @@ def _thought_rules(syntax: AnswerSyntax, control_id: ControlId) -> list[str]:
     return [f"thought: {begin} BLANKS", *lazy, r"BLANKS: /[ \n]{0,2}/"]
 
 
-def _channel_rules(control_id: ControlId) -> list[str]:
-    """A message to nobody ends with what begins the next one."""
+def _channel_rules(syntax: AnswerSyntax, control_id: ControlId) -> list[str]:
+    """A message to nobody ends with what begins the next one; so does one that goes on, before anything else."""
     channel, message, end, start, _ = (_mark(mark, control_id) for mark in harmony.MARKS)
     text = "rest: TEXT" if control_id(harmony.END) is not None else "rest[lazy]: TEXT"
+    begun = f'rest {start} "assistant" ' * syntax.goes_on
     return [
-        f'thought: ({channel} "{harmony.ANALYSIS}" {message} rest {start} "assistant")?',
+        f'thought: {begun}({channel} "{harmony.ANALYSIS}" {message} rest {start} "assistant")?',
         f'said: {channel} "{harmony.COMMENTARY}" {message} rest {start} "assistant"',
         f'final: {channel} "{harmony.FINAL}" {message}',
         f"{text} {end}",
@@ -179,13 +188,21 @@ def _mistral(tools: Sequence[Tool], most: int, control_id: ControlId) -> list[st
 
 
 def _gemma(tools: Sequence[Tool], most: int, control_id: ControlId) -> list[str]:
-    """Names are held to, and the form of arguments; their schemas are not: they are no JSON."""
+    """Arguments are as their schemas say as far as that has a rule, see gemma_arguments.py."""
     opening, closing, quote = (_mark(mark, control_id) for mark in gemma.MARKS)
-    names = " | ".join(literal(f"call:{tool.name}") for tool in tools)
     text = f"text: {quote} TEXT {quote}"
     if control_id(gemma.QUOTE) is None:
         text = f"text: {quote} quoted\nquoted[lazy]: TEXT {quote}"
-    return [_several("call", "", most), f"call: {opening} ({names}) object {closing}", text, GEMMA_RULES.strip()]
+    arguments = Arguments(quote)
+    functions = [f"{literal(f'call:{tool.name}')} {arguments.of(_checked(tool))}" for tool in tools]
+    return [
+        _several("call", "", most),
+        f"call: {opening} function {closing}",
+        "function: " + " | ".join(functions),
+        *arguments.rules,
+        text,
+        GENERIC.strip(),
+    ]
 
 
 RULES: dict[str, Callable[[Sequence[Tool], int, ControlId], list[str]]] = {
@@ -223,7 +240,14 @@ def _mark(text: str, control_id: ControlId) -> str:
     return text if re.fullmatch(r"<[^<>\s]+>", text) else f"<[{token_id}]>"
 
 
-def _schema(tool: Tool) -> Schema:
+def _checked(tool: Tool) -> dict[str, Any]:
+    """Its schema, for rules of our own. Raises RefusedError."""
+    schema = _schema(tool)
+    check_depth(schema)
+    return schema
+
+
+def _schema(tool: Tool) -> dict[str, Any]:
     """Of an object without properties that it does not name: without it a model may invent them for ever."""
     try:
         schema = json.loads(tool.parameters)

@@ -8,7 +8,7 @@ from ...engine_impl.errors import RefusedError
 from ...engine_impl.text.chat import HARMONY, HERMES, Chat, TemplateFacts, Tool, Turn
 from ..config import AUTO, ChatConfig
 from ..dialects.syntax import AnswerSyntax
-from .call_grammar import ControlId, after_thought, may_call, must_call, strict_if_called
+from .call_grammar import ControlId, after_thought, check_strict, may_call, must_call, strict_if_called
 from .grammar import Grammar
 
 if TYPE_CHECKING:
@@ -102,6 +102,7 @@ def prompt_of(call: ChatCall, tokenizer: "Tokenizer", limits: "Limits", config: 
     syntax = AnswerSyntax(
         tool_format=dialect.tool_format if tools and not has_channels else None,
         channels=has_channels,
+        goes_on=has_channels and chat.continue_final_message,
         shows_thoughts=config.reasoning_format != AUTO,
         tools=frozenset(tool.name for tool in tools),
         at_most_one_call=not call.parallel_tool_calls or bool(call.tool_name),
@@ -119,6 +120,7 @@ def grammar_of(call: ChatCall, syntax: AnswerSyntax, most: int, control_id: Cont
     """What an answer must look like; None: whatever the model writes. `most`: calls, if it must have some."""
     tools = [tool for tool in call.chat.tools if tool.name in syntax.tools]
     most = 1 if syntax.at_most_one_call else most
+    check_strict(tools, call.strict, syntax)
     if call.tool_name:
         return must_call([tool for tool in tools if tool.name == call.tool_name], syntax, most, control_id)
     if call.tool_choice == REQUIRED:

@@ -37,7 +37,6 @@ def test_both_sides_answer_the_same_and_the_drafts_are_counted(engines, capsys):
         (kind, load) for kind in ("copies", "random", "schema") for load in (1, 2)
     ]
     assert result["rows"][0]["accepted_share"] > 0.3
-    assert result["rows"][-1]["accepted_share"] == 0, "what a schema begins with is prefill's: the fake's answer is []"
     assert all(row["speedup"]["ratio_p50"] > 0 for row in result["rows"])
 
 

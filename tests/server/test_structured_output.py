@@ -11,8 +11,10 @@ from slipstream.server.request.grammar import Grammar
 from slipstream.server.request.request import FinishReason
 from slipstream.server.scheduler.orchestrator import Orchestrator
 
-from tests.engine_impl.text_models import byte_tokenizer, one_device_engine
+from tests.engine_impl.text_models import CONFIG, byte_tokenizer, one_device_engine
+from tests.engine_impl.tiny_models import tiny_engine
 from tests.server.scheduler.loop import Asked, texts, until
+from tests.server.schemas import schemas as random_schemas
 
 SHORT = {"type": "string", "maxLength": 4}
 OBJECT = {"type": "object", "properties": {"a": SHORT, "b": {"type": "null"}}, "required": ["a"]}
@@ -68,6 +70,72 @@ def test_drawn_answers_validate_and_change_nothing_of_one_without_a_grammar(orch
         jsonschema.validate(json.loads(text), schema)
     assert free.answer()[0] == alone
     until(lambda: orchestrator.slots_in_use == 0)
+
+
+CLOSERS: dict[int, float] = dict.fromkeys(b'"]}', 6.0) | dict.fromkeys(b" \n\t", -6.0)
+"""A random model alone would come to few ends."""
+FORMATS = jsonschema.Draft202012Validator.FORMAT_CHECKER
+
+
+def check_in_flight(orchestrator, schemas, max_tokens):
+    """All at once. Returns how many came to an end: each is as its schema says."""
+    requests = [
+        asked(orchestrator, Grammar.of_json_schema(schema), max_tokens, temperature=1, seed=seed, logit_bias=CLOSERS)
+        for seed, schema in enumerate(schemas)
+    ]
+    ended = 0
+    for schema, request in zip(schemas, requests, strict=True):
+        text, last = request.answer()
+        assert last.error is None, schema
+        if last.finish_reason is FinishReason.STOP:
+            jsonschema.validate(json.loads(text), schema, format_checker=FORMATS)
+            ended += 1
+    return ended
+
+
+def test_schemas_of_all_kinds_in_flight_together(orchestrator):
+    assert check_in_flight(orchestrator, random_schemas(24, seed=0), 110) > 12
+
+
+@pytest.fixture(scope="module")
+def drafting():
+    """Sixteen slots, and steps in which what must come stands as drafts."""
+    engine, params = tiny_engine(CONFIG, slots=16, cache_length=1024, speculate="auto")
+    engine.get_tokenizer = lambda: TOKENIZER
+    orchestrator = Orchestrator(engine, params, max_queued=100, warm_up=True)
+    orchestrator.start()
+    yield orchestrator
+    orchestrator.close()
+
+
+@pytest.mark.slow
+def test_hundreds_of_schemas(drafting):
+    """The rest is for `make product`."""
+    assert check_in_flight(drafting, random_schemas(96, seed=1), 900) > 64
+
+
+@pytest.mark.product
+@pytest.mark.parametrize("seed", range(2, 8))
+def test_hundreds_of_schemas_more(drafting, seed):
+    assert check_in_flight(drafting, random_schemas(96, seed), 900) > 64
+
+
+@pytest.mark.slow
+def test_what_must_come_as_drafts_changes_no_answer(orchestrator, drafting):
+    """Greedy and drawn, beside answers that are free."""
+    schemas = [
+        OBJECT | {"additionalProperties": False, "required": ["b", "a"]},
+        *SCHEMAS[-2:],
+        {"const": "a long text"},
+    ]
+    samplings: list[dict[str, Any]] = [{}, {"temperature": 1.5, "seed": 7}, {"repetition_penalty": 1.5}]
+    told = []
+    for one in (orchestrator, drafting):
+        asks = [(Grammar.of_json_schema(schema), sampling) for schema in schemas for sampling in samplings]
+        asks += [(None, {"temperature": 1, "seed": 3, "ignore_eos": True})] * 2
+        requests = [asked(one, grammar, **sampling) for grammar, sampling in asks]
+        told.append([request.answer()[0] for request in requests])
+    assert told[0] == told[1]
 
 
 def test_samples_are_drawn_each_for_itself_and_logprobs_are_the_models_own(orchestrator):

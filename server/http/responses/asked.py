@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 from pydantic import ConfigDict, Discriminator, Field, Tag
 
 from ..errors import BadFieldError, shown
-from ..fields import JsonObject, Strict, ToolDefinition
+from ..fields import Effort, JsonObject, Strict, ToolDefinition
 from ..forms import Schema
 from ..translated import function
 
@@ -87,3 +87,11 @@ class TextOptions(Strict):
             name = "text.verbosity"
             raise BadFieldError(name, f"{name}={shown(self.verbosity)} is not supported; leave it out")
         return None if self.format is None else self.format.response_format()
+
+
+class Reasoning(Strict):
+    """How the model shall think. What it thinks is not shown, so it is not summed up either."""
+
+    effort: Effort | None = None
+    summary: None = None
+    generate_summary: None = None

@@ -10,7 +10,7 @@ from ..bodies import ChatBody
 from ..errors import BadFieldError
 from ..fields import MAX_ITEMS, few, one_of
 from ..translated import TranslatedBody, as_chat
-from .asked import Choice, FlatTool, NamedFunction, TextOptions
+from .asked import Choice, FlatTool, NamedFunction, Reasoning, TextOptions
 from .items import Item
 
 Input = Annotated[
@@ -23,7 +23,6 @@ class ResponsesBody(TranslatedBody):
     """POST /v1/responses. Nothing is kept: whatever asks for an earlier response is refused."""
 
     refused: ClassVar[dict[str, tuple[Any, ...]]] = {
-        "reasoning": ({}, {"effort": "none"}),
         "include": ([],),
         "truncation": ("disabled",),
         "background": (False,),
@@ -38,6 +37,7 @@ class ResponsesBody(TranslatedBody):
         "max_tokens": "max_output_tokens",
         "messages": "input",
         "response_format": "text.format",
+        "reasoning_effort": "reasoning.effort",
         "response_format.type": "text.format.type",
     }
 
@@ -50,6 +50,7 @@ class ResponsesBody(TranslatedBody):
     tool_choice: Choice = AUTO
     parallel_tool_calls: bool = True
     text: TextOptions = TextOptions()
+    reasoning: Reasoning = Reasoning()
     metadata: dict[str, str] = {}  # noqa: RUF012
 
     def chat(self) -> ChatBody:
@@ -64,6 +65,7 @@ class ResponsesBody(TranslatedBody):
             tools=[tool.tool(f"tools[{at}]") for at, tool in enumerate(self.tools)],
             tool_choice=choice,
             parallel_tool_calls=self.parallel_tool_calls,
+            reasoning_effort=self.reasoning.effort,
             response_format=self.text.response_format(),
             max_completion_tokens=self.max_output_tokens,
             temperature=self.temperature,

@@ -100,24 +100,76 @@ parameters:{{ tool.function.parameters | tojson }}}<end_function_declaration>
 {%- endfor -%}"""  # noqa: E501
 
 HARMONY = """\
-{%- for m in messages -%}
-{%- if m.role == 'tool' -%}
-<|start|>functions.{{ m.name }} to=assistant<|channel|>commentary<|message|>{{ m.content | tojson }}<|end|>
-{%- elif m.tool_calls -%}
-{%- if m.content and m.thinking %}{{ raise_exception('one thought before a call') }}{% endif -%}
-{%- if m.content or m.thinking -%}
-<|start|>assistant<|channel|>analysis<|message|>{{ m.thinking or m.content }}<|end|>
+{%- macro kind(schema) -%}
+{%- if schema.type == 'object' %}{
+{%- for name, inner in (schema.properties or {}).items() %}{{ '\\n' }}
+{%- if inner.description %}// {{ inner.description }}{{ '\\n' }}{% endif -%}
+{{ name }}{% if name not in (schema.required or []) %}?{% endif %}: {{ kind(inner) }},
+{%- endfor %}{{ '\\n}' }}
+{%- elif schema.type == 'array' %}{{ kind(schema['items']) }}[]
+{%- elif schema.enum %}{{ schema.enum | map('tojson') | join(' | ') }}
+{%- else %}{{ schema.type or 'any' }}
 {%- endif -%}
-{%- set call = m.tool_calls[0].function -%}
-<|start|>assistant to=functions.{{ call.name }}<|channel|>commentary json<|message|>
-{{- call.arguments | tojson }}<|call|>
-{%- elif m.role == 'assistant' -%}
-<|start|>assistant<|channel|>final<|message|>{{ m.content }}<|end|>
+{%- endmacro -%}
+{%- macro orders() -%}
+{%- if model_identity is not defined %}{% set model_identity = 'You are a test.' %}{% endif -%}
+{%- if reasoning_effort is not defined %}{% set reasoning_effort = 'medium' %}{% endif -%}
+{{ model_identity }}
+Today: {{ strftime_now('%Y') }}
+
+Reasoning: {{ reasoning_effort }}
+
+# Channels: analysis, commentary, final.{% if tools %} Functions: commentary.{% endif %}
+{%- endmacro -%}
+<|start|>system<|message|>{{ orders() }}<|end|>
+{%- set rest, said = messages, '' -%}
+{%- if messages[0].role == 'system' %}{% set rest, said = messages[1:], messages[0].content %}{% endif -%}
+{%- if said or tools -%}
+<|start|>developer<|message|>
+{%- if said %}# Instructions
+
+{{ said }}
+
+{% endif -%}
+{%- if tools %}# Tools
+
+namespace functions {
+{%- for t in tools %}{{ '\\n' }}// {{ t.function.description }}
+type {{ t.function.name }} = (_: {{ kind(t.function.parameters) }}) => any;
+{%- endfor %}{{ '\\n}' }}
+{%- endif -%}
+<|end|>
+{%- endif -%}
+{%- set latest = namespace(call=none) -%}
+{%- for m in rest -%}
+{%- if m.role == 'assistant' -%}
+{%- if 'content' in m and '<|channel|>final' in m.content or 'thinking' in m and '<|channel|>analysis' in m.thinking -%}
+{{ raise_exception('channels are not for messages') }}
+{%- endif -%}
+{%- if 'tool_calls' in m -%}
+{%- set later = namespace(answers=false) -%}
+{%- for other in rest[loop.index:] -%}
+{%- if other.role == 'assistant' and 'tool_calls' not in other %}{% set later.answers = true %}{% endif -%}
+{%- endfor -%}
+{%- if m.content and m.thinking %}{{ raise_exception('one thought before a call') }}{% endif -%}
+{%- if (m.content or m.thinking) and not later.answers -%}
+<|start|>assistant<|channel|>analysis<|message|>{{ m.content or m.thinking }}<|end|>
+{%- endif -%}
+{%- set latest.call = m.tool_calls[0].function -%}
+<|start|>assistant to=functions.{{ latest.call.name }}<|channel|>commentary json<|message|>
+{{- latest.call.arguments | tojson }}<|call|>
+{%- elif loop.last and not add_generation_prompt -%}
+{%- if 'thinking' in m %}<|start|>assistant<|channel|>analysis<|message|>{{ m.thinking }}<|end|>{% endif -%}
+<|start|>assistant<|channel|>final<|message|>{{ m.content }}<|return|>
 {%- else -%}
-<|start|>{{ 'developer' if m.role == 'system' else m.role }}<|message|>{{ m.content }}
-{%- if tools and loop.first %}{% for t in tools %}
-// {{ t.function.description }}
-type {{ t.function.name }} = (_: {{ t.function.parameters | tojson }}) => any;{% endfor %}{% endif %}<|end|>
+<|start|>assistant<|channel|>final<|message|>{{ m.content }}<|end|>
+{%- set latest.call = none -%}
+{%- endif -%}
+{%- elif m.role == 'tool' -%}
+{%- if latest.call is none %}{{ raise_exception('a result of no call') }}{% endif -%}
+<|start|>functions.{{ latest.call.name }} to=assistant<|channel|>commentary<|message|>{{ m.content | tojson }}<|end|>
+{%- elif m.role == 'user' -%}
+<|start|>user<|message|>{{ m.content }}<|end|>
 {%- endif -%}
 {%- endfor -%}
 {%- if add_generation_prompt %}<|start|>assistant{% endif -%}"""

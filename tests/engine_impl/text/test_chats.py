@@ -56,7 +56,7 @@ def test_a_templates_form_is_found_by_trying_it(tool_format):
     facts = examine(NATIVE[tool_format], SPECIAL)
     assert (facts.tool_format, facts.writes_tools) == (tool_format, True)
     assert facts.writes_several_calls == (tool_format not in ("llama", "harmony"))
-    assert facts.writes_text_beside_calls == (tool_format in ("hermes", "gemma", "harmony"))
+    assert facts.writes_text_beside_calls == (tool_format in ("hermes", "gemma"))
     assert facts.think_tags == (("<think>", "</think>") if tool_format == "hermes" else None)
 
 
@@ -183,19 +183,22 @@ def test_a_template_that_writes_without_end_is_stopped_whatever_it_was_given():
 
 
 def test_a_thought_before_a_call_is_given_as_its_template_takes_it():
-    """gpt-oss' takes one text before a call, and calls it a thought."""
+    """gpt-oss' takes one text before a call, and calls it a thought; it is left out once there is an answer behind."""
     turns = (
         HI,
         Turn(role="assistant", content="Let me see.", reasoning="Where?", calls=(PARIS,)),
         result(PARIS, "Sunny"),
-        Turn(role="assistant", content="I ask.", calls=(ROME,)),
+        Turn(role="assistant", reasoning="Then?", calls=(ROME,)),
         result(ROME, "Rain"),
     )
     text = rendered(templates.HARMONY, Chat(turns=turns, tools=(TOOL,)))
+    assert "type get_weather = (_: {\ncity?: string,\n}) => any;" in text
     before = "<|start|>assistant<|channel|>"
     call = "<|start|>assistant to=functions.get_weather<|channel|>commentary json<|message|>"
     assert f"{before}final<|message|>Let me see.<|end|>{before}analysis<|message|>Where?<|end|>{call}" in text
-    assert f"{before}analysis<|message|>I ask.<|end|>{call}" in text
+    assert f"{before}analysis<|message|>Then?<|end|>{call}" in text
+    answered = (*turns[:-2], replace(turns[-2], content="I ask.", reasoning=""), result(ROME, "Rain"))
+    assert f"{before}final<|message|>I ask.<|end|>{call}" in rendered(templates.HARMONY, Chat(turns=answered))
     assert text.endswith("<|start|>assistant")
     going_on = Chat(turns=(HI, Turn(role="assistant", content="So")), add_generation_prompt=False,
                     continue_final_message=True)  # fmt: skip
@@ -207,3 +210,16 @@ def test_channels_without_tools_are_channels_all_the_same():
         "{% for m in messages %}<|start|>{{ m.role }}<|channel|>final<|message|>{{ m.content }}{% endfor %}", ()
     )
     assert (facts.tool_format, facts.writes_tools) == ("harmony", False)
+
+
+def test_how_long_to_think_is_told_where_the_template_reads_it():
+    def asked(source, effort):
+        return rendered(source, Chat(turns=(HI,), reasoning_effort=effort))
+
+    assert "Reasoning: high" in asked(templates.HARMONY, "high")
+    assert "Reasoning: none" in asked(templates.HARMONY, "none")
+    assert "Reasoning: medium" in asked(templates.HARMONY, "")
+    assert asked(templates.HERMES, "none").endswith("</think>\n\n")
+    assert asked(templates.PLAIN, "none") == asked(templates.PLAIN, "")
+    with pytest.raises(RefusedError, match="reasoning_effort='high': the model's chat template does not read it"):
+        asked(templates.HERMES, "high")

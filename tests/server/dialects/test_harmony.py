@@ -10,7 +10,7 @@ import llguidance.numpy as masks
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from slipstream.engine_impl.text.chat import Chat, Tool
+from slipstream.engine_impl.text.chat import Chat, Tool, Turn
 from slipstream.engine_impl.text.chat_template import ChatTemplate
 from slipstream.engine_impl.text.grammar import Bytes
 from slipstream.engine_impl.text.tokenizer import Tokenizer, byte_level_bpe
@@ -115,6 +115,13 @@ def test_a_tokenizer_with_these_control_tokens():
     )  # fmt: skip
     chat = Chat.of([{"role": "user", "content": "Hi"}])
 
+    begun = Chat(turns=(*chat.turns, Turn(role="assistant", content="So")), add_generation_prompt=False,
+                 continue_final_message=True)  # fmt: skip
+    prompt = prompt_of(ChatCall(chat=begun, grammar=YES), tokenizer, LIMITS, ChatConfig())
+    assert tokenizer.decode(prompt.token_ids, with_control=True).endswith(FINAL + "So")
+    assert prompt.grammar == YES
+    assert prompt.syntax == AnswerSyntax(channels=True, goes_on=True)
+
     def told(answer, *tools):
         call = ChatCall(chat=Chat(turns=chat.turns, tools=tools))
         prompt = prompt_of(call, tokenizer, LIMITS, ChatConfig())
@@ -196,6 +203,30 @@ def test_grammars_know_channels(as_tokens):
             assert takes(grammar, text, as_tokens=as_tokens), text
         for text in others:
             assert not takes(grammar, text, as_tokens=as_tokens), text
+
+
+ENDED = " so.<|end|><|start|>assistant"
+GOES_ON = AnswerSyntax(channels=True, tools=SYNTAX.tools, goes_on=True)
+
+
+def test_a_message_that_goes_on_ends_before_another_begins():
+    after = after_thought(AnswerSyntax(channels=True, goes_on=True), YES, control_id)
+    must, may = must_call([WEATHER], GOES_ON, 9, control_id), may_call([WEATHER], GOES_ON, 9, YES, control_id)
+    strict = strict_if_called([WEATHER], {"get_weather"}, GOES_ON, 9, control_id)
+    assert strict is not None
+    wrong = CALL.replace("Paris", "x" * 10)
+    for grammar, texts, others in (
+        (after, ["Yes"], [FINAL + "Yes", "No", f"{ENDED}{FINAL}Yes"]),
+        (must, [ENDED + CALL, f"{ENDED}{THOUGHT}<|start|>assistant{CALL}"], [CALL, "Yes", ENDED + wrong]),
+        (may, ["Yes", ENDED + CALL], [FINAL + "Yes", CALL, "No", f"{ENDED}{FINAL}Yes"]),
+        (strict, ["Any text", ENDED + CALL, f"{ENDED}{FINAL}x"], [FINAL + "x", CALL, ENDED + wrong]),
+    ):
+        for text in texts:
+            assert takes(grammar, text), text
+        for text in others:
+            assert not takes(grammar, text), text
+    assert read(ENDED + CALL, GOES_ON) == ONE._replace(text=" so.")
+    assert read("to=x, I mean", GOES_ON) == Brought("to=x, I mean")
 
 
 def test_strict_tools_hold_in_free_text():

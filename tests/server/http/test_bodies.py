@@ -6,9 +6,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from slipstream.engine_impl.errors import RefusedError
+from slipstream.server.config import ChatConfig
 from slipstream.server.http.bodies import ChatBody, CompletionBody
 from slipstream.server.http.errors import UnknownModelError
+from slipstream.server.request.request import Limits
 
+from tests.engine_impl.text_models import byte_tokenizer
 from tests.fakes import FakeEngine
 
 GOOD = {
@@ -48,3 +51,10 @@ def test_a_good_body_with_some_fields_replaced_by_anything(kind):
 def test_bytes_that_are_no_body_are_refused(raw):
     with pytest.raises(RefusedError):
         CompletionBody.read(raw)
+
+
+@pytest.mark.parametrize(("fields", "first"), [({}, [258]), ({"add_special_tokens": False}, [])])
+def test_texts_begin_with_a_bos_unless_told_not_to(fields, first):
+    body = CompletionBody.read(json.dumps({"prompt": ["a"]} | fields).encode())
+    prompts = body.prompts(byte_tokenizer(adds_bos=True), Limits.of(FakeEngine()), ChatConfig())
+    assert [prompt.token_ids for prompt in prompts] == [[*first, 97]]

@@ -13,6 +13,7 @@ import pytest
 from slipstream.engine_impl.errors import RefusedError
 from slipstream.engine_impl.text.chat import Tool
 from slipstream.engine_impl.text.grammar import Bytes
+from slipstream.server.dialects import gemma
 from slipstream.server.dialects.syntax import FORMATS, AnswerReader, AnswerSyntax
 from slipstream.server.request.call_grammar import after_thought, may_call, must_call, strict_if_called
 from slipstream.server.request.chat import MAX_CALLS
@@ -38,7 +39,7 @@ WHOLE = {
 
 
 CONTROL = ["<think>", "</think>", "[THINK]", "[/THINK]", "[TOOL_CALLS]", "[ARGS]"]
-CONTROL += ["<|python_tag|>", "<tool_call>", "</tool_call>"]
+CONTROL += ["<|python_tag|>", "<tool_call>", "</tool_call>", *gemma.MARKS]
 MARK = re.compile("|".join(map(re.escape, CONTROL)))
 
 
@@ -88,6 +89,9 @@ def walk(grammar, seed):
     following, chance, written = matcher(grammar), random.Random(seed), bytearray()
     mask = masks.allocate_token_bitmask(1, tokenizer().vocab_size)
     while not following.is_accepting():
+        if chance.random() < 0.05:  # what ends a text of Gemma's, which else comes by chance alone
+            written += gemma.QUOTE.encode()[: following.try_consume_tokens(list(gemma.QUOTE.encode()))]
+            continue
         masks.fill_next_token_bitmask(following, mask)
         allowed = [token for token in range(0x20, 0x7F) if mask[0, token // 32] >> (token % 32) & 1]
         token = chance.choice(allowed or [ord("\n")])
@@ -200,7 +204,7 @@ def test_strict_tools_hold_in_free_text():
 
 
 @pytest.mark.parametrize("think_tags", [None, THINK])
-@pytest.mark.parametrize("tool_format", ["hermes", "llama", "mistral"])
+@pytest.mark.parametrize("tool_format", FORMATS)
 def test_strict_tools_hold_where_a_control_token_marks_calls(tool_format, think_tags):
     asked = syntax(tool_format, think_tags=think_tags)
     grammar = strict_if_called(TOOLS, {"get_weather"}, asked, MAX_CALLS, control_id)
@@ -219,8 +223,9 @@ def test_strict_tools_hold_where_a_control_token_marks_calls(tool_format, think_
         assert takes(grammar, text, control_id), text
     assert takes(grammar, f"Well.\n{call}", control_id)  # of Llama's it is a text
     assert takes(grammar, f"<think>Hm</think>\n{call}", control_id) == (think_tags is not None)
+    wrong = ("<escape>Rome<escape>", "5") if tool_format == "gemma" else ("Rome", "Rome, Italy")
     for text in (
-        call.replace("Rome", "Rome, Italy"),
+        call.replace(*wrong),
         call.replace("get_weather", "get"),
         call[:-1],
         f"<|python_tag|>{call}",
