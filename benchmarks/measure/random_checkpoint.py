@@ -6,10 +6,10 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from ...engine_impl.errors import RefusedError
 from ...engine_impl.models import registry
+from ...engine_impl.text.tokenizer import BYTES_OF_CHARACTER, byte_level_bpe
 from ...engine_impl.weights.load import needed_shapes
 
 GIB = 2**30
@@ -41,7 +41,7 @@ def write_checkpoint(folder: Path, gib: float, dtype: torch.dtype, shape: dict[s
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(shape | {"num_hidden_layers": layers}))
     (folder / "chat_template.jinja").write_text(TEMPLATE)
-    _byte_level().save(str(folder / "tokenizer.json"))
+    byte_level_bpe(sorted(BYTES_OF_CHARACTER), [], split="gpt-2", control_ids=[]).save(str(folder / "tokenizer.json"))
     values, weight_map = {name: _drawn(size, dtype) for name, size in of_one.items()}, {}
     for number in range(layers + 1):  # the last one is what is no layer's
         names = outer if number == layers else layer
@@ -63,12 +63,3 @@ def _drawn(size: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
 
 def _hub_name(name: str) -> str:
     return name if name.startswith("lm_head") else f"model.{name}"
-
-
-def _byte_level() -> Tokenizer:
-    """A token for each byte."""
-    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    backend = Tokenizer(models.BPE({letter: i for i, letter in enumerate(letters)}, []))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    return backend

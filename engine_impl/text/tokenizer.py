@@ -16,7 +16,7 @@ from .grammar import Grammars, Matcher
 from .pre_tokenizers import pre_tokenizer
 
 _PRINTABLE = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-_BYTES_OF_CHARACTER = {chr(byte): bytes([byte]) for byte in _PRINTABLE} | {
+BYTES_OF_CHARACTER = {chr(byte): bytes([byte]) for byte in _PRINTABLE} | {
     chr(0x100 + index): bytes([byte]) for index, byte in enumerate(sorted(set(range(0x100)) - set(_PRINTABLE)))
 }
 """How byte-level vocabularies write bytes: as the Latin-1 character where that is printable, else from U+0100 on."""
@@ -99,7 +99,7 @@ class Tokenizer:
         token = self.token(token_id)
         if byte := re.fullmatch("<0x([0-9A-F]{2})>", token):
             return bytes.fromhex(byte[1])
-        return b"".join(_BYTES_OF_CHARACTER.get(character, character.encode()) for character in token)
+        return b"".join(BYTES_OF_CHARACTER.get(character, character.encode()) for character in token)
 
     def render_chat(self, chat: Chat) -> str:
         """A conversation as the text that the model was trained on, ready for its answer.

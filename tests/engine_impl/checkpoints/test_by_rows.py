@@ -31,12 +31,11 @@ def test_a_copy_of_columns_is_whole():
     np.testing.assert_array_equal(by_rows.copied(source.T[:, 5:50], np.dtype(np.float64)), source.T[:, 5:50])
 
 
-@pytest.mark.parametrize("shape", [(), (0, 5), (37, 11), (1000, 1000)])
-def test_a_cpu_takes_a_copy_as_it_is(shape):
+def test_a_cpu_takes_a_copy_as_it_is():
     """Without a second one."""
-    copy = by_rows.copied(np.ones(shape, ml_dtypes.bfloat16), np.dtype(np.float32))
+    copy = by_rows.copied(np.ones((1000, 1000), ml_dtypes.bfloat16), np.dtype(np.float32))
     on_device = jax.device_put(copy)
-    assert on_device.unsafe_buffer_pointer() == copy.ctypes.data or not copy.size
+    assert on_device.unsafe_buffer_pointer() == copy.ctypes.data
     np.testing.assert_array_equal(on_device, copy)
 
 
