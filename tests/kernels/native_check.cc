@@ -162,9 +162,13 @@ void compare(const char* what, const Weight& weight, const std::vector<float>& x
   expect(worst < 2e-6, what, worst);
 }
 
-// Bit by bit: a row does not depend on how many there are.
-void compare_alone(const std::vector<float>& all, const std::vector<float>& alone) {
-  expect(std::equal(alone.begin(), alone.end(), all.begin()), "a row that is alone", 1);
+// Bit by bit: a row does not depend on how many there are. `alone` makes a row by its number.
+template <typename Alone>
+void compare_alone(const std::vector<float>& all, int64_t R, const Alone& alone) {
+  for (int64_t r : {int64_t{0}, R / 2, R - 1}) {
+    const std::vector<float> row = alone(r);
+    expect(std::equal(row.begin(), row.end(), all.begin() + r * row.size()), "a row that is alone", r);
+  }
 }
 
 void check_product(Stored stored, int64_t R, int64_t I, int64_t O, int64_t block) {
@@ -179,19 +183,23 @@ void check_product(Stored stored, int64_t R, int64_t I, int64_t O, int64_t block
     halves.push_back(bits >> 16);
     value = widened(bits >> 16);
   }
-  const auto panels = [&](float* out, int64_t rows, int64_t first, int64_t last) {
-    kernels().panels(x.data(), weight.panels, out, rows, first, last);
+  const auto panels_from = [&](int64_t row) {
+    return [&, row](float* out, int64_t rows, int64_t first, int64_t last) {
+      kernels().panels(x.data() + row * I, weight.panels, out, rows, first, last);
+    };
   };
-  const auto out = multiplied(weight, R, panels);
+  const auto out = multiplied(weight, R, panels_from(0));
   compare("a product", weight, x, out);
-  compare_alone(out, multiplied(weight, 1, panels));
+  compare_alone(out, R, [&](int64_t row) { return multiplied(weight, 1, panels_from(row)); });
   if (!kernels().dots || halves.empty() || I % 2) return;
-  const auto dots = [&](float* out, int64_t rows, int64_t first, int64_t last) {
-    kernels().dots(halves.data(), weight.panels, out, rows, first, last);
+  const auto dots_from = [&](int64_t row) {
+    return [&, row](float* out, int64_t rows, int64_t first, int64_t last) {
+      kernels().dots(halves.data() + row * I, weight.panels, out, rows, first, last);
+    };
   };
-  const auto dotted = multiplied(weight, R, dots);
+  const auto dotted = multiplied(weight, R, dots_from(0));
   compare("dot products", weight, x, dotted);
-  compare_alone(dotted, multiplied(weight, 1, dots));
+  compare_alone(dotted, R, [&](int64_t row) { return multiplied(weight, 1, dots_from(row)); });
 }
 
 void check_products() {
@@ -206,6 +214,9 @@ void check_products() {
       check_product(Stored::kInt8, R, I, 40, 1);
     }
   }
+  for (Stored stored : {Stored::kF32, Stored::kBF16, Stored::kInt8, Stored::kInt4})
+    for (int64_t R : {97, 131})  // a prompt's
+      for (int64_t I : {128, 544}) check_product(stored, R, I, 33, 32);
   for (int64_t block : {8, 64, 128}) check_product(Stored::kInt4, 3, 384, 40, block);
   for (int64_t block : {8, 64, 128}) check_product(Stored::kInt4, 30, 384, 40, block);
 }

@@ -122,7 +122,9 @@ def check_product(x_RI, panels, weight_OI):
         assert out_RO.dtype == jnp.float32
         np.testing.assert_allclose(out_RO, expected_RO, rtol=1e-5, atol=1e-5 * np.abs(expected_RO).max())
         if backend == "native_cpu":
-            assert np.array_equal(MULTIPLY(x_RI[:1], panels, outputs=O, backend=backend), out_RO[:1])
+            for row in (0, len(x_RI) - 1):
+                alone_RO = MULTIPLY(x_RI[row : row + 1], panels, outputs=O, backend=backend)
+                assert np.array_equal(alone_RO[0], out_RO[row])
 
 
 def test_activations_are_rounded_to_nearest_even(level):
