@@ -13,6 +13,7 @@ So whatever a text's drafts are, it is slower by a hundredth at most, and a few 
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import cache
 
 import numpy as np
 
@@ -43,7 +44,7 @@ class Widths:
 
     def __init__(self, widths_of: Callable[[int], Sequence[int]], slots: int) -> None:
         """`widths_of` as in Engine."""
-        self._widths_of = widths_of
+        self._widths_of = cache(widths_of)
         self._is_right_B = np.zeros(slots, bool)  # the slot's latest draft
         # Drafts that were right, and all: [behind a wrong one, behind a right one].
         self._right, self._all = np.array([0.0, 1.0]), np.array([1.0, 2.0])
@@ -53,8 +54,10 @@ class Widths:
     def choose(self, roster: Roster) -> int:
         """For a step of these."""
         narrow, *wider = self._widths_of(roster.taken)
+        if not wider:
+            return narrow
         times = self._sizes.get(size_of(roster))
-        if not wider or times is None or narrow not in times.mean_s or times.purse < 0:
+        if times is None or narrow not in times.mean_s or times.purse < 0:
             return narrow
         best, best_rate = narrow, self._tokens(roster, narrow) / times.of(narrow)
         for width in wider:

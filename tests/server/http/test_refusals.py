@@ -117,12 +117,6 @@ def messages(*turns):
             "reasoning_effort",
             "='most': Input should be",
         ),
-        (
-            "chat/completions",
-            HI | {"reasoning_effort": "low"},
-            None,
-            "chat template does not read it",
-        ),
         ("completions", A | {"return_tokens_as_token_ids": True}, "return_tokens_as_token_ids", "is not supported"),
         ("completions", A | {"prompt_embeds": "x"}, "prompt_embeds", "is not supported"),
         ("responses", {"input": "a", "reasoning": {"effort": "most"}}, "reasoning.effort", "'most': Input should be"),

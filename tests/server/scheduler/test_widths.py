@@ -188,9 +188,11 @@ def test_answers_with_a_grammar_count_for_one_token_and_what_must_come():
 
 def test_a_width_that_steps_of_so_many_lack_is_not_asked_for():
     steps = Steps(8, {1: 1.0, 4: 1.1})
-    steps.run(40, lambda slot, width: 4)
-    steps.step_s = {1: 1.0, 2: 1.05}
-    assert {*steps.run(300, lambda slot, width: 4)} == {2}
+    steps.widths = Widths(lambda taken: (1, 4) if taken < 8 else (1, 2), 8)
+    steps.step_s = {1: 1.0, 2: 1.05, 4: 1.1}
+    assert {*steps.run(300, lambda slot, width: 4)} == {1, 2}
+    steps.roster = steps.roster.of(np.arange(3))
+    assert {*steps.run(300, lambda slot, width: 4)} == {1, 4}
 
 
 def test_sizes_are_told_apart():
