@@ -50,11 +50,12 @@ class Execution(Generic[ParamsT, PrefixT, StateT]):
         """Each step that may be wide, over nobody; nothing is in flight. The better of two: a hiccup is no width's."""
         slots, nobody = 1, self._engine.max_concurrent_decodes
         while slots <= nobody and len(of_size := self._engine.widths_of(slots)) > 1:
-            slot_N, page_NJ, seconds = np.full(slots, nobody, np.int32), np.zeros((slots, 0), np.int32), {}
-            rows = slots
+            slot_N, page_NJ = np.full(slots, nobody, np.int32), np.zeros((slots, 0), np.int32)
+            rows, seconds = slots, dict[int, float]()
             for width in (*of_size, *of_size):
                 started = time.perf_counter()
                 self._state, result = self._engine.generate(self._params, self._state, slot_N, page_NJ, None, width)
+                result.token_BW.copy_to_host_async()
                 rows = max(rows, len(np.asarray(result.token_BW)))  # more slots take no longer
                 seconds[width] = min(seconds.get(width, np.inf), time.perf_counter() - started)
             widths.warmed(rows, seconds)

@@ -98,7 +98,7 @@ class Widths:
             return
         size = size_of(roster)
         if size not in self._sizes:
-            warm_s = next((of for slots, of in self._warm_s.items() if roster.taken <= slots), {})
+            warm_s = next((of for slots, of in self._warm_s.items() if roster.taken <= slots), dict[int, float]())
             self._sizes[size] = StepTimes(narrow, warm_s)
         self._sizes[size].add(width, seconds, float(result.count_B.sum()) / roster.taken)
 

@@ -194,7 +194,6 @@ def test_a_program_on_real_chips(program, kv_heads, head_dim, topology, quantize
         state_bytes += sampling_bytes(engine) + (4 * slots * CACHE_LENGTH if drafts else 0)  # the slots' texts
         assert state_bytes <= memory.alias_size_in_bytes < state_bytes + 64 * 1024  # the rest, and what tiles pad
         assert copies_of(hlo, "u16", (slots, VOCABULARY // engine.mesh.size)) == []  # count_BV
-        assert copies_of(hlo, "s32", (slots, CACHE_LENGTH)) == []  # the slots' texts
         if program.startswith("generate") and quantize_kv == "none":
             assert copies_of_new_rows(hlo, engine, int(program.partition("_")[2] or slots)) == []
         flushes = len(jax.tree.leaves(engine.layout.abstract(engine.mesh)))
