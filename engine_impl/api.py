@@ -422,7 +422,8 @@ class Engine(Protocol[ParamsT, PrefixT, StateT]):
         the step computes each slot's last token and up to so many drafts less one behind it, fewer where `widths_of` so
         many slots has no such width. A slot's tokens are the same whatever the width; how many a step brings differs.
         `page_NJ` (i32) must have a page for each row that the step may store: up to `width` behind a slot's length.
-        Where no slot is named, nothing changes.
+        Where no slot is named, nothing changes; `max_concurrent_decodes` names none, so that a step over nobody may be
+        of any size.
         """
         ...
 

@@ -395,6 +395,8 @@ class FakeEngine:
     ) -> tuple[FakeState, FakeResult]:
         assert width in (1, *self.widths)
         width = min(width, self.widest(len(slot_N)))
+        is_named_N = slot_N < self.max_concurrent_decodes
+        slot_N, page_NJ = slot_N[is_named_N], page_NJ[is_named_N]
         step, self.steps = self.steps, self.steps + 1
         state = decode_state.donate()
         self._call("generate")

@@ -3,10 +3,13 @@
 Everything is only started here: it runs on the device, and what it gives is copied back meanwhile.
 """
 
+import logging
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Generic
+
+import numpy as np
 
 from ...engine_impl.api import Engine, ParamsT, PrefixT, StateT, StepResult
 from ...engine_impl.errors import PieceError
@@ -19,6 +22,9 @@ from .plan import adapters_used
 from .prefill import Pieces, compute, next_pieces, store
 from .prompt import Prompt
 from .residents import Residents
+from .widths import Widths
+
+log = logging.getLogger(__name__)
 
 
 class Execution(Generic[ParamsT, PrefixT, StateT]):
@@ -39,6 +45,23 @@ class Execution(Generic[ParamsT, PrefixT, StateT]):
             with ThreadPoolExecutor(1) as aside:
                 aside.submit(self._engine.get_tokenizer().prepare_grammars)
                 self._state = self._engine.warm_up(self._params, self._state)
+
+    def time_steps(self, widths: Widths) -> None:
+        """Each step that may be wide, over nobody; nothing is in flight. The better of two: a hiccup is no width's."""
+        slots, nobody = 1, self._engine.max_concurrent_decodes
+        while slots <= nobody and len(of_size := self._engine.widths_of(slots)) > 1:
+            slot_N, page_NJ = np.full(slots, nobody, np.int32), np.zeros((slots, 0), np.int32)
+            rows, seconds = slots, dict[int, float]()
+            for width in (*of_size, *of_size):
+                started = time.perf_counter()
+                self._state, result = self._engine.generate(self._params, self._state, slot_N, page_NJ, None, width)
+                result.token_BW.copy_to_host_async()
+                rows = max(rows, len(np.asarray(result.token_BW)))  # more slots take no longer
+                seconds[width] = min(seconds.get(width, np.inf), time.perf_counter() - started)
+            widths.warmed(rows, seconds)
+            ms = ", ".join(f"{1000 * seconds[width]:.1f} by {width}" for width in of_size)
+            log.info("a step of %d slots takes so many ms by its tokens: %s", rows, ms)
+            slots = rows + 1
 
     def lose(self) -> None:
         """A step failed: what was donated to it is lost, and all that is in flight."""

@@ -125,6 +125,8 @@ class Loop(Generic[ParamsT, PrefixT, StateT]):
     def start(self, *, warm_up: bool) -> None:
         """Makes the decode state; compiles everything if asked to."""
         self._execution.start(warm_up=warm_up)
+        if warm_up:
+            self._execution.time_steps(self._widths)
 
     def run(self) -> None:
         """Until `closing`. Raises DeadError when the engine keeps failing."""

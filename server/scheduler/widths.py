@@ -6,13 +6,13 @@ Also a step of width 1 tells whether its slots' first drafts would have been rig
 never pays for a wide step to find that out. Of an answer with a grammar the tokens that must come are known, and no
 others are drafted.
 
-What a step takes is measured, by size and width, and what was measured long ago is forgotten and measured anew.
-Estimates may be wrong all the same. So there is a purse: it gets what wide steps win, and a hundredth of each narrow
-one, and pays what wide steps lose. While it is empty steps are narrow. So whatever a text's drafts are, it is slower by
-a hundredth at most, and a few steps.
+What a step takes is measured, by size and width, when the engine is warmed up, and then by every step; what was
+measured long ago is forgotten and measured anew. Estimates may be wrong all the same. So there is a purse: it gets what
+wide steps win, and a hundredth of each narrow one, and pays what wide steps lose. While it is empty steps are narrow.
+So whatever a text's drafts are, it is slower by a hundredth at most, and a few steps.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
@@ -22,7 +22,7 @@ from ..delivery.roster import Roster
 GAIN = 1.03
 """A wide step must promise so many times the tokens a second of a narrower one: estimates are noisy."""
 ROW_COSTS = 0.1
-"""Where no wide step of a size was measured, each token of the width beside the first is held to lengthen it by this
+"""Where no wide step of a size was ever timed, each token of the width beside the first is held to lengthen it by this
 share."""
 NEWEST = 0.2
 """The share of the latest step in the mean time of a width's steps."""
@@ -48,6 +48,7 @@ class Widths:
         # Drafts that were right, and all: [behind a wrong one, behind a right one].
         self._right, self._all = np.array([0.0, 1.0]), np.array([1.0, 2.0])
         self._sizes = dict[int, StepTimes]()
+        self._warm_s = dict[int, Mapping[int, float]]()  # of the warm-up, by slots and width
 
     def choose(self, roster: Roster) -> int:
         """For a step of these."""
@@ -82,14 +83,21 @@ class Widths:
         self._all[1] += more + np.count_nonzero(ends_N)
         self._is_right_B[slot_N] = agreed_N == result.width
 
+    def warmed(self, slots: int, seconds: Mapping[int, float]) -> None:
+        """What steps over nobody took, by width, of up to so many slots; the fewest first."""
+        self._warm_s[slots] = seconds
+
     def took(self, result: HostResult, seconds: float) -> None:
         """What a step's time was."""
         roster, width = result.roster, result.width
         narrow, *wider = self._widths_of(roster.taken)
         if not wider or not roster.taken:
             return
-        times = self._sizes.setdefault(size_of(roster), StepTimes(narrow))
-        times.add(width, seconds, float(result.count_B.sum()) / roster.taken)
+        size = size_of(roster)
+        if size not in self._sizes:
+            warm_s = next((of for slots, of in self._warm_s.items() if roster.taken <= slots), dict[int, float]())
+            self._sizes[size] = StepTimes(narrow, warm_s)
+        self._sizes[size].add(width, seconds, float(result.count_B.sum()) / roster.taken)
 
     def _tokens(self, roster: Roster, width: int) -> float:
         """That a step brings, as far as can be told."""
@@ -104,8 +112,9 @@ class Widths:
 class StepTimes:
     """Of one size, and what wide steps have won."""
 
-    def __init__(self, narrow: int) -> None:
-        self._narrow = narrow
+    def __init__(self, narrow: int, warm_s: Mapping[int, float]) -> None:
+        """`warm_s`: of the warm-up, by width."""
+        self._narrow, self._warm_s = narrow, warm_s
         self.purse = 0.0
         """In times of a narrow step."""
         self._number = 0
@@ -127,7 +136,8 @@ class StepTimes:
             self.purse = min(max(self.purse + won, least), most)
 
     def of(self, width: int) -> float:
-        """A step's time (seconds): measured, or as those of the next width that was; the narrow one's is known."""
+        """A step's time (seconds): measured, or as the next width's that was, or as in the warm-up; the narrow one's is
+        known."""
         if width in self.mean_s:
             return self.mean_s[width]
         narrow_s, row_costs = self.mean_s[self._narrow], ROW_COSTS
@@ -135,6 +145,8 @@ class StepTimes:
         if wide:
             next_to = min(wide, key=lambda known: abs(known - width))
             row_costs = (self.mean_s[next_to] / narrow_s - 1) / (next_to - self._narrow)
+        elif width in self._warm_s:
+            return narrow_s * self._warm_s[width] / self._warm_s[self._narrow]
         return narrow_s * (1 + row_costs * (width - self._narrow))
 
 

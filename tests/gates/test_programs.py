@@ -36,9 +36,9 @@ from tests.tpu import memory_of, text_of
 FEW, MANY, CACHE_LENGTH, BUCKET, LAYERS, VOCABULARY = 16, 64, 4096, 256, 2, 32768
 CACHE_TOKENS = MANY * CACHE_LENGTH
 PROGRAMS = ("generate", "insert", "prefill")
-SHAPES = ("generate_8", "generate_32", "insert_8x64", "prefill_8x64", "carry_256", "wide_4", "wide_8")
+SHAPES = ("generate_8", "generate_32", "insert_8x64", "prefill_8x64", "carry_256", "wide_1", "wide_4", "wide_8")
 """Further shapes of them: slots of a step, pieces of a prefill; a step of all slots that carries a piece along; and
-steps of several tokens a slot, of an engine that drafts."""
+steps of one and of several tokens a slot, of an engine that drafts."""
 TOPOLOGIES = ("v5e:2x4", "v6e:2x4", "v5p:2x2x2")
 
 SEVERAL_HOSTS = [("generate", 4, 128, topology, "none") for topology in ("v5e:4x4", "v6e:4x4", "v5p:2x2x4")]
@@ -66,6 +66,7 @@ PAIRWISE = [  # every pair of program, kv heads a chip, head dim and topology; o
     ("insert_8x64", 1, 128, "v5p:2x2x2", "none"),
     ("prefill_8x64", 8, 128, "v5e:2x4", "none"),
     ("carry_256", 4, 128, "v5e:2x4", "none"),
+    ("wide_1", 1, 128, "v5e:2x4", "none"),
     ("wide_4", 1, 128, "v5e:2x4", "none"),
     ("wide_4", 4, 64, "v6e:2x4", "int8"),
     ("wide_8", 4, 128, "v5p:2x2x2", "none"),
@@ -125,16 +126,15 @@ def compiled(engine: Engine, program: str) -> Any:
     return {"insert": lower_insert, "prefill": lower_prefill}[name](engine, *sizes).compile()
 
 
-def copies_of_counts(hlo: Program, engine: Engine) -> list[str]:
-    """Whole copies of count_BV in HBM, in any branch."""
-    shape = (engine.max_concurrent_decodes, VOCABULARY // engine.mesh.size)
+def copies_of(hlo: Program, dtype: str, shape: tuple[int, ...]) -> list[str]:
+    """Whole copies of such an array in HBM, in any branch."""
     instructions = [instruction for computation in hlo.computations.values() for instruction in computation.values()]
     return [
         instruction.name
         for instruction in instructions
         if instruction.opcode in ("copy", "copy-start")
         and any(
-            (array.dtype, array.shape, array.is_on_chip) == ("u16", shape, False) for array in instruction.result[:1]
+            (array.dtype, array.shape, array.is_on_chip) == (dtype, shape, False) for array in instruction.result[:1]
         )
     ]
 
@@ -174,8 +174,9 @@ def copies_of_new_rows(hlo: Program, engine: Engine, slots: int) -> list[str]:
 @pytest.mark.parametrize(("program", "kv_heads", "head_dim", "topology", "quantize_kv", "slots"), CASES)
 def test_a_program_on_real_chips(program, kv_heads, head_dim, topology, quantize_kv, slots):
     """It compiles and fits, the donated cache and counts are updated in place, and nothing copies them."""
-    width = int(program.removeprefix("wide_")) if program.startswith("wide") else 1
-    engine = small_engine(kv_heads, head_dim, topology, quantize_kv, slots, speculates=width > 1)
+    drafts = program.startswith("wide")
+    width = int(program.removeprefix("wide_")) if drafts else 1
+    engine = small_engine(kv_heads, head_dim, topology, quantize_kv, slots, speculates=drafts)
     executable = compiled(engine, program)
     memory, hlo = memory_of(executable), Program(text_of(executable))
     cache_bytes = engine.layout.bytes // engine.mesh.size
@@ -190,9 +191,9 @@ def test_a_program_on_real_chips(program, kv_heads, head_dim, topology, quantize
         logits_bytes = 4 * slots * width * VOCABULARY // engine.mesh.size  # a sampled step holds a few of these
         assert memory.temp_size_in_bytes < 0.01 * cache_bytes + 8 * logits_bytes + 2**20
         state_bytes = cache_bytes + 2 * slots * VOCABULARY // engine.mesh.size  # a u16 a slot and token
-        state_bytes += sampling_bytes(engine) + (4 * slots * CACHE_LENGTH if width > 1 else 0)  # the slots' texts
+        state_bytes += sampling_bytes(engine) + (4 * slots * CACHE_LENGTH if drafts else 0)  # the slots' texts
         assert state_bytes <= memory.alias_size_in_bytes < state_bytes + 64 * 1024  # the rest, and what tiles pad
-        assert copies_of_counts(hlo, engine) == []
+        assert copies_of(hlo, "u16", (slots, VOCABULARY // engine.mesh.size)) == []  # count_BV
         if program.startswith("generate") and quantize_kv == "none":
             assert copies_of_new_rows(hlo, engine, int(program.partition("_")[2] or slots)) == []
         flushes = len(jax.tree.leaves(engine.layout.abstract(engine.mesh)))

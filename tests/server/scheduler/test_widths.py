@@ -148,6 +148,30 @@ def test_an_unmeasured_width_is_held_to_cost_what_another_did():
     assert len([width for width in used if width > 1]) <= 2
 
 
+def test_what_the_warm_up_measured_is_believed_before_a_width_was_tried():
+    """Dear steps are never tried, cheap ones at once; of steps of fewer slots it was not measured."""
+    dear, free = {1: 1.0, 8: 9.0}, {1: 1.0, 8: 1.0}
+    for warm, tries in (({2: dear}, False), ({1: free, 2: dear, 4: free}, False), ({1: dear}, True)):
+        steps = Steps(2, dear)
+        for slots, seconds in warm.items():
+            steps.widths.warmed(slots, seconds)
+        assert (8 in steps.run(300, lambda slot, width: 8)) == tries
+    cheap = Steps(2, {1: 1.0, 8: 1.5})
+    cheap.widths.warmed(8, {1: 0.5, 8: 0.75})
+    assert set(cheap.run(40, lambda slot, width: 8)[10:]) == {8}
+
+
+def test_the_warm_up_times_each_step_that_may_be_wide():
+    engine = FakeEngine(max_concurrent_decodes=4, widths=(1, 2, 4), widest=lambda slots: 4 if slots < 3 else 1)
+    with running(engine, warm_up=True) as orchestrator:
+        assert tokens(ask(orchestrator, "a", 1, sampling=ON)) == [ord("b")]
+    assert engine.widths_used[:12] == [1, 2, 4] * 4
+    plain = FakeEngine()
+    with running(plain, warm_up=True) as orchestrator:
+        ask(orchestrator, "a", 1, sampling=ON).all()
+    assert plain.log[:2] == ["warm_up", "prefill a"]
+
+
 def test_one_that_copies_among_many_that_do_not_is_not_worth_a_wide_step():
     used = Steps(8, {1: 1.0, 4: 1.9}).run(200, lambda slot, width: width if slot == 3 else 0)
     assert set(used[20:]) == {1}
