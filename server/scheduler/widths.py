@@ -27,8 +27,9 @@ ROW_COSTS = 0.1
 share."""
 NEWEST = 0.2
 """The share of the latest step in the mean time of a width's steps."""
-LONGEST = 2.0
-"""A step counts for so many times that mean at most: something else may have held it up."""
+HELD = 2.0
+"""A step counts for so many times that mean at most, and for the mean by so many at least: something else may have held
+it up, or the reading of the one before it."""
 KNOWN = 1000
 """After so many steps of a size what its steps took is measured anew, if none of that width was among them."""
 FORGETS = 0.98
@@ -121,15 +122,15 @@ class StepTimes:
         self.purse = 0.0
         """In times of a narrow step."""
         self._number = 0
-        self._latest = dict[int, int]()  # the number of each width's latest step
-        self.mean_s = dict[int, float]()
-        """By width, of those that are known."""
+        self._latest = dict.fromkeys(warm_s.keys() & {narrow}, 0)  # the number of each width's latest step
+        self.mean_s = {width: warm_s[width] for width in self._latest}
+        """By width, of those that are known; the narrow one's from the warm-up on."""
 
     def add(self, width: int, seconds: float, tokens: float) -> None:
         """A step was so long, and brought a slot so many tokens."""
         self._number += 1
         known_s = self.mean_s.get(width, seconds)
-        self.mean_s[width] = known_s + NEWEST * (min(seconds, LONGEST * known_s) - known_s)
+        self.mean_s[width] = known_s + NEWEST * (min(max(seconds, known_s / HELD), HELD * known_s) - known_s)
         self._latest[width] = self._number
         for other in [other for other, latest in self._latest.items() if latest <= self._number - KNOWN]:
             del self._latest[other], self.mean_s[other]

@@ -1,6 +1,7 @@
 """The comparison's own logic, between two servers over fake engines."""
 
 import json
+import time
 from contextlib import contextmanager
 from typing import Any
 
@@ -18,6 +19,7 @@ QUICK = ["bench", "speculate", "--slots", "2", "--load", "1,2", "--requests", "2
 def engines(monkeypatch):
     """By their flags."""
     size: dict[str, Any] = {"cache_length": 1024, "max_prefill_length": 512}
+    size["on_generate"] = lambda step: time.sleep(0.002)  # a step takes as long, whatever its width
     found = {(): FakeEngine(**size), ("--speculate", "auto"): FakeEngine(**size, widths=(1, 4))}
 
     @contextmanager

@@ -189,7 +189,7 @@ def test_a_program_on_real_chips(program, kv_heads, head_dim, topology, quantize
         assert memory.temp_size_in_bytes < 0.05 * cache_bytes + 2 * 2**20  # v5p turns queries and rows around
     else:
         logits_bytes = 4 * slots * width * VOCABULARY // engine.mesh.size  # a sampled step holds a few of these
-        assert memory.temp_size_in_bytes < 0.01 * cache_bytes + 8 * logits_bytes + 2**20
+        assert memory.temp_size_in_bytes < 0.01 * cache_bytes + 8.5 * logits_bytes + 2**20  # once in bfloat16
         state_bytes = cache_bytes + 2 * slots * VOCABULARY // engine.mesh.size  # a u16 a slot and token
         state_bytes += sampling_bytes(engine) + (4 * slots * CACHE_LENGTH if drafts else 0)  # the slots' texts
         assert state_bytes <= memory.alias_size_in_bytes < state_bytes + 64 * 1024  # the rest, and what tiles pad

@@ -65,7 +65,7 @@ def test_left_alone_the_library_returns_it():
 def test_another_c_library_is_left_as_it_is(monkeypatch, caplog):
     monkeypatch.setattr(allocator, "_keeps", False)
     monkeypatch.setattr(allocator, "_glibc", lambda: None)
-    with caplog.at_level(logging.DEBUG):
+    with caplog.at_level(logging.DEBUG, allocator.log.name):
         allocator.keep_freed()
         allocator.give_back()
     assert "not glibc" in caplog.text

@@ -161,6 +161,15 @@ def test_what_the_warm_up_measured_is_believed_before_a_width_was_tried():
     assert set(cheap.run(40, lambda slot, width: 8)[10:]) == {8}
 
 
+def test_one_narrow_step_that_seems_short_costs_no_wide_one():
+    """The first is read right behind a prefill that was late: beside it wide steps would seem to lose."""
+    steps = Steps(1, {1: 0.2, 4: 1.1})
+    steps.widths.warmed(1, {1: 1.0, 4: 1.1})
+    steps.run(1, lambda slot, width: 4)
+    steps.step_s = {1: 1.0, 4: 1.1}
+    assert steps.run(60, lambda slot, width: 4).count(4) >= 55
+
+
 def test_the_warm_up_times_each_step_that_may_be_wide():
     engine = FakeEngine(max_concurrent_decodes=4, widths=(1, 2, 4), widest=lambda slots: 4 if slots < 3 else 1)
     with running(engine, warm_up=True) as orchestrator:
