@@ -1,13 +1,13 @@
 """The comparison's own logic, between two servers over fake engines."""
 
 import json
-import time
 from contextlib import contextmanager
 from typing import Any
 
 import pytest
 from slipstream.benchmarks import speculate
 from slipstream.cli import main as cli
+from slipstream.server.scheduler.widths import Widths
 
 from tests.fakes import FakeEngine
 from tests.serving import serving_in_thread
@@ -19,7 +19,6 @@ QUICK = ["bench", "speculate", "--slots", "2", "--load", "1,2", "--requests", "2
 def engines(monkeypatch):
     """By their flags."""
     size: dict[str, Any] = {"cache_length": 1024, "max_prefill_length": 512}
-    size["on_generate"] = lambda step: time.sleep(0.002)  # a step takes as long, whatever its width
     found = {(): FakeEngine(**size), ("--speculate", "auto"): FakeEngine(**size, widths=(1, 4))}
 
     @contextmanager
@@ -28,6 +27,9 @@ def engines(monkeypatch):
             yield None, address
 
     monkeypatch.setattr(speculate, "server", server)
+    monkeypatch.setattr(
+        Widths, "choose", lambda self, roster: self._widths_of(roster.taken)[-1]
+    )  # whatever time it takes
     monkeypatch.setattr(speculate, "IDS", (65, 70))
     return found
 
