@@ -18,7 +18,7 @@ STEPS = (1, 8, 32, 128)
 """Slots that a step computes; behind them all that there are. A TPU has no step of 1: there a product with one row is
 slower than with eight (305 thousand static cycles for two small layers on v5e, of eight 169)."""
 WIDTHS = {"cpu": {1: (4, 8), 8: (2, 4)}}
-WIDTH = {32: (4, 8), 64: (4,)}
+WIDTHS_ELSEWHERE = {32: (4, 8), 64: (4,)}
 """Tokens that a step of so many slots at most computes of each, where something drafts, by platform: the last one and
 drafts behind it. Up to 256 rows cost little more than one each: a step waits for its weights up to some 240 rows on
 v5e, 560 on v6e. On a CPU each row costs its multiplications."""
@@ -103,7 +103,7 @@ class Shapes:
     def widths_of(self, slots: int) -> tuple[int, ...]:
         """See `api.Engine.widths_of`."""
         size = self.size_of(slots)
-        of_sizes = (self.wide or WIDTHS.get(self.platform, WIDTH)) if self.speculates else {}
+        of_sizes = (self.wide or WIDTHS.get(self.platform, WIDTHS_ELSEWHERE)) if self.speculates else {}
         return (1, *next((widths for most, widths in of_sizes.items() if size <= most), ()))
 
     def width_of(self, slots: int, wanted: int) -> int:
