@@ -2,6 +2,7 @@
 
 import logging
 import os
+import resource
 import subprocess
 import sys
 
@@ -17,6 +18,7 @@ from slipstream.engine_impl.runtime import allocator
 libc = ctypes.CDLL(None)
 libc.malloc.restype, libc.malloc.argtypes, libc.free.argtypes = ctypes.c_void_p, [ctypes.c_size_t], [ctypes.c_void_p]
 libc.memset.argtypes = ctypes.c_void_p, ctypes.c_int, ctypes.c_size_t
+libc.prctl(41, 1, 0, 0, 0)  # PR_SET_THP_DISABLE: a huge page would be one fault
 
 def used():
     at = libc.malloc(100 << 20)  # more than any threshold of glibc's, and than a thread's own heap
@@ -40,8 +42,8 @@ print(faults_of(used), faults_of(lambda: in_thread(used)))
 allocator.give_back()
 print(faults_of(used))
 """
-PAGES = 100 * 256
-"""Faults when all of a block's pages are new; with pages of 4 KiB."""
+PAGES = (100 << 20) // resource.getpagesize()
+"""Faults when all of a block's pages are new."""
 
 
 def faults(how):
