@@ -18,8 +18,8 @@ from ..delivery.roster import Roster
 from ..request.adapter import LoadedAdapter
 from .constraints import allowed_of
 from .holdings import Holdings
+from .pieces import Pieces, compute, next_pieces, store
 from .plan import adapters_used
-from .prefill import Pieces, compute, next_pieces, store
 from .prompt import Prompt
 from .residents import Residents
 from .widths import Widths
