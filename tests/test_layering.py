@@ -70,6 +70,7 @@ SUB_ROOMS: dict[str, dict[str, set[str]]] = {
                 "programs",
                 "shapes",
                 "draft_model",
+                "assembly",
                 "engine",
             ),
             *("models", "checkpoints", "quantization", "weights"),

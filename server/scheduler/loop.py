@@ -68,7 +68,7 @@ class Loop(Generic[ParamsT, PrefixT, StateT]):
         """Set to end the loop after its turn."""
         self.delivery = Delivery(engine.get_tokenizer(), metrics, free=self._note_ended, on_end=self.live.discard)
         self._holdings = Holdings(engine, prefix_cache=prefix_cache)
-        self._widths = Widths(engine.widths_of, engine.max_concurrent_decodes)
+        self._widths = Widths(engine.widths_of, engine.sizes.slots)
         self._constraints = Constraints(on_made=queue.wake)
         self._failures = Failures()
         self._execution = Execution(engine, params, self._holdings)

@@ -33,7 +33,7 @@ class Planner(Generic[ParamsT, PrefixT, StateT]):
         """`ended`: samples that are over and perhaps still in a slot; other threads add to it, plans take them out."""
         self._execution, self._holdings, self._admission = execution, holdings, admission
         self._widths, self._probes, self._ended = widths, probes, ended
-        self._batch, self._max_adapters = engine.prefill_batch, engine.max_adapters
+        self._batch, self._max_adapters = engine.sizes.prefill_batch, engine.sizes.max_adapters
         self._newcomers = True  # whose turn it is, see Scene
         self._turns = 0
 
