@@ -52,7 +52,6 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 @pytest.hookimpl(trylast=True)
 def pytest_collection_finish():
     """What was imported stays; looking through it for garbage, again and again, took a tenth of the time."""
-    gc.collect()
     gc.freeze()
     gc.set_threshold(50_000, 20, 10)
     gc.enable()

@@ -4,9 +4,17 @@ Import it as `from ..tpu import ...`; `tests/conftest.py` sets the environment t
 """
 
 import functools
+import gzip
+import hashlib
+import json
 import math
+import os
+import tempfile
 from collections.abc import Callable
-from typing import Any
+from importlib import metadata
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +22,66 @@ import numpy as np
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from slipstream.engine_impl.compiler.hlo import Program
+
+KEPT = Path(__file__).parents[1] / ".pytest_cache" / "compiled"
+"""What the compilers wrote. A program for a chip that is not here is compiled once, by whichever process and run needs
+it first; `make clean` forgets it."""
+COMPILERS = ("jax", "jaxlib", "libtpu", "jax-cuda12-pjrt")
+FLAGS = ("XLA_FLAGS", "LIBTPU_INIT_ARGS")
+
+
+class Compiled(NamedTuple):
+    """What is read of a compiled program."""
+
+    text: str
+    """HLO"""
+    memory: dict[str, int]
+    """bytes by name"""
+    inputs: Any
+    """how each lies in memory: a tree like (arguments, named ones)"""
+    outputs: Any
+    """likewise: a tree like the result"""
+
+    def as_text(self) -> str:
+        """As `jax.stages.Compiled` tells it."""
+        return self.text
+
+    def memory_analysis(self) -> Any:
+        """Likewise."""
+        return SimpleNamespace(**self.memory)
+
+
+def compiled_once(lowered: jax.stages.Lowered, mesh: Mesh) -> Compiled:
+    """The program for the mesh's chips. Two are the same if nothing that the compiler is given differs: the lowered
+    text, which has shardings, donations and kernels in it, the chips, its flags and its version."""
+    chips = [(chip.platform, chip.device_kind, chip.id, getattr(chip, "coords", None)) for chip in mesh.devices.flat]
+    given = lowered.as_text(), chips, [os.environ.get(name) for name in FLAGS], _versions()
+    file = KEPT / hashlib.sha256(repr(given).encode()).hexdigest()
+    if not file.exists():
+        KEPT.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=KEPT, delete=False) as whole:  # two processes may write it
+            told = json.dumps(_told(lowered, lowered.compile()))
+            whole.write(gzip.compress(told.encode(), compresslevel=1))
+        os.replace(whole.name, file)
+    text, memory, inputs, outputs = json.loads(gzip.decompress(file.read_bytes()))
+    trees = jax.tree.unflatten(lowered.in_tree, inputs), jax.tree.unflatten(lowered.out_tree, outputs)
+    return Compiled(text, memory, *trees)
+
+
+def _told(lowered: jax.stages.Lowered, compiled: jax.stages.Compiled) -> tuple[Any, ...]:
+    memory, formats = memory_of(compiled), (compiled.input_formats, compiled.output_formats)
+    leaves = [tree.flatten_up_to(one) for tree, one in zip((lowered.in_tree, lowered.out_tree), formats, strict=True)]
+    return (
+        text_of(compiled),
+        {name: getattr(memory, name) for name in dir(memory) if name.endswith("_in_bytes")},
+        *([str(leaf and leaf.layout) for leaf in of_tree] for of_tree in leaves),
+    )
+
+
+@functools.cache
+def _versions() -> list[str]:
+    installed = {dist.metadata["Name"] for dist in metadata.distributions()}
+    return [metadata.version(name) for name in COMPILERS if name in installed]
 
 
 @functools.cache
@@ -31,12 +99,12 @@ def abstract(mesh: Mesh, shape: tuple[int, ...], dtype: Any, *spec: str | None) 
     return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, PartitionSpec(*spec)))
 
 
-def compile_for(mesh: Mesh, fn: Callable, *args: Any, donate: tuple[int, ...] = ()) -> jax.stages.Compiled:
+def compile_for(mesh: Mesh, fn: Callable, *args: Any, donate: tuple[int, ...] = ()) -> Compiled:
     """`fn` compiled by the real TPU compiler for the mesh's chips; `args` are pytrees of `abstract` arrays on it."""
     devices = {d for leaf in jax.tree.leaves(args) for d in leaf.sharding.device_set}
     if devices != set(mesh.devices.flat):
         raise ValueError(f"arguments lie on {len(devices)} devices, the mesh has {mesh.size=}; make both by one mesh")
-    return jax.jit(fn, donate_argnums=donate).lower(*args).compile()
+    return compiled_once(jax.jit(fn, donate_argnums=donate).lower(*args), mesh)
 
 
 def nbytes(array: jax.ShapeDtypeStruct) -> int:
@@ -45,21 +113,21 @@ def nbytes(array: jax.ShapeDtypeStruct) -> int:
     return math.prod(array.sharding.shard_shape(array.shape)) * jnp.dtype(array.dtype).itemsize
 
 
-def text_of(compiled: jax.stages.Compiled) -> str:
+def text_of(compiled: jax.stages.Compiled | Compiled) -> str:
     """What the compiler made of it, as HLO."""
     text = compiled.as_text()
     assert text is not None
     return text
 
 
-def memory_of(compiled: jax.stages.Compiled) -> Any:
+def memory_of(compiled: jax.stages.Compiled | Compiled) -> Any:
     """The compiler's account of its memory: argument_size_in_bytes, temp_size_in_bytes, alias_size_in_bytes, ..."""
     memory = compiled.memory_analysis()
     assert memory is not None
     return memory
 
 
-def layer_sized_copies(compiled: jax.stages.Compiled, cache: jax.ShapeDtypeStruct) -> list[str]:
+def layer_sized_copies(compiled: Compiled, cache: jax.ShapeDtypeStruct) -> list[str]:
     """What copies a layer of the cache or more; see `Program.copies_of`."""
     assert cache.sharding is not None
     shard = cache.sharding.shard_shape(cache.shape)

@@ -142,14 +142,10 @@ def engine_of(context, **given):
 
 def test_an_engine_takes_what_its_model_was_trained_for():
     engine, _ = engine_of(256)
-    assert (engine.sizes.slots, engine.sizes.cache_length, engine.sizes.max_prefill_length) == (8, 256, 256)
-    assert (engine.sizes.pages, engine.sizes.page_rows, engine.sizes.pages_per_slot, engine.sizes.table_entries) == (
-        16,
-        128,
-        2,
-        16,
-    )
-    assert (engine.sizes.prefill_chunk, engine.sizes.prefill_batch) == (256, (4, 8, 32))
+    sizes = engine.sizes
+    assert (sizes.slots, sizes.cache_length, sizes.max_prefill_length) == (8, 256, 256)
+    assert (sizes.pages, sizes.page_rows, sizes.pages_per_slot, sizes.table_entries) == (16, 128, 2, 16)
+    assert (sizes.prefill_chunk, sizes.prefill_batch, sizes.cache_tokens) == (256, (4, 8, 32), 2048)
     engine, _ = engine_of(200)
     assert (engine.layout.length, engine.sizes.cache_length, engine.sizes.max_prefill_length) == (256, 200, 200)
     engine, _ = engine_of(512, slots=1, max_prefill_length=100)

@@ -14,7 +14,7 @@ from slipstream.engine_impl.engine import Engine
 from slipstream.engine_impl.models.llama import LlamaConfig
 from slipstream.engine_impl.sizes import device_bytes
 
-from tests.tpu import memory_of, text_of
+from tests.tpu import compiled_once, memory_of, text_of
 
 SLOTS, CACHE_LENGTH, CACHE_TOKENS, LAYERS = 16, 4096, 64 * 4096, 2
 
@@ -50,7 +50,7 @@ def test_a_program_with_adapters(program, weights):
     """It copies neither the cache nor the adapters, and a step in which nobody uses one walks the layers without."""
     engine = engine_of(weights)
     lowered = lower_generate(engine) if program == "generate" else lower_prefill(engine, 1, 256)
-    executable = lowered.compile()
+    executable = compiled_once(lowered, engine.mesh)
     memory, hlo = memory_of(executable), Program(text_of(executable))
     assert cache_copies(hlo, engine) == []
     assert len(branches(hlo)) == 2
@@ -65,6 +65,7 @@ def test_a_program_with_adapters(program, weights):
 
 @pytest.mark.gates
 def test_programs_without_adapters_have_no_branches():
-    hlo = Program(text_of(lower_generate(engine_of(max_adapters=0)).compile()))
+    engine = engine_of(max_adapters=0)
+    hlo = Program(text_of(compiled_once(lower_generate(engine), engine.mesh)))
     with pytest.raises(StopIteration):
         branches(hlo)

@@ -18,7 +18,7 @@ from slipstream.engine_impl.models.glm4 import GlmConfig
 from slipstream.engine_impl.models.llama import LlamaConfig
 from slipstream.engine_impl.models.rope_scaling import DynamicNTK, LongLists
 
-from tests.tpu import memory_of, text_of
+from tests.tpu import compiled_once, memory_of, text_of
 
 TOPOLOGY = "v5e:2x4"
 STEPS = {"generate": lower_generate, "score": lower_score_step}
@@ -54,7 +54,7 @@ def small(name: str, **more: Any) -> Engine:
 def check(engine: Engine, program: str) -> None:
     """It fits; the step reads the cache in place, by one kernel a layer, and writes it once."""
     lowered = lower_prefill(engine, 1, BUCKET) if program == "prefill" else STEPS[program](engine)
-    executable = lowered.compile()
+    executable = compiled_once(lowered, engine.mesh)
     layout, cache_bytes = engine.layout, engine.layout.bytes // engine.mesh.size
     memory, hlo = memory_of(executable), Program(text_of(executable))
     assert memory.argument_size_in_bytes + memory.temp_size_in_bytes < chip_of(TOPOLOGY).hbm_bytes
@@ -115,7 +115,8 @@ def sliced_weights(name: str, program: str) -> list[str]:
     """Slices of at least 256 KiB that a layer takes out of a stack before it uses them; of eight layers."""
     config = EngineConfig(model=name, slots=16, cache_length=4096, cache_tokens=32 * 4096)
     engine = abstract_engine(replace(PRESETS[name], num_layers=8), TOPOLOGY, config)
-    executable = (lower_generate(engine) if program == "generate" else lower_prefill(engine, 1, 512)).compile()
+    lowered = lower_generate(engine) if program == "generate" else lower_prefill(engine, 1, 512)
+    executable = compiled_once(lowered, engine.mesh)
     return Program(text_of(executable)).loop_slices(2**18)
 
 

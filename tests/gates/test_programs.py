@@ -8,7 +8,7 @@ there and back.
 
 import functools
 import itertools
-from typing import Any, Literal
+from typing import Literal
 
 import jax
 import pytest
@@ -31,7 +31,7 @@ from slipstream.engine_impl.engine import Engine
 from slipstream.engine_impl.models.llama import LlamaConfig
 from slipstream.engine_impl.sampling.params import MAX_LOGPROBS
 
-from tests.tpu import memory_of, text_of
+from tests.tpu import Compiled, compiled_once, memory_of, text_of
 
 FEW, MANY, CACHE_LENGTH, BUCKET, LAYERS, VOCABULARY = 16, 64, 4096, 256, 2, 32768
 CACHE_TOKENS = MANY * CACHE_LENGTH
@@ -111,19 +111,19 @@ def _engine(
 
 
 @functools.lru_cache(maxsize=64)
-def compiled(engine: Engine, program: str) -> Any:
+def compiled(engine: Engine, program: str) -> Compiled:
     """`generate` of all slots or `generate_8`; `wide_4`, of all slots with four tokens each; `prefill` and `insert` of
     one piece of BUCKET tokens or `..._8x64`; `carry` of all slots and so many tokens. Several tests read what one
     compilation gives."""
     name, _, size = program.partition("_")
     if name == "generate":
-        return lower_generate(engine, int(size) if size else None).compile()
+        return compiled_once(lower_generate(engine, int(size) if size else None), engine.mesh)
     if name == "wide":
-        return lower_generate(engine, engine.sizes.slots, int(size)).compile()
+        return compiled_once(lower_generate(engine, engine.sizes.slots, int(size)), engine.mesh)
     if name == "carry":
-        return lower_carry(engine, engine.sizes.slots, int(size)).compile()
+        return compiled_once(lower_carry(engine, engine.sizes.slots, int(size)), engine.mesh)
     sizes = map(int, size.split("x")) if size else (1, BUCKET)
-    return {"insert": lower_insert, "prefill": lower_prefill}[name](engine, *sizes).compile()
+    return compiled_once({"insert": lower_insert, "prefill": lower_prefill}[name](engine, *sizes), engine.mesh)
 
 
 def copies_of(hlo: Program, dtype: str, shape: tuple[int, ...]) -> list[str]:
@@ -214,7 +214,7 @@ def test_an_int8_cache_as_served(slots, cache_length):
         quantize_kv="int8",
     )
     engine = abstract_engine(PRESETS["llama-3.1-8b"], "v5e:2x4", config)
-    hlo = Program(text_of(lower_generate(engine).compile()))
+    hlo = Program(text_of(compiled_once(lower_generate(engine), engine.mesh)))
     assert cache_copies(hlo, engine) == []
     assert moved_on_chip(hlo, engine) == []
 
@@ -227,33 +227,32 @@ def test_an_int8_cache_as_served(slots, cache_length):
 def test_what_one_program_leaves_the_next_takes_as_it_lies(kv_heads, head_dim, quantize_kv):
     """Prefill's prefix and the state have one layout in all programs: no relayout between them."""
 
-    def layouts(formats):
-        return [leaf.layout for leaf in jax.tree.leaves(formats)]
-
     engine = small_engine(kv_heads, head_dim, "v5e:2x4", quantize_kv=quantize_kv)
     prefill, insert, generate, few, carry = (
         compiled(engine, program) for program in ("prefill", "insert", "generate", "generate_8", "carry_256")
     )
-    (_, read, *_), _ = prefill.input_formats
-    (prefix, state_in, *_), _ = insert.input_formats
-    states = [state_in, insert.output_formats]
+    (_, read, *_), _ = prefill.inputs
+    (prefix, state_in, *_), _ = insert.inputs
+    states = [state_in, insert.outputs]
     for step in (generate, few, carry):
-        (_, state, *_), _ = step.input_formats
-        states += [state, step.output_formats[0]]
-    for given in (prefill.output_formats, carry.output_formats[2]):
+        (_, state, *_), _ = step.inputs
+        states += [state, step.outputs[0]]
+    for given in (prefill.outputs, carry.outputs[2]):
         for leaf in ("kv", "count_NV"):
-            assert layouts(getattr(given, leaf)) == layouts(getattr(prefix, leaf))
+            assert jax.tree.leaves(getattr(given, leaf)) == jax.tree.leaves(getattr(prefix, leaf))
     for leaf in ("cache", "count_BV"):
-        of_states = [layouts(getattr(formats, leaf)) for formats in states]
+        of_states = [jax.tree.leaves(getattr(layouts, leaf)) for layouts in states]
         assert of_states == of_states[:1] * len(states)
-    assert layouts(read) == layouts(state_in.cache)
+    leaves = jax.tree.leaves(read)
+    assert leaves == jax.tree.leaves(state_in.cache)
+    assert "None" not in leaves
 
 
 @pytest.mark.slow
 def test_the_programs_beside_the_step():
     """Scoring flushes in place like a step; first tokens leave the logits where they lie."""
     engine = small_engine(4, 128, "v5e:2x4")
-    scoring = lower_score_step(engine).compile()
+    scoring = compiled_once(lower_score_step(engine), engine.mesh)
     hlo = Program(text_of(scoring))
     assert cache_copies(hlo, engine) == []
     assert hlo.pallas_calls() == {"live_steps": 1, "ragged_attention": LAYERS, "cache_flush": 1}
@@ -261,7 +260,7 @@ def test_the_programs_beside_the_step():
 
     for pieces in (1, 8):
         rows = (pieces,) if pieces > 1 else ()
-        first = Program(text_of(lower_first_tokens(engine, pieces).compile()))
+        first = Program(text_of(compiled_once(lower_first_tokens(engine, pieces), engine.mesh)))
         assert first.floats_of((*rows, VOCABULARY // engine.mesh.size))  # a chip's share is there
         assert first.floats_of((*rows, VOCABULARY)) == []
 
@@ -289,7 +288,7 @@ def test_long_requests_share_what_memory_leaves(model, topology, slots, cache_le
         lowered = lower_generate(engine, int(size or slots))
     else:
         lowered = lower_prefill(engine, 1, int(size))
-    executable = lowered.compile()
+    executable = compiled_once(lowered, engine.mesh)
     assert cache_copies(Program(text_of(executable)), engine) == []
     memory = memory_of(executable)
     assert memory.argument_size_in_bytes + memory.temp_size_in_bytes < chip_of(topology).hbm_bytes
@@ -345,7 +344,7 @@ def test_prompt_logprobs_never_hold_all_logits():
     """T x V in float32 would be 16 MiB on each of eight chips."""
     bucket = 1024
     engine = small_engine(1, 64, "v5e:2x4")
-    memory = memory_of(lower_prefill(engine, 1, bucket).compile())
+    memory = memory_of(compiled_once(lower_prefill(engine, 1, bucket), engine.mesh))
     assert memory.temp_size_in_bytes < 4 * bucket * VOCABULARY // engine.mesh.size / 2
 
 
@@ -358,7 +357,8 @@ def instructions_of(program: str) -> list[Instruction]:
 def test_the_gate_sees_a_copy_where_there_is_one():
     """The eager design as one writes it first: an XLA scatter in each layer meets a Pallas call on one cache."""
     engine = small_engine(4, 128, "v5e:2x4")
-    executable = lower_generate(eager_twin(engine, "stacked", scatter="sliced")).compile()
+    eager = eager_twin(engine, "stacked", scatter="sliced")
+    executable = compiled_once(lower_generate(eager), engine.mesh)
     assert cache_copies(Program(text_of(executable)), engine) != []
     assert memory_of(executable).temp_size_in_bytes > 0.5 * engine.layout.bytes // engine.mesh.size
 

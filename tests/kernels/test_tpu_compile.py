@@ -14,6 +14,7 @@ from slipstream.kernels import (
     ragged_attention,
 )
 
+from .. import tpu
 from ..tpu import abstract, compile_for, layer_sized_copies, memory_of, nbytes, tpu_mesh
 
 L, B, S = 4, 96, 4096
@@ -320,3 +321,26 @@ def test_chunk_attention(topology, chips, chunk):
 
     args = q_TNH, k_TKH, v_TKH, cache_LPKRC, scale_LPK2R, layer, start_M, page_MJ, layer if has_window else None
     assert_no_copy_of(cache_LPKRC, compile_for(mesh, attend, *args))
+
+
+def test_a_program_is_compiled_once_for_its_text_chips_and_flags(tmp_path, monkeypatch):
+    """What is kept of it is what the compiler tells."""
+    made, compile_it = [], jax.stages.Lowered.compile
+    monkeypatch.setattr(tpu, "KEPT", tmp_path)
+    monkeypatch.setattr(jax.stages.Lowered, "compile", lambda lowered: made.append(1) or compile_it(lowered))
+
+    def told(factor, topology="v5e:2x4"):
+        mesh = tpu_mesh(topology, chips=1)
+        x = abstract(mesh, (8, 128), jnp.float32)
+        return compile_for(mesh, lambda x: (x * factor, None), x)
+
+    first, again = told(2), told(2)
+    assert (again, len(made)) == (first, 1)
+    assert "multiply" in first.text
+    assert memory_of(first).output_size_in_bytes >= 4096
+    assert first.inputs == ((first.outputs[0],), {})
+    assert told(3).text != first.text
+    told(2, "v6e:2x2")
+    monkeypatch.setenv("LIBTPU_INIT_ARGS", "--xla_tpu_scoped_vmem_limit_kib=16384")
+    told(2)
+    assert len(made) == 4

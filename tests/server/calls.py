@@ -22,6 +22,7 @@ from tests.fakes import FakeEngine
 
 WAIT_S = 10
 EOF = grpc.aio.EOF  # pyright: ignore[reportAttributeAccessIssue]  # the stubs leave it out
+SERVING, NOT_SERVING = health_pb2.HealthCheckResponse.SERVING, health_pb2.HealthCheckResponse.NOT_SERVING
 
 
 class LoadedServing(Serving):
@@ -128,3 +129,24 @@ def outcomes(server):
     value = server.metrics.registry.get_sample_value
     names = ("ok", "cancelled", "deadline", "rejected", "failed")
     return {name: count for name in names if (count := value("slipstream_requests_total", {"outcome": name}))}
+
+
+def ask(channel, text="a", max_tokens=3):
+    """A Decode under way."""
+    request = pb.DecodeRequest(text_content=pb.DecodeRequest.TextContent(text=text), max_tokens=max_tokens)
+    return OrchestratorStub(channel).Decode(request, timeout=WAIT_S)
+
+
+async def whole(call):
+    """All its text."""
+    text = ""
+    while (reply := await call.read()) is not EOF:
+        text += reply.stream_content.samples[0].text
+    return text
+
+
+async def code_of(call):
+    """That it fails with."""
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await whole(call)
+    return caught.value.code()

@@ -18,9 +18,8 @@ from slipstream.server.config import ServerConfig, WatchConfig
 from slipstream.server.lifecycle import Serving
 
 from tests.fakes import FakeEngine
-from tests.server.calls import WAIT_S, load_after
+from tests.server.calls import WAIT_S, ask, code_of, load_after, whole
 from tests.server.observe.test_endpoint import get
-from tests.server.test_lifecycle import ask, code_of, whole
 
 
 class FakePeers:

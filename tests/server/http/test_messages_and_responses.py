@@ -12,8 +12,7 @@ import pytest
 from slipstream.server.config import SecurityConfig
 
 from tests.fakes import CONTROL, FakeEngine
-from tests.server.calls import WAIT_S
-from tests.server.http.serving import serving, url
+from tests.server.http.serving import anthropics_client_of, serving, url
 
 HI: list[Any] = [{"role": "user", "content": "a"}]
 ASK: dict[str, Any] = {"model": "fake", "max_tokens": 3, "messages": HI}
@@ -30,10 +29,8 @@ async def serving_openai(engine=None) -> AsyncIterator[Any]:
 @asynccontextmanager
 async def serving_anthropic(engine=None, key="none", **config) -> AsyncIterator[tuple[Any, Any]]:
     """The server, and Anthropic's client."""
-    async with serving(engine, **config) as (server, _):
-        options: Any = {"max_retries": 0, "timeout": WAIT_S}
-        async with anthropic.AsyncAnthropic(base_url=url(server), api_key=key, **options) as client:
-            yield server, client
+    async with serving(engine, **config) as (server, _), anthropics_client_of(server, key) as client:
+        yield server, client
 
 
 def test_a_message():
@@ -120,7 +117,10 @@ def test_anthropics_errors(tmp_path):
                 ({"extra_body": {"temperature": -1}}, "temperature=-1"),
                 ({"stop_sequences": [""]}, "a stop string of 0 characters"),
                 ({"stop_sequences": ["x"] * 1001}, "stop_sequences=.*has 1001 entries and may have 1000"),
-                ({"system": "S", "messages": HI * 10_000}, "messages=.*has 10001 entries and may have 10000"),
+                (
+                    {"extra_body": {"system": "S", "messages": HI * 10_000}},
+                    "messages=.*has 10001 entries and may have 10000",
+                ),
             ):
                 with pytest.raises(anthropic.BadRequestError, match=message):
                     await client.messages.create(**ASK | more)
@@ -207,7 +207,7 @@ def test_instructions_and_items_reach_the_template():
         ({"tool_choice": {"type": "web_search"}}, "tool_choice"),
         ({"input": [{"type": "function_call", "name": "x", "arguments": "{}"}]}, r"input\[0\].call_id is missing"),
         ({"input": []}, "is empty"),
-        ({"input": HI * 10_000, "instructions": "S"}, "has 10001 entries and may have 10000"),
+        ({"extra_body": {"input": HI * 10_000, "instructions": "S"}}, "has 10001 entries and may have 10000"),
         ({"input": [{"type": "item_reference", "id": "x"}]}, r"input\[0\].type='item_reference' is not supported"),
         ({"input": [{"role": "tool", "content": "x"}]}, r"input\[0\].role='tool' must be one of"),
         ({"max_output_tokens": 0}, "max_output_tokens=0 must be at least 1"),

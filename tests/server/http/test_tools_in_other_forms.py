@@ -4,13 +4,11 @@ import asyncio
 import json
 from typing import Any
 
-import anthropic
 import pytest
 from pydantic import BaseModel
 
 from tests.scripted import Scripted
-from tests.server.calls import WAIT_S
-from tests.server.http.serving import serving, url
+from tests.server.http.serving import anthropics_client_of, serving
 
 SCHEMA = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}
 FLAT: list[Any] = [
@@ -36,10 +34,8 @@ def asked(script, check):
 
     async def scenario():
         engine = Scripted(script)
-        async with serving(engine) as (server, client):
-            options: Any = {"max_retries": 0, "timeout": WAIT_S}
-            async with anthropic.AsyncAnthropic(base_url=url(server), api_key="none", **options) as other:
-                await check(client, other, engine)
+        async with serving(engine) as (server, client), anthropics_client_of(server) as other:
+            await check(client, other, engine)
 
     asyncio.run(scenario())
 
