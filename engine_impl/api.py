@@ -295,6 +295,8 @@ class Sizes:
 
     (1, 1, `prefill_chunk`): only one.
     """
+    prefill_lengths: tuple[int, ...]
+    """What a piece that is prefilled alone is padded to, ascending (tokens); the last is `prefill_chunk`."""
     tokens_per_step: int
     """W: most tokens that a step brings a slot; 1 where nothing drafts."""
     page_rows: int

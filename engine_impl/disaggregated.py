@@ -86,7 +86,10 @@ class DisaggregatedEngine:
             raise ValueError(f"(slots, page rows, pages, cache length) differ: {sizes}")
         of_prefill = prefill.sizes
         self.sizes = replace(
-            decode.sizes, prefill_chunk=of_prefill.prefill_chunk, prefill_batch=of_prefill.prefill_batch
+            decode.sizes,
+            prefill_chunk=of_prefill.prefill_chunk,
+            prefill_batch=of_prefill.prefill_batch,
+            prefill_lengths=of_prefill.prefill_lengths,
         )
         self.prefill_engine, self.decode_engine = prefill, decode
         self.model_name = decode.model_name

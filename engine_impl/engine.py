@@ -70,6 +70,7 @@ class Engine:
             max_prefill_length=max_prefill_length,
             prefill_chunk=shapes.chunk,
             prefill_batch=shapes.burst,
+            prefill_lengths=shapes.lengths,
             tokens_per_step=shapes.widths[-1],
             page_rows=self.layout.page_rows,
             pages=self.layout.pages,

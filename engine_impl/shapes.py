@@ -70,12 +70,17 @@ class Shapes:
     @property
     def prefills(self) -> tuple[tuple[int, int], ...]:
         """(pieces, tokens of each), the smallest first; that for several pieces stands last, if there is one."""
+        single = tuple((1, length) for length in self.lengths)
+        _, most, tokens = self.burst
+        return single if (most, tokens) == single[-1] else (*single, (most, tokens))
+
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        """See `api.Sizes.prefill_lengths`."""
         lengths = [length for length in PIECES.get(self.platform, PIECE) if length < self.chunk]
         while lengths[-1] * 4 < self.chunk:
             lengths.append(lengths[-1] * 4)
-        single = tuple((1, length) for length in (*lengths, self.chunk))
-        _, most, tokens = self.burst
-        return single if (most, tokens) == single[-1] else (*single, (most, tokens))
+        return (*lengths, self.chunk)
 
     @property
     def burst(self) -> tuple[int, int, int]:
@@ -133,7 +138,7 @@ class Shapes:
             return ()
         sizes = [size for size in self.steps if size >= min(carried.slots, self.slots)]
         shortest, longest = min(carried.shortest, self.chunk), carried.longest
-        lengths = [tokens for pieces, tokens in self.prefills if pieces == 1 and shortest <= tokens <= longest]
+        lengths = [tokens for tokens in self.lengths if shortest <= tokens <= longest]
         return tuple((size, tokens) for size in sizes for tokens in lengths)
 
     def carry_of(self, slots: int, lengths: Sequence[int]) -> tuple[int, int] | None:

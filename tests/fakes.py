@@ -229,6 +229,8 @@ class FakeEngine:
     prefill_chunk: int = 16
     batch: int = 1
     """Prompts of one piece that go into one prefill."""
+    prefill_lengths: tuple[int, ...] = ()
+    """Of a piece that is prefilled alone, below `prefill_chunk`."""
     pages: int = 0
     """0: as many as all slots' longest requests need."""
     table_entries: int = 0
@@ -279,6 +281,7 @@ class FakeEngine:
             max_prefill_length=self.max_prefill_length,
             prefill_chunk=self.prefill_chunk,
             prefill_batch=(min(2, self.batch), self.batch, self.prefill_chunk),
+            prefill_lengths=(*self.prefill_lengths, self.prefill_chunk),
             tokens_per_step=self.widths[-1],
             page_rows=self.page_rows,
             pages=self.pages,

@@ -151,7 +151,7 @@ class Loop(Generic[ParamsT, PrefixT, StateT]):
         self._free(turn)
         self._admission.let_in(turn.let_in)
         earlier, self._execution.pending = self._execution.pending, []
-        is_carried = self._prefills.run(turn.prefill, earlier)
+        is_carried = self._prefills.run(turn.prefills, earlier)
         due = due_now(self._holdings.slots, earlier)
         if not is_carried and (turn.idle_step or due.taken):
             self._execution.generate(due, turn.width)

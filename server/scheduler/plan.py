@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from ..request.adapter import LoadedAdapter
 from ..request.request import Request, Sample
+from .prefill_budget import PrefillBudget
 from .prompt import Prompt
 from .queue import is_overdue
 from .room import Room
@@ -38,9 +39,9 @@ class StepPlan:
     """(slot, pages): what the step may fill."""
     let_in: tuple[Prompt, ...] = ()
     """Prompts that get slots and pages."""
-    prefill: tuple[Prompt, ...] = ()
-    """Whose next pieces are computed together: those let in, or one in work. One prefill a turn: running answers wait
-    for one piece at most."""
+    prefills: tuple[tuple[Prompt, ...], ...] = ()
+    """Whose next pieces are computed, one prefill behind the other, see `PrefillBudget`: of those let in and those in
+    work."""
     is_full: bool = False
     """Whether the first that waits finds no slot or no pages."""
     idle_step: bool = False
@@ -70,8 +71,7 @@ class Scene:
     """Whether somebody waits for a step and none is on its way: one is run over no slots, too."""
     newcomers: bool
     """Whether it is the turn of those who wait, rather than of those in work."""
-    batch: tuple[int, int, int]
-    """See `Sizes.prefill_batch`."""
+    budget: PrefillBudget
     max_adapters: int = 0
     """See `Sizes.max_adapters`."""
     is_computing: bool = False
@@ -104,14 +104,15 @@ def plan(scene: Scene) -> StepPlan:
         computed = [prompt for prompt in computed if prompt not in victims]
         grow = {slot: pages for slot, pages in grow.items() if slot not in gone}
 
-    let_in: list[Prompt] = []
+    new: list[tuple[Prompt, int]] = []
     waiting = [prompt for prompt in (*scene.parked, *scene.queued) if prompt not in drop]
     if waiting and not victims:
-        let_in = admitted(scene, waiting, computed, gone, sum(grow.values()))
-    is_full = bool(waiting) and not let_in
-    if scene.is_computing or (computed and not scene.newcomers):
-        let_in = []
-    prefill = let_in or computed[: not scene.is_computing]
+        new = admissible(scene, waiting, computed, gone, sum(grow.values()))
+    is_full = bool(waiting) and not new
+    begun = [(prompt, prompt.left) for prompt in computed]
+    work = [*new, *begun] if scene.newcomers else [*begun, *new]
+    prefills = scene.budget.prefills([] if scene.is_computing else work)
+    let_in = [prompt for prompts in prefills for prompt in prompts if prompt not in scene.in_work]
     return StepPlan(
         expired=tuple(dict.fromkeys([*(s.request for s in overdue), *(p.request for p in late)])),
         drop=tuple(drop),
@@ -120,7 +121,7 @@ def plan(scene: Scene) -> StepPlan:
         preempt=tuple(victim for victim in victims if isinstance(victim, Sample)),
         grow=tuple(grow.items()),
         let_in=tuple(let_in),
-        prefill=tuple(prefill),
+        prefills=tuple(prefills),
         is_full=is_full,
         idle_step=scene.probe,
         width=width,
@@ -155,11 +156,12 @@ def give_way(
     return victims
 
 
-def admitted(
+def admissible(
     scene: Scene, waiting: Iterable[Prompt], in_work: Sequence[Prompt], gone: Sequence[int], grown: int
-) -> list[Prompt]:
-    """Who is let in: the first that waits, as soon as its slots and pages are there; nobody overtakes it, or a request
-    for many slots might wait for ever. Short prompts behind it come along, to be computed together with it.
+) -> list[tuple[Prompt, int]]:
+    """Who can be let in, and how many tokens of each are to be computed: the first that waits, as soon as its slots and
+    pages are there, and those behind it that have theirs too; nobody overtakes another, or a request for many slots
+    might wait for ever.
 
     A prompt waits while another computes what both begin with.
     """
@@ -169,17 +171,14 @@ def admitted(
     pages, entries = room.available(gone) - grown, room.entries_left + room.entries_of(gone) - grown
     on_its_way = {name for prompt in in_work for name in room.missing(prompt)}
     is_alone = not in_work and {*slots.live.slot_B.tolist()} <= {*gone}
-    least, most, short = scene.batch
     adapters = adapters_used(slots, in_work, gone) if scene.max_adapters else frozenset[LoadedAdapter]()
-    let_in: list[Prompt] = []
+    new: list[tuple[Prompt, int]] = []
     for prompt in waiting:
         need, missing = room.need(prompt), room.missing(prompt)
         left = len(prompt.token_T) - len(need.shared) * room.rows
-        fits_batch = left <= short and not prompt.stands_alone
-        margin = 0 if is_alone and not let_in else margin_for(prompt, scene)
+        margin = 0 if is_alone and not new else margin_for(prompt, scene)
         if (
-            (let_in and (not fits_batch or len(let_in) == most))
-            or (left > room.chunk and len(in_work) >= MOST_IN_WORK)
+            (left > room.chunk and len(in_work) >= MOST_IN_WORK)
             or prompt.slots_needed > free_slots
             or (not prompt.slots_needed and not spare_tables)
             or need.pages + margin > pages
@@ -188,15 +187,13 @@ def admitted(
             or len(adapters | adapter_of(prompt)) > scene.max_adapters
         ):
             break
-        let_in.append(prompt)
+        new.append((prompt, left))
         adapters |= adapter_of(prompt)
         free_slots -= prompt.slots_needed
         spare_tables -= not prompt.slots_needed
         pages, entries = pages - need.pages, entries - need.entries
         on_its_way.update(missing)
-        if not fits_batch:
-            break
-    return let_in if len(let_in) >= least else let_in[:1]
+    return new
 
 
 def adapters_used(slots: Slots, in_work: Iterable[Prompt], gone: Sequence[int]) -> frozenset[LoadedAdapter]:

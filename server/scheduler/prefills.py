@@ -2,7 +2,7 @@
 
 A request for several samples is prefilled once; each further sample draws its own first token from that prefix. A long
 prompt is prefilled piece by piece, a piece a turn, each with a step of the running answers behind it; or within that
-step, where the engine carries it along.
+step, where the engine carries it along. Several prefills of a turn are started one behind the other.
 """
 
 import logging
@@ -33,16 +33,22 @@ class Prefills(Generic[ParamsT, PrefixT, StateT]):
     ) -> None:
         self._execution, self._holdings, self._delivery, self._failures = execution, holdings, delivery, failures
 
-    def run(self, planned: Sequence[Prompt], in_flight: Sequence[PendingResult]) -> bool:
-        """The next pieces of those that are still in work. Returns whether the next step carried them along: then it
-        was started. Raises DeadError when one failure was too many."""
-        prompts = [prompt for prompt in planned if prompt in self._holdings.in_work]
-        if not prompts:
+    def run(self, planned: Sequence[Sequence[Prompt]], in_flight: Sequence[PendingResult]) -> bool:
+        """The next pieces of those that are still in work. Returns whether the next step carried the last of them
+        along: then it was started. Raises DeadError when one failure was too many."""
+        in_work = [[prompt for prompt in prompts if prompt in self._holdings.in_work] for prompts in planned]
+        prefills = [prompts for prompts in in_work if prompts]
+        if not prefills:
             return False
-        carried = self._execution.carry(prompts, due_now(self._holdings.slots, in_flight))
+        for prompts in prefills[:-1]:
+            self._run(prompts)
+        carried = self._execution.carry(prefills[-1], due_now(self._holdings.slots, in_flight))
+        self._run(prefills[-1], carried)
+        return carried is not None
+
+    def _run(self, prompts: list[Prompt], carried: PrefixT | None = None) -> None:
         if error := self._compute(prompts, carried):
             self._failures.prefill_failed(error)
-        return carried is not None
 
     def _compute(
         self, prompts: list[Prompt], carried: PrefixT | None = None, *, at_once: bool = False

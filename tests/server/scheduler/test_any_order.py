@@ -26,18 +26,19 @@ class AnyOrder(RuleBasedStateMachine):
         pool=st.integers(7, 30),
         batch=st.integers(1, 3),
         chunk=st.sampled_from([4, 8, 48]),
+        lengths=st.sampled_from([(), (1,), (2, 3)]),
         width=st.integers(1, 3),
         prefix_cache=st.booleans(),
         carries=st.booleans(),
         apart=st.sampled_from([0, 0, 1, 3]),
         entries=st.sampled_from([LONGEST // ROWS + 1, 20, 99]),
     )
-    def build(self, slots, pool, batch, chunk, width, prefix_cache, carries, apart, entries):
+    def build(self, slots, pool, batch, chunk, lengths, width, prefix_cache, carries, apart, entries):
         """`apart`: of so many times that a prefix is asked for, it is ready once."""
         asked = itertools.count(1)
         self.engine = reading(
-            slots, cache_length=LONGEST, page_rows=ROWS, prefill_chunk=chunk, pages=pool, batch=batch,
-            carries_pieces=carries and not apart, prefills_apart=apart > 0,
+            slots, cache_length=LONGEST, page_rows=ROWS, prefill_chunk=chunk, prefill_lengths=lengths, pages=pool,
+            batch=batch, carries_pieces=carries and not apart, prefills_apart=apart > 0,
             is_prefix_ready=lambda: next(asked) % apart == 0, widths=(width,), table_entries=entries,
             count_of_step=lambda step: step * 7 % width + 1,
         )  # fmt: skip

@@ -138,3 +138,57 @@ def test_growing_slots_may_take_the_cached_prefix_that_a_plan_counted_on():
     house.idle()
     assert old.answer()[0] == expected("old", 12)
     assert young.all()[-1].error is None
+
+
+def test_several_prompts_are_prefilled_before_a_step():
+    """Pieces of a turn have eight tokens together, padding included."""
+    house = House(slots=5, prefill_lengths=(2, 4))
+    running = house.ask("a", 30)
+    house.turns(2)
+    before = len(house.engine.log)
+    others = [house.ask(text, 3) for text in ("bcd", "b", "efgh", "e")]
+    house.turns(2)
+    calls = [call.partition(" ")[0] for call in house.engine.log[before:]]
+    assert calls == [*["prefill", "insert"] * 2, "generate"] * 2
+    house.idle()
+    for request, text, tokens in zip([running, *others], ("a", "bcd", "b", "efgh", "e"), (30, 3, 3, 3, 3), strict=True):
+        assert request.answer()[0] == expected(text, tokens)
+
+
+def test_of_the_prompts_of_a_turn_one_fails_alone():
+    house = House(prefill_lengths=(2,))
+
+    def on_call(call):
+        if call == "prefill b":
+            raise RuntimeError(call)
+
+    house.engine.on_call = on_call
+    good, bad, behind = house.ask("a", 3), house.ask("b", 3), house.ask("c", 3)
+    house.idle()
+    assert isinstance(bad.all()[-1].error, FailedError)
+    assert good.answer()[0] == expected("a", 3)
+    assert behind.answer()[0] == expected("c", 3)
+    assert house.loop.pages()["live"] == 0
+
+
+def test_a_step_carries_the_only_piece_of_a_turn_along():
+    house = House(prefill_lengths=(2,), carries_pieces=True)
+    house.ask("a", 30)
+    house.turns(2)
+    before = len(house.engine.log)
+    house.ask("b", 3)
+    house.ask("c", 3)
+    house.turns(2)
+    calls = [call.partition(" ")[0] for call in house.engine.log[before:]]
+    assert calls == ["prefill", "generate", "insert"] * 2
+    house.idle()
+
+
+def test_where_nobody_decodes_the_last_piece_of_a_turn_is_carried():
+    house = House(prefill_lengths=(2,), carries_pieces=True)
+    requests = [house.ask(text, 3) for text in "abc"]
+    house.turns(1)
+    calls = [call.partition(" ")[0] for call in house.engine.log]
+    assert calls == [*["prefill", "insert"] * 2, "prefill", "generate", "insert"]
+    house.idle()
+    assert [request.answer()[0] for request in requests] == [expected(text, 3) for text in "abc"]

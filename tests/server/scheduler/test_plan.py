@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from slipstream.server.request.request import Request
 from slipstream.server.scheduler.plan import MOST_IN_WORK, Scene, StepPlan, plan
+from slipstream.server.scheduler.prefill_budget import PrefillBudget
 from slipstream.server.scheduler.prompt import Prompt
 from slipstream.server.scheduler.room import Room
 from slipstream.server.scheduler.slots import Slots
@@ -15,16 +16,16 @@ ROWS = 4
 
 
 class House:
-    """A server's tables."""
+    """A server's tables. `tokens`: of a turn's prefills, padding included; 0: there is one."""
 
-    def __init__(self, slots=2, *, pages=0, batch=1, prefix_cache=True):
+    def __init__(self, slots=2, *, pages=0, batch=1, tokens=0, prefix_cache=True):
         self.engine = FakeEngine(
             max_concurrent_decodes=slots, cache_length=64, page_rows=ROWS, prefill_chunk=8, pages=pages, batch=batch
         )
         self.slots = Slots(slots, [], cache_length=64)
         self.room = Room(self.engine, prefix_cache=prefix_cache)
         self.in_work, self.parked, self.came = [], [], 0
-        self.batch = self.engine.sizes.prefill_batch
+        self.budget = PrefillBudget(self.engine.sizes.prefill_batch, (2, 4, 8), tokens)
         self.widths = Widths(self.engine.widths_of, slots)
 
     def prompt(self, tokens: int | list[int] = 1, *, answer: int = 0, **more) -> Prompt:
@@ -58,11 +59,12 @@ class House:
         for _ in range(count):
             self.slots.count_step(self.slots.live, 1)
 
-    def turn(self, *queued, ended=(), now=0.0, probe=False, newcomers=True):
+    def turn(self, *queued, ended=(), now=0.0, probe=False, newcomers=True, is_computing=False):
         return plan(
             Scene(
                 slots=self.slots, room=self.room, widths=self.widths, in_work=self.in_work, parked=self.parked,
-                queued=queued, ended=ended, now=now, probe=probe, newcomers=newcomers, batch=self.batch,
+                queued=queued, ended=ended, now=now, probe=probe, newcomers=newcomers, budget=self.budget,
+                is_computing=is_computing,
             )
         )  # fmt: skip
 
@@ -73,7 +75,7 @@ def growing(sample, pages=1):
 
 
 def entering(*prompts):
-    return StepPlan(let_in=prompts, prefill=prompts)
+    return StepPlan(let_in=prompts, prefills=(prompts,))
 
 
 def test_an_idle_server_does_nothing():
@@ -135,15 +137,15 @@ def test_newcomers_and_prompts_in_work_take_turns():
     house = House(4)
     long, new = house.working(30), house.prompt([7])
     assert house.turn(new) == entering(new)
-    assert house.turn(new, newcomers=False) == StepPlan(prefill=(long,))
-    assert house.turn() == StepPlan(prefill=(long,))
+    assert house.turn(new, newcomers=False) == StepPlan(prefills=((long,),))
+    assert house.turn() == StepPlan(prefills=((long,),))
 
 
 def test_a_long_prompt_waits_while_others_are_in_work():
     house = House(9)
     in_work = [house.working([number] * 20) for number in range(MOST_IN_WORK)]
     long, short = house.prompt([8] * 9), house.prompt([9] * 8)
-    assert house.turn(long, short).prefill == (in_work[0],)
+    assert house.turn(long, short).prefills == ((in_work[0],),)
     assert house.turn(short).let_in == (short,)
 
 
@@ -154,7 +156,7 @@ def test_a_prompt_waits_for_the_one_that_computes_its_beginning():
     assert house.turn(first, same, other).let_in == (first,)
     house.in_work.append(first)
     house.room.let_in(first, [house.slots.reserve(first.samples[0])])
-    assert house.turn(same, other).prefill == (first,)
+    assert house.turn(same, other).prefills == ((first,),)
     house.room.advance(first, 8)
     house.in_work.clear()
     assert house.turn(same, other).let_in == (same, other)
@@ -301,7 +303,65 @@ def test_planning_changes_nothing():
 def test_too_few_short_prompts_are_not_prefilled_together():
     """A batch costs what it would if it were full."""
     house = House(8, batch=4)
-    house.batch = 3, 4, 8
+    house.budget = PrefillBudget((3, 4, 8), (8,), 0)
     short = [house.prompt([number]) for number in range(5)]
     assert house.turn(*short[:2]).let_in == (short[0],)
     assert house.turn(*short[:3]).let_in == tuple(short[:3])
+
+
+def test_prompts_are_prefilled_one_behind_the_other_as_far_as_their_padded_tokens_go():
+    """A piece has 2, 4 or 8 tokens, padding included."""
+    house = House(9, tokens=8)
+    waiting = [house.prompt([number] * tokens) for number, tokens in enumerate([1, 3, 2, 1])]
+    assert house.turn(*waiting) == StepPlan(let_in=tuple(waiting[:3]), prefills=tuple((p,) for p in waiting[:3]))
+    assert house.turn(waiting[0], house.prompt([7] * 5), waiting[1]).let_in == (waiting[0],), "nobody overtakes"
+    long = house.prompt([8] * 30)
+    assert house.turn(long, waiting[0]) == entering(long), "its piece is all that a turn computes"
+    house.budget = PrefillBudget((1, 1, 8), (2, 4, 8), 4)
+    assert house.turn(long, waiting[0]) == entering(long), "the first is computed whatever it comes to"
+
+
+def test_what_stands_alone_is_prefilled_behind_others():
+    house = House(9, batch=3, tokens=8)
+    two, told = house.prompt([1] * 2, num_samples=2), house.prompt([2] * 2, prompt_logprobs=True)
+    assert house.turn(two, told).prefills == ((two,), (told,))
+
+
+def test_a_batch_counts_as_though_it_were_full():
+    house = House(9, tokens=12)
+    house.budget = PrefillBudget((2, 3, 4), (2, 4, 8), 12)
+    short, longer = [house.prompt([number]) for number in range(6)], house.prompt([7] * 5)
+    assert house.turn(*short).prefills == (tuple(short[:3]),)
+    assert house.turn(*short[:2], longer).prefills == (tuple(short[:2]),)
+    assert house.turn(longer, *short[:3]).prefills == ((longer,),)
+    house.budget = PrefillBudget((2, 3, 4), (2, 4, 8), 24)
+    assert house.turn(*short).prefills == (tuple(short[:3]), tuple(short[3:]))
+    assert house.turn(longer, *short[:3]).prefills == ((longer,), tuple(short[:3]))
+
+
+def test_what_a_turn_has_left_goes_to_the_others():
+    """To prompts in work behind newcomers, and to newcomers behind those."""
+    house = House(9, tokens=8)
+    first, second, new = house.working([1] * 11), house.working([2] * 10), house.prompt([7] * 3)
+    house.room.advance(first, 8)
+    house.room.advance(second, 8)
+    assert house.turn(new).prefills == ((new,), (first,))
+    assert house.turn(new, newcomers=False).prefills == ((first,), (second,))
+    house.in_work.remove(second)
+    assert house.turn(new, newcomers=False) == StepPlan(let_in=(new,), prefills=((first,), (new,)))
+    assert house.turn(new, is_computing=True) == StepPlan(), "none while devices apart are at work"
+
+
+def test_slots_and_pages_of_a_turn_are_counted_together():
+    house = House(2, pages=5, tokens=8)
+    short = [house.prompt([number]) for number in range(3)]
+    assert house.turn(*short).let_in == tuple(short[:2]), "there are two slots"
+    house = House(9, pages=3, tokens=8)
+    assert house.turn(*short).let_in == tuple(short[:2]), "a page of three stays available"
+
+
+@pytest.mark.parametrize(
+    ("tokens", "most"), [(0, 3), (8, 4), (2, 3)], ids=["one prefill", "short ones behind each other", "a batch"]
+)
+def test_so_many_prompts_of_the_queue_are_looked_at(tokens, most):
+    assert PrefillBudget((2, 3, 8), (2, 4, 8), tokens).most_prompts == most
