@@ -44,7 +44,7 @@ SUB_ROOMS: dict[str, dict[str, set[str]]] = {
     "kernels": {
         "blockwise_matmul": {"backend"},
         "cache_flush": {"backend"},
-        "chunk_attention": {"backend", "lanes", "scores"},
+        "chunk_attention": {"backend", "lanes", "native", "scores"},
         "native": set(),
         "panel_matmul": {"backend", "native"},
         "ragged_attention": {"backend", "lanes", "native", "scores"},

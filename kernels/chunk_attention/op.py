@@ -20,6 +20,7 @@ from ..backend import (
     is_xla,
 )
 from ..scores import check_soft_cap, check_window
+from .native_cpu import chunk_attention_native
 from .pallas_tpu import chunk_attention_tpu
 from .reference import chunk_attention_reference
 from .xla_gpu import chunk_attention_gpu
@@ -94,6 +95,8 @@ def chunk_attention(
 
     if is_xla(backend):
         attention = chunk_attention_gpu if backend == "xla_gpu" else chunk_attention_reference
+        if backend == "native_cpu" and q_TNH.dtype == jnp.float32:
+            attention = chunk_attention_native
     else:
         attention = functools.partial(chunk_attention_tpu, interpret=interpret_params(backend))
     heads, pages = P(None, AXIS), P(None, None, AXIS)

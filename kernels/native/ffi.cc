@@ -69,22 +69,34 @@ ffi::Error multiply(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer code,
   return ffi::Error::Success();
 }
 
+// Of operands that attention of both kinds has. There is a kernel for this cache, `has_kernel` says.
+Cached cached(ffi::AnyBuffer cache, ffi::Buffer<ffi::DataType::F32> scale, ffi::Buffer<ffi::DataType::S32> layer,
+              ffi::Buffer<ffi::DataType::S32> page, ffi::Buffer<ffi::DataType::S32> window,
+              ffi::Buffer<ffi::DataType::F32> sink, int64_t heads, float soft_cap) {
+  const auto pages = cache.dimensions();
+  return {
+      cache.untyped_data(), cache.element_type() == ffi::DataType::S8 ? scale.typed_data() : nullptr, page.typed_data(),
+      heads, pages[2], pages[4] / 2,
+      pages[0], pages[1], pages[3], page.dimensions()[1],
+      *layer.typed_data(), *window.typed_data(), soft_cap,
+      sink.element_count() ? sink.typed_data() : nullptr,
+  };
+}
+
+bool has_kernel(ffi::AnyBuffer cache) {
+  return cache.element_type() == ffi::DataType::S8 || cache.element_type() == ffi::DataType::F32;
+}
+
 ffi::Error attend(ffi::ThreadPool pool, ffi::Buffer<ffi::DataType::F32> q, ffi::Buffer<ffi::DataType::F32> fresh,
                   ffi::AnyBuffer cache, ffi::Buffer<ffi::DataType::F32> scale, ffi::Buffer<ffi::DataType::S32> layer,
                   ffi::Buffer<ffi::DataType::S32> length, ffi::Buffer<ffi::DataType::S32> page,
                   ffi::Buffer<ffi::DataType::S32> window, ffi::Buffer<ffi::DataType::F32> sink,
                   ffi::ResultBuffer<ffi::DataType::F32> out, float soft_cap) {
-  const auto query = q.dimensions(), pages = cache.dimensions();
-  const bool coded = cache.element_type() == ffi::DataType::S8;
-  if (!coded && cache.element_type() != ffi::DataType::F32)
-    return ffi::Error::InvalidArgument("a cache of a type that has no kernel");
+  if (!has_kernel(cache)) return ffi::Error::InvalidArgument("a cache of a type that has no kernel");
+  const auto query = q.dimensions();
   const Attention of{
-      q.typed_data(), fresh.typed_data(), cache.untyped_data(), coded ? scale.typed_data() : nullptr,
-      length.typed_data(), page.typed_data(), out->typed_data(),
-      query[0], query[1], query[2], pages[2], query[3],
-      pages[0], pages[1], pages[3], page.dimensions()[1],
-      *layer.typed_data(), *window.typed_data(), soft_cap,
-      sink.element_count() ? sink.typed_data() : nullptr,
+      cached(cache, scale, layer, page, window, sink, query[2], soft_cap),
+      q.typed_data(), fresh.typed_data(), length.typed_data(), out->typed_data(), query[0], query[1],
   };
   int64_t rows = 0, longest = 1;
   for (int64_t b = 0; b < of.slots; ++b) rows += of.length[b] + 1, longest = std::max<int64_t>(longest, of.length[b] + 1);
@@ -98,6 +110,24 @@ ffi::Error attend(ffi::ThreadPool pool, ffi::Buffer<ffi::DataType::F32> q, ffi::
   return ffi::Error::Success();
 }
 
+ffi::Error attend_chunk(ffi::ThreadPool pool, ffi::Buffer<ffi::DataType::F32> q, ffi::Buffer<ffi::DataType::F32> k,
+                        ffi::Buffer<ffi::DataType::F32> v, ffi::AnyBuffer cache, ffi::Buffer<ffi::DataType::F32> scale,
+                        ffi::Buffer<ffi::DataType::S32> layer, ffi::Buffer<ffi::DataType::S32> start,
+                        ffi::Buffer<ffi::DataType::S32> page, ffi::Buffer<ffi::DataType::S32> window,
+                        ffi::Buffer<ffi::DataType::F32> sink, ffi::ResultBuffer<ffi::DataType::F32> out,
+                        float soft_cap) {
+  if (!has_kernel(cache)) return ffi::Error::InvalidArgument("a cache of a type that has no kernel");
+  const int64_t texts = start.dimensions()[0];
+  const Chunk of{
+      cached(cache, scale, layer, page, window, sink, q.dimensions()[1], soft_cap),
+      q.typed_data(), k.typed_data(), v.typed_data(), start.typed_data(), out->typed_data(),
+      texts, q.dimensions()[0] / texts,
+  };
+  const Kernels& own = kernels();
+  share(pool, pool.num_threads(), parts_of(of), [=, &own](int64_t part) { own.attend_chunk(of, part, part + 1); });
+  return ffi::Error::Success();
+}
+
 }  // namespace
 }  // namespace slipstream
 
@@ -106,6 +136,7 @@ ffi::Error attend(ffi::ThreadPool pool, ffi::Buffer<ffi::DataType::F32> q, ffi::
 extern "C" {
 EXPORTED XLA_FFI_Error* slipstream_panel_matmul(XLA_FFI_CallFrame*);
 EXPORTED XLA_FFI_Error* slipstream_ragged_attention(XLA_FFI_CallFrame*);
+EXPORTED XLA_FFI_Error* slipstream_chunk_attention(XLA_FFI_CallFrame*);
 EXPORTED const char* slipstream_level() { return slipstream::kernels().name; }
 EXPORTED bool slipstream_use_level(const char* name) { return slipstream::use_level(name); }
 EXPORTED const char* slipstream_source() { return SLIPSTREAM_SOURCE; }
@@ -133,4 +164,20 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(slipstream_ragged_attention, slipstream::attend,
                                   .Arg<ffi::Buffer<ffi::DataType::S32>>()  // window, 0 is none
                                   .Arg<ffi::Buffer<ffi::DataType::F32>>()  // sink_N, or empty
                                   .Ret<ffi::Buffer<ffi::DataType::F32>>()  // out_BWNH
+                                  .Attr<float>("soft_cap"));
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(slipstream_chunk_attention, slipstream::attend_chunk,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<ffi::Buffer<ffi::DataType::F32>>()  // q_TNH
+                                  .Arg<ffi::Buffer<ffi::DataType::F32>>()  // k_TKH
+                                  .Arg<ffi::Buffer<ffi::DataType::F32>>()  // v_TKH
+                                  .Arg<ffi::AnyBuffer>()                   // cache_LPKRC
+                                  .Arg<ffi::Buffer<ffi::DataType::F32>>()  // scale_LPK2R, or empty
+                                  .Arg<ffi::Buffer<ffi::DataType::S32>>()  // layer
+                                  .Arg<ffi::Buffer<ffi::DataType::S32>>()  // start_M
+                                  .Arg<ffi::Buffer<ffi::DataType::S32>>()  // page_MJ
+                                  .Arg<ffi::Buffer<ffi::DataType::S32>>()  // window, 0 is none
+                                  .Arg<ffi::Buffer<ffi::DataType::F32>>()  // sink_N, or empty
+                                  .Ret<ffi::Buffer<ffi::DataType::F32>>()  // out_TNH
                                   .Attr<float>("soft_cap"));

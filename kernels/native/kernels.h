@@ -28,20 +28,35 @@ struct Panels {
   int64_t blocks;   // Q, blocks of inputs that share a scale; of int4 alone
 };
 
-struct Attention {
-  const float* q;       // [B, W, N, H]
-  const float* fresh;   // [B, W, K, 2 H], the step's own k and v
+// What attention of both kinds reads besides its own tokens, and how.
+struct Cached {
   const void* cache;    // [L, P, K, R, 2 H], float, or int8 where there are scales
   const float* scale;   // [L, P, K, 2, R], or null
-  const int32_t* length;  // [B]
-  const int32_t* page;    // [B, J]
-  float* out;           // [B, W, N, H]
-  int64_t slots, tokens, heads, kv_heads, head_dim;
-  int64_t layers, pool, page_rows, pages_per_slot;
+  const int32_t* page;  // [B, J]
+  int64_t heads, kv_heads, head_dim;
+  int64_t layers, pool, page_rows, pages_per_text;
   int32_t layer;
-  int32_t window;  // tokens that a query sees, itself included; 0 is no window
-  float soft_cap;  // 0 is none
+  int32_t window;     // tokens that a query sees, itself included; 0 is no window
+  float soft_cap;     // 0 is none
   const float* sink;  // [N], scores without keys and values, or null
+};
+
+// Of a step's tokens.
+struct Attention : Cached {
+  const float* q;         // [B, W, N, H]
+  const float* fresh;     // [B, W, K, 2 H], the step's own k and v
+  const int32_t* length;  // [B]
+  float* out;             // [B, W, N, H]
+  int64_t slots, tokens;
+};
+
+// Of pieces of B texts, T tokens each.
+struct Chunk : Cached {
+  const float* q;        // [B, T, N, H]
+  const float *k, *v;    // [B, T, K, H]
+  const int32_t* start;  // [B], cached rows
+  float* out;            // [B, T, N, H]
+  int64_t texts, tokens;
 };
 
 // One level's kernels. Each computes a part of an op's result, which the parts share among threads.
@@ -54,7 +69,12 @@ struct Kernels {
   void (*dots)(const uint16_t* x, const Panels& weight, float* out, int64_t rows, int64_t first, int64_t last);
   // All tokens' query heads of the kv heads [first, last), counted over all slots: slot * kv_heads + kv_head.
   void (*attend)(const Attention& of, int64_t first, int64_t last);
+  // The parts [first, last) of a chunk, of which there are `parts_of` it. The first ones take longest.
+  void (*attend_chunk)(const Chunk& of, int64_t first, int64_t last);
 };
+
+// A part of a chunk's attention is one kv head's query heads of PANEL tokens at most.
+inline int64_t parts_of(const Chunk& of) { return of.texts * of.kv_heads * ((of.tokens + PANEL - 1) / PANEL); }
 
 // Null where the compiler's target has no such instructions.
 const Kernels* avx512_bf16();

@@ -33,6 +33,7 @@ namespace {
 #include "vectors.h"
 #include "panel_matmul.h"
 #include "ragged_attention.h"
+#include "chunk_attention.h"
 }  // namespace
 #if defined(TARGET) && defined(__clang__)
 #pragma clang attribute pop
@@ -41,7 +42,7 @@ namespace {
 #endif
 
 const Kernels* LEVEL() {
-  static const Kernels own{NAME(LEVEL), panels, dots, attend};
+  static const Kernels own{NAME(LEVEL), panels, dots, attend, attend_chunk};
   return &own;
 }
 }  // namespace slipstream

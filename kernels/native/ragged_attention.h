@@ -16,12 +16,19 @@ struct Reach {
 };
 
 static INLINE Reach reach_of(const Attention& of, int64_t slot) {
-  const int64_t all = of.pages_per_slot * of.page_rows;
+  const int64_t all = of.pages_per_text * of.page_rows;
   const int64_t length = of.length[slot] < all ? of.length[slot] : all;
   return {of.window > 0 ? std::max<int64_t>(of.length[slot] - of.window + 1, 0) : 0, of.window == 1 ? 0 : length};
 }
 
-// And of one page.
+// Which page of one kv head a text's block of rows is, counted over layers and heads.
+static INLINE int64_t page_at(const Cached& of, int64_t text, int64_t kv_head, int64_t block) {
+  const auto clamped = [](int64_t i, int64_t size) { return i < 0 ? 0 : i < size ? i : size - 1; };  // as XLA clamps
+  const int64_t page = clamped(of.page[text * of.pages_per_text + block], of.pool);
+  return (clamped(of.layer, of.layers) * of.pool + page) * of.kv_heads + kv_head;
+}
+
+// What a token sees of one page.
 template <typename Cell>
 struct Seen {
   const Cell* rows;
@@ -33,9 +40,7 @@ template <typename Cell>
 static INLINE Seen<Cell> seen(const Attention& of, const Reach& reach, int64_t slot, int64_t kv_head, int64_t block) {
   const int64_t R = of.page_rows, from = reach.first > block * R ? reach.first - block * R : 0;
   const int64_t count = (reach.end - block * R < R ? reach.end - block * R : R) - from;
-  const auto clamped = [](int64_t i, int64_t size) { return i < 0 ? 0 : i < size ? i : size - 1; };  // as XLA clamps
-  const int64_t page = clamped(of.page[slot * of.pages_per_slot + block], of.pool);
-  const int64_t at = (clamped(of.layer, of.layers) * of.pool + page) * of.kv_heads + kv_head;
+  const int64_t at = page_at(of, slot, kv_head, block);
   const auto* rows = static_cast<const Cell*>(of.cache) + (at * R + from) * 2 * of.head_dim;
   return {rows, count, of.scale ? of.scale + at * 2 * R + from : nullptr};
 }

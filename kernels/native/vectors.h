@@ -90,3 +90,9 @@ static INLINE F exp_of_negative(F x) {
   p = p * (r * r) + (r + 1.0f);
   return p * as_floats((U32)(whole + 127) << 23);
 }
+
+// cap * tanh(score / cap), within 1e-7 of the cap.
+static INLINE F capped(F score, float cap) {
+  const F twice = score * (2 / cap), e = exp_of_negative(twice > 0 ? -twice : twice), size = cap * (1 - e) / (1 + e);
+  return twice > 0 ? size : -size;
+}

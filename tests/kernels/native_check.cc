@@ -254,9 +254,9 @@ void check_attention(bool coded, int64_t W, int64_t K, int64_t G, int64_t H, int
     return static_cast<double>(cells[at * 2 * H + h]) * scale[at / R * 2 * R + s % R + (h < H ? 0 : R)];
   };
   const void* stored = coded ? static_cast<const void*>(cells.data()) : static_cast<const void*>(cache.data());
-  const Attention of{q.data(),      fresh.data(), stored, coded ? scale.data() : nullptr,
-                     length.data(), page.data(),  out.data(), B, W, N, K, H, L, P, R, J,
-                     static_cast<int32_t>(layer), window, cap, sinks ? sink.data() : nullptr};
+  const Attention of{{stored, coded ? scale.data() : nullptr, page.data(), N, K, H, L, P, R, J,
+                      static_cast<int32_t>(layer), window, cap, sinks ? sink.data() : nullptr},
+                     q.data(), fresh.data(), length.data(), out.data(), B, W};
   for (int64_t head = 0, each = 1; head < B * K; head += each++) kernels().attend(of, head, std::min(head + each, B * K));
   double worst = 0;
   for (int64_t at = 0; at < B * W * N; ++at) {
@@ -299,6 +299,82 @@ void check_attentions() {
       for (int32_t window : {0, 1, 128}) check_attention(coded, W, 2, 4, 64, window, 0, true);
 }
 
+// Texts of which `start` rows are cached and T are a piece's. Cached rows and scales that no query sees are NaN.
+void check_chunk(bool coded, int64_t T, int64_t K, int64_t G, int64_t H, int32_t window, float cap, bool sinks = false) {
+  const int64_t R = 128, J = 3, L = 2, P = 8, N = K * G, layer = 1;
+  const std::vector<int32_t> start = {0, 128, 384, 256};
+  const int64_t B = start.size();
+  std::vector<int32_t> page(B * J, -7);
+  std::vector<float> cache(coded ? 0 : L * P * K * R * 2 * H, NOT_A_NUMBER);
+  std::vector<int8_t> cells = coded ? codes(L * P * K * R * 2 * H) : std::vector<int8_t>();
+  std::vector<float> scale(coded ? L * P * K * 2 * R : 0, NOT_A_NUMBER);
+  const std::vector<float> q = normal(B * T * N * H), k = normal(B * T * K * H), v = normal(B * T * K * H);
+  const std::vector<float> sink = normal(sinks ? N : 0);
+  std::vector<float> out(B * T * N * H, NOT_A_NUMBER);
+  int32_t next = 0;
+  for (int64_t b = 0; b < B; ++b)
+    for (int64_t j = 0; j * R < start[b]; ++j) page[b * J + j] = next++ % P;
+  auto row = [&](int64_t b, int64_t of_kv, int64_t s) {
+    return ((layer * P + page[b * J + s / R]) * K + of_kv) * R + s % R;
+  };
+  for (int64_t b = 0; b < B; ++b)
+    for (int64_t of_kv = 0; of_kv < K; ++of_kv)
+      for (int64_t s = window ? std::max<int64_t>(0, start[b] - window + 1) : 0; s < start[b]; ++s) {
+        const std::vector<float> values = normal(2 * H);
+        if (!coded) std::copy(values.begin(), values.end(), cache.begin() + row(b, of_kv, s) * 2 * H);
+        if (coded) {
+          const int64_t at = row(b, of_kv, s) / R * 2 * R + s % R;
+          scale[at] = 0.01f * std::fabs(values[0]), scale[at + R] = 0.01f * std::fabs(values[1]);
+        }
+      }
+  auto value = [&](int64_t b, int64_t of_kv, int64_t s, int64_t h, bool is_v) -> double {
+    if (s >= start[b]) return (is_v ? v : k)[((b * T + s - start[b]) * K + of_kv) * H + h];
+    const int64_t at = row(b, of_kv, s), cell = at * 2 * H + (is_v ? H : 0) + h;
+    return coded ? static_cast<double>(cells[cell]) * scale[at / R * 2 * R + s % R + (is_v ? R : 0)] : cache[cell];
+  };
+  const void* stored = coded ? static_cast<const void*>(cells.data()) : static_cast<const void*>(cache.data());
+  const Chunk of{{stored, coded ? scale.data() : nullptr, page.data(), N, K, H, L, P, R, J, static_cast<int32_t>(layer),
+                  window, cap, sinks ? sink.data() : nullptr},
+                 q.data(), k.data(), v.data(), start.data(), out.data(), B, T};
+  const int64_t parts = parts_of(of);
+  for (int64_t part = 0, each = 1; part < parts; part += each++) kernels().attend_chunk(of, part, std::min(part + each, parts));
+  double worst = 0;
+  for (int64_t at = 0; at < B * T * N; ++at) {
+    const int64_t b = at / N / T, n = at % N, last = start[b] + at / N % T;
+    const int64_t from = window ? std::max<int64_t>(0, last - window + 1) : 0;
+    std::vector<double> score, sum(H, 0.0);
+    double most = sinks ? sink[n] : -1e300;
+    for (int64_t s = from; s <= last; ++s) {
+      double dot = 0;
+      for (int64_t h = 0; h < H; ++h) dot += q[at * H + h] * value(b, n / G, s, h, false);
+      dot /= std::sqrt(static_cast<double>(H));
+      score.push_back(cap > 0 ? cap * std::tanh(dot / cap) : dot);
+      most = std::max(most, score.back());
+    }
+    double whole = sinks ? std::exp(sink[n] - most) : 0;
+    for (int64_t s = from; s <= last; ++s) {
+      const double weight = std::exp(score[s - from] - most);
+      whole += weight;
+      for (int64_t h = 0; h < H; ++h) sum[h] += weight * value(b, n / G, s, h, true);
+    }
+    for (int64_t h = 0; h < H; ++h) {
+      const double error = std::fabs(out[at * H + h] - sum[h] / whole);
+      worst = error <= worst ? worst : error;
+    }
+  }
+  expect(worst < 1e-5, coded ? "attention of a chunk over int8" : "attention of a chunk", worst);
+}
+
+void check_chunks() {
+  for (bool coded : {false, true})
+    for (int64_t T : {1, 31, 33, 130})
+      for (int64_t H : {8, 20, 64}) check_chunk(coded, T, 2, H == 20 ? 3 : 1, H, 0, 0);
+  for (bool coded : {false, true})
+    for (int64_t T : {5, 70})
+      for (int32_t window : {1, 2, 31, 32, 33, 64, 100, 128, 129, 2147483647}) check_chunk(coded, T, 1, 2, 16, window, 5.0f);
+  for (int32_t window : {0, 1, 128}) check_chunk(false, 40, 2, 4, 24, window, 0, true);
+}
+
 }  // namespace
 
 int main() {
@@ -312,6 +388,7 @@ int main() {
     ++levels;
     check_products();
     check_attentions();
+    check_chunks();
     std::printf("%s: checked\n", level);
   }
   expect(levels > 0 && !use_level("avx9000"), "levels by their names", levels);

@@ -15,7 +15,7 @@ from . import oracle
 L, LAYER, R = 2, 1, 128
 ATTEND = jax.jit(chunk_attention, static_argnames=("soft_cap", "mesh", "backend"))
 SIMULATED = pytest.param("pallas_interpret", marks=pytest.mark.slow)
-BACKENDS = ["xla", "xla_gpu", SIMULATED]
+BACKENDS = ["xla", "xla_gpu", "native_cpu", SIMULATED]
 
 
 @pytest.fixture(autouse=True)
@@ -87,7 +87,7 @@ class Case:
         oracle.assert_close(out_TNH, self.expected(soft_cap))
 
 
-@pytest.mark.parametrize("backend", ["xla", "xla_gpu"])
+@pytest.mark.parametrize("backend", ["xla", "xla_gpu", "native_cpu"])
 @pytest.mark.parametrize(
     ("starts", "tokens"),
     [
@@ -152,6 +152,8 @@ WINDOWS = [1, 2, 16, 127, 128, 129, 130, 200, 256, 300, 385, 2**31 - 1]
         ("xla", [R], 16, WINDOWS),
         ("xla", [0], 300, WINDOWS),
         ("xla_gpu", [3 * R, 0], 300, WINDOWS),
+        ("native_cpu", [3 * R, 0], 200, WINDOWS),
+        ("native_cpu", [R], 16, WINDOWS),
         ("pallas_interpret", [3 * R, 0], 144, [130]),
         pytest.param("pallas_interpret", [3 * R, 0], 300, WINDOWS, marks=pytest.mark.slow),
         pytest.param("pallas_interpret", [R], 512, WINDOWS, marks=pytest.mark.slow),
@@ -191,6 +193,7 @@ def test_soft_cap(mesh, backend, window):
         ("xla", 1, 4, 128, jnp.bfloat16, 150, 3.0),
         ("xla", 2, 1, 16, jnp.float32, 300, None),
         ("xla_gpu", 3, 3, 64, jnp.float32, None, None),
+        ("native_cpu", 3, 3, 64, jnp.float32, 300, None),
         ("xla_gpu", 1, 4, 128, jnp.bfloat16, 150, 3.0),
         ("pallas_interpret", 1, 4, 128, jnp.bfloat16, 150, 3.0),
         pytest.param("pallas_interpret", 3, 3, 64, jnp.float32, None, None, marks=pytest.mark.slow),
@@ -202,7 +205,7 @@ def test_int8_rows_mean_code_times_scale(mesh, backend, K, G, H, dtype, window, 
     Case([3 * R, 0, R], 64, K, G, H, dtype, window=window, int8=True).check(backend, mesh, soft_cap)
 
 
-@pytest.mark.parametrize("backend", ["xla", "xla_gpu", "pallas_interpret"])
+@pytest.mark.parametrize("backend", ["xla", "xla_gpu", "native_cpu", "pallas_interpret"])
 def test_by_hand(mesh, backend):
     """A cached row of score log 3 and v = 8 among 127 of weight exp(-1000), an own one of score 0 and v = 4."""
     H = 64

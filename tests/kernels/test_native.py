@@ -13,6 +13,7 @@ from slipstream.kernels.native import library
 from slipstream.kernels.panel_matmul import PANEL, Panels, columns, pack, pack_int4, pack_int8, panel_matmul, unpack
 
 from . import oracle
+from .test_chunk_attention import Case
 
 MULTIPLY = jax.jit(panel_matmul, static_argnames=("outputs", "backend"))
 ATTEND = jax.jit(ragged_attention, static_argnames=("window", "soft_cap", "mesh", "backend"))
@@ -163,6 +164,12 @@ def test_attention(level, mesh, coded, H, W):
         ATTEND(*args, jnp.asarray(page_BJ), **options, mesh=mesh, backend=backend) for backend in ("native_cpu", "xla")
     )
     np.testing.assert_allclose(out_BWNH, expected_BWNH, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(("int8", "H", "tokens"), [(False, 20, 33), (False, 64, 200), (True, 20, 33)])
+def test_attention_of_chunks(level, mesh, int8, H, tokens):
+    """Pieces of two texts, a window that ends within a page, a cap, an odd head; NaN in pages that nobody may read."""
+    Case([2 * 128, 0], tokens, 2, 3, H, window=150, int8=int8).check("native_cpu", mesh, soft_cap=3.0)
 
 
 @pytest.mark.parametrize(
