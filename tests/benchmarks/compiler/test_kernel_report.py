@@ -230,7 +230,7 @@ def test_int8_saves_time_and_a_window_costs_little():
 @pytest.mark.slow
 def test_a_chunk_waits_for_its_own_work():
     """Pages arrive while a block of queries is busy, most of the time with products."""
-    wanted = [Setting("chunk", 1, 128, "bfloat16", 256), Setting("chunk", 8, 64, "int8", 256)]
+    wanted = [Setting("chunk", *shape, 256, tokens=512) for shape in ((1, 128, "bfloat16"), (8, 64, "int8"))]
     one, several = measure("v5e", wanted)
     assert isinstance(one, ChunkRow)
     assert isinstance(several, ChunkRow)
