@@ -12,6 +12,7 @@ from .config import EngineConfig, check_whole
 from .models.decoder import ModelConfig
 
 CPU_CHUNK, CHUNK = 256, 512
+"""Most tokens of a piece, unless a config says; on TPUs by the compiler's estimates (docs/tpu-evidence.md)."""
 
 
 def layout_of(

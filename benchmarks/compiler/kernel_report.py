@@ -106,7 +106,7 @@ class Setting:
     """whether there is one; attention only, as is the cap"""
     soft_cap: float | None = None
     tokens: int = 1
-    """W, of a slot in a step; attention and the flushes only"""
+    """W, of a slot in a step; of a chunk, all that it has"""
 
 
 @dataclass(frozen=True)
@@ -180,6 +180,13 @@ class ChunkRow:
     mxu_cycles: int
     """for a page's products at the chip's peak"""
 
+    def cycles(self, cached: int) -> int:
+        """Of a layer, for the whole chunk behind so many cached rows, without the steps in which a block idles."""
+        blocks, pages = -(-self.setting.tokens // self.block), -(-cached // self.setting.page)
+        of_pages = blocks * pages * max(self.cached, self.dma_cycles)
+        one_step = blocks * self.diagonal + blocks * (blocks - 1) // 2 * self.own + of_pages
+        return one_step * self.setting.kv_heads // self.heads
+
 
 Row = AttentionRow | ChunkRow | FlushRow | ScatterRow
 
@@ -196,7 +203,7 @@ def settings(all_kv_heads: Iterable[int] = KV_HEADS) -> list[Setting]:
                     for rows in PAGE_ROWS
                     if PAGE_BYTES[0] <= rows * row_bytes <= PAGE_BYTES[1]
                 ]
-                found.append(Setting("chunk", kv_heads, head_dim, dtype, CHUNK_PAGE))
+                found.append(Setting("chunk", kv_heads, head_dim, dtype, CHUNK_PAGE, tokens=CHUNK))
                 found.append(Setting("flush", kv_heads, head_dim, dtype))
         found.append(Setting("scales", kv_heads, 0, "float32"))
     return found
@@ -282,7 +289,7 @@ def _compile(topology: str, setting: Setting) -> None:
         args = q_BWNH, new_BWKC, cache_LPKRC, scale_LPK2R, layer, slot_B, array(B, J, dtype=jnp.int32), window
     elif setting.kernel == "chunk":
         kernel, donated = partial(chunk_attention_tpu, soft_cap=setting.soft_cap), ()
-        q_TNH, k_TKH = array(CHUNK, K * QUERY_GROUP, H, dtype=model), array(CHUNK, K, H, dtype=model)
+        q_TNH, k_TKH = array(W, K * QUERY_GROUP, H, dtype=model), array(W, K, H, dtype=model)
         cache_LPKRC = array(2, 1024, K, setting.page, 2 * H)
         scale_LPK2R = array(2, 1024, K, 2, setting.page, dtype=jnp.float32) if setting.dtype == "int8" else None
         window, page_MJ = layer if setting.window else None, array(1, 32, dtype=jnp.int32)
@@ -342,7 +349,7 @@ def _read_chunk(chip: str, setting: Setting, program: LloProgram) -> ChunkRow:
     products = program.of("vmat")
     if len(products) != 3:
         raise ValueError(f"{len(products)} regions with matrix products, not the diagonal's, a block's and a page's")
-    block, heads = block_and_heads(CHUNK, setting.kv_heads, QUERY_GROUP)
+    block, heads = block_and_heads(setting.tokens, setting.kv_heads, QUERY_GROUP)
     page_bytes = setting.page * _row_bytes(heads, setting.head_dim, setting.dtype)
     flops = 4 * block * QUERY_GROUP * heads * setting.page * setting.head_dim
     diagonal, own, cached = (program.issued(stages | {region}) for region in products)

@@ -1,13 +1,15 @@
 """The tables of docs/tpu-evidence.md, as the TPU compiler tells them today; no TPU needed.
 
-Run as `python -m slipstream.benchmarks.compiler.tpu_evidence`, about twenty minutes on two cores; or with the names
-of the tables that are wanted: serving, quantized, designs, writes, carried, wide.
+Run as `python -m slipstream.benchmarks.compiler.tpu_evidence`, about half an hour on two cores; or with the
+names of the tables that are wanted: serving, quantized, designs, writes, carried, chunks, wide.
 """
 
 import itertools
 import sys
 from collections.abc import Iterator
 from typing import Any
+
+import jax
 
 from ...engine_impl.compiler.budget import Budget, cache_copies
 from ...engine_impl.compiler.chips import chip_of
@@ -18,7 +20,7 @@ from ...engine_impl.config import EngineConfig
 from ...kernels.cache_flush.pallas_tpu import VMEM_BYTES, layer_group, tile_rows
 from ..baselines.eager import eager_twin
 from ..measure.table import print_tables
-from .kernel_report import CORES, FLUSH_LAYERS, FlushRow, ScatterRow, Setting, measure
+from .kernel_report import CORES, FLUSH_LAYERS, ChunkRow, FlushRow, ScatterRow, Setting, measure
 
 GIB, MIB = 2**30, 2**20
 
@@ -54,6 +56,8 @@ CARRIED = [  # topology, slots, tokens of the piece
     ("v5e:2x4", 256, 512),
     ("v6e:2x4", 128, 512),
 ]
+CHUNKS, BEHIND, CHUNK_SLOTS = (128, 256, 512, 1024, 2048), 8192, 128
+"""Tokens of a piece, rows that are cached before it, slots of the step beside it."""
 WIDE = [("v5e:2x4", slots, width) for slots in (8, 32) for width in (1, 4, 8)]
 """topology, slots, tokens of each"""
 
@@ -195,6 +199,52 @@ def carried_rows(model: str = "llama-3.1-8b", cache_tokens: int = 65536) -> Iter
             yield "| " + " | ".join([topology, str(slots), str(tokens), way, *cells]) + " |"
 
 
+def chunk_rows(model: str = "llama-3.1-8b") -> Iterator[str]:
+    """What pieces of a prompt take, alone and as what they add to a step that carries them; attention's bundles are the
+    kernel's own."""
+    yield (
+        "| topology | tokens | way | static Mcycles | attention's, behind 0 / 8,192 rows | a token, thousands "
+        "| longest stall, ms | operations | HBM MiB, behind 0 / 8,192 rows |"
+    )
+    yield "|---|---|---|---|---|---|---|---|---|"
+    for topology in ("v5e:2x4", "v6e:2x4"):
+        config = EngineConfig(model=model, slots=CHUNK_SLOTS, cache_length=16384, cache_tokens=262144)
+        engine = abstract_engine(shape_of(model), topology, config)
+        budget, layout, chip = Budget(engine, chip_of(topology)), engine.layout, topology.partition(":")[0]
+        heads, dtype, rows = layout.kv_heads // engine.mesh.size, layout.dtype.name, layout.page_rows
+        kinds = [Setting("chunk", heads, layout.head_dim, dtype, rows, tokens=tokens) for tokens in CHUNKS]
+        row_bytes = budget.cache_bytes // (layout.pages * rows)
+        step_cycles, step_operations = _cycles_and_operations(lower_generate(engine, CHUNK_SLOTS))
+        for tokens, kernel in zip(CHUNKS, measure(chip, kinds), strict=True):
+            assert isinstance(kernel, ChunkRow)
+            attention = [layout.layers * kernel.cycles(behind) for behind in (0, BEHIND)]
+            reread = -(-tokens // kernel.block) * BEHIND * row_bytes
+            alone, together = lower_prefill(engine, 1, tokens), lower_carry(engine, CHUNK_SLOTS, tokens)
+            cycles, operations = _cycles_and_operations(alone)
+            both_cycles, both_operations = _cycles_and_operations(together)
+            weights = budget.read_bytes
+            ways = {
+                "alone": (cycles, operations, weights),
+                "in a step, more": (both_cycles - step_cycles, both_operations - step_operations, 0),
+            }
+            for way, (static, launched, read) in ways.items():
+                totals = [static + of_kernel for of_kernel in attention]
+                moved = [read + tokens * row_bytes, read + tokens * row_bytes + reread]
+                cells = [
+                    f"{static / 1e6:.1f}", " / ".join(f"{cycles / 1e6:.1f}" for cycles in attention),
+                    " / ".join(f"{total / tokens / 1e3:.1f}" for total in totals),
+                    " / ".join(f"{total / CORES[chip].clock * 1e3:.1f}" for total in totals),
+                    f"{launched:,}", " / ".join(f"{nbytes / MIB:,.0f}" for nbytes in moved),
+                ]  # fmt: skip
+                yield "| " + " | ".join([topology, str(tokens), way, *cells]) + " |"
+
+
+def _cycles_and_operations(lowered: jax.stages.Lowered) -> tuple[int, int]:
+    """The compiler's estimate, which leaves kernels out, and what a chip is started for."""
+    hlo = Program(lowered.compile().as_text() or "")
+    return hlo.estimated_cycles(), hlo.operations()
+
+
 def wide_rows(model: str = "llama-3.1-8b") -> Iterator[str]:
     """A step of several tokens a slot, with what drafts them, beside one of one; and that where nothing drafts."""
     yield "| topology | slots | tokens | static Mcycles | operations | floor ms | compute ms | temp MiB |"
@@ -220,6 +270,7 @@ TABLES = {
     "designs": design_rows,
     "writes": write_rows,
     "carried": carried_rows,
+    "chunks": chunk_rows,
     "wide": wide_rows,
 }
 

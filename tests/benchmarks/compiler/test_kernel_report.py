@@ -227,10 +227,17 @@ def test_int8_saves_time_and_a_window_costs_little():
     assert int8.cycles < 0.65 * plain.cycles
 
 
+def test_a_chunk_goes_over_its_blocks_and_whole_pages():
+    setting = Setting("chunk", 2, 64, "bfloat16", 256, tokens=512)
+    row = ChunkRow("v5e", setting, 1, 256, pipeline=1, diagonal=10, own=5, cached=7, dma_cycles=8, mxu_cycles=1)
+    assert row.cycles(0) == 2 * (2 * 10 + 5)  # two heads, each in steps of its own
+    assert row.cycles(257) == row.cycles(0) + 2 * 2 * 2 * 8  # both blocks read two pages, and wait for HBM
+
+
 @pytest.mark.slow
 def test_a_chunk_waits_for_its_own_work():
     """Pages arrive while a block of queries is busy, most of the time with products."""
-    wanted = [Setting("chunk", 1, 128, "bfloat16", 256), Setting("chunk", 8, 64, "int8", 256)]
+    wanted = [Setting("chunk", *shape, 256, tokens=512) for shape in ((1, 128, "bfloat16"), (8, 64, "int8"))]
     one, several = measure("v5e", wanted)
     assert isinstance(one, ChunkRow)
     assert isinstance(several, ChunkRow)
