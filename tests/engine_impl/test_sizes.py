@@ -150,6 +150,7 @@ def test_an_engine_takes_what_its_model_was_trained_for():
         16,
     )
     assert (engine.sizes.prefill_chunk, engine.sizes.prefill_batch) == (256, (4, 8, 32))
+    assert engine.sizes.prefill_lengths == (16, 64, 128, 256)
     engine, _ = engine_of(200)
     assert (engine.layout.length, engine.sizes.cache_length, engine.sizes.max_prefill_length) == (256, 200, 200)
     engine, _ = engine_of(512, slots=1, max_prefill_length=100)
