@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from slipstream.server.request.request import Request
 from slipstream.server.scheduler.orchestrator import Orchestrator
 
-WAIT_S = 10
+WAIT_S = 30
 
 
 class Asked(Request):
