@@ -86,7 +86,7 @@ def measured(
         **{"quantize_weights": "none", **mode.options},
     )  # fmt: skip
     engine = build_engine(config, checkpoint)
-    params = jax.block_until_ready(engine.load_params(checkpoint))
+    params = jax.block_until_ready(engine.parameters.load(checkpoint))
     gc.collect()
     weights_bytes = _live_bytes() - before
     cache_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(engine.init_decode_state().cache))

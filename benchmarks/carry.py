@@ -45,11 +45,11 @@ def run(model: str, cases: list[tuple[int, int]], pairs: int = PAIRS, cache_leng
 def both_ways(loaded: Loaded, slots: int, tokens: int) -> tuple[Callable[[], None], Callable[[], None]]:
     """One turn each, until the device is done: the piece and a step, and both together."""
     engine, session = loaded.engine, Session(loaded.engine, loaded.params)
-    engine.shapes = replace(engine.shapes, carried=Carried(slots, tokens, tokens))
+    engine = engine.twin(shapes=replace(engine.shapes, carried=Carried(slots, tokens, tokens)))
     for slot in range(slots):
         session.start(slot, [slot + at for at in range(LIVE_TOKENS)])
     slot_N, page_NJ = np.arange(slots, dtype=np.int32), session.page_BJ
-    reach = engine.reach_of(engine.cache_length)
+    reach = engine.reach_of(engine.sizes.cache_length)
     piece = Piece(token_T=np.arange(tokens, dtype=np.int32), start=0, page_J=page_NJ[0], reach=reach)
 
     def apart() -> None:

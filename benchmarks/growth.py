@@ -110,13 +110,13 @@ class Field:
                 ms.append((time.perf_counter() - start) * 1000)
             return ms
 
-        row_bytes = engine.layout.bytes / engine.pages / engine.page_rows
+        row_bytes = engine.layout.bytes / engine.sizes.pages / engine.sizes.page_rows
         floors = [2 * row_bytes * length / self.bandwidth * 1000 for length in tokens]
         return curve_of(tokens, floors, in_turns([lambda n=n: block(n) for n in tokens], self._options))
 
     def _engine(self, slots: int, cache_length: int) -> Engine:
         engine, _, checkpoint = self._loaded
-        if (slots, cache_length) == (engine.max_concurrent_decodes, engine.cache_length):
+        if (slots, cache_length) == (engine.sizes.slots, engine.sizes.cache_length):
             return engine
         return build_engine(self._options.config(slots, cache_length), checkpoint)
 

@@ -40,7 +40,7 @@ class HostBench:
         )
         checkpoint = Textless(TINY, "tiny")
         self._engine = build_engine(config, checkpoint)
-        self._params = self._engine.load_params(checkpoint)
+        self._params = self._engine.parameters.load(checkpoint)
         self._bare = EngineStepper(self._engine, self._params)
         self._bare.fill([])
 

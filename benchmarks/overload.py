@@ -48,15 +48,19 @@ def run(options: OverloadOptions) -> dict[str, Any]:
         progress.show("cost ...")
         cost = measure_cost(engine, params, serving, options)
         progress.show("overload ...")
-        overload = asyncio.run(measure_overload(serving, options, engine.max_concurrent_decodes))
+        overload = asyncio.run(measure_overload(serving, options, engine.sizes.slots))
         progress.show("reuse ...")
-        reuse = asyncio.run(measure_reuse(serving, options, engine.max_concurrent_decodes))
+        reuse = asyncio.run(measure_reuse(serving, options, engine.sizes.slots))
     progress.clear()
-    result = {"slots": engine.max_concurrent_decodes, "cost": cost, "overload": overload, "reuse": reuse}
+    result = {"slots": engine.sizes.slots, "cost": cost, "overload": overload, "reuse": reuse}
     print(_summary(result, options))
     where = machine.describe(machine.use_threads(None)) | {"load_average": load_average}
     return (
-        {"model": engine.model_name, "cache_length": engine.cache_length, "plan": facts(options) | {"ids": options.ids}}
+        {
+            "model": engine.model_name,
+            "cache_length": engine.sizes.cache_length,
+            "plan": facts(options) | {"ids": options.ids},
+        }
         | result
         | where
     )
@@ -66,7 +70,7 @@ def measure_cost(engine: Any, params: Any, serving: Serving, options: OverloadOp
     """Decode alone: no prefill is timed on either side."""
     (ask,) = _asks(options, 1)
     bare = EngineStepper(engine, params)
-    slots, bare_speeds, served_speeds = engine.max_concurrent_decodes, [], []
+    slots, bare_speeds, served_speeds = engine.sizes.slots, [], []
     for _ in range(options.pairs):
         bare.fill([ask.prompt_ids] * slots)
         bare.block(2)

@@ -64,7 +64,9 @@ class PrefillBench:
     def measure(self, point: PrefillPoint) -> dict[str, Any]:
         """All that the table and the JSON say of a point, but for the machine."""
         count = self._options.pairs * self._options.repeats
-        prompts = np.random.default_rng(0).integers(0, self._engine.vocab_size, (count, point.prompt_tokens)).tolist()
+        prompts = (
+            np.random.default_rng(0).integers(0, self._engine.sizes.vocab_size, (count, point.prompt_tokens)).tolist()
+        )
         with machine.compiling_anew():
             first_ms = [timed(prefiller, prompts[:1]).ms[0] for prefiller in self._prefillers]
         blocks = in_turns(self._prefillers, prompts, pairs=self._options.pairs)
@@ -75,14 +77,14 @@ class PrefillBench:
             | {
                 "dtype": weights_dtype(self._engine),
                 "quantize_weights": stored_as(self._engine),
-                "prefill_chunk": self._engine.prefill_chunk,
+                "prefill_chunk": self._engine.sizes.prefill_chunk,
                 "compile_seconds": round(max(0.0, first_ms[0] - p50) / 1000, 3),
                 "prefill_ms_p50": round(p50, 4),
                 "prefill_ms_min": round(min(ms), 4),
                 "prefill_ms_max": round(max(ms), 4),
                 "tokens_per_second": round(point.prompt_tokens * 1000 / p50, 2),
                 "prefills_timed": len(ms),
-                "layer_loop": self._engine.layer_loop,
+                "layer_loop": self._engine.parameters.layer_loop,
             }
             | self._rates(prefill_flops(self._loaded.checkpoint.config, point.prompt_tokens), p50 / 1000)
         )

@@ -116,7 +116,7 @@ class PointBench:
                 "mbu_datasheet": datasheet and round(nbytes / (p50 / 1000) / (datasheet * chips), 4),
                 "steps_timed": len(ms),
                 "chips": len(list(self.engine.mesh.devices.flat)),
-                "layer_loop": self.engine.layer_loop,
+                "layer_loop": self.engine.parameters.layer_loop,
             }
         )
         if self._options.attention:
@@ -141,7 +141,11 @@ class PointBench:
         self._ours.set_length(point.live_tokens)
         attention_ms = float(np.median(self._ours.attention_ms(self._options.steps)))
         live_bytes = (
-            self.engine.layout.bytes / self.engine.pages / self.engine.page_rows * point.slots * point.live_tokens
+            self.engine.layout.bytes
+            / self.engine.sizes.pages
+            / self.engine.sizes.page_rows
+            * point.slots
+            * point.live_tokens
         )
         floor_ms = live_bytes / bandwidth * 1000
         best_ms = max(step_ms - attention_ms, 0.0) + floor_ms
@@ -165,23 +169,25 @@ def baseline_for(versus: Versus, loaded: Loaded) -> Stepper:
         return EngineStepper(eager_twin(engine, "stacked"), params)
     if versus == "eager-per-layer":
         eager = eager_twin(engine, "per_layer")
-        return EngineStepper(eager, params if eager.layer_loop == engine.layer_loop else eager.load_params(checkpoint))
+        if eager.parameters.layer_loop != engine.parameters.layer_loop:
+            params = eager.parameters.load(checkpoint)
+        return EngineStepper(eager, params)
     if engine.mesh.devices.flat[0].platform != "cpu":
         raise RefusedError(f"versus={versus!r} is compared on CPUs only; use --platform cpu, or --versus eager")
     from .baselines.huggingface import TransformersStepper, transformers_model
 
     return TransformersStepper(
         transformers_model(checkpoint, weights_dtype(engine)),
-        cache_length=engine.cache_length,
+        cache_length=engine.sizes.cache_length,
         cache="dynamic" if versus == "transformers-dynamic" else "static",
     )
 
 
 def prompts_for(engine: Engine) -> list[list[int]]:
     """A prompt a slot: random tokens, the same in every run; few enough that the checked ones fit behind them."""
-    length = min(PROMPT_LENGTH, engine.max_prefill_length, engine.cache_length // 2)
-    prompts = np.random.default_rng(0).integers(0, engine.vocab_size, (PROMPTS, length)).tolist()
-    return [prompts[slot % PROMPTS] for slot in range(engine.max_concurrent_decodes)]
+    length = min(PROMPT_LENGTH, engine.sizes.max_prefill_length, engine.sizes.cache_length // 2)
+    prompts = np.random.default_rng(0).integers(0, engine.sizes.vocab_size, (PROMPTS, length)).tolist()
+    return [prompts[slot % PROMPTS] for slot in range(engine.sizes.slots)]
 
 
 def started(stepper: Stepper, prompts: list[list[int]]) -> tuple[Any, float, list[list[int]]]:

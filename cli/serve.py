@@ -59,14 +59,15 @@ class Serve:
             from ..server.jetstream.host import host
 
             return asyncio.run(host(self.engine, self.server))
-        from ..server.lifecycle import serve
+        from ..server.serve import serve
 
         return asyncio.run(serve(self._load, self.server, line))
 
     def _in_group(self, place: Place, line: "StatusLine | None") -> int:
         from ..engine_impl.distributed.group import FollowingGroup, LeadingGroup
         from ..server.following import follow
-        from ..server.lifecycle import leave_at_once, serve
+        from ..server.process import leave_at_once
+        from ..server.serve import serve
 
         timeout_s = self.server.step_timeout_s
         try:

@@ -110,7 +110,7 @@ class Piece:
     """Tokens of a text that are computed together."""
 
     token_T: np.ndarray
-    """i32, at least one, at most the engine's `prefill_chunk`"""
+    """i32, at least one, at most the engine's `sizes.prefill_chunk`"""
     start: int
     """Tokens of the text before them, whose rows the cache has; a multiple of the page's rows."""
     page_J: np.ndarray
@@ -278,38 +278,51 @@ class Adapter(Protocol):
         ...
 
 
+@dataclass(frozen=True, kw_only=True)
+class Sizes:
+    """What an engine takes and holds; nothing of it changes."""
+
+    slots: int
+    """Requests that decode together."""
+    cache_length: int
+    """Prompt and answer of one request together (tokens)."""
+    max_prefill_length: int
+    """Longest prompt (tokens)."""
+    prefill_chunk: int
+    """Most tokens of one piece; a multiple of `page_rows`."""
+    prefill_batch: tuple[int, int, int]
+    """(how many pieces are prefilled together with a gain, how many at most, of how many tokens each at most).
+
+    (1, 1, `prefill_chunk`): only one.
+    """
+    tokens_per_step: int
+    """W: most tokens that a step brings a slot; 1 where nothing drafts."""
+    page_rows: int
+    """R: tokens of a page."""
+    pages: int
+    """P: pages of the pool."""
+    pages_per_slot: int
+    """J: pages of the longest request, the width of a page table."""
+    table_entries: int
+    """Most pages that the tables of one step's slots may have together, shared ones counted for each."""
+    max_adapters: int
+    """Adapters that the devices hold at once; 0: none are served."""
+    vocab_size: int
+    """Token ids are below this."""
+
+    @property
+    def cache_tokens(self) -> int:
+        """Of all the pool's pages."""
+        return self.pages * self.page_rows
+
+
 class Engine(Protocol[ParamsT, PrefixT, StateT]):
-    """A model on its devices, serving `max_concurrent_decodes` requests together."""
+    """A model on its devices, serving `sizes.slots` requests together."""
 
     model_name: str
 
     @property
-    def max_concurrent_decodes(self) -> int:
-        """Slots."""
-        ...
-
-    @property
-    def cache_length(self) -> int:
-        """Prompt and answer of one request together (tokens)."""
-        ...
-
-    @property
-    def max_prefill_length(self) -> int:
-        """Longest prompt (tokens)."""
-        ...
-
-    @property
-    def prefill_chunk(self) -> int:
-        """Most tokens of one piece; a multiple of `page_rows`."""
-        ...
-
-    @property
-    def prefill_batch(self) -> tuple[int, int, int]:
-        """(how many pieces are prefilled together with a gain, how many at most, of how many tokens each at most).
-
-        (1, 1, `prefill_chunk`): only one.
-        """
-        ...
+    def sizes(self) -> Sizes: ...
 
     @property
     def prefills_apart(self) -> bool:
@@ -317,38 +330,8 @@ class Engine(Protocol[ParamsT, PrefixT, StateT]):
         that is not ready wait for it."""
         ...
 
-    @property
-    def tokens_per_step(self) -> int:
-        """W: most tokens that a step brings a slot; 1 where nothing drafts."""
-        ...
-
     def widths_of(self, slots: int) -> tuple[int, ...]:
         """Of steps of so many slots, in tokens that they bring each at most, ascending; the first is 1."""
-        ...
-
-    @property
-    def page_rows(self) -> int:
-        """R: tokens of a page."""
-        ...
-
-    @property
-    def pages(self) -> int:
-        """P: pages of the pool."""
-        ...
-
-    @property
-    def pages_per_slot(self) -> int:
-        """J: pages of the longest request, the width of a page table."""
-        ...
-
-    @property
-    def table_entries(self) -> int:
-        """Most pages that the tables of one step's slots may have together, shared ones counted for each."""
-        ...
-
-    @property
-    def max_adapters(self) -> int:
-        """Adapters that the devices hold at once; 0: none are served."""
         ...
 
     @property
@@ -379,9 +362,9 @@ class Engine(Protocol[ParamsT, PrefixT, StateT]):
         ...
 
     def put_adapter(self, params: ParamsT, index: int, adapter: Any) -> ParamsT:
-        """An adapter that `read_adapter` gave onto the devices, at an index from 1 to `max_adapters`, whatever was
-        there: no text that is computed may use it. The parameters are donated as far as they change; what fails once
-        they are donated raises AdaptersLostError."""
+        """An adapter that `read_adapter` gave onto the devices, at an index from 1 to `sizes.max_adapters`, whatever
+        was there: no text that is computed may use it. The parameters are donated as far as they change; what fails
+        once they are donated raises AdaptersLostError."""
         ...
 
     def without_adapters(self, params: ParamsT) -> ParamsT:
@@ -389,7 +372,7 @@ class Engine(Protocol[ParamsT, PrefixT, StateT]):
         ...
 
     def prefill(self, params: ParamsT, decode_state: StateT, pieces: Sequence[Piece]) -> PrefixT:
-        """The pieces' keys and values. The state is read, not donated; several pieces as `prefill_batch` allows."""
+        """The pieces' keys and values. The state is read, not donated; `sizes.prefill_batch` tells how many pieces."""
         ...
 
     def first_tokens(self, prefix: PrefixT, openings: Sequence[Opening | None]) -> tuple[PrefixT, StepResult]:
@@ -422,8 +405,8 @@ class Engine(Protocol[ParamsT, PrefixT, StateT]):
         the step computes each slot's last token and up to so many drafts less one behind it, fewer where `widths_of` so
         many slots has no such width. A slot's tokens are the same whatever the width; how many a step brings differs.
         `page_NJ` (i32) must have a page for each row that the step may store: up to `width` behind a slot's length.
-        Where no slot is named, nothing changes; `max_concurrent_decodes` names none, so that a step over nobody may be
-        of any size.
+        Where no slot is named, nothing changes; `sizes.slots` names none, so that a step over nobody may be of any
+        size.
         """
         ...
 

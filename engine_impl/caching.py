@@ -60,6 +60,16 @@ class Caching:
 
     # The cache
 
+    @property
+    def cache_layouts(self) -> list[CacheLayout]:
+        """Of all that is cached of a token: the model's, and the draft model's."""
+        return [self.layout] if self._small is None else [self.layout, self._small.layout]
+
+    @property
+    def cache_bytes(self) -> int:
+        """Of these, over all devices."""
+        return sum(layout.bytes for layout in self.cache_layouts)
+
     def empty_cache(self) -> KV:
         """Zeros."""
         return self.layout.empty()

@@ -5,6 +5,7 @@ That is `DecodeStep.step`, of which `generate`, `carry` and `score_step` are use
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -20,7 +21,7 @@ from .sampling.params import GREEDY
 from .sampling.penalties import count_answer, counts_behind
 from .sampling.slots import SlotSampling
 from .speculation.drafts import Accepted, accept
-from .state import DecodeState, PieceBatch, Prefix, Rows, StepResult
+from .state import DecodeState, PieceBatch, Prefix, Rows, StepResult, of_tokens
 
 
 class Chosen(NamedTuple):
@@ -133,7 +134,7 @@ class DecodeStep(Prompts):
 
     def _serving(self, mask: Mask) -> Choose:
         def choose(logits_RV: jax.Array, rows: Rows, count_BV: jax.Array) -> Chosen:
-            sampling = jax.tree.map(rows.of_tokens, rows.sampling)
+            sampling = jax.tree.map(partial(of_tokens, tokens=rows.width), rows.sampling)
 
             def count_RV() -> jax.Array:
                 """The text up to each token of the step and that token, as though its drafts were right."""

@@ -81,65 +81,21 @@ class DisaggregatedEngine:
 
     def __init__(self, prefill: Engine, decode: Engine) -> None:
         """Raises ValueError for engines whose pages are not the same."""
-        sizes = [(e.max_concurrent_decodes, e.page_rows, e.pages, e.cache_length) for e in (prefill, decode)]
+        sizes = [(e.slots, e.page_rows, e.pages, e.cache_length) for e in (prefill.sizes, decode.sizes)]
         if sizes[0] != sizes[1]:
             raise ValueError(f"(slots, page rows, pages, cache length) differ: {sizes}")
+        of_prefill = prefill.sizes
+        self.sizes = replace(
+            decode.sizes, prefill_chunk=of_prefill.prefill_chunk, prefill_batch=of_prefill.prefill_batch
+        )
         self.prefill_engine, self.decode_engine = prefill, decode
         self.model_name = decode.model_name
         self._copies = _PageCopies()
 
     # What a caller may know
 
-    @property
-    def max_concurrent_decodes(self) -> int:
-        return self.decode_engine.max_concurrent_decodes
-
-    @property
-    def cache_length(self) -> int:
-        return self.decode_engine.cache_length
-
-    @property
-    def max_prefill_length(self) -> int:
-        return self.decode_engine.max_prefill_length
-
-    @property
-    def prefill_chunk(self) -> int:
-        return self.prefill_engine.prefill_chunk
-
-    @property
-    def prefill_batch(self) -> tuple[int, int, int]:
-        return self.prefill_engine.prefill_batch
-
-    @property
-    def tokens_per_step(self) -> int:
-        return self.decode_engine.tokens_per_step
-
     def widths_of(self, slots: int) -> tuple[int, ...]:
         return self.decode_engine.widths_of(slots)
-
-    @property
-    def page_rows(self) -> int:
-        return self.decode_engine.page_rows
-
-    @property
-    def pages(self) -> int:
-        return self.decode_engine.pages
-
-    @property
-    def pages_per_slot(self) -> int:
-        return self.decode_engine.pages_per_slot
-
-    @property
-    def table_entries(self) -> int:
-        return self.decode_engine.table_entries
-
-    @property
-    def max_adapters(self) -> int:
-        return self.decode_engine.max_adapters
-
-    @property
-    def vocab_size(self) -> int:
-        return self.decode_engine.vocab_size
 
     @property
     def devices(self) -> list[api.Device]:
@@ -171,11 +127,11 @@ class DisaggregatedEngine:
     # Verbs
 
     def init_decode_state(self) -> BothStates:
-        slots = self.max_concurrent_decodes
+        slots = self.sizes.slots
         return BothStates(
             self.prefill_engine.init_decode_state(),
             self.decode_engine.init_decode_state(),
-            has_P=np.zeros(self.pages, bool),
+            has_P=np.zeros(self.sizes.pages, bool),
             known_B=np.zeros(slots, np.int64),
             most_B=np.zeros(slots, np.int64),
         )
@@ -206,7 +162,7 @@ class DisaggregatedEngine:
         moved = jax.device_put(prefix, engine.programs.prefix_sharding())
         state.decode = engine.insert(moved, state.decode, slots, page_NJ)
         for slot, end, page_J in zip(slots, end_N.tolist(), page_NJ, strict=False):
-            state.has_P[page_J[: -(-end // self.page_rows)]] = True
+            state.has_P[page_J[: -(-end // self.sizes.page_rows)]] = True
             if slot is not None:
                 state.known_B[slot] = state.most_B[slot] = end
         return state
@@ -223,8 +179,8 @@ class DisaggregatedEngine:
         state = decode_state
         state.decode, result = self.decode_engine.generate(params.decode, state.decode, slot_N, page_NJ, allowed, width)
         state.most_B[slot_N] += width
-        first_J = np.arange(page_NJ.shape[1]) * self.page_rows
-        is_behind_NJ = first_J + self.page_rows > state.known_B[slot_N, None]
+        first_J = np.arange(page_NJ.shape[1]) * self.sizes.page_rows
+        is_behind_NJ = first_J + self.sizes.page_rows > state.known_B[slot_N, None]
         state.has_P[page_NJ[is_behind_NJ & (first_J < state.most_B[slot_N, None])]] = False
         return state, result
 
@@ -245,7 +201,7 @@ class DisaggregatedEngine:
 
     def _bring_back(self, state: BothStates, pieces: Sequence[Piece]) -> None:
         """What the prefill side lacks of the pages that the pieces' texts begin with."""
-        pages = {int(page) for piece in pieces for page in piece.page_J[: -(-piece.start // self.page_rows)]}
+        pages = {int(page) for piece in pieces for page in piece.page_J[: -(-piece.start // self.sizes.page_rows)]}
         missing = sorted(page for page in pages if not state.has_P[page])
         while missing:
             size = next((size for size in PAGES_AT_ONCE if size >= len(missing)), PAGES_AT_ONCE[-1])

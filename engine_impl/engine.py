@@ -16,183 +16,83 @@ State in, state out, donated. Every program has a few shapes (`shapes.py`), each
 takes a `Session`, which knows the pages and the slots in use.
 """
 
-import copy
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
 
-from .. import kernels
-from ..cache_manager import KV, CacheLayout
-from . import api, forward
-from .adapters.peft_folder import adapter_folder, read_adapter
-from .adapters.sites import adapt, sites_of
-from .adapters.stacks import AdapterPlaces, AdapterWeights
+from ..cache_manager import KV
+from . import api
+from .adapters.stacks import AdapterWeights
 from .api import Allowed, Opening, Piece
 from .asked import counts_of, masks_of, masks_of_openings, sampling_of
-from .caching import Drafting
-from .checkpoints.contract import Checkpoint
-from .config import EngineConfig
-from .draft_model import DraftModel, beside
-from .drafting import of_long_repeats, of_text
-from .errors import PieceError, RefusedError
+from .errors import PieceError
 from .forward import LayerLoop, Params
-from .layout import chunk_of, layout_of
-from .models.decoder import Decoder
+from .parameters import Parameters
 from .placing import placed
 from .programs import Programs
-from .quantization.swap import quantize
 from .sampling.mask import Masks
 from .shapes import Shapes
 from .speculation.texts import texts_of
 from .state import DecodeState, Prefix, StepResult
 from .text.tokenizer import Tokenizer
 from .warm_up import warm_up_prefills, warm_up_steps
-from .weights.load import needed_shapes
-from .weights.loaded import loaded
 
 
 class Engine:
-    """A model on a mesh, serving `slots` requests together. Nothing on it changes after it is built."""
+    """A model on a mesh, serving `sizes.slots` requests together. Nothing on it changes after it is built; see
+    `assembly.assembled`."""
+
+    prefills_apart = False
+    """Pieces and steps share the devices."""
 
     def __init__(
         self,
-        model: Decoder,
-        mesh: Mesh,
-        config: EngineConfig,
-        dtype: jnp.dtype,
+        programs: Programs,
+        parameters: Parameters,
+        shapes: Shapes,
         tokenizer: Tokenizer,
         model_name: str,
-        kv_heads: int | None = None,
-        draft: DraftModel | None = None,
-        page_rows: int | None = None,
+        *,
+        max_prefill_length: int,
     ) -> None:
-        """`model` may be on the meta device; its kv heads must be a multiple of the mesh's size (see `loading`). Its
-        linear modules are swapped here if the config asks for quantised weights, and adapted if it asks for adapters.
-
-        `kv_heads`: as checkpoints and adapters have them; default: the model's. `draft`: a draft model likewise, where
-        the config speculates.
-
-        `page_rows`: of pages that another engine has too; default: what suits the mesh.
-
-        Raises RefusedError for a cache or a chunk that is not whole pages.
-        """
-        self.model_name = model_name
-        self.mesh = mesh
-        platform = mesh.devices.flat[0].platform
-        self.layer_loop: LayerLoop = forward.layer_loop_for(platform, model, *([] if draft is None else [draft.model]))
-        backend = kernels.backend_for(platform)
-        self.layout = layout_of(config, model.config, mesh, dtype, page_rows)
-        sites = sites_of(model, mesh) if config.max_adapters else ()
-        quantize(model, config, dtype, mesh, backend)
-        adapt(model, sites)
-        self.model = model
-        """The modules, with their linear ones as quantisation left them; they hold no weights."""
-        self._weight_cache = None if config.weight_cache is None else Path(config.weight_cache).expanduser()
-        self._tokenizer, self._kv_heads = tokenizer, kv_heads or model.config.num_kv_heads
-        self.adapter_places: AdapterPlaces | None = None
-        """Of the adapters that the devices hold; None: there are none."""
-        if config.max_adapters:
-            self.adapter_places = AdapterPlaces(
-                sites, len(model.layers), config.max_adapters, config.max_adapter_rank, mesh, dtype
-            )
-        self.draft_model: Decoder | None = None
-        drafting = None if config.speculate == "off" else Drafting(propose=of_text)
-        if drafting is not None and draft is not None:
-            quantize(draft.model, draft.config, dtype, mesh, backend)
-            self.draft_model = draft.model
-            small = Programs(draft.model, mesh, beside(self.layout, draft.model.config, backend), backend, False)
-            drafting = Drafting(propose=of_long_repeats, model=small)
-        self.programs = Programs(model, mesh, self.layout, backend, config.max_adapters > 0, drafting=drafting)
+        self.programs = programs
         """The device programs as functions: for whoever calls one within a program of his own."""
-        self.jitted = self.programs.jitted()
+        self.jitted = programs.jitted()
         """The same, as they are run: for whoever lowers them."""
-        self._masks = Masks(model.config.vocab_size, self.programs.everywhere)
-        self.max_prefill_length = min(config.max_prefill_length or self.cache_length, self.cache_length)
-        """Longest prompt (tokens)."""
-        self.shapes = Shapes(
+        self.parameters, self.shapes, self.model_name = parameters, shapes, model_name
+        self.model, self.mesh, self.layout = programs.model, programs.mesh, programs.layout
+        self.sizes = api.Sizes(
             slots=self.layout.slots,
-            pages_per_slot=self.layout.pages_per_slot,
+            cache_length=programs.cache_length,
+            max_prefill_length=max_prefill_length,
+            prefill_chunk=shapes.chunk,
+            prefill_batch=shapes.burst,
+            tokens_per_step=shapes.widths[-1],
             page_rows=self.layout.page_rows,
-            chunk=chunk_of(config, self.layout, self.max_prefill_length, platform),
-            platform=platform,
-            has_adapters=config.max_adapters > 0,
-            has_reaches=self.programs.has_reaches,
-            speculates=config.speculate != "off",
+            pages=self.layout.pages,
+            pages_per_slot=self.layout.pages_per_slot,
+            table_entries=self.layout.table_entries,
+            max_adapters=parameters.max_adapters,
+            vocab_size=self.model.config.vocab_size,
         )
+        self._tokenizer, self._masks = tokenizer, Masks(self.sizes.vocab_size, programs.everywhere)
 
-    def twin(self, programs: Programs | None = None, layer_loop: LayerLoop | None = None) -> "Engine":
-        """This engine with other programs or another layer loop, to be compared with it. With another layer loop the
-        parameters have another form: load them anew."""
-        twin = copy.copy(self)
-        twin.programs = programs or self.programs
-        twin.layer_loop = layer_loop or self.layer_loop
-        twin.jitted = twin.programs.jitted()
-        return twin
-
-    @property
-    def max_concurrent_decodes(self) -> int:
-        """Slots."""
-        return self.layout.slots
-
-    @property
-    def cache_length(self) -> int:
-        """Prompt and answer of one request together (tokens)."""
-        return self.programs.cache_length
-
-    @property
-    def prefill_chunk(self) -> int:
-        """Most tokens of one piece; a multiple of `page_rows`."""
-        return self.shapes.chunk
-
-    @property
-    def prefill_batch(self) -> tuple[int, int, int]:
-        """(how many pieces go into one prefill, at least and at most, of how many tokens each at most)."""
-        return self.shapes.burst
-
-    @property
-    def prefills_apart(self) -> bool:
-        """Pieces and steps share the devices."""
-        return False
-
-    @property
-    def tokens_per_step(self) -> int:
-        """W: of the widest step."""
-        return self.shapes.widths[-1]
-
-    def widths_of(self, slots: int) -> tuple[int, ...]:
-        """Of steps of so many slots, in tokens that they bring each at most."""
-        return self.shapes.widths_of(slots)
-
-    @property
-    def page_rows(self) -> int:
-        """R: tokens of a page."""
-        return self.layout.page_rows
-
-    @property
-    def pages(self) -> int:
-        """P: pages of the pool."""
-        return self.layout.pages
-
-    @property
-    def pages_per_slot(self) -> int:
-        """J: pages of the longest request."""
-        return self.layout.pages_per_slot
-
-    @property
-    def table_entries(self) -> int:
-        """Most pages that the tables of one step's slots may have together."""
-        return self.layout.table_entries
-
-    @property
-    def vocab_size(self) -> int:
-        """Token ids are below this."""
-        return self.model.config.vocab_size
+    def twin(
+        self, programs: Programs | None = None, layer_loop: LayerLoop | None = None, shapes: Shapes | None = None
+    ) -> "Engine":
+        """This engine with other programs, another layer loop or other shapes, to be compared with it. With another
+        layer loop the parameters have another form: load them anew."""
+        return Engine(
+            programs or self.programs,
+            replace(self.parameters, layer_loop=layer_loop or self.parameters.layer_loop),
+            shapes or self.shapes,
+            self._tokenizer,
+            self.model_name,
+            max_prefill_length=self.sizes.max_prefill_length,
+        )
 
     @property
     def devices(self) -> list[api.Device]:
@@ -203,55 +103,21 @@ class Engine:
         """The model's tokenizer."""
         return self._tokenizer
 
-    @property
-    def cache_layouts(self) -> list[CacheLayout]:
-        """Of all that is cached of a token: the model's, and the draft model's."""
-        small = None if self.programs.drafting is None else self.programs.drafting.model
-        return [self.layout] if small is None else [self.layout, small.layout]
-
-    @property
-    def cache_bytes(self) -> int:
-        """Of these, over all devices."""
-        return sum(layout.bytes for layout in self.cache_layouts)
-
-    def load_params(self, checkpoint: Checkpoint, draft_checkpoint: Checkpoint | None = None) -> Params:
-        """Read the weights onto the mesh, the draft model's too where there is one. Raises RefusedError when a
-        checkpoint does not fit its model."""
-        form = self.mesh, self.layout.dtype, self.layer_loop
-        params = loaded(self.model, checkpoint, *form, self._weight_cache)
-        if self.draft_model is not None and draft_checkpoint is not None:
-            params |= {"draft": loaded(self.draft_model, draft_checkpoint, *form, self._weight_cache)}
-        return self.without_adapters(params)
-
-    @property
-    def max_adapters(self) -> int:
-        """Adapters that the devices hold at once."""
-        return 0 if self.adapter_places is None else self.adapter_places.count
+    def widths_of(self, slots: int) -> tuple[int, ...]:
+        """Of steps of so many slots, in tokens that they bring each at most."""
+        return self.shapes.widths_of(slots)
 
     def read_adapter(self, path: str) -> AdapterWeights:
-        """A PEFT folder's, or a hub id's, into the host's memory; from any thread.
-
-        Raises RefusedError for one that does not fit the model or its place, and where there are no places.
-        """
-        if self.adapter_places is None:
-            raise RefusedError("there are no adapters; serve with --max-adapters N")
-        shapes = needed_shapes(self.model, self._kv_heads)
-        return read_adapter(adapter_folder(path), self.model, shapes, self._kv_heads, self.adapter_places)
+        """See `Parameters.read_adapter`."""
+        return self.parameters.read_adapter(path)
 
     def put_adapter(self, params: Params, index: int, adapter: AdapterWeights) -> Params:
-        """An adapter onto the devices, at `index` (from 1 to `max_adapters`), whatever was there. The adapters of
-        `params` are donated: hold what it gives.
-
-        Raises AdaptersLostError when it fails once they are donated; before, what made it fail.
-        """
-        assert self.adapter_places is not None
-        return params | {"adapters": self.adapter_places.put(params["adapters"], index, adapter)}
+        """See `Parameters.put_adapter`."""
+        return self.parameters.put_adapter(params, index, adapter)
 
     def without_adapters(self, params: Params) -> Params:
-        """The parameters with no adapter on the devices, whatever has become of those that were there."""
-        if self.adapter_places is None:
-            return params
-        return params | {"adapters": self.adapter_places.emptied(params.get("adapters", ()), self.layer_loop)}
+        """See `Parameters.without_adapters`."""
+        return self.parameters.without_adapters(params)
 
     def reach_of(self, length: int) -> int:
         """What decides the angles of a text that may come to `length` tokens, see `ModelConfig.reach_of`."""

@@ -19,7 +19,7 @@ from .adapters import sites
 from .attention import Attend
 from .models.decoder import Decoder
 from .sampling.logprobs import Logprobs, prompt_logprobs
-from .state import PieceBatch, Rows
+from .state import PieceBatch, Rows, of_tokens
 
 LayerLoop = Literal["scan", "unrolled"]
 
@@ -114,13 +114,14 @@ class _Tokens(NamedTuple):
 
 def _rows(rows: Rows) -> _Tokens:
     """A slot's side by side."""
-    each = rows.of_tokens(rows.adapter_N), rows.of_tokens(rows.reach_N)
+    each = of_tokens(rows.adapter_N, rows.width), of_tokens(rows.reach_N, rows.width)
     return _Tokens(rows.token_NW.reshape(-1), rows.position_NW.reshape(-1), *each)
 
 
 def _pieces(pieces: PieceBatch) -> _Tokens:
     """One piece behind another."""
-    each = pieces.of_tokens(pieces.adapter_N), pieces.of_tokens(pieces.reach_N)
+    tokens = pieces.token_NT.shape[1]
+    each = of_tokens(pieces.adapter_N, tokens), of_tokens(pieces.reach_N, tokens)
     return _Tokens(pieces.token_NT.reshape(-1), pieces.position_NT.reshape(-1), *each)
 
 

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from ..kernels import backend_for
+from .assembly import assembled
 from .checkpoints.contract import Checkpoint
 from .checkpoints.embedded import home
 from .checkpoints.open import open_checkpoint
@@ -52,7 +53,7 @@ def load_engine(
         checkpoint, draft = open_model(config), open_draft_model(config)
         engine = build_engine(config, checkpoint, devices, reserves=reserves, draft_checkpoint=draft)
         check_memory(engine, memory_of(engine.mesh.local_devices), free_memory())  # refused before weights are read
-        params = engine.load_params(checkpoint, draft)
+        params = engine.parameters.load(checkpoint, draft)
         allocator.give_back()  # the weights as they were read
         return engine, params
 
@@ -83,19 +84,21 @@ def load_disaggregated(config: EngineConfig, prefill_devices: int) -> tuple[Disa
             return build_engine(config, checkpoint, side, draft_checkpoint=draft, kv_heads=heads, page_rows=page_rows)
 
         each = build(of_prefill, config), build(of_decode, config)
-        rows = each[1].page_rows
+        rows = each[1].sizes.page_rows
         same = replace(
             config,
-            slots=min(engine.max_concurrent_decodes for engine in each),
+            slots=min(engine.sizes.slots for engine in each),
             cache_length=each[1].layout.length,
-            cache_tokens=max(1, min(engine.pages * engine.page_rows for engine in each) // rows) * rows,
+            cache_tokens=max(1, min(engine.sizes.cache_tokens for engine in each) // rows) * rows,
         )
         prefill, decode = build(of_prefill, same, rows), build(of_decode, same, rows)
-        if [one.shape for one in prefill.cache_layouts] != [one.shape for one in decode.cache_layouts]:
+        if [one.shape for one in prefill.programs.cache_layouts] != [
+            one.shape for one in decode.programs.cache_layouts
+        ]:
             raise RefusedError(f"prefill_devices={prefill_devices}: the draft model's caches differ; halve the devices")
         for engine in (prefill, decode):
             check_memory(engine, memory_of(engine.mesh.local_devices), free_memory())
-        params = BothParams(prefill.load_params(checkpoint, draft), decode.load_params(checkpoint, draft))
+        params = BothParams(prefill.parameters.load(checkpoint, draft), decode.parameters.load(checkpoint, draft))
         return DisaggregatedEngine(prefill, decode), params
 
 
@@ -118,7 +121,7 @@ def build_engine(
     kv_heads: int | None = None,
     page_rows: int | None = None,
 ) -> Engine:
-    """The engine that the config describes, with its tokenizer and without weights: `engine.load_params` reads them.
+    """The engine that the config describes, with its tokenizer and without weights: `engine.parameters` reads them.
 
     Args:
         checkpoint: where shape and tokenizer come from; default: what `config.model` names.
@@ -161,14 +164,14 @@ def build_engine(
             f"{checkpoint.name} has {len(tokenizer.stop_ids)} stop tokens, more than {MAX_MODEL_STOP_IDS}; "
             "list fewer as eos_token_id in its generation_config.json"
         )
-    engine = Engine(model, mesh, config, dtype, tokenizer, config.model, shape.num_kv_heads, draft, page_rows)
+    engine = assembled(model, mesh, config, dtype, tokenizer, config.model, shape.num_kv_heads, draft, page_rows)
     log.info(
         "%d slots, requests of up to %d tokens, a cache of %d tokens (%d MiB), prompts in chunks of %d",
-        engine.max_concurrent_decodes,
-        engine.cache_length,
-        engine.pages * engine.page_rows,
-        engine.cache_bytes >> 20,
-        engine.prefill_chunk,
+        engine.sizes.slots,
+        engine.sizes.cache_length,
+        engine.sizes.cache_tokens,
+        engine.programs.cache_bytes >> 20,
+        engine.sizes.prefill_chunk,
     )
     return engine
 
@@ -185,14 +188,14 @@ def check_memory(engine: Engine, memory: int | None, free: int | None) -> None:
     there = free if memory is None else memory * engine.mesh.size
     if there is None:
         return
-    layout, cache_bytes = engine.layout, engine.cache_bytes
+    layout, cache_bytes = engine.layout, engine.programs.cache_bytes
     if cache_bytes > there:
         tokens, fitting = layout.pages * layout.page_rows, there * layout.pages // cache_bytes * layout.page_rows
         raise RefusedError(
             f"cache_tokens={tokens} take {cache_bytes >> 20} MiB and there are {there >> 20} MiB: "
             f"use at most {fitting}, or leave --cache-tokens out"
         )
-    slot_bytes = COUNT_BYTES * engine.vocab_size
+    slot_bytes = COUNT_BYTES * engine.sizes.vocab_size
     if layout.slots * slot_bytes > there:
         raise RefusedError(
             f"slots={layout.slots} take {layout.slots * slot_bytes >> 20} MiB beside the cache and there are "

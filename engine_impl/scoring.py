@@ -22,13 +22,13 @@ def score(session: Session, token_ids: Sequence[int], through: Through = "prefil
     Raises RefusedError for fewer than two tokens, for more than the engine takes, and for ids beyond its vocabulary.
     """
     engine = session.engine
-    longest = engine.max_prefill_length if through == "prefill" else engine.cache_length
+    longest = engine.sizes.max_prefill_length if through == "prefill" else engine.sizes.cache_length
     if not 2 <= len(token_ids) <= longest:
         flag = "--max-prefill-length" if through == "prefill" else "--cache-length"
         raise RefusedError(f"{len(token_ids)} tokens must be from 2 to {longest} (see {flag}) to be scored")
     for token_id in token_ids:
-        if not 0 <= token_id < engine.vocab_size:
-            raise RefusedError(f"token id {token_id} must be from 0 to {engine.vocab_size - 1}")
+        if not 0 <= token_id < engine.sizes.vocab_size:
+            raise RefusedError(f"token id {token_id} must be from 0 to {engine.sizes.vocab_size - 1}")
     if through == "decode":
         return _through_decode(session, token_ids)
     prefixes = session.prefill(0, token_ids, next_id=-1, length=len(token_ids))

@@ -33,8 +33,9 @@ class Session:
         """Index of the adapter that texts begin with; 0 is none."""
         self.slots: list[int] = []
         """Those in use, in the order of a step's results."""
-        slots = min(engine.max_concurrent_decodes, engine.pages // engine.pages_per_slot)
-        self.page_BJ = np.arange(slots * engine.pages_per_slot, dtype=np.int32).reshape(slots, engine.pages_per_slot)
+        each = engine.sizes.pages_per_slot
+        slots = min(engine.sizes.slots, engine.sizes.pages // each)
+        self.page_BJ = np.arange(slots * each, dtype=np.int32).reshape(slots, each)
         """The page table, of as many slots as the pool has pages for."""
 
     def use_adapter(self, adapter: AdapterWeights) -> None:
@@ -53,16 +54,17 @@ class Session:
         Raises RefusedError for an empty text, one that is longer than the engine takes, and a slot that the pool has no
         pages for.
         """
-        chunk, longest = self.engine.prefill_chunk, self.engine.max_prefill_length
+        sizes = self.engine.sizes
+        chunk, longest = sizes.prefill_chunk, sizes.max_prefill_length
         if not 0 < len(token_ids) <= longest:
             raise RefusedError(f"a prompt of {len(token_ids)} tokens must have from 1 to {longest}")
         if slot >= len(self.page_BJ):
-            enough = (slot + 1) * self.engine.pages_per_slot * self.engine.page_rows
+            enough = (slot + 1) * sizes.pages_per_slot * sizes.page_rows
             raise RefusedError(
                 f"{slot=}: the cache has pages for {len(self.page_BJ)} slots; raise --cache-tokens to {enough}, "
                 "or lower --cache-length"
             )
-        reach = self.engine.reach_of(length or self.engine.cache_length)
+        reach = self.engine.reach_of(length or sizes.cache_length)
         prefix = None
         for start in range(0, len(token_ids), chunk):
             if prefix is not None:

@@ -79,7 +79,7 @@ class Shapes:
 
     @property
     def burst(self) -> tuple[int, int, int]:
-        """See `api.Engine.prefill_batch`."""
+        """See `api.Sizes.prefill_batch`."""
         least, most, tokens = BURSTS.get(self.platform, BURST)
         return (least, min(most, self.slots), tokens) if self.slots >= least else (1, 1, self.chunk)
 

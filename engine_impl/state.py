@@ -1,7 +1,7 @@
 """What the engine's programs take and give: frozen pytrees of device arrays."""
 
 from dataclasses import dataclass
-from typing import NamedTuple, overload
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -28,10 +28,6 @@ class PieceBatch(NamedTuple):
     """as in DecodeState"""
     reach_N: jax.Array | None = None
     """as in DecodeState"""
-
-    def of_tokens(self, values_N: jax.Array | None) -> jax.Array | None:
-        """What each text has, for each token of its piece; None stays None."""
-        return None if values_N is None else jnp.repeat(values_N, self.token_NT.shape[1])
 
     @property
     def position_NT(self) -> jax.Array:
@@ -136,19 +132,6 @@ class Rows:
         """i32, each token's place in its text."""
         return self.length_N[:, None] + jnp.arange(self.width, dtype=jnp.int32)
 
-    @overload
-    def of_tokens(self, values_N: jax.Array) -> jax.Array: ...
-
-    @overload
-    def of_tokens(self, values_N: None) -> None: ...
-
-    @overload
-    def of_tokens(self, values_N: jax.Array | None) -> jax.Array | None: ...
-
-    def of_tokens(self, values_N: jax.Array | None) -> jax.Array | None:
-        """What each slot has, for each of its tokens: N W rows; None stays None."""
-        return values_N if values_N is None or self.width == 1 else jnp.repeat(values_N, self.width, axis=0)
-
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
@@ -169,3 +152,8 @@ class StepResult:
     """i32, the P = MAX_LOGPROBS likeliest tokens, likeliest first; valid where the slot asks for more than 0 of them"""
     top_logprob_BWP: jax.Array
     """f32, their log-probabilities"""
+
+
+def of_tokens(values_N: jax.Array | None, tokens: int) -> jax.Array | None:
+    """What each text has, for each of its so many tokens, side by side; None stays None."""
+    return values_N if values_N is None or tokens == 1 else jnp.repeat(values_N, tokens, axis=0)

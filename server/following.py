@@ -7,9 +7,9 @@ import threading
 from ..engine_impl.errors import RefusedError
 from ..engine_impl.hosts import Following
 from .config import ServerConfig
-from .lifecycle import leave_at_once
 from .observe.endpoint import Endpoint
 from .observe.metrics import Metrics
+from .process import leave_at_once
 
 log = logging.getLogger(__name__)
 

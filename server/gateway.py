@@ -108,7 +108,7 @@ class Gateway:
     def open_adapters(self) -> AdapterStore:
         """For whoever loads or unloads. Raises UnavailableError while the gateway is closed, RefusedError where there
         are no adapters."""
-        if not self.engine.max_adapters:
+        if not self.engine.sizes.max_adapters:
             raise RefusedError(NO_ADAPTERS)
         return self.adapters
 

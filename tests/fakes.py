@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
-from slipstream.engine_impl.api import Allowed, Opening, Piece
+from slipstream.engine_impl.api import Allowed, Opening, Piece, Sizes
 from slipstream.engine_impl.errors import RefusedError
 from slipstream.engine_impl.sampling.params import MAX_LOGPROBS
 from slipstream.engine_impl.text.chat import END, Chat, ChatPrompt, TemplateFacts
@@ -272,8 +272,21 @@ class FakeEngine:
     """Which angles a text takes that may come to so many tokens: what is computed does not depend on it."""
 
     @property
-    def tokens_per_step(self) -> int:
-        return self.widths[-1]
+    def sizes(self) -> Sizes:
+        return Sizes(
+            slots=self.max_concurrent_decodes,
+            cache_length=self.cache_length,
+            max_prefill_length=self.max_prefill_length,
+            prefill_chunk=self.prefill_chunk,
+            prefill_batch=(min(2, self.batch), self.batch, self.prefill_chunk),
+            tokens_per_step=self.widths[-1],
+            page_rows=self.page_rows,
+            pages=self.pages,
+            pages_per_slot=self.pages_per_slot,
+            table_entries=self.table_entries,
+            max_adapters=self.max_adapters,
+            vocab_size=FakeTokenizer.vocab_size,
+        )
 
     def widths_of(self, slots: int) -> tuple[int, ...]:
         return tuple(width for width in self.widths if width <= self.widest(slots))
@@ -288,10 +301,6 @@ class FakeEngine:
     def __post_init__(self) -> None:
         whole = self.max_concurrent_decodes * self.pages_per_slot
         self.pages, self.table_entries = self.pages or whole, self.table_entries or whole
-
-    @property
-    def prefill_batch(self) -> tuple[int, int, int]:
-        return min(2, self.batch), self.batch, self.prefill_chunk
 
     def get_tokenizer(self) -> FakeTokenizer:
         return FakeTokenizer()

@@ -70,6 +70,7 @@ SUB_ROOMS: dict[str, dict[str, set[str]]] = {
                 "programs",
                 "shapes",
                 "draft_model",
+                "assembly",
                 "engine",
             ),
             *("models", "checkpoints", "quantization", "weights"),
@@ -91,7 +92,7 @@ SUB_ROOMS: dict[str, dict[str, set[str]]] = {
         "scheduler": {"errors", "request", "observe", "delivery"},
         "grpc": {"errors", "config", "dialects", "request", "net", "gateway"},
         "http": {"errors", "config", "adapters", "dialects", "request", "net", "delivery", "gateway", "rests"},
-        "jetstream": {"errors", "config", "net", "observe", "grpc", "lifecycle"},
+        "jetstream": {"errors", "config", "net", "observe", "grpc", "process"},
         "ray": {"errors", "config", "flags", "gateway", "grpc", "http", "lifecycle", "net", "observe", "scheduler"},
     },
     "benchmarks": {

@@ -54,7 +54,7 @@ def eager_twin(engine: Engine, form: CacheForm, scatter: Scatter = "indexed") ->
     programs = EagerPrograms(
         engine.model, engine.mesh, engine.layout, engine.programs.backend, engine.programs.has_adapters, form, scatter
     )
-    return engine.twin(programs, "unrolled" if form == "per_layer" else engine.layer_loop)
+    return engine.twin(programs, "unrolled" if form == "per_layer" else engine.parameters.layer_loop)
 
 
 @dataclass(frozen=True, eq=False)

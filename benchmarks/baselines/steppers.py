@@ -65,7 +65,7 @@ class EngineStepper:
 
     def set_length(self, length: int) -> None:
         # The same sharding as before: another would be another program to compile.
-        state, slots = self._session.state, self._engine.max_concurrent_decodes
+        state, slots = self._session.state, self._engine.sizes.slots
         lengths = np.full(slots, length, np.int32)
         self._session.state = replace(state, length_B=jax.device_put(lengths, state.length_B.sharding))
         self._session.slots = list(range(slots))
@@ -74,7 +74,7 @@ class EngineStepper:
     def attention_ms(self, repeats: int) -> list[float]:
         """Decode attention alone, all layers one after another, over the slots as they are (ms per step)."""
         shape, dtype = self._engine.model.config, self._engine.layout.dtype
-        slots, head_dim = self._engine.max_concurrent_decodes, shape.head_dim
+        slots, head_dim = self._engine.sizes.slots, shape.head_dim
         q_BNH, k_BKH = (jnp.ones((slots, heads, head_dim), dtype) for heads in (shape.num_heads, shape.num_kv_heads))
         if self._attention is None:
             # Not a method: it and the stepper would hold each other, and the cache with them, beside the next engine's.

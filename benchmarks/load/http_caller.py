@@ -20,14 +20,12 @@ from ...server.grpc.channel import PLAIN, ChannelConfig, metadata
 from .caller import CONNECT_S, Record
 from .workload import LoadRequest
 
-KEEP_S = 4.0
-"""An idle connection is given up after this (seconds): uvicorn, which rivals run on, closes its end after 5 s, and a
-request that meets the closing fails through no fault of the server's."""
 DATA, DONE = b"data:", b"[DONE]"
 
 
 class HttpCaller:
-    """A Caller over as many connections as there are requests in flight.
+    """A Caller with a connection for each request: one that is kept may be closed by the server at the moment when the
+    next request is written (llama.cpp's server closes its end behind an answer), which counts as a failure of it.
 
     `model`: the name in every request; None takes the first that the server lists. `ignore_eos`: answers go on past
     the model's stop tokens to their whole length. Raises RefusedError for TLS files that cannot be used.
@@ -49,7 +47,7 @@ class HttpCaller:
 
     async def __aenter__(self) -> Self:
         """Also raises UnavailableError for a server that lists no models, unless one was named."""
-        connector = aiohttp.TCPConnector(limit=0, ssl=self._tls, keepalive_timeout=KEEP_S)
+        connector = aiohttp.TCPConnector(limit=0, ssl=self._tls, force_close=True)
         timeout = aiohttp.ClientTimeout(total=self._timeout_s)
         self._session = aiohttp.ClientSession(connector=connector, timeout=timeout, headers=self._headers)
         try:

@@ -64,7 +64,7 @@ def load(config: EngineConfig) -> Loaded:
         return load_random(config, PRESETS[config.model])
     checkpoint = open_checkpoint(config.model)
     engine = build_engine(config, checkpoint)
-    return Loaded(engine, engine.load_params(checkpoint), checkpoint)
+    return Loaded(engine, engine.parameters.load(checkpoint), checkpoint)
 
 
 def resized(config: EngineConfig, loaded: Loaded) -> Loaded:
@@ -76,4 +76,4 @@ def load_random(config: EngineConfig, shape: ModelConfig) -> Loaded:
     """An engine of this shape, without a tokenizer."""
     checkpoint = RandomCheckpoint(shape, config.model)
     engine = build_engine(config, checkpoint)
-    return Loaded(engine, engine.load_params(checkpoint), checkpoint)
+    return Loaded(engine, engine.parameters.load(checkpoint), checkpoint)

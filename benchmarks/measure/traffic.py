@@ -55,4 +55,4 @@ def _expert_weights(engine: Engine, layer: dict[str, Any]) -> set[str]:
 def _experts_read(engine: Engine) -> float:
     """The share of the experts that at least one slot chooses, on average, were the choices independent."""
     config: Any = engine.model.config
-    return 1 - (1 - config.experts_per_token / config.num_experts) ** engine.max_concurrent_decodes
+    return 1 - (1 - config.experts_per_token / config.num_experts) ** engine.sizes.slots

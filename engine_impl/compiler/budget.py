@@ -71,11 +71,11 @@ class Budget:
         embedding = device_bytes(untied)
         adapters = device_bytes(jax.tree.leaves(params.get("adapters")))  # read by who uses one
         self.read_bytes = self.weights_bytes - embedding - adapters  # a step gathers a few rows of the embedding
-        self.cache_bytes = engine.cache_bytes // engine.mesh.size
+        self.cache_bytes = engine.programs.cache_bytes // engine.mesh.size
         self.resident = self.weights_bytes + self.cache_bytes
         self.row_seconds = 0.0
         """one row through all matrices, the draft model's too, at the chip's peak"""
-        for model in (engine.model, *([engine.draft_model] if engine.draft_model is not None else [])):
+        for model in (engine.model, *([engine.parameters.draft] if engine.parameters.draft is not None else [])):
             for module, elements in matrices(model, engine.mesh):
                 is_int8 = isinstance(module, Int8Linear) and module.rounds_activations
                 self.row_seconds += 2 * elements / (chip.int8_ops if is_int8 else chip.bf16_flops)
@@ -120,7 +120,7 @@ class Budget:
         name, _, size = program.partition("_")
         sizes = [int(part) for part in size.split("x") if part]
         if name == "insert":
-            return 2 * self.engine.prefill_chunk * row_bytes, 0
+            return 2 * self.engine.sizes.prefill_chunk * row_bytes, 0
         if name == "prefill":
             tokens = math.prod(sizes)
             return self.read_bytes + tokens * row_bytes, tokens
@@ -174,7 +174,7 @@ class Budget:
 def cache_copies(hlo: Program, engine: Engine) -> list[str]:
     """What copies half a layer or more of a leaf of the cache on one chip; see `Program.copies_of`."""
     found = []
-    for layout in engine.cache_layouts:
+    for layout in engine.programs.cache_layouts:
         for leaf in jax.tree.leaves(layout.abstract(engine.mesh)):
             found += hlo.copies_of(leaf.sharding.shard_shape(leaf.shape), device_bytes([leaf]) // layout.layers // 2)
     return found

@@ -35,7 +35,7 @@ def lower_insert(engine: Engine, pieces: int, tokens: int) -> jax.stages.Lowered
 
 def lower_generate(engine: Engine, slots: int | None = None, width: int = 1) -> jax.stages.Lowered:
     """The decode step of so many slots, of so many tokens each; None: of all."""
-    mask = _mask(engine, slots or engine.max_concurrent_decodes, width)
+    mask = _mask(engine, slots or engine.sizes.slots, width)
     return engine.jitted.generate.lower(*_step_arguments(engine, slots), mask, width=width)
 
 
@@ -47,19 +47,20 @@ def lower_carry(engine: Engine, slots: int, tokens: int) -> jax.stages.Lowered:
 
 def lower_score_step(engine: Engine, slots: int | None = None) -> jax.stages.Lowered:
     """The decode step with given tokens."""
-    given_N = _array(engine, (slots or engine.max_concurrent_decodes,), jnp.int32)
+    given_N = _array(engine, (slots or engine.sizes.slots,), jnp.int32)
     return engine.jitted.score_step.lower(*_step_arguments(engine, slots), given_N)
 
 
 def abstract_params(engine: Engine) -> Params:
     """Shapes, types and shardings of the parameters."""
-    where = engine.mesh, engine.layout.dtype, engine.layer_loop
-    params = load.abstract_params(engine.model, *where)
-    if engine.draft_model is not None:
-        params |= {"draft": load.abstract_params(engine.draft_model, *where)}
-    if engine.adapter_places is None:
+    of = engine.parameters
+    where = of.mesh, of.dtype, of.layer_loop
+    params = load.abstract_params(of.model, *where)
+    if of.draft is not None:
+        params |= {"draft": load.abstract_params(of.draft, *where)}
+    if of.places is None:
         return params
-    return params | {"adapters": engine.adapter_places.abstract(engine.layer_loop)}
+    return params | {"adapters": of.places.abstract(of.layer_loop)}
 
 
 def abstract_state(engine: Engine) -> DecodeState:
@@ -74,12 +75,12 @@ def abstract_prefix(engine: Engine, pieces: int, tokens: int) -> Prefix:
 
 
 def _step_arguments(engine: Engine, slots: int | None) -> tuple[Any, ...]:
-    slots = slots or engine.max_concurrent_decodes
+    slots = slots or engine.sizes.slots
     return abstract_params(engine), abstract_state(engine), *_texts(engine, slots)
 
 
 def _prefill_arguments(engine: Engine, pieces: int, tokens: int) -> tuple[Any, ...]:
-    caches = [layout.abstract(engine.mesh) for layout in engine.cache_layouts]
+    caches = [layout.abstract(engine.mesh) for layout in engine.programs.cache_layouts]
     return abstract_params(engine), caches[0], _pieces(engine, pieces, tokens), *caches[1:]
 
 
@@ -95,11 +96,11 @@ def _pieces(engine: Engine, pieces: int, tokens: int) -> PieceBatch:
 
 def _texts(engine: Engine, count: int) -> tuple[Any, Any]:
     """(slot_N, page_NJ) of so many texts."""
-    return _array(engine, (count,), jnp.int32), _array(engine, (count, engine.pages_per_slot), jnp.int32)
+    return _array(engine, (count,), jnp.int32), _array(engine, (count, engine.sizes.pages_per_slot), jnp.int32)
 
 
 def _mask(engine: Engine, rows: int, width: int = 1) -> Mask:
-    shapes = Mask.nothing(rows, engine.vocab_size, width)
+    shapes = Mask.nothing(rows, engine.sizes.vocab_size, width)
     return jax.tree.map(lambda values: _array(engine, values.shape, values.dtype), shapes)
 
 

@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from ..assembly import assembled
 from ..checkpoints import buckets, hub
 from ..checkpoints.contract import Quantization
 from ..checkpoints.gguf import GGUFCheckpoint
@@ -123,7 +124,7 @@ def plan(
         chips=engine.mesh.size,
         slots=engine.layout.slots,
         cache_length=engine.layout.length,
-        cache_tokens=engine.pages * engine.page_rows,
+        cache_tokens=engine.sizes.pages * engine.sizes.page_rows,
         dtype=engine.layout.dtype.name,
         hbm_bytes_per_chip=chip.hbm_bytes,
         weights_bytes_per_chip=budget.weights_bytes,
@@ -142,7 +143,7 @@ def lowered(engine: Engine, all_shapes: bool) -> dict[str, Callable[[], jax.stag
     """The programs by name: `generate`, `insert`, `prefill_512`, `carry_256x512` and, where something drafts,
     `generate_32x8`, whose slots have up to 8 tokens each; of all shapes also `generate_8`, `prefill_8x64`,
     `carry_32x256`, `generate_8x4`."""
-    chunk = engine.prefill_chunk
+    chunk = engine.sizes.prefill_chunk
     found = {"generate": lambda: lower_generate(engine), "insert": lambda: lower_insert(engine, 1, chunk)}
     if all_shapes:
         steps = engine.shapes.steps[:-1]
@@ -248,4 +249,4 @@ def abstract_engine(
     config = sized(config, model.config, mesh, dtype, chip_of(topology).hbm_bytes, draft=draft)
     model = registry.build(model.config.for_length(longest_text(config, model.config)))
     tokenizer: Any = None  # text is none of a program's business
-    return Engine(model, mesh, config, dtype, tokenizer, config.model, draft=draft)
+    return assembled(model, mesh, config, dtype, tokenizer, config.model, draft=draft)

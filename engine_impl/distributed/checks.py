@@ -34,7 +34,7 @@ def facts_of(
     variables = {name: os.environ.get(name, "") for name in VARIABLES}
     shapes = engine.shapes
     sizes = (shapes.steps, shapes.wide_steps, shapes.prefills, shapes.carries)
-    programs = (*sizes, engine.cache_layouts, engine.layer_loop, engine.mesh.size)
+    programs = (*sizes, engine.programs.cache_layouts, engine.parameters.layer_loop, engine.mesh.size)
     facts = {
         "Python": platform.python_version(),
         **packages,

@@ -62,8 +62,12 @@ class LeadingGroup:
             checkpoint, draft = open_model(self._config), open_draft_model(self._config)
             engine = build_engine(self._config, checkpoint, devices, draft_checkpoint=draft)
             check_shares(engine, self._place.hosts)
-            self._leader = Leader(engine, partial(engine.load_params, checkpoint, draft), self._plan)
-            slots, length, tokens = engine.layout.slots, engine.layout.length, engine.pages * engine.page_rows
+            self._leader = Leader(engine, partial(engine.parameters.load, checkpoint, draft), self._plan)
+            slots, length, tokens = (
+                engine.layout.slots,
+                engine.layout.length,
+                engine.sizes.cache_tokens,
+            )
             sizes = {"slots": slots, "cache_length": length, "cache_tokens": tokens}
             answers = self._leader.ask(CHECK, facts_of(self._config, engine, checkpoint, draft), sizes)
             if refusal := "; ".join(f"host {host}: {error}" for host, error in answers.items() if error):
@@ -122,7 +126,7 @@ class FollowingGroup:
             if wrong := differing(facts_of(self._config, engine, checkpoint, draft), facts):
                 raise RefusedError(wrong)
             check_memory(engine, memory_of(engine.mesh.local_devices), free_memory())
-            return functions_of(engine, partial(engine.load_params, checkpoint, draft))
+            return functions_of(engine, partial(engine.parameters.load, checkpoint, draft))
 
         return agree
 

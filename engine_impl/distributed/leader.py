@@ -33,19 +33,7 @@ class Leader:
         self._failed: deque[int] = deque()
         self._in_order = threading.Lock()
         self.model_name = engine.model_name
-        self.max_concurrent_decodes = engine.max_concurrent_decodes
-        self.cache_length = engine.cache_length
-        self.max_prefill_length = engine.max_prefill_length
-        self.prefill_chunk = engine.prefill_chunk
-        self.prefill_batch = engine.prefill_batch
-        self.prefills_apart = engine.prefills_apart
-        self.tokens_per_step = engine.tokens_per_step
-        self.page_rows = engine.page_rows
-        self.pages = engine.pages
-        self.pages_per_slot = engine.pages_per_slot
-        self.table_entries = engine.table_entries
-        self.max_adapters = engine.max_adapters
-        self.devices = engine.devices
+        self.sizes, self.prefills_apart, self.devices = engine.sizes, engine.prefills_apart, engine.devices
 
     def widths_of(self, slots: int) -> tuple[int, ...]:
         """See `api.Engine`: the same on all hosts."""

@@ -42,14 +42,14 @@ class Adapter(abc.ABC):
     def __init__(self, engine: Engine, params: Params) -> None:
         """Raises RefusedError for a cache that is too small for all slots' longest requests, and for an engine that
         drafts: JetStream asks for one token a step."""
-        if engine.tokens_per_step > 1:
+        if engine.sizes.tokens_per_step > 1:
             raise RefusedError("speculate='auto' drafts what JetStream never asks for; leave --speculate out under it")
         self._engine, self._params = engine, params
-        slots, pages = engine.max_concurrent_decodes, engine.pages_per_slot
-        if engine.pages < slots * pages:
-            rows = engine.page_rows
+        sizes = engine.sizes
+        slots, pages, rows = sizes.slots, sizes.pages_per_slot, sizes.page_rows
+        if sizes.pages < slots * pages:
             raise RefusedError(
-                f"cache_tokens={engine.pages * rows} must be at least {slots * pages * rows} under JetStream, where "
+                f"cache_tokens={sizes.cache_tokens} must be at least {slots * pages * rows} under JetStream, where "
                 f"each of {slots} slots has {pages * rows} tokens for itself; use fewer --slots or a shorter "
                 "--cache-length"
             )
@@ -132,7 +132,7 @@ class Adapter(abc.ABC):
     @property
     def max_concurrent_decodes(self) -> int:
         """Slots."""
-        return self._engine.max_concurrent_decodes
+        return self._engine.sizes.slots
 
     @property
     def samples_per_slot(self) -> int:

@@ -45,7 +45,7 @@ class LastSourceAdapter(Adapter):
         self._requests = threading.Lock()
         self._requests_B = np.zeros(self.max_concurrent_decodes, np.int32)
         """Requests that were put into each slot and have not been told to be over."""
-        stop_ids, cache_length = self._stop_ids, engine.cache_length
+        stop_ids, cache_length = self._stop_ids, engine.sizes.cache_length
 
         def before_step(token_B, length_B, handed_B, idle_B):
             length_B = jnp.where(idle_B | jnp.isin(token_B, stop_ids), 0, length_B)

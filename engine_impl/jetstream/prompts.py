@@ -69,15 +69,16 @@ class Prompts:
     @property
     def longest(self) -> int:
         """Longest prompt (tokens)."""
-        return min(self._engine.max_prefill_length, self._engine.prefill_chunk)
+        return min(self._engine.sizes.max_prefill_length, self._engine.sizes.prefill_chunk)
 
     def check(self, prompt_ids: Sequence[int]) -> None:
         """Raises RefusedError for a prompt that cannot be answered."""
         if not 0 < len(prompt_ids) <= self.longest:
             raise RefusedError(f"a prompt of {len(prompt_ids)} tokens must have from 1 to {self.longest}")
+        vocab_size = self._engine.sizes.vocab_size
         for token_id in prompt_ids:
-            if not 0 <= token_id < self._engine.vocab_size:
-                raise RefusedError(f"{token_id=} is outside the vocabulary; ids go to {self._engine.vocab_size - 1}")
+            if not 0 <= token_id < vocab_size:
+                raise RefusedError(f"{token_id=} is outside the vocabulary; ids go to {vocab_size - 1}")
 
     def computed(
         self,
@@ -90,7 +91,7 @@ class Prompts:
         which the prompt begins, are not computed again."""
         shared = 0
         if before is not None:
-            rows = self._engine.page_rows
+            rows = self._engine.sizes.page_rows
             shared = min(len(before.prompt_ids()), len(prompt_ids) - 1) // rows * rows
         if not shared or before is None:
             return self._begun(self._piece(params, prompt_ids, 0), prompt_ids, samplings)
@@ -113,7 +114,7 @@ class Prompts:
 
     def _piece(self, params: Params, prompt_ids: Sequence[int], shared: int) -> Prefix:
         """What stands behind a prompt's first `shared` tokens, which are in the cache of this object's own."""
-        reach = self._engine.reach_of(self._engine.cache_length)  # how long an answer may become is not told
+        reach = self._engine.reach_of(self._engine.sizes.cache_length)  # how long an answer may become is not told
         piece = Piece(token_T=np.array(prompt_ids[shared:], np.int32), start=shared, page_J=self._page_J, reach=reach)
         return self._engine.prefill_behind(params, self._scratch, [piece])
 

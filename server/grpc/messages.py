@@ -57,10 +57,10 @@ def read_request(
 ) -> Request:
     """Raises RefusedError for what the engine cannot answer. `deadline`: s of time.monotonic(). `token`: the caller's,
     if its cached prefixes are its own."""
-    if message.lora_adapter_id and not engine.max_adapters:
+    if message.lora_adapter_id and not engine.sizes.max_adapters:
         raise RefusedError(f"lora_adapter_id={message.lora_adapter_id!r} must be empty: {NO_ADAPTERS}")
     options = read_options(message)
-    check_slots(options.num_samples, engine.max_concurrent_decodes)
+    check_slots(options.num_samples, engine.sizes.slots)
     limits, grammar, tokenizer = Limits.of(engine), read_form(message).made(), engine.get_tokenizer()
     options = with_control_stops(options, tokenizer)
     prompt = read_prompt(message, tokenizer, limits, config, grammar)  # last: it may be megabytes

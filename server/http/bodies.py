@@ -111,7 +111,7 @@ class Body(DeclaredFields, Forms):
         config: ChatConfig = DEFAULT,
     ) -> list[Request]:
         """One for each prompt. `token`: the caller's, if its cached prefixes are its own. Raises RefusedError."""
-        check_slots(self.n, engine.max_concurrent_decodes)
+        check_slots(self.n, engine.sizes.slots)
         tokenizer, limits, requests = engine.get_tokenizer(), Limits.of(engine), []
         self._options(limits.longest)  # refused before the prompts are read: they may be megabytes
         for number, prompt in enumerate(self.prompts(tokenizer, limits, config)):

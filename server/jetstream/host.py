@@ -31,10 +31,10 @@ from ...engine_impl.loading import check_share, choose_devices
 from ...engine_impl.runtime import timeline
 from ..config import ServerConfig
 from ..grpc.service import JETSTREAM_SERVICE
-from ..lifecycle import first_of, in_thread
 from ..net import security, tls
 from ..net.ports import check_port_is_free
 from ..observe.endpoint import Endpoint
+from ..process import first_of, in_thread
 
 with jetstream_compat.importing():
     from jetstream.core import config_lib, orchestrator, server_lib

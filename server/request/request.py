@@ -256,16 +256,17 @@ class Limits:
 
     @classmethod
     def of(cls, engine: "Engine") -> "Limits":
+        sizes = engine.sizes
         return cls(
             vocab_size=engine.get_tokenizer().vocab_size,
-            max_prefill_length=engine.max_prefill_length,
-            cache_length=engine.cache_length,
-            slots=engine.max_concurrent_decodes,
-            prefill_chunk=engine.prefill_chunk,
-            page_rows=engine.page_rows,
-            pages=engine.pages,
-            table_entries=engine.table_entries,
-            tokens_per_step=engine.tokens_per_step,
+            max_prefill_length=sizes.max_prefill_length,
+            cache_length=sizes.cache_length,
+            slots=sizes.slots,
+            prefill_chunk=sizes.prefill_chunk,
+            page_rows=sizes.page_rows,
+            pages=sizes.pages,
+            table_entries=sizes.table_entries,
+            tokens_per_step=sizes.tokens_per_step,
         )
 
     def ids_of_text(self, tokenizer: "Tokenizer", text: str, *, with_first: bool = True) -> list[int]:

@@ -19,10 +19,13 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 import numpy as np
 
 from ...engine_impl.api import Allowed
+from ...engine_impl.errors import RefusedError
+from ..delivery.delivery import Delivery
 from ..delivery.result import HostResult, PendingResult
 from ..delivery.roster import Roster
 from ..request.constraint import AHEAD
 from ..request.request import Sample
+from .holdings import Holdings
 from .slots import Slots
 
 THREADS = 4
@@ -57,7 +60,8 @@ class Constraints:
             future.add_done_callback(lambda _: self._on_made())
 
     def collect(self, wait_s: float) -> list[Sample]:
-        """Whose next token may be chosen now, or whose answers are over. Waits so long for those at work (s)."""
+        """Whose next token may be chosen now, or whose answers are over. Waits so long for those at work (s): while a
+        step runs, that costs nothing."""
         if not self._at_work:
             return []
         done, self._at_work = wait(self._at_work, wait_s)
@@ -69,6 +73,22 @@ class Constraints:
 
     def close(self) -> None:
         self._threads.shutdown(wait=False, cancel_futures=True)
+
+
+def go_on(made: Sequence[Sample], holdings: Holdings, delivery: Delivery) -> None:
+    """Of collect(): who goes on does so together with the others; whose answer is over, or failed, holds nothing."""
+    for sample in made:
+        assert sample.constraint is not None
+        if sample.constraint.error:
+            why = f"request {sample.request.id}: {sample.constraint.error}"
+            delivery.end(sample.request, RefusedError(why))
+        elif sample.constraint.is_over:
+            delivery.end_sample(sample)
+        else:
+            holdings.slots.go_on(sample)
+            continue
+        holdings.free(sample)
+        holdings.parked.forget(sample)
 
 
 def allowed_of(roster: Roster) -> Allowed | None:

@@ -18,8 +18,8 @@ from ..delivery.roster import Roster
 from ..request.adapter import LoadedAdapter
 from .constraints import allowed_of
 from .holdings import Holdings
+from .pieces import Pieces, compute, next_pieces, store
 from .plan import adapters_used
-from .prefill import Pieces, compute, next_pieces, store
 from .prompt import Prompt
 from .residents import Residents
 from .widths import Widths
@@ -32,7 +32,7 @@ class Execution(Generic[ParamsT, PrefixT, StateT]):
 
     def __init__(self, engine: Engine[ParamsT, PrefixT, StateT], params: ParamsT, holdings: Holdings) -> None:
         self._engine, self._params, self._holdings = engine, params, holdings
-        self._residents = Residents(engine.max_adapters)
+        self._residents = Residents(engine.sizes.max_adapters)
         self._apart: Pieces[PrefixT] | None = None  # what devices of their own compute, while steps go on
         self._state: StateT  # from start() on
         self.pending: list[PendingResult] = []
@@ -48,7 +48,7 @@ class Execution(Generic[ParamsT, PrefixT, StateT]):
 
     def time_steps(self, widths: Widths) -> None:
         """Each step that may be wide, over nobody; nothing is in flight. The better of two: a hiccup is no width's."""
-        slots, nobody = 1, self._engine.max_concurrent_decodes
+        slots, nobody = 1, self._engine.sizes.slots
         while slots <= nobody and len(of_size := self._engine.widths_of(slots)) > 1:
             slot_N, page_NJ = np.full(slots, nobody, np.int32), np.zeros((slots, 0), np.int32)
             rows, seconds = slots, dict[int, float]()
@@ -70,8 +70,8 @@ class Execution(Generic[ParamsT, PrefixT, StateT]):
 
     def start_afresh(self) -> None:
         """Behind lose(). Adapters that were being written went with the step."""
-        if self._engine.max_adapters:
-            self._residents = Residents(self._engine.max_adapters)
+        if self._engine.sizes.max_adapters:
+            self._residents = Residents(self._engine.sizes.max_adapters)
             self._params = self._engine.without_adapters(self._params)
         self._state = self._engine.init_decode_state()
 
@@ -160,7 +160,7 @@ class Execution(Generic[ParamsT, PrefixT, StateT]):
                 started=started,
                 is_timed=not carries,
                 width=width,
-                has_drafts=self._engine.tokens_per_step > 1,
+                has_drafts=self._engine.sizes.tokens_per_step > 1,
             )
         )
         for sample in self._holdings.slots.count_step(roster, width):

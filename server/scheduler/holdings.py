@@ -95,5 +95,5 @@ class Holdings:
 
     def _nothing_taken(self) -> tuple[Slots, Room]:
         engine = self._engine
-        slots = Slots(engine.max_concurrent_decodes, self._stop_ids, cache_length=engine.cache_length)
+        slots = Slots(engine.sizes.slots, self._stop_ids, cache_length=engine.sizes.cache_length)
         return slots, Room(engine, prefix_cache=self._prefix_cache)

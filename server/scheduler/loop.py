@@ -3,10 +3,7 @@
     plan -> free -> prefill -> insert -> generate -> deliver
 
 - plan: plan.py decides what the turn does; nothing is decided here.
-- prefill, insert, generate are only started here: they run on the device, and what they give is copied back meanwhile.
-  A request for several samples is prefilled once; each further sample draws its own first token from that prefix. A
-  long prompt is prefilled piece by piece, a piece a turn, each with a step of the running answers behind it; or within
-  that step, where the engine carries it along.
+- prefill, insert, generate are only started: they run on the device, and what they give is copied back meanwhile.
 - deliver: reads the results of the turn before, so that the device never waits for the host, and hands them to the
   delivery thread, which makes text and events of them.
 - free: at max_tokens as soon as the last step is started; at a stop token when it is read, one step late; at a cancel,
@@ -22,36 +19,29 @@ Nothing is done once per slot in Python, and no text is seen. Requests are ended
 one last event.
 """
 
-import logging
-import time
 from collections import deque
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Generic
 
 from ...engine_impl.api import Engine, ParamsT, PrefixT, StateT
-from ...engine_impl.errors import RefusedError
 from ..delivery.delivery import Delivery
-from ..errors import UnavailableError
 from ..observe.metrics import Metrics
 from ..request.adapter import LoadedAdapter
 from ..request.request import FinishReason, Request, Sample
 from .admission import Admission
-from .constraints import Constraints, due_now
+from .constraints import Constraints, due_now, go_on
 from .execution import Execution
-from .failures import DeadError, Failures, describe, failed
+from .failures import DeadError, Failures
 from .holdings import Holdings
-from .plan import Scene, StepPlan, plan
+from .plan import StepPlan
+from .planner import Planner
+from .prefills import Prefills
 from .probes import Probes
-from .prompt import Prompt
 from .queue import RequestQueue
+from .recovery import Recovery
 from .results import Results
 from .widths import Widths
-
-log = logging.getLogger(__name__)
-
-TURNS_A_CHECK = 1024
-"""Turns between two checks of the page tables (count)."""
 
 
 class Loop(Generic[ParamsT, PrefixT, StateT]):
@@ -69,7 +59,6 @@ class Loop(Generic[ParamsT, PrefixT, StateT]):
     ) -> None:
         """`in_turn`: what every turn is made within, and what is done after one that fails."""
         self._queue, self._metrics, self._in_turn = queue, metrics, in_turn
-        self._batch, self._max_adapters = engine.prefill_batch, engine.max_adapters
         self.live: set[Request] = set()
         """Taken from the queue, last event not out yet."""
         self.ended: deque[Sample] = deque()
@@ -79,7 +68,7 @@ class Loop(Generic[ParamsT, PrefixT, StateT]):
         """Set to end the loop after its turn."""
         self.delivery = Delivery(engine.get_tokenizer(), metrics, free=self._note_ended, on_end=self.live.discard)
         self._holdings = Holdings(engine, prefix_cache=prefix_cache)
-        self._widths = Widths(engine.widths_of, engine.max_concurrent_decodes)
+        self._widths = Widths(engine.widths_of, engine.sizes.slots)
         self._constraints = Constraints(on_made=queue.wake)
         self._failures = Failures()
         self._execution = Execution(engine, params, self._holdings)
@@ -95,9 +84,12 @@ class Loop(Generic[ParamsT, PrefixT, StateT]):
         self._results = Results(
             self._holdings, self._widths, self._constraints, self.delivery, self._failures, self.probes, metrics
         )
-        self._newcomers = True  # whose turn it is, see Scene
+        self._prefills = Prefills(self._execution, self._holdings, self.delivery, self._failures)
+        self._planner = Planner(
+            engine, self._execution, self._holdings, self._admission, self._widths, self.probes, self.ended
+        )
+        self._recovery = Recovery(self._execution, self._holdings, self.delivery, self.probes, self._failures)
         self._is_full = False  # who waits first cannot be let in now
-        self._turns = 0
 
     def _note_ended(self, sample: Sample) -> None:
         """In delivery's thread."""
@@ -140,7 +132,7 @@ class Loop(Generic[ParamsT, PrefixT, StateT]):
                     raise
                 except Exception as error:
                     with self._in_turn():
-                        self._recover(error)
+                        self._recovery.recover(error, self.live)
         finally:
             self._constraints.close()
 
@@ -152,68 +144,20 @@ class Loop(Generic[ParamsT, PrefixT, StateT]):
         return bool(has.slots.due.taken) or self._constraints.is_made
 
     def _turn(self) -> None:
-        self._go_on()
+        go_on(self._constraints.collect(self._results.step_s / 2), self._holdings, self.delivery)
         self._execution.take_up()
-        turn = self._plan()
+        turn = self._planner.next()
         self._is_full = turn.is_full
         self._free(turn)
         self._admission.let_in(turn.let_in)
         earlier, self._execution.pending = self._execution.pending, []
-        prompts = [prompt for prompt in turn.prefill if prompt in self._holdings.in_work]
+        is_carried = self._prefills.run(turn.prefill, earlier)
         due = due_now(self._holdings.slots, earlier)
-        carried = self._execution.carry(prompts, due) if prompts else None
-        if prompts and (error := self._prefill(prompts, carried)):
-            self._failures.prefill_failed(error)
-        due = due_now(self._holdings.slots, earlier)
-        if carried is None and (turn.idle_step or due.taken):
+        if not is_carried and (turn.idle_step or due.taken):
             self._execution.generate(due, turn.width)
         for pending in earlier:
             self._results.read(pending)
         self._holdings.park()
-
-    def _go_on(self) -> None:
-        """Whose grammars tell what may come next. While a step runs, waiting for them costs nothing; and where none
-        does, they go on together."""
-        made = self._constraints.collect(self._results.step_s / 2)
-        for sample in made:
-            assert sample.constraint is not None
-            if sample.constraint.error:
-                why = f"request {sample.request.id}: {sample.constraint.error}"
-                self.delivery.end(sample.request, RefusedError(why))
-            elif sample.constraint.is_over:
-                self.delivery.end_sample(sample)
-            else:
-                self._holdings.slots.go_on(sample)
-                continue
-            self._holdings.free(sample)
-            self._holdings.parked.forget(sample)
-
-    def _plan(self) -> StepPlan:
-        self._turns += 1
-        if self._turns % TURNS_A_CHECK == 0:
-            self._holdings.room.check_integrity()
-        apart = self._execution.computed_apart
-        in_parts = {sample for prompt in apart for sample in prompt.samples}
-        over = [self.ended.popleft() for _ in range(len(self.ended))]
-        self.ended.extend(sample for sample in over if sample in in_parts)  # to be freed when they are stored
-        most_prompts = self._batch[1]
-        return plan(
-            Scene(
-                slots=self._holdings.slots,
-                room=self._holdings.room,
-                widths=self._widths,
-                in_work=[prompt for prompt in self._holdings.in_work if prompt not in apart],
-                parked=self._holdings.parked.waiting,
-                queued=self._admission.first(most_prompts),
-                ended=[sample for sample in over if sample not in in_parts],
-                now=time.monotonic(),
-                probe=bool(self.probes) and not any(pending.is_step for pending in self._execution.pending),
-                newcomers=self._newcomers,
-                batch=self._batch,
-                max_adapters=self._max_adapters,
-                is_computing=bool(apart),
-            )
-        )
 
     def _free(self, turn: StepPlan) -> None:
         for request in turn.expired:
@@ -222,36 +166,3 @@ class Loop(Generic[ParamsT, PrefixT, StateT]):
         if self._metrics is not None:
             for _ in (*turn.postpone, *turn.preempt):
                 self._metrics.preempted()
-
-    def _prefill(
-        self, prompts: list[Prompt], carried: PrefixT | None = None, *, at_once: bool = False
-    ) -> Exception | None:
-        """The next pieces. What fails, fails alone: nothing that others have was touched. Returns what went wrong."""
-        self._newcomers = not self._newcomers
-        try:
-            pieces = self._execution.compute(prompts, carried)
-        except Exception as error:
-            log.exception("the prefill of requests %s failed", ", ".join(prompt.request.id for prompt in prompts))
-            if len(prompts) > 1:  # whose fault it was, shows when each goes alone
-                errors = [self._prefill([prompt], at_once=True) for prompt in prompts]
-                return next(filter(None, errors), None)
-            for prompt in prompts:
-                self._holdings.drop(prompt)
-                self.delivery.end(prompt.request, failed(prompt.request, error))
-            return error
-        self._execution.keep(pieces, at_once=at_once)
-        return None
-
-    def _recover(self, error: Exception) -> None:
-        """A step failed, its state was donated and is lost: fail whoever was in it and start afresh. Who is parked had
-        nothing in it."""
-        live = list(self.live)  # delivery ends some meanwhile
-        lost = [request for request in live if not self._holdings.parked.holds_all(request)]
-        log.error("a step failed; requests %s fail with it", ", ".join(r.id for r in lost), exc_info=error)
-        self._holdings.lose(lost, {*live} - {*lost})
-        self._execution.lose()
-        for request in lost:
-            self.delivery.end(request, failed(request, error))
-        self.probes.answer(UnavailableError(f"a step of the engine failed: {describe(error)}"))
-        self._failures.step_failed(error)
-        self._execution.start_afresh()

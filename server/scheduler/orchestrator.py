@@ -60,7 +60,7 @@ class Orchestrator(Generic[ParamsT, PrefixT, StateT]):
 
         `step_timeout_s`: a turn of the loop that takes longer gives the engine up; 0: none does.
         """
-        self._slots, self._reach_of = engine.max_concurrent_decodes, engine.reach_of
+        self._slots, self._reach_of = engine.sizes.slots, engine.reach_of
         self._metrics, self._warm_up, self._on_ready, self._on_dead = metrics, warm_up, on_ready, on_dead
         self._queue = RequestQueue(
             max_queued, max_queued_tokens, slots=self._slots, free_slots=lambda: self._loop.slots_free
@@ -82,15 +82,15 @@ class Orchestrator(Generic[ParamsT, PrefixT, StateT]):
             metrics.watch_for_routers(
                 RouterNames(
                     model=engine.model_name,
-                    page_rows=engine.page_rows,
+                    page_rows=engine.sizes.page_rows,
                     waiting=lambda: self.queue_depth,
                     running=lambda: self.in_work,
                     slots_used=lambda: self.slots_in_use / self._slots,
                     pages=self._loop.pages,
                 )
             )
-            if engine.max_adapters:
-                metrics.watch_for_routers(AdapterNames(engine.max_adapters, self.adapter_names))
+            if engine.sizes.max_adapters:
+                metrics.watch_for_routers(AdapterNames(engine.sizes.max_adapters, self.adapter_names))
 
     def start(self) -> None:
         sys.setswitchinterval(min(SWITCH_S, sys.getswitchinterval()))

@@ -71,9 +71,9 @@ class Scene:
     newcomers: bool
     """Whether it is the turn of those who wait, rather than of those in work."""
     batch: tuple[int, int, int]
-    """See `Engine.prefill_batch`."""
+    """See `Sizes.prefill_batch`."""
     max_adapters: int = 0
-    """See `Engine.max_adapters`."""
+    """See `Sizes.max_adapters`."""
     is_computing: bool = False
     """Whether devices that compute prompts apart are at work: they get no more until that is stored. The prompts that
     they have are not in `in_work`."""

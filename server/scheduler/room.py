@@ -30,22 +30,23 @@ class Room:
     """The loop's. One thread."""
 
     def __init__(self, engine: AnyEngine, *, prefix_cache: bool) -> None:
-        slots = engine.max_concurrent_decodes
-        self.rows = engine.page_rows
+        sizes = engine.sizes
+        slots = sizes.slots
+        self.rows = sizes.page_rows
         """Of a page (tokens)."""
-        self.chunk = engine.prefill_chunk
+        self.chunk = sizes.prefill_chunk
         """Of a prompt, that are computed together (tokens)."""
-        self._longest, self._tokens_per_step = engine.cache_length, engine.tokens_per_step
+        self._longest, self._tokens_per_step = sizes.cache_length, sizes.tokens_per_step
         self._prefix_cache = prefix_cache
         self._pages = Pages(
-            pages=engine.pages,
+            pages=sizes.pages,
             slots=slots + SPARE_TABLES,
-            pages_per_slot=engine.pages_per_slot,
-            max_entries=engine.table_entries,
+            pages_per_slot=sizes.pages_per_slot,
+            max_entries=sizes.table_entries,
         )
         self._tree = PrefixTree(self._pages, self.rows)
         self._spare = list(range(slots, slots + SPARE_TABLES))
-        self._size, self._first_spare = engine.pages, slots
+        self._size, self._first_spare = sizes.pages, slots
         self._table: tuple[np.ndarray, np.ndarray] | None = None
 
     @property

@@ -61,6 +61,14 @@ def test_tokens_are_counted_by_ids_or_by_usage(told, bench):
     assert 0 < row["ttft_ms"]["p50"] < row["e2e_ms"]["p50"]
 
 
+def test_no_request_meets_a_connection_that_is_being_closed(bench):
+    """Some servers close theirs behind an answer, when the next request may be on its way already."""
+    fake = OpenAiFake()
+    with fake.serving() as url:
+        bench(url)
+    assert len({*fake.connections}) == len(fake.bodies)
+
+
 @pytest.mark.parametrize("sends_ids", [True, False])
 def test_every_chunk_with_tokens_has_its_time(sends_ids):
     """Five tokens in three chunks."""

@@ -219,7 +219,7 @@ def test_bytes_of_codes_and_scales(without_native_kernels):
     layer = 32 * (8 + 4 + 4) * 16 + 8 * 16 * 32 + 3 * 32 * 48 + 4 * ((8 + 4 + 4) * 16 + 32 + 2 * 48 + 32)
     weights = 2 * (layer + 4 * 2 * 32) + 4 * (32 + 101 * 32)
     rows = 2 * 2 * 4 * (2 * 16 + 2 * 4) * (9 + 1)
-    assert bytes_per_step(engine, engine.load_params(RandomCheckpoint(TINY)), 9) == weights + rows
+    assert bytes_per_step(engine, engine.parameters.load(RandomCheckpoint(TINY)), 9) == weights + rows
     assert stored_as(engine) == "int8"
 
 
@@ -232,7 +232,7 @@ def test_only_experts_that_are_chosen_count(without_native_kernels):
     layer = attention + 2 * 32 + 4 * 32 + 1.75 * 3 * 32 * 48
     weights = 2 * layer + 32 + 101 * 32
     rows = 2 * 2 * 4 * 2 * 16 * (9 + 1)
-    assert bytes_per_step(engine, engine.load_params(RandomCheckpoint(config)), 9) == 4 * (weights + rows)
+    assert bytes_per_step(engine, engine.parameters.load(RandomCheckpoint(config)), 9) == 4 * (weights + rows)
     assert stored_as(engine) == "none"
 
 

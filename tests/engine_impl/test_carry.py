@@ -25,7 +25,7 @@ LONG = [n * 5 % 101 for n in range(300)]
 def carrying_engine(config, devices):
     """It carries whole chunks, and what is shorter is padded."""
     engine, params = tiny_engine(config, devices=devices, slots=SLOTS, cache_length=512, prefill_chunk=CHUNK)
-    engine.shapes = replace(engine.shapes, carried=Carried(SLOTS, CHUNK, CHUNK))
+    engine = engine.twin(shapes=replace(engine.shapes, carried=Carried(SLOTS, CHUNK, CHUNK)))
     assert engine.shapes.carries == ((SLOTS, CHUNK),)
     return engine, params
 
@@ -52,7 +52,7 @@ def pieces_of(session, slot, text, **more):
     for start in range(0, len(text), CHUNK):
         token_T = np.array(text[start : start + CHUNK], np.int32)
         behind = text[start + CHUNK] if start + CHUNK < len(text) else -1
-        more["reach"] = session.engine.reach_of(session.engine.cache_length)
+        more["reach"] = session.engine.reach_of(session.engine.sizes.cache_length)
         yield Piece(token_T=token_T, start=start, page_J=session.page_BJ[slot], next_id=behind, **more)
 
 

@@ -46,7 +46,7 @@ def rows_of(session, slot, length):
 
 def poisoned(session):
     """NaN in every row that no slot has filled."""
-    state, R = session.state, session.engine.page_rows
+    state, R = session.state, session.engine.sizes.page_rows
     rows = np.array(state.cache.rows)
     live = np.zeros((rows.shape[1], R), bool)
     for slot in session.slots:
@@ -162,7 +162,7 @@ def test_a_piece_whose_text_goes_on_leaves_the_slots_alone(tiny):
 def test_a_full_slot_stops_and_nothing_is_written_past_its_end(tiny):
     """Row S does not exist: a slot that reaches it stays as it is, token -1, while its neighbours go on."""
     engine, params = tiny
-    length = engine.cache_length
+    length = engine.sizes.cache_length
     prompt = [n % 101 for n in range(length)]
     session = start(engine, params, {0: prompt[: length - 1], 1: prompt, 2: PROMPT})
     assert session.step().count_B.tolist() == [1, 0, 1, 0]
@@ -249,7 +249,7 @@ def test_an_answer_that_was_interrupted_goes_on_as_it_would_have(tiny, monkeypat
 def test_everything_is_compiled_once():
     """However slots fill, prompts vary and parameters change: warm_up compiles all there is to compile."""
     engine, params = tiny_engine(slots=4, cache_length=256, prefill_chunk=128, speculate="auto")
-    engine.shapes = replace(engine.shapes, carried=Carried(4, 64, 64))
+    engine = engine.twin(shapes=replace(engine.shapes, carried=Carried(4, 64, 64)))
     engine.get_tokenizer = lambda: NoTokenizer("tiny", vocab_size=101, bos_id=None, stop_ids=frozenset({3}))
     compilations = []
 
@@ -516,14 +516,14 @@ def test_no_step_nor_insert_copies_the_cache():
     prefix, texts = session.prefilled(0, PROMPT), (np.arange(4, dtype=np.int32), session.page_BJ)
     jitted, state = engine.jitted, session.state
     lowered = [
-        jitted.generate.lower(params, state, *texts, Mask.nothing(4, engine.vocab_size)),
-        jitted.generate.lower(params, state, texts[0][:1], texts[1][:1], Mask.nothing(1, engine.vocab_size)),
+        jitted.generate.lower(params, state, *texts, Mask.nothing(4, engine.sizes.vocab_size)),
+        jitted.generate.lower(params, state, texts[0][:1], texts[1][:1], Mask.nothing(1, engine.sizes.vocab_size)),
         jitted.insert.lower(prefix, state, texts[0][:1], texts[1][:1]),
         jitted.score_step.lower(params, state, *texts, texts[0]),
     ]
     piece = Piece(token_T=np.zeros(16), start=0, page_J=texts[1][0])
     batch = engine.shapes.pieces([piece])
-    lowered.append(jitted.carry.lower(params, state, *texts, batch, Mask.nothing(4, engine.vocab_size)))
+    lowered.append(jitted.carry.lower(params, state, *texts, batch, Mask.nothing(4, engine.sizes.vocab_size)))
     for each in lowered:
         memory = each.compile().memory_analysis()
         assert memory is not None

@@ -67,7 +67,7 @@ def test_a_cache_that_memory_cannot_hold_is_refused_with_the_largest_that_it_can
 
 def test_slots_whose_state_memory_cannot_hold_are_refused_with_the_most_that_it_can():
     engine = engine_of(slots=100_000, cache_tokens=128)
-    size = 100_000 * 2 * engine.vocab_size
+    size = 100_000 * 2 * engine.sizes.vocab_size
     assert engine.layout.bytes < size
     loading.check_memory(engine, None, size)
     with pytest.raises(RefusedError, match=r"slots=100000 take .* use at most 99999, or leave --slots out"):

@@ -182,7 +182,7 @@ def test_the_pages_of_an_answer_serve_the_next_turn(tiny):
 def test_short_texts_prefilled_together_are_as_alone(tiny, count):
     """Of different lengths; one of them goes on behind a page that is there, one is not complete."""
     engine, params = tiny
-    assert engine.prefill_batch == (4, 4, 32)
+    assert engine.sizes.prefill_batch == (4, 4, 32)
     long = [n * 5 % 101 for n in range(R + 17)]
     texts = [[5, 17, 80], long, [9] * 32, [1]][:count]
     expected = answers(Session(engine, params), texts, STEPS)

@@ -142,13 +142,22 @@ def engine_of(context, **given):
 
 def test_an_engine_takes_what_its_model_was_trained_for():
     engine, _ = engine_of(256)
-    assert (engine.max_concurrent_decodes, engine.cache_length, engine.max_prefill_length) == (8, 256, 256)
-    assert (engine.pages, engine.page_rows, engine.pages_per_slot, engine.table_entries) == (16, 128, 2, 16)
-    assert (engine.prefill_chunk, engine.prefill_batch) == (256, (4, 8, 32))
+    assert (engine.sizes.slots, engine.sizes.cache_length, engine.sizes.max_prefill_length) == (8, 256, 256)
+    assert (engine.sizes.pages, engine.sizes.page_rows, engine.sizes.pages_per_slot, engine.sizes.table_entries) == (
+        16,
+        128,
+        2,
+        16,
+    )
+    assert (engine.sizes.prefill_chunk, engine.sizes.prefill_batch) == (256, (4, 8, 32))
     engine, _ = engine_of(200)
-    assert (engine.layout.length, engine.cache_length, engine.max_prefill_length) == (256, 200, 200)
+    assert (engine.layout.length, engine.sizes.cache_length, engine.sizes.max_prefill_length) == (256, 200, 200)
     engine, _ = engine_of(512, slots=1, max_prefill_length=100)
-    assert (engine.max_prefill_length, engine.prefill_chunk, engine.prefill_batch) == (100, 128, (1, 1, 128))
+    assert (engine.sizes.max_prefill_length, engine.sizes.prefill_chunk, engine.sizes.prefill_batch) == (
+        100,
+        128,
+        (1, 1, 128),
+    )
 
 
 @pytest.mark.parametrize("name", ["cache_length", "max_prefill_length"])
@@ -161,7 +170,7 @@ def test_more_than_a_model_was_trained_for_is_refused(name):
 
 def test_a_model_shorter_than_a_tile_of_the_cache_answers_up_to_its_positions():
     engine, checkpoint = engine_of(20, slots=2)
-    session = Session(engine, engine.load_params(checkpoint))
+    session = Session(engine, engine.parameters.load(checkpoint))
     session.start(0, [1] * 16)
     lengths = []
     for _ in range(6):

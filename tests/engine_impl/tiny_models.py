@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import torch
 from jax.sharding import Mesh
+from slipstream.engine_impl.assembly import assembled
 from slipstream.engine_impl.checkpoints.contract import Quantization
 from slipstream.engine_impl.config import EngineConfig
 from slipstream.engine_impl.draft_model import draft_model
@@ -79,8 +80,8 @@ def tiny_engine(
     )
     tokenizer: Any = None
     small = None if draft is None else draft_model(engine_config, draft, None, mesh, cache_length)
-    engine = Engine(model, mesh, engine_config, jnp.dtype("float32"), tokenizer, "tiny", draft=small)
-    return engine, engine.load_params(RandomCheckpoint(config), draft and RandomCheckpoint(draft))
+    engine = assembled(model, mesh, engine_config, jnp.dtype("float32"), tokenizer, "tiny", draft=small)
+    return engine, engine.parameters.load(RandomCheckpoint(config), draft and RandomCheckpoint(draft))
 
 
 @functools.cache

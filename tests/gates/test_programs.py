@@ -119,9 +119,9 @@ def compiled(engine: Engine, program: str) -> Any:
     if name == "generate":
         return lower_generate(engine, int(size) if size else None).compile()
     if name == "wide":
-        return lower_generate(engine, engine.max_concurrent_decodes, int(size)).compile()
+        return lower_generate(engine, engine.sizes.slots, int(size)).compile()
     if name == "carry":
-        return lower_carry(engine, engine.max_concurrent_decodes, int(size)).compile()
+        return lower_carry(engine, engine.sizes.slots, int(size)).compile()
     sizes = map(int, size.split("x")) if size else (1, BUCKET)
     return {"insert": lower_insert, "prefill": lower_prefill}[name](engine, *sizes).compile()
 

@@ -24,7 +24,7 @@ SERVER = """
 import asyncio, sys
 from slipstream.server.observe import logs, standard_files
 from slipstream.server.config import ServerConfig
-from slipstream.server.lifecycle import serve
+from slipstream.server.serve import serve
 from slipstream.cli.main import open_standard_files
 from tests.fakes import FakeEngine
 open_standard_files()

@@ -126,7 +126,7 @@ def test_a_host_that_is_lost_during_a_drain_fails_what_runs_and_the_rest_of_the_
 SERVER = """
 import asyncio, sys, threading
 from slipstream.server.config import ServerConfig
-from slipstream.server.lifecycle import serve
+from slipstream.server.serve import serve
 from tests.fakes import FakeEngine
 engine = FakeEngine(on_generate=lambda step: threading.Event().wait())
 sys.exit(asyncio.run(serve(lambda: (engine, None), ServerConfig(port=0, step_timeout_s=0.3, probe_interval_s=0))))

@@ -15,7 +15,7 @@ from slipstream.engine_impl.errors import RefusedError
 from slipstream.engine_impl.runtime.timeline import STAGES
 from slipstream.protos import orchestrator_pb2 as pb
 from slipstream.protos.orchestrator_pb2_grpc import OrchestratorStub
-from slipstream.server import lifecycle
+from slipstream.server import doors, lifecycle, watchers
 from slipstream.server.config import ServerConfig
 from slipstream.server.errors import UnavailableError
 from slipstream.server.lifecycle import Serving
@@ -235,7 +235,7 @@ async def forward(reader, writer, is_cut):
 
 
 def test_a_peer_that_vanishes_without_a_word_gives_its_slot_back(monkeypatch):
-    monkeypatch.setattr(lifecycle, "KEEPALIVE_S", 0.4)
+    monkeypatch.setattr(doors, "KEEPALIVE_S", 0.4)
 
     async def scenario():
         is_cut, engine = asyncio.Event(), FakeEngine(step_s=0.02, cache_length=10_000)
@@ -263,8 +263,8 @@ def test_a_peer_that_vanishes_without_a_word_gives_its_slot_back(monkeypatch):
 
 def test_memory_goes_back_while_nobody_asks(monkeypatch):
     returned = threading.Event()
-    monkeypatch.setattr(lifecycle, "MEMORY_S", 0.01)
-    monkeypatch.setattr(lifecycle.allocator, "give_back", returned.set)
+    monkeypatch.setattr(watchers, "MEMORY_S", 0.01)
+    monkeypatch.setattr(watchers.allocator, "give_back", returned.set)
 
     async def scenario():
         engine = FakeEngine(pace=threading.Semaphore(0))
@@ -376,7 +376,7 @@ def test_a_real_probe_of_an_idle_and_of_a_hung_engine(caplog):
 SERVER = """
 import asyncio, sys, threading
 from slipstream.server.config import ServerConfig
-from slipstream.server.lifecycle import serve
+from slipstream.server.serve import serve
 from tests.fakes import FakeEngine
 engine = FakeEngine(step_s=0.02)
 if sys.argv[1] == "broken":

@@ -40,7 +40,7 @@ def test_greedy_tokens_are_ours_and_a_full_slot_is_not_written(form, loop, shard
 
     session = Session(eager, params)
     session.start(0, PROMPTS[0])
-    full_B = np.array([engine.cache_length, 0, 0, 0], np.int32)
+    full_B = np.array([engine.sizes.cache_length, 0, 0, 0], np.int32)
     length_B = jax.device_put(full_B, session.state.length_B.sharding)
     session.state = replace(session.state, length_B=length_B)
     before = [np.asarray(leaf) for leaf in jax.tree.leaves(session.state.cache.rows)]
@@ -56,7 +56,7 @@ def test_int4_weights_that_are_read_from_the_stack(loop):
     checkpoint = RandomCheckpoint(replace(TINY, ffn_dim=64))
     config = EngineConfig(slots=4, cache_length=128, quantize_weights="int4", quantize_block=32, tensor_parallel=1)
     engine = build_engine(config, checkpoint)
-    params = engine.load_params(checkpoint)
+    params = engine.parameters.load(checkpoint)
     expected = greedy(engine, params, PROMPTS, 4)
     eager = eager_twin(engine, "stacked")
     params = stacked_layers(params) if loop == "scan" else params

@@ -18,7 +18,7 @@ STOP_ID = ord("z") + 1
 
 @dataclass
 class OpenAiFake:
-    """Its faults are set from outside; `bodies` are what it was asked."""
+    """Its faults are set from outside; `bodies` are what it was asked, `connections` where from."""
 
     sends_ids: bool = True
     sends_usage: bool = True
@@ -38,6 +38,8 @@ class OpenAiFake:
     token: str | None = None
     models: tuple[str, ...] = ("fake", "other")
     bodies: list[dict] = field(default_factory=list)
+    connections: list[tuple[str, int]] = field(default_factory=list)
+    """(host, port) of the caller's end, one for each of `bodies`."""
 
     async def list_models(self, request: web.Request) -> web.Response:
         if self._is_unknown(request):
@@ -46,7 +48,9 @@ class OpenAiFake:
 
     async def complete(self, request: web.Request) -> web.StreamResponse:
         body = await request.json()
+        assert request.transport is not None
         self.bodies.append(body)
+        self.connections.append(request.transport.get_extra_info("peername"))
         self.on_body(body)
         if self._is_unknown(request):
             return self._refuse(401, "who are you?")
@@ -60,7 +64,6 @@ class OpenAiFake:
         chunks = [ids[:1]] + [ids[i : i + 2] for i in range(1, len(ids), 2)]
         for index, chunk in enumerate(chunks):
             if index == self.breaks_after:
-                assert request.transport is not None
                 request.transport.close()
                 return response
             if index == self.error_after:

@@ -8,9 +8,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from slipstream.engine_impl.assembly import assembled
 from slipstream.engine_impl.checkpoints.safetensors import SafetensorsCheckpoint
 from slipstream.engine_impl.config import EngineConfig
-from slipstream.engine_impl.engine import Engine
 from slipstream.engine_impl.models import registry
 from slipstream.engine_impl.session import Session
 from slipstream.engine_impl.weights.sharding import make_mesh
@@ -36,10 +36,10 @@ def engine_of(folder, devices):
     model = registry.build(replace(shape, num_kv_heads=max(shape.num_kv_heads, mesh.size)))
     config = EngineConfig(slots=4, cache_length=128, cache_tokens=512, prefill_chunk=128, **PLACES)
     tokenizer: Any = None
-    engine = Engine(model, mesh, config, jnp.dtype("float32"), tokenizer, "tiny", shape.num_kv_heads)
+    engine = assembled(model, mesh, config, jnp.dtype("float32"), tokenizer, "tiny", shape.num_kv_heads)
     if devices > 1:
-        engine.layer_loop = "scan"
-    return engine, engine.load_params(checkpoint)
+        engine = engine.twin(layer_loop="scan")
+    return engine, engine.parameters.load(checkpoint)
 
 
 @pytest.mark.parametrize(("family", "devices"), CASES)

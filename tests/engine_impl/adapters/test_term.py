@@ -10,6 +10,7 @@ import pytest
 from slipstream.engine_impl.adapters.sites import adapted, term
 from slipstream.engine_impl.adapters.stacks import AdapterWeights
 from slipstream.engine_impl.api import Piece
+from slipstream.engine_impl.assembly import assembled
 from slipstream.engine_impl.config import EngineConfig
 from slipstream.engine_impl.engine import Engine
 from slipstream.engine_impl.errors import AdaptersLostError, RefusedError
@@ -63,18 +64,18 @@ def engine_of(low: int = -127, high: int = 127, **config: Any):
     mesh = make_mesh(jax.devices(), 8, 4, 1)
     sizes: dict[str, Any] = {"slots": 1, "cache_length": 128, "cache_tokens": 128, "max_adapters": 2}
     tokenizer: Any = None
-    engine = Engine(Llama(model), mesh, EngineConfig(**sizes | config), jnp.dtype("float32"), tokenizer, "tiny")
-    return engine, engine.load_params(shape)
+    engine = assembled(Llama(model), mesh, EngineConfig(**sizes | config), jnp.dtype("float32"), tokenizer, "tiny")
+    return engine, engine.parameters.load(shape)
 
 
 def random_adapter(engine: Engine, seed: int) -> AdapterWeights:
-    assert engine.adapter_places is not None
+    assert engine.parameters.places is not None
     generator = np.random.default_rng(seed)
     arrays = {
         name: generator.normal(size=(2, *of.shape[2:])).astype(np.float32) * 0.1
-        for name, of in engine.adapter_places.abstract("scan").items()
+        for name, of in engine.parameters.places.abstract("scan").items()
     }
-    return AdapterWeights(engine.adapter_places.rank, arrays, 0)
+    return AdapterWeights(engine.parameters.places.rank, arrays, 0)
 
 
 def logits(session: Session, index: int) -> np.ndarray:
@@ -108,7 +109,7 @@ def test_adapters_come_and_go_without_a_compilation():
     session.params = engine.put_adapter(session.params, 1, AdapterWeights(1, {}, 0))
     np.testing.assert_array_equal(logits(session, 1), base)
     assert [program._cache_size() for program in engine.jitted] == compiled  # pyright: ignore[reportAttributeAccessIssue]
-    places = engine.adapter_places
+    places = engine.parameters.places
     assert places is not None
     assert places._put["unrolled"]._cache_size() == 1
 
@@ -119,7 +120,7 @@ def test_a_write_that_fails_loses_those_that_were_there_and_says_so(monkeypatch)
     base = logits(session, 0)
     session.params = engine.put_adapter(session.params, 1, first)
     with_first = logits(session, 1)
-    places = engine.adapter_places
+    places = engine.parameters.places
     assert places is not None
 
     def fails(before_donation: bool):
@@ -149,7 +150,7 @@ def test_a_write_that_fails_loses_those_that_were_there_and_says_so(monkeypatch)
 @pytest.mark.slow
 def test_a_step_and_the_piece_that_it_carries_have_their_own_adapters():
     engine, params = engine_of(slots=2, cache_tokens=256)
-    engine.shapes = replace(engine.shapes, platform="tpu")
+    engine = engine.twin(shapes=replace(engine.shapes, platform="tpu"))
     for index in (1, 2):
         params = engine.put_adapter(params, index, random_adapter(engine, index))
     alone, carrying = Session(engine, params), Session(engine, params)

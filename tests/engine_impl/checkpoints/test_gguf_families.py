@@ -8,11 +8,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from slipstream.engine_impl.assembly import assembled
 from slipstream.engine_impl.checkpoints.gguf import GGUFCheckpoint
 from slipstream.engine_impl.checkpoints.gguf_architectures import ARCHITECTURES
 from slipstream.engine_impl.checkpoints.safetensors import SafetensorsCheckpoint
 from slipstream.engine_impl.config import EngineConfig
-from slipstream.engine_impl.engine import Engine
 from slipstream.engine_impl.errors import RefusedError
 from slipstream.engine_impl.models import registry
 from slipstream.engine_impl.weights.load import needed_shapes
@@ -214,8 +214,8 @@ def logits(checkpoint):
     model = registry.build(checkpoint.config.for_length(128))
     tokenizer: Any = None
     config = EngineConfig(slots=1, cache_length=128, cache_tokens=128)
-    engine = Engine(model, mesh, config, jnp.dtype("float32"), tokenizer, "tiny")
-    params = engine.load_params(checkpoint)
+    engine = assembled(model, mesh, config, jnp.dtype("float32"), tokenizer, "tiny")
+    params = engine.parameters.load(checkpoint)
     return logits_behind(engine, params, [(7 * i * i) % 101 for i in range(30)])
 
 

@@ -57,8 +57,8 @@ def test_both_layer_loops_on_any_mesh_hold_the_files_values(tmp_path, loop, devi
     folder = write_folder(tmp_path / "m", files=2)
     checkpoint = SafetensorsCheckpoint(folder)
     engine = build_engine(EngineConfig(cache_length=128, tensor_parallel=devices), checkpoint)
-    engine.layer_loop = loop
-    loaded = parameters(engine.load_params(checkpoint))
+    engine = engine.twin(layer_loop=loop)
+    loaded = parameters(engine.parameters.load(checkpoint))
     for name, tensor in random_tensors().items():
         if devices == 4 and name.split(".")[-2] in ("k_proj", "v_proj"):
             tensor = tensor.reshape(2, 8, -1).repeat(2, axis=0).reshape(32, -1)
@@ -134,7 +134,7 @@ def test_only_a_share_is_in_memory_at_a_time(tmp_path, monkeypatch):
         return mapped
 
     monkeypatch.setattr(checkpoint, "tensor", tensor)
-    build_engine(EngineConfig(cache_length=128, tensor_parallel=1), checkpoint).load_params(checkpoint)
+    build_engine(EngineConfig(cache_length=128, tensor_parallel=1), checkpoint).parameters.load(checkpoint)
 
 
 def test_stacking_layers_takes_no_stack_on_the_host(tmp_path):
@@ -142,10 +142,10 @@ def test_stacking_layers_takes_no_stack_on_the_host(tmp_path):
     config = CONFIG | {"num_hidden_layers": 8, "hidden_size": 512, "intermediate_size": 1024}
     checkpoint = SafetensorsCheckpoint(write_folder(tmp_path / "m", config=config))
     engine = build_engine(EngineConfig(cache_length=128, tensor_parallel=2), checkpoint)
-    engine.layer_loop = "scan"
+    engine = engine.twin(layer_loop="scan")
     tracemalloc.start()
     try:
-        params = engine.load_params(checkpoint)
+        params = engine.parameters.load(checkpoint)
         _, peak = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
@@ -218,9 +218,9 @@ def test_a_value_too_large_for_the_type_is_told(tmp_path):
 def test_a_nan_in_a_stack_is_told_by_its_layer(tmp_path):
     checkpoint = SafetensorsCheckpoint(write_folder(tmp_path / "m", tensors=change(random_tensors(), UP, with_nan)))
     engine = build_engine(EngineConfig(cache_length=128, tensor_parallel=2), checkpoint)
-    engine.layer_loop = "scan"
+    engine = engine.twin(layer_loop="scan")
     with pytest.raises(RefusedError, match=r"infinite as float32: layers\.1\.mlp\.up_proj\.weight;"):
-        engine.load_params(checkpoint)
+        engine.parameters.load(checkpoint)
 
 
 def test_stored_rope_frequencies_are_left_alone(tmp_path):

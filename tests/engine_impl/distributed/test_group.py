@@ -69,7 +69,7 @@ def test_what_is_decided_on_the_host_is_decided_by_the_leader_alone():
     leader, follower = FakeEngine(carries_pieces=True), FakeEngine()
     with group(leader, follower) as made:
         assert made.leader.carries(1, [3])
-        assert made.leader.max_concurrent_decodes == leader.max_concurrent_decodes
+        assert made.leader.sizes.slots == leader.max_concurrent_decodes
     assert follower.log == []
 
 

@@ -140,7 +140,7 @@ def test_log_probabilities_are_the_models_own(engine, native):
     """Those that scoring the same tokens gives."""
     own, params = native
     answers, _ = decode(engine, PROMPTS[:2], STEPS, STEPS - 1)
-    page_NJ = np.arange(own.pages_per_slot, dtype=np.int32)[None]
+    page_NJ = np.arange(own.sizes.pages_per_slot, dtype=np.int32)[None]
     prefix, _ = engine.prefill(**padded(engine, PROMPTS[1]))
     state, told = own.insert(prefix.text, own.init_decode_state(), [0], page_NJ), []
     for token in answers.token_ids[1][1:]:

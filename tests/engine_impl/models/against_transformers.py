@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import torch
+from slipstream.engine_impl.assembly import assembled
 from slipstream.engine_impl.checkpoints.safetensors import SafetensorsCheckpoint
 from slipstream.engine_impl.config import EngineConfig
 from slipstream.engine_impl.engine import Engine
@@ -41,10 +42,10 @@ def load(folder, devices, cache_length=256, speculate: Literal["off", "auto"] = 
         speculate=speculate,
     )
     tokenizer: Any = None
-    engine = Engine(model, mesh, config, jnp.dtype("float32"), tokenizer, "tiny")
+    engine = assembled(model, mesh, config, jnp.dtype("float32"), tokenizer, "tiny")
     if devices > 1 and len(set(model.module_of_layer)) == 1:
-        engine.layer_loop = "scan"  # as on TPUs: a layer's window and rope are selected by its number
-    return engine, engine.load_params(checkpoint)
+        engine = engine.twin(layer_loop="scan")  # as on TPUs: a layer's window and rope are selected by its number
+    return engine, engine.parameters.load(checkpoint)
 
 
 PROMPTS = [[(7 * i * i + 3 * i) % 101 for i in range(n)] for n in (120, 131)]

@@ -9,9 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from slipstream.engine_impl.assembly import assembled
 from slipstream.engine_impl.checkpoints.safetensors import SafetensorsCheckpoint
 from slipstream.engine_impl.config import EngineConfig
-from slipstream.engine_impl.engine import Engine
 from slipstream.engine_impl.errors import RefusedError
 from slipstream.engine_impl.models import registry
 from slipstream.engine_impl.models.rope_scaling import FIXED, SCALINGS, UNREAD
@@ -132,8 +132,8 @@ def load(folder, cache_length, *, devices=1, **more):
     model = registry.build(replace(shape, num_kv_heads=max(shape.num_kv_heads, mesh.size)))
     tokenizer: Any = None
     config = EngineConfig(slots=2, cache_length=cache_length, cache_tokens=2 * cache_length, **more)
-    engine = Engine(model, mesh, config, jnp.dtype("float32"), tokenizer, "tiny")
-    return engine, engine.load_params(checkpoint)
+    engine = assembled(model, mesh, config, jnp.dtype("float32"), tokenizer, "tiny")
+    return engine, engine.parameters.load(checkpoint)
 
 
 CASES = [
@@ -186,7 +186,7 @@ def test_each_text_turns_by_what_it_may_come_to(name, devices, tmp_path):
     draw_weights(reference, seed=6)
     reference.save_pretrained(tmp_path)
     engine, params = load(tmp_path, 256, devices=devices, prefill_chunk=128, speculate="auto")
-    engine.shapes = replace(engine.shapes, chunk=engine.page_rows)
+    engine = engine.twin(shapes=replace(engine.shapes, chunk=engine.sizes.page_rows))
     prompts = [[(7 * i * i + 3 * i) % 101 for i in range(n)] for n, _ in LENGTHS]
 
     def answers(texts, width, predictions=((), ())):
@@ -202,7 +202,7 @@ def test_each_text_turns_by_what_it_may_come_to(name, devices, tmp_path):
         return {text: answer[:STEPS] for text, answer in found.items()}
 
     told = answers([0, 2], 1) | answers([2, 1], 1)
-    assert answers([0, 2], engine.tokens_per_step, (told[0], told[2])) == {0: told[0], 2: told[2]}
+    assert answers([0, 2], engine.sizes.tokens_per_step, (told[0], told[2])) == {0: told[0], 2: told[2]}
     for text, (prompt, (_, length)) in enumerate(zip(prompts, LENGTHS, strict=True)):  # its angles only grow
         answer = told[text]
         filled = prompt + answer[:-1] + [0] * (length - len(prompt) - STEPS + 1)

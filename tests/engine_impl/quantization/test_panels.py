@@ -23,7 +23,7 @@ def engine_with(shape, devices=1, **options):
     checkpoint = RandomCheckpoint(shape)
     config = EngineConfig(slots=4, cache_length=128, max_prefill_length=64, tensor_parallel=devices, **options)
     engine = build_engine(config, checkpoint)
-    return engine, engine.load_params(checkpoint)
+    return engine, engine.parameters.load(checkpoint)
 
 
 def kinds(engine):

@@ -199,7 +199,7 @@ class Decoded(RandomCheckpoint):
 def engine_with(checkpoint, *, devices=1, **options):
     config = EngineConfig(slots=4, cache_length=128, max_prefill_length=16, tensor_parallel=devices, **options)
     engine = loading.build_engine(config, checkpoint)
-    return engine, engine.load_params(checkpoint)
+    return engine, engine.parameters.load(checkpoint)
 
 
 @functools.cache

@@ -81,7 +81,7 @@ def told_by(loaded, openings, tokens, width, *, scripts=(), checks_rows=False):
 
 
 def _of_slots(count_N, session):
-    count_B = np.zeros(session.engine.max_concurrent_decodes, np.int32)
+    count_B = np.zeros(session.engine.sizes.slots, np.int32)
     count_B[session.slots] = np.asarray(count_N)[: len(session.slots)]
     return count_B
 

@@ -71,9 +71,9 @@ def test_a_prediction_goes_before_what_the_model_says(plain, stranger):
 
 def test_both_caches_share_the_pages(itself):
     engine, params = itself
-    ours, theirs = engine.cache_layouts
+    ours, theirs = engine.programs.cache_layouts
     assert (ours.pages, ours.page_rows, ours.slots) == (theirs.pages, theirs.page_rows, theirs.slots)
-    assert engine.cache_bytes == ours.bytes + theirs.bytes
+    assert engine.programs.cache_bytes == ours.bytes + theirs.bytes
     session = Session(engine, params)
     session.page_BJ = session.page_BJ[::-1].copy()
     session.start(0, PROMPT)

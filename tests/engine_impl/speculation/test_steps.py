@@ -29,8 +29,7 @@ def with_tokenizer(engine):
 
 def with_widths(engine):
     """Of more tokens than a CPU's steps of so many slots have."""
-    engine.shapes = replace(engine.shapes, wide={4: (4, 8)})
-    return engine
+    return engine.twin(shapes=replace(engine.shapes, wide={4: (4, 8)}))
 
 
 OPENINGS = [(PROMPT, sampling, ()) for sampling in SAMPLINGS]
@@ -122,7 +121,7 @@ def test_a_result_tells_how_many_drafts_there_were_and_how_many_were_right(plain
 def test_a_full_cache_ends_the_accepted_run(drafting, room):
     """Exactly there: its last token is told, nothing is stored behind, and the slot beside goes on."""
     engine, _ = drafting
-    prompt = (PROMPT * 9)[: engine.cache_length - room]
+    prompt = (PROMPT * 9)[: engine.sizes.cache_length - room]
     plain = started(drafting, prompt, [])
     expected = [int(plain.step().token_BW[1, 0]) for _ in range(room)]
     assert plain.step().count_B.tolist()[1] == 0
@@ -132,7 +131,7 @@ def test_a_full_cache_ends_the_accepted_run(drafting, room):
         steps += 1
     assert told == expected
     assert steps == -(-room // 4)
-    assert session.state.length_B.tolist()[:2] == [engine.cache_length, len(PROMPT) + steps + 1]
+    assert session.state.length_B.tolist()[:2] == [engine.sizes.cache_length, len(PROMPT) + steps + 1]
 
 
 def words(*but):

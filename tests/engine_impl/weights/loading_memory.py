@@ -67,10 +67,10 @@ def measure(loop: LayerLoop, folder: Path) -> dict[str, int]:
     largest = write(folder)
     checkpoint = SafetensorsCheckpoint(folder, "test")
     engine = build_engine(EngineConfig(dtype="bfloat16", tensor_parallel=4, platform="cpu"), checkpoint)
-    engine.layer_loop = loop
+    engine = engine.twin(layer_loop=loop)
     Path("/proc/self/clear_refs").write_text("5")  # forgets the peak so far
     before = memory("VmRSS")
-    params = jax.block_until_ready(engine.load_params(checkpoint))
+    params = jax.block_until_ready(engine.parameters.load(checkpoint))
     peak = memory("VmHWM") - before
     arrays = {id(leaf): leaf for leaf in jax.tree.leaves(params)}.values()
     weights = sum(shard.data.nbytes for array in arrays for shard in array.addressable_shards)

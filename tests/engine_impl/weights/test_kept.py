@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from slipstream.engine_impl.assembly import assembled
 from slipstream.engine_impl.checkpoints.safetensors import SafetensorsCheckpoint
 from slipstream.engine_impl.config import EngineConfig
 from slipstream.engine_impl.engine import Engine
@@ -41,7 +42,7 @@ def engine_of(folder, devices=1, loop: LayerLoop = "unrolled", **changes) -> tup
         slots=1, cache_length=128, cache_tokens=128, weight_cache=str(folder.parent / "kept"), **changes
     )
     tokenizer: Any = None
-    engine = Engine(model, mesh, config, jnp.dtype("float32"), tokenizer, "tiny", shape.num_kv_heads)
+    engine = assembled(model, mesh, config, jnp.dtype("float32"), tokenizer, "tiny", shape.num_kv_heads)
     return engine.twin(layer_loop=loop), checkpoint
 
 
@@ -66,10 +67,10 @@ def assert_same(one, other):
 )
 def test_the_second_start_reads_no_tensor_of_the_checkpoint(folder, devices, loop, changes, monkeypatch):
     engine, checkpoint = engine_of(folder, devices, loop, **changes)
-    first = engine.load_params(checkpoint)
+    first = engine.parameters.load(checkpoint)
     engine, checkpoint = engine_of(folder, devices, loop, **changes)
     monkeypatch.setattr(checkpoint, "tensor", unreadable)
-    second = engine.load_params(checkpoint)
+    second = engine.parameters.load(checkpoint)
     assert_same(first, second)
     assert len(entries(folder)) == 1
 
@@ -77,7 +78,7 @@ def test_the_second_start_reads_no_tensor_of_the_checkpoint(folder, devices, loo
 def test_what_determines_the_weights_determines_the_entry(folder, monkeypatch):
     def load(**changes):
         engine, checkpoint = engine_of(folder, **changes)
-        engine.load_params(checkpoint)
+        engine.parameters.load(checkpoint)
         return len(entries(folder))
 
     assert load() == load() == 1
@@ -114,13 +115,13 @@ def forget_a_leaf(entry):
 @pytest.mark.parametrize("spoil", [spoil_data, cut_data, spoil_index, forget_a_leaf])
 def test_a_damaged_entry_is_told_once_and_mended_from_the_checkpoint(folder, spoil, caplog):
     engine, checkpoint = engine_of(folder)
-    first = engine.load_params(checkpoint)
+    first = engine.parameters.load(checkpoint)
     (name,) = entries(folder)
     spoil(folder.parent / "kept" / name)
-    assert_same(engine.load_params(checkpoint), first)
+    assert_same(engine.parameters.load(checkpoint), first)
     (told,) = [record for record in caplog.records if record.levelname == "WARNING"]
     assert "they come from the checkpoint" in told.getMessage()
-    assert_same(engine.load_params(checkpoint), first)
+    assert_same(engine.parameters.load(checkpoint), first)
     assert len([record for record in caplog.records if record.levelname == "WARNING"]) == 1
 
 
@@ -130,7 +131,7 @@ def test_a_full_disk_is_told_and_leaves_nothing_behind(folder, monkeypatch, capl
 
     monkeypatch.setattr(os, "fsync", full)
     engine, checkpoint = engine_of(folder)
-    engine.load_params(checkpoint)
+    engine.parameters.load(checkpoint)
     assert entries(folder) == []
     (told,) = caplog.records
     assert "No space left on device" in told.getMessage()
@@ -139,7 +140,7 @@ def test_a_full_disk_is_told_and_leaves_nothing_behind(folder, monkeypatch, capl
 def test_a_folder_that_cannot_be_made_is_told(folder, caplog):
     (folder.parent / "kept").write_text("a file")
     engine, checkpoint = engine_of(folder)
-    engine.load_params(checkpoint)
+    engine.parameters.load(checkpoint)
     assert "are not kept" in caplog.text
 
 
@@ -164,7 +165,7 @@ def test_what_a_killed_start_left_is_taken_away(folder):
             for path in (left / "data", left):
                 os.utime(path, (long_ago, long_ago))
     engine, checkpoint = engine_of(folder)
-    engine.load_params(checkpoint)
+    engine.parameters.load(checkpoint)
     there = {name for name in names if (folder.parent / "kept" / f"{kept.BEGUN}{name}").exists()}
     assert there == {name for name, stays in names.items() if stays}
 
@@ -178,21 +179,21 @@ def test_two_starts_at_once_do_not_meet(folder, monkeypatch):
         if len(began) == 1:
             engine, checkpoint = engine_of(folder)
             monkeypatch.setattr(kept, "_remove_leftovers", lambda folder: None)  # it is of this process
-            engine.load_params(checkpoint)
+            engine.parameters.load(checkpoint)
         write(into, params)
 
     monkeypatch.setattr(kept, "_write", slow)
     engine, checkpoint = engine_of(folder)
-    first = engine.load_params(checkpoint)
+    first = engine.parameters.load(checkpoint)
     assert len(set(began)) == 2
     assert len(entries(folder)) == 1
     monkeypatch.setattr(checkpoint, "tensor", unreadable)
-    assert_same(engine.load_params(checkpoint), first)
+    assert_same(engine.parameters.load(checkpoint), first)
 
 
 def test_a_shard_in_anothers_place_is_told_though_a_copy_kept_its_times(folder):
     engine, checkpoint = engine_of(folder)
-    engine.load_params(checkpoint)
+    engine.parameters.load(checkpoint)
     weights = folder / "model.safetensors"
     before, data = weights.stat(), bytearray(weights.read_bytes())
     data[-5] ^= 1
@@ -200,24 +201,24 @@ def test_a_shard_in_anothers_place_is_told_though_a_copy_kept_its_times(folder):
     os.utime(weights, ns=(before.st_atime_ns, before.st_mtime_ns))
     assert (weights.stat().st_size, weights.stat().st_mtime_ns) == (before.st_size, before.st_mtime_ns)
     engine, checkpoint = engine_of(folder)
-    engine.load_params(checkpoint)
+    engine.parameters.load(checkpoint)
     assert len(entries(folder)) == 2
 
 
 def test_what_cannot_be_read_now_stays_for_the_next_start(folder, monkeypatch, caplog):
     """Such as where the devices, or the host, have no memory for it."""
     engine, checkpoint = engine_of(folder)
-    first = engine.load_params(checkpoint)
+    first = engine.parameters.load(checkpoint)
 
     def full(*args):
         raise MemoryError("no room")
 
     with monkeypatch.context() as patched:
         patched.setattr(kept, "_array", full)
-        assert_same(engine.load_params(checkpoint), first)
+        assert_same(engine.parameters.load(checkpoint), first)
     assert "no room" in caplog.text
     monkeypatch.setattr(checkpoint, "tensor", unreadable)
-    assert_same(engine.load_params(checkpoint), first)
+    assert_same(engine.parameters.load(checkpoint), first)
 
 
 def test_weights_that_cannot_be_copied_are_loaded_all_the_same(folder, monkeypatch, caplog):
@@ -226,7 +227,7 @@ def test_weights_that_cannot_be_copied_are_loaded_all_the_same(folder, monkeypat
 
     monkeypatch.setattr(kept, "_append", broken)
     engine, checkpoint = engine_of(folder)
-    engine.load_params(checkpoint)
+    engine.parameters.load(checkpoint)
     assert entries(folder) == []
     assert "are not kept" in caplog.text
     assert "the device does not answer" in caplog.text
@@ -240,7 +241,7 @@ def test_another_module_of_a_model_makes_another_entry(folder, tmp_path, monkeyp
     for text in ("a", "another"):
         module.write_text(text)
         engine, checkpoint = engine_of(folder)
-        engine.load_params(checkpoint)
+        engine.parameters.load(checkpoint)
     assert len(entries(folder)) == 2
 
 
@@ -250,5 +251,5 @@ def test_a_checkpoint_that_does_not_fit_is_still_refused(folder):
     (folder / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 3}))
     engine, checkpoint = engine_of(folder)
     with pytest.raises(RefusedError, match="does not fit"):
-        engine.load_params(checkpoint)
+        engine.parameters.load(checkpoint)
     assert not (folder.parent / "kept").exists()

@@ -121,7 +121,7 @@ def test_a_server_that_sees_the_deadline_first_says_so():
 
             context.send_initial_metadata, context.write, context.abort = note, write, abort
             context.peer = lambda: "ipv4:127.0.0.1:5000"
-            await server._grpc.Decode(text_request("\x01", 200).SerializeToString(), context)
+            await server.doors.grpc.Decode(text_request("\x01", 200).SerializeToString(), context)
             last = context.written[-1]
             assert last.stream_content.samples[0].finish_reason == pb.FINISH_REASON_DEADLINE
             assert 0 < last.usage.generated_tokens < 60

@@ -354,7 +354,7 @@ def test_a_server_that_loads_is_not_available():
             may_load.set()
             await entering
             assert await health() == 200
-            server.is_ready = False
+            server.doors.is_ready = False
             assert await health() == 503
         await server.__aexit__()
 

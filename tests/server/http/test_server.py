@@ -267,7 +267,7 @@ SERVER = """
 import asyncio, sys
 from slipstream.server.observe import logs
 from slipstream.server.config import ServerConfig
-from slipstream.server.lifecycle import serve
+from slipstream.server.serve import serve
 from tests.fakes import FakeEngine
 logs.configure("text")
 load = lambda: (FakeEngine(step_s=0.02), None)

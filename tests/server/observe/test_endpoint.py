@@ -57,7 +57,7 @@ def test_ready_means_serving():
         async with serving:
             address = serving.endpoint.address
             assert await asyncio.to_thread(get, address, "/readyz") == (200, "ready\n")
-            serving.is_ready = False
+            serving.doors.is_ready = False
             assert await asyncio.to_thread(get, address, "/readyz?verbose") == (503, "not ready\n")
             assert await asyncio.to_thread(get, address, "/healthz") == (200, "alive\n")
             assert (await asyncio.to_thread(get, address, "/"))[0] == 404

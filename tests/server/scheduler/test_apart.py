@@ -84,7 +84,7 @@ def test_a_failed_step_forgets_what_is_computed_apart():
     house.ready = False
     waiting = house.ask("b", 3)
     house.turns(1)
-    house.loop._recover(RuntimeError("the step broke"))
+    house.loop._recovery.recover(RuntimeError("the step broke"), house.loop.live)
     assert running.all()[-1].error is not None
     assert waiting.all()[-1].error is not None
     house.ready = True

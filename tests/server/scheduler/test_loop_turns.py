@@ -92,7 +92,7 @@ def test_requests_may_end_while_a_failed_step_is_cleared_away():
 
     parked.holds_all = ends_the_other
     parked.waiting.extend(Prompt(tuple(request.samples), np.arange(4), []) for request in (first, second))
-    house.loop._recover(RuntimeError("broke"))
+    house.loop._recovery.recover(RuntimeError("broke"), house.loop.live)
     assert len(house.loop.live) <= 1
 
 
@@ -106,7 +106,7 @@ def test_a_failure_while_room_is_given_leaves_nobody_with_a_slot():
     request = house.ask("a", 9)
     with pytest.raises(RuntimeError, match="no page") as raised:
         house.turns()
-    house.loop._recover(raised.value)
+    house.loop._recovery.recover(raised.value, house.loop.live)
     assert isinstance(request.all()[-1].error, FailedError)
     good = house.ask("b", 20)
     house.idle()

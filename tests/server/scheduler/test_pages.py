@@ -7,7 +7,7 @@ import pytest
 from slipstream.server.errors import FailedError, QueueFullError
 from slipstream.server.observe.metrics import Metrics
 from slipstream.server.request.request import FinishReason, TokenLogprob
-from slipstream.server.scheduler import loop as loop_module
+from slipstream.server.scheduler import planner
 
 from tests.server.scheduler.loop import Asked, ask, running, until
 from tests.server.scheduler.reading import FREE, answer, expected, reading
@@ -222,7 +222,7 @@ def test_a_failed_step_leaves_alone_who_is_parked():
 
 
 def test_a_damaged_page_table_is_found_and_built_anew(monkeypatch):
-    monkeypatch.setattr(loop_module, "TURNS_A_CHECK", 1)
+    monkeypatch.setattr(planner, "TURNS_A_CHECK", 1)
     engine = reading(pace=threading.Semaphore(3))
     with running(engine) as orchestrator:
         request = ask(orchestrator, "a", 40, sampling=FREE)

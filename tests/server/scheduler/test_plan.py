@@ -24,7 +24,7 @@ class House:
         self.slots = Slots(slots, [], cache_length=64)
         self.room = Room(self.engine, prefix_cache=prefix_cache)
         self.in_work, self.parked, self.came = [], [], 0
-        self.batch = self.engine.prefill_batch
+        self.batch = self.engine.sizes.prefill_batch
         self.widths = Widths(self.engine.widths_of, slots)
 
     def prompt(self, tokens: int | list[int] = 1, *, answer: int = 0, **more) -> Prompt:

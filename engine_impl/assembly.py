@@ -1,0 +1,91 @@
+"""The parts of an engine, made to fit: a config's layout, modules as it wants them, and programs over both."""
+
+from pathlib import Path
+
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from .. import kernels
+from .adapters.sites import adapt, sites_of
+from .adapters.stacks import AdapterPlaces
+from .caching import Drafting
+from .config import EngineConfig
+from .draft_model import DraftModel, beside
+from .drafting import of_long_repeats, of_text
+from .engine import Engine
+from .forward import layer_loop_for
+from .layout import chunk_of, layout_of
+from .models.decoder import Decoder
+from .parameters import Parameters
+from .programs import Programs
+from .quantization.swap import quantize
+from .shapes import Shapes
+from .text.tokenizer import Tokenizer
+
+
+def assembled(
+    model: Decoder,
+    mesh: Mesh,
+    config: EngineConfig,
+    dtype: jnp.dtype,
+    tokenizer: Tokenizer,
+    model_name: str,
+    kv_heads: int | None = None,
+    draft: DraftModel | None = None,
+    page_rows: int | None = None,
+) -> Engine:
+    """The engine of a model, without weights.
+
+    `model` may be on the meta device; its kv heads must be a multiple of the mesh's size (see `loading`). Its linear
+    modules are swapped here if the config asks for quantised weights, and adapted if it asks for adapters.
+
+    `kv_heads`: as checkpoints and adapters have them; default: the model's. `draft`: a draft model likewise, where the
+    config speculates. `page_rows`: of pages that another engine has too; default: what suits the mesh.
+
+    Raises RefusedError for a cache or a chunk that is not whole pages.
+    """
+    platform = mesh.devices.flat[0].platform
+    backend = kernels.backend_for(platform)
+    layout = layout_of(config, model.config, mesh, dtype, page_rows)
+    places, count = None, config.max_adapters
+    sites = sites_of(model, mesh) if count else ()
+    quantize(model, config, dtype, mesh, backend)
+    adapt(model, sites)
+    if count:
+        places = AdapterPlaces(sites, len(model.layers), count, config.max_adapter_rank, mesh, dtype)
+    small, drafting = None, None
+    if config.speculate != "off":
+        drafting = Drafting(propose=of_text)
+        if draft is not None:
+            small = draft.model
+            quantize(small, draft.config, dtype, mesh, backend)
+            its = Programs(small, mesh, beside(layout, small.config, backend), backend, False)
+            drafting = Drafting(propose=of_long_repeats, model=its)
+    programs = Programs(model, mesh, layout, backend, count > 0, drafting=drafting)
+    longest = min(config.max_prefill_length or programs.cache_length, programs.cache_length)
+    return Engine(
+        programs,
+        Parameters(
+            model=model,
+            draft=small,
+            mesh=mesh,
+            dtype=dtype,
+            layer_loop=layer_loop_for(platform, model, *([] if draft is None else [draft.model])),
+            kv_heads=kv_heads or model.config.num_kv_heads,
+            places=places,
+            kept_in=None if config.weight_cache is None else Path(config.weight_cache).expanduser(),
+        ),
+        Shapes(
+            slots=layout.slots,
+            pages_per_slot=layout.pages_per_slot,
+            page_rows=layout.page_rows,
+            chunk=chunk_of(config, layout, longest, platform),
+            platform=platform,
+            has_adapters=count > 0,
+            has_reaches=programs.has_reaches,
+            speculates=config.speculate != "off",
+        ),
+        tokenizer,
+        model_name,
+        max_prefill_length=longest,
+    )
