@@ -10,8 +10,8 @@ from . import native
 
 Backend = Literal["pallas", "pallas_interpret", "xla", "xla_gpu", "native_cpu"]
 """`pallas`: Mosaic, TPU only. `xla`: the reference, and what runs where nothing else does. `xla_gpu`: the same, but for
-attention, which has forms of its own there. `native_cpu`: the same, but for decode attention and products with weights
-in panels, which are C++ of ours (native/) in float32; where the package was built with a compiler. `pallas_interpret`:
+attention, which has forms of its own there. `native_cpu`: the same, but for attention and products with weights in
+panels, which are C++ of ours (native/) in float32; where the package was built with a compiler. `pallas_interpret`:
 the TPU kernel, simulated, for tests on a device or two: on more virtual devices than CPU cores the simulator may wait
 for itself forever."""
 

@@ -1,4 +1,4 @@
-"""Chunk attention in plain XLA: the definition, and what runs on CPUs."""
+"""Chunk attention in plain XLA: the definition, and what runs on CPUs without native kernels."""
 
 import jax
 import jax.numpy as jnp

@@ -14,7 +14,7 @@ namespace slipstream {
 namespace {
 
 constexpr int64_t SMALL = 1 << 16;  // multiplications that are not worth a second thread
-constexpr int64_t ROWS_OF_A_PART = 96;
+constexpr int64_t ROWS_OF_A_PART = 144;  // a piece of 128 is one: its panels are read once
 constexpr int64_t PARTS_OF_A_THREAD = 4;
 
 std::optional<Stored> stored_as(ffi::AnyBuffer code, bool has_offset) {

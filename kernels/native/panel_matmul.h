@@ -248,8 +248,11 @@ static void multiply_panel(const Lane* x, const Lane* panel, int64_t inputs, int
     const Plain<Lane> codes{panel, bytes + AHEAD * BYTES, BYTES};
     return multiply_rows<ROWS>(rows, x, inputs, codes, 0, inputs, to);
   }
-  for (int64_t first = 0; first < inputs; first += DEPTH) {
-    const int64_t last = first + DEPTH < inputs ? first + DEPTH : inputs;
+  // In even runs: each takes the sums from memory and back, a short one for few inputs.
+  const int64_t runs = (inputs + DEPTH - 1) / DEPTH;
+  const int64_t depth = (inputs + runs * UNROLLED - 1) / (runs * UNROLLED) * UNROLLED;
+  for (int64_t first = 0; first < inputs; first += depth) {
+    const int64_t last = first + depth < inputs ? first + depth : inputs;
     to.adds = first > 0;
     multiply_all(rows, x + first, inputs, panel + first * PANEL, last - first, bytes + last * BYTES, BYTES, to);
   }
