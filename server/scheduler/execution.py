@@ -135,14 +135,6 @@ class Execution(Generic[ParamsT, PrefixT, StateT]):
             pieces, self._apart = self._apart, None
             self._store(pieces)
 
-    def before_the_step(self) -> list[PendingResult]:
-        """What is pending in front of a step, and is no longer: the device has the step to do while it is read."""
-        if not self.pending or not self.pending[-1].is_step:
-            return []
-        *before, step = self.pending
-        self.pending = [step]
-        return before
-
     def generate(self, roster: Roster, width: int) -> None:
         """A step of these."""
         started, page_NJ = time.monotonic(), self._holdings.room.tables(roster.slot_B)

@@ -5,8 +5,7 @@
 - plan: plan.py decides what the turn does; nothing is decided here.
 - prefill, insert, generate are only started: they run on the device, and what they give is copied back meanwhile.
 - deliver: reads the results of the turn before, so that the device never waits for the host, and hands them to the
-  delivery thread, which makes text and events of them. What is ready before the step is read before the next turn is
-  planned, while the step runs: so who comes while prompts are computed is let in behind their step, not a turn later.
+  delivery thread, which makes text and events of them.
 - free: at max_tokens as soon as the last step is started; at a stop token when it is read, one step late; at a cancel,
   a deadline or a stop string before the next step. A step in flight may then still bring tokens for the old request:
   its result keeps the roster that it was started with, so the slot's next owner never sees them.
@@ -145,8 +144,6 @@ class Loop(Generic[ParamsT, PrefixT, StateT]):
         return bool(has.slots.due.taken) or self._constraints.is_made
 
     def _turn(self) -> None:
-        for pending in self._execution.before_the_step():
-            self._results.read(pending)
         go_on(self._constraints.collect(self._results.step_s / 2), self._holdings, self.delivery)
         self._execution.take_up()
         turn = self._planner.next()

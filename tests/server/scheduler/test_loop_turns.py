@@ -192,28 +192,3 @@ def test_where_nobody_decodes_the_last_piece_of_a_turn_is_carried():
     assert calls == [*["prefill", "insert"] * 2, "prefill", "generate", "insert"]
     house.idle()
     assert [request.answer()[0] for request in requests] == [expected(text, 3) for text in "abc"]
-
-
-@pytest.mark.parametrize("carries", [False, True])
-def test_who_comes_while_a_prompt_is_computed_is_let_in_behind_its_step(carries):
-    """Where the step has carried the prompt along nothing is left to do while it is waited for: there the next turn is
-    started before."""
-    house = House(carries_pieces=carries)
-    running, first = house.ask("a", 30), house.ask("b", 3)
-    house.turns(2)
-    assert house.engine.log[-1].startswith("insert" if carries else "generate")
-    read, came = house.loop._results.read, []
-
-    def read_and_ask(pending):
-        if not came:
-            came.append(house.ask("c", 3))
-        read(pending)
-
-    house.loop._results.read = read_and_ask
-    before = len(house.engine.log)
-    house.turns()
-    calls = [call.partition(" ")[0] for call in house.engine.log[before:]]
-    assert calls == (["generate"] if carries else ["prefill", "insert", "generate"])
-    house.idle()
-    for request, text, tokens in ((running, "a", 30), (first, "b", 3), (came[0], "c", 3)):
-        assert request.answer()[0] == expected(text, tokens)
