@@ -20,12 +20,16 @@ class PrefillBudget:
 
     @property
     def most_prompts(self) -> int:
-        """That can be computed in one turn (count)."""
-        return max(self.batch[1], self.tokens // self.lengths[0])
+        """That must be looked at (count): those that can be computed in one turn, and one that waits behind them."""
+        return max(self.batch[1], self.tokens // self.lengths[0]) + 1
 
     def prefills(self, work: Sequence[tuple[Prompt, int]]) -> list[tuple[Prompt, ...]]:
         """Whose next pieces are computed, the pieces of one prefill together. `work`: prompts in their order, with the
-        tokens that each has to go; nobody overtakes another."""
+        tokens that each has to go; nobody overtakes another.
+
+        Where more wait than a turn computes, steps between them would only keep the others waiting. Where fewer do, one
+        prefill is all: its first token goes out with the step behind it, and the next comes soon enough.
+        """
         chosen: list[tuple[Prompt, ...]] = []
         at, spent = 0, 0
         while at < len(work):
@@ -35,7 +39,7 @@ class PrefillBudget:
                 break
             chosen.append(tuple(prompt for prompt, _ in together))
             at += len(together)
-        return chosen
+        return chosen if at < len(work) else chosen[:1]
 
     def _together(self, work: Sequence[tuple[Prompt, int]]) -> Sequence[tuple[Prompt, int]]:
         """The first, and those behind it that are computed with it. Too few of them are not: a batch costs what it

@@ -141,18 +141,19 @@ def test_growing_slots_may_take_the_cached_prefix_that_a_plan_counted_on():
 
 
 def test_several_prompts_are_prefilled_before_a_step():
-    """Pieces of a turn have eight tokens together, padding included."""
-    house = House(slots=5, prefill_lengths=(2, 4))
+    """Pieces of a turn have eight tokens together, padding included; where no more wait, there is one."""
+    house = House(slots=6, prefill_lengths=(2, 4))
     running = house.ask("a", 30)
     house.turns(2)
     before = len(house.engine.log)
-    others = [house.ask(text, 3) for text in ("bcd", "b", "efgh", "e")]
-    house.turns(2)
+    texts = ("bcd", "b", "efgh", "e", "ijkl")
+    others = [house.ask(text, 3) for text in texts]
+    house.turns(3)
     calls = [call.partition(" ")[0] for call in house.engine.log[before:]]
-    assert calls == [*["prefill", "insert"] * 2, "generate"] * 2
+    assert calls == [*[*["prefill", "insert"] * 2, "generate"] * 2, "prefill", "insert", "generate"]
     house.idle()
-    for request, text, tokens in zip([running, *others], ("a", "bcd", "b", "efgh", "e"), (30, 3, 3, 3, 3), strict=True):
-        assert request.answer()[0] == expected(text, tokens)
+    assert running.answer()[0] == expected("a", 30)
+    assert [request.answer()[0] for request in others] == [expected(text, 3) for text in texts]
 
 
 def test_of_the_prompts_of_a_turn_one_fails_alone():
@@ -185,10 +186,10 @@ def test_a_step_carries_the_only_piece_of_a_turn_along():
 
 
 def test_where_nobody_decodes_the_last_piece_of_a_turn_is_carried():
-    house = House(prefill_lengths=(2,), carries_pieces=True)
-    requests = [house.ask(text, 3) for text in "abc"]
+    house = House(slots=5, prefill_lengths=(2,), carries_pieces=True)
+    requests = [house.ask(text, 3) for text in "abcde"]
     house.turns(1)
     calls = [call.partition(" ")[0] for call in house.engine.log]
-    assert calls == [*["prefill", "insert"] * 2, "prefill", "generate", "insert"]
+    assert calls == [*["prefill", "insert"] * 3, "prefill", "generate", "insert"]
     house.idle()
-    assert [request.answer()[0] for request in requests] == [expected(text, 3) for text in "abc"]
+    assert [request.answer()[0] for request in requests] == [expected(text, 3) for text in "abcde"]

@@ -321,10 +321,17 @@ def test_prompts_are_prefilled_one_behind_the_other_as_far_as_their_padded_token
     assert house.turn(long, waiting[0]) == entering(long), "the first is computed whatever it comes to"
 
 
+def test_few_prompts_are_prefilled_a_turn_each():
+    """All that wait would fit; then the first token of the first does not wait for the others' prefills."""
+    house = House(9, tokens=8)
+    waiting = [house.prompt([number] * tokens) for number, tokens in enumerate([1, 3, 2])]
+    assert house.turn(*waiting) == entering(waiting[0])
+
+
 def test_what_stands_alone_is_prefilled_behind_others():
     house = House(9, batch=3, tokens=8)
     two, told = house.prompt([1] * 2, num_samples=2), house.prompt([2] * 2, prompt_logprobs=True)
-    assert house.turn(two, told).prefills == ((two,), (told,))
+    assert house.turn(two, told, house.prompt([3] * 8)).prefills == ((two,), (told,))
 
 
 def test_a_batch_counts_as_though_it_were_full():
@@ -335,8 +342,8 @@ def test_a_batch_counts_as_though_it_were_full():
     assert house.turn(*short[:2], longer).prefills == (tuple(short[:2]),)
     assert house.turn(longer, *short[:3]).prefills == ((longer,),)
     house.budget = PrefillBudget((2, 3, 4), (2, 4, 8), 24)
-    assert house.turn(*short).prefills == (tuple(short[:3]), tuple(short[3:]))
-    assert house.turn(longer, *short[:3]).prefills == ((longer,), tuple(short[:3]))
+    assert house.turn(*short, longer).prefills == (tuple(short[:3]), tuple(short[3:]))
+    assert house.turn(longer, *short).prefills == ((longer,), tuple(short[:3]))
 
 
 def test_what_a_turn_has_left_goes_to_the_others():
@@ -348,20 +355,23 @@ def test_what_a_turn_has_left_goes_to_the_others():
     assert house.turn(new).prefills == ((new,), (first,))
     assert house.turn(new, newcomers=False).prefills == ((first,), (second,))
     house.in_work.remove(second)
-    assert house.turn(new, newcomers=False) == StepPlan(let_in=(new,), prefills=((first,), (new,)))
+    two = house.turn(new, house.prompt([8] * 3), newcomers=False)
+    assert two == StepPlan(let_in=(new,), prefills=((first,), (new,)))
     assert house.turn(new, is_computing=True) == StepPlan(), "none while devices apart are at work"
 
 
 def test_slots_and_pages_of_a_turn_are_counted_together():
-    house = House(2, pages=5, tokens=8)
+    house = House(3, pages=9, tokens=8)
+    house.working([9] * 16)
     short = [house.prompt([number]) for number in range(3)]
-    assert house.turn(*short).let_in == tuple(short[:2]), "there are two slots"
-    house = House(9, pages=3, tokens=8)
-    assert house.turn(*short).let_in == tuple(short[:2]), "a page of three stays available"
+    assert house.turn(*short).let_in == tuple(short[:2]), "two slots are free"
+    house = House(9, pages=8, tokens=8)
+    house.working([9] * 16)
+    assert house.turn(*short).let_in == tuple(short[:2]), "a page stays available"
 
 
 @pytest.mark.parametrize(
-    ("tokens", "most"), [(0, 3), (8, 4), (2, 3)], ids=["one prefill", "short ones behind each other", "a batch"]
+    ("tokens", "most"), [(0, 4), (8, 5), (2, 4)], ids=["one prefill", "short ones behind each other", "a batch"]
 )
 def test_so_many_prompts_of_the_queue_are_looked_at(tokens, most):
     assert PrefillBudget((2, 3, 8), (2, 4, 8), tokens).most_prompts == most
