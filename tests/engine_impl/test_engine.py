@@ -248,7 +248,7 @@ def test_an_answer_that_was_interrupted_goes_on_as_it_would_have(tiny, monkeypat
 def test_a_twin_has_its_own_shapes_and_leaves_the_engine_as_it_was(tiny):
     engine, _ = tiny
     twin = engine.twin(layer_loop="scan", shapes=replace(engine.shapes, chunk=64, platform="tpu"))
-    assert twin.sizes == replace(engine.sizes, prefill_chunk=64, prefill_batch=(2, 4, 64))
+    assert twin.sizes == replace(engine.sizes, prefill_chunk=64, prefill_batch=(2, 4, 64), prefill_lengths=(16, 64))
     assert (engine.sizes.prefill_chunk, engine.sizes.prefill_batch) == (128, (4, 4, 32))
     assert (twin.parameters.layer_loop, engine.parameters.layer_loop) == ("scan", "unrolled")
     assert twin.programs is engine.programs
