@@ -16,7 +16,7 @@ from ..errors import RefusedError
 from ..runtime.watchdog import Watchdog
 from .options import stream_options
 from .values import decoded
-from .verbs import CHECK, STOP, VERBS, listed
+from .verbs import ALIVE, CHECK, STOP, VERBS, listed
 
 log = logging.getLogger(__name__)
 
@@ -196,6 +196,9 @@ class Follower:
             return
         assert self._replay is not None
         self._replay.begin(call)
+        if call.verb == ALIVE:
+            self._reports.put(pb.Report(number=call.number))
+            return
         if call.verb == "read_adapter":
             threading.Thread(target=self._read_adapter, args=(self._replay, call), name="adapter", daemon=True).start()
             return

@@ -18,7 +18,7 @@ from ..errors import RefusedError
 from .handles import AdapterHandle, Handle, PrefixHandle
 from .plan_stream import PlanStream
 from .values import encoded
-from .verbs import STOP, VERBS, functions_of, listed
+from .verbs import ALIVE, STOP, VERBS, functions_of, listed
 
 
 class Leader:
@@ -56,6 +56,8 @@ class Leader:
         return self._call("load")
 
     def init_decode_state(self) -> Handle:
+        """Only with all hosts there: behind a step that failed, the failure may be known before its cause."""
+        self.ask(ALIVE)
         return self._call("init_decode_state")
 
     def warm_up(self, params: Handle, decode_state: Handle) -> Handle:

@@ -34,8 +34,8 @@ VERBS = {
     "carry": Verb((Handle, None, PrefixHandle)),
 }
 
-CHECK, STOP = "check", "stop"
-"""Calls that are no verbs of an engine: compare what both sides are; the group's end."""
+CHECK, ALIVE, STOP = "check", "alive", "stop"
+"""Calls that are no verbs of an engine: compare what both sides are; are you there?; the group's end."""
 
 
 def functions_of(engine: AnyEngine, load: Callable[[], Any]) -> dict[str, Callable[..., Any]]:

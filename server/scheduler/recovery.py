@@ -32,14 +32,18 @@ class Recovery(Generic[ParamsT, PrefixT, StateT]):
 
     def recover(self, error: Exception, live: Collection[Request]) -> None:
         """A step failed, its state was donated and is lost: those of `live` fail who were in it. Who is parked had
-        nothing in it. Raises DeadError when one failure was too many."""
+        nothing in it.
+
+        Raises DeadError when one failure was too many, and what the engine raises that cannot start afresh, before
+        anybody is told: then all are told that it is lost.
+        """
         live = list(live)  # delivery ends some meanwhile
         lost = [request for request in live if not self._holdings.parked.holds_all(request)]
         log.error("a step failed; requests %s fail with it", ", ".join(r.id for r in lost), exc_info=error)
         self._holdings.lose(lost, {*live} - {*lost})
         self._execution.lose()
+        self._execution.start_afresh()
         for request in lost:
             self._delivery.end(request, failed(request, error))
         self._probes.answer(UnavailableError(f"a step of the engine failed: {describe(error)}"))
         self._failures.step_failed(error)
-        self._execution.start_afresh()

@@ -106,8 +106,9 @@ def test_a_verb_that_raises_on_the_leader_alone_ends_the_group_at_the_next():
     with group(FakeEngine(on_prefill=fail_here), FakeEngine()) as made:
         with pytest.raises(ValueError, match="only here"):
             answer(made.leader, made.leader.init_decode_state(), "a", steps=0)
-        made.leader.init_decode_state()
-        assert made.lost.wait() == "host 1: DivergedError: call 4 failed on the leader and not here"
+        with pytest.raises(GroupLostError, match="host 1"):
+            made.leader.init_decode_state()
+        assert made.lost.wait() == "host 1: DivergedError: call 5 failed on the leader and not here"
         assert made.followers[0].wait()[0] == FAILED
 
 
@@ -116,7 +117,7 @@ def test_a_verb_that_raises_on_a_follower_alone_ends_the_group_at_once():
     with group(FakeEngine(), FakeEngine(), FakeEngine(on_prefill=fail_here)) as made:
         state, piece = made.leader.init_decode_state(), Piece(token_T=np.ones(1, np.int32), start=0, page_J=PAGES)
         made.leader.prefill(made.leader.load(), state, [piece])
-        assert made.lost.wait() == "host 2: call 4 failed there and not here: ValueError: only here"
+        assert made.lost.wait() == "host 2: call 5 failed there and not here: ValueError: only here"
         assert [follower.wait()[0] for follower in made.followers] == [FAILED] * 2
         with pytest.raises(GroupLostError, match="host 2"):
             made.leader.init_decode_state()

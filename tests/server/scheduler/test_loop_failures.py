@@ -195,7 +195,7 @@ def test_a_state_that_cannot_be_rebuilt_ends_the_engine(monkeypatch):
     with running(engine, on_dead=dead.put) as orchestrator:
         until(lambda: engine.states_made == 1)
         monkeypatch.setattr(engine, "init_decode_state", lambda: 1 / 0)
-        assert isinstance(ask(orchestrator, "a").answer()[1].error, FailedError)
+        assert isinstance(ask(orchestrator, "a").answer()[1].error, UnavailableError), "others may be there to ask"
         assert "ZeroDivisionError" in dead.get(timeout=WAIT_S)
 
 
