@@ -202,10 +202,14 @@ def test_hosts_that_agree_are_told_why_the_group_never_began():
 
 
 def test_a_follower_that_cannot_begin_tells_why():
+    is_made = threading.Event()
+
     def missing():
+        is_made.wait(WAIT_S)  # else the leader may hear of it while it waits for followers
         raise RefusedError("there is no such model")
 
     made = Group(FakeEngine(), FakeEngine(), prepare=missing)
+    is_made.set()
     assert made.lost.wait() == "host 1: there is no such model"
     made.close()
 
