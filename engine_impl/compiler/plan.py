@@ -124,7 +124,7 @@ def plan(
         chips=engine.mesh.size,
         slots=engine.layout.slots,
         cache_length=engine.layout.length,
-        cache_tokens=engine.sizes.pages * engine.sizes.page_rows,
+        cache_tokens=engine.sizes.cache_tokens,
         dtype=engine.layout.dtype.name,
         hbm_bytes_per_chip=chip.hbm_bytes,
         weights_bytes_per_chip=budget.weights_bytes,
