@@ -1,8 +1,8 @@
-"""What quantisation costs in accuracy and saves in memory: each mode beside the same model in float32.
+"""What coarser numbers cost in accuracy and save in memory: each mode beside the same model in float32.
 
 Every mode takes the same exam (exam.py): perplexity of a text by prefill and by decoding, the divergence of the next
 token's distribution, and greedy answers. Prefill does not read the stored cache, so a quantised cache shows in what is
-decoded alone. All but what a mode quantises is float32.
+decoded alone. What a mode does not name is float32.
 """
 
 import gc
@@ -80,10 +80,10 @@ def measured(
     """One mode: (what the JSON says of it, what its engine handed in)."""
     mode, before = MODES[name], _live_bytes()
     config = EngineConfig(
-        model=options.model, platform=options.platform, tensor_parallel=options.tensor_parallel, dtype="float32",
+        model=options.model, platform=options.platform, tensor_parallel=options.tensor_parallel,
         slots=exam.SLOTS, cache_length=exam.WINDOW, cache_tokens=exam.SLOTS * exam.WINDOW,
         quantize_exclude=_excluded(mode, checkpoint),
-        **{"quantize_weights": "none", **mode.options},
+        **{"dtype": "float32", "quantize_weights": "none", **mode.options},
     )  # fmt: skip
     engine = build_engine(config, checkpoint)
     params = jax.block_until_ready(engine.parameters.load(checkpoint))

@@ -107,7 +107,7 @@ def test_a_run_on_a_model_that_is_int4(without_native_kernels, monkeypatch, caps
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--modes", "int3"], "modes='int3' is not known; those that are: float32, int8, int8x8, int4-32"),
+        (["--modes", "int3"], "modes='int3' is not known; those that are: float32, bfloat16, bfloat16+int8, int8"),
         (["--tokens", "0"], "tokens=0 must be at least 1"),
         (["--model", "llama-9"], "llama-9"),
     ],
