@@ -132,3 +132,24 @@ def layer_sized_copies(compiled: Compiled, cache: jax.ShapeDtypeStruct) -> list[
     assert cache.sharding is not None
     shard = cache.sharding.shard_shape(cache.shape)
     return Program(text_of(compiled)).copies_of(shard, nbytes(cache) // shard[0])
+
+
+def unpacked_mask_bytes(hlo: Program, slots: int, vocabulary: int) -> int:
+    """Where XLA repeats a grammar's words for their bits by an operation of its own, as on v5p: 32 numbers stand in a
+    tile of 128 lanes, so that a step's take as much as four times its logits. 0 where that is part of a fusion."""
+    fused = {
+        callee
+        for computation in hlo.computations.values()
+        for instruction in computation.values()
+        if instruction.opcode == "fusion"
+        for callee in instruction.callees
+    }
+    repeated = [
+        array.bytes
+        for name, computation in hlo.computations.items()
+        if name not in fused
+        for instruction in computation.values()
+        for array in instruction.result
+        if array.shape == (slots, vocabulary // 32, 32) and not array.is_on_chip
+    ]
+    return 128 // 32 * max(repeated, default=0)

@@ -11,6 +11,7 @@ from slipstream.engine_impl.compiler.plan import abstract_engine
 from slipstream.engine_impl.config import EngineConfig
 from slipstream.engine_impl.models.llama import LlamaConfig
 
+from ..tpu import unpacked_mask_bytes
 from .test_programs import CACHE_LENGTH, CACHE_TOKENS, FEW, LAYERS, compiled
 
 MODES = {
@@ -51,26 +52,5 @@ def test_codes_stay_codes(topology, mode, program):
         assert cache_copies(hlo, engine) == []
         assert hlo.collectives()["all-reduce"] == 2 * LAYERS + 1
         logits_bytes = 4 * FEW * SHAPE.vocab_size // chips
-        room = 8 * logits_bytes + unpacked_mask_bytes(hlo, SHAPE.vocab_size // chips)
+        room = 8 * logits_bytes + unpacked_mask_bytes(hlo, FEW, SHAPE.vocab_size // chips)
         assert memory.temp_size_in_bytes < 0.01 * cache_bytes + room + 2**20
-
-
-def unpacked_mask_bytes(hlo: Program, vocabulary: int) -> int:
-    """Where XLA repeats a grammar's words for their bits by an operation of its own, as on v5p: 32 numbers stand in a
-    tile of 128 lanes, so that a step's take as much as four times its logits. 0 where that is part of a fusion."""
-    fused = {
-        callee
-        for computation in hlo.computations.values()
-        for instruction in computation.values()
-        if instruction.opcode == "fusion"
-        for callee in instruction.callees
-    }
-    repeated = [
-        array.bytes
-        for name, computation in hlo.computations.items()
-        if name not in fused
-        for instruction in computation.values()
-        for array in instruction.result
-        if array.shape == (FEW, vocabulary // 32, 32) and not array.is_on_chip
-    ]
-    return 128 // 32 * max(repeated, default=0)
