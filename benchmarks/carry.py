@@ -14,6 +14,7 @@ import jax
 import numpy as np
 
 from ..engine_impl.api import Piece
+from ..engine_impl.assembly import twin
 from ..engine_impl.config import EngineConfig
 from ..engine_impl.session import Session
 from ..engine_impl.shapes import Carried
@@ -45,7 +46,7 @@ def run(model: str, cases: list[tuple[int, int]], pairs: int = PAIRS, cache_leng
 def both_ways(loaded: Loaded, slots: int, tokens: int) -> tuple[Callable[[], None], Callable[[], None]]:
     """One turn each, until the device is done: the piece and a step, and both together."""
     engine, session = loaded.engine, Session(loaded.engine, loaded.params)
-    engine = engine.twin(shapes=replace(engine.shapes, carried=Carried(slots, tokens, tokens)))
+    engine = twin(engine, shapes=replace(engine.shapes, carried=Carried(slots, tokens, tokens)))
     for slot in range(slots):
         session.start(slot, [slot + at for at in range(LIVE_TOKENS)])
     slot_N, page_NJ = np.arange(slots, dtype=np.int32), session.page_BJ

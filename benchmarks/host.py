@@ -13,7 +13,8 @@ from ..engine_impl.engine import Engine
 from ..engine_impl.loading import build_engine
 from ..engine_impl.models.llama import LlamaConfig
 from ..engine_impl.sampling.params import SamplingParams
-from ..server.request.request import Event, Request
+from ..server.request.events import Event
+from ..server.request.request import Request
 from ..server.scheduler.orchestrator import Orchestrator
 from .baselines.steppers import EngineStepper
 from .measure.models import RandomCheckpoint

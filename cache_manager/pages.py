@@ -75,6 +75,12 @@ class Pages:
         """Whether it is in no table, but not free."""
         return bool(self._references_P[page] == self._held_P[page] > 0)
 
+    def held_alone(self, pages: Sequence[int]) -> int:
+        """How many of these are in no table, but not free."""
+        page_N = np.asarray(pages, np.intp)
+        references_N = self._references_P[page_N]
+        return int(np.count_nonzero((references_N == self._held_P[page_N]) & (references_N > 0)))
+
     def extend(self, slot: int, count: int) -> list[int]:
         """Append so many free pages to a slot's table: the new ones.
 

@@ -13,7 +13,6 @@ slot has computed again may outlive them; it is found again when they are.)
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from hashlib import blake2b
-from itertools import takewhile
 
 import numpy as np
 
@@ -50,8 +49,13 @@ class PrefixTree:
 
     def find(self, names: Sequence[bytes]) -> list[int]:
         """The pages of the longest cached prefix of a text, given by its pages' names. Changes nothing."""
-        cached = takewhile(lambda page: page is not None, map(self._page_of.get, names))
-        return [page for page in cached if page is not None]
+        pages = list[int]()
+        for name in names:
+            page = self._page_of.get(name)
+            if page is None:
+                break
+            pages.append(page)
+        return pages
 
     def refresh(self, names: Sequence[bytes]) -> None:
         """These cached pages are the youngest from now on."""

@@ -18,6 +18,7 @@ import tyro
 from tyro import _strings
 
 from ..engine_impl.errors import RefusedError
+from ..engine_impl.runtime import garbage
 from ..server.errors import FailedError, QueueFullError, UnavailableError
 from ..server.request.options import check_utf8
 from .ask import Ask
@@ -81,6 +82,7 @@ def parse(argv: Sequence[str]) -> Command:
 
 def main() -> None:
     """Runs and exits: 0 done, 1 failed, 2 bad input, 130 Ctrl-C."""
+    garbage.seldom()
     open_standard_files()
     for stream in (sys.stdin, sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):

@@ -8,10 +8,12 @@ from typing import TYPE_CHECKING, Any
 from ..server.request.adapter import LoadedAdapter
 from ..server.request.answer import Answer
 from ..server.request.control_stops import with_control_stops
+from ..server.request.events import Event
 from ..server.request.grammar import Grammar
+from ..server.request.limits import Limits
 from ..server.request.options import AnswerOptions
 from ..server.request.prefix_key import prefix_key
-from ..server.request.request import Event, Limits, Request
+from ..server.request.request import Request
 from ..server.scheduler.orchestrator import Orchestrator
 
 if TYPE_CHECKING:

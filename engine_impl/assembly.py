@@ -1,5 +1,6 @@
-"""The parts of an engine, made to fit: a config's layout, modules as it wants them, and programs over both."""
+"""An engine from its parts, made to fit: a config's layout, modules as it wants them, and programs over both."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -8,12 +9,13 @@ from jax.sharding import Mesh
 from .. import kernels
 from .adapters.sites import adapt, sites_of
 from .adapters.stacks import AdapterPlaces
+from .api import Sizes
 from .caching import Drafting
 from .config import EngineConfig
 from .draft_model import DraftModel, beside
 from .drafting import of_long_repeats, of_text
 from .engine import Engine
-from .forward import layer_loop_for
+from .forward import LayerLoop, layer_loop_for
 from .layout import chunk_of, layout_of
 from .models.decoder import Decoder
 from .parameters import Parameters
@@ -63,7 +65,7 @@ def assembled(
             drafting = Drafting(propose=of_long_repeats, model=its)
     programs = Programs(model, mesh, layout, backend, count > 0, drafting=drafting)
     longest = min(config.max_prefill_length or programs.cache_length, programs.cache_length)
-    return Engine(
+    return _engine_of(
         programs,
         Parameters(
             model=model,
@@ -85,7 +87,48 @@ def assembled(
             has_reaches=programs.has_reaches,
             speculates=config.speculate != "off",
         ),
+        longest,
         tokenizer,
         model_name,
-        max_prefill_length=longest,
     )
+
+
+def twin(
+    engine: Engine,
+    programs: Programs | None = None,
+    layer_loop: LayerLoop | None = None,
+    shapes: Shapes | None = None,
+) -> Engine:
+    """An engine with other programs, another layer loop or other shapes, to be compared with it. With another layer
+    loop the parameters have another form: load them anew."""
+    return _engine_of(
+        programs or engine.programs,
+        replace(engine.parameters, layer_loop=layer_loop or engine.parameters.layer_loop),
+        shapes or engine.shapes,
+        engine.sizes.max_prefill_length,
+        engine.get_tokenizer(),
+        engine.model_name,
+    )
+
+
+def _engine_of(
+    programs: Programs, parameters: Parameters, shapes: Shapes, longest: int, tokenizer: Tokenizer, model_name: str
+) -> Engine:
+    """Of parts that fit; `longest` of a prompt (tokens)."""
+    layout = programs.layout
+    sizes = Sizes(
+        slots=layout.slots,
+        cache_length=programs.cache_length,
+        max_prefill_length=longest,
+        prefill_chunk=shapes.chunk,
+        prefill_batch=shapes.burst,
+        prefill_lengths=shapes.lengths,
+        tokens_per_step=shapes.widths[-1],
+        page_rows=layout.page_rows,
+        pages=layout.pages,
+        pages_per_slot=layout.pages_per_slot,
+        table_entries=layout.table_entries,
+        max_adapters=parameters.max_adapters,
+        vocab_size=programs.model.config.vocab_size,
+    )
+    return Engine(programs, parameters, shapes, sizes, tokenizer, model_name)

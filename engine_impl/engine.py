@@ -29,7 +29,7 @@ from .adapters.stacks import AdapterWeights
 from .api import Allowed, Opening, Piece
 from .asked import counts_of, masks_of, masks_of_openings, sampling_of
 from .errors import PieceError
-from .forward import LayerLoop, Params
+from .forward import Params
 from .parameters import Parameters
 from .placing import placed
 from .programs import Programs
@@ -53,47 +53,17 @@ class Engine:
         programs: Programs,
         parameters: Parameters,
         shapes: Shapes,
+        sizes: api.Sizes,
         tokenizer: Tokenizer,
         model_name: str,
-        *,
-        max_prefill_length: int,
     ) -> None:
         self.programs = programs
         """The device programs as functions: for whoever calls one within a program of his own."""
         self.jitted = programs.jitted()
         """The same, as they are run: for whoever lowers them."""
-        self.parameters, self.shapes, self.model_name = parameters, shapes, model_name
+        self.parameters, self.shapes, self.sizes, self.model_name = parameters, shapes, sizes, model_name
         self.model, self.mesh, self.layout = programs.model, programs.mesh, programs.layout
-        self.sizes = api.Sizes(
-            slots=self.layout.slots,
-            cache_length=programs.cache_length,
-            max_prefill_length=max_prefill_length,
-            prefill_chunk=shapes.chunk,
-            prefill_batch=shapes.burst,
-            prefill_lengths=shapes.lengths,
-            tokens_per_step=shapes.widths[-1],
-            page_rows=self.layout.page_rows,
-            pages=self.layout.pages,
-            pages_per_slot=self.layout.pages_per_slot,
-            table_entries=self.layout.table_entries,
-            max_adapters=parameters.max_adapters,
-            vocab_size=self.model.config.vocab_size,
-        )
         self._tokenizer, self._masks = tokenizer, Masks(self.sizes.vocab_size, programs.everywhere)
-
-    def twin(
-        self, programs: Programs | None = None, layer_loop: LayerLoop | None = None, shapes: Shapes | None = None
-    ) -> "Engine":
-        """This engine with other programs, another layer loop or other shapes, to be compared with it. With another
-        layer loop the parameters have another form: load them anew."""
-        return Engine(
-            programs or self.programs,
-            replace(self.parameters, layer_loop=layer_loop or self.parameters.layer_loop),
-            shapes or self.shapes,
-            self._tokenizer,
-            self.model_name,
-            max_prefill_length=self.sizes.max_prefill_length,
-        )
 
     @property
     def devices(self) -> list[api.Device]:

@@ -16,8 +16,9 @@ from .delivery.mailbox import Batch, Inbox, Mailbox
 from .errors import CancelledError, DeadlineError, UnavailableError
 from .observe.logs import log_prompt
 from .observe.traces import Header, Traces
-from .request.adapter import LoadedAdapter
-from .request.request import NO_ADAPTERS, Event, FinishReason, Request
+from .request.adapter import NO_ADAPTERS, LoadedAdapter
+from .request.events import Event, FinishReason
+from .request.request import Request
 from .rests import Rests
 from .scheduler.orchestrator import Orchestrator
 

@@ -1,12 +1,12 @@
 """A server's process from its first signal handler to its exit status."""
 
 import asyncio
-import gc
 import logging
 import signal
 from functools import partial
 
 from ..engine_impl.hosts import Peers
+from ..engine_impl.runtime import garbage
 from .config import ServerConfig
 from .lifecycle import Load, Serving
 from .net.complaints import Complaints
@@ -48,7 +48,7 @@ async def serve(load: Load, config: ServerConfig, line: StatusLine | None = None
     loop.set_exception_handler(Complaints().tell)
     async with serving:
         is_ready = True
-        gc.freeze()  # what is there stays: a request of many small objects must not have all of it looked through
+        garbage.as_usual()
         say(f"SERVING on {serving.address}")
         await serving.stop_requested.wait()
     if serving.dead_reason is not None:

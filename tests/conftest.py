@@ -14,15 +14,18 @@ import pytest
 os.environ.update(
     JAX_PLATFORMS="cpu",
     # Programs are compiled here more often than run: LLVM need not improve them, and without XLA's fusion emitters it
-    # takes a third of the time. A jaxlib that has one of these flags no more ends at once, and names it.
+    # takes a third of the time. A jaxlib that has one of these flags no more ends at once, and names it. Each stands
+    # there once, also in processes that tests or pytest-xdist start: programs are found again by them.
     XLA_FLAGS=" ".join(
-        [
-            *os.environ.get("XLA_FLAGS", "").split(),
-            "--xla_force_host_platform_device_count=8",
-            "--xla_backend_optimization_level=0",
-            "--xla_cpu_use_fusion_emitters=false",
-            "--xla_cpu_parallel_codegen_split_count=1",
-        ]
+        dict.fromkeys(
+            [
+                *os.environ.get("XLA_FLAGS", "").split(),
+                "--xla_force_host_platform_device_count=8",
+                "--xla_backend_optimization_level=0",
+                "--xla_cpu_use_fusion_emitters=false",
+                "--xla_cpu_parallel_codegen_split_count=1",
+            ]
+        )
     ),
     # libtpu as a compiler only: do not look for a TPU's metadata, and let several processes load it.
     TPU_SKIP_MDS_QUERY="1",
@@ -42,6 +45,9 @@ os.environ.update(
 
 SLOW = 50
 """So many other tests last as long as a slow one."""
+
+MOST_RESIDENT = 2 << 30
+"""Memory of a process (bytes): what it does not need of more is given back behind a file."""
 
 gc.disable()  # until all is imported, see pytest_collection_finish
 
@@ -65,6 +71,27 @@ def pytest_collection_modifyitems(config, items):
         for item in items:
             weight[item.path] += SLOW if item.get_closest_marker("slow") else 1
         items.sort(key=lambda item: -weight[item.path])
+
+
+@pytest.fixture(scope="module", autouse=True)
+def memory_given_back():
+    """Programs stay with JAX, a megabyte or two each, and what is freed stays with the C library, as engines want it
+    (runtime/allocator.py): in a process that has loaded hundreds of engines, gigabytes."""
+    yield
+    if resident() > MOST_RESIDENT and "jax" in sys.modules:
+        import jax
+        from slipstream.engine_impl.runtime import allocator
+
+        jax.clear_caches()
+        allocator.give_back()
+
+
+def resident() -> int:
+    """Bytes of this process's memory; 0 where the system does not tell."""
+    try:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except OSError:
+        return 0
 
 
 @pytest.fixture

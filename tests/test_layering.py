@@ -115,6 +115,7 @@ ENGINE_FACE = {
     "option",
     "runtime/allocator",
     "runtime/compilations",
+    "runtime/garbage",
     "runtime/timeline",
     "runtime/tracing",
     "runtime/watchdog",

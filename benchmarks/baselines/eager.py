@@ -19,6 +19,7 @@ from jax.sharding import PartitionSpec as P
 
 from ...cache_manager import KV, Plain, insert, rows
 from ...engine_impl import bridge, forward
+from ...engine_impl.assembly import twin
 from ...engine_impl.engine import Engine
 from ...engine_impl.errors import RefusedError
 from ...engine_impl.forward import Decoded, Params
@@ -54,7 +55,7 @@ def eager_twin(engine: Engine, form: CacheForm, scatter: Scatter = "indexed") ->
     programs = EagerPrograms(
         engine.model, engine.mesh, engine.layout, engine.programs.backend, engine.programs.has_adapters, form, scatter
     )
-    return engine.twin(programs, "unrolled" if form == "per_layer" else engine.parameters.layer_loop)
+    return twin(engine, programs, "unrolled" if form == "per_layer" else engine.parameters.layer_loop)
 
 
 @dataclass(frozen=True, eq=False)

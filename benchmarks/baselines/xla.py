@@ -1,6 +1,7 @@
 """The engine as it runs on a CPU without native kernels: XLA's own products and attention, on the same weights."""
 
 from ...engine_impl import bridge
+from ...engine_impl.assembly import twin
 from ...engine_impl.engine import Engine
 from ...engine_impl.errors import RefusedError
 from ...engine_impl.forward import Params
@@ -25,4 +26,4 @@ def xla_twin(engine: Engine, params: Params) -> tuple[Engine, Params]:
         if isinstance(part, PanelLinear) and part.form.activations == "bfloat16":
             model.get_submodule(name).register_forward_pre_hook(lambda _, args: bridge.call_kernel(rounded, *args))
     programs = Programs(model, engine.mesh, engine.layout, "xla", engine.programs.has_adapters)
-    return engine.twin(programs), decoded(engine.model, params)
+    return twin(engine, programs), decoded(engine.model, params)

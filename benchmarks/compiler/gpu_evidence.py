@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from ...cache_manager import CacheLayout
+from ...engine_impl.assembly import twin
 from ...engine_impl.compiler.budget import cache_copies
 from ...engine_impl.compiler.hlo import Program
 from ...engine_impl.compiler.lowering import abstract_params, lower_generate
@@ -72,7 +73,7 @@ def loop_rows() -> Iterator[str]:
     loops: tuple[LayerLoop, ...] = ("unrolled", "scan")
     for model in MODELS:
         for loop in loops:
-            engine = _engine(model, slots=8, cache_length=2048).twin(layer_loop=loop)
+            engine = twin(_engine(model, slots=8, cache_length=2048), layer_loop=loop)
             compiled = lower_generate(engine).compile()
             hlo = Program(compiled.as_text() or "")
             outside, _ = hlo.launches()

@@ -20,7 +20,9 @@ from ...engine_impl.config import EngineConfig
 from ...kernels.cache_flush.pallas_tpu import VMEM_BYTES, layer_group, tile_rows
 from ..baselines.eager import eager_twin
 from ..measure.table import print_tables
-from .kernel_report import CORES, FLUSH_LAYERS, ChunkRow, FlushRow, ScatterRow, Setting, measure
+from .cores import CORES
+from .kernel_rows import FLUSH_LAYERS, ChunkRow, FlushRow, ScatterRow, Setting
+from .kernel_schedules import measure
 
 GIB, MIB = 2**30, 2**20
 

@@ -19,7 +19,8 @@ from ..dialects.parts import Brought
 from ..dialects.syntax import AnswerReader
 from ..errors import FailedError, UnavailableError
 from ..observe.metrics import Metrics, Outcome
-from ..request.request import Event, FinishReason, Request, Sample, TokenLogprob, Usage
+from ..request.events import Event, FinishReason, TokenLogprob, Usage
+from ..request.request import Request, Sample
 from .result import HostResult
 from .stop_strings import StopStrings
 

@@ -3,7 +3,7 @@
 import asyncio
 from collections import deque
 
-from ..request.request import Event
+from ..request.events import Event
 
 Batch = list[tuple[int, Event]]
 """Events that follow one another, each with the number of the request that it belongs to."""

@@ -10,9 +10,9 @@ from ...protos import orchestrator_pb2 as pb
 from ...protos.orchestrator_pb2_grpc import OrchestratorStub
 from ..errors import UnavailableError
 from ..request.chat import ChatCall
+from ..request.events import Event
 from ..request.form import FREE, AnswerForm
 from ..request.options import AnswerOptions
-from ..request.request import Event
 from .channel import PLAIN, ChannelConfig, channel, metadata
 from .messages import read_reply, write_chat, write_form, write_options
 

@@ -8,23 +8,16 @@ from ...engine_impl.text.chat import NO_ARGUMENTS, Call, Chat, Tool, Turn
 from ...protos import orchestrator_pb2 as pb
 from ..config import AUTO, ChatConfig
 from ..dialects.parts import CallPart
+from ..request.adapter import NO_ADAPTERS
 from ..request.chat import ROLES, ChatCall, Prompt, prompt_of
 from ..request.control_stops import with_control_stops
+from ..request.events import Event, FinishReason, TokenLogprob, Usage
 from ..request.form import FREE, AnswerForm
 from ..request.grammar import Grammar
+from ..request.limits import Limits, check_messages, check_slots
 from ..request.options import OPTIONS, AnswerOptions
 from ..request.prefix_key import prefix_key
-from ..request.request import (
-    NO_ADAPTERS,
-    Event,
-    FinishReason,
-    Limits,
-    Request,
-    TokenLogprob,
-    Usage,
-    check_messages,
-    check_slots,
-)
+from ..request.request import Request
 
 if TYPE_CHECKING:
     from ...engine_impl.api import AnyEngine as Engine

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from ..dialects.parts import CallPart
-from ..request.request import Event
+from ..request.events import Event
 
 
 @dataclass(eq=False)

@@ -14,9 +14,10 @@ from ..config import AUTO, ChatConfig
 from ..gateway import Deliver
 from ..request.chat import ChatCall, Prompt, prompt_of
 from ..request.control_stops import with_control_stops
+from ..request.limits import MAX_MESSAGES, Limits, check_slots
 from ..request.options import AnswerOptions
 from ..request.prefix_key import prefix_key
-from ..request.request import MAX_MESSAGES, Limits, Request, check_slots
+from ..request.request import Request
 from .errors import BadFieldError
 from .fields import (
     MAX_ITEMS,

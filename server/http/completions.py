@@ -4,7 +4,7 @@ from dataclasses import replace
 from typing import Any
 
 from ..delivery.mailbox import Batch
-from ..request.request import Event, TokenLogprob
+from ..request.events import Event, TokenLogprob
 from .bodies import CompletionBody
 from .echo import Echo, echo_of
 from .pieces import Piece

@@ -9,7 +9,7 @@ from pydantic_core import PydanticCustomError
 
 from ...engine_impl.text.chat import NO_ARGUMENTS, Call, Tool, Turn
 from ..request.chat import ROLES
-from ..request.request import MAX_PARTS, MAX_PROMPTS
+from ..request.limits import MAX_PARTS, MAX_PROMPTS
 from .errors import BadFieldError, shown
 
 

@@ -8,7 +8,7 @@ from aiohttp import web
 from aiohttp.web_protocol import RequestPayloadError
 
 from ..gateway import Gateway
-from ..request.request import Limits
+from ..request.limits import Limits
 from .errors import HttpError
 from .reading import BodyReader, BodyT
 

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..adapters.store import AdapterStore
 from ..errors import UnknownModelError
-from ..request.request import Limits
+from ..request.limits import Limits
 
 if TYPE_CHECKING:
     from ...engine_impl.api import AnyEngine as Engine

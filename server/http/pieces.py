@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 from ..delivery.mailbox import Batch
 from ..dialects.parts import CallPart, joined
-from ..request.request import Event, TokenLogprob
+from ..request.events import Event, TokenLogprob
 
 
 @dataclass

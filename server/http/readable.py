@@ -5,7 +5,7 @@ from typing import Any, ClassVar, Self
 from pydantic import ValidationError
 from pydantic_core import from_json
 
-from ..request.request import Limits
+from ..request.limits import Limits
 from .errors import BadFieldError, bad_body, shown
 from .fields import Strict
 

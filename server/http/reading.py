@@ -10,7 +10,7 @@ from typing import TypeVar
 
 from ...engine_impl.runtime.workers import WorkerError, Workers
 from ..errors import FIRST_RETRY_S, QueueFullError
-from ..request.request import Limits
+from ..request.limits import Limits
 from ..rests import Rests
 from .errors import BadFieldError, HttpError
 from .readable import Readable

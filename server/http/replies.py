@@ -7,7 +7,8 @@ from typing import Any, ClassVar
 
 from ..delivery.mailbox import Batch
 from ..dialects.parts import CallPart
-from ..request.request import Request, TokenLogprob
+from ..request.events import TokenLogprob
+from ..request.request import Request
 from . import events
 from .bodies import Body
 from .errors import HttpError

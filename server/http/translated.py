@@ -10,7 +10,8 @@ from pydantic import ValidationError
 from ..config import ChatConfig
 from ..delivery.mailbox import Batch
 from ..gateway import Deliver
-from ..request.request import FinishReason, Request
+from ..request.events import FinishReason
+from ..request.request import Request
 from .blocks import Block, Blocks
 from .bodies import ChatBody
 from .errors import BadFieldError, HttpError, bad_body

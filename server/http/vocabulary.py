@@ -3,7 +3,7 @@
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 from ..config import ChatConfig
-from ..request.request import MAX_MESSAGES, Limits
+from ..request.limits import MAX_MESSAGES, Limits
 from .bodies import ChatBody
 from .errors import BadFieldError
 from .fields import MAX_IDS, Message, few

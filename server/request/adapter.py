@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from ...engine_impl.api import Adapter
 
+NO_ADAPTERS = "there are no adapters; serve with --max-adapters N"
+
 _numbers = count(1)
 
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..dialects.parts import CallPart, joined
-from .request import Event, TokenLogprob, Usage
+from .events import Event, TokenLogprob, Usage
 
 
 @dataclass(kw_only=True)

@@ -13,7 +13,7 @@ from .grammar import Grammar
 
 if TYPE_CHECKING:
     from ...engine_impl.api import Tokenizer
-    from .request import Limits
+    from .limits import Limits
 
 ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant", "tool": "tool"}
 """Of messages, and what chat templates call them: OpenAI renamed system, models did not."""

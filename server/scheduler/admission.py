@@ -11,6 +11,7 @@ from ..request.adapter import LoadedAdapter
 from ..request.request import Request
 from .failures import Failures, failed
 from .holdings import Holdings
+from .lookahead import Lookahead
 from .prompt import Prompt
 from .queue import RequestQueue
 
@@ -36,14 +37,17 @@ class Admission:
         self._metrics, self._live, self._bring = metrics, live, bring
         self._first: dict[Request, Prompt] = {}  # of those who come next in the queue
 
-    def first(self, most: int) -> list[Prompt]:
-        """Of so many requests that come next in the queue; made once while they are among the first."""
-        known = self._first
-        self._first = {
-            request: known.get(request) or self._holdings.prompt(request.samples, request.prompt_ids)
-            for request in self._queue.first(most)
-        }
-        return list(self._first.values())
+    def first(self, most: int) -> Sequence[Prompt] | Lookahead[Prompt]:
+        """Of so many requests that come next in the queue; each made when it is looked at, once while it is among the
+        first."""
+        requests = self._queue.first(most)
+        self._first = {request: self._first[request] for request in requests if request in self._first}
+        return Lookahead(map(self._prompt_of, requests)) if requests else ()
+
+    def _prompt_of(self, request: Request) -> Prompt:
+        if request not in self._first:
+            self._first[request] = self._holdings.prompt(request.samples, request.prompt_ids)
+        return self._first[request]
 
     def let_in(self, prompts: Sequence[Prompt]) -> None:
         """In this order, as long as there is room."""

@@ -28,7 +28,8 @@ from ...engine_impl.api import Engine, ParamsT, PrefixT, StateT
 from ..delivery.delivery import Delivery
 from ..observe.metrics import Metrics
 from ..request.adapter import LoadedAdapter
-from ..request.request import FinishReason, Request, Sample
+from ..request.events import FinishReason
+from ..request.request import Request, Sample
 from .admission import Admission
 from .constraints import Constraints, due_now, go_on
 from .execution import Execution

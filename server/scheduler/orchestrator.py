@@ -15,7 +15,9 @@ from ..errors import DeadlineError, QueueFullError, UnavailableError
 from ..observe.metrics import Metrics
 from ..observe.routers import AdapterNames, RouterNames
 from ..request.adapter import LoadedAdapter
-from ..request.request import FinishReason, Request, check_slots
+from ..request.events import FinishReason
+from ..request.limits import check_slots
+from ..request.request import Request
 from . import probes
 from .failures import describe
 from .loop import Loop

@@ -1,11 +1,13 @@
 """What the next turn does: policy alone, decided from queue, slots, pages and clock. Touches no device."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 from ..request.adapter import LoadedAdapter
 from ..request.request import Request, Sample
-from .prefill_budget import PrefillBudget
+from .lookahead import Lookahead
+from .prefill_budget import PrefillBudget, Work
 from .prompt import Prompt
 from .queue import is_overdue
 from .room import Room
@@ -61,8 +63,8 @@ class Scene:
     """Prompts that have slots and pages, and some pieces to go; who is next stands first."""
     parked: Sequence[Prompt]
     """Of pre-empted samples, who goes on first stands first."""
-    queued: Sequence[Prompt]
-    """Of requests in the queue, likewise."""
+    queued: Sequence[Prompt] | Lookahead[Prompt]
+    """Of requests in the queue, likewise; looked at as far as the turn's budget goes."""
     ended: Sequence[Sample]
     """Samples that ended by themselves since the last turn: cancelled, or at a stop string."""
     now: float
@@ -104,14 +106,17 @@ def plan(scene: Scene) -> StepPlan:
         computed = [prompt for prompt in computed if prompt not in victims]
         grow = {slot: pages for slot, pages in grow.items() if slot not in gone}
 
-    new: list[tuple[Prompt, int]] = []
-    waiting = [prompt for prompt in (*scene.parked, *scene.queued) if prompt not in drop]
-    if waiting and not victims:
-        new = admissible(scene, waiting, computed, gone, sum(grow.values()))
-    is_full = bool(waiting) and not new
+    new: Sequence[Work] | Lookahead[Work] = ()
+    is_full = False
+    if scene.parked or scene.queued:
+        waiting = Lookahead(prompt for prompt in chain(scene.parked, scene.queued) if prompt not in drop)
+        if waiting and not victims:
+            new = Lookahead(admissible(scene, waiting, computed, gone, sum(grow.values())))
+        is_full = bool(waiting) and not new
     begun = [(prompt, prompt.left) for prompt in computed]
-    work = [*new, *begun] if scene.newcomers else [*begun, *new]
-    prefills = scene.budget.prefills([] if scene.is_computing else work)
+    prefills: list[tuple[Prompt, ...]] = []
+    if (begun or new) and not scene.is_computing:
+        prefills = scene.budget.prefills(chain(new, begun) if scene.newcomers else chain(begun, new))
     let_in = [prompt for prompts in prefills for prompt in prompts if prompt not in scene.in_work]
     return StepPlan(
         expired=tuple(dict.fromkeys([*(s.request for s in overdue), *(p.request for p in late)])),
@@ -158,7 +163,7 @@ def give_way(
 
 def admissible(
     scene: Scene, waiting: Iterable[Prompt], in_work: Sequence[Prompt], gone: Sequence[int], grown: int
-) -> list[tuple[Prompt, int]]:
+) -> Iterator[Work]:
     """Who can be let in, and how many tokens of each are to be computed: the first that waits, as soon as its slots and
     pages are there, and those behind it that have theirs too; nobody overtakes another, or a request for many slots
     might wait for ever.
@@ -172,28 +177,28 @@ def admissible(
     on_its_way = {name for prompt in in_work for name in room.missing(prompt)}
     is_alone = not in_work and {*slots.live.slot_B.tolist()} <= {*gone}
     adapters = adapters_used(slots, in_work, gone) if scene.max_adapters else frozenset[LoadedAdapter]()
-    new: list[tuple[Prompt, int]] = []
+    is_first = True
     for prompt in waiting:
-        need, missing = room.need(prompt), room.missing(prompt)
+        need = room.need(prompt)
         left = len(prompt.token_T) - len(need.shared) * room.rows
-        margin = 0 if is_alone and not new else margin_for(prompt, scene)
+        margin = 0 if is_alone and is_first else margin_for(prompt, scene)
         if (
             (left > room.chunk and len(in_work) >= MOST_IN_WORK)
             or prompt.slots_needed > free_slots
             or (not prompt.slots_needed and not spare_tables)
             or need.pages + margin > pages
             or need.entries > entries
-            or (missing and missing[0] in on_its_way)
+            or (need.missing and need.missing[0] in on_its_way)
             or len(adapters | adapter_of(prompt)) > scene.max_adapters
         ):
-            break
-        new.append((prompt, left))
+            return
+        yield prompt, left
+        is_first = False
         adapters |= adapter_of(prompt)
         free_slots -= prompt.slots_needed
         spare_tables -= not prompt.slots_needed
         pages, entries = pages - need.pages, entries - need.entries
-        on_its_way.update(missing)
-    return new
+        on_its_way.update(need.missing)
 
 
 def adapters_used(slots: Slots, in_work: Iterable[Prompt], gone: Sequence[int]) -> frozenset[LoadedAdapter]:

@@ -1,10 +1,13 @@
 """How many prompts a turn computes: short ones together, others one behind the other. Policy alone."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from itertools import takewhile
 
+from .lookahead import Lookahead
 from .prompt import Prompt
+
+Work = tuple[Prompt, int]
+"""A prompt, and how many tokens it has to go."""
 
 
 @dataclass(frozen=True)
@@ -23,32 +26,40 @@ class PrefillBudget:
         """That must be looked at (count): those that can be computed in one turn, and one that waits behind them."""
         return max(self.batch[1], self.tokens // self.lengths[0]) + 1
 
-    def prefills(self, work: Sequence[tuple[Prompt, int]]) -> list[tuple[Prompt, ...]]:
-        """Whose next pieces are computed, the pieces of one prefill together. `work`: prompts in their order, with the
-        tokens that each has to go; nobody overtakes another.
+    def prefills(self, work: Iterable[Work]) -> list[tuple[Prompt, ...]]:
+        """Whose next pieces are computed, the pieces of one prefill together. `work`: prompts in their order, looked at
+        as far as the budget goes; nobody overtakes another.
 
         Where more wait than a turn computes, steps between them would only keep the others waiting. Where fewer do, one
         prefill is all: its first token goes out with the step behind it, and the next comes soon enough.
         """
         chosen: list[tuple[Prompt, ...]] = []
-        at, spent = 0, 0
-        while at < len(work):
-            together = self._together(work[at:])
+        ahead, at, spent = Lookahead(work), 0, 0
+        while together := self._together(ahead, at):
             spent += self._padded(together)
             if chosen and spent > self.tokens:
                 break
             chosen.append(tuple(prompt for prompt, _ in together))
             at += len(together)
-        return chosen if at < len(work) else chosen[:1]
+            if spent >= self.tokens:
+                break
+        return chosen if ahead.at(at) is not None else chosen[:1]
 
-    def _together(self, work: Sequence[tuple[Prompt, int]]) -> Sequence[tuple[Prompt, int]]:
-        """The first, and those behind it that are computed with it. Too few of them are not: a batch costs what it
-        would if it were full."""
+    def _together(self, ahead: Lookahead[Work], at: int) -> list[Work]:
+        """The one there, and those behind it that are computed with it; none behind the last. Too few of them are not:
+        a batch costs what it would if it were full."""
         least, most, short = self.batch
-        batch = list(takewhile(lambda one: one[1] <= short and not one[0].stands_alone, work[:most]))
-        return batch if len(batch) >= max(least, 2) else work[:1]
+        batch: list[Work] = []
+        while len(batch) < most and (one := ahead.at(at + len(batch))) is not None:
+            if one[1] > short or one[0].stands_alone:
+                break
+            batch.append(one)
+        if len(batch) >= max(least, 2):
+            return batch
+        first = ahead.at(at)
+        return [] if first is None else [first]
 
-    def _padded(self, together: Sequence[tuple[Prompt, int]]) -> int:
+    def _padded(self, together: Sequence[Work]) -> int:
         """Tokens of one prefill."""
         if len(together) > 1:
             _, most, short = self.batch

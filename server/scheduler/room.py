@@ -20,6 +20,8 @@ class Need:
 
     shared: list[int]
     """Pages of a cached prefix, its first tokens' first."""
+    missing: Sequence[bytes]
+    """The names of its full pages that are not in the cache yet."""
     pages: int
     """That are taken from those available: new ones, and shared ones that nobody uses now."""
     entries: int
@@ -72,19 +74,17 @@ class Room:
         """Of a text's full pages; none where prefixes are not kept."""
         return self._tree.names(token_T, key) if self._prefix_cache else []
 
-    def missing(self, prompt: Prompt) -> list[bytes]:
-        """The names of its pages that are not in the cache yet."""
-        if prompt.tables:
-            return list(prompt.names[prompt.done // self.rows :])
-        return list(prompt.names[len(self._cached(prompt)) :])
+    def missing(self, prompt: Prompt) -> Sequence[bytes]:
+        """Of a prompt in work: the names of its full pages that are not in the cache yet."""
+        return prompt.names[prompt.done // self.rows :]
 
     def need(self, prompt: Prompt) -> Need:
         """Of a prompt that waits. Changes nothing."""
         shared = self._cached(prompt)
         each = self._pages_for(len(prompt.token_T) + self._tokens_per_step)
         copies = (prompt.tables_needed - 1) * (each - self._before_last_piece(prompt, len(shared)))
-        unused = sum(1 for page in shared if self._pages.is_held_alone(page))
-        return Need(shared, each - len(shared) + copies + unused, each * prompt.tables_needed)
+        pages = each - len(shared) + copies + self._pages.held_alone(shared)
+        return Need(shared, prompt.names[len(shared) :], pages, each * prompt.tables_needed)
 
     def has_room_for(self, prompt: Prompt) -> bool:
         """Whether it can be let in, as the pages are now."""

@@ -70,6 +70,7 @@ def test_what_would_be_free_without_some():
     assert [pages.free_without(slots) for slots in ((), (0,), (1,), (0, 1))] == [5, 6, 6, 9]
     pages.clear(0)
     assert [pages.free_without(slots) for slots in ((), (1,))] == [6, 9], "one is held alone, and would be free"
+    assert [pages.held_alone(some) for some in ((), first[:1], first, [*first[1:], 8])] == [0, 0, 1, 1]
     pages.extend(0, 1)
     assert (pages.free, pages.rows([1, 0]).tolist()) == (4, [[0, 1, 3, 0], [4, 0, 0, 0]])
     assert pages.count([2, 0]).tolist() == [0, 1]

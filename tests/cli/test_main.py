@@ -1,5 +1,6 @@
 """The command line, from words to what a user sees."""
 
+import gc
 import itertools
 import json
 import os
@@ -16,6 +17,7 @@ from slipstream.cli.bench import Bench
 from slipstream.cli.serve import Serve
 from slipstream.engine_impl.config import EngineConfig
 from slipstream.engine_impl.errors import RefusedError
+from slipstream.engine_impl.runtime import garbage
 from slipstream.server import child
 from slipstream.server.config import ServerConfig
 
@@ -415,6 +417,17 @@ def test_demo_passes_the_engines_flags_on():
     command = cli.parse(["serve", *child.flags(engine)])
     assert isinstance(command, Serve)
     assert command.engine == engine
+
+
+def test_a_command_that_starts_seldom_looks_for_garbage(monkeypatch):
+    monkeypatch.setattr(cli, "run", lambda argv: 0)
+    before = gc.get_threshold()
+    try:
+        with pytest.raises(SystemExit):
+            cli.main()
+        assert gc.get_threshold() == garbage.SELDOM
+    finally:
+        gc.set_threshold(*before)
 
 
 def test_ctrl_c_is_no_traceback(monkeypatch, capsys):

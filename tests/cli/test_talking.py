@@ -8,8 +8,8 @@ from slipstream.cli.offline import answer
 from slipstream.engine_impl.errors import RefusedError
 from slipstream.engine_impl.text.chat import Turn
 from slipstream.server.dialects.parts import CallPart
+from slipstream.server.request.events import Event, FinishReason
 from slipstream.server.request.options import AnswerOptions
-from slipstream.server.request.request import Event, FinishReason
 
 from tests.fakes import CONTROL, FakeEngine
 

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from slipstream.engine_impl.api import Opening, Piece
+from slipstream.engine_impl.assembly import twin
 from slipstream.engine_impl.errors import PieceError
 from slipstream.engine_impl.models.rope_scaling import DynamicNTK
 from slipstream.engine_impl.sampling.params import SamplingParams
@@ -25,7 +26,7 @@ LONG = [n * 5 % 101 for n in range(300)]
 def carrying_engine(config, devices):
     """It carries whole chunks, and what is shorter is padded."""
     engine, params = tiny_engine(config, devices=devices, slots=SLOTS, cache_length=512, prefill_chunk=CHUNK)
-    engine = engine.twin(shapes=replace(engine.shapes, carried=Carried(SLOTS, CHUNK, CHUNK)))
+    engine = twin(engine, shapes=replace(engine.shapes, carried=Carried(SLOTS, CHUNK, CHUNK)))
     assert engine.shapes.carries == ((SLOTS, CHUNK),)
     return engine, params
 

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from slipstream.cache_manager import KV
 from slipstream.engine_impl.api import Opening, Piece
+from slipstream.engine_impl.assembly import twin
 from slipstream.engine_impl.errors import RefusedError
 from slipstream.engine_impl.sampling.mask import Mask
 from slipstream.engine_impl.sampling.params import MAX_LOGPROBS, SamplingParams
@@ -247,18 +248,18 @@ def test_an_answer_that_was_interrupted_goes_on_as_it_would_have(tiny, monkeypat
 
 def test_a_twin_has_its_own_shapes_and_leaves_the_engine_as_it_was(tiny):
     engine, _ = tiny
-    twin = engine.twin(layer_loop="scan", shapes=replace(engine.shapes, chunk=64, platform="tpu"))
-    assert twin.sizes == replace(engine.sizes, prefill_chunk=64, prefill_batch=(2, 4, 64), prefill_lengths=(16, 64))
+    other = twin(engine, layer_loop="scan", shapes=replace(engine.shapes, chunk=64, platform="tpu"))
+    assert other.sizes == replace(engine.sizes, prefill_chunk=64, prefill_batch=(2, 4, 64), prefill_lengths=(16, 64))
     assert (engine.sizes.prefill_chunk, engine.sizes.prefill_batch) == (128, (4, 4, 32))
-    assert (twin.parameters.layer_loop, engine.parameters.layer_loop) == ("scan", "unrolled")
-    assert twin.programs is engine.programs
+    assert (other.parameters.layer_loop, engine.parameters.layer_loop) == ("scan", "unrolled")
+    assert other.programs is engine.programs
 
 
 @pytest.mark.slow
 def test_everything_is_compiled_once():
     """However slots fill, prompts vary and parameters change: warm_up compiles all there is to compile."""
     engine, params = tiny_engine(slots=4, cache_length=256, prefill_chunk=128, speculate="auto")
-    engine = engine.twin(shapes=replace(engine.shapes, carried=Carried(4, 64, 64)))
+    engine = twin(engine, shapes=replace(engine.shapes, carried=Carried(4, 64, 64)))
     engine.get_tokenizer = lambda: NoTokenizer("tiny", vocab_size=101, bos_id=None, stop_ids=frozenset({3}))
     compilations = []
 

@@ -32,10 +32,3 @@ def no_race():
     pltpu.reset_tpu_interpret_mode_state()
     yield
     assert simulator.races is None or not simulator.races.races_found
-
-
-@pytest.fixture(scope="module", autouse=True)
-def forgotten():
-    """The programs of a file are no other's: hundreds of them, a megabyte or two each."""
-    yield
-    jax.clear_caches()

@@ -14,7 +14,7 @@ from slipstream.engine_impl.disaggregated import BothParams, DisaggregatedEngine
 from slipstream.engine_impl.errors import AdaptersLostError
 from slipstream.engine_impl.sampling.params import SamplingParams
 from slipstream.engine_impl.weights.sharding import make_mesh
-from slipstream.server.request.request import Event
+from slipstream.server.request.events import Event
 from slipstream.server.scheduler.orchestrator import Orchestrator
 
 from tests.engine_impl.text_models import CONFIG, byte_tokenizer

@@ -7,8 +7,8 @@ import jsonschema
 import pytest
 from slipstream.engine_impl.errors import RefusedError
 from slipstream.engine_impl.sampling.params import SamplingParams
+from slipstream.server.request.events import FinishReason
 from slipstream.server.request.grammar import Grammar
-from slipstream.server.request.request import FinishReason
 from slipstream.server.scheduler.orchestrator import Orchestrator
 
 from tests.engine_impl.text_models import CONFIG, byte_tokenizer, one_device_engine

@@ -4,7 +4,7 @@ import json
 from collections.abc import Iterable
 from typing import Any
 
-from ...request.request import FinishReason
+from ...request.events import FinishReason
 from ..blocks import Block
 from ..errors import HttpError
 from ..events import event

@@ -5,7 +5,7 @@ from typing import Annotated, Any
 
 from pydantic import Tag
 
-from ...request.request import MAX_PARTS
+from ...request.limits import MAX_PARTS
 from ..errors import BadFieldError
 from ..fields import JsonObject, Part, Strict, few, one_of
 from ..translated import call

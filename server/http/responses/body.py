@@ -5,7 +5,7 @@ from typing import Annotated, Any, ClassVar
 from pydantic import Tag
 
 from ...config import AUTO
-from ...request.request import MAX_MESSAGES
+from ...request.limits import MAX_MESSAGES
 from ..bodies import ChatBody
 from ..errors import BadFieldError
 from ..fields import MAX_ITEMS, few, one_of

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from slipstream.engine_impl.assembly import assembled
+from slipstream.engine_impl.assembly import assembled, twin
 from slipstream.engine_impl.checkpoints.safetensors import SafetensorsCheckpoint
 from slipstream.engine_impl.config import EngineConfig
 from slipstream.engine_impl.models import registry
@@ -38,7 +38,7 @@ def engine_of(folder, devices):
     tokenizer: Any = None
     engine = assembled(model, mesh, config, jnp.dtype("float32"), tokenizer, "tiny", shape.num_kv_heads)
     if devices > 1:
-        engine = engine.twin(layer_loop="scan")
+        engine = twin(engine, layer_loop="scan")
     return engine, engine.parameters.load(checkpoint)
 
 

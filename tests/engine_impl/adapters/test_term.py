@@ -10,7 +10,7 @@ import pytest
 from slipstream.engine_impl.adapters.sites import adapted, term
 from slipstream.engine_impl.adapters.stacks import AdapterWeights
 from slipstream.engine_impl.api import Piece
-from slipstream.engine_impl.assembly import assembled
+from slipstream.engine_impl.assembly import assembled, twin
 from slipstream.engine_impl.config import EngineConfig
 from slipstream.engine_impl.engine import Engine
 from slipstream.engine_impl.errors import AdaptersLostError, RefusedError
@@ -150,7 +150,7 @@ def test_a_write_that_fails_loses_those_that_were_there_and_says_so(monkeypatch)
 @pytest.mark.slow
 def test_a_step_and_the_piece_that_it_carries_have_their_own_adapters():
     engine, params = engine_of(slots=2, cache_tokens=256)
-    engine = engine.twin(shapes=replace(engine.shapes, platform="tpu"))
+    engine = twin(engine, shapes=replace(engine.shapes, platform="tpu"))
     for index in (1, 2):
         params = engine.put_adapter(params, index, random_adapter(engine, index))
     alone, carrying = Session(engine, params), Session(engine, params)

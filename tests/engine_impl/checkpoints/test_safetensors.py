@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+from slipstream.engine_impl.assembly import twin
 from slipstream.engine_impl.checkpoints.safetensors import SafetensorsCheckpoint
 from slipstream.engine_impl.config import EngineConfig
 from slipstream.engine_impl.errors import RefusedError
@@ -57,7 +58,7 @@ def test_both_layer_loops_on_any_mesh_hold_the_files_values(tmp_path, loop, devi
     folder = write_folder(tmp_path / "m", files=2)
     checkpoint = SafetensorsCheckpoint(folder)
     engine = build_engine(EngineConfig(cache_length=128, tensor_parallel=devices), checkpoint)
-    engine = engine.twin(layer_loop=loop)
+    engine = twin(engine, layer_loop=loop)
     loaded = parameters(engine.parameters.load(checkpoint))
     for name, tensor in random_tensors().items():
         if devices == 4 and name.split(".")[-2] in ("k_proj", "v_proj"):
@@ -142,7 +143,7 @@ def test_stacking_layers_takes_no_stack_on_the_host(tmp_path):
     config = CONFIG | {"num_hidden_layers": 8, "hidden_size": 512, "intermediate_size": 1024}
     checkpoint = SafetensorsCheckpoint(write_folder(tmp_path / "m", config=config))
     engine = build_engine(EngineConfig(cache_length=128, tensor_parallel=2), checkpoint)
-    engine = engine.twin(layer_loop="scan")
+    engine = twin(engine, layer_loop="scan")
     tracemalloc.start()
     try:
         params = engine.parameters.load(checkpoint)
@@ -218,7 +219,7 @@ def test_a_value_too_large_for_the_type_is_told(tmp_path):
 def test_a_nan_in_a_stack_is_told_by_its_layer(tmp_path):
     checkpoint = SafetensorsCheckpoint(write_folder(tmp_path / "m", tensors=change(random_tensors(), UP, with_nan)))
     engine = build_engine(EngineConfig(cache_length=128, tensor_parallel=2), checkpoint)
-    engine = engine.twin(layer_loop="scan")
+    engine = twin(engine, layer_loop="scan")
     with pytest.raises(RefusedError, match=r"infinite as float32: layers\.1\.mlp\.up_proj\.weight;"):
         engine.parameters.load(checkpoint)
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from slipstream.engine_impl.assembly import assembled
+from slipstream.engine_impl.assembly import assembled, twin
 from slipstream.engine_impl.checkpoints.safetensors import SafetensorsCheckpoint
 from slipstream.engine_impl.config import EngineConfig
 from slipstream.engine_impl.errors import RefusedError
@@ -186,7 +186,7 @@ def test_each_text_turns_by_what_it_may_come_to(name, devices, tmp_path):
     draw_weights(reference, seed=6)
     reference.save_pretrained(tmp_path)
     engine, params = load(tmp_path, 256, devices=devices, prefill_chunk=128, speculate="auto")
-    engine = engine.twin(shapes=replace(engine.shapes, chunk=engine.sizes.page_rows))
+    engine = twin(engine, shapes=replace(engine.shapes, chunk=engine.sizes.page_rows))
     prompts = [[(7 * i * i + 3 * i) % 101 for i in range(n)] for n, _ in LENGTHS]
 
     def answers(texts, width, predictions=((), ())):

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from slipstream.cache_manager import KV
+from slipstream.engine_impl.assembly import twin
 from slipstream.engine_impl.caching import Drafting
 from slipstream.engine_impl.session import Session
 from slipstream.engine_impl.speculation.drafts import Drafts
@@ -33,7 +34,7 @@ def scripted(engine):
         return Drafts(token_NW, jnp.cumprod(token_NW >= 0, axis=1).sum(axis=1).astype(jnp.int32))
 
     model = engine.programs.drafting.model
-    return engine.twin(replace(engine.programs, drafting=Drafting(propose=propose, model=model)))
+    return twin(engine, replace(engine.programs, drafting=Drafting(propose=propose, model=model)))
 
 
 def script(session, slot, drafts):

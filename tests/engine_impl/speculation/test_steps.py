@@ -5,6 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from slipstream.engine_impl.api import Allowed
+from slipstream.engine_impl.assembly import twin
 from slipstream.engine_impl.sampling.params import SamplingParams
 from slipstream.engine_impl.session import Session
 from slipstream.engine_impl.text.tokenizer import NoTokenizer
@@ -29,7 +30,7 @@ def with_tokenizer(engine):
 
 def with_widths(engine):
     """Of more tokens than a CPU's steps of so many slots have."""
-    return engine.twin(shapes=replace(engine.shapes, wide={4: (4, 8)}))
+    return twin(engine, shapes=replace(engine.shapes, wide={4: (4, 8)}))
 
 
 OPENINGS = [(PROMPT, sampling, ()) for sampling in SAMPLINGS]

@@ -14,6 +14,7 @@ os.environ.update(JAX_PLATFORMS="cpu", XLA_FLAGS="--xla_force_host_platform_devi
 import jax
 import numpy as np
 from safetensors.numpy import save_file
+from slipstream.engine_impl.assembly import twin
 from slipstream.engine_impl.checkpoints.safetensors import INDEX, SafetensorsCheckpoint
 from slipstream.engine_impl.config import EngineConfig
 from slipstream.engine_impl.forward import LayerLoop
@@ -67,7 +68,7 @@ def measure(loop: LayerLoop, folder: Path) -> dict[str, int]:
     largest = write(folder)
     checkpoint = SafetensorsCheckpoint(folder, "test")
     engine = build_engine(EngineConfig(dtype="bfloat16", tensor_parallel=4, platform="cpu"), checkpoint)
-    engine = engine.twin(layer_loop=loop)
+    engine = twin(engine, layer_loop=loop)
     Path("/proc/self/clear_refs").write_text("5")  # forgets the peak so far
     before = memory("VmRSS")
     params = jax.block_until_ready(engine.parameters.load(checkpoint))

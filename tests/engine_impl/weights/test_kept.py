@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from slipstream.engine_impl.assembly import assembled
+from slipstream.engine_impl.assembly import assembled, twin
 from slipstream.engine_impl.checkpoints.safetensors import SafetensorsCheckpoint
 from slipstream.engine_impl.config import EngineConfig
 from slipstream.engine_impl.engine import Engine
@@ -43,7 +43,7 @@ def engine_of(folder, devices=1, loop: LayerLoop = "unrolled", **changes) -> tup
     )
     tokenizer: Any = None
     engine = assembled(model, mesh, config, jnp.dtype("float32"), tokenizer, "tiny", shape.num_kv_heads)
-    return engine.twin(layer_loop=loop), checkpoint
+    return twin(engine, layer_loop=loop), checkpoint
 
 
 def entries(folder) -> list[str]:

@@ -22,7 +22,7 @@ from slipstream.server.dialects.syntax import AnswerReader, AnswerSyntax
 from slipstream.server.request.call_grammar import after_thought, may_call, must_call, strict_if_called
 from slipstream.server.request.chat import ChatCall, prompt_of
 from slipstream.server.request.grammar import Grammar
-from slipstream.server.request.request import Limits
+from slipstream.server.request.limits import Limits
 
 from tests.engine_impl.text import templates
 from tests.engine_impl.text_models import TOKENS

@@ -13,7 +13,7 @@ from slipstream.protos import orchestrator_pb2 as pb
 from slipstream.server.config import SecurityConfig
 from slipstream.server.errors import LONGEST, TAIL, brief
 from slipstream.server.grpc import service
-from slipstream.server.request.request import MAX_MESSAGES
+from slipstream.server.request.limits import MAX_MESSAGES
 
 from tests.fakes import FakeEngine
 from tests.server.calls import (

@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 from slipstream.engine_impl.errors import RefusedError
 from slipstream.protos import orchestrator_pb2 as pb
 from slipstream.server.grpc.messages import read_reply, read_request, write_reply
-from slipstream.server.request.request import Event, FinishReason, Request, TokenLogprob, Usage
+from slipstream.server.request.events import Event, FinishReason, TokenLogprob, Usage
+from slipstream.server.request.request import Request
 
 from tests.fakes import FakeEngine
 

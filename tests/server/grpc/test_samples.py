@@ -5,7 +5,7 @@ import threading
 import pytest
 from slipstream.engine_impl.errors import RefusedError
 from slipstream.engine_impl.sampling.params import SamplingParams
-from slipstream.server.request.request import FinishReason, TokenLogprob
+from slipstream.server.request.events import FinishReason, TokenLogprob
 
 from tests.fakes import FakeEngine
 from tests.server.scheduler.loop import ask, running, texts, until

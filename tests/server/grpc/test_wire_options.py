@@ -7,7 +7,7 @@ import grpc
 import pytest
 from slipstream.protos import orchestrator_pb2 as pb
 from slipstream.protos.orchestrator_pb2_grpc import OrchestratorStub
-from slipstream.server.request.request import TokenLogprob
+from slipstream.server.request.events import TokenLogprob
 
 from tests.fakes import FakeEngine
 from tests.server.calls import EOF, WAIT_S, answer, events, serving, text_request, token_request, until

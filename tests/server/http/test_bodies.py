@@ -9,7 +9,7 @@ from slipstream.engine_impl.errors import RefusedError
 from slipstream.server.config import ChatConfig
 from slipstream.server.http.bodies import ChatBody, CompletionBody
 from slipstream.server.http.errors import UnknownModelError
-from slipstream.server.request.request import Limits
+from slipstream.server.request.limits import Limits
 
 from tests.engine_impl.text_models import byte_tokenizer
 from tests.fakes import FakeEngine

@@ -16,7 +16,7 @@ from slipstream.server.http import reading
 from slipstream.server.http.bodies import ChatBody, CompletionBody
 from slipstream.server.http.errors import SHOWN, BadFieldError, HttpError
 from slipstream.server.http.reading import unpacked
-from slipstream.server.request.request import MAX_MESSAGES, MAX_PROMPTS
+from slipstream.server.request.limits import MAX_MESSAGES, MAX_PROMPTS
 
 from tests.fakes import FakeEngine
 from tests.server.calls import WAIT_S, outcomes, until

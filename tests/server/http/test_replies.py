@@ -4,7 +4,7 @@ import pytest
 from slipstream.server.http.bodies import CompletionBody
 from slipstream.server.http.completions import CompletionReply
 from slipstream.server.http.token_names import TokenNames
-from slipstream.server.request.request import Event, FinishReason, Usage
+from slipstream.server.request.events import Event, FinishReason, Usage
 
 from tests.fakes import FakeEngine, FakeTokenizer
 

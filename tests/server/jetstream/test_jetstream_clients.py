@@ -13,7 +13,7 @@ from jetstream.core.proto import jetstream_pb2
 from jetstream.core.proto.jetstream_pb2_grpc import OrchestratorStub
 from slipstream.protos import orchestrator_pb2 as ours
 from slipstream.server.grpc.messages import DEFAULT, read_prompt
-from slipstream.server.request.request import Limits
+from slipstream.server.request.limits import Limits
 
 from tests.engine_impl.text_models import BOS, byte_tokenizer
 from tests.fakes import FakeEngine

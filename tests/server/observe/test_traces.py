@@ -13,7 +13,7 @@ from slipstream.engine_impl.errors import RefusedError
 from slipstream.server.config import WatchConfig
 from slipstream.server.observe import traces
 from slipstream.server.observe.traces import Traces
-from slipstream.server.request.request import FinishReason
+from slipstream.server.request.events import FinishReason
 
 from tests.fakes import FakeEngine
 from tests.server.calls import answer, serving, text_request

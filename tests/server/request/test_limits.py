@@ -4,7 +4,8 @@ from dataclasses import replace
 
 import pytest
 from slipstream.engine_impl.errors import RefusedError
-from slipstream.server.request.request import Limits, Request
+from slipstream.server.request.limits import Limits
+from slipstream.server.request.request import Request
 
 from tests.fakes import FakeEngine
 

@@ -7,7 +7,8 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 from slipstream.engine_impl.errors import RefusedError
-from slipstream.server.request.request import FinishReason, Limits
+from slipstream.server.request.events import FinishReason
+from slipstream.server.request.limits import Limits
 from slipstream.server.scheduler.loop import Loop
 from slipstream.server.scheduler.queue import RequestQueue
 

@@ -1,6 +1,6 @@
 """Prompts that devices of their own compute: steps go on meanwhile, and nothing is stored before it is there."""
 
-from slipstream.server.request.request import FinishReason
+from slipstream.server.request.events import FinishReason
 
 from tests.server.scheduler.reading import expected
 from tests.server.scheduler.test_loop_turns import House

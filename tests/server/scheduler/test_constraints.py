@@ -10,8 +10,8 @@ from slipstream.engine_impl.sampling.params import SamplingParams
 from slipstream.server.delivery.result import HostResult
 from slipstream.server.delivery.roster import Roster
 from slipstream.server.request.constraint import AHEAD, Constraint
+from slipstream.server.request.events import FinishReason
 from slipstream.server.request.grammar import Grammar
-from slipstream.server.request.request import FinishReason
 from slipstream.server.scheduler.constraints import Constraints
 from slipstream.server.scheduler.parked import Parked
 

@@ -5,7 +5,7 @@ import time
 
 import pytest
 from slipstream.server.errors import DeadlineError
-from slipstream.server.request.request import FinishReason
+from slipstream.server.request.events import FinishReason
 
 from tests.fakes import FakeEngine
 from tests.server.scheduler.loop import ask, running, until

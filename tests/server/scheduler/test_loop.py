@@ -8,7 +8,7 @@ import pytest
 from slipstream.engine_impl.sampling.params import SamplingParams
 from slipstream.server.errors import QueueFullError, UnavailableError
 from slipstream.server.observe.metrics import Metrics, Outcome
-from slipstream.server.request.request import FinishReason
+from slipstream.server.request.events import FinishReason
 
 from tests.fakes import FakeEngine
 from tests.server.scheduler.loop import WAIT_S, Asked, ask, running, until

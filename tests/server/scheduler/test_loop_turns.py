@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 from slipstream.server.errors import FailedError
-from slipstream.server.request.request import FinishReason
+from slipstream.server.request.events import FinishReason
 from slipstream.server.scheduler.loop import Loop
 from slipstream.server.scheduler.prompt import Prompt
 from slipstream.server.scheduler.queue import RequestQueue

@@ -6,7 +6,7 @@ import threading
 import pytest
 from slipstream.server.errors import FailedError, QueueFullError
 from slipstream.server.observe.metrics import Metrics
-from slipstream.server.request.request import FinishReason, TokenLogprob
+from slipstream.server.request.events import FinishReason, TokenLogprob
 from slipstream.server.scheduler import planner
 
 from tests.server.scheduler.loop import Asked, ask, running, until

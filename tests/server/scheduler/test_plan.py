@@ -122,6 +122,20 @@ def test_short_prompts_are_prefilled_together():
     assert narrow.turn(*short).let_in == tuple(short[:2]), "as many as there are slots"
 
 
+def test_no_more_of_those_who_wait_are_looked_at_than_a_turn_computes(monkeypatch):
+    """And one behind them: whether somebody waits decides how many prefills there are."""
+    house, looked = House(8, tokens=12), []
+    need = house.room.need
+    monkeypatch.setattr(house.room, "need", lambda prompt: looked.append(prompt) or need(prompt))
+    waiting = [house.prompt([number] * 7) for number in range(5)]
+    assert house.turn(*waiting).let_in == (waiting[0],)
+    assert looked == waiting[:2]
+    house.working(5)
+    looked.clear()
+    assert house.turn(*waiting, newcomers=False).let_in == ()
+    assert looked == waiting[:1]
+
+
 def test_short_tails_of_cached_prefixes_are_prefilled_together():
     """However long what is there already."""
     house = House(8, batch=3)

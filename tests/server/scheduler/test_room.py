@@ -4,7 +4,8 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from slipstream.engine_impl.errors import RefusedError
-from slipstream.server.request.request import Limits, Request
+from slipstream.server.request.limits import Limits
+from slipstream.server.request.request import Request
 from slipstream.server.scheduler.prompt import Prompt
 from slipstream.server.scheduler.room import Room
 

@@ -2,7 +2,7 @@
 
 import pytest
 from slipstream.engine_impl.sampling.params import SamplingParams
-from slipstream.server.request.request import FinishReason
+from slipstream.server.request.events import FinishReason
 
 from tests.fakes import FakeEngine
 from tests.server.scheduler.loop import ask, running, texts

@@ -12,7 +12,8 @@ from slipstream.server.delivery.result import HostResult
 from slipstream.server.delivery.roster import Roster
 from slipstream.server.observe.metrics import Metrics
 from slipstream.server.request.constraint import Constraint
-from slipstream.server.request.request import Limits, Request
+from slipstream.server.request.limits import Limits
+from slipstream.server.request.request import Request
 from slipstream.server.scheduler.widths import Widths
 
 from tests.fakes import FakeEngine, FakeMatcher, FakeTokenizer
