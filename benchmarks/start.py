@@ -25,6 +25,7 @@ from ..engine_impl.checkpoints.embedded import home
 from ..engine_impl.checkpoints.open import open_checkpoint
 from ..engine_impl.config import EngineConfig
 from ..engine_impl.loading import choose_devices
+from ..engine_impl.runtime import compilations
 from ..engine_impl.runtime.timeline import STAGES
 from ..server.child import CLI, flags
 from ..server.errors import FailedError
@@ -139,7 +140,7 @@ def words(options: StartOptions, engine: EngineConfig) -> list[str]:
 
 def measure(options: StartOptions, command: list[str], folder: Path) -> Start:
     """One run of these words, with `folder` as its home."""
-    environment = os.environ | {"SLIPSTREAM_HOME": str(folder)}
+    environment = os.environ | {"SLIPSTREAM_HOME": str(folder), compilations.FOLDER: ""}
     with tempfile.TemporaryFile("w+") as log:
         began = time.monotonic()
         # A session of its own: Ctrl-C is ours to handle.

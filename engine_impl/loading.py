@@ -134,7 +134,7 @@ def build_engine(
     Raises RefusedError as `load_engine` does.
     """
     devices = devices or choose_devices(config.platform)
-    compilations.keep_in(home() / "compiled")
+    compilations.keep_in(os.environ.get(compilations.FOLDER) or home() / "compiled")
     checkpoint = checkpoint or open_model(config)
     shape = checkpoint.config
     for name, value in {"cache_length": config.cache_length, "max_prefill_length": config.max_prefill_length}.items():

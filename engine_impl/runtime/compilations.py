@@ -13,6 +13,8 @@ log = logging.getLogger(__name__)
 COMPILED, FOUND = "/jax/core/compile/backend_compile_duration", "/jax/compilation_cache/cache_hits"
 """What JAX reports (jax.monitoring): a program was made, by compiling it or from the folder; it was in the folder."""
 
+FOLDER = "JAX_COMPILATION_CACHE_DIR"
+"""JAX's name of the environment's variable that says where programs are kept."""
 
 COMPLAINT = re.compile(r"Error (?P<act>reading|writing) persistent compilation cache entry for '(?P<program>[^']*)': ")
 """What JAX warns of, beside what went wrong."""
@@ -36,7 +38,7 @@ _lock = threading.Lock()
 _is_counting = False
 
 
-def keep_in(folder: Path) -> None:
+def keep_in(folder: Path | str) -> None:
     """Programs are kept in `folder` from now on, the small ones too, and counted. Call it before the first one."""
     import jax  # late: those who only ask for programs() are spared it
 
@@ -48,7 +50,7 @@ def keep_in(folder: Path) -> None:
         jax.monitoring.register_event_duration_secs_listener(_on_duration)
         jax.monitoring.register_event_listener(_on_event)
         warnings.filterwarnings("always", message="Error (reading|writing) persistent compilation cache entry")
-        _mend(folder)
+        _mend(Path(folder))
 
 
 def programs() -> Compilations:

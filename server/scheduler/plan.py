@@ -106,17 +106,13 @@ def plan(scene: Scene) -> StepPlan:
         computed = [prompt for prompt in computed if prompt not in victims]
         grow = {slot: pages for slot, pages in grow.items() if slot not in gone}
 
-    new: Sequence[Work] | Lookahead[Work] = ()
-    is_full = False
+    waiting: Sequence[Prompt] | Lookahead[Prompt] = ()
     if scene.parked or scene.queued:
         waiting = Lookahead(prompt for prompt in chain(scene.parked, scene.queued) if prompt not in drop)
-        if waiting and not victims:
-            new = Lookahead(admissible(scene, waiting, computed, gone, sum(grow.values())))
-        is_full = bool(waiting) and not new
-    begun = [(prompt, prompt.left) for prompt in computed]
-    prefills: list[tuple[Prompt, ...]] = []
-    if (begun or new) and not scene.is_computing:
-        prefills = scene.budget.prefills(chain(new, begun) if scene.newcomers else chain(begun, new))
+    new: Sequence[Work] | Lookahead[Work] = ()
+    if waiting and not victims:
+        new = Lookahead(admissible(scene, waiting, computed, gone, sum(grow.values())))
+    prefills = prefills_of(scene, new, [(prompt, prompt.left) for prompt in computed])
     let_in = [prompt for prompts in prefills for prompt in prompts if prompt not in scene.in_work]
     return StepPlan(
         expired=tuple(dict.fromkeys([*(s.request for s in overdue), *(p.request for p in late)])),
@@ -127,10 +123,19 @@ def plan(scene: Scene) -> StepPlan:
         grow=tuple(grow.items()),
         let_in=tuple(let_in),
         prefills=tuple(prefills),
-        is_full=is_full,
+        is_full=bool(waiting) and not new,
         idle_step=scene.probe,
         width=width,
     )
+
+
+def prefills_of(
+    scene: Scene, new: Sequence[Work] | Lookahead[Work], begun: Sequence[Work]
+) -> Sequence[tuple[Prompt, ...]]:
+    """Whose next pieces are computed: of those who can be let in, and of those in work."""
+    if scene.is_computing or not (new or begun):
+        return ()
+    return scene.budget.prefills(chain(new, begun) if scene.newcomers else chain(begun, new))
 
 
 def growth(slots: Slots, room: Room, gone: Sequence[int], width: int) -> dict[int, int]:

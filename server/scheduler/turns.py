@@ -1,7 +1,7 @@
 """Whose turn it is among the clients: each takes one after the other, so that none holds the queue."""
 
 import heapq
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import count
 
@@ -29,9 +29,9 @@ def in_turn(waiting: Iterable[Request], last_turn: Mapping[str, Turn], now: floa
         waiting: by rank().
         last_turn: when a client's last request was taken; a client that is not there had none.
     """
-    lanes: dict[str, deque[Request]] = {}
+    lanes = defaultdict[str, deque[Request]](deque)
     for request in waiting:
-        lanes.setdefault(request.client, deque()).append(request)
+        lanes[request.client].append(request)
     if len(lanes) == 1:
         (lane,) = lanes.values()
         yield from lane

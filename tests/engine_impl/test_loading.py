@@ -7,6 +7,7 @@ from slipstream.engine_impl import loading
 from slipstream.engine_impl.compiler.chips import GPU_MEMORY_SHARE
 from slipstream.engine_impl.config import EngineConfig
 from slipstream.engine_impl.errors import RefusedError
+from slipstream.engine_impl.runtime import compilations
 from slipstream.engine_impl.sampling.params import MAX_MODEL_STOP_IDS
 from slipstream.engine_impl.text.tokenizer import NoTokenizer
 
@@ -53,6 +54,16 @@ def test_a_model_has_room_for_so_many_stop_tokens(stops):
 def engine_of(**given):
     config = EngineConfig(platform="cpu", cache_length=128, tensor_parallel=1, **given)
     return loading.build_engine(config, RandomCheckpoint(TINY))
+
+
+@pytest.mark.parametrize(("told", "kept"), [("/there", "/there"), ("", "home/compiled")])
+def test_programs_are_kept_where_jax_is_told(told, kept, monkeypatch):
+    folders = []
+    monkeypatch.setattr(compilations, "keep_in", folders.append)
+    monkeypatch.setenv(compilations.FOLDER, told)
+    monkeypatch.setenv("SLIPSTREAM_HOME", "home")
+    engine_of(slots=1)
+    assert [str(folder) for folder in folders] == [kept]
 
 
 def test_a_cache_that_memory_cannot_hold_is_refused_with_the_largest_that_it_can():
