@@ -53,9 +53,15 @@ def load_engine(
         checkpoint, draft = open_model(config), open_draft_model(config)
         engine = build_engine(config, checkpoint, devices, reserves=reserves, draft_checkpoint=draft)
         check_memory(engine, memory_of(engine.mesh.local_devices), free_memory())  # refused before weights are read
-        params = engine.parameters.load(checkpoint, draft)
-        allocator.give_back()  # the weights as they were read
-        return engine, params
+        return engine, load_params(engine, checkpoint, draft)
+
+
+def load_params(engine: Engine, checkpoint: Checkpoint, draft: Checkpoint | None = None) -> Params:
+    """The weights, in memory as it suits them. Raises RefusedError as `Parameters.load`."""
+    params = engine.parameters.load(checkpoint, draft)
+    allocator.give_back()  # the weights as they were read
+    allocator.use_huge_pages()
+    return params
 
 
 def load_disaggregated(config: EngineConfig, prefill_devices: int) -> tuple[DisaggregatedEngine, BothParams]:
@@ -98,7 +104,7 @@ def load_disaggregated(config: EngineConfig, prefill_devices: int) -> tuple[Disa
             raise RefusedError(f"prefill_devices={prefill_devices}: the draft model's caches differ; halve the devices")
         for engine in (prefill, decode):
             check_memory(engine, memory_of(engine.mesh.local_devices), free_memory())
-        params = BothParams(prefill.parameters.load(checkpoint, draft), decode.parameters.load(checkpoint, draft))
+        params = BothParams(load_params(prefill, checkpoint, draft), load_params(decode, checkpoint, draft))
         return DisaggregatedEngine(prefill, decode), params
 
 

@@ -10,7 +10,7 @@ from ...engine_impl.compiler.presets import PRESETS
 from ...engine_impl.config import EngineConfig
 from ...engine_impl.engine import Engine
 from ...engine_impl.forward import Params
-from ...engine_impl.loading import build_engine
+from ...engine_impl.loading import build_engine, load_params
 from ...engine_impl.models import registry
 from ...engine_impl.models.decoder import ModelConfig
 from ...engine_impl.weights.load import needed_shapes
@@ -64,7 +64,7 @@ def load(config: EngineConfig) -> Loaded:
         return load_random(config, PRESETS[config.model])
     checkpoint = open_checkpoint(config.model)
     engine = build_engine(config, checkpoint)
-    return Loaded(engine, engine.parameters.load(checkpoint), checkpoint)
+    return Loaded(engine, load_params(engine, checkpoint), checkpoint)
 
 
 def resized(config: EngineConfig, loaded: Loaded) -> Loaded:
@@ -76,4 +76,4 @@ def load_random(config: EngineConfig, shape: ModelConfig) -> Loaded:
     """An engine of this shape, without a tokenizer."""
     checkpoint = RandomCheckpoint(shape, config.model)
     engine = build_engine(config, checkpoint)
-    return Loaded(engine, engine.parameters.load(checkpoint), checkpoint)
+    return Loaded(engine, load_params(engine, checkpoint), checkpoint)

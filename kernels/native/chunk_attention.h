@@ -158,8 +158,11 @@ static void attend_part(const Chunk& of, int64_t text, int64_t kv_head, int64_t 
         of.out[at + (x * N + g) * H + h] = sums[(g * H + h) * PANEL + x] / l[g * PANEL + x];
 }
 
+// Every other block from the last one on, then those between: both halves take about as long, and end with short ones.
 static void attend_chunk(const Chunk& of, int64_t first, int64_t last) {
-  const int64_t each = of.texts * of.kv_heads, blocks = (of.tokens + PANEL - 1) / PANEL;
-  for (int64_t i = first; i < last; ++i)
-    attend_part(of, i % each / of.kv_heads, i % of.kv_heads, (blocks - 1 - i / each) * PANEL);
+  const int64_t each = of.texts * of.kv_heads, blocks = (of.tokens + PANEL - 1) / PANEL, half = (blocks + 1) / 2;
+  for (int64_t i = first; i < last; ++i) {
+    const int64_t at = i / each, before_last = at < half ? 2 * at : 2 * (at - half) + 1;
+    attend_part(of, i % each / of.kv_heads, i % of.kv_heads, (blocks - 1 - before_last) * PANEL);
+  }
 }

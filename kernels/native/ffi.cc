@@ -15,7 +15,7 @@ namespace {
 
 constexpr int64_t SMALL = 1 << 16;  // multiplications that are not worth a second thread
 constexpr int64_t ROWS_OF_A_PART = 144;  // a piece of 128 is one: its panels are read once
-constexpr int64_t PARTS_OF_A_THREAD = 4;
+constexpr int64_t PARTS_OF_A_THREAD = 4;  // of a step's attention
 
 std::optional<Stored> stored_as(ffi::AnyBuffer code, bool has_offset) {
   switch (code.element_type()) {
@@ -52,19 +52,16 @@ ffi::Error multiply(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer code,
   const int64_t threads = R * I * O < SMALL ? 1 : pool.num_threads();
   const int64_t row_parts = R > ROWS_OF_A_PART ? (R + ROWS_OF_A_PART - 1) / ROWS_OF_A_PART : 1;
   const int64_t rows = (R + row_parts - 1) / row_parts;
-  const int64_t panel_parts = std::min(P, std::max<int64_t>(1, threads * PARTS_OF_A_THREAD / row_parts));
-  const int64_t panels = (P + panel_parts - 1) / panel_parts;
   const auto* halves = x.element_type() == ffi::DataType::BF16 ? static_cast<const uint16_t*>(x.untyped_data()) : nullptr;
   const bool has_dots = own.dots && (*stored == Stored::kBF16 || *stored == Stored::kInt8) && I % 2 == 0;
   const auto floats = halves && !has_dots ? widened(halves, R * I) : std::vector<float>();
   const float* from = !halves ? static_cast<const float*>(x.untyped_data()) : has_dots ? nullptr : floats.data();
   float* to = out->typed_data();
-  share(pool, threads, row_parts * panel_parts, [=, &own](int64_t part) {
-    const int64_t row = part % row_parts * rows, panel = part / row_parts * panels;
-    const int64_t count = std::min(rows, R - row), last = std::min(panel + panels, P);
-    if (count <= 0 || panel >= last) return;
-    if (from) return own.panels(from + row * I, weight, to + row * O, count, panel, last);
-    own.dots(halves + row * I, weight, to + row * O, count, panel, last);
+  share(pool, threads, row_parts * P, [=, &own](int64_t part) {
+    const int64_t row = part % row_parts * rows, panel = part / row_parts, count = std::min(rows, R - row);
+    if (count <= 0) return;
+    if (from) return own.panels(from + row * I, weight, to + row * O, count, panel, panel + 1);
+    own.dots(halves + row * I, weight, to + row * O, count, panel, panel + 1);
   });
   return ffi::Error::Success();
 }

@@ -69,7 +69,7 @@ struct Kernels {
   void (*dots)(const uint16_t* x, const Panels& weight, float* out, int64_t rows, int64_t first, int64_t last);
   // All tokens' query heads of the kv heads [first, last), counted over all slots: slot * kv_heads + kv_head.
   void (*attend)(const Attention& of, int64_t first, int64_t last);
-  // The parts [first, last) of a chunk, of which there are `parts_of` it. The first ones take longest.
+  // The parts [first, last) of a chunk, of which there are `parts_of` it. Each half's first ones take longest.
   void (*attend_chunk)(const Chunk& of, int64_t first, int64_t last);
 };
 

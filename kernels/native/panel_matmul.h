@@ -43,8 +43,8 @@ struct Plain {
   INLINE void start(int64_t, int) {}
   INLINE void read(int64_t i, int j, Vector<Lane> (&w)[STEP][2]) const {
     const Lane* row = panel + i * PANEL + j;
-    __builtin_prefetch(next + i * stride, 0, 2);
-    __builtin_prefetch(next + i * stride + 64, 0, 2);
+    __builtin_prefetch(next + i * stride);
+    if (stride > 64) __builtin_prefetch(next + i * stride + 64);
     w[0][0] = load(row), w[0][1] = load(row + HALF);
   }
 };
@@ -201,7 +201,7 @@ static INLINE void multiply_rows(int64_t rows, const typename Codes::X* x, int64
 template <typename Lane>
 static void multiply_all(int64_t rows, const Lane* x, int64_t x_row, const Lane* panel, int64_t inputs,
                          const char* next, int64_t bytes, Sums to) {
-  const int64_t portions = (rows + ROWS - 1) / ROWS, stride = bytes / portions;
+  const int64_t portions = (rows + ROWS - 1) / ROWS, stride = (bytes + portions - 1) / portions;
   for (int64_t p = 0; p < portions; ++p) {
     const int64_t count = (rows + portions - p - 1) / (portions - p);
     const Plain<Lane> codes{panel, next + p * inputs * stride, stride};

@@ -2,9 +2,11 @@
 
 import logging
 import os
+import platform
 import resource
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from slipstream.engine_impl.runtime import allocator
@@ -42,8 +44,38 @@ print(faults_of(used), faults_of(lambda: in_thread(used)))
 allocator.give_back()
 print(faults_of(used))
 """
+HUGE = """
+import ctypes, re
+from slipstream.engine_impl.runtime import allocator
+libc = ctypes.CDLL(None)
+libc.malloc.restype, libc.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
+libc.memset.argtypes = ctypes.c_void_p, ctypes.c_int, ctypes.c_size_t
+
+def huge():
+    found = re.search(r"AnonHugePages: +([0-9]+) kB", open("/proc/self/smaps_rollup").read())
+    return int(found[1]) << 10
+
+def move():
+    before = huge()
+    allocator.use_huge_pages()
+    print(huge() - before)
+
+move()
+allocator.keep_freed()
+blocks = [libc.malloc(1 << 20) for _ in range(20)]  # each less than a huge page
+for block in blocks:
+    libc.memset(block, 7, 1 << 20)
+move()
+assert all(ctypes.string_at(block, 1 << 20) == bytes([7]) * (1 << 20) for block in blocks)
+"""
+THP = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 PAGES = (100 << 20) // resource.getpagesize()
 """Faults when all of a block's pages are new."""
+
+
+def has_collapse():
+    """Whether Linux moves pages when it is asked to, not some time later: since 6.1."""
+    return tuple(map(int, platform.release().split(".")[:2])) >= (6, 1)
 
 
 def faults(how):
@@ -64,12 +96,24 @@ def test_left_alone_the_library_returns_it():
     assert min(faults("left alone")) > PAGES * 0.9
 
 
+@pytest.mark.skipif(
+    not IS_GLIBC or not THP.exists() or "[never]" in THP.read_text() or not has_collapse(),
+    reason="the system has no huge pages to give, or not at once",
+)
+def test_what_is_allocated_moves_to_huge_pages_once_the_heap_is_one():
+    done = subprocess.run([sys.executable, "-c", HUGE], capture_output=True, text=True, timeout=60, check=True)
+    before, moved = map(int, done.stdout.split())
+    assert before == 0
+    assert moved >= 18 << 20
+
+
 def test_another_c_library_is_left_as_it_is(monkeypatch, caplog):
     monkeypatch.setattr(allocator, "_keeps", False)
     monkeypatch.setattr(allocator, "_glibc", lambda: None)
     with caplog.at_level(logging.DEBUG, allocator.log.name):
         allocator.keep_freed()
         allocator.give_back()
+        allocator.use_huge_pages()
     assert "not glibc" in caplog.text
 
 
