@@ -13,6 +13,7 @@ from slipstream.engine_impl.sampling.params import SamplingParams
 from slipstream.engine_impl.session import Session
 from slipstream.engine_impl.shapes import Shapes
 from slipstream.engine_impl.text.tokenizer import NoTokenizer
+from slipstream.kernels import native
 
 from .tiny_models import TINY, greedy, tiny_engine
 
@@ -36,7 +37,7 @@ def poisoned(session):
 
 
 def pages_of(session, slot):
-    return -(-int(session.state.length_B[slot]) // R)
+    return -(-int(session.state.length_B[slot]) // session.engine.sizes.page_rows)
 
 
 def scattered(engine, params, seed=3):
@@ -73,18 +74,21 @@ def tiny():
 
 
 @pytest.mark.parametrize(
-    ("devices", "quantize_kv"),
+    ("devices", "quantize_kv", "rows"),
     [
-        (1, "none"),
-        pytest.param(1, "int8", marks=pytest.mark.slow),
-        pytest.param(8, "none", marks=pytest.mark.slow),
+        (1, "none", R),
+        pytest.param(1, "none", 64, marks=pytest.mark.skipif(not native.is_built(), reason="XLA's have 128 rows")),
+        pytest.param(1, "int8", R, marks=pytest.mark.slow),
+        pytest.param(8, "none", R, marks=pytest.mark.slow),
     ],
 )
-def test_any_pages_give_the_same_tokens(devices, quantize_kv):
+def test_any_pages_give_the_same_tokens(devices, quantize_kv, rows):
     """NaN in every page and row that no slot has filled."""
     config = replace(TINY, num_kv_heads=8) if devices > 1 else TINY
-    engine, params = tiny_engine(config, devices=devices, slots=SLOTS, cache_length=384, quantize_kv=quantize_kv)
-    assert engine.layout.shape[1:4:2] == (SLOTS * 3, R)
+    engine, params = tiny_engine(
+        config, devices=devices, slots=SLOTS, cache_length=384, quantize_kv=quantize_kv, page_rows=rows
+    )
+    assert engine.layout.shape[1:4:2] == (SLOTS * 384 // rows, rows)
     expected = greedy(engine, params, PROMPTS, STEPS)
     assert len({*expected[0]}) > 5, "a model that repeats itself would prove little"
     assert answers(scattered(engine, params), PROMPTS, STEPS) == expected
