@@ -136,4 +136,5 @@ def tuned_page_rows(
     """
     stored = codec.abstract((1, 2 * head_dim), dtype).rows.dtype
     device_kind = None if is_xla(backend) else mesh.devices.flat[0].device_kind
-    return page_rows(kv_heads // mesh.shape[AXIS], head_dim, length, stored, device_kind)
+    is_native = backend == "native_cpu" and dtype == jnp.float32
+    return page_rows(kv_heads // mesh.shape[AXIS], head_dim, length, stored, device_kind, is_native=is_native)

@@ -15,7 +15,7 @@ from .checkpoints.contract import Checkpoint
 from .checkpoints.embedded import home
 from .checkpoints.open import open_checkpoint
 from .compiler.chips import GPU_MEMORY_SHARE
-from .config import EngineConfig
+from .config import TILE, EngineConfig
 from .disaggregated import BothParams, DisaggregatedEngine
 from .draft_model import check_same_tokens, draft_model
 from .engine import Engine
@@ -196,7 +196,8 @@ def check_memory(engine: Engine, memory: int | None, free: int | None) -> None:
         return
     layout, cache_bytes = engine.layout, engine.programs.cache_bytes
     if cache_bytes > there:
-        tokens, fitting = layout.pages * layout.page_rows, there * layout.pages // cache_bytes * layout.page_rows
+        tokens = layout.pages * layout.page_rows
+        fitting = there * tokens // cache_bytes // TILE * TILE
         raise RefusedError(
             f"cache_tokens={tokens} take {cache_bytes >> 20} MiB and there are {there >> 20} MiB: "
             f"use at most {fitting}, or leave --cache-tokens out"

@@ -14,9 +14,11 @@ PIECES = {"cpu": (16, 64, 128, 256)}
 PIECE = (16, 64, 256)
 """Padded lengths of a text's last piece, by platform (tokens); behind them in powers of four up to the chunk. A CPU has
 one more, as each row costs its multiplications there."""
-STEPS = (1, 8, 32, 128)
-"""Slots that a step computes; behind them all that there are. A TPU has no step of 1: there a product with one row is
-slower than with eight (305 thousand static cycles for two small layers on v5e, of eight 169)."""
+STEPS = {"cpu": (1, 8, 16, 32, 128), "tpu": (8, 32, 128)}
+STEPS_ELSEWHERE = (1, 8, 32, 128)
+"""Slots that a step computes, by platform; behind them all that there are. A CPU has one more, as each row costs its
+multiplications there. A TPU has no step of 1: there a product with one row is slower than with eight (305 thousand
+static cycles for two small layers on v5e, of eight 169)."""
 WIDTHS = {"cpu": {1: (4, 8), 8: (2, 4)}}
 WIDTHS_ELSEWHERE = {32: (4, 8), 64: (4,)}
 """Tokens that a step of so many slots at most computes of each, where something drafts, by platform: the last one and
@@ -91,8 +93,8 @@ class Shapes:
     @property
     def steps(self) -> tuple[int, ...]:
         """Slots of a step."""
-        fewest = 8 if self.platform == "tpu" else 1
-        return (*(size for size in STEPS if fewest <= size < self.slots), self.slots)
+        sizes = STEPS.get(self.platform, STEPS_ELSEWHERE)
+        return (*(size for size in sizes if size < self.slots), self.slots)
 
     @property
     def wide_steps(self) -> tuple[tuple[int, int], ...]:

@@ -67,7 +67,7 @@ def sized(
     The cache length is what the model was trained for, in whole tiles of rows: it costs nothing by itself. Slots are
     MOST_SLOTS, or as many as a step has memory for; the cache has what weights and programs then leave. Where memory is
     not asked: SLOTS, at most LENGTH, and a cache that all slots can fill, of at most FREE_SHARE of the host's free
-    memory. The cache has one page at least, and whoever allocates it is told.
+    memory. The cache has a tile at least, and whoever allocates it is told.
 
     Args:
         shape: kv heads as the mesh has them.
@@ -91,7 +91,7 @@ def sized(
         slots = config.slots or min(max(1, int(left * STEP_SHARE) // demand.slot_bytes), MOST_SLOTS)
         chunk = min(config.prefill_chunk or CHUNK, length)
         tokens = (left - demand.prefill_bytes(chunk) - slots * demand.slot_bytes) // demand.row_bytes
-    rows = page_rows_of(config, shape, mesh, dtype, length)
+    rows = max(TILE, page_rows_of(config, shape, mesh, dtype, length))  # whole tiles, as whoever gives it must
     tokens = config.cache_tokens or max(1, tokens // rows) * rows
     return replace(config, slots=slots, cache_tokens=tokens)
 

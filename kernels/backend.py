@@ -50,14 +50,16 @@ def check_shape(name: str, array: jax.Array, shape: tuple[int, ...], axes: str) 
         raise ValueError(f"{name} must be [{', '.join(axes)}] = {shape}, got {array.shape}")
 
 
-def check_pages(name: str, table: jax.Array, *, texts: int, rows: int) -> None:
-    """Raises ValueError unless `table` has a row of pages for every text, and a page whole tiles of rows."""
+def check_pages(name: str, table: jax.Array, *, texts: int, rows: int, is_tiled: bool) -> None:
+    """Raises ValueError unless `table` has a row of pages for every text, and a page whole tiles of rows, of 128 where
+    it `is_tiled`."""
     if table.ndim != 2 or table.shape[0] != texts or not table.shape[1]:
         raise ValueError(f"{name} must be [{', '.join(name[-2:])}] = ({texts}, pages of a text), got {table.shape}")
     if not jnp.issubdtype(table.dtype, jnp.integer):
         raise ValueError(f"{name} must have integers, got {table.dtype}")
-    if rows % 128:
-        raise ValueError(f"a page of {rows=} must have a multiple of 128; nearest above: {-(-rows // 128) * 128}")
+    tile = 128 if is_tiled else 16
+    if rows % tile:
+        raise ValueError(f"a page of {rows=} must have a multiple of {tile}; nearest above: {-(-rows // tile) * tile}")
 
 
 def check_cache(

@@ -29,8 +29,8 @@ def cache_flush(
     Token s of slot b is row s % R of page page_BJ[b, s // R]. No two slots may write into one page.
 
     Args:
-        cache: pages of rows, cache_LPKRC of any dtype, or of their scales, scale_LPK2R in f32; R a multiple of 128.
-            Sharded on K.
+        cache: pages of rows, cache_LPKRC of any dtype, or of their scales, scale_LPK2R in f32; R a multiple of 128
+            on TPUs, of 16 elsewhere. Sharded on K.
         new: the step's rows new_LBWKC, or scales new_LBWK2, of the cache's dtype; W at most 8 on TPUs. Sharded on K.
         position_B: i32, the token that a slot's first new row is.
         count_B: i32, how many of its rows are stored, 0 to W; those behind them are nowhere seen. Tokens outside
@@ -56,7 +56,7 @@ def cache_flush(
     of_a_row = tuple(size for axis, size in enumerate(cache.shape) if axis not in (0, 1, row_axis))
     check_shape("new", new, (L, B, new.shape[2], *of_a_row), "LBWKC" if row_axis == 3 else "LBWK2")
     check_shape("count_B", count_B, (B,), "B")
-    check_pages("page_BJ", page_BJ, texts=B, rows=R)
+    check_pages("page_BJ", page_BJ, texts=B, rows=R, is_tiled=not is_xla(backend))
     if cache.dtype != new.dtype:
         raise ValueError(f"{new.dtype=} must be the cache's, {cache.dtype}; encode the new rows first")
 

@@ -4,6 +4,7 @@
 #include <string>
 #include <vector>
 
+#include "groups.h"
 #include "kernels.h"
 #include "share.h"
 #include "xla/ffi/api/ffi.h"
@@ -16,6 +17,7 @@ namespace {
 constexpr int64_t SMALL = 1 << 16;  // multiplications that are not worth a second thread
 constexpr int64_t ROWS_OF_A_PART = 144;  // a piece of 128 is one: its panels are read once
 constexpr int64_t PARTS_OF_A_THREAD = 4;  // of a step's attention
+constexpr int64_t MOST_TOGETHER = 4;  // slots whose queries stay in the nearest cache beside a page
 
 std::optional<Stored> stored_as(ffi::AnyBuffer code, bool has_offset) {
   switch (code.element_type()) {
@@ -91,17 +93,26 @@ ffi::Error attend(ffi::ThreadPool pool, ffi::Buffer<ffi::DataType::F32> q, ffi::
                   ffi::ResultBuffer<ffi::DataType::F32> out, float soft_cap) {
   if (!has_kernel(cache)) return ffi::Error::InvalidArgument("a cache of a type that has no kernel");
   const auto query = q.dimensions();
-  const Attention of{
+  Attention of{
       cached(cache, scale, layer, page, window, sink, query[2], soft_cap),
-      q.typed_data(), fresh.typed_data(), length.typed_data(), out->typed_data(), query[0], query[1],
+      q.typed_data(), fresh.typed_data(), length.typed_data(), out->typed_data(), query[0], query[1], nullptr, nullptr,
   };
-  int64_t rows = 0, longest = 1;
-  for (int64_t b = 0; b < of.slots; ++b) rows += of.length[b] + 1, longest = std::max<int64_t>(longest, of.length[b] + 1);
+  int64_t rows = 0, live = 0;
+  for (int64_t b = 0; b < of.slots; ++b) rows += of.length[b] + 1, live += of.length[b] > 0;
   const Kernels& own = kernels();
   const int64_t threads = rows * of.tokens * of.heads * of.head_dim < SMALL ? 1 : pool.num_threads();
+  const int64_t wanted = threads * PARTS_OF_A_THREAD;
+  const Groups found = groups_of(of, std::clamp<int64_t>(live * of.kv_heads / wanted, 1, MOST_TOGETHER));
+  of.order = found.order.data(), of.groups = found.groups.data();
+  int64_t longest = 1;
+  for (const Group& group : found.groups) {
+    int64_t all = 0;
+    for (int64_t i = 0; i < group.count; ++i) all += of.length[of.order[group.first + i]] + 1;
+    longest = std::max(longest, all);
+  }
   // A part is several heads one behind another, whose rows are fetched ahead; but a long text's heads are shared.
-  const int64_t heads = of.slots * of.kv_heads, even = rows * of.kv_heads / (longest * threads * PARTS_OF_A_THREAD);
-  const int64_t each = std::max<int64_t>(1, even);
+  const int64_t heads = static_cast<int64_t>(found.groups.size()) * of.kv_heads;
+  const int64_t each = std::max<int64_t>(1, rows * of.kv_heads / (longest * wanted));
   share(pool, threads, (heads + each - 1) / each,
         [=, &own](int64_t part) { own.attend(of, part * each, std::min(heads, (part + 1) * each)); });
   return ffi::Error::Success();

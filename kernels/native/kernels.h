@@ -41,6 +41,12 @@ struct Cached {
   const float* sink;  // [N], scores without keys and values, or null
 };
 
+// Slots whose texts begin with the same pages, which all their tokens see. They are read once for all of them.
+struct Group {
+  int64_t first, count;  // of the slots' places in the step's order
+  int64_t pages;
+};
+
 // Of a step's tokens.
 struct Attention : Cached {
   const float* q;         // [B, W, N, H]
@@ -48,6 +54,8 @@ struct Attention : Cached {
   const int32_t* length;  // [B]
   float* out;             // [B, W, N, H]
   int64_t slots, tokens;
+  const int32_t* order;   // [B], all slots, group behind group; see groups.h
+  const Group* groups;
 };
 
 // Of pieces of B texts, T tokens each.
@@ -67,7 +75,7 @@ struct Kernels {
   // The same of activations in bfloat16, an even number of inputs, and weights in bfloat16 or int8. Null where the level
   // has no such instructions: then `panels` makes the same products of activations that were widened.
   void (*dots)(const uint16_t* x, const Panels& weight, float* out, int64_t rows, int64_t first, int64_t last);
-  // All tokens' query heads of the kv heads [first, last), counted over all slots: slot * kv_heads + kv_head.
+  // All tokens' query heads of the kv heads [first, last), counted over all groups: group * kv_heads + kv_head.
   void (*attend)(const Attention& of, int64_t first, int64_t last);
   // The parts [first, last) of a chunk, of which there are `parts_of` it. Each half's first ones take longest.
   void (*attend_chunk)(const Chunk& of, int64_t first, int64_t last);

@@ -3,6 +3,9 @@
 // A slot's W new tokens and a kv head's G query heads are X = W G queries, query x being head x % G of token x / G. They
 // share each read of a row. The online softmax starts from the slot's own new tokens. Rows outside [first, end), what the
 // first token sees, are not read; what a later token's window leaves out of them has weight 0 for that token.
+//
+// Slots of a group share each read of their common pages, too: a page's queries are those of all of them. Each query's
+// result is made by the same operations in the same order as if its slot were alone.
 
 constexpr int TOGETHER = 4;  // rows whose scores are computed together
 
@@ -45,6 +48,21 @@ static INLINE Seen<Cell> seen(const Attention& of, const Reach& reach, int64_t s
   return {rows, count, of.scale ? of.scale + at * 2 * R + from : nullptr};
 }
 
+// Rows of one text.
+struct Run {
+  int64_t slot;
+  Reach reach;
+};
+
+// What is read for a group, one behind the other: the pages that its slots have in common, then what each has for itself.
+static INLINE Run run_of(const Attention& of, const Group& group, int64_t i) {
+  const int64_t common = group.pages * of.page_rows;
+  if (i == 0) return {of.order[group.first], {0, common}};
+  const int64_t slot = of.order[group.first + i - 1];
+  const Reach reach = reach_of(of, slot);
+  return {slot, {std::max(reach.first, common), reach.end}};
+}
+
 // Fetches rows before they are read, in the order in which they are, LEAD bytes ahead. A page's k and its v are read in
 // two passes: memory is to work during both, so each fetches half.
 template <typename Cell>
@@ -52,7 +70,7 @@ class Ahead {
  public:
   // Of the kv heads [first, last), as Kernels::attend.
   Ahead(const Attention& of, int64_t first, int64_t last) : of_(of), head_(first), last_(last) {
-    if (enter()) at_ += LEAD;
+    if (enter() || next()) at_ += LEAD;
   }
 
   INLINE void fetch(int64_t bytes) {
@@ -68,7 +86,7 @@ class Ahead {
     while (head_ < last_) {
       const int64_t over = at_ - end_;
       ++block_;
-      if (block_ * of_.page_rows < reach_.end ? take() : (++head_, enter())) {
+      if (block_ * of_.page_rows < run_.reach.end ? take() : enter_next()) {
         at_ += over;
         if (at_ < end_) return true;
       }
@@ -76,23 +94,28 @@ class Ahead {
     return false;
   }
 
-  // The head's first page; whether there is one.
+  // The run's first page; whether there is one.
   bool enter() {
     if (head_ >= last_) return false;
-    reach_ = reach_of(of_, head_ / of_.kv_heads), block_ = reach_.first / of_.page_rows;
-    return block_ * of_.page_rows < reach_.end && take();
+    run_ = run_of(of_, of_.groups[head_ / of_.kv_heads], i_), block_ = run_.reach.first / of_.page_rows;
+    return block_ * of_.page_rows < run_.reach.end && take();
+  }
+
+  bool enter_next() {
+    if (++i_ > of_.groups[head_ / of_.kv_heads].count) i_ = 0, ++head_;
+    return enter();
   }
 
   bool take() {
-    const auto here = seen<Cell>(of_, reach_, head_ / of_.kv_heads, head_ % of_.kv_heads, block_);
+    const auto here = seen<Cell>(of_, run_.reach, run_.slot, head_ % of_.kv_heads, block_);
     at_ = reinterpret_cast<const char*>(here.rows);
     end_ = reinterpret_cast<const char*>(here.rows + here.count * 2 * of_.head_dim);
     return true;
   }
 
   const Attention& of_;
-  int64_t head_, last_, block_ = 0;
-  Reach reach_{};
+  int64_t head_, last_, i_ = 0, block_ = 0;
+  Run run_{};
   const char *at_ = nullptr, *end_ = nullptr;
 };
 
@@ -225,46 +248,74 @@ static void start_from_own(const Attention& of, int64_t slot, int64_t kv_head, f
   }
 }
 
+// The queries of one kv head, of one slot or several, and what was summed for them so far.
+struct Queries {
+  float *q, *score, *m, *l, *acc;
+  int64_t count;
+
+  // Those of the i-th slot, X of them.
+  Queries of_slot(int64_t i, int64_t X, int64_t H) const {
+    return {q + i * X * H, score, m + i * X, l + i * X, acc + i * X * H, X};
+  }
+};
+
+// Adds the run's rows, of which several slots' queries see all.
 template <typename Cell>
-static void attend_over(const Attention& of, int64_t slot, int64_t kv_head, Ahead<Cell>& ahead) {
+static void add_run(const Attention& of, const Run& run, int64_t kv_head, const Queries& to, Ahead<Cell>& ahead) {
   const int64_t H = of.head_dim, G = of.heads / of.kv_heads, R = of.page_rows, X = of.tokens * G;
   const int64_t score_row = (R + LANES - 1) / LANES * LANES;
-
-  static thread_local Scratch scratch;
-  scratch.q.resize(X * H), scratch.acc.resize(X * H), scratch.score.resize(X * score_row), scratch.softmax.resize(2 * X);
-  float *q = scratch.q.data(), *acc = scratch.acc.data(), *score = scratch.score.data();
-  float *m = scratch.softmax.data(), *l = m + X;
-  start_from_own(of, slot, kv_head, q, m, l, acc);
-  const Reach reach = reach_of(of, slot);
+  const Reach reach = run.reach;
   for (int64_t block = reach.first / R; block * R < reach.end; ++block) {
-    const Seen<Cell> here = seen<Cell>(of, reach, slot, kv_head, block);
-    score_queries<QUERIES>(q, X, here.rows, here.count, H, score, score_row, &ahead);
-    for (int64_t x = 0; x < X; ++x) {
-      float* weight = score + x * score_row;
+    const Seen<Cell> here = seen<Cell>(of, reach, run.slot, kv_head, block);
+    score_queries<QUERIES>(to.q, to.count, here.rows, here.count, H, to.score, score_row, &ahead);
+    for (int64_t x = 0; x < to.count; ++x) {
+      float* weight = to.score + x * score_row;
       if (here.scales)
         for (int64_t r = 0; r < here.count; ++r) weight[r] *= here.scales[r];
       if (of.soft_cap > 0)
         for (int64_t r = 0; r < here.count; ++r) weight[r] = capped(weight[r], of.soft_cap);
-      const int64_t oldest = of.window > 0 ? of.length[slot] + x / G - of.window + 1 : 0;
+      const int64_t oldest = of.window > 0 ? of.length[run.slot] + x % X / G - of.window + 1 : 0;
       const int64_t unseen = oldest - std::max(block * R, reach.first);
       for (int64_t r = 0; r < unseen && r < here.count; ++r) weight[r] = -INFINITY;
-      const float decay = softened(weight, here.count, m[x], l[x]);
+      const float decay = softened(weight, here.count, to.m[x], to.l[x]);
       if (here.scales)
         for (int64_t r = 0; r < here.count; ++r) weight[r] *= here.scales[R + r];
-      for (int64_t h = 0; h < H; ++h) acc[x * H + h] *= decay;
+      for (int64_t h = 0; h < H; ++h) to.acc[x * H + h] *= decay;
     }
-    weigh_queries<QUERIES>(score, X, score_row, here.rows + H, here.count, H, acc, &ahead);
+    weigh_queries<QUERIES>(to.score, to.count, score_row, here.rows + H, here.count, H, to.acc, &ahead);
   }
-  for (int64_t x = 0; x < X; ++x) {
-    float* out = of.out + ((slot * of.tokens + x / G) * of.heads + kv_head * G + x % G) * H;
-    for (int64_t h = 0; h < H; ++h) out[h] = acc[x * H + h] / l[x];
+}
+
+template <typename Cell>
+static void attend_over(const Attention& of, const Group& group, int64_t kv_head, Ahead<Cell>& ahead) {
+  const int64_t H = of.head_dim, G = of.heads / of.kv_heads, R = of.page_rows, X = of.tokens * G, all = group.count * X;
+  const int64_t score_row = (R + LANES - 1) / LANES * LANES;
+
+  static thread_local Scratch scratch;
+  scratch.q.resize(all * H), scratch.acc.resize(all * H), scratch.score.resize(all * score_row);
+  scratch.softmax.resize(2 * all);
+  float* m = scratch.softmax.data();
+  const Queries together{scratch.q.data(), scratch.score.data(), m, m + all, scratch.acc.data(), all};
+  for (int64_t i = 0; i < group.count; ++i) {
+    const Queries own = together.of_slot(i, X, H);
+    start_from_own(of, of.order[group.first + i], kv_head, own.q, own.m, own.l, own.acc);
+  }
+  add_run(of, run_of(of, group, 0), kv_head, together, ahead);
+  for (int64_t i = 0; i < group.count; ++i) {
+    const Run run = run_of(of, group, i + 1);
+    const Queries own = together.of_slot(i, X, H);
+    add_run(of, run, kv_head, own, ahead);
+    for (int64_t x = 0; x < X; ++x) {
+      float* out = of.out + ((run.slot * of.tokens + x / G) * of.heads + kv_head * G + x % G) * H;
+      for (int64_t h = 0; h < H; ++h) out[h] = own.acc[x * H + h] / own.l[x];
+    }
   }
 }
 
 template <typename Cell>
 static void attend_all(const Attention& of, int64_t first, int64_t last) {
   Ahead<Cell> ahead(of, first, last);
-  for (int64_t i = first; i < last; ++i) attend_over<Cell>(of, i / of.kv_heads, i % of.kv_heads, ahead);
+  for (int64_t i = first; i < last; ++i) attend_over<Cell>(of, of.groups[i / of.kv_heads], i % of.kv_heads, ahead);
 }
 
 static void attend(const Attention& of, int64_t first, int64_t last) {

@@ -54,9 +54,9 @@ def ragged_attention(
         q_BWNH: queries, rope applied; bf16 or f32. Query head n uses kv head n // (N / K). Sharded on N, as K. All W
             tokens share one read of the cache.
         new_BWKC: the step's own k and v side by side (C = 2 H), q's dtype; finite. Sharded on K.
-        cache_LPKRC: all layers' pages of k and v, q's dtype, or int8 codes with scales; R a multiple of 128. Sharded on
-            K. Rows at or past a slot's length are never used, whatever they hold, NaN included; nor their scales, nor
-            pages that are in no table.
+        cache_LPKRC: all layers' pages of k and v, q's dtype, or int8 codes with scales; R a multiple of 128 on TPUs,
+            of 16 elsewhere. Sharded on K. Rows at or past a slot's length are never used, whatever they hold, NaN
+            included; nor their scales, nor pages that are in no table.
         layer: which layer to read, a Python int or an i32 scalar, traced or not.
         length_B: i32, rows in use, 0 <= length <= J R. With 0 the first token gives exactly its v_new, if there are
             no sinks.
@@ -94,7 +94,7 @@ def ragged_attention(
     check_cache(cache_LPKRC, scale_LPK2R, layer, head_dim=H, backend=backend)
     check_shape("new_BWKC", new_BWKC, (B, W, K, C), "BWKC")
     check_shape("length_B", length_B, (B,), "B")
-    check_pages("page_BJ", page_BJ, texts=B, rows=R)
+    check_pages("page_BJ", page_BJ, texts=B, rows=R, is_tiled=not is_xla(backend))
     if sink_N is not None:
         check_shape("sink_N", sink_N, (N,), "N")
         sink_N = sink_N.astype(jnp.float32)
@@ -140,8 +140,9 @@ def attention_steps(
     while no page is in two slots' tables; else it is the sum of the references.
     """
     check_window(window)
-    check_pages("page_BJ", page_BJ, texts=length_B.shape[0], rows=cache_LPKRC.shape[3])
-    if is_xla(backend):
+    is_tiled = not is_xla(backend)
+    check_pages("page_BJ", page_BJ, texts=length_B.shape[0], rows=cache_LPKRC.shape[3], is_tiled=is_tiled)
+    if not is_tiled:
         return None
     window = None if window is None else jnp.asarray(window, jnp.int32)
     return _list_steps(cache_LPKRC, length_B, page_BJ, window, max_pages, mesh, backend)

@@ -17,26 +17,39 @@ from jax.typing import DTypeLike
 
 FOLDER = Path(__file__).parent / "page_sizes"
 ROWS_WITHOUT_KERNEL = 128
-"""On CPUs and GPUs. Of 128 and 256 rows the first is the faster on CPUs up to 600 live tokens, and as fast at 960."""
+"""On GPUs, and on CPUs where XLA reads the pages. Of 128 and 256 rows the first is the faster on CPUs up to 600 live
+tokens, and as fast at 960."""
+NATIVE_ROWS = 64
+"""Where the CPU's own kernels read the pages: less of a prompt behind a cached prefix is computed again, and a head's
+page stays in the nearest cache while the queries of several slots pass over it (benchmarks/README.md)."""
 TARGET_BYTES = 512 * 1024
 """What most tuned pages come to: HBM takes 960 cycles of v5e for it, 560 of v6e; a step issues 500 bundles."""
 
 log = logging.getLogger(__name__)
 
 
-def page_rows(num_kv_heads: int, head_dim: int, cache_length: int, dtype: DTypeLike, device_kind: str | None) -> int:
+def page_rows(
+    num_kv_heads: int,
+    head_dim: int,
+    cache_length: int,
+    dtype: DTypeLike,
+    device_kind: str | None,
+    *,
+    is_native: bool = False,
+) -> int:
     """Rows of a page: the tuned size, else the power of two times 128 whose page comes nearest below TARGET_BYTES.
 
     Always divides `cache_length`, a multiple of 128, so that a slot's pages hold no more than its longest request;
-    at least 128 and at most 2048.
+    at least 128, or NATIVE_ROWS, and at most 2048.
 
     Args:
         num_kv_heads: kv heads that one chip holds; a page has the rows of all of them.
         head_dim: H; a row is k and v, 2 H values.
         dtype: of the cache's rows.
-        device_kind: JAX's name of a TPU ("TPU v5 lite"); None where no kernel of ours reads the pages.
+        device_kind: JAX's name of a TPU ("TPU v5 lite"); None where no kernel of ours reads the pages, or the CPU's.
+        is_native: whether the CPU's do.
     """
-    rows = ROWS_WITHOUT_KERNEL
+    rows = NATIVE_ROWS if is_native else ROWS_WITHOUT_KERNEL
     if device_kind is not None:
         dtype = jnp.dtype(dtype)
         tuned = tuned_rows(device_kind)

@@ -93,6 +93,14 @@ def test_page_rows_of_a_chip_that_was_not_tuned(mesh, kv_heads, length, codec, b
     assert tuned_page_rows(**sizes, mesh=mesh, backend=backend) == rows
 
 
+@pytest.mark.parametrize(("dtype", "rows"), [("float32", 64), ("bfloat16", 128)])
+@pytest.mark.parametrize("codec", [Plain(), Int8()])
+def test_pages_are_smaller_where_the_cpus_own_kernels_read_them(mesh, codec, dtype, rows):
+    """They read float32 and its codes; XLA reads bfloat16."""
+    sizes = {"kv_heads": 3, "head_dim": 64, "length": 384, "dtype": jnp.dtype(dtype), "codec": codec}
+    assert tuned_page_rows(**sizes, mesh=mesh, backend="native_cpu") == rows
+
+
 def test_codecs_by_name():
     assert [codec_for(name) for name in ("none", "int8")] == [Plain(), Int8()]
 

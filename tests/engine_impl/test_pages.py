@@ -13,6 +13,7 @@ from slipstream.engine_impl.sampling.params import SamplingParams
 from slipstream.engine_impl.session import Session
 from slipstream.engine_impl.shapes import Shapes
 from slipstream.engine_impl.text.tokenizer import NoTokenizer
+from slipstream.kernels import native
 
 from .tiny_models import TINY, greedy, tiny_engine
 
@@ -36,7 +37,7 @@ def poisoned(session):
 
 
 def pages_of(session, slot):
-    return -(-int(session.state.length_B[slot]) // R)
+    return -(-int(session.state.length_B[slot]) // session.engine.sizes.page_rows)
 
 
 def scattered(engine, params, seed=3):
@@ -73,18 +74,21 @@ def tiny():
 
 
 @pytest.mark.parametrize(
-    ("devices", "quantize_kv"),
+    ("devices", "quantize_kv", "rows"),
     [
-        (1, "none"),
-        pytest.param(1, "int8", marks=pytest.mark.slow),
-        pytest.param(8, "none", marks=pytest.mark.slow),
+        (1, "none", R),
+        pytest.param(1, "none", 64, marks=pytest.mark.skipif(not native.is_built(), reason="XLA's have 128 rows")),
+        pytest.param(1, "int8", R, marks=pytest.mark.slow),
+        pytest.param(8, "none", R, marks=pytest.mark.slow),
     ],
 )
-def test_any_pages_give_the_same_tokens(devices, quantize_kv):
+def test_any_pages_give_the_same_tokens(devices, quantize_kv, rows):
     """NaN in every page and row that no slot has filled."""
     config = replace(TINY, num_kv_heads=8) if devices > 1 else TINY
-    engine, params = tiny_engine(config, devices=devices, slots=SLOTS, cache_length=384, quantize_kv=quantize_kv)
-    assert engine.layout.shape[1:4:2] == (SLOTS * 3, R)
+    engine, params = tiny_engine(
+        config, devices=devices, slots=SLOTS, cache_length=384, quantize_kv=quantize_kv, page_rows=rows
+    )
+    assert engine.layout.shape[1:4:2] == (SLOTS * 384 // rows, rows)
     expected = greedy(engine, params, PROMPTS, STEPS)
     assert len({*expected[0]}) > 5, "a model that repeats itself would prove little"
     assert answers(scattered(engine, params), PROMPTS, STEPS) == expected
@@ -274,6 +278,7 @@ def test_pieces_that_no_program_takes_are_told(tiny, starts, lengths, message):
         ("cpu", 1, 128, ((1, 16), (1, 64), (1, 128)), (1,)),
         ("cpu", 3, 128, ((1, 16), (1, 64), (1, 128)), (1, 3)),
         ("cpu", 8, 256, ((1, 16), (1, 64), (1, 128), (1, 256), (8, 32)), (1, 8)),
+        ("cpu", 32, 128, ((1, 16), (1, 64), (1, 128), (8, 32)), (1, 8, 16, 32)),
         ("gpu", 40, 512, ((1, 16), (1, 64), (1, 256), (1, 512), (8, 64)), (1, 8, 32, 40)),
         ("tpu", 3, 512, ((1, 16), (1, 64), (1, 256), (1, 512), (3, 64)), (3,)),
         ("tpu", 256, 4096, ((1, 16), (1, 64), (1, 256), (1, 1024), (1, 4096), (8, 64)), (8, 32, 128, 256)),
@@ -318,7 +323,7 @@ def test_a_step_of_many_slots_is_narrower_than_it_was_asked_for():
 
 def test_a_step_has_the_smallest_size_that_holds_its_slots():
     shapes = Shapes(slots=40, pages_per_slot=4, page_rows=128, chunk=256)
-    for count, size in ((0, 1), (1, 1), (2, 8), (8, 8), (9, 32), (33, 40), (40, 40)):
+    for count, size in ((0, 1), (1, 1), (2, 8), (8, 8), (9, 16), (17, 32), (33, 40), (40, 40)):
         slot_N = shapes.step(np.arange(count))
         assert slot_N.tolist() == [*range(count), *[40] * (size - count)]
     with pytest.raises(ValueError, match="41 slots are named, there are 40"):

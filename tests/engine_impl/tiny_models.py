@@ -64,8 +64,10 @@ def tiny_engine(
     prefill_chunk: int | None = None,
     speculate: Literal["off", "auto"] = "off",
     draft: LlamaConfig | None = None,
+    page_rows: int = 128,
 ) -> tuple[Engine, Any]:
-    """A random Llama on virtual CPU devices, float32; with another as its draft model."""
+    """A random Llama on virtual CPU devices, float32; with another as its draft model. Pages are the same with and
+    without native kernels."""
     mesh = mesh or make_mesh(jax.devices(), config.num_heads, config.num_kv_heads, devices)
     with torch.device("meta"):
         model = Llama(replace(config, num_kv_heads=max(config.num_kv_heads, mesh.size)))
@@ -80,7 +82,9 @@ def tiny_engine(
     )
     tokenizer: Any = None
     small = None if draft is None else draft_model(engine_config, draft, None, mesh, cache_length)
-    engine = assembled(model, mesh, engine_config, jnp.dtype("float32"), tokenizer, "tiny", draft=small)
+    engine = assembled(
+        model, mesh, engine_config, jnp.dtype("float32"), tokenizer, "tiny", draft=small, page_rows=page_rows
+    )
     return engine, engine.parameters.load(RandomCheckpoint(config), draft and RandomCheckpoint(draft))
 
 

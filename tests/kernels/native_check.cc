@@ -12,6 +12,7 @@
 #include <thread>
 #include <vector>
 
+#include "../../kernels/native/groups.h"
 #include "../../kernels/native/kernels.h"
 #include "../../kernels/native/share.h"
 
@@ -221,20 +222,33 @@ void check_products() {
   for (int64_t block : {8, 64, 128}) check_product(Stored::kInt4, 30, 384, 40, block);
 }
 
+// Attention in groups of `most` slots at most, several parts of growing size.
+std::vector<float> attended(Attention of, int64_t most) {
+  const Groups found = groups_of(of, most);
+  std::vector<float> out(of.slots * of.tokens * of.heads * of.head_dim, NOT_A_NUMBER);
+  of.order = found.order.data(), of.groups = found.groups.data(), of.out = out.data();
+  const int64_t heads = static_cast<int64_t>(found.groups.size()) * of.kv_heads;
+  for (int64_t head = 0, each = 1; head < heads; head += each++) kernels().attend(of, head, std::min(head + each, heads));
+  return out;
+}
+
 void check_attention(bool coded, int64_t W, int64_t K, int64_t G, int64_t H, int32_t window, float cap,
-                     bool sinks = false) {
-  const int64_t R = 128, J = 3, L = 2, P = 10, N = K * G, layer = 1;
-  const std::vector<int32_t> length = {0, 1, 127, 128, 129, 200, 384};
+                     bool sinks = false, int64_t R = 128) {
+  const int64_t J = 3, L = 2, P = 9, N = K * G, layer = 1;
+  const auto rows = static_cast<int32_t>(R);
+  const std::vector<int32_t> length = {0, 1, rows - 1, 3 * rows, rows, rows + 1, rows * 3 / 2 + 8, 3 * rows, rows * 7 / 3};
   const int64_t B = length.size();
   std::vector<int32_t> page(B * J, -7);
   std::vector<float> cache(coded ? 0 : L * P * K * R * 2 * H, NOT_A_NUMBER);
   std::vector<int8_t> cells = coded ? codes(L * P * K * R * 2 * H) : std::vector<int8_t>();
   std::vector<float> scale(coded ? L * P * K * 2 * R : 0, NOT_A_NUMBER);
   const std::vector<float> q = normal(B * W * N * H), fresh = normal(B * W * K * 2 * H), sink = normal(sinks ? N : 0);
-  std::vector<float> out(B * W * N * H, NOT_A_NUMBER);
-  int32_t next = 0;
+  int32_t next = 2;
   for (int64_t b = 0; b < B; ++b)
-    for (int64_t j = 0; j * R < length[b]; ++j) page[b * J + j] = next++ % P;  // the last slots share pages
+    for (int64_t j = 0; j * R < length[b]; ++j) {  // whole pages of most are shared: one by six slots, one by three
+      const bool shared = j < 2 && (j + 1) * R <= length[b];
+      page[b * J + j] = shared ? static_cast<int32_t>(j) : next++;
+    }
   auto row = [&](int64_t b, int64_t k, int64_t s) { return ((layer * P + page[b * J + s / R]) * K + k) * R + s % R; };
   auto first = [&](int64_t b, int64_t w) { return window ? std::max<int64_t>(0, length[b] + w - window + 1) : 0; };
   for (int64_t b = 0; b < B; ++b)
@@ -256,8 +270,14 @@ void check_attention(bool coded, int64_t W, int64_t K, int64_t G, int64_t H, int
   const void* stored = coded ? static_cast<const void*>(cells.data()) : static_cast<const void*>(cache.data());
   const Attention of{{stored, coded ? scale.data() : nullptr, page.data(), N, K, H, L, P, R, J,
                       static_cast<int32_t>(layer), window, cap, sinks ? sink.data() : nullptr},
-                     q.data(), fresh.data(), length.data(), out.data(), B, W};
-  for (int64_t head = 0, each = 1; head < B * K; head += each++) kernels().attend(of, head, std::min(head + each, B * K));
+                     q.data(), fresh.data(), length.data(), nullptr, B, W, nullptr, nullptr};
+  const std::vector<float> out = attended(of, 1);
+  for (int64_t most : {2, 4, 32}) {
+    const std::vector<float> together = attended(of, most);
+    bool same = true;
+    for (size_t i = 0; i < out.size(); ++i) same = same && together[i] == out[i];
+    expect(same, "attention in groups is as that of each slot alone", most);
+  }
   double worst = 0;
   for (int64_t at = 0; at < B * W * N; ++at) {
     const int64_t b = at / N / W, w = at / N % W, n = at % N, from = first(b, w), last = length[b] + w;
@@ -288,6 +308,8 @@ void check_attentions() {
   for (bool coded : {false, true})
     for (int64_t H : {8, 16, 24, 64, 80, 96, 128})
       for (int64_t G : {1, 2, 3, 4, 7}) check_attention(coded, 1, 2, G, H, 0, 0);
+  for (bool coded : {false, true})
+    for (int64_t R : {16, 20, 64}) check_attention(coded, 2, 2, 3, 64, 0, 0, false, R);
   for (bool coded : {false, true})
     for (int64_t W : {2, 3, 5, 8})
       for (int64_t G : {1, 3}) check_attention(coded, W, 2, G, 24, 0, 0);
@@ -375,10 +397,44 @@ void check_chunks() {
   for (int32_t window : {0, 1, 128}) check_chunk(false, 40, 2, 4, 24, window, 0, true);
 }
 
+// What the groups are: order, and {first, count, pages} of each.
+void check_groups() {
+  const std::vector<int32_t> page = {
+      5, 6, 7,   // sees a page and a half
+      1, 2, 9,   // two and a half
+      5, 6, 8,   // all three
+      1, 2, 3,   // two and a half
+      5, 6, 4,   // all three
+      1, 2, 0,   // nothing
+  };
+  const std::vector<int32_t> length = {24, 40, 48, 40, 48, 0};
+  Attention of{};
+  of.page = page.data(), of.pages_per_text = 3, of.page_rows = 16, of.length = length.data(), of.slots = 6, of.tokens = 2;
+  const auto told = [&](int64_t most) {
+    std::vector<std::vector<int64_t>> groups;
+    const Groups found = groups_of(of, most);
+    for (const Group& group : found.groups) {
+      groups.push_back({group.pages});
+      std::vector<int64_t> slots(found.order.begin() + group.first, found.order.begin() + group.first + group.count);
+      std::sort(slots.begin(), slots.end());
+      groups.back().insert(groups.back().end(), slots.begin(), slots.end());
+    }
+    std::sort(groups.begin(), groups.end());
+    return groups;
+  };
+  using Told = std::vector<std::vector<int64_t>>;
+  expect(told(1) == Told{{0, 0}, {0, 1}, {0, 2}, {0, 3}, {0, 4}, {0, 5}}, "slots alone", 1);
+  expect(told(8) == Told{{0, 5}, {1, 0, 2, 4}, {2, 1, 3}}, "groups of those that begin alike", 8);
+  expect(told(2) == Told{{0, 2}, {0, 5}, {1, 0, 4}, {2, 1, 3}}, "groups of two", 2);
+  of.window = 42;  // of two tokens the second sees 40 cached rows
+  expect(told(8) == Told{{0, 0}, {0, 2}, {0, 4}, {0, 5}, {2, 1, 3}}, "a window that leaves rows out", 42);
+}
+
 }  // namespace
 
 int main() {
   check_sharing();
+  check_groups();
   int levels = 0;
   for (const char* level : {"generic", "avx2", "avx512", "avx512_bf16"}) {
     if (!use_level(level)) {

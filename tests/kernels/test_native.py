@@ -141,12 +141,14 @@ def test_activations_are_rounded_to_nearest_even(level):
         assert out_RO.tolist() == [[1.0, 1 + 2**-6]]
 
 
-@pytest.mark.parametrize(("coded", "H", "W"), [(False, 20, 1), (False, 64, 5), (True, 20, 4), (True, 64, 1)])
-def test_attention(level, mesh, coded, H, W):
+@pytest.mark.parametrize(
+    ("coded", "H", "W", "R"), [(False, 20, 1, 128), (False, 64, 5, 64), (True, 20, 4, 64), (True, 64, 1, 128)]
+)
+def test_attention(level, mesh, coded, H, W, R):
     """Lengths around a page's border, a window, a cap, an odd head; NaN in rows and scales that nobody may read."""
-    K, G, R, L, layer = 2, 3, 128, 2, 1
-    length_B = np.array([0, 1, 127, 128, 129, 256], np.int32)
-    B, S, window, cap = len(length_B), 2 * R, 120, 3.0
+    K, G, L, layer = 2, 3, 2, 1
+    length_B = np.array([0, 1, R - 1, R, R + 1, 2 * R], np.int32)
+    B, S, window, cap = len(length_B), 2 * R, R - 8, 3.0
     before_BS = length_B[:, None] - np.arange(S)[None, :]
     used_BS = (before_BS > 0) & (before_BS < window)
     q_BWNH, new_BWKC = oracle.normal(3, B, W, K * G, H), oracle.normal(4, B, W, K, 2 * H)
@@ -166,10 +168,47 @@ def test_attention(level, mesh, coded, H, W):
     np.testing.assert_allclose(out_BWNH, expected_BWNH, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize(("int8", "H", "tokens"), [(False, 20, 33), (False, 64, 200), (True, 20, 33)])
-def test_attention_of_chunks(level, mesh, int8, H, tokens):
+@pytest.mark.parametrize("coded", [False, True])
+def test_slots_that_share_pages_are_as_alone(level, mesh, coded):
+    """Two families of texts in turns; a text's result has the same bits whoever begins like it. NaN in free pages."""
+    B, K, G, H, R, J = 41, 4, 2, 20, 16, 3
+    length_B = np.array([(3 * R, 0, R, 2 * R + 5, R - 1, R + 1)[b % 6] for b in range(B)], np.int32)
+    page_BJ = 4 + np.arange(B * J, dtype=np.int32).reshape(B, J)
+    for j in range(2):
+        page_BJ[:, j] = np.where((j + 1) * R <= length_B, 2 * j + np.arange(B) // 6 % 2, page_BJ[:, j])
+    is_used_PR = np.zeros((4 + B * J, R), bool)
+    for length, page_J in zip(length_B, page_BJ, strict=True):
+        for token in range(length):
+            is_used_PR[page_J[token // R], token % R] = True
+    rows_LPKRC = oracle.normal(1, 1, len(is_used_PR), K, R, 2 * H)
+    options = {}
+    if coded:
+        rows_LPKRC = np.round(rows_LPKRC * 40).clip(-127, 127).astype(np.int8)
+        scale_LPK2R = np.abs(oracle.normal(2, 1, len(is_used_PR), K, 2, R)) / 40
+        options["scale_LPK2R"] = jnp.asarray(np.where(is_used_PR[:, None, None], scale_LPK2R, np.nan), jnp.float32)
+    else:
+        rows_LPKRC = np.where(is_used_PR[:, None, :, None], rows_LPKRC, np.nan)
+    cache_LPKRC = jnp.asarray(rows_LPKRC, jnp.int8 if coded else jnp.float32)
+    q_BWNH, new_BWKC = oracle.normal(3, B, 1, K * G, H), oracle.normal(4, B, 1, K, 2 * H)
+
+    def attended(backend, slots):
+        args = (jnp.asarray(array[slots]) for array in (q_BWNH, new_BWKC))
+        where = jnp.asarray(length_B[slots]), jnp.asarray(page_BJ[slots])
+        return np.asarray(ATTEND(*args, cache_LPKRC, 0, *where, **options, mesh=mesh, backend=backend))
+
+    all_slots = np.arange(B)
+    out_BWNH = attended("native_cpu", all_slots)
+    np.testing.assert_allclose(out_BWNH, attended("xla", all_slots), rtol=1e-5, atol=1e-5)
+    for slot in (0, 1, 3, 9, 11):
+        np.testing.assert_array_equal(attended("native_cpu", all_slots[slot : slot + 1])[0], out_BWNH[slot])
+
+
+@pytest.mark.parametrize(
+    ("int8", "H", "tokens", "rows"), [(False, 20, 33, 128), (False, 64, 200, 64), (True, 20, 33, 16)]
+)
+def test_attention_of_chunks(level, mesh, int8, H, tokens, rows):
     """Pieces of two texts, a window that ends within a page, a cap, an odd head; NaN in pages that nobody may read."""
-    Case([2 * 128, 0], tokens, 2, 3, H, window=150, int8=int8).check("native_cpu", mesh, soft_cap=3.0)
+    Case([256, 0], tokens, 2, 3, H, window=150, int8=int8, rows=rows).check("native_cpu", mesh, soft_cap=3.0)
 
 
 @pytest.mark.parametrize(

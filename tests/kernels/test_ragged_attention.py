@@ -493,7 +493,8 @@ def test_tuned_sizes_are_there():
         ({"q_BWNH": (2, 4, 64)}, r"q_BWNH must be \[B, W, N, H\], got \(2, 4, 64\); one token per slot is W = 1"),
         ({"new_BWKC": (2, 1, 1, 128)}, r"new_BWKC must be \[B, W, K, C\] = \(2, 1, 2, 128\), got \(2, 1, 1, 128\)"),
         ({"q_BWNH": (2, 3, 4, 64)}, r"new_BWKC must be \[B, W, K, C\] = \(2, 3, 2, 128\), got \(2, 1, 2, 128\)"),
-        ({"cache_LPKRC": (3, 5, 2, 130, 128)}, "rows=130 must have a multiple of 128; nearest above: 256"),
+        ({"cache_LPKRC": (3, 5, 2, 130, 128)}, "rows=130 must have a multiple of 16; nearest above: 144"),
+        ({"cache_LPKRC": (3, 5, 2, 130, 128), "backend": "pallas"}, "a multiple of 128; nearest above: 256"),
         ({"page_BJ": (3, 4)}, r"page_BJ must be \[B, J\] = \(2, pages of a text\), got \(3, 4\)"),
         ({"page_BJ": (2,)}, r"page_BJ must be \[B, J\]"),
         (
