@@ -37,6 +37,9 @@ HUGE_PAGE = 2 << 20
 
 MAPS = Path("/proc/self/maps")
 
+HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+"""Who has them: [always], [madvise] or [never]."""
+
 log = logging.getLogger(__name__)
 
 
@@ -63,17 +66,22 @@ def give_back() -> None:
 
 
 def use_huge_pages() -> None:
-    """What is allocated after `keep_freed` moves to huge pages, where the system has them for who asks (`madvise`).
+    """What was allocated since `keep_freed` moves to huge pages, if the system has them, at least for who asks.
 
-    Allocations wait meanwhile, some 0.3 s for each GiB. Memory that was free between them counts as used again.
+    Allocations wait meanwhile, some 0.7 s for each GiB. Memory that was free in between counts as used again.
     """
-    if not _keeps or (library := _glibc()) is None or not MAPS.exists():
+    if not _keeps or (library := _glibc()) is None or not has_huge_pages():
         return
     for first, end in re.findall(r"^(\w+)-(\w+) .*\[heap\]$", MAPS.read_text(), re.MULTILINE):
         start = -(-int(first, 16) // HUGE_PAGE) * HUGE_PAGE
         size = int(end, 16) // HUGE_PAGE * HUGE_PAGE - start
         if size > 0 and library.madvise(ctypes.c_void_p(start), ctypes.c_size_t(size), MADV_HUGEPAGE) == 0:
-            library.madvise(ctypes.c_void_p(start), ctypes.c_size_t(size), MADV_COLLAPSE)  # older systems do it in time
+            library.madvise(ctypes.c_void_p(start), ctypes.c_size_t(size), MADV_COLLAPSE)  # before Linux 6.1 in time
+
+
+def has_huge_pages() -> bool:
+    """Whether the system gives them to who asks for them; Linux alone has them so."""
+    return HUGE_PAGES.exists() and "[never]" not in HUGE_PAGES.read_text()
 
 
 @functools.cache

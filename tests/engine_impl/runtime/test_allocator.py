@@ -6,7 +6,6 @@ import platform
 import resource
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 from slipstream.engine_impl.runtime import allocator
@@ -68,7 +67,6 @@ for block in blocks:
 move()
 assert all(ctypes.string_at(block, 1 << 20) == bytes([7]) * (1 << 20) for block in blocks)
 """
-THP = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 PAGES = (100 << 20) // resource.getpagesize()
 """Faults when all of a block's pages are new."""
 
@@ -97,7 +95,7 @@ def test_left_alone_the_library_returns_it():
 
 
 @pytest.mark.skipif(
-    not IS_GLIBC or not THP.exists() or "[never]" in THP.read_text() or not has_collapse(),
+    not IS_GLIBC or not allocator.has_huge_pages() or not has_collapse(),
     reason="the system has no huge pages to give, or not at once",
 )
 def test_what_is_allocated_moves_to_huge_pages_once_the_heap_is_one():
@@ -105,6 +103,16 @@ def test_what_is_allocated_moves_to_huge_pages_once_the_heap_is_one():
     before, moved = map(int, done.stdout.split())
     assert before == 0
     assert moved >= 18 << 20
+
+
+def test_a_system_without_huge_pages_is_not_asked(monkeypatch, tmp_path):
+    """MADV_COLLAPSE would give them all the same."""
+    monkeypatch.setattr(allocator, "_keeps", True)
+    monkeypatch.setattr(allocator, "HUGE_PAGES", tmp_path / "enabled")
+    monkeypatch.setattr(allocator, "_glibc", lambda: object())  # it has no madvise
+    allocator.use_huge_pages()
+    allocator.HUGE_PAGES.write_text("always madvise [never]\n")
+    allocator.use_huge_pages()
 
 
 def test_another_c_library_is_left_as_it_is(monkeypatch, caplog):
