@@ -23,8 +23,8 @@ def ragged_attention_native(
     """`op.ragged_attention` on one shard's heads; `layer` and `window` are i32 scalars, floats are f32.
 
     A slot's kv heads are the parts that threads share: each is read to its own length, page by page, and a page's
-    scores and weights stay in the nearest cache. All W tokens share one read of a page, and up to four slots whose
-    texts begin with the same pages share theirs; a slot's result has the same bits either way.
+    scores and weights stay in the nearest cache. All W tokens share one read of a page, and so do up to four slots
+    whose texts begin with it; a slot's result has the same bits either way.
     """
     scale = jnp.zeros((0,), jnp.float32) if scale_LPK2R is None else scale_LPK2R
     seen = jnp.int32(0) if window is None else window
