@@ -7,6 +7,7 @@ the panels too.
 import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from typing import Any, Literal
 
 import jax
@@ -23,6 +24,8 @@ from ..models.decoder import Decoder
 from ..models.parts import Linear
 from .codecs import encode_int4, encode_int8
 from .linear import EncodedModule, Stored
+
+HEAD = "lm_head"
 
 
 @dataclass(frozen=True)
@@ -57,13 +60,21 @@ def form_of(config: EngineConfig, kind: Literal["float", "int8", "int4"], block:
 
 def pack_floats(model: Decoder, config: EngineConfig, mesh: Mesh, backend: Backend) -> None:
     """Swaps the model's `Linear` modules, those that are left, for ones with panels of the config's type."""
-    form = form_of(config, "float")
+    form, head = form_of(config, "float"), _head_form(model, config)
     linear = {name: module for name, module in model.named_modules() if isinstance(module, Linear)}
     for name, module in linear.items():
         parent, _, own = name.rpartition(".")
-        setattr(model.get_submodule(parent), own, PanelLinear(module, mesh, form, backend))
+        of_module = head if name == HEAD else form
+        setattr(model.get_submodule(parent), own, PanelLinear(module, mesh, of_module, backend))
     if model.config.tied_embeddings:
-        model.embed_tokens = PanelEmbedding(model.embed_tokens, mesh, form)
+        model.embed_tokens = PanelEmbedding(model.embed_tokens, mesh, head)
+
+
+def _head_form(model: Decoder, config: EngineConfig) -> Form:
+    """A head that is the embedding too becomes int8 where other weights are codes and nothing leaves it out."""
+    is_left = any(fnmatch(HEAD, pattern) for pattern in config.quantize_exclude)
+    is_coded = config.quantize_weights in ("int8", "int4") and model.config.tied_embeddings and not is_left
+    return form_of(config, "int8" if is_coded else "float")
 
 
 def decoded(model: Decoder, params: dict[str, Any]) -> dict[str, Any]:

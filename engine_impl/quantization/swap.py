@@ -89,10 +89,10 @@ def _linear(model: Decoder) -> dict[str, Linear | ExpertLinear]:
 
 def quantize(model: Decoder, config: EngineConfig, dtype: jnp.dtype, mesh: Mesh, backend: Backend) -> None:
     """Swaps the model's `Linear` modules for what `config.quantize_weights` says, but for those that
-    `config.quantize_exclude` names. On CPUs with native kernels those become panels of floats (panels.py), a tied
-    embedding too. Otherwise an embedding is never swapped, nor an lm_head that is one (tied). Experts become
-    int8 with int4 too: their product has no blocks. `auto` that was not `resolved` is `none`: nothing is known of a
-    checkpoint.
+    `config.quantize_exclude` names. On CPUs with native kernels those become panels of floats (panels.py), and a tied
+    embedding becomes panels of floats or, where `lm_head` is not named, of int8. Otherwise an embedding is never
+    swapped, nor an lm_head that is one (tied). Experts become int8 with int4 too: their product has no blocks. `auto`
+    that was not `resolved` is `none`: nothing is known of a checkpoint.
 
     Raises RefusedError for a pattern that names nothing, and for inputs that no block divides.
     """

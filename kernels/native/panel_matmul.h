@@ -123,8 +123,8 @@ struct Codes4 {
     __builtin_prefetch(row + 64 * PANEL);
     for (int half = 0; half < 2; ++half) {
       const I32 pair = widened(row + half * HALF);
-      w[0][half] = __builtin_convertvector(pair << 28 >> 28, F) * scales[half] + offsets[half];
-      w[1][half] = __builtin_convertvector(pair >> 4, F) * scales[half] + offsets[half];
+      w[0][half] = code_in_low_half(pair) * scales[half] + offsets[half];
+      w[1][half] = code_in_low_half(pair >> 4) * scales[half] + offsets[half];
     }
   }
 };
@@ -210,6 +210,55 @@ static void multiply_all(int64_t rows, const Lane* x, int64_t x_row, const Lane*
   }
 }
 
+// Two panels side by side: with few rows a panel has too few sums of its own to keep the multipliers busy.
+template <int N, typename Codes>
+static void multiply_two(const float* x, Codes left, Codes right, int64_t inputs, const Sums (&to)[2]) {
+  for (int j = 0; j < HALF; j += LANES) {
+    F sums[2][N][2] = {};
+    const int64_t block = block_of(left, inputs);
+    for (int64_t from = 0; from < inputs; from += block) {
+      const int64_t end = from + block < inputs ? from + block : inputs;
+      left.start(from, j), right.start(from, j);
+      int64_t i = from;
+      for (; i + UNROLLED <= end; i += UNROLLED)
+#pragma GCC unroll 4
+        for (int u = 0; u < UNROLLED; u += Codes::STEP) {
+          add_inputs<N>(x, inputs, left, i + u, j, sums[0]);
+          add_inputs<N>(x, inputs, right, i + u, j, sums[1]);
+        }
+      for (; i < end; i += Codes::STEP) {
+        add_inputs<N>(x, inputs, left, i, j, sums[0]);
+        add_inputs<N>(x, inputs, right, i, j, sums[1]);
+      }
+    }
+#pragma GCC unroll 2
+    for (int side = 0; side < 2; ++side)
+#pragma GCC unroll 2
+      for (int n = 0; n < N; ++n)
+#pragma GCC unroll 2
+        for (int half = 0; half < 2; ++half) {
+          F sum = sums[side][n][half];
+          if (to[side].scale) sum *= load(to[side].scale + j + half * HALF);
+          store(to[side].out + n * to[side].row + j + half * HALF, sum);
+        }
+  }
+}
+
+// Whole panels from `first` on of codes, in twos, for one row or two. Returns the first panel that is left.
+template <typename CodesAt>
+static int64_t in_twos(const float* x, const Panels& weight, float* out, int64_t rows, int64_t first, int64_t last,
+                       const CodesAt& codes_at) {
+  const int64_t O = weight.outputs, whole = std::min(last, O / PANEL);
+  for (; first + 2 <= whole; first += 2) {
+    const float* scale = weight.stored == Stored::kInt8 ? weight.scale + first * PANEL : nullptr;
+    float* left = out + first * PANEL;
+    const Sums to[2] = {{left, O, false, scale}, {left + PANEL, O, false, scale ? scale + PANEL : nullptr}};
+    const auto multiply = rows == 1 ? multiply_two<1, decltype(codes_at(0))> : multiply_two<2, decltype(codes_at(0))>;
+    multiply(x, codes_at(first), codes_at(first + 1), weight.inputs, to);
+  }
+  return first;
+}
+
 // A panel of codes. `inputs` are pairs where x is.
 template <typename Codes>
 static void multiply_panel(const typename Codes::X* x, Codes codes, int64_t inputs, int64_t rows, Sums to) {
@@ -278,21 +327,25 @@ static void of_panels(const Panels& weight, float* out, int64_t rows, int64_t fi
 
 static void panels(const float* x, const Panels& weight, float* out, int64_t rows, int64_t first, int64_t last) {
   const int64_t I = weight.inputs;
+  const auto* bytes = static_cast<const int8_t*>(weight.code);
+  const auto codes8 = [=](int64_t p) { return Codes8{bytes + p * I * PANEL}; };
+  const auto codes4 = [=](int64_t p) {
+    const int64_t grid = p * weight.blocks * PANEL;
+    const int8_t* code = bytes + p * I / 2 * PANEL;
+    return Codes4{code, weight.scale + grid, weight.offset + grid, I / weight.blocks, {}, {}};
+  };
+  if (rows <= 2 && weight.stored == Stored::kInt8) first = in_twos(x, weight, out, rows, first, last, codes8);
+  if (rows <= 2 && weight.stored == Stored::kInt4) first = in_twos(x, weight, out, rows, first, last, codes4);
   of_panels(weight, out, rows, first, last, [&](int64_t p, const Sums& to) {
-    const auto* bytes = static_cast<const int8_t*>(weight.code);
     switch (weight.stored) {
       case Stored::kF32:
         return multiply_panel(x, static_cast<const float*>(weight.code) + p * I * PANEL, I, rows, to);
       case Stored::kBF16:
         return multiply_panel(x, Widened{static_cast<const Pair*>(weight.code) + p * I / 2 * PANEL}, I, rows, to);
       case Stored::kInt8:
-        return multiply_panel(x, Codes8{bytes + p * I * PANEL}, I, rows, to);
-      case Stored::kInt4: {
-        const int64_t grid = p * weight.blocks * PANEL;
-        const int8_t* code = bytes + p * I / 2 * PANEL;
-        const Codes4 codes{code, weight.scale + grid, weight.offset + grid, I / weight.blocks, {}, {}};
-        return multiply_panel(x, codes, I, rows, to);
-      }
+        return multiply_panel(x, codes8(p), I, rows, to);
+      case Stored::kInt4:
+        return multiply_panel(x, codes4(p), I, rows, to);
     }
   });
 }

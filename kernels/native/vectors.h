@@ -38,6 +38,16 @@ static INLINE I32 widened(const int8_t* from) {
 #endif
 }
 
+// The lower 4 bits of each as a number in [-8, 7].
+static INLINE F code_in_low_half(I32 bits) {
+#if LANES == 16
+  const F table = {0, 1, 2, 3, 4, 5, 6, 7, -8, -7, -6, -5, -4, -3, -2, -1};
+  return (F)_mm512_permutexvar_ps((__m512i)bits, (__m512)table);
+#else
+  return __builtin_convertvector(bits << 28 >> 28, F);
+#endif
+}
+
 static INLINE F load(const int8_t* from) { return __builtin_convertvector(widened(from), F); }
 
 static INLINE F splat(float value) { return value - F{}; }

@@ -66,8 +66,11 @@ def unpack(weight: Panels, outputs: int) -> jax.Array:
 
 
 def columns(weight: Panels, output_R: jax.Array) -> jax.Array:
-    """f32 [R, I]: of these outputs all their inputs, as an embedding is looked up. Of float weights, as `unpack`."""
-    return weight.code[output_R // PANEL, :, output_R % PANEL].astype(jnp.float32).reshape(len(output_R), -1)
+    """f32 [R, I]: of these outputs all their inputs, as an embedding is looked up. Not of 4-bit codes; else as
+    `unpack`."""
+    panel_R, lane_R = output_R // PANEL, output_R % PANEL
+    code_RI = weight.code[panel_R, :, lane_R].astype(jnp.float32).reshape(len(output_R), -1)
+    return code_RI if weight.scale is None else code_RI * weight.scale[panel_R, lane_R, None]
 
 
 def rounded(x: jax.Array) -> jax.Array:

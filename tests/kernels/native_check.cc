@@ -208,7 +208,11 @@ void check_products() {
     for (int64_t R : {1, 2, 3, 4, 5, 6, 7, 8, 9, 11, 12, 13, 25, 40})
       for (int64_t I : {64, 288, 608})  // 288 and 608 end within a run of unpacked inputs
         for (int64_t O : {1, 31, 32, 33, 70}) check_product(stored, R, I, O, 32);
+  for (Stored stored : {Stored::kInt8, Stored::kInt4})  // several panels of a part, whole ones and the last
+    for (int64_t R : {1, 2, 3})
+      for (int64_t O : {128, 140, 200}) check_product(stored, R, 288, O, 32);
   for (int64_t I : {1, 3, 17, 257}) {  // inputs that nothing divides
+    check_product(Stored::kInt8, 1, I, 140, 1);
     for (int64_t R : {1, 14}) {
       check_product(Stored::kF32, R, I, 40, 1);
       check_product(Stored::kBF16, R, I + 1, 40, 1);

@@ -77,6 +77,8 @@ def test_panels_hold_codes():
     panels = pack_int8(jnp.asarray(code_OI), jnp.asarray(scale_O))
     assert [leaf.shape for leaf in panels[:2]] == [(2, 6, PANEL), (2, PANEL)]
     np.testing.assert_allclose(unpack(panels, 40), code_OI * scale_O[:, None], rtol=1e-6)
+    output_R = np.array([0, 31, 32, 39])
+    assert np.array_equal(columns(panels, jnp.asarray(output_R)), unpack(panels, 40)[output_R])
     code_IO = rng.integers(-8, 8, (16, 40), np.int8)
     scale_QO, offset_QO = rng.uniform(1, 2, (2, 2, 40)).astype(np.float32)
     packed = (code_IO[::2] & 15) | (code_IO[1::2] << 4)
@@ -87,11 +89,11 @@ def test_panels_hold_codes():
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-@pytest.mark.parametrize("I", [288, 33])
-def test_products_with_codes(level, I, dtype):
-    """33 inputs are odd in number, and no block divides them."""
+@pytest.mark.parametrize(("I", "O"), [(288, 70), (33, 70), (64, 600)])
+def test_products_with_codes(level, I, O, dtype):
+    """33 inputs are odd in number, and no block divides them; 600 outputs are several panels for each thread."""
     rng = np.random.default_rng(1)
-    R, O = 30, 70
+    R = 30
     x_RI = jnp.asarray(oracle.normal(1, R, I), dtype)
     kinds = [pack_int8(jnp.asarray(rng.integers(-128, 128, (O, I), np.int8)), oracle.normal(2, O))]
     if I % 32 == 0:

@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from slipstream.benchmarks.baselines.xla import xla_twin
+from slipstream.engine_impl import bridge
 from slipstream.engine_impl.api import Piece
 from slipstream.engine_impl.config import EngineConfig
 from slipstream.engine_impl.errors import RefusedError
@@ -41,6 +42,9 @@ def kinds(engine):
         ),
         pytest.param({"quantize_weights": "int8"}, SHAPE, {"float32", "int8"}, marks=pytest.mark.slow),
         pytest.param({"quantize_weights": "int4"}, TIED, {"float32", "int4"}, marks=pytest.mark.slow),
+        pytest.param(
+            {"quantize_weights": "int4", "quantize_exclude": ()}, TIED, {"int8", "int4"}, marks=pytest.mark.slow
+        ),
         pytest.param({"quantize_kv": "int8"}, SHAPE, {"float32"}, marks=pytest.mark.slow),
     ],
 )
@@ -54,12 +58,24 @@ def test_tokens_are_those_of_xla(options, shape, expected):
     assert greedy(engine, params, PROMPTS, 12) == greedy(*twin, PROMPTS, 12)
 
 
-def test_a_tied_embedding_lies_there_once():
-    engine, params = engine_with(TIED, dtype="bfloat16")
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"dtype": "bfloat16"}, {"code": "bfloat16"}),
+        ({"quantize_weights": "int4"}, {"code": "float32"}),
+        ({"quantize_weights": "int4", "quantize_exclude": ()}, {"code": "int8", "scale": "float32"}),
+    ],
+)
+def test_a_tied_embedding_lies_there_once(options, expected):
+    """And is looked up and multiplied as the same values."""
+    engine, params = engine_with(TIED, **options)
     assert type(engine.model.embed_tokens) is PanelEmbedding
     assert type(engine.model.lm_head) is PanelLinear
     assert params["lm_head"] is params["embed_tokens"]
-    assert {name: leaf.dtype for name, leaf in params["embed_tokens"].items()} == {"code": jnp.dtype("bfloat16")}
+    assert {name: leaf.dtype.name for name, leaf in params["embed_tokens"].items()} == expected
+    looked_up_VD = bridge.run(engine.model.embed_tokens, params["embed_tokens"], jnp.arange(TIED.vocab_size))
+    multiplied_DV = bridge.run(engine.model.lm_head, params["lm_head"], jnp.eye(TIED.model_dim))
+    np.testing.assert_array_equal(looked_up_VD, multiplied_DV.T)
 
 
 def test_a_rope_is_computed_once_for_all_layers():
