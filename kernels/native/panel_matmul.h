@@ -124,7 +124,7 @@ struct Codes4 {
     for (int half = 0; half < 2; ++half) {
       const I32 pair = widened(row + half * HALF);
       w[0][half] = code_in_low_half(pair) * scales[half] + offsets[half];
-      w[1][half] = code_in_low_half(pair >> 4) * scales[half] + offsets[half];
+      w[1][half] = __builtin_convertvector(pair >> 4, F) * scales[half] + offsets[half];
     }
   }
 };
@@ -210,11 +210,11 @@ static void multiply_all(int64_t rows, const Lane* x, int64_t x_row, const Lane*
   }
 }
 
-// Two panels side by side: with few rows a panel has too few sums of its own to keep the multipliers busy.
-template <int N, typename Codes>
-static void multiply_two(const float* x, Codes left, Codes right, int64_t inputs, const Sums (&to)[2]) {
+// One row times two panels side by side: of one the sums are too few to keep the multipliers busy.
+template <typename Codes>
+static void multiply_two(const float* x, Codes left, Codes right, int64_t inputs, const Sums& to) {
   for (int j = 0; j < HALF; j += LANES) {
-    F sums[2][N][2] = {};
+    F sums[2][1][2] = {};
     const int64_t block = block_of(left, inputs);
     for (int64_t from = 0; from < inputs; from += block) {
       const int64_t end = from + block < inputs ? from + block : inputs;
@@ -223,38 +223,31 @@ static void multiply_two(const float* x, Codes left, Codes right, int64_t inputs
       for (; i + UNROLLED <= end; i += UNROLLED)
 #pragma GCC unroll 4
         for (int u = 0; u < UNROLLED; u += Codes::STEP) {
-          add_inputs<N>(x, inputs, left, i + u, j, sums[0]);
-          add_inputs<N>(x, inputs, right, i + u, j, sums[1]);
+          add_inputs<1>(x, inputs, left, i + u, j, sums[0]);
+          add_inputs<1>(x, inputs, right, i + u, j, sums[1]);
         }
       for (; i < end; i += Codes::STEP) {
-        add_inputs<N>(x, inputs, left, i, j, sums[0]);
-        add_inputs<N>(x, inputs, right, i, j, sums[1]);
+        add_inputs<1>(x, inputs, left, i, j, sums[0]);
+        add_inputs<1>(x, inputs, right, i, j, sums[1]);
       }
     }
-#pragma GCC unroll 2
-    for (int side = 0; side < 2; ++side)
-#pragma GCC unroll 2
-      for (int n = 0; n < N; ++n)
-#pragma GCC unroll 2
-        for (int half = 0; half < 2; ++half) {
-          F sum = sums[side][n][half];
-          if (to[side].scale) sum *= load(to[side].scale + j + half * HALF);
-          store(to[side].out + n * to[side].row + j + half * HALF, sum);
-        }
+#pragma GCC unroll 4
+    for (int half = 0; half < 4; ++half) {
+      F sum = sums[half / 2][0][half % 2];
+      if (to.scale) sum *= load(to.scale + half * HALF + j);
+      store(to.out + half * HALF + j, sum);
+    }
   }
 }
 
-// Whole panels from `first` on of codes, in twos, for one row or two. Returns the first panel that is left.
+// One row times whole panels of codes from `first` on, in twos. Returns the first panel that is left.
 template <typename CodesAt>
-static int64_t in_twos(const float* x, const Panels& weight, float* out, int64_t rows, int64_t first, int64_t last,
+static int64_t in_twos(const float* x, const Panels& weight, float* out, int64_t first, int64_t last,
                        const CodesAt& codes_at) {
   const int64_t O = weight.outputs, whole = std::min(last, O / PANEL);
   for (; first + 2 <= whole; first += 2) {
     const float* scale = weight.stored == Stored::kInt8 ? weight.scale + first * PANEL : nullptr;
-    float* left = out + first * PANEL;
-    const Sums to[2] = {{left, O, false, scale}, {left + PANEL, O, false, scale ? scale + PANEL : nullptr}};
-    const auto multiply = rows == 1 ? multiply_two<1, decltype(codes_at(0))> : multiply_two<2, decltype(codes_at(0))>;
-    multiply(x, codes_at(first), codes_at(first + 1), weight.inputs, to);
+    multiply_two(x, codes_at(first), codes_at(first + 1), weight.inputs, Sums{out + first * PANEL, O, false, scale});
   }
   return first;
 }
@@ -334,8 +327,8 @@ static void panels(const float* x, const Panels& weight, float* out, int64_t row
     const int8_t* code = bytes + p * I / 2 * PANEL;
     return Codes4{code, weight.scale + grid, weight.offset + grid, I / weight.blocks, {}, {}};
   };
-  if (rows <= 2 && weight.stored == Stored::kInt8) first = in_twos(x, weight, out, rows, first, last, codes8);
-  if (rows <= 2 && weight.stored == Stored::kInt4) first = in_twos(x, weight, out, rows, first, last, codes4);
+  if (rows == 1 && weight.stored == Stored::kInt8) first = in_twos(x, weight, out, first, last, codes8);
+  if (rows == 1 && weight.stored == Stored::kInt4) first = in_twos(x, weight, out, first, last, codes4);
   of_panels(weight, out, rows, first, last, [&](int64_t p, const Sums& to) {
     switch (weight.stored) {
       case Stored::kF32:
