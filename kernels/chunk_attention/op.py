@@ -55,8 +55,8 @@ def chunk_attention(
         q_TNH: queries, rope applied; bf16 or f32. Query head n uses kv head n // (N / K). Sharded on N, as K.
         k_TKH, v_TKH: q's dtype. Sharded on K.
         cache_LPKRC: all layers' pages of k and v side by side (C = 2 H), q's dtype, or int8 codes with scales; R a
-            multiple of 128, of 16 for the CPU's own kernel. Sharded on K. Pages behind the start, and those before all
-            queries' windows, are not read.
+            multiple of 128, of 16 on CPUs. Sharded on K. Pages behind the start, and those before all queries' windows,
+            are not read.
         layer: which layer to read, a Python int or an i32 scalar, traced or not.
         start_M: i32, rows of each text in the cache, multiples of R, at most J R. 0 reads nothing.
         page_MJ: i32, the pages of each text, its first tokens' first. Texts may share pages.
@@ -89,15 +89,14 @@ def chunk_attention(
     check_cache(cache_LPKRC, scale_LPK2R, layer, head_dim=H, backend=backend)
     if start_M.ndim != 1 or not start_M.size or T % start_M.size:
         raise ValueError(f"start_M must be [M], M a divisor of the {T=} rows, got {start_M.shape}")
-    is_native = backend == "native_cpu" and q_TNH.dtype == jnp.float32
-    check_pages("page_MJ", page_MJ, texts=start_M.size, rows=R, is_tiled=not is_native)
+    check_pages("page_MJ", page_MJ, texts=start_M.size, rows=R, is_tiled=backend not in ("xla", "native_cpu"))
     if sink_N is not None:
         check_shape("sink_N", sink_N, (N,), "N")
         sink_N = sink_N.astype(jnp.float32)
 
     if is_xla(backend):
         attention = chunk_attention_gpu if backend == "xla_gpu" else chunk_attention_reference
-        if is_native:
+        if backend == "native_cpu" and q_TNH.dtype == jnp.float32:
             attention = chunk_attention_native
     else:
         attention = functools.partial(chunk_attention_tpu, interpret=interpret_params(backend))

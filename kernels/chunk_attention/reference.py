@@ -1,14 +1,16 @@
 """Chunk attention in plain XLA: the definition, and what runs on CPUs without native kernels."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 
 from ..scores import add_sink, cap_scores, exact_scale
 
 BLOCK = 128
-"""Tokens of a chunk that are queries together, and keys together: their scores stay in a CPU's cache. N, K, H = 9, 3,
-64 in f32 on 2 CPU cores without cached rows, ms in blocks of 64, 128 and 256: T = 512 2.9, 2.9, 3.4; T = 1024 11.3,
-10.5, 11.1."""
+"""Tokens of a chunk that are queries together, and keys together, fewer where a page has fewer: their scores stay in a
+CPU's cache. N, K, H = 9, 3, 64 in f32 on 2 CPU cores without cached rows, ms in blocks of 64, 128 and 256: T = 512 2.9,
+2.9, 3.4; T = 1024 11.3, 10.5, 11.1."""
 
 
 def chunk_attention_reference(
@@ -36,7 +38,8 @@ def chunk_attention_reference(
     slices bf16 by way of an f32 copy of the whole cache.
     """
     (T, N, H), K, R, M = q_TNH.shape, k_TKH.shape[1], cache_LPKRC.shape[3], start_M.size
-    G, block = N // K, min(BLOCK, T // M)
+    G, keys = N // K, math.gcd(BLOCK, R)
+    block = min(keys, T // M)
     blocks = -(-T // M // block)  # of a text; I are those of all
 
     def in_blocks(x_TKH: jax.Array) -> jax.Array:
@@ -70,27 +73,27 @@ def chunk_attention_reference(
             return p_KXS.sum(axis=-1), acc_KXH
 
         def cached_rows(j):
-            page, row, zero = page_MJ[text, j * BLOCK // R], j * BLOCK % R, jnp.int32(0)
+            page, row, zero = page_MJ[text, j * keys // R], j * keys % R, jnp.int32(0)
 
             def cut(leaf, start, sizes):
                 return jax.lax.dynamic_slice(leaf, (layer, page, zero, *start), (1, 1, K, *sizes))[0, 0]
 
-            k_KSH, v_KSH = (cut(cache_LPKRC, (row, jnp.int32(lane)), (BLOCK, H)).astype(q_TNH.dtype) for lane in (0, H))
-            return k_KSH, v_KSH, None if scale_LPK2R is None else cut(scale_LPK2R, (zero, row), (2, BLOCK))
+            k_KSH, v_KSH = (cut(cache_LPKRC, (row, jnp.int32(lane)), (keys, H)).astype(q_TNH.dtype) for lane in (0, H))
+            return k_KSH, v_KSH, None if scale_LPK2R is None else cut(scale_LPK2R, (zero, row), (2, keys))
 
         def own_rows(j):
-            at = text * blocks + j - start // BLOCK
-            return k_IKSH[at], v_IKSH[at], None if scale_LPK2R is None else jnp.ones((K, 2, BLOCK))
+            at = text * blocks + j - start // keys
+            return k_IKSH[at], v_IKSH[at], None if scale_LPK2R is None else jnp.ones((K, 2, keys))
 
         def add_rows(j, carry):
-            """The text's rows from j * BLOCK on: whole blocks of the cache, then of the chunk."""
+            """The text's rows from j * keys on: whole blocks of the cache, then of the chunk."""
             if blocks == 1:
                 k_KSH, v_KSH, scale_K2S = cached_rows(j)
             else:
-                k_KSH, v_KSH, scale_K2S = jax.lax.cond(j * BLOCK < start, cached_rows, own_rows, j)
+                k_KSH, v_KSH, scale_K2S = jax.lax.cond(j * keys < start, cached_rows, own_rows, j)
             seen_XS = None
             if window is not None:
-                seen_XS = (start + own * block + at_X)[:, None] - (j * BLOCK + jnp.arange(BLOCK))[None, :] < window
+                seen_XS = (start + own * block + at_X)[:, None] - (j * keys + jnp.arange(keys))[None, :] < window
             scale_k_K1S, scale_v_K1S = (None, None) if scale_K2S is None else jnp.split(scale_K2S, 2, axis=1)
             score_KXS = scores(k_KSH, seen_XS, scale_k_K1S)
             m_KX, l_KX, acc_KXH = carry
@@ -104,7 +107,7 @@ def chunk_attention_reference(
         m_KX = score_KXS.max(axis=-1)
         carry = add_sink(m_KX, *weigh(score_KXS, m_KX, v_IKSH[i]), sink_KX)
         first = 0 if window is None else jnp.maximum(start + own * block - window + 1, 0)
-        _, l_KX, acc_KXH = jax.lax.fori_loop(first // BLOCK, start // BLOCK + own, add_rows, carry)
+        _, l_KX, acc_KXH = jax.lax.fori_loop(first // keys, start // keys + own, add_rows, carry)
         return out_IKXH.at[i].set((acc_KXH / l_KX[..., None]).astype(q_TNH.dtype))
 
     out_IKXH = jax.lax.fori_loop(0, M * blocks, attend_block, jnp.zeros_like(q_IKXH))

@@ -142,6 +142,12 @@ def test_pages_larger_than_blocks(mesh, backend, rows):
     Case([rows, 0, 2 * rows], 144, 1, 2, 64, rows=rows).check(backend, mesh)
 
 
+@pytest.mark.parametrize("backend", ["xla", "native_cpu"])
+@pytest.mark.parametrize(("rows", "int8"), [(64, False), (64, True), (48, False)])
+def test_pages_smaller_than_blocks(mesh, backend, rows, int8):
+    Case([3 * rows, 0, rows], 144, 1, 2, 64, window=100, rows=rows, int8=int8).check(backend, mesh)
+
+
 WINDOWS = [1, 2, 16, 127, 128, 129, 130, 200, 256, 300, 385, 2**31 - 1]
 
 
@@ -298,7 +304,8 @@ def test_queries_of_a_step_fit_into_vmem(tokens, kv_heads, group, block, heads):
         ({"start": (3,)}, r"M a divisor of the T=32 rows, got \(3,\)"),
         ({"start": ()}, r"start_M must be \[M\]"),
         ({"page": (1, 4)}, r"page_MJ must be \[M, J\] = \(2, pages of a text\), got \(1, 4\)"),
-        ({"cache": (1, 4, 2, 96, 128)}, "multiple of 128"),
+        ({"cache": (1, 4, 2, 100, 128)}, "rows=100 must have a multiple of 16; nearest above: 112"),
+        ({"backend": "xla_gpu", "cache": (1, 4, 2, 96, 128)}, "rows=96 must have a multiple of 128; nearest above: 128"),
         ({"cache": (1, 4, 2, 128, 64)}, r"C=64 lanes, but k and v side by side need 2 \* H=64"),
         ({"layer": 1}, r"layer=1 must be in \[0, L=1\)"),
         ({"window": 0}, "window=0 must be at least 1"),
