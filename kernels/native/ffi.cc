@@ -54,16 +54,19 @@ ffi::Error multiply(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer code,
   const int64_t threads = R * I * O < SMALL ? 1 : pool.num_threads();
   const int64_t row_parts = R > ROWS_OF_A_PART ? (R + ROWS_OF_A_PART - 1) / ROWS_OF_A_PART : 1;
   const int64_t rows = (R + row_parts - 1) / row_parts;
+  const bool is_code = *stored == Stored::kInt8 || *stored == Stored::kInt4;
+  const int64_t each = R == 1 && is_code ? 2 : 1;  // panels of a part: one row of codes takes them in twos
   const auto* halves = x.element_type() == ffi::DataType::BF16 ? static_cast<const uint16_t*>(x.untyped_data()) : nullptr;
   const bool has_dots = own.dots && (*stored == Stored::kBF16 || *stored == Stored::kInt8) && I % 2 == 0;
   const auto floats = halves && !has_dots ? widened(halves, R * I) : std::vector<float>();
   const float* from = !halves ? static_cast<const float*>(x.untyped_data()) : has_dots ? nullptr : floats.data();
   float* to = out->typed_data();
-  share(pool, threads, row_parts * P, [=, &own](int64_t part) {
-    const int64_t row = part % row_parts * rows, panel = part / row_parts, count = std::min(rows, R - row);
+  share(pool, threads, row_parts * ((P + each - 1) / each), [=, &own](int64_t part) {
+    const int64_t row = part % row_parts * rows, count = std::min(rows, R - row);
+    const int64_t panel = part / row_parts * each, last = std::min(panel + each, P);
     if (count <= 0) return;
-    if (from) return own.panels(from + row * I, weight, to + row * O, count, panel, panel + 1);
-    own.dots(halves + row * I, weight, to + row * O, count, panel, panel + 1);
+    if (from) return own.panels(from + row * I, weight, to + row * O, count, panel, last);
+    own.dots(halves + row * I, weight, to + row * O, count, panel, last);
   });
   return ffi::Error::Success();
 }
