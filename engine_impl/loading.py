@@ -57,10 +57,10 @@ def load_engine(
 
 
 def load_params(engine: Engine, checkpoint: Checkpoint, draft: Checkpoint | None = None) -> Params:
-    """The weights, in memory as it suits them. Raises RefusedError as `Parameters.load`."""
+    """The weights, in memory as it suits them and the cache that comes next. Raises as `Parameters.load`."""
     params = engine.parameters.load(checkpoint, draft)
     allocator.give_back()  # the weights as they were read
-    allocator.use_huge_pages()
+    allocator.use_huge_pages(beside=engine.programs.cache_bytes)
     return params
 
 

@@ -5,7 +5,8 @@ the system each time, and the system gives them back page by page, filled with z
 libraries are left as they are.
 
 Weights are read from end to end at every step, 538 MB of them in float32: the processor looks up where each page of 4
-KiB lies, and fetches nothing ahead of where it knows that. So the heap is moved to huge pages once they are loaded.
+KiB lies, and fetches nothing ahead of where it knows that. So the heap is moved to huge pages once they are loaded, and
+the cache behind them is made of some.
 """
 
 import ctypes
@@ -65,18 +66,32 @@ def give_back() -> None:
         library.malloc_trim(0)
 
 
-def use_huge_pages() -> None:
-    """What was allocated since `keep_freed` moves to huge pages, if the system has them, at least for who asks.
+def use_huge_pages(beside: int = 0) -> None:
+    """What was allocated since `keep_freed` moves to huge pages, if the system has them, at least for who asks. So do
+    the next `beside` bytes, which are free when this returns and not touched yet.
 
-    Allocations wait meanwhile, some 0.7 s for each GiB. Memory that was free in between counts as used again.
+    Allocations wait meanwhile, some 0.7 s for each GiB that moves. What was free in between counts as used again.
     """
     if not _keeps or (library := _glibc()) is None or not has_huge_pages():
         return
-    for first, end in re.findall(r"^(\w+)-(\w+) .*\[heap\]$", MAPS.read_text(), re.MULTILINE):
-        start = -(-int(first, 16) // HUGE_PAGE) * HUGE_PAGE
-        size = int(end, 16) // HUGE_PAGE * HUGE_PAGE - start
-        if size > 0 and library.madvise(ctypes.c_void_p(start), ctypes.c_size_t(size), MADV_HUGEPAGE) == 0:
-            library.madvise(ctypes.c_void_p(start), ctypes.c_size_t(size), MADV_COLLAPSE)  # before Linux 6.1 in time
+    heap = _heap()
+    if beside:
+        library.mallopt(M_TRIM_THRESHOLD, KEPT_BYTES + beside)
+        library.free(library.malloc(beside))
+    for start, end in _heap():
+        if library.madvise(start, end - start, MADV_HUGEPAGE):
+            return  # an older system has none
+    for start, end in heap:
+        library.madvise(start, end - start, MADV_COLLAPSE)  # before Linux 6.1 in time
+
+
+def _heap() -> list[tuple[int, int]]:
+    """(first byte, end) of what the heap has of whole huge pages."""
+    found = re.findall(r"^(\w+)-(\w+) .*\[heap\]$", MAPS.read_text(), re.MULTILINE)
+    whole = [
+        (-(-int(first, 16) // HUGE_PAGE) * HUGE_PAGE, int(end, 16) // HUGE_PAGE * HUGE_PAGE) for first, end in found
+    ]
+    return [(start, end) for start, end in whole if start < end]
 
 
 def has_huge_pages() -> bool:
@@ -90,4 +105,12 @@ def _glibc() -> ctypes.CDLL | None:
         version = os.confstr("CS_GNU_LIBC_VERSION")
     except (AttributeError, OSError, ValueError):
         return None
-    return ctypes.CDLL(None) if version and version.startswith("glibc") else None
+    if not version or not version.startswith("glibc"):
+        return None
+    library = ctypes.CDLL(None)
+    library.malloc.restype, library.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
+    library.free.argtypes, library.madvise.argtypes = (
+        [ctypes.c_void_p],
+        [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int],
+    )
+    return library

@@ -54,9 +54,9 @@ def huge():
     found = re.search(r"AnonHugePages: +([0-9]+) kB", open("/proc/self/smaps_rollup").read())
     return int(found[1]) << 10
 
-def move():
+def move(beside=0):
     before = huge()
-    allocator.use_huge_pages()
+    allocator.use_huge_pages(beside)
     print(huge() - before)
 
 move()
@@ -64,8 +64,11 @@ allocator.keep_freed()
 blocks = [libc.malloc(1 << 20) for _ in range(20)]  # each less than a huge page
 for block in blocks:
     libc.memset(block, 7, 1 << 20)
-move()
+move(beside=700 << 20)  # more than stays free at the heap's end
 assert all(ctypes.string_at(block, 1 << 20) == bytes([7]) * (1 << 20) for block in blocks)
+before = huge()
+libc.memset(libc.malloc(700 << 20), 7, 64 << 20)
+print(huge() - before)
 """
 PAGES = (100 << 20) // resource.getpagesize()
 """Faults when all of a block's pages are new."""
@@ -98,11 +101,12 @@ def test_left_alone_the_library_returns_it():
     not IS_GLIBC or not allocator.has_huge_pages() or not has_collapse(),
     reason="the system has no huge pages to give, or not at once",
 )
-def test_what_is_allocated_moves_to_huge_pages_once_the_heap_is_one():
+def test_what_is_allocated_moves_to_huge_pages_once_the_heap_is_one_and_so_does_what_comes_next():
     done = subprocess.run([sys.executable, "-c", HUGE], capture_output=True, text=True, timeout=60, check=True)
-    before, moved = map(int, done.stdout.split())
+    before, moved, beside = map(int, done.stdout.split())
     assert before == 0
     assert moved >= 18 << 20
+    assert beside >= 62 << 20
 
 
 def test_a_system_without_huge_pages_is_not_asked(monkeypatch, tmp_path):
