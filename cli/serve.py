@@ -39,6 +39,8 @@ class Serve:
             raise RefusedError("--prefill-devices shares the devices of one host: leave it, or --hosts, out")
 
     def run(self) -> int:
+        if platform_of(self.engine.platform) == "cpu":
+            allocator.keep_freed()  # before any thread begins, the log's too
         place = self.hosts.place(os.environ)
         # gRPC's core has a line on stderr for every handshake that fails, such as those of port scanners.
         os.environ.setdefault("GRPC_VERBOSITY", "NONE")
@@ -51,8 +53,6 @@ class Serve:
         watch = self.server.watch
         line = StatusLine() if watch.log_format == "text" else None
         logs.configure(watch.log_format, prompts=watch.log_prompts, line=line)
-        if platform_of(self.engine.platform) == "cpu":
-            allocator.keep_freed()  # before the fronts have threads
         if place is not None:
             return self._in_group(place, line)
         if self.server.orchestrator == "jetstream":

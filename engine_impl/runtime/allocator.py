@@ -38,6 +38,9 @@ HUGE_PAGE = 2 << 20
 
 MAPS = Path("/proc/self/maps")
 
+ROOM = 64 << 20
+"""Beside what comes next, for what is allocated before it (bytes)."""
+
 HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 """Who has them: [always], [madvise] or [never]."""
 
@@ -76,8 +79,7 @@ def use_huge_pages(beside: int = 0) -> None:
         return
     heap = _heap()
     if beside:
-        library.mallopt(M_TRIM_THRESHOLD, KEPT_BYTES + beside)
-        library.free(library.malloc(beside))
+        _make_room(library, beside + ROOM)
     for start, end in _heap():
         if library.madvise(start, end - start, MADV_HUGEPAGE):
             return  # an older system has none
@@ -85,13 +87,20 @@ def use_huge_pages(beside: int = 0) -> None:
         library.madvise(start, end - start, MADV_COLLAPSE)  # before Linux 6.1 in time
 
 
+def _make_room(library: ctypes.CDLL, size: int) -> None:
+    """So many bytes are free within the heap, and not at its end, where they would go back to the system."""
+    block, behind = library.malloc(size), library.malloc(size)
+    library.realloc(behind, 64)  # what stays of it keeps the block off the end
+    library.free(block)
+
+
 def _heap() -> list[tuple[int, int]]:
     """(first byte, end) of what the heap has of whole huge pages."""
-    found = re.findall(r"^(\w+)-(\w+) .*\[heap\]$", MAPS.read_text(), re.MULTILINE)
-    whole = [
-        (-(-int(first, 16) // HUGE_PAGE) * HUGE_PAGE, int(end, 16) // HUGE_PAGE * HUGE_PAGE) for first, end in found
+    pages = [
+        (-(-int(first, 16) // HUGE_PAGE), int(end, 16) // HUGE_PAGE)
+        for first, end in re.findall(r"^(\w+)-(\w+) .*\[heap\]$", MAPS.read_text(), re.MULTILINE)
     ]
-    return [(start, end) for start, end in whole if start < end]
+    return [(first * HUGE_PAGE, end * HUGE_PAGE) for first, end in pages if first < end]
 
 
 def has_huge_pages() -> bool:
@@ -108,9 +117,8 @@ def _glibc() -> ctypes.CDLL | None:
     if not version or not version.startswith("glibc"):
         return None
     library = ctypes.CDLL(None)
-    library.malloc.restype, library.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
-    library.free.argtypes, library.madvise.argtypes = (
-        [ctypes.c_void_p],
-        [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int],
-    )
+    address, size = ctypes.c_void_p, ctypes.c_size_t
+    library.malloc.restype, library.malloc.argtypes = address, [size]
+    library.realloc.restype, library.realloc.argtypes = address, [address, size]
+    library.free.argtypes, library.madvise.argtypes = [address], [address, size, ctypes.c_int]
     return library
