@@ -17,7 +17,7 @@ from slipstream.cli.bench import Bench
 from slipstream.cli.serve import Serve
 from slipstream.engine_impl.config import EngineConfig
 from slipstream.engine_impl.errors import RefusedError
-from slipstream.engine_impl.runtime import garbage
+from slipstream.engine_impl.runtime import allocator, garbage
 from slipstream.server import child
 from slipstream.server.config import ServerConfig
 
@@ -428,6 +428,26 @@ def test_a_command_that_starts_seldom_looks_for_garbage(monkeypatch):
         assert gc.get_threshold() == garbage.SELDOM
     finally:
         gc.set_threshold(*before)
+
+
+def test_a_servers_memory_is_one_heap(monkeypatch):
+    """The C library gives threads heaps of their own if one has allocated before it is told not to."""
+    threads = "import os, slipstream.cli.serve; print(len(os.listdir('/proc/self/task')))"
+    if os.path.exists("/proc/self/task"):
+        env = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
+        done = subprocess.run([sys.executable, "-c", threads], capture_output=True, text=True, check=True, env=env)
+        assert done.stdout == "1\n"
+
+    class Told(Exception): ...
+
+    def tell():
+        raise Told
+
+    before = threading.active_count()
+    monkeypatch.setattr(allocator, "keep_freed", tell)
+    with pytest.raises(Told):
+        Serve(EngineConfig(platform="cpu"), ServerConfig()).run()
+    assert threading.active_count() == before
 
 
 def test_ctrl_c_is_no_traceback(monkeypatch, capsys):
