@@ -186,10 +186,11 @@ def test_a_program_on_real_chips(program, kv_heads, head_dim, topology, quantize
     assert memory.argument_size_in_bytes + memory.temp_size_in_bytes + cache_bytes < chip_of(topology).hbm_bytes
     if program.startswith("prefill"):
         assert hlo.pallas_calls() == {"chunk_attention": LAYERS}
-        assert memory.temp_size_in_bytes < 0.05 * cache_bytes + 2 * 2**20  # v5p turns queries and rows around
+        assert memory.temp_size_in_bytes < 0.05 * cache_bytes + 2.5 * 2**20  # v5p turns queries and rows around
     else:
         logits_bytes = 4 * slots * width * VOCABULARY // engine.mesh.size  # a sampled step holds a few of these
         room = 8.5 * logits_bytes + unpacked_mask_bytes(hlo, slots, VOCABULARY // engine.mesh.size)
+        room += 2**20 if program.startswith("carry") else 0  # the piece beside the step
         assert memory.temp_size_in_bytes < 0.01 * cache_bytes + room + 2**20  # logits once in bfloat16
         state_bytes = cache_bytes + 2 * slots * VOCABULARY // engine.mesh.size  # a u16 a slot and token
         state_bytes += sampling_bytes(engine) + (4 * slots * CACHE_LENGTH if drafts else 0)  # the slots' texts
