@@ -13,7 +13,6 @@ from slipstream.engine_impl.sampling.params import SamplingParams
 from slipstream.engine_impl.session import Session
 from slipstream.engine_impl.shapes import Shapes
 from slipstream.engine_impl.text.tokenizer import NoTokenizer
-from slipstream.kernels import native
 
 from .tiny_models import TINY, greedy, tiny_engine
 
@@ -77,7 +76,7 @@ def tiny():
     ("devices", "quantize_kv", "rows"),
     [
         (1, "none", R),
-        pytest.param(1, "none", 64, marks=pytest.mark.skipif(not native.is_built(), reason="XLA's have 128 rows")),
+        (1, "none", 64),
         pytest.param(1, "int8", R, marks=pytest.mark.slow),
         pytest.param(8, "none", R, marks=pytest.mark.slow),
     ],
