@@ -58,6 +58,7 @@ def load_engine(
 
 def load_params(engine: Engine, checkpoint: Checkpoint, draft: Checkpoint | None = None) -> Params:
     """The weights, in memory as it suits them and the cache that comes next. Raises as `Parameters.load`."""
+    allocator.use_huge_pages(beside=engine.parameters.bytes)  # else as many would have to move
     params = engine.parameters.load(checkpoint, draft)
     allocator.give_back()  # the weights as they were read
     allocator.use_huge_pages(beside=engine.programs.cache_bytes)

@@ -4,6 +4,7 @@ devices."""
 from dataclasses import dataclass
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
@@ -13,7 +14,8 @@ from .checkpoints.contract import Checkpoint
 from .errors import RefusedError
 from .forward import LayerLoop, Params
 from .models.decoder import Decoder
-from .weights.load import needed_shapes
+from .sizes import device_bytes
+from .weights.load import abstract_params, needed_shapes
 from .weights.loaded import loaded
 
 
@@ -39,6 +41,19 @@ class Parameters:
     def max_adapters(self) -> int:
         """Adapters that the devices hold at once."""
         return 0 if self.places is None else self.places.count
+
+    def abstract(self) -> Params:
+        """Shapes, types and shardings."""
+        form = self.mesh, self.dtype, self.layer_loop
+        params = abstract_params(self.model, *form)
+        if self.draft is not None:
+            params |= {"draft": abstract_params(self.draft, *form)}
+        return params if self.places is None else params | {"adapters": self.places.abstract(self.layer_loop)}
+
+    @property
+    def bytes(self) -> int:
+        """Of all devices together."""
+        return self.mesh.size * device_bytes(jax.tree.leaves(self.abstract()))
 
     def load(self, checkpoint: Checkpoint, draft_checkpoint: Checkpoint | None = None) -> Params:
         """Read the weights onto the mesh, the draft model's too where there is one. Raises RefusedError when a

@@ -17,7 +17,7 @@ from ...cache_manager import CacheLayout
 from ...engine_impl.assembly import twin
 from ...engine_impl.compiler.budget import cache_copies
 from ...engine_impl.compiler.hlo import Program
-from ...engine_impl.compiler.lowering import abstract_params, lower_generate
+from ...engine_impl.compiler.lowering import lower_generate
 from ...engine_impl.compiler.plan import abstract_engine, plan, shape_of
 from ...engine_impl.compiler.topology import devices_of
 from ...engine_impl.config import EngineConfig
@@ -119,7 +119,7 @@ def _compile_attention(attention: AttentionVariant, layout: CacheLayout, heads: 
 
 def _copied_matrices(hlo: Program, engine: Engine) -> int:
     """Weights of one layer that are copied before they are multiplied, by their shapes."""
-    layers = abstract_params(engine)["layers"]
+    layers = engine.parameters.abstract()["layers"]
     is_stacked = isinstance(layers, dict)
     leaves = [leaf for leaf in jax.tree.leaves(layers) if len(leaf.shape) == (3 if is_stacked else 2)]
     of_a_layer = {leaf.shape: math.prod(leaf.shape[-2:]) * leaf.dtype.itemsize for leaf in leaves}

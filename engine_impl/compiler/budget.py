@@ -12,7 +12,6 @@ from ..sizes import device_bytes
 from ..weights.load import matrices
 from .chips import Chip
 from .hlo import Program
-from .lowering import abstract_params
 
 USABLE = 0.98
 """Share of HBM for weights and cache, where only arithmetic is asked: the rest goes to code, temporaries, prefixes."""
@@ -64,7 +63,7 @@ class Budget:
 
     def __init__(self, engine: Engine, chip: Chip) -> None:
         self.engine, self.chip = engine, chip
-        params = abstract_params(engine)
+        params = engine.parameters.abstract()
         self.weights_bytes = device_bytes(jax.tree.leaves(params))
         models = [params, *([params["draft"]] if "draft" in params else [])]
         untied = [of["embed_tokens"]["weight"] for of in models if of["lm_head"] is not of["embed_tokens"]]

@@ -6,10 +6,8 @@ import jax
 import jax.numpy as jnp
 
 from ..engine import Engine
-from ..forward import Params
 from ..sampling.mask import Mask
 from ..state import DecodeState, PieceBatch, Prefix
-from ..weights import load
 
 
 def lower_prefill(engine: Engine, pieces: int, tokens: int) -> jax.stages.Lowered:
@@ -51,18 +49,6 @@ def lower_score_step(engine: Engine, slots: int | None = None) -> jax.stages.Low
     return engine.jitted.score_step.lower(*_step_arguments(engine, slots), given_N)
 
 
-def abstract_params(engine: Engine) -> Params:
-    """Shapes, types and shardings of the parameters."""
-    of = engine.parameters
-    where = of.mesh, of.dtype, of.layer_loop
-    params = load.abstract_params(of.model, *where)
-    if of.draft is not None:
-        params |= {"draft": load.abstract_params(of.draft, *where)}
-    if of.places is None:
-        return params
-    return params | {"adapters": of.places.abstract(of.layer_loop)}
-
-
 def abstract_state(engine: Engine) -> DecodeState:
     """Those of a state."""
     return _placed(jax.eval_shape(engine.programs.empty_state), engine.programs.state_sharding())
@@ -76,12 +62,12 @@ def abstract_prefix(engine: Engine, pieces: int, tokens: int) -> Prefix:
 
 def _step_arguments(engine: Engine, slots: int | None) -> tuple[Any, ...]:
     slots = slots or engine.sizes.slots
-    return abstract_params(engine), abstract_state(engine), *_texts(engine, slots)
+    return engine.parameters.abstract(), abstract_state(engine), *_texts(engine, slots)
 
 
 def _prefill_arguments(engine: Engine, pieces: int, tokens: int) -> tuple[Any, ...]:
     caches = [layout.abstract(engine.mesh) for layout in engine.programs.cache_layouts]
-    return abstract_params(engine), caches[0], _pieces(engine, pieces, tokens), *caches[1:]
+    return engine.parameters.abstract(), caches[0], _pieces(engine, pieces, tokens), *caches[1:]
 
 
 def _pieces(engine: Engine, pieces: int, tokens: int) -> PieceBatch:

@@ -5,8 +5,8 @@ the system each time, and the system gives them back page by page, filled with z
 libraries are left as they are.
 
 Weights are read from end to end at every step, 538 MB of them in float32: the processor looks up where each page of 4
-KiB lies, and fetches nothing ahead of where it knows that. So the heap is moved to huge pages once they are loaded, and
-the cache behind them is made of some.
+KiB lies, and fetches nothing ahead of where it knows that. So the heap has room in huge pages before they are loaded, what
+came to lie elsewhere is moved, and the cache behind them is made of some.
 """
 
 import ctypes

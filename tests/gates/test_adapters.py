@@ -7,7 +7,7 @@ import jax
 import pytest
 from slipstream.engine_impl.compiler.budget import cache_copies
 from slipstream.engine_impl.compiler.hlo import Program
-from slipstream.engine_impl.compiler.lowering import abstract_params, lower_generate, lower_prefill
+from slipstream.engine_impl.compiler.lowering import lower_generate, lower_prefill
 from slipstream.engine_impl.compiler.plan import abstract_engine
 from slipstream.engine_impl.config import EngineConfig
 from slipstream.engine_impl.engine import Engine
@@ -54,7 +54,7 @@ def test_a_program_with_adapters(program, weights):
     memory, hlo = memory_of(executable), Program(text_of(executable))
     assert cache_copies(hlo, engine) == []
     assert len(branches(hlo)) == 2
-    stacks = jax.tree.leaves(abstract_params(engine)["adapters"])
+    stacks = jax.tree.leaves(engine.parameters.abstract()["adapters"])
     assert memory.temp_size_in_bytes < 0.01 * engine.layout.bytes // engine.mesh.size + 2 * 2**20
     if program == "prefill":
         return

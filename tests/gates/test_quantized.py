@@ -6,7 +6,6 @@ import math
 import pytest
 from slipstream.engine_impl.compiler.budget import cache_copies
 from slipstream.engine_impl.compiler.hlo import Program
-from slipstream.engine_impl.compiler.lowering import abstract_params
 from slipstream.engine_impl.compiler.plan import abstract_engine
 from slipstream.engine_impl.config import EngineConfig
 from slipstream.engine_impl.models.llama import LlamaConfig
@@ -44,7 +43,7 @@ def test_codes_stay_codes(topology, mode, program):
         assert hlo.floats_of((outputs, inputs)) == []
     assert hlo.pallas_calls().get("blockwise_matmul", 0) == (7 * LAYERS if "int4" in mode else 0)
     if "int4" in mode:  # the stacks are read where they lie
-        for name, leaf in abstract_params(engine)["layers"].items():
+        for name, leaf in engine.parameters.abstract()["layers"].items():
             if name.endswith("packed"):
                 of_chip = leaf.sharding.shard_shape(leaf.shape)
                 assert hlo.copies_of(of_chip, math.prod(of_chip[1:])) == []

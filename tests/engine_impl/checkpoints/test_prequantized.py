@@ -9,7 +9,6 @@ import pytest
 from jax.sharding import Mesh
 from slipstream.engine_impl.checkpoints.contract import Quantization
 from slipstream.engine_impl.checkpoints.safetensors import SafetensorsCheckpoint
-from slipstream.engine_impl.compiler.lowering import abstract_params
 from slipstream.engine_impl.compiler.plan import abstract_engine, quantization_of, shape_of
 from slipstream.engine_impl.compiler.presets import PRESETS
 from slipstream.engine_impl.config import EngineConfig
@@ -223,7 +222,7 @@ def test_what_was_left_as_it_was_stays(tmp_path, kind, unconverted, described):
             if name.endswith("_proj.weight"):
                 np.testing.assert_array_equal(value, model.floats[whole].astype(np.float32))
                 assert any(fnmatch.fnmatch(whole.removesuffix(".weight"), pattern) for pattern in unconverted)
-    planned = abstract_params(abstract_engine(shape_of(str(folder)), "v5e:2x2", CHIP, quantization_of(str(folder))))
+    planned = abstract_engine(shape_of(str(folder)), "v5e:2x2", CHIP, quantization_of(str(folder))).parameters.abstract()
     assert set(planned["layers"]) == set(params["layers"][0]) == set(params["layers"][1])
 
 
@@ -245,7 +244,7 @@ def test_a_plan_is_of_what_would_be_loaded(tmp_path, kind, stored):
     folder = Quantized(kind).folder(tmp_path / "m")
     for path in (folder, folder / "config.json"):
         engine = abstract_engine(shape_of(str(path)), "v5e:2x2", CHIP, quantization_of(str(path)))
-        assert f"mlp.up_proj.{stored}" in abstract_params(engine)["layers"]
+        assert f"mlp.up_proj.{stored}" in engine.parameters.abstract()["layers"]
     assert quantization_of("llama-2-7b") is None
     assert quantization_of("embedded") is None
     assert quantization_of("some.gguf") is None
