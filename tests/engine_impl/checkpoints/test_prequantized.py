@@ -222,7 +222,9 @@ def test_what_was_left_as_it_was_stays(tmp_path, kind, unconverted, described):
             if name.endswith("_proj.weight"):
                 np.testing.assert_array_equal(value, model.floats[whole].astype(np.float32))
                 assert any(fnmatch.fnmatch(whole.removesuffix(".weight"), pattern) for pattern in unconverted)
-    planned = abstract_engine(shape_of(str(folder)), "v5e:2x2", CHIP, quantization_of(str(folder))).parameters.abstract()
+    planned = abstract_engine(
+        shape_of(str(folder)), "v5e:2x2", CHIP, quantization_of(str(folder))
+    ).parameters.abstract()
     assert set(planned["layers"]) == set(params["layers"][0]) == set(params["layers"][1])
 
 
