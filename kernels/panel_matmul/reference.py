@@ -78,10 +78,9 @@ def unpack(weight: Panels, outputs: int, inputs: int) -> jax.Array:
 def columns(weight: Panels, output_R: jax.Array, inputs: int) -> jax.Array:
     """f32 [R, I]: of these outputs all their inputs, as an embedding is looked up; as `unpack`."""
     panel_R, lane_R = output_R // PANEL, output_R % PANEL
-    taken = (None if leaf is None else leaf[panel_R, ..., lane_R][..., None] for leaf in weight)
-    if weight.code.ndim == 4:
-        taken = (weight.code[panel_R, :, lane_R][:, :, None],)
-    return unpack(Panels(*taken), len(output_R), inputs)
+    code, *grids = weight
+    taken = (None if grid is None else grid[panel_R, ..., lane_R][..., None] for grid in grids)
+    return unpack(Panels(code[panel_R, :, lane_R][:, :, None], *taken), len(output_R), inputs)
 
 
 def rounded(x: jax.Array) -> jax.Array:
