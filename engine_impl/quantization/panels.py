@@ -86,7 +86,7 @@ def decoded(model: Decoder, params: dict[str, Any]) -> dict[str, Any]:
             if isinstance(part, PanelWeight):
                 prefix = f"{path}." if path else ""
                 arrays = {name: weights.pop(f"{prefix}{name}") for name in part.stored}
-                weights[f"{prefix}{WEIGHT}"] = unpack(Panels(**arrays), part.outputs)[:, : part.inputs]
+                weights[f"{prefix}{WEIGHT}"] = unpack(Panels(**arrays), part.outputs, part.inputs)
         return weights
 
     embed_tokens = section(model.embed_tokens, params["embed_tokens"])
@@ -136,7 +136,7 @@ class PanelEmbedding(PanelWeight):
     """In the place of an `Embedding` whose weight is the head's too."""
 
     def forward(self, token_R: Tensor) -> Tensor:
-        return self.call(lambda token_R, panels: columns(panels, token_R)[:, : self.inputs], token_R)
+        return self.call(lambda token_R, panels: columns(panels, token_R, self.inputs), token_R)
 
 
 @functools.cache
