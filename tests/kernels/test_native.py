@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from slipstream.kernels import native, ragged_attention
 from slipstream.kernels.native import library
-from slipstream.kernels.panel_matmul import PANEL, Panels, pack, pack_int4, pack_int8, panel_matmul, unpack
+from slipstream.kernels.panel_matmul import PANEL, Panels, pack, pack_blocks, pack_int4, pack_int8, panel_matmul, unpack
 
 from . import oracle
 from .test_chunk_attention import Case
@@ -72,6 +72,26 @@ def test_products_with_codes(level, I, O, dtype):
         kinds.append(pack_int4(packed, oracle.normal(3, I // 32, O), oracle.normal(4, I // 32, O)))
     for panels in kinds:
         check_product(x_RI, panels, np.asarray(unpack(panels, O, I)))
+
+
+@pytest.mark.parametrize("form", ["f16", "blocks8", "blocks8 with offsets", "blocks4", "blocks4 in floats"])
+def test_products_are_those_of_the_weight_in_floats(level, form):
+    """Bit by bit, whatever the number of rows: a weight is made by one rounding, its sums input after input."""
+    rng, (O, Q, block) = np.random.default_rng(0), (70, 9, 32)
+    grid_dtype = jnp.float32 if form.endswith("floats") else jnp.float16
+    scale_OQ, offset_OQ = jnp.asarray(rng.normal(size=(2, O, Q)), jnp.float16).astype(grid_dtype)
+    if form == "f16":
+        panels = pack(jnp.asarray(oracle.normal(2, O, Q * block)), jnp.float16)
+    elif form.startswith("blocks8"):
+        code_OI = jnp.asarray(rng.integers(-128, 128, (O, Q * block), np.int8))
+        panels = pack_blocks(code_OI, scale_OQ, offset_OQ if form.endswith("offsets") else None, 8)
+    else:
+        panels = pack_blocks(jnp.asarray(rng.integers(0, 16, (O, Q * block), np.int8)), scale_OQ, offset_OQ, 4)
+    floats = pack(unpack(panels, O, Q * block), jnp.float32)
+    x_RI = jnp.asarray(oracle.normal(1, 30, Q * block))
+    for rows in (1, 3, 8, 30):
+        out_RO, expected_RO = (MULTIPLY(x_RI[:rows], of, outputs=O, backend="native_cpu") for of in (panels, floats))
+        assert np.array_equal(out_RO, expected_RO)
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
