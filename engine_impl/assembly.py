@@ -1,5 +1,6 @@
 """An engine from its parts, made to fit: a config's layout, modules as it wants them, and programs over both."""
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from .adapters.sites import adapt, sites_of
 from .adapters.stacks import AdapterPlaces
 from .api import Sizes
 from .caching import Drafting
+from .checkpoints.contract import Compact
 from .config import EngineConfig
 from .draft_model import DraftModel, beside
 from .drafting import of_long_repeats, of_text
@@ -20,7 +22,7 @@ from .layout import chunk_of, layout_of
 from .models.decoder import Decoder
 from .parameters import Parameters
 from .programs import Programs
-from .quantization.swap import quantize
+from .quantization.swap import NOTHING_COMPACT, quantize
 from .shapes import Shapes
 from .text.tokenizer import Tokenizer
 
@@ -35,6 +37,7 @@ def assembled(
     kv_heads: int | None = None,
     draft: DraftModel | None = None,
     page_rows: int | None = None,
+    compact: Mapping[str, Compact] = NOTHING_COMPACT,
 ) -> Engine:
     """The engine of a model, without weights.
 
@@ -42,7 +45,8 @@ def assembled(
     modules are swapped here if the config asks for quantised weights, and adapted if it asks for adapters.
 
     `kv_heads`: as checkpoints and adapters have them; default: the model's. `draft`: a draft model likewise, where the
-    config speculates. `page_rows`: of pages that another engine has too; default: what suits the mesh.
+    config speculates. `page_rows`: of pages that another engine has too; default: what suits the mesh. `compact`: see
+    `Checkpoint.compact`.
 
     Raises RefusedError for a cache or a chunk that is not whole pages.
     """
@@ -51,7 +55,7 @@ def assembled(
     layout = layout_of(config, model.config, mesh, dtype, page_rows)
     places, count = None, config.max_adapters
     sites = sites_of(model, mesh) if count else ()
-    quantize(model, config, dtype, mesh, backend)
+    quantize(model, config, dtype, mesh, backend, compact)
     adapt(model, sites)
     if count:
         places = AdapterPlaces(sites, len(model.layers), count, config.max_adapter_rank, mesh, dtype)
@@ -60,7 +64,7 @@ def assembled(
         drafting = Drafting(propose=of_text)
         if draft is not None:
             small = draft.model
-            quantize(small, draft.config, dtype, mesh, backend)
+            quantize(small, draft.config, dtype, mesh, backend, draft.compact)
             its = Programs(small, mesh, beside(layout, small.config, backend), backend, False)
             drafting = Drafting(propose=of_long_repeats, model=its)
     programs = Programs(model, mesh, layout, backend, count > 0, drafting=drafting)

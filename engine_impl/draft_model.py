@@ -1,6 +1,7 @@
 """A draft model: which models can be one, and how its cache lies beside the model's."""
 
 import logging
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -9,12 +10,12 @@ from jax.sharding import Mesh
 from ..cache_manager import CacheLayout
 from ..kernels import Backend
 from .attention import stored_head_dim
-from .checkpoints.contract import Quantization
+from .checkpoints.contract import Compact, Quantization
 from .config import EngineConfig
 from .errors import RefusedError
 from .models import registry
 from .models.decoder import Decoder, ModelConfig
-from .quantization.swap import resolved
+from .quantization.swap import NOTHING_COMPACT, resolved
 from .weights.sharding import tensor_parallel_sizes
 
 log = logging.getLogger(__name__)
@@ -28,13 +29,20 @@ class DraftModel:
     """may be on the meta device; kv heads as the mesh has them"""
     config: EngineConfig
     """how its weights are stored"""
+    compact: Mapping[str, Compact]
+    """see `Checkpoint.compact`"""
 
 
 def draft_model(
-    config: EngineConfig, shape: ModelConfig, stored: Quantization | None, mesh: Mesh, length: int
+    config: EngineConfig,
+    shape: ModelConfig,
+    stored: Quantization | None,
+    mesh: Mesh,
+    length: int,
+    compact: Mapping[str, Compact] = NOTHING_COMPACT,
 ) -> DraftModel:
-    """The model of a checkpoint's shape, for texts of up to `length` tokens; `stored` is how the checkpoint keeps its
-    weights, which are quantised as the config says for the model.
+    """The model of a checkpoint's shape, for texts of up to `length` tokens; `stored` and `compact` are how the
+    checkpoint keeps its weights, which are quantised as the config says for the model.
 
     Raises RefusedError for one whose heads the mesh does not divide.
     """
@@ -53,7 +61,7 @@ def draft_model(
         shape = replace(shape, context_length=length)
     shape = replace(shape, num_kv_heads=max(shape.num_kv_heads, mesh.size)).for_length(length)
     model = registry.build(shape)
-    return DraftModel(model, resolved(config, stored, model, mesh))
+    return DraftModel(model, resolved(config, stored, model, mesh), compact)
 
 
 def beside(layout: CacheLayout, shape: ModelConfig, backend: Backend) -> CacheLayout:

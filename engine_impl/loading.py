@@ -22,7 +22,7 @@ from .engine import Engine
 from .errors import RefusedError
 from .forward import Params
 from .models import registry
-from .quantization.panels import packs
+from .quantization.panels import packs, told
 from .quantization.swap import resolved
 from .runtime import allocator, compilations, timeline
 from .runtime.platforms import platform_of
@@ -159,7 +159,8 @@ def build_engine(
     if draft_checkpoint is not None:
         check_same_tokens(tokenizer, draft_checkpoint.tokenizer(), draft_checkpoint.name)
         length = config.cache_length or shape.context_length
-        draft = draft_model(config, draft_checkpoint.config, draft_checkpoint.quantization, mesh, length)
+        its = draft_checkpoint
+        draft = draft_model(config, its.config, its.quantization, mesh, length, its.compact())
     config = resolved(config, checkpoint.quantization, model, mesh)
     memory, free = memory_of(mesh.local_devices), free_memory()
     asked, config = config, sized(config, model.config, mesh, dtype, memory, free, draft)
@@ -171,7 +172,12 @@ def build_engine(
             f"{checkpoint.name} has {len(tokenizer.stop_ids)} stop tokens, more than {MAX_MODEL_STOP_IDS}; "
             "list fewer as eos_token_id in its generation_config.json"
         )
-    engine = assembled(model, mesh, config, dtype, tokenizer, config.model, shape.num_kv_heads, draft, page_rows)
+    compact = checkpoint.compact()
+    engine = assembled(
+        model, mesh, config, dtype, tokenizer, config.model, shape.num_kv_heads, draft, page_rows, compact
+    )
+    if matrices := told(model):
+        log.info("matrices in memory: %s", matrices)
     log.info(
         "%d slots, requests of up to %d tokens, a cache of %d tokens (%d MiB), prompts in chunks of %d",
         engine.sizes.slots,

@@ -10,7 +10,7 @@ from .backend import AXIS, Backend, backend_for, is_xla
 from .blockwise_matmul import Blockwise, Split, blockwise_matmul
 from .cache_flush import cache_flush
 from .chunk_attention import chunk_attention
-from .panel_matmul import PANEL, Panels, columns, pack, pack_int4, pack_int8, panel_matmul, rounded, unpack
+from .panel_matmul import PANEL, Panels, columns, pack, pack_blocks, pack_int4, pack_int8, panel_matmul, rounded, unpack
 from .ragged_attention import attention_steps, page_rows, ragged_attention
 
 __all__ = [
@@ -28,6 +28,7 @@ __all__ = [
     "columns",
     "is_xla",
     "pack",
+    "pack_blocks",
     "pack_int4",
     "pack_int8",
     "page_rows",

@@ -4,7 +4,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ...engine_impl.checkpoints.contract import Checkpoint
+from ...engine_impl.checkpoints.contract import Checkpoint, Codes, Compact
 from ...engine_impl.checkpoints.open import open_checkpoint
 from ...engine_impl.compiler.presets import PRESETS
 from ...engine_impl.config import EngineConfig
@@ -44,6 +44,14 @@ class RandomCheckpoint:
         if len(shape) == 1:
             return np.ones(shape, np.float32)
         return np.resize(self._values * shape[-1] ** -0.5, shape)
+
+    def compact(self) -> dict[str, Compact]:
+        """None: they are float32."""
+        return {}
+
+    def codes(self, name: str) -> Codes:
+        """There are none."""
+        raise KeyError(name)
 
     def files(self) -> tuple[()]:
         """None."""

@@ -1,10 +1,10 @@
 """What a file format offers to whoever loads weights."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 import numpy as np
 
@@ -33,6 +33,40 @@ class Quantization:
         return any(re.fullmatch(pattern, name) for pattern in self.floats for name in (module, f"model.{module}"))
 
 
+@dataclass(frozen=True)
+class Compact:
+    """A form of fewer bytes than float32 in which memory holds the very values of a matrix."""
+
+    kind: Literal["bfloat16", "float16", "4-bit", "8-bit"]
+    """floats, or codes: value = code * scale + offset, rounded once to float32"""
+    block: int = 0
+    """of codes: inputs that share a scale"""
+    grid: Literal["float32", "float16"] = "float32"
+    """of codes: the type of scales and offsets"""
+    has_offset: bool = False
+    """of codes; those of 4 bits, which are from 0 to 15, always have one"""
+
+    @property
+    def is_codes(self) -> bool:
+        return self.block > 0
+
+
+class Codes(NamedTuple):
+    """A matrix of codes as a `Compact` describes it: O outputs, I inputs, Q blocks of inputs."""
+
+    code: np.ndarray
+    """i8 [O, I]"""
+    scale: np.ndarray
+    """[O, Q]"""
+    offset: np.ndarray | None
+    """[O, Q]"""
+
+    def each(self, change: Callable[[np.ndarray], np.ndarray]) -> "Codes":
+        """With other rows."""
+        code, scale, offset = self
+        return Codes(change(code), change(scale), None if offset is None else change(offset))
+
+
 class Checkpoint(Protocol):
     """What a file format offers. Tensors are called as the model's parameters are (see `Decoder.sources`)."""
 
@@ -46,7 +80,8 @@ class Checkpoint(Protocol):
 
     @property
     def quantization(self) -> Quantization | None:
-        """What `tensor` decodes; None where matrices are floats, or count as such."""
+        """What `tensor` decodes and becomes codes anew, those that it was; None where matrices are floats, or count as
+        such."""
         ...
 
     def files(self) -> Sequence[Path]:
@@ -60,6 +95,14 @@ class Checkpoint(Protocol):
 
     def tensor(self, name: str) -> np.ndarray:
         """One of them: an array, or a memory map of which a chip's share is then read."""
+        ...
+
+    def compact(self) -> Mapping[str, Compact]:
+        """The tensors that have a compact form, by what their headers say; of the others `tensor` alone tells."""
+        ...
+
+    def codes(self, name: str) -> Codes:
+        """One that `compact` says is codes: `tensor` has its values."""
         ...
 
     def tokenizer(self) -> Tokenizer: ...

@@ -11,8 +11,10 @@ from ..errors import RefusedError
 from ..text.chat_template import ChatTemplate
 from ..text.pre_tokenizers import pre_tokenizer
 from ..text.tokenizer import Tokenizer, byte_level_bpe
+from .contract import Codes, Compact
 from .damage import damage_told, try_out
 from .gguf_architectures import MODULES
+from .gguf_codes import compact_of
 from .gguf_config import LONG_FACTORS, ROPE_FACTORS, SHORT_FACTORS, GGUFFields, dequantised, read_gguf_config
 from .gguf_parts import GGUFParts
 from .pieces import CONTROL, USER_DEFINED, Pieces, backend_of
@@ -29,7 +31,7 @@ MESSAGE_END = "<|end|>"
 
 
 class GGUFCheckpoint:
-    """One open GGUF file. Tensors are memory-mapped and dequantised one by one, as they are asked for."""
+    """One open GGUF file. Tensors are memory-mapped and decoded one by one, as they are asked for."""
 
     def __init__(self, path: Path) -> None:
         """Raises RefusedError when the file is missing, is no GGUF file or holds a family we do not have."""
@@ -46,7 +48,7 @@ class GGUFCheckpoint:
         self._stored = {parameter: at for name in names for parameter, at in self._parameters(name).items()}
         self.name = self._field("general.name", path.stem)
         self.config = read_gguf_config(self._file, str(path))
-        self.quantization = None  # its weights count as floats: exact, and on a CPU faster than codes
+        self.quantization = None  # its weights count as floats: `compact` forms hold them exactly, and nothing else
 
     def files(self) -> Sequence[Path]:
         """All of its parts."""
@@ -60,14 +62,26 @@ class GGUFCheckpoint:
     def tensor(self, name: str) -> np.ndarray:
         """One tensor by its parameter's name, float32, dequantised."""
         stored, index = self._stored[name]
-        value = dequantised(self._file, stored, str(self.path), index)
+        value = self._in_halves(name, dequantised(self._file, stored, str(self.path), index))
+        is_from_zero = self._architecture.norms_from_zero and name.endswith("norm.weight")
+        return value - 1 if is_from_zero else value
+
+    def compact(self) -> Mapping[str, Compact]:
+        """Of all kinds but those whose codes stand for a table's values."""
+        forms = {name: compact_of(self._file.tensors[stored].kind) for name, (stored, _) in self._stored.items()}
+        return {name: form for name, form in forms.items() if form is not None}
+
+    def codes(self, name: str) -> Codes:
+        """One tensor's by its parameter's name, as the file has them."""
+        return self._file.codes(*self._stored[name]).each(lambda rows: self._in_halves(name, rows))
+
+    def _in_halves(self, name: str, rows: np.ndarray) -> np.ndarray:
+        """Rows of q and k as the model's rope turns them."""
         if self._architecture.pairs and ".q_proj." in name:
-            return halves_from_pairs(value, self.config.num_heads)
+            return halves_from_pairs(rows, self.config.num_heads)
         if self._architecture.pairs and ".k_proj." in name:
-            return halves_from_pairs(value, self.config.num_kv_heads)
-        if self._architecture.norms_from_zero and name.endswith("norm.weight"):
-            return value - 1
-        return value
+            return halves_from_pairs(rows, self.config.num_kv_heads)
+        return rows
 
     def tokenizer(self) -> Tokenizer:
         """The tokenizer and chat template that the file carries."""

@@ -17,6 +17,8 @@ import gguf
 import numpy as np
 
 from .by_rows import by_rows
+from .contract import Codes
+from .gguf_codes import codes_of
 
 _MAGIC, _VERSIONS = b"GGUF", (2, 3)
 _ALIGNMENT = 32
@@ -55,13 +57,20 @@ class GGUFFile:
 
         Raises ValueError for a kind that the `gguf` package cannot dequantise.
         """
+        kind = self.tensors[name].kind
+        try:
+            return _dequantised(self._stored(name, index), kind)
+        except NotImplementedError as error:
+            raise ValueError(f"tensor {name} is stored as {kind.name}, which cannot be dequantised") from error
+
+    def codes(self, name: str, index: int | None = None) -> Codes:
+        """A matrix, or one of a stack, of a kind whose `compact_of` are codes."""
+        return codes_of(self._stored(name, index), self.tensors[name].kind)
+
+    def _stored(self, name: str, index: int | None) -> np.ndarray:
         at = self.tensors[name]
         stored = np.memmap(self.path, np.uint8, "r", at.offset, at.bytes_shape)
-        stored = stored if index is None else stored[index]
-        try:
-            return _dequantised(stored, at.kind)
-        except NotImplementedError as error:
-            raise ValueError(f"tensor {name} is stored as {at.kind.name}, which cannot be dequantised") from error
+        return stored if index is None else stored[index]
 
     def _read(self, reader: "_Reader") -> None:
         if reader.bytes(4) != _MAGIC:

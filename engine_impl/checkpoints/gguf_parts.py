@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 
 from ..errors import RefusedError
+from .contract import Codes
 from .gguf_file import GGUFFile
 
 
@@ -44,6 +45,10 @@ class GGUFParts:
     def tensor(self, name: str, index: int | None = None) -> np.ndarray:
         """As of `GGUFFile`."""
         return self._file_of[name].tensor(name, index)
+
+    def codes(self, name: str, index: int | None = None) -> Codes:
+        """As of `GGUFFile`."""
+        return self._file_of[name].codes(name, index)
 
 
 def _open(path: Path) -> GGUFFile:

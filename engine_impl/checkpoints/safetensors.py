@@ -21,7 +21,7 @@ from ..errors import RefusedError
 from ..models import registry
 from ..models.decoder import Part
 from ..text.tokenizer import Tokenizer
-from .contract import WEIGHT, Quantization
+from .contract import WEIGHT, Codes, Compact, Quantization
 from .damage import damage_told
 from .hf_config import config_path, read_fields, read_hf_config
 from .mistral_format import PARAMS, WEIGHTS, folder_error, own_name
@@ -43,6 +43,7 @@ _DTYPES = {
     "F16": np.dtype(np.float16),
     "BF16": jnp.dtype("bfloat16"),
 }
+_COMPACT = {_DTYPES["F16"]: Compact("float16"), _DTYPES["BF16"]: Compact("bfloat16")}
 _CODES = {
     "I8": np.dtype(np.int8),
     "U8": np.dtype(np.uint8),
@@ -151,6 +152,14 @@ class SafetensorsCheckpoint:
             return self._stored(name)
         matrix = self._matrices[name]
         return self._format.floats(matrix, {part: self._stored(stored) for part, stored in matrix.parts.items()})
+
+    def compact(self) -> Mapping[str, Compact]:
+        """What is stored as bfloat16 or float16; a quantised matrix has none."""
+        return {name: _COMPACT[tensor.dtype] for name, tensor in self._plain.items() if tensor.dtype in _COMPACT}
+
+    def codes(self, name: str) -> Codes:
+        """There are none: see `quantization`."""
+        raise KeyError(name)
 
     def _stored(self, name: str) -> np.ndarray:
         return self._tensors[name].read()

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ...kernels import AXIS, Backend, Blockwise, Split, blockwise_matmul
 from .. import bridge
+from ..checkpoints.contract import Codes
 from ..models.parts import ExpertLinear
 from .codecs import encode_int4, encode_int8, encode_int8_experts
 from .int8_matmul import Multiply, multiply_rounded, shared
@@ -39,7 +40,11 @@ class EncodedModule(nn.Module):
     """A module whose weight is stored as other arrays: which, where they lie, and the bias, which stays as it is."""
 
     kind: str
-    """What its weight is stored as: the type of floats, or "int8" or "int4"."""
+    """What its weight is stored as: the type of floats, "int8" or "int4", or "8-bit" or "4-bit", a checkpoint's own."""
+    source: jnp.dtype = jnp.dtype("float32")
+    """What `encode` takes. Rounding before codes are made would move values off their grid."""
+    keeps_codes: bool = False
+    """Whether it is made of a checkpoint's own codes."""
     reads_stack: ClassVar[bool] = False
     """Its matrix product takes all layers' weights and the number of the layer, `layer`: see forward.py."""
 
@@ -66,6 +71,10 @@ class EncodedModule(nn.Module):
 
     def encode(self, weight: jax.Array) -> Mapping[str, jax.Array]:
         """The arrays of a float weight."""
+        raise NotImplementedError
+
+    def encode_codes(self, codes: Codes) -> Mapping[str, jax.Array]:
+        """The arrays of a checkpoint's own codes, which may be numpy's."""
         raise NotImplementedError
 
     @property

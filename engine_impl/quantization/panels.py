@@ -1,42 +1,74 @@
 """Linear modules, and the embedding that is a head too, whose weights lie in panels: kernels/panel_matmul.
 
 This is how CPUs hold weights where they have native kernels, floats and codes alike. They are there once: prefill takes
-the panels too.
+the panels too. What counts as floats lies as the checkpoint has it wherever its values are float32's (`Compact`): a
+product has the very bits then that one of float32 weights has.
 """
 
 import functools
+from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatch
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import torch
 from jax.sharding import Mesh
 from torch import Tensor, nn
 
-from ...kernels import Backend, Panels, columns, pack, pack_int4, pack_int8, panel_matmul, unpack
+from ...kernels import Backend, Panels, columns, pack, pack_blocks, pack_int4, pack_int8, panel_matmul, unpack
 from .. import bridge
-from ..checkpoints.contract import WEIGHT
+from ..checkpoints.contract import WEIGHT, Codes, Compact
 from ..config import EngineConfig
-from ..models.decoder import Decoder
+from ..models.decoder import Decoder, Pairs, Transposed
 from ..models.parts import Linear
 from .codecs import encode_int4, encode_int8
 from .linear import EncodedModule, Stored
 
-HEAD = "lm_head"
+Array = jax.Array | np.ndarray
+HEAD, EMBEDDING = "lm_head", "embed_tokens"
 
 
 @dataclass(frozen=True)
 class Form:
     """What a weight in panels is stored as."""
 
-    kind: Literal["float32", "bfloat16", "int8", "int4"]
+    kind: Literal["float32", "bfloat16", "float16", "int8", "int4", "4-bit", "8-bit"]
+    """floats; or codes, "int8" and "int4" those that floats are rounded to, "4-bit" and "8-bit" a checkpoint's own"""
     block: int = 0
-    """inputs that share a scale, of int4 alone"""
+    """inputs that share a scale, of codes in blocks"""
+    grid: Literal["float32", "float16"] = "float32"
+    """the type of scales and offsets"""
+    has_offset: bool = False
+    """of a checkpoint's codes"""
     activations: Literal["float32", "bfloat16"] = "float32"
     """what a product's inputs are rounded to; sums are float32"""
+
+    def __str__(self) -> str:
+        codes = " codes" if self.kind.endswith("bit") else ""
+        return f"{self.kind}{codes} in blocks of {self.block}" if self.block else self.kind
+
+    @property
+    def source(self) -> jnp.dtype:
+        """What floats are read as. Codes are encoded from float32: rounding first would move values off their grid."""
+        return jnp.dtype(self.kind if self.kind in ("bfloat16", "float16") else "float32")
+
+    def described(self, outputs: int, inputs: int) -> Panels:
+        """Shapes and types of a weight's panels."""
+        weight_OI = jax.ShapeDtypeStruct((outputs, inputs), self.source)
+        if self.kind not in ("4-bit", "8-bit"):
+            return jax.eval_shape(self.panels, weight_OI)
+        grid_OQ = jax.ShapeDtypeStruct((outputs, inputs // self.block), jnp.dtype(self.grid))
+        code_OI = jax.ShapeDtypeStruct((outputs, inputs), jnp.dtype("int8"))
+        return jax.eval_shape(self.of_codes, code_OI, grid_OQ, grid_OQ if self.has_offset else None)
+
+    def of_codes(self, code_OI: Array, scale_OQ: Array, offset_OQ: Array | None) -> Panels:
+        """A checkpoint's codes in this form."""
+        offset_OQ = None if offset_OQ is None else jnp.asarray(offset_OQ)
+        return pack_blocks(jnp.asarray(code_OI), jnp.asarray(scale_OQ), offset_OQ, 4 if self.kind == "4-bit" else 8)
 
     def panels(self, weight_OI: jax.Array) -> Panels:
         """A float weight in this form."""
@@ -55,26 +87,57 @@ def packs(mesh: Mesh, backend: Backend) -> bool:
 def form_of(config: EngineConfig, kind: Literal["float", "int8", "int4"], block: int = 0) -> Form:
     """That of weights of floats, or of codes: with `dtype` bfloat16 every product's inputs are rounded to it."""
     floats = "bfloat16" if config.dtype == "bfloat16" else "float32"
-    return Form(floats if kind == "float" else kind, block, floats)
+    return Form(floats if kind == "float" else kind, block, activations=floats)
 
 
-def pack_floats(model: Decoder, config: EngineConfig, mesh: Mesh, backend: Backend) -> None:
-    """Swaps the model's `Linear` modules, those that are left, for ones with panels of the config's type."""
-    form, head = form_of(config, "float"), _head_form(model, config)
+def pack_floats(
+    model: Decoder, config: EngineConfig, mesh: Mesh, backend: Backend, compact: Mapping[str, Compact]
+) -> None:
+    """Swaps the model's `Linear` modules, those that are left, for ones with panels: of bfloat16 where the config says
+    so, else of the checkpoint's own form, or of float32 where there is none that is exact."""
+    floats = form_of(config, "float")
     linear = {name: module for name, module in model.named_modules() if isinstance(module, Linear)}
+
+    def form(name: str, module: nn.Module) -> Form:
+        exact = _exact(model, f"{name}.{WEIGHT}", module, compact) if floats.kind == "float32" else None
+        return exact or floats
+
+    head = form_of(config, "int8") if _has_coded_head(model, config) else None
     for name, module in linear.items():
         parent, _, own = name.rpartition(".")
-        of_module = head if name == HEAD else form
+        of_module = form(name, module)
+        if name == HEAD and model.config.tied_embeddings:
+            of_module = head or form(EMBEDDING, model.embed_tokens)
         setattr(model.get_submodule(parent), own, PanelLinear(module, mesh, of_module, backend))
     if model.config.tied_embeddings:
-        model.embed_tokens = PanelEmbedding(model.embed_tokens, mesh, head)
+        model.embed_tokens = PanelEmbedding(model.embed_tokens, mesh, head or form(EMBEDDING, model.embed_tokens))
 
 
-def _head_form(model: Decoder, config: EngineConfig) -> Form:
+def _has_coded_head(model: Decoder, config: EngineConfig) -> bool:
     """A head that is the embedding too becomes int8 where other weights are codes and nothing leaves it out."""
     is_left = any(fnmatch(HEAD, pattern) for pattern in config.quantize_exclude)
-    is_coded = config.quantize_weights in ("int8", "int4") and model.config.tied_embeddings and not is_left
-    return form_of(config, "int8" if is_coded else "float")
+    return config.quantize_weights in ("int8", "int4") and model.config.tied_embeddings and not is_left
+
+
+def _exact(model: Decoder, parameter: str, module: nn.Module, compact: Mapping[str, Compact]) -> Form | None:
+    """That of the one tensor that a matrix is, or is rows of, where its inputs are whole blocks."""
+    sources, inputs = model.sources(parameter), module.get_parameter(WEIGHT).shape[1]
+    found = {compact.get(source) for source in sources}
+    form = found.pop() if len(found) == 1 else None
+    if form is None or not form.is_codes:
+        return None if form is None else Form(form.kind)
+    (source,) = sources if len(sources) == 1 else ("",)
+    moves_inputs = isinstance(source, Transposed) or (isinstance(source, Pairs) and source.axis)
+    return None if not source or moves_inputs or inputs % form.block else Form(**vars(form))
+
+
+def told(model: Decoder) -> str:
+    """How the matrices lie that are in panels: "210 of 4-bit codes in blocks of 32, 1 of float32"."""
+    parts = {name: part for name, part in model.named_modules() if isinstance(part, PanelWeight)}
+    if isinstance(model.embed_tokens, PanelEmbedding):
+        parts.pop(EMBEDDING)  # the head is the same
+    counts = Counter(str(replace(part.form, activations="float32")) for part in parts.values())
+    return ", ".join(f"{count} of {form}" for form, count in counts.most_common())
 
 
 def decoded(model: Decoder, params: dict[str, Any]) -> dict[str, Any]:
@@ -86,7 +149,7 @@ def decoded(model: Decoder, params: dict[str, Any]) -> dict[str, Any]:
             if isinstance(part, PanelWeight):
                 prefix = f"{path}." if path else ""
                 arrays = {name: weights.pop(f"{prefix}{name}") for name in part.stored}
-                weights[f"{prefix}{WEIGHT}"] = unpack(Panels(**arrays), part.outputs)[:, : part.inputs]
+                weights[f"{prefix}{WEIGHT}"] = unpack(Panels(**arrays), part.outputs, part.inputs)
         return weights
 
     embed_tokens = section(model.embed_tokens, params["embed_tokens"])
@@ -103,12 +166,16 @@ class PanelWeight(EncodedModule):
     """A matrix [O, I] in panels; its parameters are named as the fields of `Panels`."""
 
     def __init__(self, replaced: nn.Module, mesh: Mesh, form: Form) -> None:
-        self.outputs, self.inputs = replaced.get_parameter("weight").shape
+        self.outputs, self.inputs = replaced.get_parameter(WEIGHT).shape
         super().__init__(replaced, _stored(form, self.outputs, self.inputs), None, mesh)
-        self.form, self.kind, self.block = form, form.kind, form.block
+        self.form, self.kind, self.block, self.source = form, form.kind, form.block, form.source
+        self.keeps_codes = form.kind in ("4-bit", "8-bit")
 
     def encode(self, weight: jax.Array) -> Mapping[str, jax.Array]:
         return _arrays(self.form.panels(weight))
+
+    def encode_codes(self, codes: Codes) -> Mapping[str, jax.Array]:
+        return _arrays(self.form.of_codes(*codes))
 
     def call(self, kernel: Any, *inputs: Tensor) -> Tensor:
         """`kernel` of the inputs and the panels."""
@@ -136,12 +203,12 @@ class PanelEmbedding(PanelWeight):
     """In the place of an `Embedding` whose weight is the head's too."""
 
     def forward(self, token_R: Tensor) -> Tensor:
-        return self.call(lambda token_R, panels: columns(panels, token_R)[:, : self.inputs], token_R)
+        return self.call(lambda token_R, panels: columns(panels, token_R, self.inputs), token_R)
 
 
 @functools.cache
 def _stored(form: Form, outputs: int, inputs: int) -> dict[str, Stored]:
-    arrays = _arrays(jax.eval_shape(form.panels, jax.ShapeDtypeStruct((outputs, inputs), jnp.float32)))
+    arrays = _arrays(form.described(outputs, inputs))
     return {name: Stored(array.shape, array.dtype, {}) for name, array in arrays.items()}
 
 

@@ -4,13 +4,14 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from fnmatch import fnmatch
+from types import MappingProxyType
 
 import jax.numpy as jnp
 from jax.sharding import Mesh
 from torch import nn
 
 from ...kernels import Backend
-from ..checkpoints.contract import WEIGHT, Quantization
+from ..checkpoints.contract import WEIGHT, Compact, Quantization
 from ..config import EngineConfig
 from ..errors import RefusedError
 from ..models.decoder import Decoder
@@ -19,6 +20,7 @@ from .int8_matmul import multiply_floats, multiply_rounded, multiply_split
 from .linear import EncodedModule, Int4Linear, Int8ExpertLinear, Int8Linear
 from .panels import PanelLinear, form_of, pack_floats, packs
 
+NOTHING_COMPACT: Mapping[str, Compact] = MappingProxyType({})
 Swap = Callable[[Linear, int | None], EncodedModule]
 BLOCKS = (128, 64, 32)
 
@@ -87,19 +89,28 @@ def _linear(model: Decoder) -> dict[str, Linear | ExpertLinear]:
     return linear
 
 
-def quantize(model: Decoder, config: EngineConfig, dtype: jnp.dtype, mesh: Mesh, backend: Backend) -> None:
+def quantize(
+    model: Decoder,
+    config: EngineConfig,
+    dtype: jnp.dtype,
+    mesh: Mesh,
+    backend: Backend,
+    compact: Mapping[str, Compact] = NOTHING_COMPACT,
+) -> None:
     """Swaps the model's `Linear` modules for what `config.quantize_weights` says, but for those that
     `config.quantize_exclude` names. On CPUs with native kernels those become panels of floats (panels.py), and a tied
     embedding becomes panels of floats or, where `lm_head` is not named, of int8. Otherwise an embedding is never
     swapped, nor an lm_head that is one (tied). Experts become int8 with int4 too: their product has no blocks. `auto`
     that was not `resolved` is `none`: nothing is known of a checkpoint.
 
+    `compact`: see `Checkpoint.compact`; panels of floats follow it.
+
     Raises RefusedError for a pattern that names nothing, and for inputs that no block divides.
     """
     if config.quantize_weights in ("int8", "int4"):
         _encode(model, config, dtype, mesh, backend)
     if packs(mesh, backend) and dtype == jnp.float32:
-        pack_floats(model, config, mesh, backend)
+        pack_floats(model, config, mesh, backend, compact)
 
 
 def _encode(model: Decoder, config: EngineConfig, dtype: jnp.dtype, mesh: Mesh, backend: Backend) -> None:

@@ -15,7 +15,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from torch import nn
 
 from ..checkpoints.by_rows import copied, stacked
-from ..checkpoints.contract import WEIGHT, Checkpoint
+from ..checkpoints.contract import WEIGHT, Checkpoint, Codes
 from ..checkpoints.sources import repeat_heads, taken
 from ..errors import RefusedError
 from ..forward import LayerLoop, Params
@@ -179,34 +179,35 @@ class _Loader:
 
     def plain(self, leaf: _Leaf) -> jax.Array:
         """A leaf as the checkpoint has it."""
-        return self._assembled(leaf, self._dtype, {"": leaf}, lambda array: {"": array})[""]
+        return self._assembled(leaf, {"": leaf}, lambda name: {"": self._array(name, leaf, self._dtype)})[""]
 
     def encoded(self, leaf: _Leaf, parts: dict[str, "_Leaf"], module: EncodedModule) -> dict[str, jax.Array]:
-        """The arrays that stand for `leaf`. Encoded from float32: rounding first would move values off their grid."""
-        return self._assembled(leaf, jnp.dtype("float32"), parts, module.encode)
+        """The arrays that stand for `leaf`."""
+
+        def read(name: str) -> Mapping[str, jax.Array]:
+            if module.keeps_codes:
+                return module.encode_codes(self._codes(name))
+            return module.encode(self._array(name, leaf, module.source))
+
+        return self._assembled(leaf, parts, read)
 
     def _assembled(
-        self,
-        leaf: _Leaf,
-        dtype: jnp.dtype,
-        parts: dict[str, _Leaf],
-        encode: Callable[[jax.Array], Mapping[str, jax.Array]],
+        self, leaf: _Leaf, parts: dict[str, _Leaf], read: Callable[[str], Mapping[str, jax.Array]]
     ) -> dict[str, jax.Array]:
-        """What `encode` makes of the leaf; stacked ones are filled in place, layer by layer."""
+        """What `read` gives of each name of the leaf; stacked ones are filled in place, layer by layer."""
+        first = read(leaf.names[0])
         if not leaf.stacked:
-            encoded = encode(self._array(leaf.names[0], leaf, dtype))
-            return {name: jax.device_put(encoded[name], part.of_one) for name, part in parts.items()}
-        of_one = jax.eval_shape(encode, jax.ShapeDtypeStruct(leaf.shape, dtype))
+            return {name: jax.device_put(first[name], part.of_one) for name, part in parts.items()}
         stacks = {
-            name: jnp.zeros(part.full_shape, of_one[name].dtype, device=part.sharding) for name, part in parts.items()
+            name: jnp.zeros(part.full_shape, first[name].dtype, device=part.sharding) for name, part in parts.items()
         }
         put = jax.jit(_put, donate_argnums=0, out_shardings={name: part.sharding for name, part in parts.items()})
         for index, name in enumerate(leaf.names):
-            stacks = put(stacks, dict(encode(self._array(name, leaf, dtype))), index)
+            stacks = put(stacks, dict(first if index == 0 else read(name)), index)
         return stacks
 
     def check_finite(self) -> None:
-        faulty = [name for name, finite in self._finite if not finite]
+        faulty = list(dict.fromkeys(name for name, finite in self._finite if not finite))
         if faulty:
             raise RefusedError(
                 f"{self._checkpoint.name} has values that are NaN or infinite as {self._dtype.name}: {_told(faulty)}; "
@@ -215,12 +216,10 @@ class _Loader:
 
     def _array(self, name: str, leaf: _Leaf, dtype: jnp.dtype) -> jax.Array:
         """One parameter. Every device's share is read for itself, so that no more of a memory map is touched."""
-        if len(self._finite) > 1:
-            self._finite[-2][1].block_until_ready()
-        sources = [taken(self._checkpoint.tensor(source), source) for source in self._model.sources(name)]
-        if _of_kv_heads(self._model, name):
-            heads = self._checkpoint.config.num_kv_heads, self._model.config.num_kv_heads
-            sources = [repeat_heads(source, *heads) for source in sources]
+        self._wait()
+        sources = [
+            self._repeated(name, taken(self._checkpoint.tensor(source), source)) for source in self._model.sources(name)
+        ]
 
         def share(index: Any) -> np.ndarray:
             if len(sources) == 1:
@@ -230,6 +229,26 @@ class _Loader:
         array = jax.make_array_from_callback(leaf.shape, leaf.of_one, share)
         self._finite.append((name, _all_finite(array)))
         return array
+
+    def _codes(self, name: str) -> Codes:
+        """One matrix's, of which the checkpoint has codes."""
+        self._wait()
+        (source,) = self._model.sources(name)
+        codes = self._checkpoint.codes(source).each(lambda rows: self._repeated(name, taken(rows, source)))
+        for grid_OQ in codes[1:]:
+            if grid_OQ is not None:
+                self._finite.append((name, _all_finite(grid_OQ)))
+        return codes
+
+    def _repeated(self, name: str, array: np.ndarray) -> np.ndarray:
+        if not _of_kv_heads(self._model, name):
+            return array
+        return repeat_heads(array, self._checkpoint.config.num_kv_heads, self._model.config.num_kv_heads)
+
+    def _wait(self) -> None:
+        """Until what was read before the last is on its device."""
+        if len(self._finite) > 1:
+            self._finite[-2][1].block_until_ready()
 
 
 def _put(stacks: dict[str, jax.Array], arrays: dict[str, jax.Array], index: jax.Array) -> dict[str, jax.Array]:

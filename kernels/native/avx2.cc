@@ -1,7 +1,7 @@
 // The kernels by AVX2's instructions.
 #if defined(__x86_64__)
 #define LEVEL avx2
-#define TARGET "avx2,fma"
+#define TARGET "avx2,fma,f16c"
 #define LANES 8
 #define ROWS 6
 #define QUERIES 3

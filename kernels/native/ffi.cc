@@ -19,14 +19,18 @@ constexpr int64_t ROWS_OF_A_PART = 144;  // a piece of 128 is one: its panels ar
 constexpr int64_t PARTS_OF_A_THREAD = 4;  // of a step's attention
 constexpr int64_t MOST_TOGETHER = 4;  // slots whose queries stay in the nearest cache beside a page
 
-std::optional<Stored> stored_as(ffi::AnyBuffer code, bool has_offset) {
+// `inputs` are those of the activations; a scale of three dimensions is one of blocks.
+std::optional<Stored> stored_as(ffi::AnyBuffer code, ffi::AnyBuffer scale, int64_t inputs) {
   switch (code.element_type()) {
     case ffi::DataType::F32:
       return Stored::kF32;
     case ffi::DataType::BF16:
       return Stored::kBF16;
+    case ffi::DataType::F16:
+      return Stored::kF16;
     case ffi::DataType::S8:
-      return has_offset ? Stored::kInt4 : Stored::kInt8;
+      if (scale.dimensions().size() != 3) return Stored::kInt8;
+      return code.dimensions()[1] * 2 == inputs ? Stored::kBlocks4 : Stored::kBlocks8;
     default:
       return std::nullopt;
   }
@@ -42,19 +46,21 @@ std::vector<float> widened(const uint16_t* halves, int64_t count) {
 }
 
 // Shapes and types are checked where the call is made, in op.py.
-ffi::Error multiply(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer code,
-                    ffi::Buffer<ffi::DataType::F32> scale, ffi::Buffer<ffi::DataType::F32> offset,
-                    ffi::ResultBuffer<ffi::DataType::F32> out) {
+ffi::Error multiply(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer code, ffi::AnyBuffer scale,
+                    ffi::AnyBuffer offset, ffi::ResultBuffer<ffi::DataType::F32> out) {
   const int64_t R = x.dimensions()[0], I = x.dimensions()[1], O = out->dimensions()[1], P = code.dimensions()[0];
-  const auto stored = stored_as(code, offset.dimensions().size() == 3);
+  const auto stored = stored_as(code, scale, I);
   if (!stored) return ffi::Error::InvalidArgument("weights of a type that has no kernel");
-  const int64_t blocks = *stored == Stored::kInt4 ? offset.dimensions()[1] : 1;
-  const Panels weight{*stored, code.untyped_data(), scale.typed_data(), offset.typed_data(), I, O, blocks};
+  const bool is_in_blocks = *stored == Stored::kBlocks8 || *stored == Stored::kBlocks4;
+  const Panels weight{
+      *stored, code.untyped_data(), scale.untyped_data(), offset.element_count() ? offset.untyped_data() : nullptr,
+      I, O, is_in_blocks ? scale.dimensions()[1] : 1, scale.element_type() == ffi::DataType::F16,
+  };
   const Kernels& own = kernels();
   const int64_t threads = R * I * O < SMALL ? 1 : pool.num_threads();
   const int64_t row_parts = R > ROWS_OF_A_PART ? (R + ROWS_OF_A_PART - 1) / ROWS_OF_A_PART : 1;
   const int64_t rows = (R + row_parts - 1) / row_parts;
-  const bool is_code = *stored == Stored::kInt8 || *stored == Stored::kInt4;
+  const bool is_code = *stored == Stored::kInt8 || is_in_blocks;
   const int64_t each = R == 1 && is_code ? 2 : 1;  // panels of a part: one row of codes takes them in twos
   const auto* halves = x.element_type() == ffi::DataType::BF16 ? static_cast<const uint16_t*>(x.untyped_data()) : nullptr;
   const bool has_dots = own.dots && (*stored == Stored::kBF16 || *stored == Stored::kInt8) && I % 2 == 0;
@@ -158,8 +164,8 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(slipstream_panel_matmul, slipstream::multiply,
                                   .Ctx<ffi::ThreadPool>()
                                   .Arg<ffi::AnyBuffer>()                    // x_RI, float or bfloat16
                                   .Arg<ffi::AnyBuffer>()                    // code
-                                  .Arg<ffi::Buffer<ffi::DataType::F32>>()   // scale, or empty
-                                  .Arg<ffi::Buffer<ffi::DataType::F32>>()   // offset, or empty
+                                  .Arg<ffi::AnyBuffer>()                    // scale, or empty
+                                  .Arg<ffi::AnyBuffer>()                    // offset, or empty
                                   .Ret<ffi::Buffer<ffi::DataType::F32>>());  // out_RO
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(slipstream_ragged_attention, slipstream::attend,

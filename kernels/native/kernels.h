@@ -10,22 +10,27 @@ namespace slipstream {
 constexpr int PANEL = 32;
 
 // How a panel's weights are stored. All are read in the order of memory, an input's 32 outputs (or two inputs') at once.
-// bfloat16 has an even number of inputs, and two inputs of an output are neighbours, as dot products take them.
+// bfloat16 has an even number of inputs, and two inputs of an output are neighbours, as dot products take them. In blocks
+// a weight is code * scale + offset, rounded once where the level multiplies and adds at once, or where the product is
+// exact: scales in half precision times any code here are.
 enum class Stored {
-  kF32,   // float [P, I, 32]
-  kBF16,  // bfloat16 [P, I / 2, 32, 2]
-  kInt8,  // int8 [P, I, 32], scale [P, 32]
-  kInt4,  // int8 [P, I / 2, 32], input 2 i in the low half and 2 i + 1 in the high one; scale, offset [P, Q, 32]
+  kF32,      // float [P, I, 32]
+  kBF16,     // bfloat16 [P, I / 2, 32, 2]
+  kF16,      // half precision [P, I, 32]
+  kInt8,     // int8 [P, I, 32], scale [P, 32] of whole sums
+  kBlocks8,  // int8 [P, I, 32]; scale, offset [P, Q, 32]
+  kBlocks4,  // 0 ... 15, [P, I / 2, 32] bytes, input 2 i in the low half and 2 i + 1 in the high one; scale, offset as above
 };
 
 struct Panels {
   Stored stored;
   const void* code;
-  const float* scale;
-  const float* offset;
+  const void* scale;   // float, or in blocks what `grid_is_f16` says
+  const void* offset;  // as scale, of blocks alone; or null
   int64_t inputs;
-  int64_t outputs;  // the last panel may have fewer than 32
-  int64_t blocks;   // Q, blocks of inputs that share a scale; of int4 alone
+  int64_t outputs;   // the last panel may have fewer than 32
+  int64_t blocks;    // Q, blocks of inputs that share a scale
+  bool grid_is_f16;  // scale and offset in half precision
 };
 
 // What attention of both kinds reads besides its own tokens, and how.

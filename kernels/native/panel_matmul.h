@@ -6,7 +6,7 @@
 //
 // Every sum is made input after input, whatever the number of rows: a row's result does not depend on the others.
 
-constexpr int DEPTH = 256;  // divided by the inputs of every block of int4
+constexpr int DEPTH = 256;  // a multiple of the inputs of every block, or a divisor
 constexpr int HALF = PANEL / 2;
 constexpr int UNROLLED = 4;  // a multiple of each STEP
 
@@ -40,7 +40,6 @@ struct Plain {
   const char* next;
   int64_t stride;  // bytes of `next` for each input
 
-  INLINE void start(int64_t, int) {}
   INLINE void read(int64_t i, int j, Vector<Lane> (&w)[STEP][2]) const {
     const Lane* row = panel + i * PANEL + j;
     __builtin_prefetch(next + i * stride);
@@ -57,7 +56,6 @@ struct Widened {
   const Pair* panel;
 
   INLINE const char* at(int64_t i) const { return reinterpret_cast<const char*>(panel) + i * BYTES; }
-  INLINE void start(int64_t, int) {}
   INLINE void read(int64_t i, int j, F (&w)[STEP][2]) const {
     const Pair* row = panel + i / 2 * PANEL + j;
     __builtin_prefetch(row + 32 * PANEL);
@@ -69,6 +67,22 @@ struct Widened {
   }
 };
 
+// Half precision as floats.
+struct Halves {
+  using X = float;
+  static constexpr int STEP = 1;
+  static constexpr int64_t BYTES = 2 * PANEL;
+  const Half* panel;
+
+  INLINE const char* at(int64_t i) const { return reinterpret_cast<const char*>(panel) + i * BYTES; }
+  INLINE void read(int64_t i, int j, F (&w)[STEP][2]) const {
+    const Half* row = panel + i * PANEL + j;
+    __builtin_prefetch(row + 32 * PANEL);
+    w[0][0] = load(row), w[0][1] = load(row + HALF);
+  }
+};
+
+// Codes whose scale multiplies the whole sum.
 struct Codes8 {
   using X = float;
   static constexpr int STEP = 1;
@@ -76,7 +90,6 @@ struct Codes8 {
   const int8_t* panel;
 
   INLINE const char* at(int64_t i) const { return reinterpret_cast<const char*>(panel) + i * BYTES; }
-  INLINE void start(int64_t, int) {}
   INLINE void read(int64_t i, int j, F (&w)[STEP][2]) const {
     const int8_t* row = panel + i * PANEL + j;
     __builtin_prefetch(row + 64 * PANEL);
@@ -92,7 +105,6 @@ struct PairedCodes8 {
   const int8_t* panel;
 
   INLINE const char* at(int64_t i) const { return reinterpret_cast<const char*>(panel) + i * BYTES; }
-  INLINE void start(int64_t, int) {}
   INLINE void read(int64_t i, int j, U32 (&w)[STEP][2]) const {
     const int8_t* row = panel + 2 * i * PANEL + j;
     __builtin_prefetch(row + 64 * PANEL);
@@ -103,37 +115,70 @@ struct PairedCodes8 {
   }
 };
 
-struct Codes4 {
-  using X = float;
-  static constexpr int STEP = 2;
-  static constexpr int64_t BYTES = PANEL / 2;
-  const int8_t* panel;
-  const float *scale, *offset;
+// Scales and offsets of codes in blocks, those of one block at hand.
+struct Grid {
+  const void *scale, *offset;  // of the panel
+  bool is_f16;
   int64_t block;  // inputs
   F scales[2], offsets[2];
 
-  INLINE const char* at(int64_t i) const { return reinterpret_cast<const char*>(panel) + i * BYTES; }
-  INLINE void start(int64_t i, int j) {
-    const int64_t at = i / block * PANEL + j;
-    scales[0] = load(scale + at), scales[1] = load(scale + at + HALF);
-    offsets[0] = load(offset + at), offsets[1] = load(offset + at + HALF);
+  INLINE F at(const void* grid, int64_t i) const {
+    return is_f16 ? load(static_cast<const Half*>(grid) + i) : load(static_cast<const float*>(grid) + i);
   }
+  INLINE void start(int64_t i, int j) {
+    for (int half = 0; half < 2; ++half) {
+      const int64_t where = i / block * PANEL + j + half * HALF;
+      scales[half] = at(scale, where), offsets[half] = offset ? at(offset, where) : F{};
+    }
+  }
+  INLINE F weight(F code, int half) const { return code * scales[half] + offsets[half]; }
+};
+
+struct Blocks8 {
+  using X = float;
+  static constexpr int STEP = 1;
+  static constexpr int64_t BYTES = PANEL;
+  const int8_t* panel;
+  Grid grid;
+
+  INLINE const char* at(int64_t i) const { return reinterpret_cast<const char*>(panel) + i * BYTES; }
   INLINE void read(int64_t i, int j, F (&w)[STEP][2]) const {
-    const int8_t* row = panel + i / 2 * PANEL + j;
+    const int8_t* row = panel + i * PANEL + j;
+    __builtin_prefetch(row + 64 * PANEL);
+    for (int half = 0; half < 2; ++half) w[0][half] = grid.weight(load(row + half * HALF), half);
+  }
+};
+
+struct Blocks4 {
+  using X = float;
+  static constexpr int STEP = 2;
+  static constexpr int64_t BYTES = PANEL / 2;
+  const uint8_t* panel;
+  Grid grid;
+
+  INLINE const char* at(int64_t i) const { return reinterpret_cast<const char*>(panel) + i * BYTES; }
+  INLINE void read(int64_t i, int j, F (&w)[STEP][2]) const {
+    const uint8_t* row = panel + i / 2 * PANEL + j;
     __builtin_prefetch(row + 64 * PANEL);
     for (int half = 0; half < 2; ++half) {
       const I32 pair = widened(row + half * HALF);
-      w[0][half] = code_in_low_half(pair) * scales[half] + offsets[half];
-      w[1][half] = __builtin_convertvector(pair >> 4, F) * scales[half] + offsets[half];
+      w[0][half] = grid.weight(low_half(pair), half), w[1][half] = grid.weight(high_half(pair), half);
     }
   }
 };
 
-// Where a block of inputs ends that share a scale; others have one block of all.
-template <typename Codes>
-static INLINE int64_t block_of(const Codes&, int64_t inputs) { return inputs; }
-template <>
-INLINE int64_t block_of(const Codes4& codes, int64_t) { return codes.block; }
+// Calls each(from, end) for the blocks of inputs that share a scale, whose scales are at hand then; others are one block.
+template <typename Codes, typename Each>
+static INLINE void each_block(Codes& codes, int64_t first, int64_t last, int j, const Each& each) {
+  if constexpr (std::is_same_v<Codes, Blocks8> || std::is_same_v<Codes, Blocks4>) {
+    for (int64_t from = first; from < last; from += codes.grid.block) {
+      codes.grid.start(from, j);
+      each(from, std::min(from + codes.grid.block, last));
+    }
+  } else {
+    each(first, last);
+  }
+}
 
 // Where a row's sums go, and the scales that end them, or null.
 struct Sums {
@@ -168,16 +213,12 @@ static void multiply(const typename Codes::X* x, int64_t x_row, Codes codes, int
       const float* row = to.out + n * to.row + j;
       sums[n][0] = to.adds ? load(row) : F{}, sums[n][1] = to.adds ? load(row + HALF) : F{};
     }
-    const int64_t block = block_of(codes, last - first);
-    for (int64_t from = first; from < last; from += block) {
-      const int64_t end = from + block < last ? from + block : last;
-      codes.start(from, j);
-      int64_t i = from;
+    each_block(codes, first, last, j, [&](int64_t i, int64_t end) INLINED {
       for (; i + UNROLLED <= end; i += UNROLLED)
 #pragma GCC unroll 4
         for (int u = 0; u < UNROLLED; u += Codes::STEP) add_inputs<N>(x, x_row, codes, i + u, j, sums);
       for (; i < end; i += Codes::STEP) add_inputs<N>(x, x_row, codes, i, j, sums);
-    }
+    });
 #pragma GCC unroll 16
     for (int n = 0; n < N; ++n) {
       float* row = to.out + n * to.row + j;
@@ -215,22 +256,20 @@ template <typename Codes>
 static void multiply_two(const float* x, Codes left, Codes right, int64_t inputs, const Sums& to) {
   for (int j = 0; j < HALF; j += LANES) {
     F sums[2][1][2] = {};
-    const int64_t block = block_of(left, inputs);
-    for (int64_t from = 0; from < inputs; from += block) {
-      const int64_t end = from + block < inputs ? from + block : inputs;
-      left.start(from, j), right.start(from, j);
-      int64_t i = from;
-      for (; i + UNROLLED <= end; i += UNROLLED)
+    each_block(left, 0, inputs, j, [&](int64_t from, int64_t last) INLINED {
+      each_block(right, from, last, j, [&](int64_t i, int64_t end) INLINED {
+        for (; i + UNROLLED <= end; i += UNROLLED)
 #pragma GCC unroll 4
-        for (int u = 0; u < UNROLLED; u += Codes::STEP) {
-          add_inputs<1>(x, inputs, left, i + u, j, sums[0]);
-          add_inputs<1>(x, inputs, right, i + u, j, sums[1]);
+          for (int u = 0; u < UNROLLED; u += Codes::STEP) {
+            add_inputs<1>(x, inputs, left, i + u, j, sums[0]);
+            add_inputs<1>(x, inputs, right, i + u, j, sums[1]);
+          }
+        for (; i < end; i += Codes::STEP) {
+          add_inputs<1>(x, inputs, left, i, j, sums[0]);
+          add_inputs<1>(x, inputs, right, i, j, sums[1]);
         }
-      for (; i < end; i += Codes::STEP) {
-        add_inputs<1>(x, inputs, left, i, j, sums[0]);
-        add_inputs<1>(x, inputs, right, i, j, sums[1]);
-      }
-    }
+      });
+    });
 #pragma GCC unroll 4
     for (int half = 0; half < 4; ++half) {
       F sum = sums[half / 2][0][half % 2];
@@ -240,14 +279,19 @@ static void multiply_two(const float* x, Codes left, Codes right, int64_t inputs
   }
 }
 
+// The scales of whole sums of a panel, or null.
+static INLINE const float* scale_at(const Panels& weight, int64_t panel) {
+  return weight.stored == Stored::kInt8 ? static_cast<const float*>(weight.scale) + panel * PANEL : nullptr;
+}
+
 // One row times whole panels of codes from `first` on, in twos. Returns the first panel that is left.
 template <typename CodesAt>
 static int64_t in_twos(const float* x, const Panels& weight, float* out, int64_t first, int64_t last,
                        const CodesAt& codes_at) {
   const int64_t O = weight.outputs, whole = std::min(last, O / PANEL);
   for (; first + 2 <= whole; first += 2) {
-    const float* scale = weight.stored == Stored::kInt8 ? weight.scale + first * PANEL : nullptr;
-    multiply_two(x, codes_at(first), codes_at(first + 1), weight.inputs, Sums{out + first * PANEL, O, false, scale});
+    const Sums to{out + first * PANEL, O, false, scale_at(weight, first)};
+    multiply_two(x, codes_at(first), codes_at(first + 1), weight.inputs, to);
   }
   return first;
 }
@@ -262,11 +306,8 @@ static void multiply_panel(const typename Codes::X* x, Codes codes, int64_t inpu
   for (int64_t first = 0; first < inputs; first += DEPTH) {
     const int64_t last = first + DEPTH < inputs ? first + DEPTH : inputs;
     for (int j = 0; j < HALF; j += LANES) {
-      const int64_t block = block_of(codes, last - first);
-      for (int64_t from = first; from < last; from += block) {
-        const int64_t end = from + block < last ? from + block : last;
-        codes.start(from, j);
-        for (int64_t i = from; i < end; i += Codes::STEP) {
+      each_block(codes, first, last, j, [&](int64_t i, int64_t end) INLINED {
+        for (; i < end; i += Codes::STEP) {
           Vector<Lane> w[Codes::STEP][2];
           codes.read(i, j, w);
           for (int s = 0; s < Codes::STEP; ++s) {
@@ -274,7 +315,7 @@ static void multiply_panel(const typename Codes::X* x, Codes codes, int64_t inpu
             store(unpacked + (i - first + s) * PANEL + j + HALF, w[s][1]);
           }
         }
-      }
+      });
     }
     to.adds = first > 0, to.scale = last == inputs ? scale : nullptr;
     multiply_all(rows, x + first, inputs, unpacked, last - first, codes.at(last), Codes::BYTES, to);
@@ -307,7 +348,7 @@ static void of_panels(const Panels& weight, float* out, int64_t rows, int64_t fi
   const int64_t O = weight.outputs;
   for (int64_t p = first; p < last; ++p) {
     const int64_t count = O - p * PANEL < PANEL ? O - p * PANEL : PANEL;
-    const float* scale = weight.stored == Stored::kInt8 ? weight.scale + p * PANEL : nullptr;
+    const float* scale = scale_at(weight, p);
     if (count == PANEL) {
       multiply(p, Sums{out + p * PANEL, O, false, scale});
       continue;
@@ -320,25 +361,32 @@ static void of_panels(const Panels& weight, float* out, int64_t rows, int64_t fi
 
 static void panels(const float* x, const Panels& weight, float* out, int64_t rows, int64_t first, int64_t last) {
   const int64_t I = weight.inputs;
-  const auto* bytes = static_cast<const int8_t*>(weight.code);
-  const auto codes8 = [=](int64_t p) { return Codes8{bytes + p * I * PANEL}; };
-  const auto codes4 = [=](int64_t p) {
-    const int64_t grid = p * weight.blocks * PANEL;
-    const int8_t* code = bytes + p * I / 2 * PANEL;
-    return Codes4{code, weight.scale + grid, weight.offset + grid, I / weight.blocks, {}, {}};
+  const auto* bytes = static_cast<const uint8_t*>(weight.code);
+  const auto codes8 = [=](int64_t p) { return Codes8{reinterpret_cast<const int8_t*>(bytes) + p * I * PANEL}; };
+  const auto grid = [=, &weight](int64_t p) {
+    const int64_t at = p * weight.blocks * PANEL * (weight.grid_is_f16 ? sizeof(Half) : sizeof(float));
+    const auto* offset = weight.offset ? static_cast<const char*>(weight.offset) + at : nullptr;
+    return Grid{static_cast<const char*>(weight.scale) + at, offset, weight.grid_is_f16, I / weight.blocks, {}, {}};
   };
+  const auto blocks8 = [=](int64_t p) { return Blocks8{codes8(p).panel, grid(p)}; };
+  const auto blocks4 = [=](int64_t p) { return Blocks4{bytes + p * I / 2 * PANEL, grid(p)}; };
   if (rows == 1 && weight.stored == Stored::kInt8) first = in_twos(x, weight, out, first, last, codes8);
-  if (rows == 1 && weight.stored == Stored::kInt4) first = in_twos(x, weight, out, first, last, codes4);
+  if (rows == 1 && weight.stored == Stored::kBlocks8) first = in_twos(x, weight, out, first, last, blocks8);
+  if (rows == 1 && weight.stored == Stored::kBlocks4) first = in_twos(x, weight, out, first, last, blocks4);
   of_panels(weight, out, rows, first, last, [&](int64_t p, const Sums& to) {
     switch (weight.stored) {
       case Stored::kF32:
         return multiply_panel(x, static_cast<const float*>(weight.code) + p * I * PANEL, I, rows, to);
       case Stored::kBF16:
         return multiply_panel(x, Widened{static_cast<const Pair*>(weight.code) + p * I / 2 * PANEL}, I, rows, to);
+      case Stored::kF16:
+        return multiply_panel(x, Halves{static_cast<const Half*>(weight.code) + p * I * PANEL}, I, rows, to);
       case Stored::kInt8:
         return multiply_panel(x, codes8(p), I, rows, to);
-      case Stored::kInt4:
-        return multiply_panel(x, codes4(p), I, rows, to);
+      case Stored::kBlocks8:
+        return multiply_panel(x, blocks8(p), I, rows, to);
+      case Stored::kBlocks4:
+        return multiply_panel(x, blocks4(p), I, rows, to);
     }
   });
 }

@@ -2,11 +2,14 @@
 // the pragma that allows its instructions.
 
 #define INLINE inline __attribute__((always_inline))
+#define INLINED __attribute__((always_inline))  // of a lambda
 
 typedef float F __attribute__((vector_size(LANES * 4)));
 typedef int32_t I32 __attribute__((vector_size(LANES * 4)));
 typedef uint32_t U32 __attribute__((vector_size(LANES * 4)));
 typedef int8_t I8 __attribute__((vector_size(LANES)));
+typedef uint8_t U8 __attribute__((vector_size(LANES)));
+typedef uint16_t U16 __attribute__((vector_size(LANES * 2)));
 typedef float F4 __attribute__((vector_size(16)));
 
 static INLINE F load(const float* from) {
@@ -38,21 +41,58 @@ static INLINE I32 widened(const int8_t* from) {
 #endif
 }
 
-// The lower 4 bits of each as a number in [-8, 7].
-static INLINE F code_in_low_half(I32 bits) {
+// Bytes, likewise.
+static INLINE I32 widened(const uint8_t* from) {
 #if LANES == 16
-  const F table = {0, 1, 2, 3, 4, 5, 6, 7, -8, -7, -6, -5, -4, -3, -2, -1};
-  return (F)_mm512_permutexvar_ps((__m512i)bits, (__m512)table);
+  return (I32)_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
+#elif LANES == 8
+  return (I32)_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from)));
 #else
-  return __builtin_convertvector(bits << 28 >> 28, F);
+  U8 bytes;
+  __builtin_memcpy(&bytes, from, sizeof bytes);
+  return __builtin_convertvector(bytes, I32);
 #endif
 }
 
+// The lower 4 bits of each as a number.
+static INLINE F low_half(I32 bytes) {
+#if LANES == 16
+  const F table = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+  return (F)_mm512_permutexvar_ps((__m512i)bytes, (__m512)table);
+#else
+  return __builtin_convertvector(bytes & 15, F);
+#endif
+}
+
+// The upper 4 bits of bytes, likewise.
+static INLINE F high_half(I32 bytes) { return __builtin_convertvector(bytes >> 4, F); }
+
 static INLINE F load(const int8_t* from) { return __builtin_convertvector(widened(from), F); }
 
-static INLINE F splat(float value) { return value - F{}; }
-
 static INLINE U32 splat(uint32_t value) { return value - U32{}; }
+
+struct Half {
+  uint16_t bits;
+};
+
+// Half precision, exactly. Nothing here is a subnormal float: those may be taken for 0.
+static INLINE F load(const Half* from) {
+#if LANES == 16
+  return (F)_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
+#elif LANES == 8
+  return (F)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
+#else
+  U16 halves;
+  __builtin_memcpy(&halves, from, sizeof halves);
+  const U32 bits = __builtin_convertvector(halves, U32), size = (bits & 0x7fff) << 13;
+  constexpr uint32_t ONE = 1 << 23, BIAS = 112 * ONE;  // of exponents, and what a float's has more
+  const U32 normal = size + (size >= 31 * ONE ? splat(2 * BIAS) : splat(BIAS));  // or infinite, or NaN
+  const U32 subnormal = (U32)((F)(size + BIAS + ONE) - (F)splat(BIAS + ONE));
+  return (F)((size < ONE ? subnormal : normal) | (bits & 0x8000) << 16);
+#endif
+}
+
+static INLINE F splat(float value) { return value - F{}; }
 
 static INLINE F as_floats(U32 bits) { return (F)bits; }
 

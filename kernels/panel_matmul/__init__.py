@@ -1,6 +1,17 @@
 """Multiplies activations with weights that lie in panels of 32 outputs, as CPUs read them best."""
 
 from .op import panel_matmul
-from .reference import PANEL, Panels, columns, pack, pack_int4, pack_int8, rounded, unpack
+from .reference import PANEL, Panels, columns, pack, pack_blocks, pack_int4, pack_int8, rounded, unpack
 
-__all__ = ["PANEL", "Panels", "columns", "pack", "pack_int4", "pack_int8", "panel_matmul", "rounded", "unpack"]
+__all__ = [
+    "PANEL",
+    "Panels",
+    "columns",
+    "pack",
+    "pack_blocks",
+    "pack_int4",
+    "pack_int8",
+    "panel_matmul",
+    "rounded",
+    "unpack",
+]

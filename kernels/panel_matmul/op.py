@@ -8,14 +8,15 @@ from .native_cpu import panel_matmul_native
 from .reference import PANEL, Panels, panel_matmul_reference
 
 LONGEST_RUN = 256
-"""Inputs that the native kernel unpacks together: a block of 4-bit codes divides it."""
+"""Inputs that the native kernel unpacks together: a block of codes divides it."""
+FLOATS = (jnp.float32, jnp.bfloat16, jnp.float16)
 
 
 def panel_matmul(x_RI: jax.Array, weight: Panels, *, outputs: int, backend: Backend) -> jax.Array:
     """x @ weight, one row or many; sums are f32, in the native kernel input after input whatever the number of rows.
 
     Args:
-        x_RI: activations; f32 where weights are, bf16 where weights are, and either for codes.
+        x_RI: activations; f32, or bf16 where weights are bf16 or codes.
         weight: see `Panels`.
         outputs: O; the last panel's other outputs are not computed.
         backend: "native_cpu", or any other for XLA's product of the unpacked weight.
@@ -28,31 +29,48 @@ def panel_matmul(x_RI: jax.Array, weight: Panels, *, outputs: int, backend: Back
     """
     check_backend(backend)
     _check(weight, x_RI.shape[1], outputs)
-    allowed = (jnp.float32, jnp.bfloat16) if weight.scale is not None else (weight.code.dtype,)
+    is_wide = weight.code.dtype in (jnp.float32, jnp.float16)
+    allowed = (jnp.float32,) if is_wide else (jnp.float32, jnp.bfloat16)
     if x_RI.dtype not in allowed:
         raise ValueError(f"x_RI must be {' or '.join(jnp.dtype(one).name for one in allowed)}, got {x_RI.dtype}")
-    if weight.code.dtype == jnp.bfloat16:
+    if backend != "native_cpu":
+        return panel_matmul_reference(x_RI, weight, outputs)
+    if weight.code.ndim == 4:
         x_RI = jnp.pad(x_RI, ((0, 0), (0, x_RI.shape[1] % 2)))
-    matmul = panel_matmul_native if backend == "native_cpu" else panel_matmul_reference
-    return matmul(x_RI, weight, outputs)
+    return panel_matmul_native(x_RI, weight, outputs)
 
 
 def _check(weight: Panels, inputs: int, outputs: int) -> None:
     (code, scale, offset), P = weight, -(-outputs // PANEL)
-    of_code = (jnp.float32, jnp.bfloat16) if scale is None else (jnp.int8,)
-    if code.dtype not in of_code or any(leaf is not None and leaf.dtype != jnp.float32 for leaf in (scale, offset)):
-        dtypes = [str(leaf.dtype) for leaf in weight if leaf is not None]
-        raise ValueError(f"panels are float32 or bfloat16, or int8 codes with float32 scales, got {dtypes}")
+    _check_dtypes(weight)
     if code.dtype == jnp.bfloat16:
         return check_shape("code", code, (P, -(-inputs // 2), PANEL, 2), "PIX2")
-    if scale is None or offset is None:
+    if scale is None or scale.ndim == 2:
         check_shape("code", code, (P, inputs, PANEL), "PIX")
         if scale is not None:
             check_shape("scale", scale, (P, PANEL), "PX")
         return
-    check_shape("code", code, (P, inputs // 2, PANEL), "PIX")
+    is_halved = offset is not None and code.shape[1:2] != (inputs,)
+    check_shape("code", code, (P, inputs // 2 if is_halved else inputs, PANEL), "PIX")
     blocks = scale.shape[1] if scale.ndim == 3 else 0
     for name, leaf in (("scale", scale), ("offset", offset)):
-        check_shape(name, leaf, (P, blocks, PANEL), "PQX")
+        if leaf is not None:
+            check_shape(name, leaf, (P, blocks, PANEL), "PQX")
     if not blocks or inputs % blocks or LONGEST_RUN % (inputs // blocks) or inputs // blocks % 2:
         raise ValueError(f"{inputs=} in {blocks=}: a block must be whole and a divisor of {LONGEST_RUN}, at least 2")
+
+
+def _check_dtypes(weight: Panels) -> None:
+    code, scale, offset = weight
+    dtypes = [str(leaf.dtype) for leaf in weight if leaf is not None]
+    if scale is None:
+        fits = code.dtype in FLOATS and offset is None
+    else:
+        of_grid = (jnp.float32, jnp.float16) if scale.ndim == 3 else (jnp.float32,)
+        fits = code.dtype == jnp.int8 and scale.dtype in of_grid
+        fits &= offset is None or (scale.ndim == 3 and offset.dtype == scale.dtype)
+    if not fits:
+        raise ValueError(
+            "panels are float32, bfloat16 or float16, or int8 codes with float32 scales of outputs, or with scales and "
+            f"offsets of blocks that are both float32 or both float16, got {dtypes}"
+        )

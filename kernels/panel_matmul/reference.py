@@ -18,18 +18,19 @@ class Panels(NamedTuple):
     that one input adds to 32 outputs in a few registers. Outputs are filled up to whole panels with zeros."""
 
     code: jax.Array
-    """f32 [P, I, 32], or bf16 [P, I / 2, 32, 2], the weight itself: in bf16 two inputs of an output are neighbours, as
-    dot products take them, and a zero fills an odd number of inputs up. i8 [P, I, 32], its codes. Or i8 [P, I / 2, 32]
-    with two inputs' codes in a byte, each in [-8, 7], the earlier input's in the low half."""
+    """The weight itself: f32 or f16 [P, I, 32], or bf16 [P, I / 2, 32, 2], where two inputs of an output are
+    neighbours, as dot products take them, and a zero fills an odd number of inputs up. Or its codes: i8 [P, I, 32]; or
+    i8 [P, I / 2, 32] with two inputs' codes in a byte, each from 0 to 15, the earlier input's in the low half."""
     scale: jax.Array | None = None
-    """f32: [P, 32] an output's, or [P, Q, 32] a block's of 4-bit codes; weight = code * scale + offset"""
+    """f32 [P, 32], an output's, of codes of 8 bits; or f32 or f16 [P, Q, 32], a block's. In f32 weight =
+    code * scale + offset, rounded once where f32 holds code * scale."""
     offset: jax.Array | None = None
-    """f32 [P, Q, 32], of 4-bit codes alone"""
+    """[P, Q, 32] of the scale's type; of codes of 8 bits in blocks, where there is one, and of all of 4 bits"""
 
 
 @functools.partial(jax.jit, static_argnames="dtype")
 def pack(weight_OI: jax.Array, dtype: jnp.dtype) -> Panels:
-    """A float weight, as f32 or bf16."""
+    """A float weight, as f32, bf16 or f16."""
     code_PIX = _in_panels(weight_OI.astype(dtype).T)
     if dtype != jnp.bfloat16:
         return Panels(code_PIX)
@@ -39,38 +40,47 @@ def pack(weight_OI: jax.Array, dtype: jnp.dtype) -> Panels:
 
 @jax.jit
 def pack_int8(code_OI: jax.Array, scale_O: jax.Array) -> Panels:
-    """Codes with a scale for each output."""
+    """Codes of 8 bits with a scale for each output."""
     return Panels(_in_panels(code_OI.T), _in_panels(scale_O[None])[:, 0])
 
 
 @jax.jit
 def pack_int4(packed: jax.Array, scale_QO: jax.Array, offset_QO: jax.Array) -> Panels:
-    """The arrays of a `Blockwise` weight: packed i8 [I / 2, O]."""
-    return Panels(*map(_in_panels, (packed, scale_QO, offset_QO)))
+    """The arrays of a `Blockwise` weight of f32: packed i8 [I / 2, O], whose codes are from -8 to 7."""
+    signs = jnp.int8(-0x78)  # 0x88, the bit of both codes: without it they are 8 more
+    return Panels(*map(_in_panels, (packed ^ signs, scale_QO, offset_QO - 8 * scale_QO)))
 
 
-def unpack(weight: Panels, outputs: int) -> jax.Array:
-    """f32 weight_OI; of bf16 with the input that was filled up."""
-    code_PIX = weight.code.astype(jnp.float32)
-    if code_PIX.ndim == 4:
-        code_PIX = code_PIX.swapaxes(2, 3).reshape(len(code_PIX), -1, PANEL)
-    P, I, X = code_PIX.shape
-    if weight.offset is not None and weight.scale is not None:
-        low_high = [(weight.code << 4) >> 4, weight.code >> 4]  # of i8 the right shift keeps the sign
-        code_PIX = jnp.stack(low_high, axis=2).reshape(P, 2 * I, X).astype(jnp.float32)
-        block = 2 * I // weight.scale.shape[1]
-        code_PIX = code_PIX * weight.scale.repeat(block, axis=1) + weight.offset.repeat(block, axis=1)
-    elif weight.scale is not None:
-        code_PIX = code_PIX * weight.scale[:, None]
-    return code_PIX.swapaxes(1, 2).reshape(P * X, -1)[:outputs]
+@functools.partial(jax.jit, static_argnames="bits")
+def pack_blocks(code_OI: jax.Array, scale_OQ: jax.Array, offset_OQ: jax.Array | None, bits: int) -> Panels:
+    """Codes i8 with a scale, and perhaps an offset, for each block of I / Q inputs.
+
+    Args:
+        bits: 8, or 4 for codes from 0 to 15, which have an offset.
+    """
+    code_IO = code_OI.T
+    if bits == 4:
+        code_IO = code_IO[::2] | code_IO[1::2] << 4
+    offset = None if offset_OQ is None else _in_panels(offset_OQ.T)
+    return Panels(_in_panels(code_IO), _in_panels(scale_OQ.T), offset)
 
 
-def columns(weight: Panels, output_R: jax.Array) -> jax.Array:
-    """f32 [R, I]: of these outputs all their inputs, as an embedding is looked up. Not of 4-bit codes; else as
-    `unpack`."""
+def unpack(weight: Panels, outputs: int, inputs: int) -> jax.Array:
+    """f32 weight_OI."""
+    code_PIX, scale, offset = _codes(weight.code, inputs), weight.scale, weight.offset
+    if scale is not None:
+        code_PIX = code_PIX * _of_inputs(scale if scale.ndim == 3 else scale[:, None], inputs)
+    if offset is not None:
+        code_PIX = code_PIX + _of_inputs(offset, inputs)
+    return code_PIX.swapaxes(1, 2).reshape(-1, inputs)[:outputs]
+
+
+def columns(weight: Panels, output_R: jax.Array, inputs: int) -> jax.Array:
+    """f32 [R, I]: of these outputs all their inputs, as an embedding is looked up; as `unpack`."""
     panel_R, lane_R = output_R // PANEL, output_R % PANEL
-    code_RI = weight.code[panel_R, :, lane_R].astype(jnp.float32).reshape(len(output_R), -1)
-    return code_RI if weight.scale is None else code_RI * weight.scale[panel_R, lane_R, None]
+    code, *grids = weight
+    taken = (None if grid is None else grid[panel_R, ..., lane_R][..., None] for grid in grids)
+    return unpack(Panels(code[panel_R, :, lane_R][:, :, None], *taken), len(output_R), inputs)
 
 
 def rounded(x: jax.Array) -> jax.Array:
@@ -82,7 +92,22 @@ def panel_matmul_reference(x_RI: jax.Array, weight: Panels, outputs: int) -> jax
     """`op.panel_matmul`: f32 [R, O]."""
     if x_RI.dtype == jnp.bfloat16:
         x_RI = rounded(x_RI.astype(jnp.float32))  # said again, for XLA leaves a rounding out that it sees widened
-    return jnp.einsum("RI,OI->RO", x_RI, unpack(weight, outputs))
+    return jnp.einsum("RI,OI->RO", x_RI, unpack(weight, outputs, x_RI.shape[1]))
+
+
+def _codes(code: jax.Array, inputs: int) -> jax.Array:
+    """f32 [P, I, X] of a weight's codes, or of the weight itself."""
+    if code.ndim == 4:
+        return code.swapaxes(2, 3).reshape(len(code), -1, code.shape[2])[:, :inputs].astype(jnp.float32)
+    if code.shape[1] == inputs:
+        return code.astype(jnp.float32)
+    halves = jnp.stack([code & 15, code >> 4 & 15], axis=2)
+    return halves.reshape(len(code), inputs, -1).astype(jnp.float32)
+
+
+def _of_inputs(grid_PQX: jax.Array, inputs: int) -> jax.Array:
+    """f32 [P, I, X]: what is each input's, of its block's."""
+    return grid_PQX.astype(jnp.float32).repeat(inputs // grid_PQX.shape[1], axis=1)
 
 
 def _in_panels(leaf_IO: jax.Array) -> jax.Array:

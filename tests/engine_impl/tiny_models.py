@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from jax.sharding import Mesh
 from slipstream.engine_impl.assembly import assembled
-from slipstream.engine_impl.checkpoints.contract import Quantization
+from slipstream.engine_impl.checkpoints.contract import Codes, Compact, Quantization
 from slipstream.engine_impl.config import EngineConfig
 from slipstream.engine_impl.draft_model import draft_model
 from slipstream.engine_impl.engine import Engine
@@ -47,6 +47,13 @@ class RandomCheckpoint:
         shape = self.shapes()[name]
         values = np.random.default_rng(list(name.encode())).normal(size=shape).astype(np.float32)
         return 1 + 0.1 * values if "norm" in name else values * 2 / shape[-1] ** 0.5
+
+    def compact(self) -> dict[str, Compact]:
+        """None: float32."""
+        return {}
+
+    def codes(self, name: str) -> Codes:
+        raise KeyError(name)
 
     def tokenizer(self) -> Any:
         return None

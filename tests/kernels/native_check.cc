@@ -76,11 +76,17 @@ void check_sharing() {
 
 struct Weight {
   std::vector<float> floats, scale, offset;
-  std::vector<uint16_t> halves;
+  std::vector<uint16_t> halves, scale_halves, offset_halves;
   std::vector<int8_t> bytes;
+  std::vector<float> values;   // [P, I, 32], the weight in panels; of kInt8 without its scale
   std::vector<double> plain;  // [O, I]
   Panels panels;
 };
+
+constexpr Stored ALL[] = {Stored::kF32,  Stored::kBF16,    Stored::kF16,
+                          Stored::kInt8, Stored::kBlocks8, Stored::kBlocks4};
+
+bool is_in_blocks(Stored stored) { return stored == Stored::kBlocks8 || stored == Stored::kBlocks4; }
 
 double widened(uint16_t half) {
   const uint32_t bits = static_cast<uint32_t>(half) << 16;
@@ -89,28 +95,65 @@ double widened(uint16_t half) {
   return value;
 }
 
+// Half precision, by what its bits mean.
+float of_half(uint16_t half) {
+  const int exponent = half >> 10 & 31, mantissa = half & 1023;
+  const double size = exponent == 31 ? (mantissa ? NAN : INFINITY)
+                      : exponent     ? std::ldexp(1024 + mantissa, exponent - 25)
+                                     : std::ldexp(mantissa, -24);
+  return static_cast<float>(half >> 15 ? -size : size);
+}
+
+// Of around 1, small ones, and now and then a subnormal one or a zero.
+std::vector<uint16_t> halves(size_t count) {
+  std::vector<uint16_t> values(count);
+  for (uint16_t& half : values) {
+    const unsigned draw = generator();
+    half = (draw >> 16 & 0x83ff) | (draw % 7 ? 0x3400 + draw % 3 * 0x400 : draw % 2 * 0x400);
+  }
+  return values;
+}
+
+std::vector<float> of_halves(const std::vector<uint16_t>& halves) {
+  std::vector<float> values(halves.size());
+  std::transform(halves.begin(), halves.end(), values.begin(), of_half);
+  return values;
+}
+
+// What the weights of blocks share: scales and offsets, floats or in half precision, or no offset.
+struct Grids {
+  int64_t block = 32;
+  bool is_f16 = false, has_offset = true;
+};
+
 // Lanes behind the last output are NaN where floats can say so.
-void fill(Weight& weight, Stored stored, int64_t I, int64_t O, int64_t block) {
-  const int64_t P = (O + PANEL - 1) / PANEL, Q = stored == Stored::kInt4 ? I / block : 1;
-  weight.plain.resize(O * I);
+void fill(Weight& weight, Stored stored, int64_t I, int64_t O, Grids grids) {
+  const int64_t P = (O + PANEL - 1) / PANEL, Q = is_in_blocks(stored) ? I / grids.block : 1;
+  weight.plain.resize(O * I), weight.values.resize(P * I * PANEL);
   if (stored == Stored::kF32) weight.floats = normal(P * I * PANEL);
+  if (stored == Stored::kF16) weight.halves = halves(P * I * PANEL);
   if (stored == Stored::kBF16) {
     weight.halves.resize(P * I * PANEL);
     for (uint16_t& half : weight.halves) half = static_cast<uint16_t>(0x3c00 + generator() % 0x400 + (generator() % 2 << 15));
   }
   if (stored == Stored::kInt8) weight.bytes = codes(P * I * PANEL), weight.scale = normal(P * PANEL);
-  if (stored == Stored::kInt4) {
-    weight.bytes = codes(P * I / 2 * PANEL);
-    weight.scale = normal(P * Q * PANEL), weight.offset = normal(P * Q * PANEL);
+  if (is_in_blocks(stored)) {
+    weight.bytes = codes(P * I * PANEL / (stored == Stored::kBlocks4 ? 2 : 1));
+    weight.scale_halves = halves(P * Q * PANEL), weight.scale = of_halves(weight.scale_halves);
+    weight.offset_halves = halves(P * Q * PANEL), weight.offset = of_halves(weight.offset_halves);
+    if (!grids.is_f16) weight.offset = normal(P * Q * PANEL);
+    if (!grids.has_offset) std::fill(weight.offset.begin(), weight.offset.end(), 0.0f);
   }
   for (int64_t o = 0; o < P * PANEL; ++o)
     for (int64_t i = 0; i < I; ++i) {
-      const int64_t p = o / PANEL, lane = o % PANEL, at = (p * I + i) * PANEL;
-      double value = 0;
+      const int64_t p = o / PANEL, lane = o % PANEL, at = (p * I + i) * PANEL + lane;
+      const int64_t grid = (p * Q + i / grids.block) * PANEL + lane;
+      float value = 0;
+      double scale = 1;
       switch (stored) {
         case Stored::kF32:
-          if (o >= O) weight.floats[at + lane] = NOT_A_NUMBER;
-          value = weight.floats[at + lane];
+          if (o >= O) weight.floats[at] = NOT_A_NUMBER;
+          value = weight.floats[at];
           break;
         case Stored::kBF16: {
           uint16_t& half = weight.halves[((p * I + i) / 2 * PANEL + lane) * 2 + i % 2];
@@ -118,23 +161,34 @@ void fill(Weight& weight, Stored stored, int64_t I, int64_t O, int64_t block) {
           value = widened(half);
           break;
         }
-        case Stored::kInt8:
-          value = static_cast<double>(weight.bytes[at + lane]) * weight.scale[p * PANEL + lane];
+        case Stored::kF16:
+          if (o >= O) weight.halves[at] = 0x7e00;
+          value = of_half(weight.halves[at]);
           break;
-        case Stored::kInt4: {
-          const int8_t pair = weight.bytes[(p * I / 2 + i / 2) * PANEL + lane];
-          const int code = i % 2 ? pair >> 4 : static_cast<int8_t>(static_cast<uint8_t>(pair) << 4) >> 4;
-          const int64_t grid = (p * Q + i / block) * PANEL + lane;
-          value = static_cast<double>(code) * weight.scale[grid] + weight.offset[grid];
+        case Stored::kInt8:
+          value = weight.bytes[at], scale = weight.scale[p * PANEL + lane];
+          break;
+        case Stored::kBlocks8:
+          value = std::fma(static_cast<float>(weight.bytes[at]), weight.scale[grid], weight.offset[grid]);
+          break;
+        case Stored::kBlocks4: {
+          const uint8_t pair = weight.bytes[(p * I / 2 + i / 2) * PANEL + lane];
+          const float code = i % 2 ? pair >> 4 : pair & 15;
+          value = std::fma(code, weight.scale[grid], weight.offset[grid]);
           break;
         }
       }
-      if (o < O) weight.plain[o * I + i] = value;
+      weight.values[at] = value;
+      if (o < O) weight.plain[o * I + i] = scale * value;
     }
-  const void* code = stored == Stored::kF32    ? static_cast<const void*>(weight.floats.data())
-                     : stored == Stored::kBF16 ? static_cast<const void*>(weight.halves.data())
-                                               : static_cast<const void*>(weight.bytes.data());
-  weight.panels = Panels{stored, code, weight.scale.data(), weight.offset.data(), I, O, Q};
+  const void* code = !weight.floats.empty()   ? static_cast<const void*>(weight.floats.data())
+                     : !weight.halves.empty() ? static_cast<const void*>(weight.halves.data())
+                                              : static_cast<const void*>(weight.bytes.data());
+  const bool is_f16 = is_in_blocks(stored) && grids.is_f16;
+  const void* scale = is_f16 ? static_cast<const void*>(weight.scale_halves.data()) : weight.scale.data();
+  const void* offset = is_f16 ? static_cast<const void*>(weight.offset_halves.data()) : weight.offset.data();
+  if (!is_in_blocks(stored) || !grids.has_offset) offset = nullptr;
+  weight.panels = Panels{stored, code, scale, offset, I, O, Q, is_f16};
 }
 
 // The rows that `multiply` makes of panels [first, last), in two parts.
@@ -172,9 +226,9 @@ void compare_alone(const std::vector<float>& all, int64_t R, const Alone& alone)
   }
 }
 
-void check_product(Stored stored, int64_t R, int64_t I, int64_t O, int64_t block) {
+void check_product(Stored stored, int64_t R, int64_t I, int64_t O, Grids grids = {}) {
   Weight weight;
-  fill(weight, stored, I, O, block);
+  fill(weight, stored, I, O, grids);
   std::vector<float> x = normal(R * I);
   std::vector<uint16_t> halves;
   for (float& value : x) {
@@ -192,6 +246,13 @@ void check_product(Stored stored, int64_t R, int64_t I, int64_t O, int64_t block
   const auto out = multiplied(weight, R, panels_from(0));
   compare("a product", weight, x, out);
   compare_alone(out, R, [&](int64_t row) { return multiplied(weight, 1, panels_from(row)); });
+  if (stored != Stored::kInt8) {
+    const Panels values{Stored::kF32, weight.values.data(), nullptr, nullptr, I, O, 1, false};
+    const auto of_values = multiplied(weight, R, [&](float* out, int64_t rows, int64_t first, int64_t last) {
+      kernels().panels(x.data(), values, out, rows, first, last);
+    });
+    expect(of_values == out, "a product is that of the weight in floats, bit by bit", R);
+  }
   if (!kernels().dots || halves.empty() || I % 2) return;
   const auto dots_from = [&](int64_t row) {
     return [&, row](float* out, int64_t rows, int64_t first, int64_t last) {
@@ -204,26 +265,47 @@ void check_product(Stored stored, int64_t R, int64_t I, int64_t O, int64_t block
 }
 
 void check_products() {
-  for (Stored stored : {Stored::kF32, Stored::kBF16, Stored::kInt8, Stored::kInt4})
+  for (Stored stored : ALL)
     for (int64_t R : {1, 2, 3, 4, 5, 6, 7, 8, 9, 11, 12, 13, 25, 40})
       for (int64_t I : {64, 288, 608})  // 288 and 608 end within a run of unpacked inputs
-        for (int64_t O : {1, 31, 32, 33, 70}) check_product(stored, R, I, O, 32);
-  for (Stored stored : {Stored::kInt8, Stored::kInt4})  // several panels of a part, whole ones and the last
+        for (int64_t O : {1, 31, 32, 33, 70}) check_product(stored, R, I, O);
+  for (Stored stored : ALL)  // several panels of a part, whole ones and the last
     for (int64_t R : {1, 2, 3})
-      for (int64_t O : {128, 140, 200}) check_product(stored, R, 288, O, 32);
+      for (int64_t O : {128, 140, 200}) check_product(stored, R, 288, O);
   for (int64_t I : {1, 3, 17, 257}) {  // inputs that nothing divides
-    check_product(Stored::kInt8, 1, I, 140, 1);
+    check_product(Stored::kInt8, 1, I, 140);
     for (int64_t R : {1, 14}) {
-      check_product(Stored::kF32, R, I, 40, 1);
-      check_product(Stored::kBF16, R, I + 1, 40, 1);
-      check_product(Stored::kInt8, R, I, 40, 1);
+      check_product(Stored::kF32, R, I, 40);
+      check_product(Stored::kF16, R, I, 40);
+      check_product(Stored::kBF16, R, I + 1, 40);
+      check_product(Stored::kInt8, R, I, 40);
     }
   }
-  for (Stored stored : {Stored::kF32, Stored::kBF16, Stored::kInt8, Stored::kInt4})
+  for (Stored stored : ALL)
     for (int64_t R : {97, 131})  // a prompt's
-      for (int64_t I : {128, 544}) check_product(stored, R, I, 33, 32);
-  for (int64_t block : {8, 64, 128}) check_product(Stored::kInt4, 3, 384, 40, block);
-  for (int64_t block : {8, 64, 128}) check_product(Stored::kInt4, 30, 384, 40, block);
+      for (int64_t I : {128, 544}) check_product(stored, R, I, 33);
+  for (Stored stored : {Stored::kBlocks8, Stored::kBlocks4})
+    for (int64_t R : {1, 3, 30})
+      for (bool is_f16 : {false, true})
+        for (bool has_offset : {false, true}) {
+          for (int64_t block : {2, 8, 16, 64, 128}) check_product(stored, R, 384, 40, {block, is_f16, has_offset});
+          check_product(stored, R, 768, 70, {256, is_f16, has_offset});
+        }
+}
+
+// Each number of half precision, as a product has it: 1 times it.
+void check_halves() {
+  for (uint32_t first = 0; first < 1 << 16; first += PANEL) {
+    uint16_t half[PANEL];
+    float out[PANEL];
+    for (int lane = 0; lane < PANEL; ++lane) half[lane] = static_cast<uint16_t>(first + lane);
+    const float one = 1;
+    kernels().panels(&one, {Stored::kF16, half, nullptr, nullptr, 1, PANEL, 1, false}, out, 1, 0, 1);
+    for (int lane = 0; lane < PANEL; ++lane) {
+      const float value = of_half(half[lane]);
+      expect(out[lane] == value || (std::isnan(value) && std::isnan(out[lane])), "half precision", first + lane);
+    }
+  }
 }
 
 // Attention in groups of `most` slots at most, several parts of growing size.
@@ -446,6 +528,7 @@ int main() {
       continue;
     }
     ++levels;
+    check_halves();
     check_products();
     check_attentions();
     check_chunks();
