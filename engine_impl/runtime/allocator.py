@@ -4,9 +4,9 @@ XLA allocates a program's temporaries at every call, 50 MiB and more for a step 
 the system each time, and the system gives them back page by page, filled with zeros: a fifth of such a step. Other C
 libraries are left as they are.
 
-Weights are read from end to end at every step, 538 MB of them in float32: the processor looks up where each page of 4
-KiB lies, and fetches nothing ahead of where it knows that. So the heap has room in huge pages before they are loaded, what
-came to lie elsewhere is moved, and the cache behind them is made of some.
+Weights are read from end to end at every step: the processor looks up where each page of 4 KiB lies, and fetches
+nothing ahead of where it knows that. So the heap has room in huge pages before they are loaded, what came to lie
+elsewhere is moved, and the cache behind them is made of some.
 """
 
 import ctypes
