@@ -1,5 +1,5 @@
-"""Engines on a CPU with native kernels hold weights as the checkpoint has them: their numbers are, to the last bit, those
-of an engine that holds the same values in float32."""
+"""Engines on a CPU with native kernels hold weights as the checkpoint has them: their numbers are those of an engine
+that has the same values in float32, to the last bit."""
 
 import json
 import logging
