@@ -158,7 +158,8 @@ def agreement(expected_BA: np.ndarray, answer_BA: np.ndarray) -> dict[str, float
 
 def theory_bytes(engine: Engine) -> int:
     """Weights by arithmetic: n elements of a matrix of I inputs as int8 n + 4 n / I bytes, as int4 in blocks of b
-    n / 2 + 2 s n / b, where s is the size of a float; all else s n."""
+    n / 2 + 2 s n / b, where s is the size of a float; as a checkpoint's own codes of c bits c n / 8 + g n / b, where g
+    is the size of a block's scale and offset; all else s n, or 2 n of 16 bits."""
     bytes_there = 0
     for path, shape in _float_shapes(engine):
         part: Any = engine.model.get_submodule(path)
@@ -169,8 +170,11 @@ def theory_bytes(engine: Engine) -> int:
         elif kind == "int8":
             inputs = shape[1]  # of [O, I] and of experts, [E, I, O]
             bytes_there += count + 4 * count // inputs
+        elif kind in ("4-bit", "8-bit"):
+            grids = (1 + part.form.has_offset) * jnp.dtype(part.form.grid).itemsize
+            bytes_there += count * int(kind[0]) // 8 + grids * count // part.block
         else:
-            bytes_there += count * (2 if kind == "bfloat16" else size)
+            bytes_there += count * (2 if kind in ("bfloat16", "float16") else size)
     return bytes_there
 
 
@@ -182,7 +186,7 @@ def cache_theory_bytes(engine: Engine, quantize_kv: str) -> int:
 
 
 def quantized_share(engine: Engine) -> float:
-    """Share of the parameters that are codes."""
+    """Share of the parameters that are rounded to codes; a checkpoint's own codes are not rounded."""
     counts = [(engine.model.get_submodule(path), math.prod(shape)) for path, shape in _float_shapes(engine)]
     return sum(count for part, count in counts if _kind(part) in ("int8", "int4")) / sum(n for _, n in counts)
 

@@ -25,7 +25,7 @@ from .measure.datasheet import datasheet_bandwidth
 from .measure.models import Loaded, load, resized
 from .measure.stats import Ratio, percentile
 from .measure.table import Progress, table
-from .measure.traffic import bytes_per_step, stored_as, weights_dtype
+from .measure.traffic import bytes_per_step, matrices_in_memory, stored_as, weights_dtype
 from .measure.verdict import UNEQUAL_TOKENS, has_unequal_tokens
 from .options.step import Point, StepOptions, Versus
 
@@ -117,6 +117,7 @@ class PointBench:
                 "steps_timed": len(ms),
                 "chips": len(list(self.engine.mesh.devices.flat)),
                 "layer_loop": self.engine.parameters.layer_loop,
+                "matrices": matrices_in_memory(self.engine),
             }
         )
         if self._options.attention:

@@ -180,7 +180,7 @@ def _walk(
     """The layer loop itself. `of_all`: arrays that all layers take alike.
 
     Layers differ in their weights, in how far back they see and in their rope. Under a scan all three are selected by
-    the layer's number; unrolled, a layer is traced once for each way of seeing, and for each module that computes some.
+    the layer's number; unrolled, a layer is traced once for each way of seeing, and for each of `modules_of_layers`.
 
     A layer's last sum is left to the next one's turn, where XLA:TPU makes one operation of it and of the norm that
     reads it (docs/tpu-evidence.md).
@@ -219,12 +219,20 @@ def _walk(
 
     layer = jax.jit(layer, static_argnums=(3, 5))  # XLA inlines the calls, so a layer's index is a constant again
     per_layer = []
-    for index, (weights, module) in enumerate(zip(layers, model.module_of_layer, strict=True)):
+    for index, (weights, module) in enumerate(zip(layers, modules_of_layers(model), strict=True)):
         weights = {**weights, **of_all, **numbered(model.layers[module], jnp.int32(0))}
         stream, kv = layer(stream, weights, jnp.int32(index), kind_of_layer[index], ropes[rope_of_layer[index]], module)
         per_layer.append(kv)
     x_RD, out_RD = stream
     return x_RD + out_RD, jax.tree.map(lambda *of_layers: jnp.stack(of_layers), *per_layer)
+
+
+def modules_of_layers(model: Decoder) -> list[int]:
+    """For each layer the first whose module computes it: another one's where it computes something else, or where its
+    weights are stored in other types and shapes."""
+    first: dict[Any, int] = {}
+    arrays = (tuple((name, of.shape, of.dtype) for name, of in layer.named_parameters()) for layer in model.layers)
+    return [first.setdefault(kind, i) for i, kind in enumerate(zip(model.module_of_layer, arrays, strict=True))]
 
 
 def logits(model: Decoder, params: Params, x_RD: jax.Array) -> jax.Array:

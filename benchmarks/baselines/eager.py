@@ -137,9 +137,9 @@ class EagerLayers:
         one_cache = cache[0] if isinstance(cache, tuple) else cache
         steps = attention_steps(one_cache, self._length_B, self._page_BJ, mesh=self._mesh, backend=self._backend)
 
-        @jax.jit  # traced once; XLA inlines the calls
-        def layer(*args):
-            return self._layer(steps, *args)
+        @functools.partial(jax.jit, static_argnames="module")  # traced once; XLA inlines the calls
+        def layer(*args, module=0):
+            return self._layer(steps, self._model.layers[module], *args)
 
         layers, one = params["layers"], self._model.layers[0]
         if isinstance(layers, dict):
@@ -156,18 +156,21 @@ class EagerLayers:
             (x_BD, out_BD, cache), _ = jax.lax.scan(step, (x_BD, out_BD, cache), (sliced, index_L))
             return forward.logits(self._model, params, x_BD + out_BD), cache
         layers = [{**weights, **forward.numbered(one, jnp.int32(0))} for weights in layers]
+        modules = forward.modules_of_layers(self._model)
         if isinstance(cache, tuple):
             per_layer = []
-            for weights, cache_1PKRC in zip(layers, cache, strict=True):
-                x_BD, out_BD, cache_1PKRC = layer(x_BD, out_BD, cache_1PKRC, rope, weights, jnp.int32(0))
+            for weights, cache_1PKRC, module in zip(layers, cache, modules, strict=True):
+                x_BD, out_BD, cache_1PKRC = layer(x_BD, out_BD, cache_1PKRC, rope, weights, jnp.int32(0), module=module)
                 per_layer.append(cache_1PKRC)
             cache = tuple(per_layer)
         else:
-            for index, weights in enumerate(layers):
-                x_BD, out_BD, cache = layer(x_BD, out_BD, cache, rope, weights, jnp.int32(index))
+            for index, (weights, module) in enumerate(zip(layers, modules, strict=True)):
+                x_BD, out_BD, cache = layer(x_BD, out_BD, cache, rope, weights, jnp.int32(index), module=module)
         return forward.logits(self._model, params, x_BD + out_BD), cache
 
-    def _layer(self, steps, x_BD, out_BD, cache_LPKRC, rope, weights, index) -> tuple[jax.Array, jax.Array, jax.Array]:
+    def _layer(
+        self, steps, module, x_BD, out_BD, cache_LPKRC, rope, weights, index
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
         """One layer: its new rows go into the cache first, and attention reads the cache that holds them. The stream is
         in two parts, as ours."""
 
@@ -181,7 +184,7 @@ class EagerLayers:
             return ragged_attention(*args, mesh=self._mesh, backend=self._backend)[:, 0]
 
         x_BD, out_BD, _, _ = bridge.run(
-            self._model.layers[0], weights, x_BD + out_BD, rope, lambda q, k, v, _: bridge.call_kernel(attend, q, k, v)
+            module, weights, x_BD + out_BD, rope, lambda q, k, v, _: bridge.call_kernel(attend, q, k, v)
         )
         return x_BD, out_BD, cache_LPKRC
 

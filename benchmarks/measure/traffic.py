@@ -9,6 +9,7 @@ from ...engine_impl.engine import Engine
 from ...engine_impl.forward import Params
 from ...engine_impl.models.parts import ExpertLinear
 from ...engine_impl.quantization.linear import EncodedModule, Int8ExpertLinear
+from ...engine_impl.quantization.panels import PanelWeight, told
 
 
 def bytes_per_step(engine: Engine, params: Params, live_tokens: int) -> int:
@@ -31,18 +32,24 @@ def bytes_per_step(engine: Engine, params: Params, live_tokens: int) -> int:
 
 
 def stored_as(engine: Engine) -> Literal["none", "int8", "int4"]:
-    """What most of the weights are codes of: `auto` says it of no checkpoint."""
-    kinds = _kinds(engine)
+    """What most of the weights are rounded to: `auto` says it of no checkpoint."""
+    kinds = {part.kind for part in _encoded(engine)}
     return "int4" if "int4" in kinds else "int8" if "int8" in kinds else "none"
 
 
+def matrices_in_memory(engine: Engine) -> str | None:
+    """How they lie, where they are in panels; as the log tells it when an engine is built."""
+    return told(engine.model) or None
+
+
 def weights_dtype(engine: Engine) -> str:
-    """The type of the weights that are no codes: on CPUs it may be narrower than that of the activations."""
-    return "bfloat16" if "bfloat16" in _kinds(engine) else engine.layout.dtype.name
+    """The type of products: that of the activations, on CPUs also what both are rounded to."""
+    is_rounded = any(isinstance(part, PanelWeight) and part.form.activations == "bfloat16" for part in _encoded(engine))
+    return "bfloat16" if is_rounded else engine.layout.dtype.name
 
 
-def _kinds(engine: Engine) -> set[str]:
-    return {part.kind for part in engine.model.modules() if isinstance(part, EncodedModule)}
+def _encoded(engine: Engine) -> list[EncodedModule]:
+    return [part for part in engine.model.modules() if isinstance(part, EncodedModule)]
 
 
 def _expert_weights(engine: Engine, layer: dict[str, Any]) -> set[str]:

@@ -67,9 +67,8 @@ def sites_of(model: Decoder, mesh: Mesh) -> tuple[Site, ...]:
 
 
 def adapt(model: Decoder, sites: tuple[Site, ...]) -> None:
-    """Hangs a hook on each site's module, as quantisation left it. All layers run as the first one."""
-    for site in sites:
-        module = model.layers[0].get_submodule(site.path)
+    """Hangs a hook on each site's modules, as quantisation left them."""
+    for module in (layer.get_submodule(site.path) for layer in model.layers for site in sites):
         for part in (DOWN, UP, ROWS):
             module.register_buffer(part, torch.empty(0, device="meta"))
         module.register_forward_hook(_add_term)

@@ -3,7 +3,9 @@
 #define LEVEL avx2
 #define TARGET "avx2,fma,f16c"
 #define LANES 8
-#define ROWS 6
+#define REGISTERS 16
+#define ROWS 8
+#define PORTION 3
 #define QUERIES 3
 #define DOTS 0
 #include "level.h"

@@ -31,22 +31,25 @@ struct Block {
 // sums[h, query] = decay[query] * sums[h, query] + values of N dimensions times weight[key, query].
 template <int N>
 static void add_values(const float* v, int64_t v_row, const float* weight, int64_t count, const float* decay, float* sums) {
-  for (int j = 0; j < HALF; j += LANES) {
-    F own[N][2];
-    const F low = load(decay + j), high = load(decay + j + HALF);
+  constexpr int V = VECTORS<N, Plain<float>>;
+  for (int j = 0; j < PANEL; j += V * LANES) {
+    F own[N][V];
 #pragma GCC unroll 16
     for (int n = 0; n < N; ++n)
-      own[n][0] = load(sums + n * PANEL + j) * low, own[n][1] = load(sums + n * PANEL + j + HALF) * high;
-    for (int64_t s = 0; s < count; ++s) {
-      const F w[2] = {load(weight + s * PANEL + j), load(weight + s * PANEL + j + HALF)};
+#pragma GCC unroll 4
+      for (int i = 0; i < V; ++i)
+        own[n][i] = load(sums + n * PANEL + j + i * LANES) * load(decay + j + i * LANES);
+    for (int64_t s = 0; s < count; ++s)
+#pragma GCC unroll 4
+      for (int i = 0; i < V; ++i) {
+        const F w = load(weight + s * PANEL + j + i * LANES);
 #pragma GCC unroll 16
-      for (int n = 0; n < N; ++n) {
-        const F value = splat(v[s * v_row + n]);
-        own[n][0] += value * w[0], own[n][1] += value * w[1];
+        for (int n = 0; n < N; ++n) own[n][i] += splat(v[s * v_row + n]) * w;
       }
-    }
 #pragma GCC unroll 16
-    for (int n = 0; n < N; ++n) store(sums + n * PANEL + j, own[n][0]), store(sums + n * PANEL + j + HALF, own[n][1]);
+    for (int n = 0; n < N; ++n)
+#pragma GCC unroll 4
+      for (int i = 0; i < V; ++i) store(sums + n * PANEL + j + i * LANES, own[n][i]);
   }
 }
 
@@ -93,10 +96,10 @@ static void add_block(const Cached& of, const Block& block, const float* q, floa
     const F rest = exp_of_negative(load(m + j) - most);
     store(decay + j, rest), store(m + j, most), store(l + j, load(l + j) * rest + total);
   }
-  const int64_t portions = (H + ROWS - 1) / ROWS;
+  const int64_t portions = (H + PORTION - 1) / PORTION;
   for (int64_t p = 0, h = 0; p < portions; ++p) {
     const int64_t dims = (H - h + portions - p - 1) / (portions - p);
-    add_values<ROWS>(dims, block.v + h, block.v_row, score, block.count, decay, sums + h * PANEL);
+    add_values<PORTION>(dims, block.v + h, block.v_row, score, block.count, decay, sums + h * PANEL);
     h += dims;
   }
 }

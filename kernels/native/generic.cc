@@ -2,11 +2,14 @@
 #define LEVEL generic
 #define LANES 4
 #if defined(__aarch64__)
+#define REGISTERS 32
 #define ROWS 8
 #define QUERIES 3
 #else
+#define REGISTERS 16
 #define ROWS 4
 #define QUERIES 2
 #endif
+#define PORTION ROWS
 #define DOTS 0
 #include "level.h"

@@ -1,9 +1,11 @@
 // The kernels of one level, LEVEL, by the instructions that TARGET allows, or by what the compiler's target has. Included
 // once in a file that defines:
-//   LANES    floats of a vector
-//   ROWS     of a product that stay in registers
-//   QUERIES  of a slot that share a row of the cache
-//   DOTS     1 where there are dot products of bfloat16, else 0
+//   LANES      floats of a vector
+//   REGISTERS  vectors that are at hand
+//   ROWS       of a product that codes are unpacked for on the way, their sums in registers
+//   PORTION    rows that pass together over floats in the nearest cache
+//   QUERIES    of a slot that share a row of the cache
+//   DOTS       1 where there are dot products of bfloat16, else 0
 // The pragmas stand behind the standard headers, whose functions any level may share.
 #include <algorithm>
 #include <cmath>

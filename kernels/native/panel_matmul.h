@@ -1,8 +1,9 @@
 // Rows times panels of weights. Included once for each level; see kernels.h for how weights are stored.
 //
-// A panel is multiplied as two vectors, outputs from j and from j + 16 on. Up to ROWS rows of sums stay in registers while
-// the panel streams by. With more rows DEPTH inputs of a panel are taken at a time, unpacked once where they are codes, so
-// that they stay in the nearest cache while portions of the rows pass over them; the portions fetch what comes next.
+// Some vectors of a panel are multiplied at once, outputs from j on. The sums of few rows, ROWS of codes, stay in registers
+// while the panel streams by. With more rows DEPTH inputs of a panel are taken at a time, unpacked once where they are
+// codes, so that they stay in the nearest cache while PORTION rows after the others pass over them; the portions fetch
+// what comes next.
 //
 // Every sum is made input after input, whatever the number of rows: a row's result does not depend on the others.
 
@@ -36,34 +37,35 @@ template <typename Lane>
 struct Plain {
   using X = Lane;
   static constexpr int STEP = 1;  // inputs, or pairs of them, that are read at once
+  static constexpr int KEPT = 0;  // vectors beside those read
   const Lane* panel;
   const char* next;
   int64_t stride;  // bytes of `next` for each input
 
-  INLINE void read(int64_t i, int j, Vector<Lane> (&w)[STEP][2]) const {
-    const Lane* row = panel + i * PANEL + j;
+  INLINE void fetch(int64_t i, int) const {
     __builtin_prefetch(next + i * stride);
     if (stride > 64) __builtin_prefetch(next + i * stride + 64);
-    w[0][0] = load(row), w[0][1] = load(row + HALF);
   }
+  INLINE void read(int64_t i, int j, int, Vector<Lane> (&w)[STEP]) const { w[0] = load(panel + i * PANEL + j); }
 };
 
 // bfloat16 as floats.
 struct Widened {
   using X = float;
   static constexpr int STEP = 2;
+  static constexpr int KEPT = 0;
   static constexpr int64_t BYTES = 2 * PANEL;  // of an input
   const Pair* panel;
 
   INLINE const char* at(int64_t i) const { return reinterpret_cast<const char*>(panel) + i * BYTES; }
-  INLINE void read(int64_t i, int j, F (&w)[STEP][2]) const {
-    const Pair* row = panel + i / 2 * PANEL + j;
+  INLINE void fetch(int64_t i, int j) const {
+    const Pair* row = panel + i * (PANEL / 2) + j;
     __builtin_prefetch(row + 32 * PANEL);
     __builtin_prefetch(row + 32 * PANEL + HALF);
-    for (int half = 0; half < 2; ++half) {
-      const U32 pair = load(row + half * HALF);
-      w[0][half] = as_floats(pair << 16), w[1][half] = as_floats(pair & 0xffff0000);
-    }
+  }
+  INLINE void read(int64_t i, int j, int, F (&w)[STEP]) const {
+    const U32 pair = load(panel + i * (PANEL / 2) + j);
+    w[0] = as_floats(pair << 16), w[1] = as_floats(pair & 0xffff0000);
   }
 };
 
@@ -71,47 +73,42 @@ struct Widened {
 struct Halves {
   using X = float;
   static constexpr int STEP = 1;
+  static constexpr int KEPT = 0;
   static constexpr int64_t BYTES = 2 * PANEL;
   const Half* panel;
 
   INLINE const char* at(int64_t i) const { return reinterpret_cast<const char*>(panel) + i * BYTES; }
-  INLINE void read(int64_t i, int j, F (&w)[STEP][2]) const {
-    const Half* row = panel + i * PANEL + j;
-    __builtin_prefetch(row + 32 * PANEL);
-    w[0][0] = load(row), w[0][1] = load(row + HALF);
-  }
+  INLINE void fetch(int64_t i, int j) const { __builtin_prefetch(panel + (i + 32) * PANEL + j); }
+  INLINE void read(int64_t i, int j, int, F (&w)[STEP]) const { w[0] = load(panel + i * PANEL + j); }
 };
 
 // Codes whose scale multiplies the whole sum.
 struct Codes8 {
   using X = float;
   static constexpr int STEP = 1;
+  static constexpr int KEPT = 0;
   static constexpr int64_t BYTES = PANEL;
   const int8_t* panel;
 
   INLINE const char* at(int64_t i) const { return reinterpret_cast<const char*>(panel) + i * BYTES; }
-  INLINE void read(int64_t i, int j, F (&w)[STEP][2]) const {
-    const int8_t* row = panel + i * PANEL + j;
-    __builtin_prefetch(row + 64 * PANEL);
-    w[0][0] = load(row), w[0][1] = load(row + HALF);
-  }
+  INLINE void fetch(int64_t i, int j) const { __builtin_prefetch(panel + (i + 64) * PANEL + j); }
+  INLINE void read(int64_t i, int j, int, F (&w)[STEP]) const { w[0] = load(panel + i * PANEL + j); }
 };
 
 // The same by pairs of inputs: bfloat16 holds each code exactly, in the upper half of a float.
 struct PairedCodes8 {
   using X = Pair;
   static constexpr int STEP = 1;
+  static constexpr int KEPT = 0;
   static constexpr int64_t BYTES = 2 * PANEL;
   const int8_t* panel;
 
   INLINE const char* at(int64_t i) const { return reinterpret_cast<const char*>(panel) + i * BYTES; }
-  INLINE void read(int64_t i, int j, U32 (&w)[STEP][2]) const {
+  INLINE void fetch(int64_t i, int j) const { __builtin_prefetch(panel + (2 * i + 64) * PANEL + j); }
+  INLINE void read(int64_t i, int j, int, U32 (&w)[STEP]) const {
     const int8_t* row = panel + 2 * i * PANEL + j;
-    __builtin_prefetch(row + 64 * PANEL);
-    for (int half = 0; half < 2; ++half) {
-      const F low = load(row + half * HALF), high = load(row + PANEL + half * HALF);
-      w[0][half] = as_bits(low) >> 16 | as_bits(high);
-    }
+    const F low = load(row), high = load(row + PANEL);
+    w[0] = as_bits(low) >> 16 | as_bits(high);
   }
 };
 
@@ -120,59 +117,57 @@ struct Grid {
   const void *scale, *offset;  // of the panel
   bool is_f16;
   int64_t block;  // inputs
-  F scales[2], offsets[2];
+  F scales[4], offsets[4];
 
   INLINE F at(const void* grid, int64_t i) const {
     return is_f16 ? load(static_cast<const Half*>(grid) + i) : load(static_cast<const float*>(grid) + i);
   }
-  INLINE void start(int64_t i, int j) {
-    for (int half = 0; half < 2; ++half) {
-      const int64_t where = i / block * PANEL + j + half * HALF;
-      scales[half] = at(scale, where), offsets[half] = offset ? at(offset, where) : F{};
+  template <int V>
+  INLINE void start(int64_t q, int j) {
+    for (int v = 0; v < V; ++v) {
+      const int64_t where = q * PANEL + j + v * LANES;
+      scales[v] = at(scale, where), offsets[v] = offset ? at(offset, where) : F{};
     }
   }
-  INLINE F weight(F code, int half) const { return code * scales[half] + offsets[half]; }
+  INLINE F weight(F code, int v) const { return code * scales[v] + offsets[v]; }
 };
 
 struct Blocks8 {
   using X = float;
   static constexpr int STEP = 1;
+  static constexpr int KEPT = 8;
   static constexpr int64_t BYTES = PANEL;
   const int8_t* panel;
   Grid grid;
 
   INLINE const char* at(int64_t i) const { return reinterpret_cast<const char*>(panel) + i * BYTES; }
-  INLINE void read(int64_t i, int j, F (&w)[STEP][2]) const {
-    const int8_t* row = panel + i * PANEL + j;
-    __builtin_prefetch(row + 64 * PANEL);
-    for (int half = 0; half < 2; ++half) w[0][half] = grid.weight(load(row + half * HALF), half);
-  }
+  INLINE void fetch(int64_t i, int j) const { __builtin_prefetch(panel + (i + 64) * PANEL + j); }
+  INLINE void read(int64_t i, int j, int v, F (&w)[STEP]) const { w[0] = grid.weight(load(panel + i * PANEL + j), v); }
 };
 
 struct Blocks4 {
   using X = float;
   static constexpr int STEP = 2;
+  static constexpr int KEPT = 8;
   static constexpr int64_t BYTES = PANEL / 2;
   const uint8_t* panel;
   Grid grid;
 
   INLINE const char* at(int64_t i) const { return reinterpret_cast<const char*>(panel) + i * BYTES; }
-  INLINE void read(int64_t i, int j, F (&w)[STEP][2]) const {
-    const uint8_t* row = panel + i / 2 * PANEL + j;
-    __builtin_prefetch(row + 64 * PANEL);
-    for (int half = 0; half < 2; ++half) {
-      const I32 pair = widened(row + half * HALF);
-      w[0][half] = grid.weight(low_half(pair), half), w[1][half] = grid.weight(high_half(pair), half);
-    }
+  INLINE void fetch(int64_t i, int j) const { __builtin_prefetch(panel + (i + 128) * (PANEL / 2) + j); }
+  INLINE void read(int64_t i, int j, int v, F (&w)[STEP]) const {
+    const I32 pair = widened(panel + i * (PANEL / 2) + j);
+    w[0] = grid.weight(low_half(pair), v), w[1] = grid.weight(high_half(pair), v);
   }
 };
 
 // Calls each(from, end) for the blocks of inputs that share a scale, whose scales are at hand then; others are one block.
-template <typename Codes, typename Each>
+template <int V, typename Codes, typename Each>
 static INLINE void each_block(Codes& codes, int64_t first, int64_t last, int j, const Each& each) {
   if constexpr (std::is_same_v<Codes, Blocks8> || std::is_same_v<Codes, Blocks4>) {
-    for (int64_t from = first; from < last; from += codes.grid.block) {
-      codes.grid.start(from, j);
+    int64_t q = first / codes.grid.block;
+    for (int64_t from = first; from < last; from += codes.grid.block, ++q) {
+      codes.grid.template start<V>(q, j);
       each(from, std::min(from + codes.grid.block, last));
     }
   } else {
@@ -188,47 +183,68 @@ struct Sums {
   const float* scale;
 };
 
+// Vectors of a panel that are multiplied at once: four where the registers hold the sums of N rows, their activations and
+// what the codes keep there, or two; one vector's sums are too few for few rows.
 template <int N, typename Codes>
+constexpr int VECTORS = 4 * LANES <= PANEL && N * (4 + Codes::STEP) + Codes::KEPT <= REGISTERS ? 4
+                        : 2 * N + 3 <= REGISTERS                                                ? 2
+                                                                                                : 1;
+
+template <int N, int V, typename Codes>
 static INLINE void add_inputs(const typename Codes::X* x, int64_t x_row, const Codes& codes, int64_t i, int j,
-                              F (&sums)[N][2]) {
-  Vector<typename Codes::X> w[Codes::STEP][2];
-  codes.read(i, j, w);
+                              F (&sums)[N][V]) {
+  using Lane = typename Codes::X;
+  constexpr int STEP = Codes::STEP;
+  Vector<Lane> w[V][STEP];
+  codes.fetch(i, j);
+#pragma GCC unroll 4
+  for (int v = 0; v < V; ++v) {
+    codes.read(i, j + v * LANES, v, w[v]);
+    if constexpr (V == 4)  // at once: so the fewest registers are in use
 #pragma GCC unroll 2
-  for (int s = 0; s < Codes::STEP; ++s)
+      for (int s = 0; s < STEP; ++s)
+#pragma GCC unroll 4
+        for (int n = 0; n < N; ++n) multiply_add(sums[n][v], splat(x[n * x_row + i + s]), w[v][s]);
+  }
+  if constexpr (V != 4)
+#pragma GCC unroll 2
+    for (int s = 0; s < STEP; ++s)
 #pragma GCC unroll 16
-    for (int n = 0; n < N; ++n) {
-      const auto value = splat(x[n * x_row + i + s]);
-      multiply_add(sums[n][0], value, w[s][0]), multiply_add(sums[n][1], value, w[s][1]);
-    }
+      for (int n = 0; n < N; ++n) {
+        const Vector<Lane> value = splat(x[n * x_row + i + s]);
+#pragma GCC unroll 4
+        for (int v = 0; v < V; ++v) multiply_add(sums[n][v], value, w[v][s]);
+      }
 }
 
 // out[N, 32] (+)= x[N, first ... last) times the panel; `x` and `out` have rows of their own lengths.
 template <int N, typename Codes>
 static void multiply(const typename Codes::X* x, int64_t x_row, Codes codes, int64_t first, int64_t last,
                      const Sums& to) {
-  for (int j = 0; j < HALF; j += LANES) {
-    F sums[N][2];
+  constexpr int V = VECTORS<N, Codes>;
+  for (int j = 0; j < PANEL; j += V * LANES) {
+    F sums[N][V];
 #pragma GCC unroll 16
-    for (int n = 0; n < N; ++n) {
-      const float* row = to.out + n * to.row + j;
-      sums[n][0] = to.adds ? load(row) : F{}, sums[n][1] = to.adds ? load(row + HALF) : F{};
-    }
-    each_block(codes, first, last, j, [&](int64_t i, int64_t end) INLINED {
+    for (int n = 0; n < N; ++n)
+#pragma GCC unroll 4
+      for (int v = 0; v < V; ++v) sums[n][v] = to.adds ? load(to.out + n * to.row + j + v * LANES) : F{};
+    each_block<V>(codes, first, last, j, [&](int64_t i, int64_t end) INLINED {
       for (; i + UNROLLED <= end; i += UNROLLED)
 #pragma GCC unroll 4
-        for (int u = 0; u < UNROLLED; u += Codes::STEP) add_inputs<N>(x, x_row, codes, i + u, j, sums);
-      for (; i < end; i += Codes::STEP) add_inputs<N>(x, x_row, codes, i, j, sums);
+        for (int u = 0; u < UNROLLED; u += Codes::STEP) add_inputs<N, V>(x, x_row, codes, i + u, j, sums);
+      for (; i < end; i += Codes::STEP) add_inputs<N, V>(x, x_row, codes, i, j, sums);
     });
 #pragma GCC unroll 16
-    for (int n = 0; n < N; ++n) {
-      float* row = to.out + n * to.row + j;
-      if (to.scale) sums[n][0] *= load(to.scale + j), sums[n][1] *= load(to.scale + j + HALF);
-      store(row, sums[n][0]), store(row + HALF, sums[n][1]);
-    }
+    for (int n = 0; n < N; ++n)
+#pragma GCC unroll 4
+      for (int v = 0; v < V; ++v) {
+        if (to.scale) sums[n][v] *= load(to.scale + j + v * LANES);
+        store(to.out + n * to.row + j + v * LANES, sums[n][v]);
+      }
   }
 }
 
-// The same for `rows` rows, at most ROWS.
+// The same for `rows` rows, at most N.
 template <int N, typename Codes>
 static INLINE void multiply_rows(int64_t rows, const typename Codes::X* x, int64_t x_row, const Codes& codes,
                                  int64_t first, int64_t last, const Sums& to) {
@@ -242,11 +258,11 @@ static INLINE void multiply_rows(int64_t rows, const typename Codes::X* x, int64
 template <typename Lane>
 static void multiply_all(int64_t rows, const Lane* x, int64_t x_row, const Lane* panel, int64_t inputs,
                          const char* next, int64_t bytes, Sums to) {
-  const int64_t portions = (rows + ROWS - 1) / ROWS, stride = (bytes + portions - 1) / portions;
+  const int64_t portions = (rows + PORTION - 1) / PORTION, stride = (bytes + portions - 1) / portions;
   for (int64_t p = 0; p < portions; ++p) {
     const int64_t count = (rows + portions - p - 1) / (portions - p);
     const Plain<Lane> codes{panel, next + p * inputs * stride, stride};
-    multiply_rows<ROWS>(count, x, x_row, codes, 0, inputs, to);
+    multiply_rows<PORTION>(count, x, x_row, codes, 0, inputs, to);
     x += count * x_row, to.out += count * to.row, rows -= count;
   }
 }
@@ -254,28 +270,32 @@ static void multiply_all(int64_t rows, const Lane* x, int64_t x_row, const Lane*
 // One row times two panels side by side: of one the sums are too few to keep the multipliers busy.
 template <typename Codes>
 static void multiply_two(const float* x, Codes left, Codes right, int64_t inputs, const Sums& to) {
-  for (int j = 0; j < HALF; j += LANES) {
-    F sums[2][1][2] = {};
-    each_block(left, 0, inputs, j, [&](int64_t from, int64_t last) INLINED {
-      each_block(right, from, last, j, [&](int64_t i, int64_t end) INLINED {
+  constexpr int V = VECTORS<1, Codes>;
+  for (int j = 0; j < PANEL; j += V * LANES) {
+    F sums[2][1][V] = {};
+    each_block<V>(left, 0, inputs, j, [&](int64_t from, int64_t last) INLINED {
+      each_block<V>(right, from, last, j, [&](int64_t i, int64_t end) INLINED {
         for (; i + UNROLLED <= end; i += UNROLLED)
 #pragma GCC unroll 4
           for (int u = 0; u < UNROLLED; u += Codes::STEP) {
-            add_inputs<1>(x, inputs, left, i + u, j, sums[0]);
-            add_inputs<1>(x, inputs, right, i + u, j, sums[1]);
+            add_inputs<1, V>(x, inputs, left, i + u, j, sums[0]);
+            add_inputs<1, V>(x, inputs, right, i + u, j, sums[1]);
           }
         for (; i < end; i += Codes::STEP) {
-          add_inputs<1>(x, inputs, left, i, j, sums[0]);
-          add_inputs<1>(x, inputs, right, i, j, sums[1]);
+          add_inputs<1, V>(x, inputs, left, i, j, sums[0]);
+          add_inputs<1, V>(x, inputs, right, i, j, sums[1]);
         }
       });
     });
+#pragma GCC unroll 2
+    for (int panel = 0; panel < 2; ++panel)
 #pragma GCC unroll 4
-    for (int half = 0; half < 4; ++half) {
-      F sum = sums[half / 2][0][half % 2];
-      if (to.scale) sum *= load(to.scale + half * HALF + j);
-      store(to.out + half * HALF + j, sum);
-    }
+      for (int v = 0; v < V; ++v) {
+        const int at = panel * PANEL + j + v * LANES;
+        F sum = sums[panel][0][v];
+        if (to.scale) sum *= load(to.scale + at);
+        store(to.out + at, sum);
+      }
   }
 }
 
@@ -305,18 +325,18 @@ static void multiply_panel(const typename Codes::X* x, Codes codes, int64_t inpu
   const float* scale = to.scale;
   for (int64_t first = 0; first < inputs; first += DEPTH) {
     const int64_t last = first + DEPTH < inputs ? first + DEPTH : inputs;
-    for (int j = 0; j < HALF; j += LANES) {
-      each_block(codes, first, last, j, [&](int64_t i, int64_t end) INLINED {
+    constexpr int V = VECTORS<1, Codes>;
+    for (int j = 0; j < PANEL; j += V * LANES)
+      each_block<V>(codes, first, last, j, [&](int64_t i, int64_t end) INLINED {
         for (; i < end; i += Codes::STEP) {
-          Vector<Lane> w[Codes::STEP][2];
-          codes.read(i, j, w);
-          for (int s = 0; s < Codes::STEP; ++s) {
-            store(unpacked + (i - first + s) * PANEL + j, w[s][0]);
-            store(unpacked + (i - first + s) * PANEL + j + HALF, w[s][1]);
+          codes.fetch(i, j);
+          for (int v = 0; v < V; ++v) {
+            Vector<Lane> w[Codes::STEP];
+            codes.read(i, j + v * LANES, v, w);
+            for (int s = 0; s < Codes::STEP; ++s) store(unpacked + (i - first + s) * PANEL + j + v * LANES, w[s]);
           }
         }
       });
-    }
     to.adds = first > 0, to.scale = last == inputs ? scale : nullptr;
     multiply_all(rows, x + first, inputs, unpacked, last - first, codes.at(last), Codes::BYTES, to);
   }
@@ -327,9 +347,9 @@ template <typename Lane>
 static void multiply_panel(const Lane* x, const Lane* panel, int64_t inputs, int64_t rows, Sums to) {
   constexpr int64_t BYTES = PANEL * sizeof(Lane), AHEAD = 64;
   const auto* bytes = reinterpret_cast<const char*>(panel);
-  if (rows <= ROWS) {
+  if (rows <= PORTION) {
     const Plain<Lane> codes{panel, bytes + AHEAD * BYTES, BYTES};
-    return multiply_rows<ROWS>(rows, x, inputs, codes, 0, inputs, to);
+    return multiply_rows<PORTION>(rows, x, inputs, codes, 0, inputs, to);
   }
   // In even runs: each takes the sums from memory and back, a short one for few inputs.
   const int64_t runs = (inputs + DEPTH - 1) / DEPTH;
@@ -370,9 +390,11 @@ static void panels(const float* x, const Panels& weight, float* out, int64_t row
   };
   const auto blocks8 = [=](int64_t p) { return Blocks8{codes8(p).panel, grid(p)}; };
   const auto blocks4 = [=](int64_t p) { return Blocks4{bytes + p * I / 2 * PANEL, grid(p)}; };
+#if LANES == 16
   if (rows == 1 && weight.stored == Stored::kInt8) first = in_twos(x, weight, out, first, last, codes8);
   if (rows == 1 && weight.stored == Stored::kBlocks8) first = in_twos(x, weight, out, first, last, blocks8);
   if (rows == 1 && weight.stored == Stored::kBlocks4) first = in_twos(x, weight, out, first, last, blocks4);
+#endif
   of_panels(weight, out, rows, first, last, [&](int64_t p, const Sums& to) {
     switch (weight.stored) {
       case Stored::kF32:

@@ -127,19 +127,19 @@ static INLINE void score_rows(const float* q, const Cell* rows, int64_t H, float
     for (int c = 0; c < COUNT; ++c) sums[n][c] = F{};
   int64_t h = 0;
   for (; h + LANES <= H; h += LANES) {
-    F k[COUNT];
-    for (int c = 0; c < COUNT; ++c) k[c] = load(rows + c * 2 * H + h);
-    for (int n = 0; n < N; ++n) {
-      const F value = load(q + n * H + h);
-      for (int c = 0; c < COUNT; ++c) sums[n][c] += value * k[c];
+    F value[N];
+    for (int n = 0; n < N; ++n) value[n] = load(q + n * H + h);
+    for (int c = 0; c < COUNT; ++c) {
+      const F k = load(rows + c * 2 * H + h);
+      for (int n = 0; n < N; ++n) sums[n][c] += value[n] * k;
     }
   }
-  for (int n = 0; n < N; ++n)
-    for (int c = 0; c < COUNT; ++c) {
-      float dot = sum(sums[n][c]);
-      for (int64_t rest = h; rest < H; ++rest) dot += q[n * H + rest] * static_cast<float>(rows[c * 2 * H + rest]);
-      score[n * score_row + c] = dot;
-    }
+  for (int n = 0; n < N; ++n) {
+    add_up(sums[n], score + n * score_row);
+    for (int c = 0; c < COUNT; ++c)
+      for (int64_t rest = h; rest < H; ++rest)
+        score[n * score_row + c] += q[n * H + rest] * static_cast<float>(rows[c * 2 * H + rest]);
+  }
 }
 
 template <int N, typename Cell>
@@ -154,24 +154,36 @@ static void score_page(const float* q, const Cell* rows, int64_t count, int64_t 
   for (; r < count; ++r) score_rows<N, 1>(q, rows + r * 2 * H, H, score + r, score_row);
 }
 
+// As weigh_page, of V vectors of the values.
+template <int N, int V, typename Cell>
+static INLINE void weigh_vectors(const float* weight, int64_t weight_row, const Cell* rows, int64_t count, int64_t H,
+                                 float* acc, Ahead<Cell>* ahead) {
+  F sums[N][V];
+  for (int n = 0; n < N; ++n)
+    for (int i = 0; i < V; ++i) sums[n][i] = load(acc + n * H + i * LANES);
+  for (int64_t r = 0; r < count; ++r) {
+    if (ahead && r % TOGETHER == 0) ahead->fetch(TOGETHER * H * sizeof(Cell));
+    F value[N];
+    for (int n = 0; n < N; ++n) value[n] = splat(weight[n * weight_row + r]);
+    for (int i = 0; i < V; ++i) {
+      const F v = load(rows + r * 2 * H + i * LANES);
+      for (int n = 0; n < N; ++n) sums[n][i] += value[n] * v;
+    }
+  }
+  for (int n = 0; n < N; ++n)
+    for (int i = 0; i < V; ++i) store(acc + n * H + i * LANES, sums[n][i]);
+}
+
 // acc[g] += weight[g, row] v[row] for N queries; `rows` begin at their v.
 template <int N, typename Cell>
 static void weigh_page(const float* weight, int64_t weight_row, const Cell* rows, int64_t count, int64_t H,
                        float* acc, Ahead<Cell>* ahead) {
+  constexpr int V = 5 * N + 1 <= REGISTERS && LANES < 16 ? 4 : 2;
   int64_t h = 0;
-  for (; h + 2 * LANES <= H; h += 2 * LANES) {
-    F sums[N][2];
-    for (int n = 0; n < N; ++n) sums[n][0] = load(acc + n * H + h), sums[n][1] = load(acc + n * H + h + LANES);
-    for (int64_t r = 0; r < count; ++r) {
-      if (ahead && h == 0 && r % TOGETHER == 0) ahead->fetch(TOGETHER * H * sizeof(Cell));
-      const F low = load(rows + r * 2 * H + h), high = load(rows + r * 2 * H + h + LANES);
-      for (int n = 0; n < N; ++n) {
-        const F value = splat(weight[n * weight_row + r]);
-        sums[n][0] += value * low, sums[n][1] += value * high;
-      }
-    }
-    for (int n = 0; n < N; ++n) store(acc + n * H + h, sums[n][0]), store(acc + n * H + h + LANES, sums[n][1]);
-  }
+  for (; h + V * LANES <= H; h += V * LANES, ahead = nullptr)
+    weigh_vectors<N, V>(weight, weight_row, rows + h, count, H, acc + h, ahead);
+  for (; h + LANES <= H; h += LANES, ahead = nullptr)
+    weigh_vectors<N, 1>(weight, weight_row, rows + h, count, H, acc + h, ahead);
   for (; h < H; ++h)
     for (int n = 0; n < N; ++n)
       for (int64_t r = 0; r < count; ++r)

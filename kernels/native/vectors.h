@@ -125,6 +125,17 @@ static INLINE float sum(F value) {
   return (part[0] + part[2]) + (part[1] + part[3]);
 }
 
+static INLINE void add_up(const F (&values)[1], float* to) { *to = sum(values[0]); }
+
+// The same of four vectors, side by side.
+static INLINE void add_up(const F (&values)[4], float* to) {
+  const F4 a = folded(values[0]), b = folded(values[1]), c = folded(values[2]), d = folded(values[3]);
+  const F4 ab = __builtin_shufflevector(a, b, 0, 4, 1, 5) + __builtin_shufflevector(a, b, 2, 6, 3, 7);
+  const F4 cd = __builtin_shufflevector(c, d, 0, 4, 1, 5) + __builtin_shufflevector(c, d, 2, 6, 3, 7);
+  const F4 sums = __builtin_shufflevector(ab, cd, 0, 1, 4, 5) + __builtin_shufflevector(ab, cd, 2, 3, 6, 7);
+  __builtin_memcpy(to, &sums, sizeof sums);
+}
+
 // exp(x) for x <= 0, with a relative error of 2e-7; what is below 1e-38 may come out as that.
 static INLINE F exp_of_negative(F x) {
   x = larger(splat(-87.0f), x);  // NaN stays NaN

@@ -1,9 +1,9 @@
 """Gates: the engine's own programs, compiled by the real TPU compiler, as they will run on real chips.
 
 `make test` runs a pairwise selection with few slots, each of which costs the compiler time (the sampler of 64 takes it
-three times as long as that of 16); `make gates` the whole product with many. The pool of pages is the same. Two layers
-show what all layers do. The int8 cache's scales would fit into VMEM (128 MiB) here, which invites XLA to move them
-there and back.
+three times as long as that of 16, and a slot of eight tokens counts as eight); `make gates` the whole product with
+many. The pool of pages is the same. Two layers show what all layers do. The int8 cache's scales would fit into VMEM
+(128 MiB) here, which invites XLA to move them there and back.
 """
 
 import functools
@@ -33,13 +33,16 @@ from slipstream.engine_impl.sampling.params import MAX_LOGPROBS
 
 from tests.tpu import Compiled, compiled_once, memory_of, text_of, unpacked_mask_bytes
 
-FEW, MANY, CACHE_LENGTH, BUCKET, LAYERS, VOCABULARY = 16, 64, 4096, 256, 2, 32768
+FEW, FEWER, MANY, CACHE_LENGTH, BUCKET, LAYERS, VOCABULARY = 16, 4, 64, 4096, 256, 2, 32768
 CACHE_TOKENS = MANY * CACHE_LENGTH
 PROGRAMS = ("generate", "insert", "prefill")
 SHAPES = ("generate_8", "generate_32", "insert_8x64", "prefill_8x64", "carry_256", "wide_1", "wide_4", "wide_8")
 """Further shapes of them: slots of a step, pieces of a prefill; a step of all slots that carries a piece along; and
 steps of one and of several tokens a slot, of an engine that drafts."""
 TOPOLOGIES = ("v5e:2x4", "v6e:2x4", "v5p:2x2x2")
+
+READ = [(1, 64), (4, 128)]
+"""(kv heads, head dim) of the programs that further tests read: on v5e all programs of theirs are in the selection."""
 
 SEVERAL_HOSTS = [("generate", 4, 128, topology, "none") for topology in ("v5e:4x4", "v6e:4x4", "v5p:2x2x4")]
 
@@ -49,12 +52,14 @@ PRODUCT = [
 ]
 
 PAIRWISE = [  # every pair of program, kv heads a chip, head dim and topology; on v4 each program once, in int8 two
-    *[
-        (program, kv_heads, head_dim, TOPOLOGIES[(i + j + k) % 3], "none")
-        for i, program in enumerate(PROGRAMS)
-        for j, kv_heads in enumerate((1, 4, 8))
-        for k, head_dim in enumerate((64, 128))
-    ],
+    *[(program, kv_heads, head_dim, "v5e:2x4", "none") for program in PROGRAMS for kv_heads, head_dim in READ],
+    ("insert", 8, 64, "v5e:2x4", "none"),
+    ("generate", 8, 64, "v6e:2x4", "none"),
+    ("insert", 4, 128, "v6e:2x4", "none"),
+    ("prefill", 1, 128, "v6e:2x4", "none"),
+    ("generate", 4, 64, "v5p:2x2x2", "none"),
+    ("insert", 1, 64, "v5p:2x2x2", "none"),
+    ("prefill", 8, 128, "v5p:2x2x2", "none"),
     ("generate", 4, 128, "v4:2x2x1", "none"),
     ("insert", 1, 64, "v4:2x2x1", "none"),
     ("prefill", 8, 64, "v4:2x2x1", "none"),
@@ -73,9 +78,18 @@ PAIRWISE = [  # every pair of program, kv heads a chip, head dim and topology; o
 ]
 CASES = [
     pytest.param(*case, slots, id="-".join(map(str, (*case, slots))), marks=mark)
-    for cases, slots, mark in ((PAIRWISE, FEW, pytest.mark.slow), (PRODUCT, MANY, pytest.mark.gates))
+    for cases, few, mark in ((PAIRWISE, True, pytest.mark.slow), (PRODUCT, False, pytest.mark.gates))
     for case in cases
-]
+    for slots in [MANY if not few else FEWER if case[0].startswith("wide") and case[4] == "none" else FEW]
+]  # an int8 cache's step has a megabyte beside what grows with the slots
+
+
+def test_the_selection_has_every_pair():
+    values = PROGRAMS, (1, 4, 8), (64, 128), TOPOLOGIES
+    axes = itertools.combinations(range(len(values)), 2)
+    wanted = {(i, j, *pair) for i, j in axes for pair in itertools.product(values[i], values[j])}
+    chosen = [case for case in PAIRWISE if case[4] == "none"]
+    assert wanted <= {(i, j, case[i], case[j]) for case in chosen for i, j in itertools.combinations(range(4), 2)}
 
 
 def small_engine(
@@ -224,22 +238,24 @@ def test_an_int8_cache_as_served(slots, cache_length):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("kv_heads", "head_dim", "quantize_kv"),
-    [(1, 64, "none"), (4, 128, "none"), pytest.param(1, 128, "int8", marks=pytest.mark.gates)],
+    [*((*read, "none") for read in READ), pytest.param(1, 128, "int8", marks=pytest.mark.gates)],
 )
 def test_what_one_program_leaves_the_next_takes_as_it_lies(kv_heads, head_dim, quantize_kv):
-    """Prefill's prefix and the state have one layout in all programs: no relayout between them."""
+    """Prefill's prefix and the state have one layout in all programs: no relayout between them. Steps of fewer slots
+    and those that carry a piece are compared for four kv heads a chip."""
 
     engine = small_engine(kv_heads, head_dim, "v5e:2x4", quantize_kv=quantize_kv)
-    prefill, insert, generate, few, carry = (
-        compiled(engine, program) for program in ("prefill", "insert", "generate", "generate_8", "carry_256")
-    )
+    prefill, insert = compiled(engine, "prefill"), compiled(engine, "insert")
+    others = () if (kv_heads, head_dim) == READ[0] else ("generate_8", "carry_256")
+    steps = {program: compiled(engine, program) for program in ("generate", *others)}
     (_, read, *_), _ = prefill.inputs
     (prefix, state_in, *_), _ = insert.inputs
     states = [state_in, insert.outputs]
-    for step in (generate, few, carry):
+    for step in steps.values():
         (_, state, *_), _ = step.inputs
         states += [state, step.outputs[0]]
-    for given in (prefill.outputs, carry.outputs[2]):
+    carried = [step.outputs[2] for program, step in steps.items() if program.startswith("carry")]
+    for given in (prefill.outputs, *carried):
         for leaf in ("kv", "count_NV"):
             assert jax.tree.leaves(getattr(given, leaf)) == jax.tree.leaves(getattr(prefix, leaf))
     for leaf in ("cache", "count_BV"):
@@ -268,7 +284,8 @@ def test_the_programs_beside_the_step():
 
 
 @pytest.mark.parametrize(
-    "program", ["generate", "generate_8", "prefill_512", pytest.param("carry", marks=pytest.mark.gates)]
+    "program",
+    ["generate", "prefill_512", *(pytest.param(name, marks=pytest.mark.gates) for name in ("generate_8", "carry"))],
 )
 @pytest.mark.parametrize(
     ("model", "topology", "slots", "cache_length"),
@@ -360,7 +377,7 @@ def test_the_gate_sees_a_copy_where_there_is_one():
     """The eager design as one writes it first: an XLA scatter in each layer meets a Pallas call on one cache."""
     engine = small_engine(4, 128, "v5e:2x4")
     eager = eager_twin(engine, "stacked", scatter="sliced")
-    executable = compiled_once(lower_generate(eager), engine.mesh)
+    executable = compiled_once(lower_score_step(eager), engine.mesh)
     assert cache_copies(Program(text_of(executable)), engine) != []
     assert memory_of(executable).temp_size_in_bytes > 0.5 * engine.layout.bytes // engine.mesh.size
 

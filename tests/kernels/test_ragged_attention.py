@@ -224,7 +224,9 @@ def test_several_tokens(mesh, backend, W, K, G, H, dtype):
             for backend in ("xla", "xla_gpu", "native_cpu")
         ),
         pytest.param("pallas_interpret", 4, 1, 3, 64, jnp.bfloat16, [3, R + 2], marks=pytest.mark.slow),
-        pytest.param("pallas_interpret", 8, 2, 2, 128, jnp.float32, [*range(1, 10), *WINDOWS], marks=pytest.mark.slow),
+        pytest.param(
+            "pallas_interpret", 8, 2, 2, 128, jnp.float32, [*range(1, 10), *WINDOWS[2:]], marks=pytest.mark.slow
+        ),
     ],
 )
 def test_several_tokens_with_windows(mesh, backend, W, K, G, H, dtype, windows):

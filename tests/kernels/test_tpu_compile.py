@@ -26,16 +26,19 @@ CASES = [  # kv heads a chip, group, H, dtype
     (4, 3, 64, jnp.bfloat16),
     (3, 3, 64, jnp.float32),
 ]
-CHIPS = pytest.mark.parametrize("chips", [1, pytest.param(8, marks=pytest.mark.slow)])
+PRODUCT = (pytest.mark.slow, pytest.mark.product)
 
 
-def quick(*chosen):
-    """CASES, those at other places slow."""
-    return [case if i in chosen else pytest.param(*case, marks=pytest.mark.slow) for i, case in enumerate(CASES)]
+def heads(*quick, among=(0, 1, 2, 3, 4, 5)):
+    """Cases by their places on one chip, `quick` ones and slow ones. Of eight chips each has a program of the same
+    shapes, so those take the quick ones and leave the others to the product."""
+    cases = [pytest.param(1, *CASES[i], marks=() if i in quick else pytest.mark.slow) for i in among]
+    cases += [pytest.param(8, *CASES[i], marks=pytest.mark.slow if i in quick else PRODUCT) for i in among]
+    return pytest.mark.parametrize(("chips", "K", "G", "H", "dtype"), cases)
 
 
 # Each case's two kernels are compiled together in `test_step`, but for the one without groups.
-HEADS = pytest.mark.parametrize(("K", "G", "H", "dtype"), quick(1, 5))
+HEADS = heads(1, 5)
 
 
 def page_shape(mesh, K, H, dtype):
@@ -63,7 +66,6 @@ def assert_no_copy_of(cache, compiled):
     assert layer_sized_copies(compiled, cache) == []
 
 
-@CHIPS
 @HEADS
 def test_ragged_attention(chips, K, G, H, dtype):
     mesh = tpu_mesh(chips=chips)
@@ -76,7 +78,6 @@ def test_ragged_attention(chips, K, G, H, dtype):
     assert_no_copy_of(args[2], compile_for(mesh, attend, *args))
 
 
-@CHIPS
 @HEADS
 def test_cache_flush(chips, K, G, H, dtype):
     mesh = tpu_mesh(chips=chips)
@@ -116,9 +117,6 @@ def compile_step(chips, K, G, H, dtype, flush_of, *, topology="v5e:2x4", W=1):
     return cache_LPKRC, compile_for(mesh, step, *args, donate=(2,))
 
 
-STEP = pytest.mark.parametrize(("K", "G", "H", "dtype"), [case for i, case in enumerate(quick(2, 3, 5)) if i != 1])
-
-
 def assert_step_is_clean(chips, K, G, H, dtype, **options):
     def flush_of(mesh):
         return functools.partial(cache_flush, mesh=mesh, backend="pallas")
@@ -128,8 +126,7 @@ def assert_step_is_clean(chips, K, G, H, dtype, **options):
     assert memory_of(compiled).alias_size_in_bytes == nbytes(cache_LPKRC)
 
 
-@CHIPS
-@STEP
+@heads(2, 3, 5, among=(0, 2, 3, 4, 5))
 def test_step(chips, K, G, H, dtype):
     """Layouts are chosen per module: kernels that are clean alone may disagree about the cache's inside a step."""
     assert_step_is_clean(chips, K, G, H, dtype)
@@ -214,7 +211,6 @@ def test_other_chips(topology):
         *(
             pytest.param(*case, marks=pytest.mark.slow)
             for case in [
-                ("v5e:2x4", 1, 4, 3, 64, 3),
                 ("v5e:2x4", 1, 1, 4, 128, 8),
                 ("v5e:2x4", 8, 4, 2, 128, 1),
                 ("v5p:2x2x1", 1, 4, 3, 64, 4),
@@ -222,6 +218,7 @@ def test_other_chips(topology):
                 ("v4:2x2x1", 1, 1, 4, 128, 4),
             ]
         ),
+        pytest.param("v5e:2x4", 1, 4, 3, 64, 3, marks=PRODUCT),
     ],
 )
 def test_int8(topology, chips, K, G, H, W):
@@ -251,12 +248,20 @@ def test_int8(topology, chips, K, G, H, W):
     assert memory_of(compiled).alias_size_in_bytes == cache_bytes
 
 
+WINDOWS = [(*CASES[2], 4), (*CASES[3], 1), (2, 4, 256, jnp.bfloat16, 5)]
+
+
 @pytest.mark.parametrize(
-    "topology", ["v5e:2x4", *(pytest.param(t, marks=pytest.mark.slow) for t in ("v5p:2x2x1", "v6e:2x2"))]
-)
-@pytest.mark.parametrize(
-    ("K", "G", "H", "dtype", "W"),
-    [(*CASES[2], 4), (*CASES[3], 1), pytest.param(2, 4, 256, jnp.bfloat16, 5, marks=pytest.mark.slow)],
+    ("topology", "K", "G", "H", "dtype", "W"),
+    [
+        *(("v5e:2x4", *case) for case in WINDOWS[:2]),
+        *(pytest.param(t, *WINDOWS[i], marks=pytest.mark.slow) for t, i in (("v6e:2x2", 0), ("v5p:2x2x1", 2))),
+        *(
+            pytest.param(t, *WINDOWS[i], marks=PRODUCT)
+            for t, left in (("v5e:2x4", (2,)), ("v5p:2x2x1", (0, 1)), ("v6e:2x2", (1, 2)))
+            for i in left
+        ),
+    ],
 )
 def test_window_and_soft_cap(topology, K, G, H, dtype, W):
     """A window that is known at run time only, as under a scan over layers of two kinds."""
@@ -283,6 +288,8 @@ CHUNKS = [  # texts, their tokens, kv heads a chip, group, H, dtype of rows, win
     (1, 512, 8, 1, 64, jnp.int8, False, None),
     (1, 512, 2, 2, 256, jnp.int8, True, 50.0),
 ]
+OTHER_CHIPS = [("v5e:2x4", 8, [1]), ("v4:2x2x1", 1, [1, 3]), ("v5p:2x2x1", 1, [1, 4]), ("v6e:2x2", 1, [1, 3])]
+"""Each with the chunks that have the most in them: codes, a window, a soft cap and several texts; the most rows."""
 
 
 @pytest.mark.parametrize(
@@ -290,12 +297,11 @@ CHUNKS = [  # texts, their tokens, kv heads a chip, group, H, dtype of rows, win
     [
         ("v5e:2x4", 1, CHUNKS[0]),
         ("v5e:2x4", 1, CHUNKS[1]),
+        *(pytest.param("v5e:2x4", 1, chunk, marks=pytest.mark.slow) for chunk in CHUNKS[2:]),
         *(
-            pytest.param(topology, chips, chunk, marks=pytest.mark.slow)
-            for topology, chips in (("v5e:2x4", 1), ("v5e:2x4", 8), ("v4:2x2x1", 1), ("v5p:2x2x1", 1), ("v6e:2x2", 1))
-            for chunk in (
-                CHUNKS[2:] if (topology, chips) == ("v5e:2x4", 1) else CHUNKS[:3] if chips == 8 else CHUNKS[:5]
-            )
+            pytest.param(topology, chips, CHUNKS[i], marks=pytest.mark.slow if i in chosen else PRODUCT)
+            for topology, chips, chosen in OTHER_CHIPS
+            for i in (range(3) if chips == 8 else range(5))
         ),
     ],
 )

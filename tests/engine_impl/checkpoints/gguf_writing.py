@@ -18,6 +18,13 @@ ARCHITECTURES = {
 }
 """Model types that have another name in GGUF."""
 
+KINDS = gguf.GGMLQuantizationType
+HALVES = {
+    KINDS.Q4_0: (0,), KINDS.Q4_1: (0, 2), KINDS.Q5_0: (0,), KINDS.Q5_1: (0, 2), KINDS.Q8_0: (0,), KINDS.Q2_K: (80, 82),
+    KINDS.Q3_K: (108,), KINDS.Q4_K: (0, 2), KINDS.Q5_K: (0, 2), KINDS.Q6_K: (208,),
+}  # fmt: skip
+"""Where a block has its float16 numbers (bytes)."""
+
 
 def add_shape(writer, fields):
     writer.add_block_count(fields["num_hidden_layers"])
@@ -162,6 +169,62 @@ def write_gguf(folder, path, *, extra=None, fields=None, kind=None, **tokenizer)
         writer.add_tensor(str(names.get_name(name, (".weight", ".bias"))), value, raw_dtype=its_kind)
     for name, value in (extra or {}).items():
         writer.add_tensor(name, value)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def random_codes(rng, kind, shape, halves):
+    """A matrix's rows of bytes: random codes, and for each block the float16 numbers that `halves` draws."""
+    inputs, size = gguf.GGML_QUANT_SIZES[kind]
+    stored = rng.integers(0, 256, (shape[0], shape[1] // inputs, size), np.uint8)
+    for at in HALVES[kind]:
+        stored[..., at : at + 2] = halves(rng, stored.shape[:2])[..., None].view(np.uint8)
+    return stored.reshape(shape[0], -1)
+
+
+def random_matrix(rng, kind, shape):
+    """Likewise of any kind, of values that are about as large as they should be in a matrix of so many inputs."""
+    if kind in (KINDS.F32, KINDS.F16, KINDS.BF16):
+        return gguf.quantize(rng.normal(size=shape).astype(np.float32) * shape[1] ** -0.5, kind)
+    of_ones = random_codes(
+        np.random.default_rng(0), kind, (64, shape[1]), lambda rng, shape: np.ones(shape, np.float16)
+    )
+    scale = shape[1] ** -0.5 / gguf.dequantize(of_ones, kind).std()
+    return random_codes(rng, kind, shape, lambda rng, shape: (rng.uniform(0.5, 1.5, shape) * scale).astype(np.float16))
+
+
+def write_random_llama(path, kinds, *, layers=2, dim=256, tied=True, head=KINDS.Q8_0, spoil=None):
+    """A Llama whose layers' matrices are of these kinds in turns. `spoil`: changes the bytes of the matrix it names."""
+    rng, writer = np.random.default_rng(0), gguf.GGUFWriter(path, "llama")
+    fields = {
+        "num_hidden_layers": layers, "max_position_embeddings": 256, "hidden_size": dim, "intermediate_size": dim,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "rms_norm_eps": 1e-5, "model_type": "llama",
+    }  # fmt: skip
+    add_shape(writer, fields)
+    writer.add_rope_freq_base(10000.0)
+    add_byte_tokenizer(writer, vocab_size=261)
+    matrices = {"token_embd": ((261, dim), head)} | ({} if tied else {"output": ((261, dim), head)})
+    of_layer = {
+        "attn_q": dim,
+        "attn_k": dim // 2,
+        "attn_v": dim // 2,
+        "attn_output": dim,
+        "ffn_gate": dim,
+        "ffn_up": dim,
+    }
+    names = [f"blk.{i}.{name}" for i in range(layers) for name in (*of_layer, "ffn_down")]
+    for number, name in enumerate(names):
+        matrices[name] = ((of_layer.get(name.split(".")[-1], dim), dim), kinds[number % len(kinds)])
+    for name, (shape, kind) in matrices.items():
+        stored = random_matrix(rng, kind, shape)
+        if spoil and name == spoil[0]:
+            spoil[1](stored)
+        writer.add_tensor(f"{name}.weight", stored, raw_dtype=kind)
+    for name in ["output_norm", *(f"blk.{i}.{norm}" for i in range(layers) for norm in ("attn_norm", "ffn_norm"))]:
+        writer.add_tensor(f"{name}.weight", rng.uniform(0.9, 1.1, dim).astype(np.float32))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

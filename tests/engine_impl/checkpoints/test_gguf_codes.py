@@ -7,27 +7,18 @@ import pytest
 from slipstream.engine_impl.checkpoints.gguf_codes import FLOATS, codes_of, compact_of
 from slipstream.kernels import columns, pack, pack_blocks, unpack
 
+from .gguf_writing import HALVES, random_codes
+
 KINDS = gguf.GGMLQuantizationType
 CODED = [kind for kind in KINDS if kind not in FLOATS and compact_of(kind)]
-HALVES = {
-    KINDS.Q4_0: (0,), KINDS.Q4_1: (0, 2), KINDS.Q5_0: (0,), KINDS.Q5_1: (0, 2), KINDS.Q8_0: (0,), KINDS.Q2_K: (80, 82),
-    KINDS.Q3_K: (108,), KINDS.Q4_K: (0, 2), KINDS.Q5_K: (0, 2), KINDS.Q6_K: (208,),
-}  # fmt: skip
-"""Where a block has its float16 numbers (bytes)."""
 O = 40
 
 
-def random_rows(kind):
-    """Every byte at random, but for float16 numbers of all magnitudes: zeros, subnormal ones and large ones too."""
-    rng, (inputs, size) = np.random.default_rng(int(kind)), gguf.GGML_QUANT_SIZES[kind]
-    blocks = 512 // inputs
-    stored = rng.integers(0, 256, (O, blocks, size), np.uint8)
-    stored[0], stored[1] = 0, 255
-    for at in HALVES[kind]:
-        half = (rng.normal(size=(O, blocks)) * 2.0 ** rng.integers(-24, 11, (O, blocks))).astype(np.float16)
-        half[2], half[3], half[4] = 0, 2**-24, -(2**-14)
-        stored[..., at : at + 2] = half[..., None].view(np.uint8)
-    return stored.reshape(O, -1)
+def halves(rng, shape):
+    """float16 numbers of all magnitudes; zeros, subnormal ones and large ones too."""
+    half = (rng.normal(size=shape) * 2.0 ** rng.integers(-24, 11, shape)).astype(np.float16)
+    half[2], half[3], half[4] = 0, 2**-24, -(2**-14)
+    return half
 
 
 def test_these_kinds_have_codes():
@@ -37,8 +28,9 @@ def test_these_kinds_have_codes():
 
 @pytest.mark.parametrize("kind", CODED, ids=lambda kind: kind.name)
 def test_panels_of_codes_equal_what_is_dequantised(kind):
-    stored, form = random_rows(kind), compact_of(kind)
+    form, stored = compact_of(kind), random_codes(np.random.default_rng(kind), kind, (O, 512), halves)
     assert form is not None
+    stored[0] = 0
     codes = codes_of(stored, kind)
     assert (codes.code.dtype, codes.scale.dtype, codes.offset is not None) == (np.int8, form.grid, form.has_offset)
     assert codes.scale.shape == (O, 512 // form.block)

@@ -1,0 +1,199 @@
+"""Engines on a CPU with native kernels hold weights as the checkpoint has them: their numbers are those of an engine
+that has the same values in float32, to the last bit."""
+
+import json
+import logging
+
+import gguf
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+from slipstream.engine_impl.checkpoints.contract import WEIGHT, Compact
+from slipstream.engine_impl.checkpoints.gguf import GGUFCheckpoint
+from slipstream.engine_impl.checkpoints.safetensors import SafetensorsCheckpoint
+from slipstream.engine_impl.config import EngineConfig
+from slipstream.engine_impl.errors import RefusedError
+from slipstream.engine_impl.loading import build_engine
+from slipstream.engine_impl.models import registry
+from slipstream.engine_impl.quantization.panels import PanelWeight, decoded
+from slipstream.engine_impl.quantization.swap import quantize
+from slipstream.engine_impl.session import Session
+from slipstream.engine_impl.weights.sharding import make_mesh
+
+from ..checkpoints.gguf_writing import HALVES, write_random_llama
+from ..tiny_models import TINY, RandomCheckpoint
+
+KINDS = gguf.GGMLQuantizationType
+PROMPTS = [[5, 17, 3], [90, 2, 41, 8, 60, 77, 13] * 2]
+
+
+class InFloat32:
+    """The same checkpoint, of which nothing compact is said."""
+
+    def __init__(self, checkpoint):
+        self._checkpoint = checkpoint
+
+    def __getattr__(self, name):
+        return getattr(self._checkpoint, name)
+
+    def compact(self):
+        return {}
+
+
+def engine_with(checkpoint, **options):
+    config = EngineConfig(slots=2, cache_length=128, max_prefill_length=32, tensor_parallel=1, **options)
+    engine = build_engine(config, checkpoint)
+    return engine, engine.parameters.load(checkpoint)
+
+
+def forms(engine):
+    return {name: str(part.form) for name, part in engine.model.named_modules() if isinstance(part, PanelWeight)}
+
+
+def numbers(engine, params):
+    """Logits behind each prompt, and the tokens and logprobs of some steps."""
+    session = Session(engine, params)
+    logits = [np.asarray(session.prefilled(slot, prompt).logits_NV)[0] for slot, prompt in enumerate(PROMPTS)]
+    for slot, prompt in enumerate(PROMPTS):
+        session.start(slot, prompt)
+    steps = [session.step() for _ in range(6)]
+    return [*logits, *(np.asarray(leaf) for step in steps for leaf in (step.token_BW, step.logprob_BW))]
+
+
+def check_equal(checkpoint):
+    """Gives the engine of the compact forms."""
+    engine, params = engine_with(checkpoint)
+    twin = engine_with(InFloat32(checkpoint))
+    assert set(forms(twin[0]).values()) == {"float32"}
+    for ours, theirs in zip(numbers(engine, params), numbers(*twin), strict=True):
+        assert np.isfinite(ours).all()
+        np.testing.assert_array_equal(ours, theirs)
+    return engine, params
+
+
+@pytest.mark.slow
+def test_numbers_of_gguf_files_are_those_of_float32(tmp_path, caplog):
+    """Every kind in one file, so that layers differ; a matrix of float32 among them."""
+    kinds = [*HALVES, KINDS.F16, KINDS.BF16, KINDS.F32]
+    path = write_random_llama(tmp_path / "m.gguf", kinds)
+    with caplog.at_level(logging.INFO, "slipstream.engine_impl.loading"):
+        engine, _ = check_equal(GGUFCheckpoint(path))
+    found = forms(engine)
+    assert found["embed_tokens"] == found["lm_head"] == "8-bit codes in blocks of 32"
+    assert found["layers.0.self_attn.q_proj"] == "4-bit codes in blocks of 32"
+    assert found["layers.1.mlp.down_proj"] == "4-bit codes in blocks of 32", "the fourteenth matrix, the first kind"
+    assert set(found.values()) == {
+        "4-bit codes in blocks of 16", "4-bit codes in blocks of 32", "8-bit codes in blocks of 16",
+        "8-bit codes in blocks of 32", "float16", "bfloat16", "float32",
+    }  # fmt: skip
+    assert (
+        "matrices in memory: 5 of 8-bit codes in blocks of 32, 4 of 4-bit codes in blocks of 32, 2 of 4-bit codes in "
+        "blocks of 16, 1 of 8-bit codes in blocks of 16, 1 of float16, 1 of bfloat16, 1 of float32"
+    ) in caplog.text
+
+
+def write_folder(folder, *, tied):
+    """In two files, matrices of bfloat16 and float16 in turns and one of float32."""
+    shapes = {name: RandomCheckpoint(TINY).tensor(name) for name in RandomCheckpoint(TINY).shapes()}
+    if tied:
+        shapes.pop("lm_head.weight")
+    dtypes = [torch.bfloat16, torch.float16, torch.bfloat16, torch.float32]
+    tensors = {
+        name if name == "lm_head.weight" else f"model.{name}": torch.from_numpy(value).to(dtypes[number % 4])
+        for number, (name, value) in enumerate(shapes.items())
+    }
+    names, files = list(tensors), ("model-1.safetensors", "model-2.safetensors")
+    where = {name: files[number % 2] for number, name in enumerate(names)}
+    for file in files:
+        save_file({name: tensors[name] for name in names if where[name] == file}, folder / file)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": where}))
+    fields = {
+        "model_type": "llama", "num_hidden_layers": TINY.num_layers, "num_attention_heads": TINY.num_heads,
+        "num_key_value_heads": TINY.num_kv_heads, "head_dim": TINY.head_dim, "hidden_size": TINY.model_dim,
+        "intermediate_size": TINY.ffn_dim, "vocab_size": TINY.vocab_size, "rms_norm_eps": 1e-5, "rope_theta": 10000.0,
+        "max_position_embeddings": 512, "tie_word_embeddings": tied, "hidden_act": "silu",
+    }  # fmt: skip
+    (folder / "config.json").write_text(json.dumps(fields))
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("tied", [False, True])
+def test_numbers_of_folders_are_those_of_float32(tmp_path, tied):
+    engine, params = check_equal(SafetensorsCheckpoint(write_folder(tmp_path, tied=tied)))
+    found = forms(engine)
+    assert set(found.values()) == {"bfloat16", "float16", "float32"}
+    assert ("embed_tokens" in found) == tied
+    assert params["layers"][0]["mlp.down_proj.code"].dtype == found["layers.0.mlp.down_proj"]
+
+
+def test_weights_are_the_files(tmp_path):
+    """Rows of q and k in the model's order; an untied head; codes beside a head that becomes int8."""
+    kinds = [KINDS.Q4_K, KINDS.Q4_1, KINDS.Q5_1, KINDS.Q6_K, KINDS.Q8_0, KINDS.BF16, KINDS.Q5_K]
+    path = write_random_llama(tmp_path / "m.gguf", kinds, layers=1, tied=False, head=KINDS.Q6_K)
+    checkpoint = GGUFCheckpoint(path)
+    engine, params = engine_with(checkpoint)
+    plain = decoded(engine.model, params)
+    for name in checkpoint.shapes():
+        section, _, rest = name.partition(".")
+        layer, _, own = rest.partition(".")
+        held = plain["layers"][int(layer)][own] if section == "layers" else plain[section][rest]
+        np.testing.assert_array_equal(held, checkpoint.tensor(name), name)
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"dtype": "bfloat16"}, {"bfloat16"}),
+        ({"dtype": "float32"}, {"4-bit codes in blocks of 32", "8-bit codes in blocks of 32"}),
+        ({"quantize_weights": "int8"}, {"int8", "8-bit codes in blocks of 32"}),
+        ({"quantize_weights": "int8", "quantize_exclude": ()}, {"int8"}),
+        (
+            {"quantize_weights": "int4", "quantize_exclude": ("*.q_proj",)},
+            {"int4 in blocks of 32", "4-bit codes in blocks of 32", "int8"},
+        ),
+    ],
+)
+def test_options_mean_what_they_mean_of_floats(options, expected, tmp_path):
+    """What is left out of quantisation keeps its form."""
+    path = write_random_llama(tmp_path / "m.gguf", [KINDS.Q4_0], layers=1)
+    config = EngineConfig(slots=2, cache_length=128, tensor_parallel=1, **options)
+    assert set(forms(build_engine(config, GGUFCheckpoint(path))).values()) == expected
+
+
+def test_rows_of_a_fused_tensor_keep_its_form(tmp_path):
+    fields = {
+        "model_type": "phi3", "num_hidden_layers": 1, "num_attention_heads": 8, "num_key_value_heads": 4,
+        "hidden_size": 128, "intermediate_size": 96, "vocab_size": 101, "rms_norm_eps": 1e-5, "rope_theta": 10000.0,
+        "max_position_embeddings": 512, "tie_word_embeddings": False, "hidden_act": "silu", "pad_token_id": 0,
+    }  # fmt: skip
+    model = registry.build(registry.read_config(fields, "config.json"))
+    sources = {source for name, _ in model.named_parameters() for source in model.sources(name)}
+    codes = Compact("4-bit", 32, "float16", has_offset=True)
+    mesh = make_mesh([torch], 1, 1, 1)
+    quantize(model, EngineConfig(), jnp.dtype("float32"), mesh, "native_cpu", dict.fromkeys(map(str, sources), codes))
+    parts = {name: part for name, part in model.named_modules() if isinstance(part, PanelWeight)}
+    assert {name for name, part in parts.items() if part.keeps_codes} == set(parts)
+    assert any("qkv" in source for source in sources)
+
+
+def test_inputs_that_are_no_whole_blocks_stay_floats():
+    class Coded(RandomCheckpoint):
+        def compact(self):
+            return {name: Compact("8-bit", 32, "float16") for name in self.shapes() if name.endswith(WEIGHT)}
+
+    config = EngineConfig(slots=2, cache_length=128, tensor_parallel=1)
+    found = forms(build_engine(config, Coded(TINY)))
+    assert found["layers.0.mlp.down_proj"] == "float32", "of 48 inputs"
+    assert found["layers.0.mlp.up_proj"] == "8-bit codes in blocks of 32"
+
+
+def test_a_scale_that_is_no_number_is_told_by_its_tensors_name(tmp_path):
+    def spoil(stored):
+        stored[3, :2] = np.array([np.nan], np.float16).view(np.uint8)
+
+    path = write_random_llama(tmp_path / "m.gguf", [KINDS.Q4_0], layers=1, spoil=("blk.0.ffn_up", spoil))
+    with pytest.raises(RefusedError, match=r"NaN or infinite as float32: layers\.0\.mlp\.up_proj\.weight; fetch"):
+        engine_with(GGUFCheckpoint(path))
