@@ -80,6 +80,7 @@ def _nibbles(byte_nj: np.ndarray, code_ni: np.ndarray, group: int) -> None:
 
 
 def _q4_0(block, out):
+    """An offset beyond float16's largest, of weights beyond 65,504, is infinite: whoever loads it refuses it."""
     _nibbles(block["qs"], out.code, 16)
     out.scale[:, 0] = block["d"]
     np.multiply(block["d"], np.float16(-8), out=out.offset[:, 0])

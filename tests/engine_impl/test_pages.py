@@ -75,8 +75,8 @@ def tiny():
 @pytest.mark.parametrize(
     ("devices", "quantize_kv", "rows"),
     [
-        (1, "none", R),
         (1, "none", 64),
+        pytest.param(1, "none", R, marks=pytest.mark.slow),  # as the chunks below have them
         pytest.param(1, "int8", R, marks=pytest.mark.slow),
         pytest.param(8, "none", R, marks=pytest.mark.slow),
     ],
@@ -98,7 +98,7 @@ def test_any_pages_give_the_same_tokens(devices, quantize_kv, rows):
     [
         *((length, 128) for length in (1, 127, 128, 129, 256, 400)),
         *((length, 256) for length in (129, 256, 400)),
-        (400, 384),
+        pytest.param(400, 384, marks=pytest.mark.slow),
     ],
 )
 def test_chunks_of_any_size_give_the_tokens_of_one_piece(length, chunk):

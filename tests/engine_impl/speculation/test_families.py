@@ -11,7 +11,7 @@ from .steps import told_by
 TOKENS, WIDTHS = 24, [4, 4, 1]
 SAMPLINGS = [SamplingParams(), SamplingParams(temperature=0.7, top_p=0.95, seed=5)]
 
-QUICK = {("gemma3", 8)}
+ON_EIGHT = {"gemma3"}
 """It has windows, and two ropes; and eight devices scan over the layers."""
 
 ON_ONE = {"llama", "gemma2", "qwen3_moe", "gpt_oss", "smollm3", "cohere2", "olmo3", "phi3", "glm"}
@@ -21,9 +21,8 @@ in groups, and how many rows the experts take."""
 
 
 def _marks(family: str, devices: int) -> list[pytest.MarkDecorator]:
-    if (family, devices) in QUICK:
-        return []
-    return [pytest.mark.slow] if devices == 1 and family in ON_ONE else [pytest.mark.slow, pytest.mark.product]
+    is_chosen = family in (ON_ONE if devices == 1 else ON_EIGHT)
+    return [pytest.mark.slow] if is_chosen else [pytest.mark.slow, pytest.mark.product]
 
 
 CASES = [
