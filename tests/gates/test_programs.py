@@ -238,7 +238,11 @@ def test_an_int8_cache_as_served(slots, cache_length):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("kv_heads", "head_dim", "quantize_kv"),
-    [*((*read, "none") for read in READ), pytest.param(1, 128, "int8", marks=pytest.mark.gates)],
+    [
+        *((*read, "none") for read in READ),
+        pytest.param(8, 64, "none", marks=pytest.mark.gates),
+        pytest.param(1, 128, "int8", marks=pytest.mark.gates),
+    ],
 )
 def test_what_one_program_leaves_the_next_takes_as_it_lies(kv_heads, head_dim, quantize_kv):
     """Prefill's prefix and the state have one layout in all programs: no relayout between them. Steps of fewer slots
