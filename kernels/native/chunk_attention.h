@@ -39,13 +39,20 @@ static void add_values(const float* v, int64_t v_row, const float* weight, int64
 #pragma GCC unroll 4
       for (int i = 0; i < V; ++i)
         own[n][i] = load(sums + n * PANEL + j + i * LANES) * load(decay + j + i * LANES);
-    for (int64_t s = 0; s < count; ++s)
+    for (int64_t s = 0; s < count; ++s) {
+      const float *value = v + s * v_row, *w = weight + s * PANEL + j;
+      if constexpr (V == 4) {  // N values stay in registers, else V weights
 #pragma GCC unroll 4
-      for (int i = 0; i < V; ++i) {
-        const F w = load(weight + s * PANEL + j + i * LANES);
+        for (int i = 0; i < V; ++i)
+#pragma GCC unroll 4
+          for (int n = 0; n < N; ++n) own[n][i] += splat(value[n]) * load(w + i * LANES);
+      } else {
 #pragma GCC unroll 16
-        for (int n = 0; n < N; ++n) own[n][i] += splat(v[s * v_row + n]) * w;
+        for (int n = 0; n < N; ++n)
+#pragma GCC unroll 2
+          for (int i = 0; i < V; ++i) own[n][i] += splat(value[n]) * load(w + i * LANES);
       }
+    }
 #pragma GCC unroll 16
     for (int n = 0; n < N; ++n)
 #pragma GCC unroll 4
