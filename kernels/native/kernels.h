@@ -90,6 +90,7 @@ struct Kernels {
 inline int64_t parts_of(const Chunk& of) { return of.texts * of.kv_heads * ((of.tokens + PANEL - 1) / PANEL); }
 
 // Null where the compiler's target has no such instructions.
+const Kernels* amx();
 const Kernels* avx512_bf16();
 const Kernels* avx512();
 const Kernels* avx2();

@@ -5,7 +5,7 @@
 //   ROWS       of a product that codes are unpacked for on the way, their sums in registers
 //   PORTION    rows that pass together over floats in the nearest cache
 //   QUERIES    of a slot that share a row of the cache
-//   DOTS       1 where there are dot products of bfloat16, else 0
+//   DOTS       1 where there are dot products of bfloat16, 2 where there are tiles of it, else 0
 // The pragmas stand behind the standard headers, whose functions any level may share.
 #include <algorithm>
 #include <cmath>

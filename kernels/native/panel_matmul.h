@@ -10,6 +10,7 @@
 constexpr int DEPTH = 256;  // a multiple of the inputs of every block, or a divisor
 constexpr int HALF = PANEL / 2;
 constexpr int UNROLLED = 4;  // a multiple of each STEP
+constexpr int TILE_PAIRS = 16;  // pairs of inputs of a tile; DEPTH is a multiple
 
 // Two inputs in bfloat16, the earlier in the low half.
 using Pair = uint32_t;
@@ -27,8 +28,14 @@ struct VectorOf<Pair> {
 template <typename Lane>
 using Vector = typename VectorOf<Lane>::type;
 
+template <typename Lane>
+constexpr bool BY_TILES = DOTS == 2 && std::is_same_v<Lane, Pair>;
+// Rows of a portion, at most.
+template <typename Lane>
+constexpr int64_t ROWS_TOGETHER = BY_TILES<Lane> ? 32 : PORTION;
+
 static INLINE void multiply_add(F& sum, F x, F w) { sum += x * w; }
-#if DOTS
+#if DOTS == 1
 static INLINE void multiply_add(F& sum, U32 x, U32 w) { sum = dot(sum, x, w); }
 #endif
 
@@ -254,15 +261,25 @@ static INLINE void multiply_rows(int64_t rows, const typename Codes::X* x, int64
   }
 }
 
+// A portion of rows.
+template <typename Lane>
+static INLINE void multiply_portion(int64_t rows, const Lane* x, int64_t x_row, const Plain<Lane>& weights,
+                                    int64_t inputs, const Sums& to) {
+  multiply_rows<PORTION>(rows, x, x_row, weights, 0, inputs, to);
+}
+#if DOTS == 2
+#include "tiles.h"
+#endif
+
 // All rows, in even portions, each of which fetches its share of the `bytes` of each input at `next`.
 template <typename Lane>
 static void multiply_all(int64_t rows, const Lane* x, int64_t x_row, const Lane* panel, int64_t inputs,
                          const char* next, int64_t bytes, Sums to) {
-  const int64_t portions = (rows + PORTION - 1) / PORTION, stride = (bytes + portions - 1) / portions;
+  const int64_t portions = (rows + ROWS_TOGETHER<Lane> - 1) / ROWS_TOGETHER<Lane>, stride = (bytes + portions - 1) / portions;
   for (int64_t p = 0; p < portions; ++p) {
     const int64_t count = (rows + portions - p - 1) / (portions - p);
     const Plain<Lane> codes{panel, next + p * inputs * stride, stride};
-    multiply_rows<PORTION>(count, x, x_row, codes, 0, inputs, to);
+    multiply_portion(count, x, x_row, codes, inputs, to);
     x += count * x_row, to.out += count * to.row, rows -= count;
   }
 }
@@ -320,7 +337,8 @@ static int64_t in_twos(const float* x, const Panels& weight, float* out, int64_t
 template <typename Codes>
 static void multiply_panel(const typename Codes::X* x, Codes codes, int64_t inputs, int64_t rows, Sums to) {
   using Lane = typename Codes::X;
-  if (rows <= ROWS) return multiply_rows<ROWS>(rows, x, inputs, codes, 0, inputs, to);
+  if constexpr (!BY_TILES<Lane>)
+    if (rows <= ROWS) return multiply_rows<ROWS>(rows, x, inputs, codes, 0, inputs, to);
   alignas(64) Lane unpacked[DEPTH * PANEL];
   const float* scale = to.scale;
   for (int64_t first = 0; first < inputs; first += DEPTH) {
@@ -347,13 +365,11 @@ template <typename Lane>
 static void multiply_panel(const Lane* x, const Lane* panel, int64_t inputs, int64_t rows, Sums to) {
   constexpr int64_t BYTES = PANEL * sizeof(Lane), AHEAD = 64;
   const auto* bytes = reinterpret_cast<const char*>(panel);
-  if (rows <= PORTION) {
-    const Plain<Lane> codes{panel, bytes + AHEAD * BYTES, BYTES};
-    return multiply_rows<PORTION>(rows, x, inputs, codes, 0, inputs, to);
-  }
+  if (rows <= ROWS_TOGETHER<Lane>)
+    return multiply_portion(rows, x, inputs, Plain<Lane>{panel, bytes + AHEAD * BYTES, BYTES}, inputs, to);
   // In even runs: each takes the sums from memory and back, a short one for few inputs.
-  const int64_t runs = (inputs + DEPTH - 1) / DEPTH;
-  const int64_t depth = (inputs + runs * UNROLLED - 1) / (runs * UNROLLED) * UNROLLED;
+  constexpr int64_t STEP = BY_TILES<Lane> ? TILE_PAIRS : UNROLLED;
+  const int64_t runs = (inputs + DEPTH - 1) / DEPTH, depth = (inputs + runs * STEP - 1) / (runs * STEP) * STEP;
   for (int64_t first = 0; first < inputs; first += depth) {
     const int64_t last = first + depth < inputs ? first + depth : inputs;
     to.adds = first > 0;
@@ -425,6 +441,9 @@ static void dots(const uint16_t* x, const Panels& weight, float* out, int64_t ro
     }
     return multiply_panel(from, static_cast<const Pair*>(weight.code) + p * pairs * PANEL, pairs, rows, to);
   });
+#if DOTS == 2
+  release_tiles();
+#endif
 }
 #else
 constexpr auto dots = nullptr;

@@ -98,7 +98,7 @@ static INLINE F as_floats(U32 bits) { return (F)bits; }
 
 static INLINE U32 as_bits(F value) { return (U32)value; }
 
-#if DOTS
+#if DOTS == 1
 // sum + the products of each lane's two bfloat16.
 static INLINE F dot(F sum, U32 x, U32 w) { return (F)_mm512_dpbf16_ps((__m512)sum, (__m512bh)x, (__m512bh)w); }
 #endif

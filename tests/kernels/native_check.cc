@@ -262,6 +262,10 @@ void check_product(Stored stored, int64_t R, int64_t I, int64_t O, Grids grids =
   const auto dotted = multiplied(weight, R, dots_from(0));
   compare("dot products", weight, x, dotted);
   compare_alone(dotted, R, [&](int64_t row) { return multiplied(weight, 1, dots_from(row)); });
+  for (int64_t r = 1; r < R; r += 2) std::fill_n(halves.begin() + r * I, I, uint16_t{0x7fc0});
+  const auto beside_nan = multiplied(weight, R, dots_from(0));
+  for (int64_t r = 0; r < R; r += 2)
+    expect(std::equal(dotted.begin() + r * O, dotted.begin() + (r + 1) * O, beside_nan.begin() + r * O), "a row beside NaN", r);
 }
 
 void check_products() {
@@ -281,6 +285,9 @@ void check_products() {
       check_product(Stored::kInt8, R, I, 40);
     }
   }
+  for (Stored stored : {Stored::kBF16, Stored::kInt8})
+    for (int64_t R : {15, 16, 17, 31, 32, 33, 65})  // around 16 rows of 32 inputs, a tile
+      for (int64_t I : {30, 32, 34, 1058}) check_product(stored, R, I, 40);
   for (Stored stored : ALL)
     for (int64_t R : {97, 131})  // a prompt's
       for (int64_t I : {128, 544}) check_product(stored, R, I, 33);
@@ -522,7 +529,7 @@ int main() {
   check_sharing();
   check_groups();
   int levels = 0;
-  for (const char* level : {"generic", "avx2", "avx512", "avx512_bf16"}) {
+  for (const char* level : {"generic", "avx2", "avx512", "avx512_bf16", "amx"}) {
     if (!use_level(level)) {
       std::printf("%s: not on this CPU\n", level);
       continue;
