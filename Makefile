@@ -46,7 +46,7 @@ native-check: .pytest_cache/native_check ## the CPU kernels in C++ against plain
 .pytest_cache/native_check: tests/kernels/native_check.cc $(NATIVE)
 	mkdir -p $(@D)
 	$(CXX) -std=c++17 -O1 -g -Wall -Wextra -Wno-psabi -pthread -fsanitize=address,undefined \
-		-fno-sanitize-recover=undefined -o $@ $< $(filter-out %/ffi.cc,$(filter %.cc,$(wildcard kernels/native/*.cc)))
+		-fno-sanitize-recover=undefined -o $@ $< $(filter-out %/ffi.cc %/experts.cc,$(filter %.cc,$(wildcard kernels/native/*.cc)))
 
 setup: $(VENV)/.test             ## the environment for development
 

@@ -45,6 +45,9 @@ class EncodedModule(nn.Module):
     """What `encode` takes. Rounding before codes are made would move values off their grid."""
     keeps_codes: bool = False
     """Whether it is made of a checkpoint's own codes."""
+    by_expert: ClassVar[bool] = False
+    """Whether `encode` and `encode_codes` take one expert's matrix, as [out, in], of a weight [E, in, out]; their arrays
+    are stacked."""
     reads_stack: ClassVar[bool] = False
     """Its matrix product takes all layers' weights and the number of the layer, `layer`: see forward.py."""
 

@@ -185,11 +185,31 @@ class _Loader:
         """The arrays that stand for `leaf`."""
 
         def read(name: str) -> Mapping[str, jax.Array]:
+            if module.by_expert:
+                return self._by_expert(name, module)
             if module.keeps_codes:
-                return module.encode_codes(self._codes(name))
+                (source,) = self._model.sources(name)
+                return module.encode_codes(self._codes(name, source))
             return module.encode(self._array(name, leaf, module.source))
 
         return self._assembled(leaf, parts, read)
+
+    def _by_expert(self, name: str, module: EncodedModule) -> dict[str, jax.Array]:
+        """The arrays of all experts' matrices, which are read one by one."""
+
+        def read(source: str) -> Mapping[str, jax.Array]:
+            if module.keeps_codes:
+                return module.encode_codes(self._codes(name, str(source)))  # the model's [in, out] is their [out, in]
+            self._wait()
+            weight_OI = jnp.asarray(copied(taken(self._checkpoint.tensor(source), source).T, module.source))
+            self._finite.append((name, _all_finite(weight_OI)))
+            return module.encode(weight_OI)
+
+        stacks = {name: jnp.zeros(stored.shape, stored.dtype) for name, stored in module.stored.items()}
+        put = jax.jit(_put, donate_argnums=0)
+        for expert, source in enumerate(self._model.sources(name)):
+            stacks = put(stacks, dict(read(source)), expert)
+        return stacks
 
     def _assembled(
         self, leaf: _Leaf, parts: dict[str, _Leaf], read: Callable[[str], Mapping[str, jax.Array]]
@@ -230,10 +250,9 @@ class _Loader:
         self._finite.append((name, _all_finite(array)))
         return array
 
-    def _codes(self, name: str) -> Codes:
-        """One matrix's, of which the checkpoint has codes."""
+    def _codes(self, name: str, source: str) -> Codes:
+        """A parameter's, or a part of it, of which the checkpoint has codes."""
         self._wait()
-        (source,) = self._model.sources(name)
         codes = self._checkpoint.codes(source).each(lambda rows: self._repeated(name, taken(rows, source)))
         for grid_OQ in codes[1:]:
             if grid_OQ is not None:

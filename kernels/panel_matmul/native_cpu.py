@@ -9,7 +9,12 @@ from .reference import Panels
 
 def panel_matmul_native(x_RI: jax.Array, weight: Panels, outputs: int) -> jax.Array:
     """`op.panel_matmul`: f32 [R, O]."""
-    dtype = jnp.float32 if weight.scale is None else weight.scale.dtype
-    grid = (jnp.zeros((0,), dtype) if leaf is None else leaf for leaf in (weight.scale, weight.offset))
     out_RO = jax.ShapeDtypeStruct((x_RI.shape[0], outputs), jnp.float32)
-    return native.call("slipstream_panel_matmul", out_RO, x_RI, weight.code, *grid)
+    return native.call("slipstream_panel_matmul", out_RO, x_RI, weight.code, *grid_of(weight))
+
+
+def grid_of(weight: Panels) -> tuple[jax.Array, jax.Array]:
+    """Scale and offset as operands, empty where there is none."""
+    dtype = jnp.float32 if weight.scale is None else weight.scale.dtype
+    empty = jnp.zeros((0,), dtype)
+    return empty if weight.scale is None else weight.scale, empty if weight.offset is None else weight.offset

@@ -28,19 +28,28 @@ def panel_matmul(x_RI: jax.Array, weight: Panels, *, outputs: int, backend: Back
         ValueError: shapes or dtypes that do not fit together, at trace time.
     """
     check_backend(backend)
-    _check(weight, x_RI.shape[1], outputs)
+    check_panels(weight, x_RI, outputs)
+    if backend != "native_cpu":
+        return panel_matmul_reference(x_RI, weight, outputs)
+    return panel_matmul_native(in_pairs(x_RI) if weight.code.dtype == jnp.bfloat16 else x_RI, weight, outputs)
+
+
+def in_pairs(x_RI: jax.Array) -> jax.Array:
+    """With an even number of inputs, as panels of bfloat16 have it."""
+    return jnp.pad(x_RI, ((0, 0), (0, x_RI.shape[1] % 2)))
+
+
+def check_panels(weight: Panels, x_RI: jax.Array, outputs: int) -> None:
+    """Raises ValueError for a weight that is none of this many outputs, or not to be multiplied with `x_RI`; of its
+    arrays only shapes and types are read."""
+    _check_weight(weight, x_RI.shape[1], outputs)
     is_wide = weight.code.dtype in (jnp.float32, jnp.float16)
     allowed = (jnp.float32,) if is_wide else (jnp.float32, jnp.bfloat16)
     if x_RI.dtype not in allowed:
         raise ValueError(f"x_RI must be {' or '.join(jnp.dtype(one).name for one in allowed)}, got {x_RI.dtype}")
-    if backend != "native_cpu":
-        return panel_matmul_reference(x_RI, weight, outputs)
-    if weight.code.ndim == 4:
-        x_RI = jnp.pad(x_RI, ((0, 0), (0, x_RI.shape[1] % 2)))
-    return panel_matmul_native(x_RI, weight, outputs)
 
 
-def _check(weight: Panels, inputs: int, outputs: int) -> None:
+def _check_weight(weight: Panels, inputs: int, outputs: int) -> None:
     (code, scale, offset), P = weight, -(-outputs // PANEL)
     _check_dtypes(weight)
     if code.dtype == jnp.bfloat16:

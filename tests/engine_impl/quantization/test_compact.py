@@ -22,7 +22,8 @@ from slipstream.engine_impl.quantization.swap import quantize
 from slipstream.engine_impl.session import Session
 from slipstream.engine_impl.weights.sharding import make_mesh
 
-from ..checkpoints.gguf_writing import HALVES, write_random_llama
+from ..checkpoints.gguf_writing import HALVES, write_gguf, write_random_llama
+from ..checkpoints.test_gguf_families import folder_of
 from ..tiny_models import TINY, RandomCheckpoint
 
 KINDS = gguf.GGMLQuantizationType
@@ -120,12 +121,34 @@ def write_folder(folder, *, tied):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    ("family", "kind", "experts", "sizes"),
+    [
+        ("mixtral", KINDS.Q4_0, "4-bit codes in blocks of 32", {}),
+        ("qwen3moe", KINDS.BF16, "bfloat16", {}),
+        ("gpt-oss", KINDS.Q8_0, "8-bit codes in blocks of 32", {"hidden_size": 128, "head_dim": 32}),
+    ],
+)
+def test_numbers_of_experts_are_those_of_float32(family, kind, experts, sizes, tmp_path):
+    """With biases and without."""
+    folder = folder_of(family, tmp_path, **({"num_hidden_layers": 2, "intermediate_size": 96} | sizes))
+    engine, params = check_equal(GGUFCheckpoint(write_gguf(folder, tmp_path / "m.gguf", kind=kind)))
+    found = forms(engine)
+    assert {found[f"layers.{i}.mlp.{name}"] for i in range(2) for name in ("w1", "w2", "w3")} == {experts}
+    assert found["layers.0.mlp.gate"] == found["embed_tokens"] == experts
+    plain = decoded(engine.model, params)
+    checkpoint = GGUFCheckpoint(tmp_path / "m.gguf")
+    for expert, source in enumerate(engine.model.sources("layers.1.mlp.w2.weight")):
+        np.testing.assert_array_equal(plain["layers"][1]["mlp.w2.weight"][expert].T, checkpoint.tensor(source))
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("tied", [False, True])
 def test_numbers_of_folders_are_those_of_float32(tmp_path, tied):
     engine, params = check_equal(SafetensorsCheckpoint(write_folder(tmp_path, tied=tied)))
     found = forms(engine)
     assert set(found.values()) == {"bfloat16", "float16", "float32"}
-    assert ("embed_tokens" in found) == tied
+    assert found["embed_tokens"] == "bfloat16"
     assert params["layers"][0]["mlp.down_proj.code"].dtype == found["layers.0.mlp.down_proj"]
 
 
