@@ -46,8 +46,8 @@ class MixtureOfExperts(nn.Module):
     On CPUs with native kernels, which sort rows by expert, each row is multiplied with the experts that it chose.
 
     Elsewhere all rows go through all experts that a chip has, and what was not chosen counts for nothing. A step reads
-    nearly all weights anyway, and reading is what takes its time. A layer's experts under a scan on v5e:2x4, bf16, in millions of
-    cycles by the compiler's estimate (libtpu 0.0.42), without the all-reduce that all have:
+    nearly all weights anyway, and reading is what takes its time. A layer's experts under a scan on v5e:2x4, bf16, in
+    millions of cycles by the compiler's estimate (libtpu 0.0.42), without the all-reduce that all have:
 
         rows                                           8      64     256     512    1024    2048
         qwen3-30b-a3b   experts shared, all          0.44    0.46    0.51    0.76    1.32    2.60

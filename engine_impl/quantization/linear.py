@@ -46,8 +46,8 @@ class EncodedModule(nn.Module):
     keeps_codes: bool = False
     """Whether it is made of a checkpoint's own codes."""
     by_expert: ClassVar[bool] = False
-    """Whether `encode` and `encode_codes` take one expert's matrix, as [out, in], of a weight [E, in, out]; their arrays
-    are stacked."""
+    """Whether `encode` and `encode_codes` take one expert's matrix, as [out, in], of a weight [E, in, out], and what
+    they give is stacked."""
     reads_stack: ClassVar[bool] = False
     """Its matrix product takes all layers' weights and the number of the layer, `layer`: see forward.py."""
 

@@ -104,25 +104,22 @@ def form_of(config: EngineConfig, kind: Literal["float", "int8", "int4"], block:
 def pack_floats(
     model: Decoder, config: EngineConfig, mesh: Mesh, backend: Backend, compact: Mapping[str, Compact]
 ) -> None:
-    """Swaps the model's `Linear` and `ExpertLinear` modules, those that are left, for ones with panels: of bfloat16 where
-    the config says so, else of the checkpoint's own form, or of float32 where there is none that is exact. So is the
-    embedding where it is a head too, or has such a form."""
+    """Swaps the model's `Linear` and `ExpertLinear` modules, those that are left, for ones with panels: of bfloat16
+    where the config says so, else of the checkpoint's own form, or of float32 where there is none that is exact. So is
+    the embedding where it is a head too, or has such a form."""
     floats = form_of(config, "float")
-    linear = {name: part for name, part in model.named_modules() if isinstance(part, Linear | ExpertLinear)}
+    parts = {name: part for name, part in model.named_modules() if isinstance(part, Linear | ExpertLinear)}
 
     def form(name: str, module: nn.Module) -> Form:
         exact = _exact(model, f"{name}.{WEIGHT}", module, compact) if floats.kind == "float32" else None
         return exact or floats
 
     head = form_of(config, "int8") if _has_coded_head(model, config) else None
-    for name, module in linear.items():
-        parent, _, own = name.rpartition(".")
-        of_module = form(name, module)
-        if name == HEAD and model.config.tied_embeddings:
-            of_module = head or form(EMBEDDING, model.embed_tokens)
-        kind = PanelExperts if isinstance(module, ExpertLinear) else PanelLinear
-        setattr(model.get_submodule(parent), own, kind(module, mesh, of_module, backend))
     of_embedding = head or form(EMBEDDING, model.embed_tokens)
+    for name, part in parts.items():
+        parent, _, own = name.rpartition(".")
+        of_part = of_embedding if name == HEAD and model.config.tied_embeddings else form(name, part)
+        setattr(model.get_submodule(parent), own, in_panels(part, mesh, of_part, backend))
     if model.config.tied_embeddings or of_embedding != floats:
         model.embed_tokens = PanelEmbedding(model.embed_tokens, mesh, of_embedding)
 
@@ -134,7 +131,7 @@ def _has_coded_head(model: Decoder, config: EngineConfig) -> bool:
 
 
 def _exact(model: Decoder, parameter: str, module: nn.Module, compact: Mapping[str, Compact]) -> Form | None:
-    """That of the one tensor that a matrix is, or is rows of, or of all experts' alike; where inputs are whole blocks."""
+    """That of the one tensor that a matrix is, or is rows of, or of all experts'; where inputs are whole blocks."""
     sources, inputs = model.sources(parameter), module.get_parameter(WEIGHT).shape[1]
     found = {compact.get(source) for source in sources}
     form = found.pop() if len(found) == 1 else None
@@ -248,6 +245,13 @@ class PanelEmbedding(PanelWeight):
 
     def forward(self, token_R: Tensor) -> Tensor:
         return self.call(lambda token_R, panels: columns(panels, token_R, self.inputs), token_R)
+
+
+def in_panels(part: Linear | ExpertLinear, mesh: Mesh, form: Form, backend: Backend) -> PanelWeight:
+    """What takes its place."""
+    if isinstance(part, ExpertLinear):
+        return PanelExperts(part, mesh, form, backend)
+    return PanelLinear(part, mesh, form, backend)
 
 
 @functools.cache

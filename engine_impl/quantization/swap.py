@@ -148,10 +148,9 @@ def _experts_swap_for(
         return lambda module, axis: Int8ExpertLinear(module, axis, mesh)
 
     def swap(module: ExpertLinear, axis: int | None) -> EncodedModule:
-        inputs, most = module.weight.shape[1], config.quantize_block or BLOCKS[-1]
-        block = next((block for block in BLOCKS if block <= most and inputs % block == 0), None)
-        is_int4 = config.quantize_weights == "int4" and block
-        form = form_of(config, "int4", block) if is_int4 else form_of(config, "int8")
+        most = (config.quantize_block or BLOCKS[-1]) if config.quantize_weights == "int4" else 0
+        whole = [block for block in BLOCKS if block <= most and module.weight.shape[1] % block == 0]
+        form = form_of(config, "int4", whole[0]) if whole else form_of(config, "int8")
         return PanelExperts(module, mesh, form, backend)
 
     return swap

@@ -70,7 +70,9 @@ def test_what_nobody_chose_is_not_read():
     filled = jnp.arange(96).reshape(-1, 1, 32) >= O
     experts = [Panels(jnp.where(filled | (number == 2), jnp.nan, one.code)) for number, one in enumerate(experts)]
     expert_RX = jnp.int32([[0, 4], [3, 0], [1, 3]])
-    out_RXO = MULTIPLY(jnp.asarray(oracle.normal(7, 3, I)), expert_RX, stacked(experts), outputs=O, backend="native_cpu")
+    out_RXO = MULTIPLY(
+        jnp.asarray(oracle.normal(7, 3, I)), expert_RX, stacked(experts), outputs=O, backend="native_cpu"
+    )
     assert np.isfinite(out_RXO).all()
 
 
