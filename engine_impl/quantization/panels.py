@@ -55,6 +55,8 @@ class Form:
     """the type of scales and offsets"""
     has_offset: bool = False
     """of a checkpoint's codes"""
+    table: tuple[int, ...] = ()
+    """likewise, what those of 4 bits stand for"""
     activations: Literal["float32", "bfloat16"] = "float32"
     """what a product's inputs are rounded to; sums are float32"""
 
@@ -79,7 +81,8 @@ class Form:
     def of_codes(self, code_OI: Array, scale_OQ: Array, offset_OQ: Array | None) -> Panels:
         """A checkpoint's codes in this form."""
         offset_OQ = None if offset_OQ is None else jnp.asarray(offset_OQ)
-        return pack_blocks(jnp.asarray(code_OI), jnp.asarray(scale_OQ), offset_OQ, 4 if self.kind == "4-bit" else 8)
+        bits = 4 if self.kind == "4-bit" else 8
+        return pack_blocks(jnp.asarray(code_OI), jnp.asarray(scale_OQ), offset_OQ, bits, self.table)
 
     def panels(self, weight_OI: jax.Array) -> Panels:
         """A float weight in this form."""

@@ -43,11 +43,11 @@ std::vector<ExpertPart> parts_of(const std::vector<int64_t>& start, int64_t pane
 }
 
 ffi::Error multiply_chosen(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::Buffer<ffi::DataType::S32> expert,
-                           ffi::AnyBuffer code, ffi::AnyBuffer scale, ffi::AnyBuffer offset,
+                           ffi::AnyBuffer code, ffi::AnyBuffer scale, ffi::AnyBuffer offset, ffi::AnyBuffer table,
                            ffi::ResultBuffer<ffi::DataType::F32> out) {
   const int64_t I = x.dimensions()[1], X = expert.dimensions()[1], O = out->dimensions()[2];
   const int64_t choices = expert.element_count();
-  const Weights weights{code, scale, offset, I, O, 1};
+  const Weights weights{code, scale, offset, table, I, O, 1};
   const auto stored = weights.stored();
   if (!stored) return ffi::Error::InvalidArgument("weights of a type that has no kernel");
   const Sorted order = sorted(expert.typed_data(), choices, code.dimensions()[0]);
@@ -86,4 +86,5 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(slipstream_expert_matmul, slipstream::multiply_cho
                                   .Arg<ffi::AnyBuffer>()                    // code
                                   .Arg<ffi::AnyBuffer>()                    // scale, or empty
                                   .Arg<ffi::AnyBuffer>()                    // offset, or empty
+                                  .Arg<ffi::AnyBuffer>()                    // table, or empty
                                   .Ret<ffi::Buffer<ffi::DataType::F32>>());  // out_RXO

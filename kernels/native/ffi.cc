@@ -12,9 +12,9 @@ constexpr int64_t PARTS_OF_A_THREAD = 4;  // of a step's attention
 constexpr int64_t MOST_TOGETHER = 4;  // slots whose queries stay in the nearest cache beside a page
 
 ffi::Error multiply(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer code, ffi::AnyBuffer scale,
-                    ffi::AnyBuffer offset, ffi::ResultBuffer<ffi::DataType::F32> out) {
+                    ffi::AnyBuffer offset, ffi::AnyBuffer table, ffi::ResultBuffer<ffi::DataType::F32> out) {
   const int64_t R = x.dimensions()[0], I = x.dimensions()[1], O = out->dimensions()[1];
-  const Weights weights{code, scale, offset, I, O};
+  const Weights weights{code, scale, offset, table, I, O};
   const auto stored = weights.stored();
   if (!stored) return ffi::Error::InvalidArgument("weights of a type that has no kernel");
   const Panels weight = weights.at(*stored, 0);
@@ -120,6 +120,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(slipstream_panel_matmul, slipstream::multiply,
                                   .Arg<ffi::AnyBuffer>()                    // code
                                   .Arg<ffi::AnyBuffer>()                    // scale, or empty
                                   .Arg<ffi::AnyBuffer>()                    // offset, or empty
+                                  .Arg<ffi::AnyBuffer>()                    // table, or empty
                                   .Ret<ffi::Buffer<ffi::DataType::F32>>());  // out_RO
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(slipstream_ragged_attention, slipstream::attend,

@@ -17,12 +17,13 @@ constexpr int64_t ROWS_OF_A_PART = 144;  // a piece of 128 is one: its panels ar
 
 // Panels of a part of a product with one row: codes are taken in twos.
 inline int64_t in_turn(Stored stored) {
-  return stored == Stored::kInt8 || stored == Stored::kBlocks8 || stored == Stored::kBlocks4 ? 2 : 1;
+  const bool is_float = stored == Stored::kF32 || stored == Stored::kBF16 || stored == Stored::kF16;
+  return is_float ? 1 : 2;
 }
 
 // Weights in panels, or a stack of them, which has an axis more in front.
 struct Weights {
-  ffi::AnyBuffer code, scale, offset;
+  ffi::AnyBuffer code, scale, offset, table;  // what there is not is empty
   int64_t inputs, outputs;
   size_t stacked = 0;  // axes in front
 
@@ -39,6 +40,7 @@ struct Weights {
         return Stored::kF16;
       case ffi::DataType::S8:
         if (scale.dimensions().size() != stacked + 3) return Stored::kInt8;
+        if (table.element_count()) return Stored::kTable4;
         return code.dimensions()[stacked + 1] * 2 == inputs ? Stored::kBlocks4 : Stored::kBlocks8;
       default:
         return std::nullopt;
@@ -47,10 +49,11 @@ struct Weights {
 
   // One of a stack, or the only one.
   Panels at(Stored stored, int64_t index) const {
-    const bool is_in_blocks = stored == Stored::kBlocks8 || stored == Stored::kBlocks4;
+    const bool is_in_blocks = in_turn(stored) == 2 && stored != Stored::kInt8;
     return {
         stored, part(code, index), part(scale, index), part(offset, index),
         inputs, outputs, is_in_blocks ? scale.dimensions()[stacked + 1] : 1, scale.element_type() == ffi::DataType::F16,
+        static_cast<const int8_t*>(part(table, index)),
     };
   }
 

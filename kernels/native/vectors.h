@@ -67,6 +67,43 @@ static INLINE F low_half(I32 bytes) {
 // The upper 4 bits of bytes, likewise.
 static INLINE F high_half(I32 bytes) { return __builtin_convertvector(bytes >> 4, F); }
 
+#if LANES == 16
+// What 4 bits stand for: 16 floats.
+using Table = F;
+
+static INLINE Table table_of(const int8_t* values) { return __builtin_convertvector(widened(values), F); }
+
+static INLINE F looked_up(const Table& table, I32 code) {
+  return (F)_mm512_permutexvar_ps((__m512i)code, (__m512)table);  // by the lowest 4 bits
+}
+#elif LANES == 8
+using Table = __m128i;
+
+static INLINE Table table_of(const int8_t* values) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(values)); }
+
+static INLINE F looked_up(const Table& table, I32 code) {
+  const __m256i at = (__m256i)((code & 15) | (int32_t)0x80808000);  // the upper bytes are 0
+  const __m256i byte = _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(table), at);
+  return __builtin_convertvector((I32)byte << 24 >> 24, F);
+}
+#else
+struct Table {
+  float value[16];
+};
+
+static INLINE Table table_of(const int8_t* values) {
+  Table table;
+  for (int i = 0; i < 16; ++i) table.value[i] = values[i];
+  return table;
+}
+
+static INLINE F looked_up(const Table& table, I32 code) {
+  F found;
+  for (int i = 0; i < LANES; ++i) found[i] = table.value[code[i] & 15];
+  return found;
+}
+#endif
+
 static INLINE F load(const int8_t* from) { return __builtin_convertvector(widened(from), F); }
 
 static INLINE U32 splat(uint32_t value) { return value - U32{}; }

@@ -13,8 +13,6 @@ def panel_matmul_native(x_RI: jax.Array, weight: Panels, outputs: int) -> jax.Ar
     return native.call("slipstream_panel_matmul", out_RO, x_RI, weight.code, *grid_of(weight))
 
 
-def grid_of(weight: Panels) -> tuple[jax.Array, jax.Array]:
-    """Scale and offset as operands, empty where there is none."""
-    dtype = jnp.float32 if weight.scale is None else weight.scale.dtype
-    empty = jnp.zeros((0,), dtype)
-    return empty if weight.scale is None else weight.scale, empty if weight.offset is None else weight.offset
+def grid_of(weight: Panels) -> list[jax.Array]:
+    """All but the codes as operands, empty where there is none."""
+    return [jnp.zeros((0,), jnp.float32) if leaf is None else leaf for leaf in weight[1:]]

@@ -50,7 +50,7 @@ def check_panels(weight: Panels, x_RI: jax.Array, outputs: int) -> None:
 
 
 def _check_weight(weight: Panels, inputs: int, outputs: int) -> None:
-    (code, scale, offset), P = weight, -(-outputs // PANEL)
+    (code, scale, offset, table), P = weight, -(-outputs // PANEL)
     _check_dtypes(weight)
     if code.dtype == jnp.bfloat16:
         return check_shape("code", code, (P, -(-inputs // 2), PANEL, 2), "PIX2")
@@ -59,7 +59,9 @@ def _check_weight(weight: Panels, inputs: int, outputs: int) -> None:
         if scale is not None:
             check_shape("scale", scale, (P, PANEL), "PX")
         return
-    is_halved = offset is not None and code.shape[1:2] != (inputs,)
+    is_halved = table is not None or (offset is not None and code.shape[1:2] != (inputs,))
+    if table is not None:
+        check_shape("table", table, (16,), "T")
     check_shape("code", code, (P, inputs // 2 if is_halved else inputs, PANEL), "PIX")
     blocks = scale.shape[1] if scale.ndim == 3 else 0
     for name, leaf in (("scale", scale), ("offset", offset)):
@@ -70,16 +72,18 @@ def _check_weight(weight: Panels, inputs: int, outputs: int) -> None:
 
 
 def _check_dtypes(weight: Panels) -> None:
-    code, scale, offset = weight
+    code, scale, offset, table = weight
     dtypes = [str(leaf.dtype) for leaf in weight if leaf is not None]
     if scale is None:
-        fits = code.dtype in FLOATS and offset is None
+        fits = code.dtype in FLOATS and offset is table is None
     else:
         of_grid = (jnp.float32, jnp.float16) if scale.ndim == 3 else (jnp.float32,)
         fits = code.dtype == jnp.int8 and scale.dtype in of_grid
         fits &= offset is None or (scale.ndim == 3 and offset.dtype == scale.dtype)
+        fits &= table is None or (scale.ndim == 3 and offset is None and table.dtype == jnp.int8)
     if not fits:
         raise ValueError(
             "panels are float32, bfloat16 or float16, or int8 codes with float32 scales of outputs, or with scales and "
-            f"offsets of blocks that are both float32 or both float16, got {dtypes}"
+            "offsets of blocks that are both float32 or both float16, or with scales of blocks and an int8 table, got "
+            f"{dtypes}"
         )

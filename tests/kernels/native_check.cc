@@ -77,16 +77,18 @@ void check_sharing() {
 struct Weight {
   std::vector<float> floats, scale, offset;
   std::vector<uint16_t> halves, scale_halves, offset_halves;
-  std::vector<int8_t> bytes;
+  std::vector<int8_t> bytes, table;
   std::vector<float> values;   // [P, I, 32], the weight in panels; of kInt8 without its scale
   std::vector<double> plain;  // [O, I]
   Panels panels;
 };
 
 constexpr Stored ALL[] = {Stored::kF32,  Stored::kBF16,    Stored::kF16,
-                          Stored::kInt8, Stored::kBlocks8, Stored::kBlocks4};
+                          Stored::kInt8, Stored::kBlocks8, Stored::kBlocks4, Stored::kTable4};
 
-bool is_in_blocks(Stored stored) { return stored == Stored::kBlocks8 || stored == Stored::kBlocks4; }
+bool is_of_4_bits(Stored stored) { return stored == Stored::kBlocks4 || stored == Stored::kTable4; }
+
+bool is_in_blocks(Stored stored) { return stored == Stored::kBlocks8 || is_of_4_bits(stored); }
 
 double widened(uint16_t half) {
   const uint32_t bits = static_cast<uint32_t>(half) << 16;
@@ -138,7 +140,9 @@ void fill(Weight& weight, Stored stored, int64_t I, int64_t O, Grids grids) {
   }
   if (stored == Stored::kInt8) weight.bytes = codes(P * I * PANEL), weight.scale = normal(P * PANEL);
   if (is_in_blocks(stored)) {
-    weight.bytes = codes(P * I * PANEL / (stored == Stored::kBlocks4 ? 2 : 1));
+    weight.bytes = codes(P * I * PANEL / (is_of_4_bits(stored) ? 2 : 1));
+    weight.table = codes(16);
+    grids.has_offset &= stored != Stored::kTable4;
     weight.scale_halves = halves(P * Q * PANEL), weight.scale = of_halves(weight.scale_halves);
     weight.offset_halves = halves(P * Q * PANEL), weight.offset = of_halves(weight.offset_halves);
     if (!grids.is_f16) weight.offset = normal(P * Q * PANEL);
@@ -177,6 +181,11 @@ void fill(Weight& weight, Stored stored, int64_t I, int64_t O, Grids grids) {
           value = std::fma(code, weight.scale[grid], weight.offset[grid]);
           break;
         }
+        case Stored::kTable4: {
+          const uint8_t pair = weight.bytes[(p * I / 2 + i / 2) * PANEL + lane];
+          value = weight.table[i % 2 ? pair >> 4 : pair & 15] * weight.scale[grid];
+          break;
+        }
       }
       weight.values[at] = value;
       if (o < O) weight.plain[o * I + i] = scale * value;
@@ -188,7 +197,8 @@ void fill(Weight& weight, Stored stored, int64_t I, int64_t O, Grids grids) {
   const void* scale = is_f16 ? static_cast<const void*>(weight.scale_halves.data()) : weight.scale.data();
   const void* offset = is_f16 ? static_cast<const void*>(weight.offset_halves.data()) : weight.offset.data();
   if (!is_in_blocks(stored) || !grids.has_offset) offset = nullptr;
-  weight.panels = Panels{stored, code, scale, offset, I, O, Q, is_f16};
+  const int8_t* table = stored == Stored::kTable4 ? weight.table.data() : nullptr;
+  weight.panels = Panels{stored, code, scale, offset, I, O, Q, is_f16, table};
 }
 
 // The rows that `multiply` makes of panels [first, last), in two parts.
@@ -284,7 +294,7 @@ void check_products() {
   for (Stored stored : ALL)
     for (int64_t R : {97, 131})  // a prompt's
       for (int64_t I : {128, 544}) check_product(stored, R, I, 33);
-  for (Stored stored : {Stored::kBlocks8, Stored::kBlocks4})
+  for (Stored stored : {Stored::kBlocks8, Stored::kBlocks4, Stored::kTable4})
     for (int64_t R : {1, 3, 30})
       for (bool is_f16 : {false, true})
         for (bool has_offset : {false, true}) {

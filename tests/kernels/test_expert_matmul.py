@@ -30,6 +30,8 @@ def one_expert(form, number):
         return pack_blocks(jnp.asarray(rng.integers(-128, 128, (O, I), np.int8)), scale_OQ, None, 8)
     if form == "blocks4":
         return pack_blocks(jnp.asarray(rng.integers(0, 16, (O, I), np.int8)), scale_OQ, scale_OQ * 3, 4)
+    if form == "table":
+        return pack_blocks(jnp.asarray(rng.integers(0, 16, (O, I), np.int8)), scale_OQ, None, 4, tuple(range(-9, 7)))
     return pack(weight_OI, jnp.dtype(form))
 
 
@@ -37,7 +39,7 @@ def stacked(experts):
     return jax.tree.map(lambda *leaves: jnp.stack(leaves), *experts)
 
 
-@pytest.mark.parametrize("form", ["float32", "float16", "bfloat16", "int8", "blocks8", "blocks4"])
+@pytest.mark.parametrize("form", ["float32", "float16", "bfloat16", "int8", "blocks8", "blocks4", "table"])
 def test_an_experts_product_is_that_of_its_panels(form):
     experts = [one_expert(form, number) for number in range(E)]
     for told, expert_RX in CHOSEN.items():

@@ -74,7 +74,10 @@ def test_products_with_codes(level, I, O, dtype):
         check_product(x_RI, panels, np.asarray(unpack(panels, O, I)))
 
 
-@pytest.mark.parametrize("form", ["f16", "blocks8", "blocks8 with offsets", "blocks4", "blocks4 in floats"])
+FORMS = ["f16", "blocks8", "blocks8 with offsets", "blocks4", "blocks4 in floats", "table", "table in floats"]
+
+
+@pytest.mark.parametrize("form", FORMS)
 def test_products_are_those_of_the_weight_in_floats(level, form):
     """Bit by bit, whatever the number of rows: a weight is made by one rounding, its sums input after input."""
     rng, (O, Q, block) = np.random.default_rng(0), (70, 9, 32)
@@ -86,7 +89,10 @@ def test_products_are_those_of_the_weight_in_floats(level, form):
         code_OI = jnp.asarray(rng.integers(-128, 128, (O, Q * block), np.int8))
         panels = pack_blocks(code_OI, scale_OQ, offset_OQ if form.endswith("offsets") else None, 8)
     else:
-        panels = pack_blocks(jnp.asarray(rng.integers(0, 16, (O, Q * block), np.int8)), scale_OQ, offset_OQ, 4)
+        code_OI = jnp.asarray(rng.integers(0, 16, (O, Q * block), np.int8))
+        is_table = form.startswith("table")
+        table = tuple(rng.integers(-128, 128, 16).tolist()) if is_table else ()
+        panels = pack_blocks(code_OI, scale_OQ, None if is_table else offset_OQ, 4, table)
     floats = pack(unpack(panels, O, Q * block), jnp.float32)
     x_RI = jnp.asarray(oracle.normal(1, 30, Q * block))
     for rows in (1, 3, 8, 30):
