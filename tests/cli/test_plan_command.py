@@ -27,7 +27,8 @@ def planned(tmp_path_factory):
 
     with pytest.MonkeyPatch.context() as patch, redirect_stdout(out):
         patch.setattr(compiler, "plan", keep)
-        patch.setitem(PRESETS, "llama-3.2-1b", replace(preset("llama-3.2-1b"), vocab_size=2048))  # sooner compiled
+        sooner_compiled = replace(preset("llama-3.2-1b"), model_dim=512, ffn_dim=1024, vocab_size=2048)
+        patch.setitem(PRESETS, "llama-3.2-1b", sooner_compiled)
         assert run(["plan", *SMALL, "--lengths", "fixed:100,29", "--dump", str(folder), "--json"]) == 0
     return json.loads(out.getvalue().splitlines()[-1]), folder, kept[0]
 
