@@ -18,6 +18,7 @@ from ..tiny_models import TINY, RandomCheckpoint, greedy
 SHAPE = replace(TINY, model_dim=64, ffn_dim=96)  # blocks of 32
 TIED = replace(SHAPE, tied_embeddings=True)
 PROMPTS = [[5, 17, 3], [90, 2, 41, 8, 60, 77, 13] * 4]
+PRODUCT = (pytest.mark.slow, pytest.mark.product)
 
 
 def engine_with(shape, devices=1, **options):
@@ -35,17 +36,18 @@ def kinds(engine):
     ("options", "shape", "expected"),
     [
         ({}, TIED, {"float32"}),
-        pytest.param({}, SHAPE, {"float32"}, marks=pytest.mark.slow),
         pytest.param({"dtype": "bfloat16"}, TIED, {"bfloat16"}, marks=pytest.mark.slow),
         pytest.param(
             {"dtype": "bfloat16", "quantize_weights": "int8"}, SHAPE, {"bfloat16", "int8"}, marks=pytest.mark.slow
         ),
-        pytest.param({"quantize_weights": "int8"}, SHAPE, {"float32", "int8"}, marks=pytest.mark.slow),
         pytest.param({"quantize_weights": "int4"}, TIED, {"float32", "int4"}, marks=pytest.mark.slow),
         pytest.param(
             {"quantize_weights": "int4", "quantize_exclude": ()}, TIED, {"int8", "int4"}, marks=pytest.mark.slow
         ),
         pytest.param({"quantize_kv": "int8"}, SHAPE, {"float32"}, marks=pytest.mark.slow),
+        # A head of its own and int8 codes are above, each beside something else:
+        pytest.param({}, SHAPE, {"float32"}, marks=PRODUCT),
+        pytest.param({"quantize_weights": "int8"}, SHAPE, {"float32", "int8"}, marks=PRODUCT),
     ],
 )
 def test_tokens_are_those_of_xla(options, shape, expected):
