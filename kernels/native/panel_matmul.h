@@ -221,7 +221,7 @@ static INLINE void add_inputs(const typename Codes::X* x, int64_t x_row, const C
     if constexpr (V == 4)  // at once: so the fewest registers are in use
 #pragma GCC unroll 2
       for (int s = 0; s < STEP; ++s)
-#pragma GCC unroll 4
+#pragma GCC unroll 8
         for (int n = 0; n < N; ++n) multiply_add(sums[n][v], splat(x[n * x_row + i + s]), w[v][s]);
   }
   if constexpr (V != 4)
