@@ -12,6 +12,7 @@ from .cache_flush import cache_flush
 from .chunk_attention import chunk_attention
 from .panel_matmul import PANEL, Panels, columns, pack, pack_blocks, pack_int4, pack_int8, panel_matmul, rounded, unpack
 from .ragged_attention import attention_steps, page_rows, ragged_attention
+from .rms_norm import rms_norm
 
 __all__ = [
     "AXIS",
@@ -34,6 +35,7 @@ __all__ = [
     "page_rows",
     "panel_matmul",
     "ragged_attention",
+    "rms_norm",
     "rounded",
     "unpack",
 ]

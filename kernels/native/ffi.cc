@@ -19,7 +19,7 @@ constexpr int64_t ROWS_OF_A_PART = 144;  // a piece of 128 is one: its panels ar
 constexpr int64_t PARTS_OF_A_THREAD = 4;  // of a step's attention
 constexpr int64_t MOST_TOGETHER = 4;  // slots whose queries stay in the nearest cache beside a page
 
-// `inputs` are those of the activations; a scale of three dimensions is one of blocks.
+// `inputs` are those of the activations. All layers' weights are stacked; a scale of four dimensions is one of blocks.
 std::optional<Stored> stored_as(ffi::AnyBuffer code, ffi::AnyBuffer scale, int64_t inputs) {
   switch (code.element_type()) {
     case ffi::DataType::F32:
@@ -29,8 +29,8 @@ std::optional<Stored> stored_as(ffi::AnyBuffer code, ffi::AnyBuffer scale, int64
     case ffi::DataType::F16:
       return Stored::kF16;
     case ffi::DataType::S8:
-      if (scale.dimensions().size() != 3) return Stored::kInt8;
-      return code.dimensions()[1] * 2 == inputs ? Stored::kBlocks4 : Stored::kBlocks8;
+      if (scale.dimensions().size() != 4) return Stored::kInt8;
+      return code.dimensions()[2] * 2 == inputs ? Stored::kBlocks4 : Stored::kBlocks8;
     default:
       return std::nullopt;
   }
@@ -45,16 +45,24 @@ std::vector<float> widened(const uint16_t* halves, int64_t count) {
   return floats;
 }
 
+// One layer's part of a stack.
+const char* of_layer(ffi::AnyBuffer stack, int64_t layer) {
+  return static_cast<const char*>(stack.untyped_data()) + stack.size_bytes() / stack.dimensions()[0] * layer;
+}
+
 // Shapes and types are checked where the call is made, in op.py.
 ffi::Error multiply(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer code, ffi::AnyBuffer scale,
-                    ffi::AnyBuffer offset, ffi::ResultBuffer<ffi::DataType::F32> out) {
-  const int64_t R = x.dimensions()[0], I = x.dimensions()[1], O = out->dimensions()[1], P = code.dimensions()[0];
+                    ffi::AnyBuffer offset, ffi::Buffer<ffi::DataType::S32> layer,
+                    ffi::ResultBuffer<ffi::DataType::F32> out) {
+  const int64_t R = x.dimensions()[0], I = x.dimensions()[1], O = out->dimensions()[1], P = code.dimensions()[1];
+  const int64_t own_layer = std::clamp<int64_t>(*layer.typed_data(), 0, code.dimensions()[0] - 1);  // as XLA clamps
   const auto stored = stored_as(code, scale, I);
   if (!stored) return ffi::Error::InvalidArgument("weights of a type that has no kernel");
   const bool is_in_blocks = *stored == Stored::kBlocks8 || *stored == Stored::kBlocks4;
   const Panels weight{
-      *stored, code.untyped_data(), scale.untyped_data(), offset.element_count() ? offset.untyped_data() : nullptr,
-      I, O, is_in_blocks ? scale.dimensions()[1] : 1, scale.element_type() == ffi::DataType::F16,
+      *stored, of_layer(code, own_layer), scale.element_count() ? of_layer(scale, own_layer) : nullptr,
+      offset.element_count() ? of_layer(offset, own_layer) : nullptr,
+      I, O, is_in_blocks ? scale.dimensions()[2] : 1, scale.element_type() == ffi::DataType::F16,
   };
   const Kernels& own = kernels();
   const int64_t threads = R * I * O < SMALL ? 1 : pool.num_threads();
@@ -145,6 +153,20 @@ ffi::Error attend_chunk(ffi::ThreadPool pool, ffi::Buffer<ffi::DataType::F32> q,
   return ffi::Error::Success();
 }
 
+ffi::Error rms_norm(ffi::ThreadPool pool, ffi::Buffer<ffi::DataType::F32> x, ffi::Buffer<ffi::DataType::F32> weight,
+                    ffi::ResultBuffer<ffi::DataType::F32> out, float eps) {
+  const int64_t width = weight.dimensions()[0], rows = x.element_count() / width;
+  const int64_t each = SMALL / 2 / width + 1;  // of a part
+  const float *from = x.typed_data(), *by = weight.typed_data();
+  float* to = out->typed_data();
+  const Kernels& own = kernels();
+  share(pool, pool.num_threads(), (rows + each - 1) / each, [=, &own](int64_t part) {
+    const int64_t first = part * each, count = std::min(each, rows - first);
+    own.rms_norm(from + first * width, by, to + first * width, count, width, eps);
+  });
+  return ffi::Error::Success();
+}
+
 }  // namespace
 }  // namespace slipstream
 
@@ -154,6 +176,7 @@ extern "C" {
 EXPORTED XLA_FFI_Error* slipstream_panel_matmul(XLA_FFI_CallFrame*);
 EXPORTED XLA_FFI_Error* slipstream_ragged_attention(XLA_FFI_CallFrame*);
 EXPORTED XLA_FFI_Error* slipstream_chunk_attention(XLA_FFI_CallFrame*);
+EXPORTED XLA_FFI_Error* slipstream_rms_norm(XLA_FFI_CallFrame*);
 EXPORTED const char* slipstream_level() { return slipstream::kernels().name; }
 EXPORTED bool slipstream_use_level(const char* name) { return slipstream::use_level(name); }
 EXPORTED const char* slipstream_source() { return SLIPSTREAM_SOURCE; }
@@ -166,6 +189,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(slipstream_panel_matmul, slipstream::multiply,
                                   .Arg<ffi::AnyBuffer>()                    // code
                                   .Arg<ffi::AnyBuffer>()                    // scale, or empty
                                   .Arg<ffi::AnyBuffer>()                    // offset, or empty
+                                  .Arg<ffi::Buffer<ffi::DataType::S32>>()   // layer
                                   .Ret<ffi::Buffer<ffi::DataType::F32>>());  // out_RO
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(slipstream_ragged_attention, slipstream::attend,
@@ -198,3 +222,11 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(slipstream_chunk_attention, slipstream::attend_chu
                                   .Arg<ffi::Buffer<ffi::DataType::F32>>()  // sink_N, or empty
                                   .Ret<ffi::Buffer<ffi::DataType::F32>>()  // out_TNH
                                   .Attr<float>("soft_cap"));
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(slipstream_rms_norm, slipstream::rms_norm,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<ffi::Buffer<ffi::DataType::F32>>()  // x, rows of the weight's width
+                                  .Arg<ffi::Buffer<ffi::DataType::F32>>()  // weight_D
+                                  .Ret<ffi::Buffer<ffi::DataType::F32>>()  // out
+                                  .Attr<float>("eps"));

@@ -15,7 +15,12 @@ import jax
 
 PATH = Path(__file__).with_name(f"_kernels{sysconfig.get_config_var('EXT_SUFFIX')}")
 SOURCES = Path(__file__).resolve().parent
-HANDLERS = ("slipstream_panel_matmul", "slipstream_ragged_attention", "slipstream_chunk_attention")
+HANDLERS = (
+    "slipstream_panel_matmul",
+    "slipstream_ragged_attention",
+    "slipstream_chunk_attention",
+    "slipstream_rms_norm",
+)
 
 log = logging.getLogger(__name__)
 

@@ -12,12 +12,16 @@ LONGEST_RUN = 256
 FLOATS = (jnp.float32, jnp.bfloat16, jnp.float16)
 
 
-def panel_matmul(x_RI: jax.Array, weight: Panels, *, outputs: int, backend: Backend) -> jax.Array:
+def panel_matmul(
+    x_RI: jax.Array, weight: Panels, layer: jax.Array | None = None, *, outputs: int, backend: Backend
+) -> jax.Array:
     """x @ weight, one row or many; sums are f32, in the native kernel input after input whatever the number of rows.
 
     Args:
         x_RI: activations; f32, or bf16 where weights are bf16 or codes.
         weight: see `Panels`.
+        layer: i32 scalar, traced or not: which of the weights to take, all of whose arrays are stacked along a leading
+            axis. The native kernel reads it where it lies. None: there is one weight, and no such axis.
         outputs: O; the last panel's other outputs are not computed.
         backend: "native_cpu", or any other for XLA's product of the unpacked weight.
 
@@ -28,16 +32,21 @@ def panel_matmul(x_RI: jax.Array, weight: Panels, *, outputs: int, backend: Back
         ValueError: shapes or dtypes that do not fit together, at trace time.
     """
     check_backend(backend)
-    _check(weight, x_RI.shape[1], outputs)
+    stack = weight if layer is not None else jax.tree.map(lambda leaf: leaf[None], weight)
+    _check(jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), stack), x_RI.shape[1], outputs)
     is_wide = weight.code.dtype in (jnp.float32, jnp.float16)
     allowed = (jnp.float32,) if is_wide else (jnp.float32, jnp.bfloat16)
     if x_RI.dtype not in allowed:
         raise ValueError(f"x_RI must be {' or '.join(jnp.dtype(one).name for one in allowed)}, got {x_RI.dtype}")
     if backend != "native_cpu":
-        return panel_matmul_reference(x_RI, weight, outputs)
-    if weight.code.ndim == 4:
+        return panel_matmul_reference(x_RI, weight if layer is None else _layer_of(weight, layer), outputs)
+    if stack.code.ndim == 5:
         x_RI = jnp.pad(x_RI, ((0, 0), (0, x_RI.shape[1] % 2)))
-    return panel_matmul_native(x_RI, weight, outputs)
+    return panel_matmul_native(x_RI, stack, jnp.int32(0) if layer is None else layer, outputs)
+
+
+def _layer_of(stack: Panels, layer: jax.Array) -> Panels:
+    return jax.tree.map(lambda leaf: jax.lax.dynamic_index_in_dim(leaf, layer, keepdims=False), stack)
 
 
 def _check(weight: Panels, inputs: int, outputs: int) -> None:
