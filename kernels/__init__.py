@@ -13,6 +13,7 @@ from .chunk_attention import chunk_attention
 from .expert_matmul import expert_matmul
 from .panel_matmul import PANEL, Panels, columns, pack, pack_blocks, pack_int4, pack_int8, panel_matmul, rounded, unpack
 from .ragged_attention import attention_steps, page_rows, ragged_attention
+from .rms_norm import rms_norm
 
 __all__ = [
     "AXIS",
@@ -36,6 +37,7 @@ __all__ = [
     "page_rows",
     "panel_matmul",
     "ragged_attention",
+    "rms_norm",
     "rounded",
     "unpack",
 ]

@@ -50,6 +50,8 @@ class EncodedModule(nn.Module):
     they give is stacked."""
     reads_stack: ClassVar[bool] = False
     """Its matrix product takes all layers' weights and the number of the layer, `layer`: see forward.py."""
+    lies_in_stack: ClassVar[bool] = False
+    """Whether they are stacked where layers are unrolled, too: whoever reads the stack makes no copy of a layer."""
 
     def __init__(self, replaced: nn.Module, stored: dict[str, Stored], axis: int | None, mesh: Mesh) -> None:
         """Args:

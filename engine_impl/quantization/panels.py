@@ -173,7 +173,11 @@ def decoded(model: Decoder, params: dict[str, Any]) -> dict[str, Any]:
     return {
         "embed_tokens": embed_tokens,
         "after_embedding": params["after_embedding"],
-        "layers": tuple(section(*of_layer) for of_layer in zip(model.layers, params["layers"], strict=True)),
+        "layers": tuple(
+            section(layer, {**weights, **{name: stack[i] for name, stack in params["stacks"].items()}})
+            for i, (layer, weights) in enumerate(zip(model.layers, params["layers"], strict=True))
+        ),
+        "stacks": {},
         "norm": params["norm"],
         "lm_head": embed_tokens if model.config.tied_embeddings else section(model.lm_head, params["lm_head"]),
     }
@@ -201,7 +205,7 @@ class PanelWeight(EncodedModule):
         return unpack(panels, self.outputs, self.inputs)
 
     def call(self, kernel: Any, *inputs: Tensor) -> Tensor:
-        """`kernel` of the inputs and the panels."""
+        """`kernel` of the inputs and the panels, as they are given."""
         names = list(self.stored)
 
         def of_panels(*arrays: jax.Array) -> jax.Array:
@@ -214,12 +218,22 @@ class PanelWeight(EncodedModule):
 class PanelLinear(PanelWeight):
     """In the place of a `Linear`."""
 
+    reads_stack = True
+    lies_in_stack = True
+    layer: Tensor
+
     def __init__(self, replaced: Linear, mesh: Mesh, form: Form, backend: Backend) -> None:
         super().__init__(replaced, mesh, form)
-        self.multiply = functools.partial(panel_matmul, outputs=self.outputs, backend=backend)
+        self._multiply = functools.partial(panel_matmul, outputs=self.outputs, backend=backend)
+        self.register_buffer("layer", torch.empty((), dtype=torch.int32, device="meta"))
 
     def forward(self, x_RI: Tensor) -> Tensor:
-        return self.with_bias(self.call(self.multiply, x_RI.to(getattr(torch, self.form.activations))))
+        return self.with_bias(self.call(self.multiply, x_RI.to(getattr(torch, self.form.activations)), self.layer))
+
+    def multiply(self, x_RI: jax.Array, layer: jax.Array, panels: Panels) -> jax.Array:
+        """Of panels that are a layer's of a stack, or alone."""
+        is_stack = panels.code.ndim > len(self.stored["code"].shape)
+        return self._multiply(x_RI, panels, layer if is_stack else None)
 
 
 class PanelExperts(PanelWeight):

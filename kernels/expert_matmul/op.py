@@ -5,7 +5,7 @@ import jax.numpy as jnp
 
 from ..backend import Backend, check_backend, check_shape
 from ..panel_matmul import Panels
-from ..panel_matmul.op import check_panels, in_pairs
+from ..panel_matmul.op import check_stack, in_pairs
 from .native_cpu import expert_matmul_native
 from .reference import expert_matmul_reference
 
@@ -35,12 +35,8 @@ def expert_matmul(
     if expert_RX.dtype != jnp.int32:
         raise ValueError(f"expert_RX must be int32, got {expert_RX.dtype}")
     check_shape("expert_RX", expert_RX, (len(x_RI), expert_RX.shape[-1]), "RX")
-    check_panels(jax.tree.map(_of_one, weight), x_RI, outputs)
+    check_stack(weight, x_RI, outputs)
     if backend != "native_cpu":
         return expert_matmul_reference(x_RI, expert_RX, weight, outputs)
     x_RI = in_pairs(x_RI) if weight.code.dtype == jnp.bfloat16 else x_RI
     return expert_matmul_native(x_RI, expert_RX, weight, outputs)
-
-
-def _of_one(stack: jax.Array) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(stack.shape[1:], stack.dtype)

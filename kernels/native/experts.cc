@@ -47,10 +47,10 @@ ffi::Error multiply_chosen(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::Buffer<f
                            ffi::ResultBuffer<ffi::DataType::F32> out) {
   const int64_t I = x.dimensions()[1], X = expert.dimensions()[1], O = out->dimensions()[2];
   const int64_t choices = expert.element_count();
-  const Weights weights{code, scale, offset, table, I, O, 1};
+  const Weights weights{code, scale, offset, table, I, O};
   const auto stored = weights.stored();
   if (!stored) return ffi::Error::InvalidArgument("weights of a type that has no kernel");
-  const Sorted order = sorted(expert.typed_data(), choices, code.dimensions()[0]);
+  const Sorted order = sorted(expert.typed_data(), choices, weights.count());
   if (order.start.empty()) return ffi::Error::InvalidArgument("an expert that there is not");
 
   const int64_t bytes = x.element_count() ? x.size_bytes() / x.dimensions()[0] : 0;

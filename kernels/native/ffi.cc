@@ -11,13 +11,16 @@ namespace {
 constexpr int64_t PARTS_OF_A_THREAD = 4;  // of a step's attention
 constexpr int64_t MOST_TOGETHER = 4;  // slots whose queries stay in the nearest cache beside a page
 
+// Shapes and types are checked where the call is made, in op.py.
 ffi::Error multiply(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer code, ffi::AnyBuffer scale,
-                    ffi::AnyBuffer offset, ffi::AnyBuffer table, ffi::ResultBuffer<ffi::DataType::F32> out) {
+                    ffi::AnyBuffer offset, ffi::AnyBuffer table, ffi::Buffer<ffi::DataType::S32> layer,
+                    ffi::ResultBuffer<ffi::DataType::F32> out) {
   const int64_t R = x.dimensions()[0], I = x.dimensions()[1], O = out->dimensions()[1];
   const Weights weights{code, scale, offset, table, I, O};
   const auto stored = weights.stored();
   if (!stored) return ffi::Error::InvalidArgument("weights of a type that has no kernel");
-  const Panels weight = weights.at(*stored, 0);
+  const int64_t own = std::clamp<int64_t>(*layer.typed_data(), 0, weights.count() - 1);  // as XLA clamps
+  const Panels weight = weights.at(*stored, own);
   const int64_t P = weights.panels(), threads = R * I * O < SMALL ? 1 : pool.num_threads();
   const int64_t row_parts = R > ROWS_OF_A_PART ? (R + ROWS_OF_A_PART - 1) / ROWS_OF_A_PART : 1;
   const int64_t rows = (R + row_parts - 1) / row_parts, each = R == 1 ? in_turn(*stored) : 1;
@@ -99,6 +102,20 @@ ffi::Error attend_chunk(ffi::ThreadPool pool, ffi::Buffer<ffi::DataType::F32> q,
   return ffi::Error::Success();
 }
 
+ffi::Error rms_norm(ffi::ThreadPool pool, ffi::Buffer<ffi::DataType::F32> x, ffi::Buffer<ffi::DataType::F32> weight,
+                    ffi::ResultBuffer<ffi::DataType::F32> out, float eps) {
+  const int64_t width = weight.dimensions()[0], rows = x.element_count() / width;
+  const int64_t each = SMALL / 2 / width + 1;  // of a part
+  const float *from = x.typed_data(), *by = weight.typed_data();
+  float* to = out->typed_data();
+  const Kernels& own = kernels();
+  share(pool, pool.num_threads(), (rows + each - 1) / each, [=, &own](int64_t part) {
+    const int64_t first = part * each, count = std::min(each, rows - first);
+    own.rms_norm(from + first * width, by, to + first * width, count, width, eps);
+  });
+  return ffi::Error::Success();
+}
+
 }  // namespace
 }  // namespace slipstream
 
@@ -108,6 +125,7 @@ extern "C" {
 EXPORTED XLA_FFI_Error* slipstream_panel_matmul(XLA_FFI_CallFrame*);
 EXPORTED XLA_FFI_Error* slipstream_ragged_attention(XLA_FFI_CallFrame*);
 EXPORTED XLA_FFI_Error* slipstream_chunk_attention(XLA_FFI_CallFrame*);
+EXPORTED XLA_FFI_Error* slipstream_rms_norm(XLA_FFI_CallFrame*);
 EXPORTED const char* slipstream_level() { return slipstream::kernels().name; }
 EXPORTED bool slipstream_use_level(const char* name) { return slipstream::use_level(name); }
 EXPORTED const char* slipstream_source() { return SLIPSTREAM_SOURCE; }
@@ -121,6 +139,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(slipstream_panel_matmul, slipstream::multiply,
                                   .Arg<ffi::AnyBuffer>()                    // scale, or empty
                                   .Arg<ffi::AnyBuffer>()                    // offset, or empty
                                   .Arg<ffi::AnyBuffer>()                    // table, or empty
+                                  .Arg<ffi::Buffer<ffi::DataType::S32>>()   // layer
                                   .Ret<ffi::Buffer<ffi::DataType::F32>>());  // out_RO
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(slipstream_ragged_attention, slipstream::attend,
@@ -153,3 +172,11 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(slipstream_chunk_attention, slipstream::attend_chu
                                   .Arg<ffi::Buffer<ffi::DataType::F32>>()  // sink_N, or empty
                                   .Ret<ffi::Buffer<ffi::DataType::F32>>()  // out_TNH
                                   .Attr<float>("soft_cap"));
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(slipstream_rms_norm, slipstream::rms_norm,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<ffi::Buffer<ffi::DataType::F32>>()  // x, rows of the weight's width
+                                  .Arg<ffi::Buffer<ffi::DataType::F32>>()  // weight_D
+                                  .Ret<ffi::Buffer<ffi::DataType::F32>>()  // out
+                                  .Attr<float>("eps"));

@@ -86,6 +86,8 @@ struct Kernels {
   void (*attend)(const Attention& of, int64_t first, int64_t last);
   // The parts [first, last) of a chunk, of which there are `parts_of` it. Each half's first ones take longest.
   void (*attend_chunk)(const Chunk& of, int64_t first, int64_t last);
+  // Each row over its root mean square, times the weight.
+  void (*rms_norm)(const float* x, const float* weight, float* out, int64_t rows, int64_t width, float eps);
 };
 
 // A part of a chunk's attention is one kv head's query heads of PANEL tokens at most.

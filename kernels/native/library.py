@@ -20,6 +20,7 @@ HANDLERS = (
     "slipstream_expert_matmul",
     "slipstream_ragged_attention",
     "slipstream_chunk_attention",
+    "slipstream_rms_norm",
 )
 
 log = logging.getLogger(__name__)

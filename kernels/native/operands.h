@@ -21,13 +21,13 @@ inline int64_t in_turn(Stored stored) {
   return is_float ? 1 : 2;
 }
 
-// Weights in panels, or a stack of them, which has an axis more in front.
+// Weights in panels, all of one kind, stacked along an axis in front: those of layers, or of experts.
 struct Weights {
   ffi::AnyBuffer code, scale, offset, table;  // what there is not is empty
   int64_t inputs, outputs;
-  size_t stacked = 0;  // axes in front
 
-  int64_t panels() const { return code.dimensions()[stacked]; }
+  int64_t count() const { return code.dimensions()[0]; }
+  int64_t panels() const { return code.dimensions()[1]; }
 
   // A scale with a value for each block is one of blocks.
   std::optional<Stored> stored() const {
@@ -39,29 +39,28 @@ struct Weights {
       case ffi::DataType::F16:
         return Stored::kF16;
       case ffi::DataType::S8:
-        if (scale.dimensions().size() != stacked + 3) return Stored::kInt8;
+        if (scale.dimensions().size() != 4) return Stored::kInt8;
         if (table.element_count()) return Stored::kTable4;
-        return code.dimensions()[stacked + 1] * 2 == inputs ? Stored::kBlocks4 : Stored::kBlocks8;
+        return code.dimensions()[2] * 2 == inputs ? Stored::kBlocks4 : Stored::kBlocks8;
       default:
         return std::nullopt;
     }
   }
 
-  // One of a stack, or the only one.
+  // One of them.
   Panels at(Stored stored, int64_t index) const {
     const bool is_in_blocks = in_turn(stored) == 2 && stored != Stored::kInt8;
     return {
         stored, part(code, index), part(scale, index), part(offset, index),
-        inputs, outputs, is_in_blocks ? scale.dimensions()[stacked + 1] : 1, scale.element_type() == ffi::DataType::F16,
+        inputs, outputs, is_in_blocks ? scale.dimensions()[2] : 1, scale.element_type() == ffi::DataType::F16,
         static_cast<const int8_t*>(part(table, index)),
     };
   }
 
  private:
-  const void* part(ffi::AnyBuffer leaf, int64_t index) const {
-    if (!leaf.element_count()) return nullptr;
-    const int64_t bytes = stacked ? leaf.size_bytes() / leaf.dimensions()[0] : 0;
-    return static_cast<const char*>(leaf.untyped_data()) + index * bytes;
+  const void* part(ffi::AnyBuffer stack, int64_t index) const {
+    if (!stack.element_count()) return nullptr;
+    return static_cast<const char*>(stack.untyped_data()) + stack.size_bytes() / stack.dimensions()[0] * index;
   }
 };
 

@@ -12,12 +12,16 @@ LONGEST_RUN = 256
 FLOATS = (jnp.float32, jnp.bfloat16, jnp.float16)
 
 
-def panel_matmul(x_RI: jax.Array, weight: Panels, *, outputs: int, backend: Backend) -> jax.Array:
+def panel_matmul(
+    x_RI: jax.Array, weight: Panels, layer: jax.Array | None = None, *, outputs: int, backend: Backend
+) -> jax.Array:
     """x @ weight, one row or many; sums are f32, in the native kernel input after input whatever the number of rows.
 
     Args:
         x_RI: activations; f32, or bf16 where weights are bf16 or codes.
         weight: see `Panels`.
+        layer: i32 scalar, traced or not: which of the weights to take, all of whose arrays are stacked along a leading
+            axis. The native kernel reads it where it lies. None: there is one weight, and no such axis.
         outputs: O; the last panel's other outputs are not computed.
         backend: "native_cpu", or any other for XLA's product of the unpacked weight.
 
@@ -28,10 +32,16 @@ def panel_matmul(x_RI: jax.Array, weight: Panels, *, outputs: int, backend: Back
         ValueError: shapes or dtypes that do not fit together, at trace time.
     """
     check_backend(backend)
-    check_panels(weight, x_RI, outputs)
+    stack = weight if layer is not None else jax.tree.map(lambda leaf: leaf[None], weight)
+    check_stack(stack, x_RI, outputs)
     if backend != "native_cpu":
-        return panel_matmul_reference(x_RI, weight, outputs)
-    return panel_matmul_native(in_pairs(x_RI) if weight.code.dtype == jnp.bfloat16 else x_RI, weight, outputs)
+        return panel_matmul_reference(x_RI, weight if layer is None else _layer_of(weight, layer), outputs)
+    x_RI = in_pairs(x_RI) if weight.code.dtype == jnp.bfloat16 else x_RI
+    return panel_matmul_native(x_RI, stack, jnp.int32(0) if layer is None else layer, outputs)
+
+
+def _layer_of(stack: Panels, layer: jax.Array) -> Panels:
+    return jax.tree.map(lambda leaf: jax.lax.dynamic_index_in_dim(leaf, layer, keepdims=False), stack)
 
 
 def in_pairs(x_RI: jax.Array) -> jax.Array:
@@ -39,9 +49,9 @@ def in_pairs(x_RI: jax.Array) -> jax.Array:
     return jnp.pad(x_RI, ((0, 0), (0, x_RI.shape[1] % 2)))
 
 
-def check_panels(weight: Panels, x_RI: jax.Array, outputs: int) -> None:
-    """Raises ValueError for a weight that is none of this many outputs, or not to be multiplied with `x_RI`; of its
-    arrays only shapes and types are read."""
+def check_stack(stack: Panels, x_RI: jax.Array, outputs: int) -> None:
+    """Raises ValueError for weights that are none of this many outputs, or not to be multiplied with `x_RI`."""
+    weight = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), stack)
     _check_weight(weight, x_RI.shape[1], outputs)
     is_wide = weight.code.dtype in (jnp.float32, jnp.float16)
     allowed = (jnp.float32,) if is_wide else (jnp.float32, jnp.bfloat16)

@@ -511,6 +511,26 @@ void check_chunks() {
   for (int32_t window : {0, 1, 128}) check_chunk(false, 40, 2, 4, 24, window, 0, true);
 }
 
+void check_norms() {
+  for (int64_t rows : {1, 3})
+    for (int64_t width : {1, 5, 16, 33, 576}) {
+      const std::vector<float> x = normal(rows * width), weight = normal(width);
+      std::vector<float> out(rows * width, NOT_A_NUMBER);
+      kernels().rms_norm(x.data(), weight.data(), out.data(), rows, width, 0.5f);
+      double worst = 0;
+      for (int64_t r = 0; r < rows; ++r) {
+        double squares = 0;
+        for (int64_t i = 0; i < width; ++i) squares += double{x[r * width + i]} * x[r * width + i];
+        for (int64_t i = 0; i < width; ++i) {
+          const double expected = weight[i] * x[r * width + i] / std::sqrt(squares / width + 0.5);
+          const double error = std::fabs(out[r * width + i] - expected) / (std::fabs(expected) + 1e-30);
+          worst = error <= worst ? worst : error;  // a NaN is kept
+        }
+      }
+      expect(worst < 1e-6, "a norm", worst);
+    }
+}
+
 // What the groups are: order, and {first, count, pages} of each.
 void check_groups() {
   const std::vector<int32_t> page = {
@@ -564,6 +584,7 @@ int main(int count, char** names) {
     check_products();
     check_attentions();
     check_chunks();
+    check_norms();
     std::printf("%s: checked\n", level);
   }
   expect(levels > 0 && !use_level("avx9000"), "levels by their names", levels);

@@ -149,7 +149,7 @@ def test_numbers_of_folders_are_those_of_float32(tmp_path, tied):
     found = forms(engine)
     assert set(found.values()) == {"bfloat16", "float16", "float32"}
     assert found["embed_tokens"] == "bfloat16"
-    assert params["layers"][0]["mlp.down_proj.code"].dtype == found["layers.0.mlp.down_proj"]
+    assert (params["stacks"] | params["layers"][0])["mlp.down_proj.code"].dtype == found["layers.0.mlp.down_proj"]
 
 
 def test_weights_are_the_files(tmp_path):
