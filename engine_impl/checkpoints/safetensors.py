@@ -26,8 +26,8 @@ from .damage import damage_told
 from .hf_config import config_path, read_fields, read_hf_config
 from .mistral_format import PARAMS, WEIGHTS, folder_error, own_name
 from .mxfp4 import COMPACT, MXFP4
-from .quantization_config import read_format
 from .prequantized import Matrix
+from .quantization_config import read_format
 from .sources import halves_from_pairs
 from .tokenizer_files import read_tokenizer
 
@@ -123,9 +123,11 @@ class SafetensorsCheckpoint:
             raise _not_floats(self.name, codes)
         if self._format is not None and self._format.quantization is None:
             where = ", but by native kernels of CPUs" if isinstance(self._format, MXFP4) else ""
+            told = (
+                "%s has %d matrices of %s, which are widened to floats%s; --quantize-weights int8 takes a byte for each"
+            )
             log.info(
-                "%s has %d matrices of %s, which are widened to floats%s; --quantize-weights int8 takes a byte for each",
-                self.name, len(self._matrices), self._format.kind, where,
+                told, self.name, len(self._matrices), self._format.kind, where,
             )  # fmt: skip
 
     @property

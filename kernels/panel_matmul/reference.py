@@ -25,7 +25,7 @@ class Panels(NamedTuple):
     """f32 [P, 32], an output's, of codes of 8 bits; or f32 or f16 [P, Q, 32], a block's. In f32 weight =
     code * scale + offset, rounded once where f32 holds code * scale."""
     offset: jax.Array | None = None
-    """[P, Q, 32] of the scale's type; of codes of 8 bits in blocks, where there is one, and of 4 bits without a table"""
+    """[P, Q, 32] of the scale's type; of codes in blocks: of 8 bits where there is one, of 4 bits without a table"""
     table: jax.Array | None = None
     """i8 [16], what codes of 4 bits stand for, instead of an offset"""
 
