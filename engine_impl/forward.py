@@ -217,8 +217,9 @@ def _walk(
 
     layer = jax.jit(layer, static_argnums=(3, 5))  # XLA inlines the calls, so a layer's index is a constant again
     per_layer = []
-    for index, (weights, module) in enumerate(zip(layers, modules_of_layers(model), strict=True)):
-        weights = {**weights, **of_all, **numbers_of_unrolled(model, index)}
+    modules, numbers = modules_of_layers(model), numbers_of_unrolled(model)
+    for index, (weights, module) in enumerate(zip(layers, modules, strict=True)):
+        weights = {**weights, **of_all, **numbers[index]}
         stream, kv = layer(stream, weights, jnp.int32(index), kind_of_layer[index], ropes[rope_of_layer[index]], module)
         per_layer.append(kv)
     x_RD, out_RD = stream
@@ -258,10 +259,13 @@ def numbered(module: nn.Module, layer: jax.Array) -> dict[str, jax.Array]:
     return {f"{prefix}layer": layer for prefix in _stack_readers(module)}
 
 
-def numbers_of_unrolled(model: Decoder, index: int) -> dict[str, jax.Array]:
-    """`numbered` of an unrolled layer."""
-    numbers = numbered(model.layers[modules_of_layers(model)[index]], jnp.int32(0))
-    return numbers | {f"{path}.layer": jnp.int32(index) for path in stacked_parts(model)}
+def numbers_of_unrolled(model: Decoder) -> list[dict[str, jax.Array]]:
+    """`numbered` of each unrolled layer."""
+    in_stack = stacked_parts(model)
+    return [
+        numbered(model.layers[module], jnp.int32(0)) | {f"{path}.layer": jnp.int32(index) for path in in_stack}
+        for index, module in enumerate(modules_of_layers(model))
+    ]
 
 
 def _stack_readers(module: nn.Module) -> dict[str, Any]:

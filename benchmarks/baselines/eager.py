@@ -156,8 +156,8 @@ class EagerLayers:
             (x_BD, out_BD, cache), _ = jax.lax.scan(step, (x_BD, out_BD, cache), (sliced, index_L))
             return forward.logits(self._model, params, x_BD + out_BD), cache
         layers = [
-            {**weights, **params["stacks"], **forward.numbers_of_unrolled(self._model, index)}
-            for index, weights in enumerate(layers)
+            {**weights, **params["stacks"], **numbers}
+            for weights, numbers in zip(layers, forward.numbers_of_unrolled(self._model), strict=True)
         ]
         modules = forward.modules_of_layers(self._model)
         if isinstance(cache, tuple):
