@@ -181,7 +181,7 @@ def _iq4_xs(block, out):
     """Six bits a scale: four of each in `low`, two in `high`."""
     _nibbles(block["qs"], out.code, 16)
     low_nb = np.stack([block["low"] & 15, block["low"] >> 4], axis=2).reshape(len(block), 8)
-    high_nb = block["high"][:, None] >> np.arange(0, 16, 2, np.uint16) & 3
+    high_nb = block["high"][:, None] >> np.arange(0, 16, 2, dtype=np.uint16) & 3
     _times(block["d"], (low_nb | high_nb.astype(np.uint8) << 4).view(np.int8) - np.int8(32), out.scale)
 
 

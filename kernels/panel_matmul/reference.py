@@ -84,8 +84,8 @@ def columns(weight: Panels, output_R: jax.Array, inputs: int) -> jax.Array:
     """f32 [R, I]: of these outputs all their inputs, as an embedding is looked up; as `unpack`."""
     panel_R, lane_R = output_R // PANEL, output_R % PANEL
     code, *grids, table = weight
-    taken = (None if grid is None else grid[panel_R, ..., lane_R][..., None] for grid in grids)
-    return unpack(Panels(code[panel_R, :, lane_R][:, :, None], *taken, table), len(output_R), inputs)
+    scale, offset = (None if grid is None else grid[panel_R, ..., lane_R][..., None] for grid in grids)
+    return unpack(Panels(code[panel_R, :, lane_R][:, :, None], scale, offset, table), len(output_R), inputs)
 
 
 def rounded(x: jax.Array) -> jax.Array:
