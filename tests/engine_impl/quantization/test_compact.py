@@ -84,13 +84,13 @@ def test_numbers_of_gguf_files_are_those_of_float32(tmp_path, caplog):
     found = forms(engine)
     assert found["embed_tokens"] == found["lm_head"] == "8-bit codes in blocks of 32"
     assert found["layers.0.self_attn.q_proj"] == "4-bit codes in blocks of 32"
-    assert found["layers.1.mlp.down_proj"] == "4-bit codes in blocks of 32", "the fourteenth matrix, the first kind"
+    assert found["layers.1.mlp.down_proj"] == "float16", "the fourteenth matrix and kind"
     assert set(found.values()) == {
         "4-bit codes in blocks of 16", "4-bit codes in blocks of 32", "8-bit codes in blocks of 16",
         "8-bit codes in blocks of 32", "float16", "bfloat16", "float32",
     }  # fmt: skip
     assert (
-        "matrices in memory: 5 of 8-bit codes in blocks of 32, 4 of 4-bit codes in blocks of 32, 2 of 4-bit codes in "
+        "matrices in memory: 8 of 4-bit codes in blocks of 32, 8 of 8-bit codes in blocks of 32, 2 of 4-bit codes in "
         "blocks of 16, 1 of 8-bit codes in blocks of 16, 1 of float16, 1 of bfloat16, 1 of float32"
     ) in caplog.text
 
