@@ -50,7 +50,7 @@ arm-check: .pytest_cache/native_check.aarch64 ## the same for 64-bit Arm, emulat
 
 .pytest_cache/native_check: $(CHECKED) $(NATIVE)
 	mkdir -p $(@D)
-	$(CXX) -std=c++17 -O1 -g -Wall -Wextra -Wno-psabi -pthread -fsanitize=address,undefined \
+	$(CXX) -std=c++17 -O1 -g -Wall -Wextra -Wno-psabi -Wno-maybe-uninitialized -pthread -fsanitize=address,undefined \
 		-fno-sanitize-recover=undefined -o $@ $(CHECKED)
 
 .pytest_cache/native_check.aarch64: CXX = aarch64-linux-gnu-g++

@@ -504,7 +504,7 @@ void check_chunk(bool coded, int64_t T, int64_t K, int64_t G, int64_t H, int32_t
 void check_chunks() {
   for (bool coded : {false, true})
     for (int64_t T : {1, 31, 33, 130})
-      for (int64_t H : {8, 20, 64}) check_chunk(coded, T, 2, H == 20 ? 3 : 1, H, 0, 0);
+      for (int64_t H : {8, 20, 64, 128}) check_chunk(coded, T, 2, H == 20 ? 3 : 1, H, 0, 0);
   for (bool coded : {false, true})
     for (int64_t T : {5, 70})
       for (int32_t window : {1, 2, 31, 32, 33, 64, 100, 128, 129, 2147483647}) check_chunk(coded, T, 1, 2, 16, window, 5.0f);
