@@ -9,7 +9,7 @@ ROOMS := protos kernels cache_manager engine_impl server benchmarks cli
 
 NATIVE := setup.py $(wildcard kernels/native/*.cc kernels/native/*.h)  # what `pip install` compiles
 
-.PHONY: demo test test-fast product gates gpu-gates web-test tools-test ray-test native-check setup check protos manifests rules clean
+.PHONY: demo test test-fast product gates gpu-gates web-test tools-test ray-test native-check arm-check setup check protos manifests rules clean
 
 demo: $(VENV)/.runtime           ## serve the embedded model, ask it a question, stop
 	@$(BIN)/slipstream demo
@@ -40,13 +40,31 @@ tools-test: $(VENV)/.test        ## manifests by kubectl, alerts by promtool, sc
 ray-test: $(VENV)/.test          ## replicas under a real Ray Serve here: minutes, 6 GB; ends every Ray of yours on this machine
 	$(BIN)/python -m pytest tests/server/ray -m ray
 
+CHECKED := tests/kernels/native_check.cc $(filter-out %/ffi.cc %/experts.cc,$(wildcard kernels/native/*.cc))
+
 native-check: .pytest_cache/native_check ## the CPU kernels in C++ against plain loops, under sanitizers
 	.pytest_cache/native_check
 
-.pytest_cache/native_check: tests/kernels/native_check.cc $(NATIVE)
+arm-check: .pytest_cache/native_check.aarch64 ## the same for 64-bit Arm, emulated, as installed; fails without its tools
+	qemu-aarch64 $<
+
+.pytest_cache/native_check: $(CHECKED) $(NATIVE)
 	mkdir -p $(@D)
-	$(CXX) -std=c++17 -O1 -g -Wall -Wextra -Wno-psabi -pthread -fsanitize=address,undefined \
-		-fno-sanitize-recover=undefined -o $@ $< $(filter-out %/ffi.cc,$(filter %.cc,$(wildcard kernels/native/*.cc)))
+	$(CXX) -std=c++17 -O1 -g -Wall -Wextra -Wno-psabi -Wno-maybe-uninitialized -pthread -fsanitize=address,undefined \
+		-fno-sanitize-recover=undefined -o $@ $(CHECKED)
+
+.pytest_cache/native_check.aarch64: CXX = aarch64-linux-gnu-g++
+.pytest_cache/native_check.aarch64: $(CHECKED) $(NATIVE)
+	@for tool in $(CXX) qemu-aarch64; do command -v $$tool > /dev/null || { \
+		echo "$$tool is missing: apt-get install g++-aarch64-linux-gnu qemu-user" >&2; exit 1; }; done
+	mkdir -p $(@D)
+	$(CXX) $(STATIC) -o $@ $(CHECKED)
+
+.pytest_cache/native_check.static: $(CHECKED) $(NATIVE)   # for an emulator of a CPU with other instructions
+	mkdir -p $(@D)
+	$(CXX) $(STATIC) -o $@ $(CHECKED)
+
+STATIC := -std=c++17 -O3 -Wno-psabi -Wno-maybe-uninitialized -pthread -static
 
 setup: $(VENV)/.test             ## the environment for development
 

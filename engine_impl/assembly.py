@@ -20,8 +20,10 @@ from .engine import Engine
 from .forward import LayerLoop, layer_loop_for
 from .layout import chunk_of, layout_of
 from .models.decoder import Decoder
+from .norms import swap_norms
 from .parameters import Parameters
 from .programs import Programs
+from .quantization.panels import packs
 from .quantization.swap import NOTHING_COMPACT, quantize
 from .shapes import Shapes
 from .text.tokenizer import Tokenizer
@@ -57,6 +59,10 @@ def assembled(
     sites = sites_of(model, mesh) if count else ()
     quantize(model, config, dtype, mesh, backend, compact)
     adapt(model, sites)
+    of_models = [model] if draft is None else [model, draft.model]
+    if packs(mesh, backend) and dtype == jnp.float32:
+        for one in of_models:
+            swap_norms(one, backend)
     if count:
         places = AdapterPlaces(sites, len(model.layers), count, config.max_adapter_rank, mesh, dtype)
     small, drafting = None, None
@@ -76,7 +82,7 @@ def assembled(
             draft=small,
             mesh=mesh,
             dtype=dtype,
-            layer_loop=layer_loop_for(platform, model, *([] if draft is None else [draft.model])),
+            layer_loop=layer_loop_for(platform, *of_models),
             kv_heads=kv_heads or model.config.num_kv_heads,
             places=places,
             kept_in=None if config.weight_cache is None else Path(config.weight_cache).expanduser(),

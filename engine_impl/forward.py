@@ -26,10 +26,10 @@ LayerLoop = Literal["scan", "unrolled"]
 Params = dict[str, Any]
 """`embed_tokens`, `after_embedding`, `norm`, `lm_head`: {parameter name: array}; `layers`: the same with all layers
 stacked ("scan"), or a tuple with one such dict a layer ("unrolled"). `adapters`, where there may be some: likewise, see
-adapters/stacks.py.
+adapters/stacks.py. `stacks`: of unrolled layers what is stacked nevertheless, see `stacked_parts`.
 
 A scan hands each layer its slice of the stacks. Modules that read the stack themselves (`reads_stack`) get all of it
-and, as `layer`, the layer's number; where nothing is stacked, that is 0."""
+and, as `layer`, the layer's number; where theirs is not stacked, that is 0."""
 
 
 def layer_loop_for(platform: str, *models: Decoder) -> LayerLoop:
@@ -149,13 +149,13 @@ def _layers(model: Decoder, params: Params, tokens: _Tokens, attend: Attend) -> 
     ropes = _ropes(model, position_R, reach_R)
     layers = params["layers"]
     if adapter_R is None:
-        return _walk(model, layers, x_RD, ropes, attend, {})
-    stacks = params["adapters"]
-    both = layers | stacks if isinstance(layers, dict) else tuple(map(dict.__or__, layers, stacks))
+        return _walk(model, layers, x_RD, ropes, attend, params["stacks"])
+    adapters, stacks = params["adapters"], params["stacks"]
+    both = layers | adapters if isinstance(layers, dict) else tuple(map(dict.__or__, layers, adapters))
     return jax.lax.cond(
         (adapter_R > 0).any(),
-        lambda: _walk(model, both, x_RD, ropes, attend, sites.of_rows(model.layers[0], adapter_R)),
-        lambda: _walk(model, layers, x_RD, ropes, attend, sites.of_nobody(model.layers[0])),
+        lambda: _walk(model, both, x_RD, ropes, attend, stacks | sites.of_rows(model.layers[0], adapter_R)),
+        lambda: _walk(model, layers, x_RD, ropes, attend, stacks | sites.of_nobody(model.layers[0])),
     )
 
 
@@ -199,10 +199,8 @@ def _walk(
     stream = (x_RD, jnp.zeros_like(x_RD))
 
     if isinstance(layers, dict):
-        readers = stack_readers(model.layers[0])
-        whole = {
-            name: stack for name, stack in layers.items() if name.startswith(readers) and not sites.is_of_adapters(name)
-        }
+        read_whole = names_read_whole(model.layers[0])
+        whole = {name: stack for name, stack in layers.items() if name in read_whole}
         sliced = {name: stack for name, stack in layers.items() if name not in whole}
         ropes_stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *ropes) if len(ropes) > 1 else None
 
@@ -219,8 +217,9 @@ def _walk(
 
     layer = jax.jit(layer, static_argnums=(3, 5))  # XLA inlines the calls, so a layer's index is a constant again
     per_layer = []
-    for index, (weights, module) in enumerate(zip(layers, modules_of_layers(model), strict=True)):
-        weights = {**weights, **of_all, **numbered(model.layers[module], jnp.int32(0))}
+    modules, numbers = modules_of_layers(model), numbers_of_unrolled(model)
+    for index, (weights, module) in enumerate(zip(layers, modules, strict=True)):
+        weights = {**weights, **of_all, **numbers[index]}
         stream, kv = layer(stream, weights, jnp.int32(index), kind_of_layer[index], ropes[rope_of_layer[index]], module)
         per_layer.append(kv)
     x_RD, out_RD = stream
@@ -235,19 +234,41 @@ def modules_of_layers(model: Decoder) -> list[int]:
     return [first.setdefault(kind, i) for i, kind in enumerate(zip(model.module_of_layer, arrays, strict=True))]
 
 
+def stacked_parts(model: Decoder) -> tuple[str, ...]:
+    """The modules of unrolled layers whose weights are stacked, by their paths within a layer. A program takes a few
+    arrays then instead of hundreds, each of which costs a step's start 3 to 5 us."""
+    if len(set(modules_of_layers(model))) > 1:
+        return ()
+    parts = model.layers[0].named_modules()
+    return tuple(path for path, part in parts if getattr(part, "lies_in_stack", False))
+
+
 def logits(model: Decoder, params: Params, x_RD: jax.Array) -> jax.Array:
     head = {**params["lm_head"], **numbered(model.lm_head, jnp.int32(0))}
     logits_RV = bridge.run(model.lm_head, head, bridge.run(model.norm, params["norm"], x_RD))
     return bridge.run(model.after_logits, {}, logits_RV)
 
 
-def stack_readers(module: nn.Module) -> tuple[str, ...]:
-    """How the names of weights begin that their module reads from the stack."""
-    return tuple(
-        f"{path}." if path else "" for path, part in module.named_modules() if getattr(part, "reads_stack", False)
-    )
+def names_read_whole(module: nn.Module) -> set[str]:
+    """The arrays that their modules read from the stack."""
+    return {f"{prefix}{name}" for prefix, part in _stack_readers(module).items() for name in part.stored}
 
 
 def numbered(module: nn.Module, layer: jax.Array) -> dict[str, jax.Array]:
     """The number that these modules take beside their weights."""
-    return {f"{reader}layer": layer for reader in stack_readers(module)}
+    return {f"{prefix}layer": layer for prefix in _stack_readers(module)}
+
+
+def numbers_of_unrolled(model: Decoder) -> list[dict[str, jax.Array]]:
+    """`numbered` of each unrolled layer."""
+    in_stack = stacked_parts(model)
+    return [
+        numbered(model.layers[module], jnp.int32(0)) | {f"{path}.layer": jnp.int32(index) for path in in_stack}
+        for index, module in enumerate(modules_of_layers(model))
+    ]
+
+
+def _stack_readers(module: nn.Module) -> dict[str, Any]:
+    """By how the names of their arrays begin."""
+    parts = module.named_modules()
+    return {f"{path}." if path else "": part for path, part in parts if getattr(part, "reads_stack", False)}

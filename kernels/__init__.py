@@ -10,8 +10,10 @@ from .backend import AXIS, Backend, backend_for, is_xla
 from .blockwise_matmul import Blockwise, Split, blockwise_matmul
 from .cache_flush import cache_flush
 from .chunk_attention import chunk_attention
+from .expert_matmul import expert_matmul
 from .panel_matmul import PANEL, Panels, columns, pack, pack_blocks, pack_int4, pack_int8, panel_matmul, rounded, unpack
 from .ragged_attention import attention_steps, page_rows, ragged_attention
+from .rms_norm import rms_norm
 
 __all__ = [
     "AXIS",
@@ -26,6 +28,7 @@ __all__ = [
     "cache_flush",
     "chunk_attention",
     "columns",
+    "expert_matmul",
     "is_xla",
     "pack",
     "pack_blocks",
@@ -34,6 +37,7 @@ __all__ = [
     "page_rows",
     "panel_matmul",
     "ragged_attention",
+    "rms_norm",
     "rounded",
     "unpack",
 ]

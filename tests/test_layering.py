@@ -48,6 +48,7 @@ SUB_ROOMS: dict[str, dict[str, set[str]]] = {
         "native": set(),
         "panel_matmul": {"backend", "native"},
         "ragged_attention": {"backend", "lanes", "native", "scores"},
+        "rms_norm": {"backend", "native"},
     },
     "engine_impl": {
         "runtime": set(),

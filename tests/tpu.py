@@ -10,7 +10,8 @@ import json
 import math
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,6 +20,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from slipstream.engine_impl.compiler.hlo import Program
@@ -51,7 +53,19 @@ class Compiled(NamedTuple):
         return SimpleNamespace(**self.memory)
 
 
-def compiled_once(lowered: jax.stages.Lowered, mesh: Mesh) -> Compiled:
+Compile = Callable[[jax.stages.Lowered], jax.stages.Compiled]
+
+
+@contextmanager
+def all_compiled_once(mesh: Mesh) -> Iterator[None]:
+    """Whatever is compiled within, for the mesh's chips, as `compiled_once` does it."""
+    compile_it = jax.stages.Lowered.compile
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(jax.stages.Lowered, "compile", lambda lowered: compiled_once(lowered, mesh, compile_it))
+        yield
+
+
+def compiled_once(lowered: jax.stages.Lowered, mesh: Mesh, compile_it: Compile | None = None) -> Compiled:
     """The program for the mesh's chips. Two are the same if nothing that the compiler is given differs: the lowered
     text, which has shardings, donations and kernels in it, the chips, its flags and its version."""
     chips = [(chip.platform, chip.device_kind, chip.id, getattr(chip, "coords", None)) for chip in mesh.devices.flat]
@@ -60,7 +74,8 @@ def compiled_once(lowered: jax.stages.Lowered, mesh: Mesh) -> Compiled:
     if not file.exists():
         KEPT.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=KEPT, delete=False) as whole:  # two processes may write it
-            told = json.dumps(_told(lowered, lowered.compile()))
+            compiled = lowered.compile() if compile_it is None else compile_it(lowered)
+            told = json.dumps(_told(lowered, compiled))
             whole.write(gzip.compress(told.encode(), compresslevel=1))
         os.replace(whole.name, file)
     text, memory, inputs, outputs = json.loads(gzip.decompress(file.read_bytes()))

@@ -144,8 +144,8 @@ class EagerLayers:
         layers, one = params["layers"], self._model.layers[0]
         if isinstance(layers, dict):
             index_L = jnp.arange(len(self._model.layers), dtype=jnp.int32)
-            readers = forward.stack_readers(one)
-            whole = {name: stack for name, stack in layers.items() if name.startswith(readers)}
+            read_whole = forward.names_read_whole(one)
+            whole = {name: stack for name, stack in layers.items() if name in read_whole}
             sliced = {name: stack for name, stack in layers.items() if name not in whole}
 
             def step(carry, of_layer):
@@ -155,7 +155,10 @@ class EagerLayers:
 
             (x_BD, out_BD, cache), _ = jax.lax.scan(step, (x_BD, out_BD, cache), (sliced, index_L))
             return forward.logits(self._model, params, x_BD + out_BD), cache
-        layers = [{**weights, **forward.numbered(one, jnp.int32(0))} for weights in layers]
+        layers = [
+            {**weights, **params["stacks"], **numbers}
+            for weights, numbers in zip(layers, forward.numbers_of_unrolled(self._model), strict=True)
+        ]
         modules = forward.modules_of_layers(self._model)
         if isinstance(cache, tuple):
             per_layer = []

@@ -9,7 +9,7 @@ from ...engine_impl.engine import Engine
 from ...engine_impl.forward import Params
 from ...engine_impl.models.parts import ExpertLinear
 from ...engine_impl.quantization.linear import EncodedModule, Int8ExpertLinear
-from ...engine_impl.quantization.panels import PanelWeight, told
+from ...engine_impl.quantization.panels import PanelExperts, PanelWeight, told
 
 
 def bytes_per_step(engine: Engine, params: Params, live_tokens: int) -> int:
@@ -25,7 +25,7 @@ def bytes_per_step(engine: Engine, params: Params, live_tokens: int) -> int:
         for layer in (layers if isinstance(layers, tuple) else (layers,))
         for name, leaf in layer.items()
     )
-    weights += sum(leaf.nbytes for part in ("norm", "lm_head") for leaf in jax.tree.leaves(params[part]))
+    weights += sum(leaf.nbytes for part in ("stacks", "norm", "lm_head") for leaf in jax.tree.leaves(params[part]))
     layout = replace(engine.layout, head_dim=engine.model.config.head_dim)
     row_bytes = layout.bytes / layout.pages / layout.page_rows
     return round(weights + row_bytes * layout.slots * (live_tokens + 1))
@@ -55,7 +55,7 @@ def _encoded(engine: Engine) -> list[EncodedModule]:
 def _expert_weights(engine: Engine, layer: dict[str, Any]) -> set[str]:
     """Names of a layer's weights that are one array of all experts."""
     modules = dict(engine.model.layers[0].named_modules())
-    experts = (ExpertLinear, Int8ExpertLinear)
+    experts = (ExpertLinear, Int8ExpertLinear, PanelExperts)
     return {name for name in layer if isinstance(modules.get(name.rpartition(".")[0]), experts)}
 
 

@@ -38,13 +38,15 @@ class Compact:
     """A form of fewer bytes than float32 in which memory holds the very values of a matrix."""
 
     kind: Literal["bfloat16", "float16", "4-bit", "8-bit"]
-    """floats, or codes: value = code * scale + offset, rounded once to float32"""
+    """floats, or codes: value = code * scale + offset, or table[code] * scale, rounded once to float32"""
     block: int = 0
     """of codes: inputs that share a scale"""
     grid: Literal["float32", "float16"] = "float32"
     """of codes: the type of scales and offsets"""
     has_offset: bool = False
-    """of codes; those of 4 bits, which are from 0 to 15, always have one"""
+    """of codes; those of 4 bits, which are from 0 to 15, have one or a table"""
+    table: tuple[int, ...] = ()
+    """the 16 integers of 8 bits that codes of 4 bits stand for; empty: they are numbers themselves"""
 
     @property
     def is_codes(self) -> bool:

@@ -1,8 +1,8 @@
 """What GGUF's quantised tensors hold: codes, with a scale and perhaps an offset for each block of inputs.
 
-A value is code * scale + offset. In float32 the product of a code and a scale is exact for all that are here (24
-significant bits at most), so that a value is rounded once, as the `gguf` package rounds it when it dequantises: bit for
-bit the same. Layouts: https://github.com/ggml-org/ggml/blob/master/src/ggml-common.h, decoding as in
+A value is code * scale + offset, or a table's value * scale. In float32 such a product is exact for all that are here
+(24 significant bits at most), so that a value is rounded once, as the `gguf` package rounds it when it dequantises: bit
+for bit the same. Layouts: https://github.com/ggml-org/ggml/blob/master/src/ggml-common.h, decoding as in
 `gguf.quants.*.dequantize_blocks`.
 
 n blocks of the file, in each of which one or several blocks of inputs share a scale.
@@ -16,6 +16,7 @@ import numpy as np
 
 from .by_rows import by_rows, empty
 from .contract import Codes, Compact
+from .mxfp4 import COMPACT as MXFP4
 
 KINDS = gguf.GGMLQuantizationType
 FLOATS = {KINDS.F16: Compact("float16"), KINDS.BF16: Compact("bfloat16")}
@@ -171,6 +172,25 @@ def _q3_k(block, out):
     np.multiply(out.scale, np.float32(-4), out=out.offset)
 
 
+def _iq4_nl(block, out):
+    _nibbles(block["qs"], out.code, 16)
+    out.scale[:, 0] = block["d"]
+
+
+def _iq4_xs(block, out):
+    """Six bits a scale: four of each in `low`, two in `high`."""
+    _nibbles(block["qs"], out.code, 16)
+    low_nb = np.stack([block["low"] & 15, block["low"] >> 4], axis=2).reshape(len(block), 8)
+    high_nb = block["high"][:, None] >> np.arange(0, 16, 2, dtype=np.uint16) & 3
+    _times(block["d"], (low_nb | high_nb.astype(np.uint8) << 4).view(np.int8) - np.int8(32), out.scale)
+
+
+def _mxfp4(block, out):
+    """The exponent of two halves; the least two of the 256 are below float32's normal numbers."""
+    _nibbles(block["qs"], out.code, 16)
+    np.ldexp(np.float32(1), block["exponent"].astype(np.int32) - 128, out=out.scale[:, 0])
+
+
 def _bytes(name: str, count: int) -> tuple[str, str, tuple[int]]:
     return name, "u1", (count,)
 
@@ -178,6 +198,7 @@ def _bytes(name: str, count: int) -> tuple[str, str, tuple[int]]:
 _OF_8, _OF_4 = Compact("8-bit", 32, "float16"), Compact("4-bit", 32, "float16", has_offset=True)
 _K_8, _K_4 = Compact("8-bit", 32, "float32", has_offset=True), Compact("4-bit", 32, "float32", has_offset=True)
 _OF_8_AND_OFFSET = Compact("8-bit", 32, "float16", has_offset=True)
+_IQ4 = gguf.quants.IQ4_NL.kvalues
 _K_4_OF_16 = Compact("4-bit", 16, "float32", has_offset=True)
 _LAYOUTS: Mapping[KINDS, _Layout] = {
     KINDS.Q4_0: _Layout([_HALF, _bytes("qs", 16)], _OF_4, _q4_0),
@@ -192,4 +213,9 @@ _LAYOUTS: Mapping[KINDS, _Layout] = {
     KINDS.Q6_K: _Layout(
         [_bytes("ql", 128), _bytes("qh", 64), ("scales", "i1", (16,)), _HALF], Compact("8-bit", 16, "float32"), _q6_k
     ),
+    KINDS.IQ4_NL: _Layout([_HALF, _bytes("qs", 16)], Compact("4-bit", 32, "float16", table=_IQ4), _iq4_nl),
+    KINDS.IQ4_XS: _Layout(
+        [_HALF, ("high", "<u2"), _bytes("low", 4), _bytes("qs", 128)], Compact("4-bit", 32, table=_IQ4), _iq4_xs
+    ),
+    KINDS.MXFP4: _Layout([("exponent", "u1"), _bytes("qs", 16)], MXFP4, _mxfp4),
 }

@@ -2,8 +2,9 @@
 
 As gpt-oss' authors publish it: two codes a byte, the first in the lower half.
 
-The values are decoded to bfloat16, which holds all of them. The blockwise int4 of ours does not: it has 16 equal steps,
-and these codes have eight unequal ones to either side; nor does int8 with one scale for all inputs of an output.
+CPUs with native kernels hold the codes (`COMPACT`). Elsewhere the values are decoded to bfloat16, which holds all of
+them. The blockwise int4 of ours does not: it has 16 equal steps, and these codes have eight unequal ones to either
+side; nor does int8 with one scale for all inputs of an output.
 
 O outputs, I inputs, Q blocks of inputs.
 """
@@ -15,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ..errors import RefusedError
-from .contract import WEIGHT
+from .contract import WEIGHT, Codes, Compact
 from .prequantized import Arrays, Matrix, Shapes
 
 BLOCKS, SCALES = "blocks", "scales"
@@ -24,6 +25,8 @@ VALUES = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4,
 """Of a code: a sign, two bits of exponent, one of mantissa (E2M1)."""
 PAIRS = np.stack([VALUES[np.arange(256) & 15], VALUES[np.arange(256) >> 4]], axis=-1)
 """Of a byte."""
+COMPACT = Compact("4-bit", 32, table=tuple((2 * VALUES).astype(int).tolist()))
+"""Twice the values, which are whole, and half the scales."""
 POWERS = np.append(np.ldexp(np.float32(1), np.arange(255) - 127), np.float32(np.nan))
 """Of a scale, which is an exponent (E8M0)."""
 
@@ -52,16 +55,26 @@ class MXFP4:
             raise self._refused(f"wants {module}{SCALES} to be {at[:2]}, but it {there}")
         return Matrix((at[0], at[1] * 2 * BLOCK_BYTES), {part: module + part for part in (BLOCKS, SCALES)})
 
+    def codes(self, matrix: Matrix, arrays: Arrays) -> Codes:
+        """As `COMPACT` describes them. Raises RefusedError for codes of another type."""
+        self._check(matrix, arrays)
+        byte_OQj = arrays[BLOCKS]
+        code_OQi = np.stack([byte_OQj & 15, byte_OQj >> 4], axis=-1).view(np.int8)
+        return Codes(code_OQi.reshape(matrix.shape), POWERS[arrays[SCALES]] / 2, None)
+
     def floats(self, matrix: Matrix, arrays: Arrays) -> np.ndarray:
         """Bfloat16 [O, I]. Raises RefusedError for codes of another type."""
-        for part, array in arrays.items():
-            if array.dtype != np.uint8:
-                raise self._refused(f"wants {matrix.parts[part]} to be uint8, but it is {array.dtype.name}")
+        self._check(matrix, arrays)
         scale_OQ = POWERS[arrays[SCALES]]
         weight_OQi = PAIRS[arrays[BLOCKS]].reshape(*scale_OQ.shape, -1)
         weight_OQi *= scale_OQ[..., None]
         upper_OQi = (weight_OQi.view(np.uint32) >> 16).astype(np.uint16)  # the lower half is zero: two bits are set
         return upper_OQi.view(jnp.dtype("bfloat16")).reshape(matrix.shape)
+
+    def _check(self, matrix: Matrix, arrays: Arrays) -> None:
+        for part, array in arrays.items():
+            if array.dtype != np.uint8:
+                raise self._refused(f"wants {matrix.parts[part]} to be uint8, but it is {array.dtype.name}")
 
     def _refused(self, what: str) -> RefusedError:
         return RefusedError(f"{self.where!r} {what}; fetch the model anew")

@@ -25,6 +25,8 @@ from .contract import WEIGHT, Codes, Compact, Quantization
 from .damage import damage_told
 from .hf_config import config_path, read_fields, read_hf_config
 from .mistral_format import PARAMS, WEIGHTS, folder_error, own_name
+from .mxfp4 import COMPACT, MXFP4
+from .prequantized import Matrix
 from .quantization_config import read_format
 from .sources import halves_from_pairs
 from .tokenizer_files import read_tokenizer
@@ -120,9 +122,12 @@ class SafetensorsCheckpoint:
         if codes:
             raise _not_floats(self.name, codes)
         if self._format is not None and self._format.quantization is None:
+            where = ", but by native kernels of CPUs" if isinstance(self._format, MXFP4) else ""
+            told = (
+                "%s has %d matrices of %s, which are widened to floats%s; --quantize-weights int8 takes a byte for each"
+            )
             log.info(
-                "%s has %d matrices of %s, which are widened to floats; --quantize-weights int8 takes a byte for each",
-                self.name, len(self._matrices), self._format.kind,
+                told, self.name, len(self._matrices), self._format.kind, where,
             )  # fmt: skip
 
     @property
@@ -150,16 +155,21 @@ class SafetensorsCheckpoint:
             return halves_from_pairs(self._stored(name), heads)
         if self._format is None or name not in self._matrices:
             return self._stored(name)
-        matrix = self._matrices[name]
-        return self._format.floats(matrix, {part: self._stored(stored) for part, stored in matrix.parts.items()})
+        return self._format.floats(self._matrices[name], self._parts(self._matrices[name]))
 
     def compact(self) -> Mapping[str, Compact]:
-        """What is stored as bfloat16 or float16; a quantised matrix has none."""
-        return {name: _COMPACT[tensor.dtype] for name, tensor in self._plain.items() if tensor.dtype in _COMPACT}
+        """What is stored as bfloat16 or float16, and MXFP4; other quantised matrices have none."""
+        plain = {name: _COMPACT[tensor.dtype] for name, tensor in self._plain.items() if tensor.dtype in _COMPACT}
+        return plain | dict.fromkeys(self._matrices if isinstance(self._format, MXFP4) else (), COMPACT)
 
     def codes(self, name: str) -> Codes:
-        """There are none: see `quantization`."""
-        raise KeyError(name)
+        """MXFP4's. Raises KeyError for others."""
+        if not isinstance(self._format, MXFP4):
+            raise KeyError(name)
+        return self._format.codes(self._matrices[name], self._parts(self._matrices[name]))
+
+    def _parts(self, matrix: Matrix) -> dict[str, np.ndarray]:
+        return {part: self._stored(stored) for part, stored in matrix.parts.items()}
 
     def _stored(self, name: str) -> np.ndarray:
         return self._tensors[name].read()

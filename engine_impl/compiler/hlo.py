@@ -170,11 +170,12 @@ class Program:
             return result.opcode == "dynamic-slice"
         return instruction.opcode == "dynamic-slice"
 
-    def copies_of(self, shape: tuple[int, ...], threshold_bytes: int) -> list[str]:
+    def copies_of(self, shape: tuple[int, ...], threshold_bytes: int, *, on_chip: bool = False) -> list[str]:
         """Instructions that copy, transpose, slice or relayout the parameter of this shape, or what came of it.
 
         Counted are results in HBM of at least `threshold_bytes`. An update in place is no copy; nor is a result in
-        VMEM or CMEM, which is the compiler's prefetch.
+        VMEM or CMEM, which is the compiler's prefetch, unless `on_chip` asks for these too: a kernel that fetches its
+        own part of the parameter needs none.
         """
         tainted = self._taint(shape, threshold_bytes)
         fused = {
@@ -186,7 +187,8 @@ class Program:
                 continue
             for instruction in instructions.values():
                 comes_from_it = any((computation, operand, 0) in tainted for operand in instruction.operands)
-                large = any(array.bytes >= threshold_bytes and not array.is_on_chip for array in _made(instruction))
+                made = [array for array in _made(instruction) if on_chip or not array.is_on_chip]
+                large = any(array.bytes >= threshold_bytes for array in made)
                 if (
                     instruction.opcode in _COPYING
                     and comes_from_it

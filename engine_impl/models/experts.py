@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol, cast, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +27,15 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     return functional.silu(gate) * up
 
 
+@runtime_checkable
+class AskedByRow(Protocol):
+    """Experts' matrices of which rows read only those that they chose."""
+
+    def of_chosen(self, x: Tensor, expert_RX: Tensor) -> Tensor:
+        """x [R, in], or a row for each choice, [R, X, in] -> [R, X, out]."""
+        ...
+
+
 SHARED = {"w1": (0, 2), "w3": (0, 2), "w2": (0, 1)}
 """What chips share of `MixtureOfExperts` (see `Decoder.shard_axis`): the experts; where there are too few, the ffn."""
 
@@ -33,9 +43,11 @@ SHARED = {"w1": (0, 2), "w3": (0, 2), "w2": (0, 1)}
 class MixtureOfExperts(nn.Module):
     """Each token goes to its likeliest experts, and their answers are added up by likelihood.
 
-    All rows go through all experts that a chip has, and what was not chosen counts for nothing. A step reads nearly all
-    weights anyway, and reading is what takes its time. A layer's experts under a scan on v5e:2x4, bf16, in millions of
-    cycles by the compiler's estimate (libtpu 0.0.42), without the all-reduce that all have:
+    On CPUs with native kernels, which sort rows by expert, each row is multiplied with the experts that it chose.
+
+    Elsewhere all rows go through all experts that a chip has, and what was not chosen counts for nothing. A step reads
+    nearly all weights anyway, and reading is what takes its time. A layer's experts under a scan on v5e:2x4, bf16, in
+    millions of cycles by the compiler's estimate (libtpu 0.0.42), without the all-reduce that all have:
 
         rows                                           8      64     256     512    1024    2048
         qwen3-30b-a3b   experts shared, all          0.44    0.46    0.51    0.76    1.32    2.60
@@ -54,7 +66,7 @@ class MixtureOfExperts(nn.Module):
     these cycles: it wants the weights copied out of the scan's stack, and a copy of each row for each choice. One by
     one are 311 operations a layer instead of 20.
 
-    A row by itself, which a step on TPUs never has, reads only the experts that it chose.
+    There a row by itself, which a step on TPUs never has, reads only the experts that it chose.
     """
 
     def __init__(
@@ -77,9 +89,16 @@ class MixtureOfExperts(nn.Module):
         if self.shares_sum_to_one:
             share_RX = share_RX / share_RX.sum(-1, keepdim=True)
         share_RX = share_RX.to(x_RD.dtype)
+        if isinstance(self.w1, AskedByRow):
+            return self._of_chosen(x_RD, share_RX, expert_RX)
         if len(x_RD) == 1:
             return self._of_one_row(x_RD[0], share_RX[0], expert_RX[0])[None]
         return self._all_through_all(x_RD, share_RX, expert_RX)
+
+    def _of_chosen(self, x_RD: Tensor, share_RX: Tensor, expert_RX: Tensor) -> Tensor:
+        w1, w2, w3 = (cast(AskedByRow, part) for part in (self.w1, self.w2, self.w3))
+        hidden_RXF = self.gated(w1.of_chosen(x_RD, expert_RX), w3.of_chosen(x_RD, expert_RX))
+        return (w2.of_chosen(hidden_RXF, expert_RX) * share_RX[..., None]).sum(1)
 
     def _of_one_row(self, x_D: Tensor, share_X: Tensor, expert_X: Tensor) -> Tensor:
         answers = []

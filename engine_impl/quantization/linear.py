@@ -45,8 +45,13 @@ class EncodedModule(nn.Module):
     """What `encode` takes. Rounding before codes are made would move values off their grid."""
     keeps_codes: bool = False
     """Whether it is made of a checkpoint's own codes."""
+    by_expert: ClassVar[bool] = False
+    """Whether `encode` and `encode_codes` take one expert's matrix, as [out, in], of a weight [E, in, out], and what
+    they give is stacked."""
     reads_stack: ClassVar[bool] = False
     """Its matrix product takes all layers' weights and the number of the layer, `layer`: see forward.py."""
+    lies_in_stack: ClassVar[bool] = False
+    """Whether they are stacked where layers are unrolled, too: whoever reads the stack makes no copy of a layer."""
 
     def __init__(self, replaced: nn.Module, stored: dict[str, Stored], axis: int | None, mesh: Mesh) -> None:
         """Args:

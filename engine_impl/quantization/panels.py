@@ -1,4 +1,4 @@
-"""Linear modules, and the embedding that is a head too, whose weights lie in panels: kernels/panel_matmul.
+"""Linear modules, experts and embeddings whose weights lie in panels: kernels/panel_matmul.
 
 This is how CPUs hold weights where they have native kernels, floats and codes alike. They are there once: prefill takes
 the panels too. What counts as floats lies as the checkpoint has it wherever its values are float32's (`Compact`): a
@@ -19,12 +19,23 @@ import torch
 from jax.sharding import Mesh
 from torch import Tensor, nn
 
-from ...kernels import Backend, Panels, columns, pack, pack_blocks, pack_int4, pack_int8, panel_matmul, unpack
+from ...kernels import (
+    Backend,
+    Panels,
+    columns,
+    expert_matmul,
+    pack,
+    pack_blocks,
+    pack_int4,
+    pack_int8,
+    panel_matmul,
+    unpack,
+)
 from .. import bridge
 from ..checkpoints.contract import WEIGHT, Codes, Compact
 from ..config import EngineConfig
 from ..models.decoder import Decoder, Pairs, Transposed
-from ..models.parts import Linear
+from ..models.parts import ExpertLinear, Linear
 from .codecs import encode_int4, encode_int8
 from .linear import EncodedModule, Stored
 
@@ -44,6 +55,8 @@ class Form:
     """the type of scales and offsets"""
     has_offset: bool = False
     """of a checkpoint's codes"""
+    table: tuple[int, ...] = ()
+    """likewise, what those of 4 bits stand for"""
     activations: Literal["float32", "bfloat16"] = "float32"
     """what a product's inputs are rounded to; sums are float32"""
 
@@ -68,7 +81,8 @@ class Form:
     def of_codes(self, code_OI: Array, scale_OQ: Array, offset_OQ: Array | None) -> Panels:
         """A checkpoint's codes in this form."""
         offset_OQ = None if offset_OQ is None else jnp.asarray(offset_OQ)
-        return pack_blocks(jnp.asarray(code_OI), jnp.asarray(scale_OQ), offset_OQ, 4 if self.kind == "4-bit" else 8)
+        bits = 4 if self.kind == "4-bit" else 8
+        return pack_blocks(jnp.asarray(code_OI), jnp.asarray(scale_OQ), offset_OQ, bits, self.table)
 
     def panels(self, weight_OI: jax.Array) -> Panels:
         """A float weight in this form."""
@@ -93,24 +107,24 @@ def form_of(config: EngineConfig, kind: Literal["float", "int8", "int4"], block:
 def pack_floats(
     model: Decoder, config: EngineConfig, mesh: Mesh, backend: Backend, compact: Mapping[str, Compact]
 ) -> None:
-    """Swaps the model's `Linear` modules, those that are left, for ones with panels: of bfloat16 where the config says
-    so, else of the checkpoint's own form, or of float32 where there is none that is exact."""
+    """Swaps the model's `Linear` and `ExpertLinear` modules, those that are left, for ones with panels: of bfloat16
+    where the config says so, else of the checkpoint's own form, or of float32 where there is none that is exact. So is
+    the embedding where it is a head too, or has such a form."""
     floats = form_of(config, "float")
-    linear = {name: module for name, module in model.named_modules() if isinstance(module, Linear)}
+    parts = {name: part for name, part in model.named_modules() if isinstance(part, Linear | ExpertLinear)}
 
     def form(name: str, module: nn.Module) -> Form:
         exact = _exact(model, f"{name}.{WEIGHT}", module, compact) if floats.kind == "float32" else None
         return exact or floats
 
     head = form_of(config, "int8") if _has_coded_head(model, config) else None
-    for name, module in linear.items():
+    of_embedding = head or form(EMBEDDING, model.embed_tokens)
+    for name, part in parts.items():
         parent, _, own = name.rpartition(".")
-        of_module = form(name, module)
-        if name == HEAD and model.config.tied_embeddings:
-            of_module = head or form(EMBEDDING, model.embed_tokens)
-        setattr(model.get_submodule(parent), own, PanelLinear(module, mesh, of_module, backend))
-    if model.config.tied_embeddings:
-        model.embed_tokens = PanelEmbedding(model.embed_tokens, mesh, head or form(EMBEDDING, model.embed_tokens))
+        of_part = of_embedding if name == HEAD and model.config.tied_embeddings else form(name, part)
+        setattr(model.get_submodule(parent), own, in_panels(part, mesh, of_part, backend))
+    if model.config.tied_embeddings or of_embedding != floats:
+        model.embed_tokens = PanelEmbedding(model.embed_tokens, mesh, of_embedding)
 
 
 def _has_coded_head(model: Decoder, config: EngineConfig) -> bool:
@@ -120,22 +134,25 @@ def _has_coded_head(model: Decoder, config: EngineConfig) -> bool:
 
 
 def _exact(model: Decoder, parameter: str, module: nn.Module, compact: Mapping[str, Compact]) -> Form | None:
-    """That of the one tensor that a matrix is, or is rows of, where its inputs are whole blocks."""
+    """That of the one tensor that a matrix is, or is rows of, or of all experts'; where inputs are whole blocks."""
     sources, inputs = model.sources(parameter), module.get_parameter(WEIGHT).shape[1]
     found = {compact.get(source) for source in sources}
     form = found.pop() if len(found) == 1 else None
     if form is None or not form.is_codes:
         return None if form is None else Form(form.kind)
-    (source,) = sources if len(sources) == 1 else ("",)
-    moves_inputs = isinstance(source, Transposed) or (isinstance(source, Pairs) and source.axis)
-    return None if not source or moves_inputs or inputs % form.block else Form(**vars(form))
+    if isinstance(module, ExpertLinear):  # [in, out] in the model, so that a transposed source has whole outputs
+        moves_inputs = not all(isinstance(source, Transposed) for source in sources)
+    else:
+        source = sources[0]
+        moves_inputs = isinstance(source, Transposed) or (isinstance(source, Pairs) and source.axis) or sources[1:]
+    return None if moves_inputs or inputs % form.block else Form(**vars(form))
 
 
 def told(model: Decoder) -> str:
     """How the matrices lie that are in panels: "210 of 4-bit codes in blocks of 32, 1 of float32"."""
     parts = {name: part for name, part in model.named_modules() if isinstance(part, PanelWeight)}
-    if isinstance(model.embed_tokens, PanelEmbedding):
-        parts.pop(EMBEDDING)  # the head is the same
+    if model.config.tied_embeddings:
+        parts.pop(EMBEDDING, None)  # the head is the same
     counts = Counter(str(replace(part.form, activations="float32")) for part in parts.values())
     return ", ".join(f"{count} of {form}" for form, count in counts.most_common())
 
@@ -149,25 +166,31 @@ def decoded(model: Decoder, params: dict[str, Any]) -> dict[str, Any]:
             if isinstance(part, PanelWeight):
                 prefix = f"{path}." if path else ""
                 arrays = {name: weights.pop(f"{prefix}{name}") for name in part.stored}
-                weights[f"{prefix}{WEIGHT}"] = unpack(Panels(**arrays), part.outputs, part.inputs)
+                weights[f"{prefix}{WEIGHT}"] = part.unpacked(Panels(**arrays))
         return weights
 
     embed_tokens = section(model.embed_tokens, params["embed_tokens"])
     return {
         "embed_tokens": embed_tokens,
         "after_embedding": params["after_embedding"],
-        "layers": tuple(section(*of_layer) for of_layer in zip(model.layers, params["layers"], strict=True)),
+        "layers": tuple(
+            section(layer, {**weights, **{name: stack[i] for name, stack in params["stacks"].items()}})
+            for i, (layer, weights) in enumerate(zip(model.layers, params["layers"], strict=True))
+        ),
+        "stacks": {},
         "norm": params["norm"],
         "lm_head": embed_tokens if model.config.tied_embeddings else section(model.lm_head, params["lm_head"]),
     }
 
 
 class PanelWeight(EncodedModule):
-    """A matrix [O, I] in panels; its parameters are named as the fields of `Panels`."""
+    """A matrix [O, I] in panels, or experts' [E, I, O]; its parameters are named as the fields of `Panels`."""
 
     def __init__(self, replaced: nn.Module, mesh: Mesh, form: Form) -> None:
-        self.outputs, self.inputs = replaced.get_parameter(WEIGHT).shape
-        super().__init__(replaced, _stored(form, self.outputs, self.inputs), None, mesh)
+        *stack, self.outputs, self.inputs = replaced.get_parameter(WEIGHT).shape
+        if stack:
+            self.outputs, self.inputs = self.inputs, self.outputs
+        super().__init__(replaced, _stored(form, self.outputs, self.inputs, tuple(stack)), None, mesh)
         self.form, self.kind, self.block, self.source = form, form.kind, form.block, form.source
         self.keeps_codes = form.kind in ("4-bit", "8-bit")
 
@@ -177,8 +200,12 @@ class PanelWeight(EncodedModule):
     def encode_codes(self, codes: Codes) -> Mapping[str, jax.Array]:
         return _arrays(self.form.of_codes(*codes))
 
+    def unpacked(self, panels: Panels) -> jax.Array:
+        """The float32 weight."""
+        return unpack(panels, self.outputs, self.inputs)
+
     def call(self, kernel: Any, *inputs: Tensor) -> Tensor:
-        """`kernel` of the inputs and the panels."""
+        """`kernel` of the inputs and the panels, as they are given."""
         names = list(self.stored)
 
         def of_panels(*arrays: jax.Array) -> jax.Array:
@@ -191,25 +218,63 @@ class PanelWeight(EncodedModule):
 class PanelLinear(PanelWeight):
     """In the place of a `Linear`."""
 
+    reads_stack = True
+    lies_in_stack = True
+    layer: Tensor
+
     def __init__(self, replaced: Linear, mesh: Mesh, form: Form, backend: Backend) -> None:
         super().__init__(replaced, mesh, form)
-        self.multiply = functools.partial(panel_matmul, outputs=self.outputs, backend=backend)
+        self._multiply = functools.partial(panel_matmul, outputs=self.outputs, backend=backend)
+        self.register_buffer("layer", torch.empty((), dtype=torch.int32, device="meta"))
 
     def forward(self, x_RI: Tensor) -> Tensor:
-        return self.with_bias(self.call(self.multiply, x_RI.to(getattr(torch, self.form.activations))))
+        return self.with_bias(self.call(self.multiply, x_RI.to(getattr(torch, self.form.activations)), self.layer))
+
+    def multiply(self, x_RI: jax.Array, layer: jax.Array, panels: Panels) -> jax.Array:
+        """Of panels that are a layer's of a stack, or alone."""
+        is_stack = panels.code.ndim > len(self.stored["code"].shape)
+        return self._multiply(x_RI, panels, layer if is_stack else None)
+
+
+class PanelExperts(PanelWeight):
+    """In the place of an `ExpertLinear`, for experts that are asked by row: see `MixtureOfExperts`."""
+
+    by_expert = True
+
+    def __init__(self, replaced: ExpertLinear, mesh: Mesh, form: Form, backend: Backend) -> None:
+        super().__init__(replaced, mesh, form)
+        self.multiply = functools.partial(expert_matmul, outputs=self.outputs, backend=backend)
+
+    def of_chosen(self, x: Tensor, expert_RX: Tensor) -> Tensor:
+        """What each row's experts answer, [R, X, out], to the row, [R, in], or each to a row of its own, [R, X, in]."""
+        x_MI = x.reshape(-1, self.inputs).to(getattr(torch, self.form.activations))
+        expert_MX = expert_RX.to(torch.int32).reshape(len(x_MI), -1)
+        out_RXO = self.call(self.multiply, x_MI, expert_MX).reshape(*expert_RX.shape, self.outputs)
+        bias_EO = self._parameters["bias"]
+        return out_RXO if bias_EO is None else out_RXO + bias_EO[expert_RX]
+
+    def unpacked(self, panels: Panels) -> jax.Array:
+        return jax.vmap(super().unpacked)(panels).swapaxes(1, 2)
 
 
 class PanelEmbedding(PanelWeight):
-    """In the place of an `Embedding` whose weight is the head's too."""
+    """In the place of an `Embedding`."""
 
     def forward(self, token_R: Tensor) -> Tensor:
         return self.call(lambda token_R, panels: columns(panels, token_R, self.inputs), token_R)
 
 
+def in_panels(part: Linear | ExpertLinear, mesh: Mesh, form: Form, backend: Backend) -> PanelWeight:
+    """What takes its place."""
+    if isinstance(part, ExpertLinear):
+        return PanelExperts(part, mesh, form, backend)
+    return PanelLinear(part, mesh, form, backend)
+
+
 @functools.cache
-def _stored(form: Form, outputs: int, inputs: int) -> dict[str, Stored]:
+def _stored(form: Form, outputs: int, inputs: int, stack: tuple[int, ...]) -> dict[str, Stored]:
     arrays = _arrays(form.described(outputs, inputs))
-    return {name: Stored(array.shape, array.dtype, {}) for name, array in arrays.items()}
+    return {name: Stored((*stack, *array.shape), array.dtype, {}) for name, array in arrays.items()}
 
 
 def _arrays(panels: Panels) -> dict[str, Any]:

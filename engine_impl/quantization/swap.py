@@ -18,7 +18,7 @@ from ..models.decoder import Decoder
 from ..models.parts import ExpertLinear, Linear
 from .int8_matmul import multiply_floats, multiply_rounded, multiply_split
 from .linear import EncodedModule, Int4Linear, Int8ExpertLinear, Int8Linear
-from .panels import PanelLinear, form_of, pack_floats, packs
+from .panels import PanelExperts, PanelLinear, form_of, pack_floats, packs
 
 NOTHING_COMPACT: Mapping[str, Compact] = MappingProxyType({})
 Swap = Callable[[Linear, int | None], EncodedModule]
@@ -100,8 +100,9 @@ def quantize(
     """Swaps the model's `Linear` modules for what `config.quantize_weights` says, but for those that
     `config.quantize_exclude` names. On CPUs with native kernels those become panels of floats (panels.py), and a tied
     embedding becomes panels of floats or, where `lm_head` is not named, of int8. Otherwise an embedding is never
-    swapped, nor an lm_head that is one (tied). Experts become int8 with int4 too: their product has no blocks. `auto`
-    that was not `resolved` is `none`: nothing is known of a checkpoint.
+    swapped, nor an lm_head that is one (tied). Experts become int8 with int4 too, for their product has no blocks; on
+    those CPUs it has, and they become int8 only where no block divides their inputs. `auto` that was not `resolved` is
+    `none`: nothing is known of a checkpoint.
 
     `compact`: see `Checkpoint.compact`; panels of floats follow it.
 
@@ -114,7 +115,7 @@ def quantize(
 
 
 def _encode(model: Decoder, config: EngineConfig, dtype: jnp.dtype, mesh: Mesh, backend: Backend) -> None:
-    swap = _swap_for(config, dtype, mesh, backend)
+    swap, of_experts = _swap_for(config, dtype, mesh, backend), _experts_swap_for(config, dtype, mesh, backend)
     linear, excluded = _linear(model), set[str]()
     for pattern in config.quantize_exclude:
         named = {name for name in linear if fnmatch(name, pattern)}
@@ -131,13 +132,28 @@ def _encode(model: Decoder, config: EngineConfig, dtype: jnp.dtype, mesh: Mesh, 
             continue
         parent, _, own = name.rpartition(".")
         axis = model.shared_axis(own, module.weight.shape, mesh.size)
-        swapped = Int8ExpertLinear(module, axis, mesh) if isinstance(module, ExpertLinear) else swap(module, axis)
+        swapped = of_experts(module, axis) if isinstance(module, ExpertLinear) else swap(module, axis)
         setattr(model.get_submodule(parent), own, swapped)
 
 
 def _in_all_layers(name: str) -> str:
     """The pattern of a module in every layer."""
     return re.sub(r"^layers\.\d+\.", "layers.*.", name)
+
+
+def _experts_swap_for(
+    config: EngineConfig, dtype: jnp.dtype, mesh: Mesh, backend: Backend
+) -> Callable[[ExpertLinear, int | None], EncodedModule]:
+    if not (packs(mesh, backend) and dtype == jnp.float32):
+        return lambda module, axis: Int8ExpertLinear(module, axis, mesh)
+
+    def swap(module: ExpertLinear, axis: int | None) -> EncodedModule:
+        most = (config.quantize_block or BLOCKS[-1]) if config.quantize_weights == "int4" else 0
+        whole = [block for block in BLOCKS if block <= most and module.weight.shape[1] % block == 0]
+        form = form_of(config, "int4", whole[0]) if whole else form_of(config, "int8")
+        return PanelExperts(module, mesh, form, backend)
+
+    return swap
 
 
 def _swap_for(config: EngineConfig, dtype: jnp.dtype, mesh: Mesh, backend: Backend) -> Swap:

@@ -4,7 +4,7 @@ Tensors go one by one from the file to the devices that hold them: the host neve
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +18,7 @@ from ..checkpoints.by_rows import copied, stacked
 from ..checkpoints.contract import WEIGHT, Checkpoint, Codes
 from ..checkpoints.sources import repeat_heads, taken
 from ..errors import RefusedError
-from ..forward import LayerLoop, Params
+from ..forward import LayerLoop, Params, stacked_parts
 from ..models.decoder import Decoder, RowRange, Transposed
 from ..quantization.linear import EncodedModule
 from .sharding import parameter_spec
@@ -185,11 +185,31 @@ class _Loader:
         """The arrays that stand for `leaf`."""
 
         def read(name: str) -> Mapping[str, jax.Array]:
+            if module.by_expert:
+                return self._by_expert(name, module)
             if module.keeps_codes:
-                return module.encode_codes(self._codes(name))
+                (source,) = self._model.sources(name)
+                return module.encode_codes(self._codes(name, source))
             return module.encode(self._array(name, leaf, module.source))
 
         return self._assembled(leaf, parts, read)
+
+    def _by_expert(self, name: str, module: EncodedModule) -> dict[str, jax.Array]:
+        """The arrays of all experts' matrices, which are read one by one."""
+
+        def read(source: str) -> Mapping[str, jax.Array]:
+            if module.keeps_codes:
+                return module.encode_codes(self._codes(name, str(source)))  # the model's [in, out] is their [out, in]
+            self._wait()
+            weight_OI = jnp.asarray(copied(taken(self._checkpoint.tensor(source), source).T, module.source))
+            self._finite.append((name, _all_finite(weight_OI)))
+            return module.encode(weight_OI)
+
+        stacks = {name: jnp.zeros(stored.shape, stored.dtype) for name, stored in module.stored.items()}
+        put = jax.jit(_put, donate_argnums=0)
+        for expert, source in enumerate(self._model.sources(name)):
+            stacks = put(stacks, dict(read(source)), expert)
+        return stacks
 
     def _assembled(
         self, leaf: _Leaf, parts: dict[str, _Leaf], read: Callable[[str], Mapping[str, jax.Array]]
@@ -230,10 +250,9 @@ class _Loader:
         self._finite.append((name, _all_finite(array)))
         return array
 
-    def _codes(self, name: str) -> Codes:
-        """One matrix's, of which the checkpoint has codes."""
+    def _codes(self, name: str, source: str) -> Codes:
+        """A parameter's, or a part of it, of which the checkpoint has codes."""
         self._wait()
-        (source,) = self._model.sources(name)
         codes = self._checkpoint.codes(source).each(lambda rows: self._repeated(name, taken(rows, source)))
         for grid_OQ in codes[1:]:
             if grid_OQ is not None:
@@ -281,7 +300,13 @@ def _all_finite(array: jax.Array) -> jax.Array:
 def _build(model: Decoder, mesh: Mesh, loop: LayerLoop, maker: "_Loader | _Describer") -> Params:
     """The tree of `forward.Params`, every leaf made by the maker."""
 
-    def section(module: nn.Module, prefixes: list[str], stacked: bool = False) -> dict[str, Any]:
+    in_stacks = stacked_parts(model) if loop == "unrolled" else ()
+
+    def section(
+        module: nn.Module, prefixes: list[str], stacked: bool = False, without: Sequence[str] = ()
+    ) -> dict[str, Any]:
+        """All but the encoded parts `without`."""
+
         def leaf(name: str, shape: tuple[int, ...], spec: PartitionSpec | None = None) -> _Leaf:
             names = [f"{prefix}.{name}" for prefix in prefixes]
             return _Leaf(names, shape, spec or parameter_spec(model, names[0], shape, mesh), mesh, stacked)
@@ -294,21 +319,34 @@ def _build(model: Decoder, mesh: Mesh, loop: LayerLoop, maker: "_Loader | _Descr
             if name not in stored
         }
         for path, part in encoded.items():
-            parts = {name: leaf(_join(path, name), of.shape, of.spec(part.axis)) for name, of in part.stored.items()}
-            weight = leaf(_join(path, WEIGHT), part.float_shape, part.float_spec)
-            made |= {_join(path, name): array for name, array in maker.encoded(weight, parts, part).items()}
+            if path not in without:
+                made |= encoded_part(path, part, prefixes, stacked)
         return made
 
-    layer_names = [f"layers.{i}" for i in range(len(model.layers))]
+    def encoded_part(path: str, part: EncodedModule, prefixes: list[str], stacked: bool) -> dict[str, Any]:
+        def leaf(name: str, shape: tuple[int, ...], spec: PartitionSpec) -> _Leaf:
+            return _Leaf([f"{prefix}.{_join(path, name)}" for prefix in prefixes], shape, spec, mesh, stacked)
+
+        parts = {name: leaf(name, of.shape, of.spec(part.axis)) for name, of in part.stored.items()}
+        made = maker.encoded(leaf(WEIGHT, part.float_shape, part.float_spec), parts, part)
+        return {_join(path, name): array for name, array in made.items()}
+
+    layer_names, stacks = [f"layers.{i}" for i in range(len(model.layers))], dict[str, Any]()
     if loop == "scan":
         layers = section(model.layers[0], layer_names, stacked=True)
     else:
-        layers = tuple(section(layer, [name]) for layer, name in zip(model.layers, layer_names, strict=True))
+        layers = tuple(
+            section(layer, [name], without=in_stacks) for layer, name in zip(model.layers, layer_names, strict=True)
+        )
+        for path, part in model.layers[0].named_modules():
+            if path in in_stacks and isinstance(part, EncodedModule):
+                stacks |= encoded_part(path, part, layer_names, True)
     embed_tokens = section(model.embed_tokens, ["embed_tokens"])
     return {
         "embed_tokens": embed_tokens,
         "after_embedding": section(model.after_embedding, ["after_embedding"]),
         "layers": layers,
+        "stacks": stacks,
         "norm": section(model.norm, ["norm"]),
         "lm_head": embed_tokens if model.config.tied_embeddings else section(model.lm_head, ["lm_head"]),
     }

@@ -26,7 +26,9 @@ def blockwise_matmul(
         weight: a stack of layers, each leaf [L, ...]; scale and offset in x's dtype. A block, I / Q inputs, is a
             multiple of 8.
         layer: which layer to multiply with, a Python int or an i32 scalar, traced or not. The stack is indexed in the
-            kernel: a slice of it would be a copy, for a kernel's operand lies in memory.
+            kernel: a slice of it would be a copy, for a kernel's operand lies in memory. XLA:TPU lays a stack out
+            anew in each program where a chip's share of outputs is not whole vectors of 128, or of blocks not whole
+            eights.
         split: the weight's axis that the mesh's axis "tensor" shares: "outputs" (x whole, the result sharded on O),
             "inputs" (x sharded on I, the result summed over the chips), or None (every chip does it all).
         mesh: has the axis "tensor".

@@ -17,7 +17,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from .reference import Blockwise
 
-LANES = 128
+LANES, SUBLANES = 128, 8
 SCALE_ROWS = 16  # of a tile in bf16, the larger of the two types
 INPUTS = 4096  # at most, of a tile, where they can be divided
 ROWS = OUTPUTS = 256  # likewise
@@ -30,10 +30,12 @@ def _kernel(
     packed_ref,  # [I / 2, O] i8
     scale_ref,  # [Q, O]
     offset_ref,  # [Q, O]
-    out_ref,  # [R, O] f32
+    out_ref,  # [R, O]
+    total_ref,  # [R, O] f32: of the inputs' tiles so far
     sum_ref,  # [tiles of inputs, R, Q]: blocks' sums of x
 ):
-    """One tile. The accumulator is the output's tile, which stays in VMEM while the inputs' tiles pass."""
+    """One tile. It is rounded here: XLA would do it by an operation of its own, for a product of 128 rows and 4,096
+    outputs 10.7 thousand static cycles on v5e."""
     del layer_ref
     first_outputs, tile = pl.program_id(2) == 0, pl.program_id(3)
     I, Q = x_ref.shape[1], scale_ref.shape[0]
@@ -54,18 +56,22 @@ def _kernel(
     out_RO = dot(x_ref[...], weight_IO) + dot(sum_ref[tile], offset_ref[...])
 
     @pl.when(tile == 0)
-    def start_answer():
-        out_ref[...] = out_RO
+    def start_total():
+        total_ref[...] = out_RO
 
     @pl.when(tile > 0)
-    def add_to_answer():
-        out_ref[...] += out_RO
+    def add_to_total():
+        total_ref[...] += out_RO
+
+    @pl.when(tile == sum_ref.shape[0] - 1)
+    def give_answer():
+        out_ref[...] = total_ref[...].astype(out_ref.dtype)
 
 
 def blockwise_matmul_tpu(
     x_RI: jax.Array, weight: Blockwise, layer: jax.Array, *, interpret: pltpu.InterpretParams | bool = False
 ) -> jax.Array:
-    """`op.blockwise_matmul` on one chip: f32 [R, O]; `layer` is an i32 scalar."""
+    """`op.blockwise_matmul` on one chip; `layer` is an i32 scalar."""
     (R, I), (Q, O) = x_RI.shape, weight.scale.shape[1:]
     inputs = tile_of(I, SCALE_ROWS * I // Q)
     most = TILE // (inputs * x_RI.dtype.itemsize)
@@ -88,18 +94,31 @@ def blockwise_matmul_tpu(
                 pl.BlockSpec((None, inputs * Q // I, outputs), of_weight),
             ],
             out_specs=pl.BlockSpec((rows, outputs), lambda core, r, o, i, layer_ref: (r, core * (tiles // cores) + o)),
-            scratch_shapes=[pltpu.VMEM((I // inputs, rows, inputs * Q // I), x_RI.dtype)],
+            scratch_shapes=[
+                pltpu.VMEM((rows, outputs), jnp.float32),
+                pltpu.VMEM((I // inputs, rows, inputs * Q // I), x_RI.dtype),
+            ],
         ),
-        out_shape=jax.ShapeDtypeStruct((R, O), jnp.float32),
+        out_shape=jax.ShapeDtypeStruct((R, O), x_RI.dtype),
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary", "arbitrary", "arbitrary")),
         cost_estimate=pl.CostEstimate(
             flops=2 * R * I * O,
             transcendentals=0,
-            bytes_accessed=I * O // 2 + 2 * Q * O * x_RI.dtype.itemsize + x_RI.nbytes + 4 * R * O,
+            bytes_accessed=I * O // 2 + 2 * Q * O * x_RI.dtype.itemsize + x_RI.nbytes + R * O * x_RI.dtype.itemsize,
         ),
         interpret=interpret,
         name=f"blockwise_matmul_{I}x{O}",
-    )(layer[None], x_RI, *weight)
+    )(layer[None], x_RI, *map(_where_it_lies, weight))
+
+
+def _where_it_lies(stack: jax.Array) -> jax.Array:
+    """A stack that stays in HBM: left alone, XLA moves all layers' to VMEM in every layer where it can hold
+    them, for llama-3.1-8b on eight v5e the 112 MiB of its down projections.
+
+    One that makes no whole tiles XLA has laid out anew by then, in VMEM if it can, from where it would be sent back.
+    """
+    is_whole = stack.shape[-1] % LANES == 0 and stack.shape[-2] % SUBLANES == 0
+    return pltpu.with_memory_space_constraint(stack, pltpu.HBM) if is_whole else stack
 
 
 def tile_of(inputs: int, unit: int) -> int:

@@ -44,7 +44,7 @@ static void add_values(const float* v, int64_t v_row, const float* weight, int64
       if constexpr (V == 4) {  // N values stay in registers, else V weights
 #pragma GCC unroll 4
         for (int i = 0; i < V; ++i)
-#pragma GCC unroll 4
+#pragma GCC unroll 8
           for (int n = 0; n < N; ++n) own[n][i] += splat(value[n]) * load(w + i * LANES);
       } else {
 #pragma GCC unroll 16

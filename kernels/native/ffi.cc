@@ -1,79 +1,36 @@
 // The kernels as XLA calls them: handlers of its foreign function interface, on its own thread pool.
-#include <cstring>
-#include <optional>
 #include <string>
-#include <vector>
 
 #include "groups.h"
-#include "kernels.h"
+#include "operands.h"
 #include "share.h"
-#include "xla/ffi/api/ffi.h"
-
-namespace ffi = xla::ffi;
 
 namespace slipstream {
 namespace {
 
-constexpr int64_t SMALL = 1 << 16;  // multiplications that are not worth a second thread
-constexpr int64_t ROWS_OF_A_PART = 144;  // a piece of 128 is one: its panels are read once
 constexpr int64_t PARTS_OF_A_THREAD = 4;  // of a step's attention
 constexpr int64_t MOST_TOGETHER = 4;  // slots whose queries stay in the nearest cache beside a page
 
-// `inputs` are those of the activations; a scale of three dimensions is one of blocks.
-std::optional<Stored> stored_as(ffi::AnyBuffer code, ffi::AnyBuffer scale, int64_t inputs) {
-  switch (code.element_type()) {
-    case ffi::DataType::F32:
-      return Stored::kF32;
-    case ffi::DataType::BF16:
-      return Stored::kBF16;
-    case ffi::DataType::F16:
-      return Stored::kF16;
-    case ffi::DataType::S8:
-      if (scale.dimensions().size() != 3) return Stored::kInt8;
-      return code.dimensions()[1] * 2 == inputs ? Stored::kBlocks4 : Stored::kBlocks8;
-    default:
-      return std::nullopt;
-  }
-}
-
-std::vector<float> widened(const uint16_t* halves, int64_t count) {
-  std::vector<float> floats(count);
-  for (int64_t i = 0; i < count; ++i) {
-    const uint32_t bits = static_cast<uint32_t>(halves[i]) << 16;
-    std::memcpy(&floats[i], &bits, sizeof bits);
-  }
-  return floats;
-}
-
 // Shapes and types are checked where the call is made, in op.py.
 ffi::Error multiply(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer code, ffi::AnyBuffer scale,
-                    ffi::AnyBuffer offset, ffi::ResultBuffer<ffi::DataType::F32> out) {
-  const int64_t R = x.dimensions()[0], I = x.dimensions()[1], O = out->dimensions()[1], P = code.dimensions()[0];
-  const auto stored = stored_as(code, scale, I);
+                    ffi::AnyBuffer offset, ffi::AnyBuffer table, ffi::Buffer<ffi::DataType::S32> layer,
+                    ffi::ResultBuffer<ffi::DataType::F32> out) {
+  const int64_t R = x.dimensions()[0], I = x.dimensions()[1], O = out->dimensions()[1];
+  const Weights weights{code, scale, offset, table, I, O};
+  const auto stored = weights.stored();
   if (!stored) return ffi::Error::InvalidArgument("weights of a type that has no kernel");
-  const bool is_in_blocks = *stored == Stored::kBlocks8 || *stored == Stored::kBlocks4;
-  const Panels weight{
-      *stored, code.untyped_data(), scale.untyped_data(), offset.element_count() ? offset.untyped_data() : nullptr,
-      I, O, is_in_blocks ? scale.dimensions()[1] : 1, scale.element_type() == ffi::DataType::F16,
-  };
-  const Kernels& own = kernels();
-  const int64_t threads = R * I * O < SMALL ? 1 : pool.num_threads();
+  const int64_t own = std::clamp<int64_t>(*layer.typed_data(), 0, weights.count() - 1);  // as XLA clamps
+  const Panels weight = weights.at(*stored, own);
+  const int64_t P = weights.panels(), threads = R * I * O < SMALL ? 1 : pool.num_threads();
   const int64_t row_parts = R > ROWS_OF_A_PART ? (R + ROWS_OF_A_PART - 1) / ROWS_OF_A_PART : 1;
-  const int64_t rows = (R + row_parts - 1) / row_parts;
-  const bool is_code = *stored == Stored::kInt8 || is_in_blocks;
-  const int64_t each = R == 1 && is_code ? 2 : 1;  // panels of a part: one row of codes takes them in twos
-  const auto* halves = x.element_type() == ffi::DataType::BF16 ? static_cast<const uint16_t*>(x.untyped_data()) : nullptr;
-  const bool has_dots = own.dots && (*stored == Stored::kBF16 || *stored == Stored::kInt8) && I % 2 == 0;
-  const auto floats = halves && !has_dots ? widened(halves, R * I) : std::vector<float>();
-  const float* from = !halves ? static_cast<const float*>(x.untyped_data()) : has_dots ? nullptr : floats.data();
-  float* to = out->typed_data();
-  share(pool, threads, row_parts * ((P + each - 1) / each), [=, &own](int64_t part) {
-    const int64_t row = part % row_parts * rows, count = std::min(rows, R - row);
-    const int64_t panel = part / row_parts * each, last = std::min(panel + each, P);
-    if (count <= 0) return;
-    if (from) return own.panels(from + row * I, weight, to + row * O, count, panel, last);
-    own.dots(halves + row * I, weight, to + row * O, count, panel, last);
-  });
+  const int64_t rows = (R + row_parts - 1) / row_parts, each = R == 1 ? in_turn(*stored) : 1;
+  const Rows given(x.element_type(), x.untyped_data(), R, I, *stored, kernels());
+  share(pool, threads, row_parts * ((P + each - 1) / each),
+        [=, from = given.view(), to = out->typed_data()](int64_t part) {
+          const int64_t row = part % row_parts * rows, count = std::min(rows, R - row);
+          const int64_t panel = part / row_parts * each, last = std::min(panel + each, P);
+          if (count > 0) from.multiply(row, count, weight, to + row * O, panel, last);
+        });
   return ffi::Error::Success();
 }
 
@@ -145,6 +102,20 @@ ffi::Error attend_chunk(ffi::ThreadPool pool, ffi::Buffer<ffi::DataType::F32> q,
   return ffi::Error::Success();
 }
 
+ffi::Error rms_norm(ffi::ThreadPool pool, ffi::Buffer<ffi::DataType::F32> x, ffi::Buffer<ffi::DataType::F32> weight,
+                    ffi::ResultBuffer<ffi::DataType::F32> out, float eps) {
+  const int64_t width = weight.dimensions()[0], rows = x.element_count() / width;
+  const int64_t each = SMALL / 2 / width + 1;  // of a part
+  const float *from = x.typed_data(), *by = weight.typed_data();
+  float* to = out->typed_data();
+  const Kernels& own = kernels();
+  share(pool, pool.num_threads(), (rows + each - 1) / each, [=, &own](int64_t part) {
+    const int64_t first = part * each, count = std::min(each, rows - first);
+    own.rms_norm(from + first * width, by, to + first * width, count, width, eps);
+  });
+  return ffi::Error::Success();
+}
+
 }  // namespace
 }  // namespace slipstream
 
@@ -154,6 +125,7 @@ extern "C" {
 EXPORTED XLA_FFI_Error* slipstream_panel_matmul(XLA_FFI_CallFrame*);
 EXPORTED XLA_FFI_Error* slipstream_ragged_attention(XLA_FFI_CallFrame*);
 EXPORTED XLA_FFI_Error* slipstream_chunk_attention(XLA_FFI_CallFrame*);
+EXPORTED XLA_FFI_Error* slipstream_rms_norm(XLA_FFI_CallFrame*);
 EXPORTED const char* slipstream_level() { return slipstream::kernels().name; }
 EXPORTED bool slipstream_use_level(const char* name) { return slipstream::use_level(name); }
 EXPORTED const char* slipstream_source() { return SLIPSTREAM_SOURCE; }
@@ -166,6 +138,8 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(slipstream_panel_matmul, slipstream::multiply,
                                   .Arg<ffi::AnyBuffer>()                    // code
                                   .Arg<ffi::AnyBuffer>()                    // scale, or empty
                                   .Arg<ffi::AnyBuffer>()                    // offset, or empty
+                                  .Arg<ffi::AnyBuffer>()                    // table, or empty
+                                  .Arg<ffi::Buffer<ffi::DataType::S32>>()   // layer
                                   .Ret<ffi::Buffer<ffi::DataType::F32>>());  // out_RO
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(slipstream_ragged_attention, slipstream::attend,
@@ -198,3 +172,11 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(slipstream_chunk_attention, slipstream::attend_chu
                                   .Arg<ffi::Buffer<ffi::DataType::F32>>()  // sink_N, or empty
                                   .Ret<ffi::Buffer<ffi::DataType::F32>>()  // out_TNH
                                   .Attr<float>("soft_cap"));
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(slipstream_rms_norm, slipstream::rms_norm,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<ffi::Buffer<ffi::DataType::F32>>()  // x, rows of the weight's width
+                                  .Arg<ffi::Buffer<ffi::DataType::F32>>()  // weight_D
+                                  .Ret<ffi::Buffer<ffi::DataType::F32>>()  // out
+                                  .Attr<float>("eps"));

@@ -20,6 +20,7 @@ enum class Stored {
   kInt8,     // int8 [P, I, 32], scale [P, 32] of whole sums
   kBlocks8,  // int8 [P, I, 32]; scale, offset [P, Q, 32]
   kBlocks4,  // 0 ... 15, [P, I / 2, 32] bytes, input 2 i in the low half and 2 i + 1 in the high one; scale, offset as above
+  kTable4,   // the same, that stand for a table's values, without offset
 };
 
 struct Panels {
@@ -31,6 +32,7 @@ struct Panels {
   int64_t outputs;   // the last panel may have fewer than 32
   int64_t blocks;    // Q, blocks of inputs that share a scale
   bool grid_is_f16;  // scale and offset in half precision
+  const int8_t* table = nullptr;  // [16]
 };
 
 // What attention of both kinds reads besides its own tokens, and how.
@@ -84,6 +86,8 @@ struct Kernels {
   void (*attend)(const Attention& of, int64_t first, int64_t last);
   // The parts [first, last) of a chunk, of which there are `parts_of` it. Each half's first ones take longest.
   void (*attend_chunk)(const Chunk& of, int64_t first, int64_t last);
+  // Each row over its root mean square, times the weight.
+  void (*rms_norm)(const float* x, const float* weight, float* out, int64_t rows, int64_t width, float eps);
 };
 
 // A part of a chunk's attention is one kv head's query heads of PANEL tokens at most.

@@ -17,6 +17,8 @@
 
 #if defined(__x86_64__)
 #include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
 #endif
 
 #define PRAGMA(text) _Pragma(#text)
@@ -37,6 +39,7 @@ namespace {
 #include "panel_matmul.h"
 #include "ragged_attention.h"
 #include "chunk_attention.h"
+#include "rms_norm.h"
 }  // namespace
 #if defined(TARGET) && defined(__clang__)
 #pragma clang attribute pop
@@ -45,7 +48,7 @@ namespace {
 #endif
 
 const Kernels* LEVEL() {
-  static const Kernels own{NAME(LEVEL), panels, dots, attend, attend_chunk};
+  static const Kernels own{NAME(LEVEL), panels, dots, attend, attend_chunk, rms_norm};
   return &own;
 }
 }  // namespace slipstream

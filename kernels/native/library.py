@@ -15,7 +15,13 @@ import jax
 
 PATH = Path(__file__).with_name(f"_kernels{sysconfig.get_config_var('EXT_SUFFIX')}")
 SOURCES = Path(__file__).resolve().parent
-HANDLERS = ("slipstream_panel_matmul", "slipstream_ragged_attention", "slipstream_chunk_attention")
+HANDLERS = (
+    "slipstream_panel_matmul",
+    "slipstream_expert_matmul",
+    "slipstream_ragged_attention",
+    "slipstream_chunk_attention",
+    "slipstream_rms_norm",
+)
 
 log = logging.getLogger(__name__)
 
@@ -26,7 +32,10 @@ def is_built() -> bool:
 
 
 def level() -> str:
-    """The vector instructions in use: "avx512", "avx2" or "generic". Raises RuntimeError where nothing is built."""
+    """The instructions in use: "amx", "avx512_bf16", "avx512", "avx2" or "generic".
+
+    Raises RuntimeError where nothing is built.
+    """
     return _opened().slipstream_level().decode()
 
 

@@ -5,7 +5,8 @@
 // codes, so that they stay in the nearest cache while PORTION rows after the others pass over them; the portions fetch
 // what comes next.
 //
-// Every sum is made input after input, whatever the number of rows: a row's result does not depend on the others.
+// Every sum is made input after input, by tiles 32 inputs after 32, whatever the number of rows: a row's result does not
+// depend on the others.
 
 constexpr int DEPTH = 256;  // a multiple of the inputs of every block, or a divisor
 constexpr int HALF = PANEL / 2;
@@ -168,10 +169,28 @@ struct Blocks4 {
   }
 };
 
+// Codes that stand for a table's values.
+struct Table4 {
+  using X = float;
+  static constexpr int STEP = 2;
+  static constexpr int KEPT = 5;
+  static constexpr int64_t BYTES = PANEL / 2;
+  const uint8_t* panel;
+  Grid grid;
+  Table table;
+
+  INLINE const char* at(int64_t i) const { return reinterpret_cast<const char*>(panel) + i * BYTES; }
+  INLINE void fetch(int64_t i, int j) const { __builtin_prefetch(panel + (i + 128) * (PANEL / 2) + j); }
+  INLINE void read(int64_t i, int j, int v, F (&w)[STEP]) const {
+    const I32 pair = widened(panel + i * (PANEL / 2) + j);
+    w[0] = looked_up(table, pair) * grid.scales[v], w[1] = looked_up(table, pair >> 4) * grid.scales[v];
+  }
+};
+
 // Calls each(from, end) for the blocks of inputs that share a scale, whose scales are at hand then; others are one block.
 template <int V, typename Codes, typename Each>
 static INLINE void each_block(Codes& codes, int64_t first, int64_t last, int j, const Each& each) {
-  if constexpr (std::is_same_v<Codes, Blocks8> || std::is_same_v<Codes, Blocks4>) {
+  if constexpr (std::is_same_v<Codes, Blocks8> || std::is_same_v<Codes, Blocks4> || std::is_same_v<Codes, Table4>) {
     int64_t q = first / codes.grid.block;
     for (int64_t from = first; from < last; from += codes.grid.block, ++q) {
       codes.grid.template start<V>(q, j);
@@ -210,7 +229,7 @@ static INLINE void add_inputs(const typename Codes::X* x, int64_t x_row, const C
     if constexpr (V == 4)  // at once: so the fewest registers are in use
 #pragma GCC unroll 2
       for (int s = 0; s < STEP; ++s)
-#pragma GCC unroll 4
+#pragma GCC unroll 8
         for (int n = 0; n < N; ++n) multiply_add(sums[n][v], splat(x[n * x_row + i + s]), w[v][s]);
   }
   if constexpr (V != 4)
@@ -275,7 +294,8 @@ static INLINE void multiply_portion(int64_t rows, const Lane* x, int64_t x_row, 
 template <typename Lane>
 static void multiply_all(int64_t rows, const Lane* x, int64_t x_row, const Lane* panel, int64_t inputs,
                          const char* next, int64_t bytes, Sums to) {
-  const int64_t portions = (rows + ROWS_TOGETHER<Lane> - 1) / ROWS_TOGETHER<Lane>, stride = (bytes + portions - 1) / portions;
+  const int64_t portions = (rows + ROWS_TOGETHER<Lane> - 1) / ROWS_TOGETHER<Lane>;
+  const int64_t stride = (bytes + portions - 1) / portions;
   for (int64_t p = 0; p < portions; ++p) {
     const int64_t count = (rows + portions - p - 1) / (portions - p);
     const Plain<Lane> codes{panel, next + p * inputs * stride, stride};
@@ -406,10 +426,14 @@ static void panels(const float* x, const Panels& weight, float* out, int64_t row
   };
   const auto blocks8 = [=](int64_t p) { return Blocks8{codes8(p).panel, grid(p)}; };
   const auto blocks4 = [=](int64_t p) { return Blocks4{bytes + p * I / 2 * PANEL, grid(p)}; };
+  const auto table4 = [=, table = weight.table ? table_of(weight.table) : Table{}](int64_t p) {
+    return Table4{bytes + p * I / 2 * PANEL, grid(p), table};
+  };
 #if LANES == 16
   if (rows == 1 && weight.stored == Stored::kInt8) first = in_twos(x, weight, out, first, last, codes8);
   if (rows == 1 && weight.stored == Stored::kBlocks8) first = in_twos(x, weight, out, first, last, blocks8);
   if (rows == 1 && weight.stored == Stored::kBlocks4) first = in_twos(x, weight, out, first, last, blocks4);
+  if (rows == 1 && weight.stored == Stored::kTable4) first = in_twos(x, weight, out, first, last, table4);
 #endif
   of_panels(weight, out, rows, first, last, [&](int64_t p, const Sums& to) {
     switch (weight.stored) {
@@ -425,6 +449,8 @@ static void panels(const float* x, const Panels& weight, float* out, int64_t row
         return multiply_panel(x, blocks8(p), I, rows, to);
       case Stored::kBlocks4:
         return multiply_panel(x, blocks4(p), I, rows, to);
+      case Stored::kTable4:
+        return multiply_panel(x, table4(p), I, rows, to);
     }
   });
 }

@@ -91,6 +91,7 @@ static void multiply_tiles(int64_t rows, const Pair* x, int64_t x_row, const Pla
     for (int64_t n = 0; n < rows; ++n) std::copy_n(x + n * x_row + i, pairs - i, last_x + n * TILE_PAIRS);
     std::copy_n(weights.panel + i * PANEL, (pairs - i) * PANEL, last_panel);
     settle(last_x);
+    settle(last_panel);
     add_tiles<has_lower>(last_x, TILE_PAIRS, last_panel);
   }
   _tile_stored(0, upper, out_bytes);

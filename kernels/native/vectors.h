@@ -34,6 +34,10 @@ static INLINE I32 widened(const int8_t* from) {
   return (I32)_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
 #elif LANES == 8
   return (I32)_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from)));
+#elif defined(__aarch64__)
+  int32_t four;
+  __builtin_memcpy(&four, from, sizeof four);
+  return (I32)vmovl_s16(vget_low_s16(vmovl_s8(vreinterpret_s8_s32(vdup_n_s32(four)))));
 #else
   I8 codes;
   __builtin_memcpy(&codes, from, sizeof codes);
@@ -47,6 +51,10 @@ static INLINE I32 widened(const uint8_t* from) {
   return (I32)_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
 #elif LANES == 8
   return (I32)_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from)));
+#elif defined(__aarch64__)
+  uint32_t four;
+  __builtin_memcpy(&four, from, sizeof four);
+  return (I32)vmovl_u16(vget_low_u16(vmovl_u8(vreinterpret_u8_u32(vdup_n_u32(four)))));
 #else
   U8 bytes;
   __builtin_memcpy(&bytes, from, sizeof bytes);
@@ -67,6 +75,52 @@ static INLINE F low_half(I32 bytes) {
 // The upper 4 bits of bytes, likewise.
 static INLINE F high_half(I32 bytes) { return __builtin_convertvector(bytes >> 4, F); }
 
+#if LANES == 16
+// What 4 bits stand for: 16 floats.
+using Table = F;
+
+static INLINE Table table_of(const int8_t* values) { return __builtin_convertvector(widened(values), F); }
+
+static INLINE F looked_up(const Table& table, I32 code) {
+  return (F)_mm512_permutexvar_ps((__m512i)code, (__m512)table);  // by the lowest 4 bits
+}
+#elif LANES == 8
+using Table = __m128i;
+
+static INLINE Table table_of(const int8_t* values) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(values)); }
+
+static INLINE F looked_up(const Table& table, I32 code) {
+  const __m256i at = (__m256i)((code & 15) | (int32_t)0x80808000);  // the upper bytes are 0
+  const __m256i byte = _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(table), at);
+  return __builtin_convertvector((I32)byte << 24 >> 24, F);
+}
+#elif defined(__aarch64__)
+using Table = int8x16_t;
+
+static INLINE Table table_of(const int8_t* values) { return vld1q_s8(values); }
+
+static INLINE F looked_up(const Table& table, I32 code) {
+  const I32 byte = (I32)vqtbl1q_s8(table, (uint8x16_t)(code & 15 | (int32_t)0xffffff00));  // the upper bytes are 0
+  return __builtin_convertvector(byte << 24 >> 24, F);
+}
+#else
+struct Table {
+  float value[16];
+};
+
+static INLINE Table table_of(const int8_t* values) {
+  Table table;
+  for (int i = 0; i < 16; ++i) table.value[i] = values[i];
+  return table;
+}
+
+static INLINE F looked_up(const Table& table, I32 code) {
+  F found;
+  for (int i = 0; i < LANES; ++i) found[i] = table.value[code[i] & 15];
+  return found;
+}
+#endif
+
 static INLINE F load(const int8_t* from) { return __builtin_convertvector(widened(from), F); }
 
 static INLINE U32 splat(uint32_t value) { return value - U32{}; }
@@ -81,6 +135,10 @@ static INLINE F load(const Half* from) {
   return (F)_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
 #elif LANES == 8
   return (F)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
+#elif defined(__aarch64__)
+  float16x4_t halves;
+  __builtin_memcpy(&halves, from, sizeof halves);
+  return (F)vcvt_f32_f16(halves);
 #else
   U16 halves;
   __builtin_memcpy(&halves, from, sizeof halves);

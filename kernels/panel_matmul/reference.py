@@ -25,7 +25,9 @@ class Panels(NamedTuple):
     """f32 [P, 32], an output's, of codes of 8 bits; or f32 or f16 [P, Q, 32], a block's. In f32 weight =
     code * scale + offset, rounded once where f32 holds code * scale."""
     offset: jax.Array | None = None
-    """[P, Q, 32] of the scale's type; of codes of 8 bits in blocks, where there is one, and of all of 4 bits"""
+    """[P, Q, 32] of the scale's type; of codes in blocks: of 8 bits where there is one, of 4 bits without a table"""
+    table: jax.Array | None = None
+    """i8 [16], what codes of 4 bits stand for, instead of an offset"""
 
 
 @functools.partial(jax.jit, static_argnames="dtype")
@@ -51,23 +53,26 @@ def pack_int4(packed: jax.Array, scale_QO: jax.Array, offset_QO: jax.Array) -> P
     return Panels(*map(_in_panels, (packed ^ signs, scale_QO, offset_QO - 8 * scale_QO)))
 
 
-@functools.partial(jax.jit, static_argnames="bits")
-def pack_blocks(code_OI: jax.Array, scale_OQ: jax.Array, offset_OQ: jax.Array | None, bits: int) -> Panels:
+@functools.partial(jax.jit, static_argnames=("bits", "table"))
+def pack_blocks(
+    code_OI: jax.Array, scale_OQ: jax.Array, offset_OQ: jax.Array | None, bits: int, table: tuple[int, ...] = ()
+) -> Panels:
     """Codes i8 with a scale, and perhaps an offset, for each block of I / Q inputs.
 
     Args:
-        bits: 8, or 4 for codes from 0 to 15, which have an offset.
+        bits: 8, or 4 for codes from 0 to 15, which have an offset or a table.
+        table: what 0 to 15 stand for, from -128 to 127; empty: themselves.
     """
     code_IO = code_OI.T
     if bits == 4:
         code_IO = code_IO[::2] | code_IO[1::2] << 4
     offset = None if offset_OQ is None else _in_panels(offset_OQ.T)
-    return Panels(_in_panels(code_IO), _in_panels(scale_OQ.T), offset)
+    return Panels(_in_panels(code_IO), _in_panels(scale_OQ.T), offset, jnp.int8(table) if table else None)
 
 
 def unpack(weight: Panels, outputs: int, inputs: int) -> jax.Array:
     """f32 weight_OI."""
-    code_PIX, scale, offset = _codes(weight.code, inputs), weight.scale, weight.offset
+    code_PIX, scale, offset = _codes(weight, inputs), weight.scale, weight.offset
     if scale is not None:
         code_PIX = code_PIX * _of_inputs(scale if scale.ndim == 3 else scale[:, None], inputs)
     if offset is not None:
@@ -78,9 +83,9 @@ def unpack(weight: Panels, outputs: int, inputs: int) -> jax.Array:
 def columns(weight: Panels, output_R: jax.Array, inputs: int) -> jax.Array:
     """f32 [R, I]: of these outputs all their inputs, as an embedding is looked up; as `unpack`."""
     panel_R, lane_R = output_R // PANEL, output_R % PANEL
-    code, *grids = weight
-    taken = (None if grid is None else grid[panel_R, ..., lane_R][..., None] for grid in grids)
-    return unpack(Panels(code[panel_R, :, lane_R][:, :, None], *taken), len(output_R), inputs)
+    code, *grids, table = weight
+    scale, offset = (None if grid is None else grid[panel_R, ..., lane_R][..., None] for grid in grids)
+    return unpack(Panels(code[panel_R, :, lane_R][:, :, None], scale, offset, table), len(output_R), inputs)
 
 
 def rounded(x: jax.Array) -> jax.Array:
@@ -95,13 +100,15 @@ def panel_matmul_reference(x_RI: jax.Array, weight: Panels, outputs: int) -> jax
     return jnp.einsum("RI,OI->RO", x_RI, unpack(weight, outputs, x_RI.shape[1]))
 
 
-def _codes(code: jax.Array, inputs: int) -> jax.Array:
-    """f32 [P, I, X] of a weight's codes, or of the weight itself."""
+def _codes(weight: Panels, inputs: int) -> jax.Array:
+    """f32 [P, I, X] of a weight's codes, or what they stand for, or of the weight itself."""
+    code, table = weight.code, weight.table
     if code.ndim == 4:
         return code.swapaxes(2, 3).reshape(len(code), -1, code.shape[2])[:, :inputs].astype(jnp.float32)
     if code.shape[1] == inputs:
         return code.astype(jnp.float32)
     halves = jnp.stack([code & 15, code >> 4 & 15], axis=2)
+    halves = halves if table is None else table[halves]
     return halves.reshape(len(code), inputs, -1).astype(jnp.float32)
 
 

@@ -5,10 +5,12 @@ import os
 from typing import Any
 
 import pytest
+import torch
 from slipstream.benchmarks import hostile
 from slipstream.benchmarks.hostile import Watched, row
 from slipstream.benchmarks.load.hostile_callers import Answers
 from slipstream.benchmarks.load.hostile_inputs import DECODE, INPUTS
+from slipstream.benchmarks.measure import random_checkpoint
 from slipstream.benchmarks.options.hostile import HostileOptions
 from slipstream.engine_impl.errors import RefusedError
 
@@ -69,11 +71,17 @@ def test_an_unknown_input_is_refused():
 
 
 @pytest.mark.slow
-def test_a_short_run(capsys, one_device, monkeypatch):
+def test_a_short_run(capsys, one_device, monkeypatch, tmp_path):
+    """Of a small model, which no input reaches; they are large enough for the processes where large ones are read."""
     monkeypatch.setattr(hostile, "USUAL_S", 0.3)
     monkeypatch.setattr(hostile, "SETTLE_S", 0.1)
-    told = {"spaces": [400], "lists": [400], "grpc-groups": [3], "grpc-adapter": [3]}
-    options = HostileOptions(only=",".join(told), callers=3, seconds=0.1, slots=2)
+    told = {"spaces": [400], "grpc-groups": [3]}  # by either front
+    tiny = {"num_attention_heads": 4, "num_key_value_heads": 2, "hidden_size": 32, "intermediate_size": 48}
+    shape = random_checkpoint.SHAPE | tiny | {"vocab_size": 300}
+    folder = random_checkpoint.write_checkpoint(tmp_path / "m", 2**17 / 2**30, torch.float32, shape)
+    options = HostileOptions(
+        only=",".join(told), callers=3, seconds=0.1, slots=2, model=str(folder), input_bytes=400_000
+    )
     rows = hostile.run(options)["sweep"]
     assert [(row["input"], row["callers"]) for row in rows] == [(name, callers) for name in told for callers in (1, 3)]
     assert all(row["statuses"] == told[row["input"]] for row in rows)

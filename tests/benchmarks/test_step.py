@@ -35,6 +35,8 @@ QUICK = ["bench", "step", "--slots", "2", "--cache-length", "128", "--steps", "2
 
 DEAR = [pytest.param(name, marks=pytest.mark.slow) for name in ("eager-per-layer", "transformers-dynamic")]
 """Baselines that differ little from one that the quick tests run."""
+IN_PRODUCT = [pytest.param(*name.values, marks=(*name.marks, pytest.mark.product)) for name in DEAR]
+"""Their tokens are compared by the stepper, below, and their pairs are everybody's."""
 
 
 @pytest.fixture
@@ -62,7 +64,7 @@ def test_one_point_is_one_flat_object(last_line):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("versus", ["eager", "transformers", "xla", *DEAR])
+@pytest.mark.parametrize("versus", ["eager", "transformers", "xla", *IN_PRODUCT])
 def test_a_baseline_gives_equal_tokens_and_a_ratio_a_pair(last_line, versus):
     result = last_line("--live-tokens", "40", "--versus", versus)
     assert set(result) >= KEYS | VERSUS_KEYS

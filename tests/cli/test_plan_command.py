@@ -13,12 +13,16 @@ from slipstream.engine_impl.compiler import plan as compiler
 from slipstream.engine_impl.compiler.headroom import Headroom
 from slipstream.engine_impl.compiler.presets import PRESETS, preset
 
-SMALL = ["--model", "llama-3.2-1b", "--topology", "v5e:2x4", "--slots", "2", "--cache-length", "1024"]
+from tests.tpu import all_compiled_once, tpu_mesh
+
+SMALL = ["--model", "llama-3.2-1b", "--topology", "v5e:2x4", "--slots", "16", "--cache-length", "4096"]
+SMALL += ["--cache-tokens", "65536"]
 
 
 @pytest.fixture(scope="module")
 def planned(tmp_path_factory):
-    """(the object of a plan for a mix of lengths, the folder with its programs, the report)."""
+    """(the object of a plan for a mix of lengths, the folder with its programs, the report). The programs are those of
+    engine_impl/compiler/test_plan.py."""
     folder, out, plan, kept = tmp_path_factory.mktemp("hlo"), io.StringIO(), compiler.plan, []
 
     def keep(*args: Any, **more: Any) -> compiler.PlanReport:
@@ -27,8 +31,9 @@ def planned(tmp_path_factory):
 
     with pytest.MonkeyPatch.context() as patch, redirect_stdout(out):
         patch.setattr(compiler, "plan", keep)
-        patch.setitem(PRESETS, "llama-3.2-1b", replace(preset("llama-3.2-1b"), vocab_size=2048))  # sooner compiled
-        assert run(["plan", *SMALL, "--lengths", "fixed:100,29", "--dump", str(folder), "--json"]) == 0
+        patch.setitem(PRESETS, "llama-3.2-1b", replace(preset("llama-3.2-1b"), num_layers=2, vocab_size=2048))
+        with all_compiled_once(tpu_mesh("v5e:2x4")):
+            assert run(["plan", *SMALL, "--lengths", "fixed:100,29", "--dump", str(folder), "--json"]) == 0
     return json.loads(out.getvalue().splitlines()[-1]), folder, kept[0]
 
 
@@ -36,7 +41,7 @@ def planned(tmp_path_factory):
 def test_the_last_line_is_one_json_object(planned):
     report, folder, _ = planned
     assert [report[key] for key in ("model", "topology", "chips", "fits")] == ["llama-3.2-1b", "v5e:2x4", 8, True]
-    assert set(report["programs"]) == {"generate", "insert", "prefill_512", "carry_2x512"}
+    assert set(report["programs"]) == {"generate", "insert", "prefill_512", "carry_16x512"}
     assert (folder / "prefill_512.hlo.txt").exists()
 
 

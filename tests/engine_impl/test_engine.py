@@ -499,10 +499,10 @@ def test_a_session_refuses_a_pool_that_holds_not_even_one_longest_request():
 @pytest.mark.parametrize(
     ("devices", "kv_heads"),
     [
-        pytest.param(8, 8, id="split", marks=pytest.mark.slow),
+        pytest.param(8, 8, id="split"),
         pytest.param(8, 4, id="replicated"),
-        pytest.param(4, 4, id="split4", marks=pytest.mark.slow),
-        pytest.param(2, 1, id="mqa", marks=pytest.mark.slow),
+        pytest.param(4, 4, id="split4", marks=pytest.mark.product),  # as `split` is, on fewer
+        pytest.param(2, 1, id="mqa"),
     ],
 )
 def test_devices_change_no_token(devices, kv_heads):

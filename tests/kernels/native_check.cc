@@ -8,7 +8,6 @@
 #include <cstdlib>
 #include <functional>
 #include <limits>
-#include <random>
 #include <thread>
 #include <vector>
 
@@ -22,12 +21,18 @@ namespace {
 
 constexpr float NOT_A_NUMBER = std::numeric_limits<float>::quiet_NaN();
 int failures = 0;
-std::mt19937 generator(0);
 
-std::vector<float> normal(size_t count) {
+// Cheap, so that the draws take no longer than what is checked: also where each instruction is emulated.
+unsigned generator() {
+  static uint64_t state = 1;
+  state = state * 6364136223846793005 + 1442695040888963407;
+  return static_cast<unsigned>(state >> 32);
+}
+
+// Between -2 and 2.
+std::vector<float> numbers(size_t count) {
   std::vector<float> values(count);
-  std::normal_distribution<float> draw;
-  for (float& value : values) value = draw(generator);
+  for (float& value : values) value = static_cast<float>(static_cast<int32_t>(generator())) * 0x1p-30f;
   return values;
 }
 
@@ -42,6 +47,9 @@ void expect(bool is_fine, const char* what, double error) {
   ++failures;
   std::printf("FAILED %s: %s, off by %g\n", kernels().name, what, error);
 }
+
+// The larger one, or NaN if one is.
+double larger(double a, double b) { return a >= b || std::isnan(a) ? a : b; }
 
 // A thread for each task; `late` ones begin when all work may be done.
 struct Pool {
@@ -77,16 +85,18 @@ void check_sharing() {
 struct Weight {
   std::vector<float> floats, scale, offset;
   std::vector<uint16_t> halves, scale_halves, offset_halves;
-  std::vector<int8_t> bytes;
+  std::vector<int8_t> bytes, table;
   std::vector<float> values;   // [P, I, 32], the weight in panels; of kInt8 without its scale
   std::vector<double> plain;  // [O, I]
   Panels panels;
 };
 
 constexpr Stored ALL[] = {Stored::kF32,  Stored::kBF16,    Stored::kF16,
-                          Stored::kInt8, Stored::kBlocks8, Stored::kBlocks4};
+                          Stored::kInt8, Stored::kBlocks8, Stored::kBlocks4, Stored::kTable4};
 
-bool is_in_blocks(Stored stored) { return stored == Stored::kBlocks8 || stored == Stored::kBlocks4; }
+bool is_of_4_bits(Stored stored) { return stored == Stored::kBlocks4 || stored == Stored::kTable4; }
+
+bool is_in_blocks(Stored stored) { return stored == Stored::kBlocks8 || is_of_4_bits(stored); }
 
 double widened(uint16_t half) {
   const uint32_t bits = static_cast<uint32_t>(half) << 16;
@@ -130,18 +140,20 @@ struct Grids {
 void fill(Weight& weight, Stored stored, int64_t I, int64_t O, Grids grids) {
   const int64_t P = (O + PANEL - 1) / PANEL, Q = is_in_blocks(stored) ? I / grids.block : 1;
   weight.plain.resize(O * I), weight.values.resize(P * I * PANEL);
-  if (stored == Stored::kF32) weight.floats = normal(P * I * PANEL);
+  if (stored == Stored::kF32) weight.floats = numbers(P * I * PANEL);
   if (stored == Stored::kF16) weight.halves = halves(P * I * PANEL);
   if (stored == Stored::kBF16) {
     weight.halves.resize(P * I * PANEL);
     for (uint16_t& half : weight.halves) half = static_cast<uint16_t>(0x3c00 + generator() % 0x400 + (generator() % 2 << 15));
   }
-  if (stored == Stored::kInt8) weight.bytes = codes(P * I * PANEL), weight.scale = normal(P * PANEL);
+  if (stored == Stored::kInt8) weight.bytes = codes(P * I * PANEL), weight.scale = numbers(P * PANEL);
   if (is_in_blocks(stored)) {
-    weight.bytes = codes(P * I * PANEL / (stored == Stored::kBlocks4 ? 2 : 1));
+    weight.bytes = codes(P * I * PANEL / (is_of_4_bits(stored) ? 2 : 1));
+    weight.table = codes(16);
+    grids.has_offset &= stored != Stored::kTable4;
     weight.scale_halves = halves(P * Q * PANEL), weight.scale = of_halves(weight.scale_halves);
     weight.offset_halves = halves(P * Q * PANEL), weight.offset = of_halves(weight.offset_halves);
-    if (!grids.is_f16) weight.offset = normal(P * Q * PANEL);
+    if (!grids.is_f16) weight.offset = numbers(P * Q * PANEL);
     if (!grids.has_offset) std::fill(weight.offset.begin(), weight.offset.end(), 0.0f);
   }
   for (int64_t o = 0; o < P * PANEL; ++o)
@@ -177,6 +189,11 @@ void fill(Weight& weight, Stored stored, int64_t I, int64_t O, Grids grids) {
           value = std::fma(code, weight.scale[grid], weight.offset[grid]);
           break;
         }
+        case Stored::kTable4: {
+          const uint8_t pair = weight.bytes[(p * I / 2 + i / 2) * PANEL + lane];
+          value = weight.table[i % 2 ? pair >> 4 : pair & 15] * weight.scale[grid];
+          break;
+        }
       }
       weight.values[at] = value;
       if (o < O) weight.plain[o * I + i] = scale * value;
@@ -188,7 +205,8 @@ void fill(Weight& weight, Stored stored, int64_t I, int64_t O, Grids grids) {
   const void* scale = is_f16 ? static_cast<const void*>(weight.scale_halves.data()) : weight.scale.data();
   const void* offset = is_f16 ? static_cast<const void*>(weight.offset_halves.data()) : weight.offset.data();
   if (!is_in_blocks(stored) || !grids.has_offset) offset = nullptr;
-  weight.panels = Panels{stored, code, scale, offset, I, O, Q, is_f16};
+  const int8_t* table = stored == Stored::kTable4 ? weight.table.data() : nullptr;
+  weight.panels = Panels{stored, code, scale, offset, I, O, Q, is_f16, table};
 }
 
 // The rows that `multiply` makes of panels [first, last), in two parts.
@@ -211,8 +229,7 @@ void compare(const char* what, const Weight& weight, const std::vector<float>& x
         const double term = x[r * I + i] * weight.plain[o * I + i];
         sum += term, size += std::fabs(term);
       }
-      const double error = std::fabs(out[r * O + o] - sum) / size;
-      worst = error <= worst ? worst : error;  // a NaN is kept
+      worst = larger(worst, std::fabs(out[r * O + o] - sum) / size);
     }
   expect(worst < 2e-6, what, worst);
 }
@@ -229,7 +246,7 @@ void compare_alone(const std::vector<float>& all, int64_t R, const Alone& alone)
 void check_product(Stored stored, int64_t R, int64_t I, int64_t O, Grids grids = {}) {
   Weight weight;
   fill(weight, stored, I, O, grids);
-  std::vector<float> x = normal(R * I);
+  std::vector<float> x = numbers(R * I);
   std::vector<uint16_t> halves;
   for (float& value : x) {
     if (stored != Stored::kBF16 && stored != Stored::kInt8) break;
@@ -264,8 +281,10 @@ void check_product(Stored stored, int64_t R, int64_t I, int64_t O, Grids grids =
   compare_alone(dotted, R, [&](int64_t row) { return multiplied(weight, 1, dots_from(row)); });
   for (int64_t r = 1; r < R; r += 2) std::fill_n(halves.begin() + r * I, I, uint16_t{0x7fc0});
   const auto beside_nan = multiplied(weight, R, dots_from(0));
-  for (int64_t r = 0; r < R; r += 2)
-    expect(std::equal(dotted.begin() + r * O, dotted.begin() + (r + 1) * O, beside_nan.begin() + r * O), "a row beside NaN", r);
+  for (int64_t r = 0; r < R; r += 2) {
+    const auto row = dotted.begin() + r * O;
+    expect(std::equal(row, row + O, beside_nan.begin() + r * O), "a row beside NaN", r);
+  }
 }
 
 void check_products() {
@@ -291,13 +310,49 @@ void check_products() {
   for (Stored stored : ALL)
     for (int64_t R : {97, 131})  // a prompt's
       for (int64_t I : {128, 544}) check_product(stored, R, I, 33);
-  for (Stored stored : {Stored::kBlocks8, Stored::kBlocks4})
+  for (Stored stored : {Stored::kBlocks8, Stored::kBlocks4, Stored::kTable4})
     for (int64_t R : {1, 3, 30})
       for (bool is_f16 : {false, true})
         for (bool has_offset : {false, true}) {
           for (int64_t block : {2, 8, 16, 64, 128}) check_product(stored, R, 384, 40, {block, is_f16, has_offset});
           check_product(stored, R, 768, 70, {256, is_f16, has_offset});
         }
+}
+
+// Threads with rows and weights of their own, at once: what one has set up is not the other's.
+void check_threads() {
+  struct Task {
+    int64_t rows;
+    Weight weight;
+    std::vector<float> x, out;
+    std::vector<uint16_t> halves;
+    int differing;
+  };
+  constexpr int64_t I = 1058, O = 128;
+  Task tasks[] = {{3, {}, {}, {}, {}, 0}, {40, {}, {}, {}, {}, 0}};
+  const auto multiply = [](const Task& task) {
+    return multiplied(task.weight, task.rows, [&](float* out, int64_t rows, int64_t first, int64_t last) {
+      if (kernels().dots) return kernels().dots(task.halves.data(), task.weight.panels, out, rows, first, last);
+      kernels().panels(task.x.data(), task.weight.panels, out, rows, first, last);
+    });
+  };
+  for (Task& task : tasks) {
+    fill(task.weight, task.rows == 3 ? Stored::kBF16 : Stored::kInt8, I, O, {});
+    task.x = numbers(task.rows * I);
+    for (float value : task.x) {
+      uint32_t bits;
+      __builtin_memcpy(&bits, &value, sizeof bits);
+      task.halves.push_back(bits >> 16);
+    }
+    task.out = multiply(task);
+  }
+  std::vector<std::thread> threads;
+  for (Task& task : tasks)
+    threads.emplace_back([&task, multiply] {
+      for (int64_t n = 0; n < 320 / task.rows; ++n) task.differing += multiply(task) != task.out;
+    });
+  for (std::thread& thread : threads) thread.join();
+  for (const Task& task : tasks) expect(!task.differing, "products of threads at once", task.differing);
 }
 
 // Each number of half precision, as a product has it: 1 times it.
@@ -325,6 +380,34 @@ std::vector<float> attended(Attention of, int64_t most) {
   return out;
 }
 
+// Attention of one query [H] over `count` keys and values [count, H]; `sink` may be null.
+std::vector<double> plainly(const float* q, const double* keys, const double* values, int64_t count, int64_t H, float cap,
+                            const float* sink) {
+  std::vector<double> score(count), sum(H, 0.0);
+  double most = sink ? *sink : -1e300;
+  for (int64_t s = 0; s < count; ++s) {
+    double dot = 0;
+    for (int64_t h = 0; h < H; ++h) dot += q[h] * keys[s * H + h];
+    dot /= std::sqrt(static_cast<double>(H));
+    score[s] = cap > 0 ? cap * std::tanh(dot / cap) : dot;
+    most = std::max(most, score[s]);
+  }
+  double whole = sink ? std::exp(*sink - most) : 0;
+  for (int64_t s = 0; s < count; ++s) {
+    const double weight = std::exp(score[s] - most);
+    whole += weight;
+    for (int64_t h = 0; h < H; ++h) sum[h] += weight * values[s * H + h];
+  }
+  for (double& value : sum) value /= whole;
+  return sum;
+}
+
+// The larger of `worst` and what `out` is off by.
+double worse(double worst, const std::vector<double>& plain, const float* out) {
+  for (size_t h = 0; h < plain.size(); ++h) worst = larger(worst, std::fabs(out[h] - plain[h]));
+  return worst;
+}
+
 void check_attention(bool coded, int64_t W, int64_t K, int64_t G, int64_t H, int32_t window, float cap,
                      bool sinks = false, int64_t R = 128) {
   const int64_t J = 3, L = 2, P = 9, N = K * G, layer = 1;
@@ -335,7 +418,7 @@ void check_attention(bool coded, int64_t W, int64_t K, int64_t G, int64_t H, int
   std::vector<float> cache(coded ? 0 : L * P * K * R * 2 * H, NOT_A_NUMBER);
   std::vector<int8_t> cells = coded ? codes(L * P * K * R * 2 * H) : std::vector<int8_t>();
   std::vector<float> scale(coded ? L * P * K * 2 * R : 0, NOT_A_NUMBER);
-  const std::vector<float> q = normal(B * W * N * H), fresh = normal(B * W * K * 2 * H), sink = normal(sinks ? N : 0);
+  const std::vector<float> q = numbers(B * W * N * H), fresh = numbers(B * W * K * 2 * H), sink = numbers(sinks ? N : 0);
   int32_t next = 2;
   for (int64_t b = 0; b < B; ++b)
     for (int64_t j = 0; j * R < length[b]; ++j) {  // whole pages of most are shared: one by six slots, one by three
@@ -347,7 +430,7 @@ void check_attention(bool coded, int64_t W, int64_t K, int64_t G, int64_t H, int
   for (int64_t b = 0; b < B; ++b)
     for (int64_t k = 0; k < K; ++k)
       for (int64_t s = first(b, 0); s < length[b]; ++s) {
-        const std::vector<float> values = normal(2 * H);
+        const std::vector<float> values = numbers(2 * H);
         for (int64_t h = 0; h < 2 * H && !coded; ++h) cache[row(b, k, s) * 2 * H + h] = values[h];
         if (coded) {
           const int64_t at = row(b, k, s) / R * 2 * R + s % R;
@@ -372,28 +455,19 @@ void check_attention(bool coded, int64_t W, int64_t K, int64_t G, int64_t H, int
     expect(same, "attention in groups is as that of each slot alone", most);
   }
   double worst = 0;
-  for (int64_t at = 0; at < B * W * N; ++at) {
-    const int64_t b = at / N / W, w = at / N % W, n = at % N, from = first(b, w), last = length[b] + w;
-    std::vector<double> score, sum(H, 0.0);
-    double most = sinks ? sink[n] : -1e300, whole = 0;
-    for (int64_t s = from; s <= last; ++s) {
-      double dot = 0;
-      for (int64_t h = 0; h < H; ++h) dot += q[at * H + h] * value(b, n / G, s, h);
-      dot /= std::sqrt(static_cast<double>(H));
-      score.push_back(cap > 0 ? cap * std::tanh(dot / cap) : dot);
-      most = std::max(most, score.back());
+  for (int64_t b = 0; b < B; ++b)
+    for (int64_t k = 0; k < K; ++k) {
+      std::vector<double> keys, values;
+      for (int64_t s = first(b, 0); s < length[b] + W; ++s)
+        for (int64_t h = 0; h < H; ++h) keys.push_back(value(b, k, s, h)), values.push_back(value(b, k, s, H + h));
+      for (int64_t w = 0; w < W; ++w)
+        for (int64_t n = k * G; n < (k + 1) * G; ++n) {
+          const int64_t at = ((b * W + w) * N + n) * H, from = first(b, w), skipped = (from - first(b, 0)) * H;
+          const auto plain = plainly(&q[at], &keys[skipped], &values[skipped], length[b] + w + 1 - from, H, cap,
+                                     sinks ? &sink[n] : nullptr);
+          worst = worse(worst, plain, &out[at]);
+        }
     }
-    if (sinks) whole = std::exp(sink[n] - most);
-    for (int64_t s = from; s <= last; ++s) {
-      const double weight = std::exp(score[s - from] - most);
-      whole += weight;
-      for (int64_t h = 0; h < H; ++h) sum[h] += weight * value(b, n / G, s, H + h);
-    }
-    for (int64_t h = 0; h < H; ++h) {
-      const double error = std::fabs(out[at * H + h] - sum[h] / whole);
-      worst = error <= worst ? worst : error;
-    }
-  }
   expect(worst < 1e-5, coded ? "attention over int8" : "attention", worst);
 }
 
@@ -423,8 +497,8 @@ void check_chunk(bool coded, int64_t T, int64_t K, int64_t G, int64_t H, int32_t
   std::vector<float> cache(coded ? 0 : L * P * K * R * 2 * H, NOT_A_NUMBER);
   std::vector<int8_t> cells = coded ? codes(L * P * K * R * 2 * H) : std::vector<int8_t>();
   std::vector<float> scale(coded ? L * P * K * 2 * R : 0, NOT_A_NUMBER);
-  const std::vector<float> q = normal(B * T * N * H), k = normal(B * T * K * H), v = normal(B * T * K * H);
-  const std::vector<float> sink = normal(sinks ? N : 0);
+  const std::vector<float> q = numbers(B * T * N * H), k = numbers(B * T * K * H), v = numbers(B * T * K * H);
+  const std::vector<float> sink = numbers(sinks ? N : 0);
   std::vector<float> out(B * T * N * H, NOT_A_NUMBER);
   int32_t next = 0;
   for (int64_t b = 0; b < B; ++b)
@@ -435,7 +509,7 @@ void check_chunk(bool coded, int64_t T, int64_t K, int64_t G, int64_t H, int32_t
   for (int64_t b = 0; b < B; ++b)
     for (int64_t of_kv = 0; of_kv < K; ++of_kv)
       for (int64_t s = window ? std::max<int64_t>(0, start[b] - window + 1) : 0; s < start[b]; ++s) {
-        const std::vector<float> values = normal(2 * H);
+        const std::vector<float> values = numbers(2 * H);
         if (!coded) std::copy(values.begin(), values.end(), cache.begin() + row(b, of_kv, s) * 2 * H);
         if (coded) {
           const int64_t at = row(b, of_kv, s) / R * 2 * R + s % R;
@@ -454,40 +528,52 @@ void check_chunk(bool coded, int64_t T, int64_t K, int64_t G, int64_t H, int32_t
   const int64_t parts = parts_of(of);
   for (int64_t part = 0, each = 1; part < parts; part += each++) kernels().attend_chunk(of, part, std::min(part + each, parts));
   double worst = 0;
-  for (int64_t at = 0; at < B * T * N; ++at) {
-    const int64_t b = at / N / T, n = at % N, last = start[b] + at / N % T;
-    const int64_t from = window ? std::max<int64_t>(0, last - window + 1) : 0;
-    std::vector<double> score, sum(H, 0.0);
-    double most = sinks ? sink[n] : -1e300;
-    for (int64_t s = from; s <= last; ++s) {
-      double dot = 0;
-      for (int64_t h = 0; h < H; ++h) dot += q[at * H + h] * value(b, n / G, s, h, false);
-      dot /= std::sqrt(static_cast<double>(H));
-      score.push_back(cap > 0 ? cap * std::tanh(dot / cap) : dot);
-      most = std::max(most, score.back());
+  for (int64_t b = 0; b < B; ++b)
+    for (int64_t of_kv = 0; of_kv < K; ++of_kv) {
+      const auto first = [&](int64_t x) { return window ? std::max<int64_t>(0, start[b] + x - window + 1) : 0; };
+      std::vector<double> keys, values;
+      for (int64_t s = first(0); s < start[b] + T; ++s)
+        for (int64_t h = 0; h < H; ++h)
+          keys.push_back(value(b, of_kv, s, h, false)), values.push_back(value(b, of_kv, s, h, true));
+      for (int64_t x = 0; x < T; ++x)
+        for (int64_t n = of_kv * G; n < (of_kv + 1) * G; ++n) {
+          const int64_t at = ((b * T + x) * N + n) * H, skipped = (first(x) - first(0)) * H;
+          const auto plain = plainly(&q[at], &keys[skipped], &values[skipped], start[b] + x + 1 - first(x), H, cap,
+                                     sinks ? &sink[n] : nullptr);
+          worst = worse(worst, plain, &out[at]);
+        }
     }
-    double whole = sinks ? std::exp(sink[n] - most) : 0;
-    for (int64_t s = from; s <= last; ++s) {
-      const double weight = std::exp(score[s - from] - most);
-      whole += weight;
-      for (int64_t h = 0; h < H; ++h) sum[h] += weight * value(b, n / G, s, h, true);
-    }
-    for (int64_t h = 0; h < H; ++h) {
-      const double error = std::fabs(out[at * H + h] - sum[h] / whole);
-      worst = error <= worst ? worst : error;
-    }
-  }
   expect(worst < 1e-5, coded ? "attention of a chunk over int8" : "attention of a chunk", worst);
 }
 
 void check_chunks() {
   for (bool coded : {false, true})
     for (int64_t T : {1, 31, 33, 130})
-      for (int64_t H : {8, 20, 64}) check_chunk(coded, T, 2, H == 20 ? 3 : 1, H, 0, 0);
+      for (int64_t H : {8, 20, 64, 128}) check_chunk(coded, T, 2, H == 20 ? 3 : 1, H, 0, 0);
   for (bool coded : {false, true})
     for (int64_t T : {5, 70})
       for (int32_t window : {1, 2, 31, 32, 33, 64, 100, 128, 129, 2147483647}) check_chunk(coded, T, 1, 2, 16, window, 5.0f);
   for (int32_t window : {0, 1, 128}) check_chunk(false, 40, 2, 4, 24, window, 0, true);
+}
+
+void check_norms() {
+  for (int64_t rows : {1, 3})
+    for (int64_t width : {1, 5, 16, 33, 576}) {
+      const std::vector<float> x = numbers(rows * width), weight = numbers(width);
+      std::vector<float> out(rows * width, NOT_A_NUMBER);
+      kernels().rms_norm(x.data(), weight.data(), out.data(), rows, width, 0.5f);
+      double worst = 0;
+      for (int64_t r = 0; r < rows; ++r) {
+        double squares = 0;
+        for (int64_t i = 0; i < width; ++i) squares += double{x[r * width + i]} * x[r * width + i];
+        for (int64_t i = 0; i < width; ++i) {
+          const double expected = weight[i] * x[r * width + i] / std::sqrt(squares / width + 0.5);
+          const double error = std::fabs(out[r * width + i] - expected) / (std::fabs(expected) + 1e-30);
+          worst = error <= worst ? worst : error;  // a NaN is kept
+        }
+      }
+      expect(worst < 1e-6, "a norm", worst);
+    }
 }
 
 // What the groups are: order, and {first, count, pages} of each.
@@ -525,20 +611,27 @@ void check_groups() {
 
 }  // namespace
 
-int main() {
+// Checks the levels that are named, each of which this CPU must run, or all that it does run.
+int main(int count, char** names) {
+  const bool is_named = count > 1;
+  const std::vector<const char*> named(names + 1, names + count);
+  const std::vector<const char*> all = {"generic", "avx2", "avx512", "avx512_bf16", "amx"};
   check_sharing();
   check_groups();
   int levels = 0;
-  for (const char* level : {"generic", "avx2", "avx512", "avx512_bf16", "amx"}) {
+  for (const char* level : is_named ? named : all) {
     if (!use_level(level)) {
       std::printf("%s: not on this CPU\n", level);
+      failures += is_named;
       continue;
     }
     ++levels;
     check_halves();
     check_products();
+    check_threads();
     check_attentions();
     check_chunks();
+    check_norms();
     std::printf("%s: checked\n", level);
   }
   expect(levels > 0 && !use_level("avx9000"), "levels by their names", levels);

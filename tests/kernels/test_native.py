@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from slipstream.kernels import native, ragged_attention
+from slipstream.kernels import native, ragged_attention, rms_norm
 from slipstream.kernels.native import library
 from slipstream.kernels.panel_matmul import PANEL, Panels, pack, pack_blocks, pack_int4, pack_int8, panel_matmul, unpack
 
@@ -17,7 +17,7 @@ from .test_chunk_attention import Case
 
 MULTIPLY = jax.jit(panel_matmul, static_argnames=("outputs", "backend"))
 ATTEND = jax.jit(ragged_attention, static_argnames=("window", "soft_cap", "mesh", "backend"))
-LEVELS = ("generic", "avx2", "avx512", "avx512_bf16")
+LEVELS = ("generic", "avx2", "avx512", "avx512_bf16", "amx")
 
 
 @pytest.fixture(params=LEVELS)
@@ -59,6 +59,39 @@ def test_a_level_that_the_cpu_has_not_is_refused():
     assert native.level() == before
 
 
+def test_a_layer_of_a_stack_is_multiplied_where_it_lies(level):
+    """The number is traced, as a scan's; what is beyond the stack is clamped, as XLA does."""
+    weight_LOI, x_RI = oracle.normal(0, 3, 70, 64), jnp.asarray(oracle.normal(1, 5, 64))
+    layers = [pack(jnp.asarray(weight_OI), jnp.bfloat16) for weight_OI in weight_LOI]
+    stack = jax.tree.map(lambda *leaves: jnp.stack(leaves), *layers)
+    for layer, of_stack in ((0, 0), (2, 2), (9, 2)):
+        found = MULTIPLY(x_RI, stack, jnp.int32(layer), outputs=70, backend="native_cpu")
+        alone = MULTIPLY(x_RI, layers[of_stack], outputs=70, backend="native_cpu")
+        reference = MULTIPLY(x_RI, stack, jnp.int32(layer), outputs=70, backend="xla")
+        np.testing.assert_array_equal(found, alone)
+        np.testing.assert_allclose(found, reference, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(1, 576), (3, 7), (2, 5, 64), (300, 513)])
+def test_norms(level, shape):
+    """Of rows and of heads, of whole vectors and of a rest, by one thread and by several."""
+    x, weight_D = 30 * oracle.normal(0, *shape), oracle.normal(1, shape[-1])
+    found = jax.jit(rms_norm, static_argnames=("eps", "backend"))(x, weight_D, eps=0.5, backend="native_cpu")
+    wide = np.asarray(x, np.float64)
+    expected = np.asarray(weight_D, np.float64) * wide / np.sqrt((wide**2).mean(-1, keepdims=True) + 0.5)
+    np.testing.assert_allclose(found, expected, rtol=1e-6)
+    np.testing.assert_allclose(rms_norm(x, weight_D, eps=0.5, backend="xla"), expected, rtol=1e-6)
+    alone = rms_norm(x[-1:], weight_D, eps=0.5, backend="native_cpu")
+    np.testing.assert_array_equal(alone, found[-1:])
+
+
+def test_norms_refuse_what_does_not_fit():
+    with pytest.raises(ValueError, match="must be float32, got bfloat16 and float32"):
+        rms_norm(jnp.zeros((2, 8), jnp.bfloat16), jnp.zeros(8), eps=0.5, backend="native_cpu")
+    with pytest.raises(ValueError, match=r"weight_D must be \[D\] = \(8,\), got \(4,\)"):
+        rms_norm(jnp.zeros((2, 8)), jnp.zeros(4), eps=0.5, backend="native_cpu")
+
+
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 @pytest.mark.parametrize(("I", "O"), [(288, 70), (33, 70), (64, 600)])
 def test_products_with_codes(level, I, O, dtype):
@@ -74,7 +107,10 @@ def test_products_with_codes(level, I, O, dtype):
         check_product(x_RI, panels, np.asarray(unpack(panels, O, I)))
 
 
-@pytest.mark.parametrize("form", ["f16", "blocks8", "blocks8 with offsets", "blocks4", "blocks4 in floats"])
+FORMS = ["f16", "blocks8", "blocks8 with offsets", "blocks4", "blocks4 in floats", "table", "table in floats"]
+
+
+@pytest.mark.parametrize("form", FORMS)
 def test_products_are_those_of_the_weight_in_floats(level, form):
     """Bit by bit, whatever the number of rows: a weight is made by one rounding, its sums input after input."""
     rng, (O, Q, block) = np.random.default_rng(0), (70, 9, 32)
@@ -86,7 +122,10 @@ def test_products_are_those_of_the_weight_in_floats(level, form):
         code_OI = jnp.asarray(rng.integers(-128, 128, (O, Q * block), np.int8))
         panels = pack_blocks(code_OI, scale_OQ, offset_OQ if form.endswith("offsets") else None, 8)
     else:
-        panels = pack_blocks(jnp.asarray(rng.integers(0, 16, (O, Q * block), np.int8)), scale_OQ, offset_OQ, 4)
+        code_OI = jnp.asarray(rng.integers(0, 16, (O, Q * block), np.int8))
+        is_table = form.startswith("table")
+        table = tuple(rng.integers(-128, 128, 16).tolist()) if is_table else ()
+        panels = pack_blocks(code_OI, scale_OQ, None if is_table else offset_OQ, 4, table)
     floats = pack(unpack(panels, O, Q * block), jnp.float32)
     x_RI = jnp.asarray(oracle.normal(1, 30, Q * block))
     for rows in (1, 3, 8, 30):

@@ -16,6 +16,7 @@ from tests.arrays import array
 from . import oracle
 
 L, LAYER, R = 3, 1, 128
+PRODUCT = (pytest.mark.slow, pytest.mark.product)
 ATTEND = jax.jit(ragged_attention, static_argnames=("soft_cap", "mesh", "backend"))
 
 
@@ -57,8 +58,9 @@ def inputs(lengths, S, K, G, H, dtype, seed=0, window=None, W=1):
         pytest.param(4, 1, 128, jnp.float32, marks=pytest.mark.slow),
         pytest.param(2, 8, 64, jnp.float32, marks=pytest.mark.slow),
         pytest.param(4, 3, 128, jnp.bfloat16, marks=pytest.mark.slow),
-        pytest.param(2, 1, 64, jnp.bfloat16, marks=pytest.mark.slow),
-        pytest.param(1, 4, 128, jnp.float32, marks=pytest.mark.slow),
+        *(  # each number of heads, of lanes and type is among those above
+            pytest.param(*case, marks=PRODUCT) for case in [(2, 1, 64, jnp.bfloat16), (1, 4, 128, jnp.float32)]
+        ),
     ],
 )
 def test_every_length_around_a_page(mesh, backend, K, G, H, dtype):
@@ -144,7 +146,7 @@ WINDOWS = [1, 2, 127, 128, 129, 300, 385, 2**31 - 1]
         ("xla_gpu", 2, 2, 64, jnp.float32, WINDOWS),
         ("pallas_interpret", 1, 4, 64, jnp.bfloat16, [1, 128]),
         pytest.param("pallas_interpret", 2, 2, 128, jnp.float32, WINDOWS, marks=pytest.mark.slow),
-        pytest.param("pallas_interpret", 3, 1, 64, jnp.float32, WINDOWS[1:5], marks=pytest.mark.slow),
+        pytest.param("pallas_interpret", 3, 1, 64, jnp.float32, WINDOWS[1:5], marks=PRODUCT),  # 3 heads: see above
     ],
 )
 def test_every_length_and_window_around_a_page(mesh, backend, K, G, H, dtype, windows):
@@ -203,7 +205,7 @@ def test_layers_of_one_scan_have_windows_of_their_own(mesh, backend):
         pytest.param(8, 2, 1, 128, jnp.float32, marks=pytest.mark.slow),
         pytest.param(2, 1, 8, 256, jnp.bfloat16, marks=pytest.mark.slow),
         pytest.param(5, 4, 2, 64, jnp.bfloat16, marks=pytest.mark.slow),
-        pytest.param(7, 1, 3, 64, jnp.float32, marks=pytest.mark.slow),
+        pytest.param(7, 1, 3, 64, jnp.float32, marks=PRODUCT),  # 3 and 5 are odd, too
     ],
 )
 def test_several_tokens(mesh, backend, W, K, G, H, dtype):
@@ -225,8 +227,9 @@ def test_several_tokens(mesh, backend, W, K, G, H, dtype):
         ),
         pytest.param("pallas_interpret", 4, 1, 3, 64, jnp.bfloat16, [3, R + 2], marks=pytest.mark.slow),
         pytest.param(
-            "pallas_interpret", 8, 2, 2, 128, jnp.float32, [*range(1, 10), *WINDOWS[2:]], marks=pytest.mark.slow
+            "pallas_interpret", 8, 2, 2, 128, jnp.float32, [1, 2, 7, 8, 9, *WINDOWS[3:]], marks=pytest.mark.slow
         ),
+        pytest.param("pallas_interpret", 8, 2, 2, 128, jnp.float32, [*range(3, 7), WINDOWS[2]], marks=PRODUCT),
     ],
 )
 def test_several_tokens_with_windows(mesh, backend, W, K, G, H, dtype, windows):

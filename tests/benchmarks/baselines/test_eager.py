@@ -51,13 +51,11 @@ def test_greedy_tokens_are_ours_and_a_full_slot_is_not_written(form, loop, shard
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("loop", ["unrolled", "scan"])
-def test_int4_weights_that_are_read_from_the_stack(loop):
+def test_int4_weights_that_are_read_from_the_stack():
     checkpoint = RandomCheckpoint(replace(TINY, ffn_dim=64))
     config = EngineConfig(slots=4, cache_length=128, quantize_weights="int4", quantize_block=32, tensor_parallel=1)
     engine = build_engine(config, checkpoint)
     params = engine.parameters.load(checkpoint)
     expected = greedy(engine, params, PROMPTS, 4)
-    eager = eager_twin(engine, "stacked")
-    params = stacked_layers(params) if loop == "scan" else params
-    assert greedy(eager, params, PROMPTS, 4) == expected
+    for of_loop in (params, stacked_layers(params)):  # unrolled, and a scan
+        assert greedy(eager_twin(engine, "stacked"), of_loop, PROMPTS, 4) == expected

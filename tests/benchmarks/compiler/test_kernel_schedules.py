@@ -159,23 +159,31 @@ def test_programs_of_a_dump(tmp_path):
     assert programs(tmp_path) == {"ragged_attention_1x128_page512": "bundles"}
 
 
+@pytest.fixture(scope="module")
+def shipped():
+    """The rows of all that is read below, by setting: one process loads libtpu."""
+    wanted = [*ATTENTION, WINDOWED, INT8, *FLUSHES, SCATTER_OF_4, *CHUNKS]
+    return {row.setting: row for row in measure("v5e", wanted)}
+
+
 def tuned(kv_heads, head_dim, dtype, **options):
     """The kernel as it is shipped for v5e."""
     rows = tuned_rows("TPU v5 lite")[shape_key(kv_heads, head_dim, dtype)]
     return Setting("attention", kv_heads, head_dim, dtype, rows, **options)
 
 
+ATTENTION = [tuned(K, H, "bfloat16") for K, H in [(1, 128), (4, 128), (8, 128), (1, 64), (4, 64)]]
+WINDOWED = tuned(4, 128, "bfloat16", window=True, soft_cap=50.0)
+INT8 = tuned(4, 128, "int8")
+FLUSHES = [Setting("flush", K, 128, "bfloat16") for K in (1, 4, 8)]
+SCATTER_OF_4 = Setting("scatter", 4, 128, "bfloat16")
+CHUNKS = [Setting("chunk", *shape, 256, tokens=512) for shape in ((1, 128, "bfloat16"), (8, 64, "int8"))]
+
+
 @pytest.mark.slow
-def test_int8_saves_time_and_a_window_costs_little():
+def test_int8_saves_time_and_a_window_costs_little(shipped):
     """On v5e, at the tuned pages: rows of 264 bytes take less time than of 512; a border more is a few bundles."""
-    rows = measure(
-        "v5e",
-        [
-            tuned(4, 128, "bfloat16"),
-            tuned(4, 128, "bfloat16", window=True, soft_cap=50.0),
-            tuned(4, 128, "int8"),
-        ],
-    )
+    rows = [shipped[setting] for setting in (ATTENTION[1], WINDOWED, INT8)]
     plain, windowed, int8 = (row for row in rows if isinstance(row, AttentionRow))
     assert windowed.whole < plain.whole + 40
     assert int8.cycles < 0.65 * plain.cycles
@@ -189,10 +197,9 @@ def test_a_chunk_goes_over_its_blocks_and_whole_pages():
 
 
 @pytest.mark.slow
-def test_a_chunk_waits_for_its_own_work():
+def test_a_chunk_waits_for_its_own_work(shipped):
     """Pages arrive while a block of queries is busy, most of the time with products."""
-    wanted = [Setting("chunk", *shape, 256, tokens=512) for shape in ((1, 128, "bfloat16"), (8, 64, "int8"))]
-    one, several = measure("v5e", wanted)
+    one, several = (shipped[setting] for setting in CHUNKS)
     assert isinstance(one, ChunkRow)
     assert isinstance(several, ChunkRow)
     assert (one.heads, several.heads, one.block) == (1, 1, 256)
@@ -203,9 +210,9 @@ def test_a_chunk_waits_for_its_own_work():
 
 
 @pytest.mark.slow
-def test_a_scatter_costs_more_than_the_flush():
+def test_a_scatter_costs_more_than_the_flush(shipped):
     """On v5e, of 32 layers of 16 slots with 4 kv heads: what the evidence for one flush a step rests on."""
-    scatter, flush = measure("v5e", [Setting(kernel, 4, 128, "bfloat16") for kernel in ("scatter", "flush")])
+    scatter, flush = shipped[SCATTER_OF_4], shipped[FLUSHES[1]]
     assert isinstance(scatter, ScatterRow)
     assert isinstance(flush, FlushRow)
     rounds = 32 * 16 * 4 / scatter.rows
@@ -213,13 +220,9 @@ def test_a_scatter_costs_more_than_the_flush():
 
 
 @pytest.mark.slow
-def test_what_we_ship_waits_for_hbm():
+def test_what_we_ship_waits_for_hbm(shipped):
     """Attention in bf16 at the tuned pages, and the flush: fewer bundles than cycles of DMA, on v5e."""
-    shapes = [(1, 128), (4, 128), (8, 128), (1, 64), (4, 64)]
-    rows = measure(
-        "v5e",
-        [tuned(K, H, "bfloat16") for K, H in shapes] + [Setting("flush", K, H, "bfloat16") for K, H in shapes[:3]],
-    )
+    rows = [shipped[setting] for setting in (*ATTENTION, *FLUSHES)]
     attention = [row for row in rows if isinstance(row, AttentionRow)]
     assert [(row.setting.page, row.whole) for row in attention if not row.is_dma_bound] == []
     assert [(r.setting, r.step) for r in rows if isinstance(r, FlushRow) and r.step > r.dma_cycles] == []

@@ -22,8 +22,18 @@ STEPS = 4
 PROMPT = [(7 * i * i + 3 * i) % 101 for i in range(13)]
 
 VARIANTS = {"llama-biases", "qwen2-windows", "smollm3-windows", "stablelm-parallel"}
+ALIKE = {"cohere2", "gemma", "glm", "granite", "mistral", "olmo3", "qwen3", "smollm3"}
+"""Their matrices are another's here (cohere, gemma2, glm4, llama, olmo2, gemma3); adapters change nothing else."""
+
+
+def _marks(family: str) -> list[pytest.MarkDecorator]:
+    if family == "phi3":
+        return []
+    return [pytest.mark.slow, pytest.mark.product] if family in ALIKE else [pytest.mark.slow]
+
+
 CASES = [
-    pytest.param(family, 1 + 7 * (number % 2), marks=() if family == "phi3" else pytest.mark.slow)
+    pytest.param(family, 1 + 7 * (number % 2), marks=_marks(family))
     for number, family in enumerate(sorted(set(FAMILIES) - VARIANTS, key=lambda family: (family != "phi3", family)), 1)
 ]
 """Every other one on eight devices, where the layers are scanned. Phi-3 has copied kv heads and fused matrices."""

@@ -21,9 +21,10 @@ ARCHITECTURES = {
 KINDS = gguf.GGMLQuantizationType
 HALVES = {
     KINDS.Q4_0: (0,), KINDS.Q4_1: (0, 2), KINDS.Q5_0: (0,), KINDS.Q5_1: (0, 2), KINDS.Q8_0: (0,), KINDS.Q2_K: (80, 82),
-    KINDS.Q3_K: (108,), KINDS.Q4_K: (0, 2), KINDS.Q5_K: (0, 2), KINDS.Q6_K: (208,),
+    KINDS.Q3_K: (108,), KINDS.Q4_K: (0, 2), KINDS.Q5_K: (0, 2), KINDS.Q6_K: (208,), KINDS.IQ4_NL: (0,),
+    KINDS.IQ4_XS: (0,), KINDS.MXFP4: (),
 }  # fmt: skip
-"""Where a block has its float16 numbers (bytes)."""
+"""Where a block has its float16 numbers (bytes); MXFP4 has an exponent instead."""
 
 
 def add_shape(writer, fields):
@@ -182,6 +183,8 @@ def random_codes(rng, kind, shape, halves):
     stored = rng.integers(0, 256, (shape[0], shape[1] // inputs, size), np.uint8)
     for at in HALVES[kind]:
         stored[..., at : at + 2] = halves(rng, stored.shape[:2])[..., None].view(np.uint8)
+    if kind == KINDS.MXFP4:
+        stored[..., 0] = rng.integers(119, 123, stored.shape[:2])
     return stored.reshape(shape[0], -1)
 
 

@@ -5,12 +5,14 @@ import logging
 import numpy as np
 import pytest
 import torch
+from slipstream.engine_impl.checkpoints.mxfp4 import COMPACT
 from slipstream.engine_impl.checkpoints.prequantized import Matrix
 from slipstream.engine_impl.checkpoints.quantization_config import read_format
 from slipstream.engine_impl.checkpoints.safetensors import SafetensorsCheckpoint
 from slipstream.engine_impl.config import EngineConfig
 from slipstream.engine_impl.errors import RefusedError
 from slipstream.engine_impl.loading import load_engine
+from slipstream.kernels import pack_blocks, unpack
 
 from .folders import CONFIG, write_folder
 
@@ -56,7 +58,7 @@ def test_experts_are_transformers_own(tmp_path, caplog):
     stored = tensors()
     with caplog.at_level(logging.INFO):
         checkpoint = SafetensorsCheckpoint(write_folder(tmp_path, tensors=stored, config=CODED))
-    assert f"{3 * E} matrices of MXFP4, which are widened to floats" in caplog.text
+    assert f"{3 * E} matrices of MXFP4, which are widened to floats, but by native kernels of CPUs" in caplog.text
     assert checkpoint.quantization is None
     for name, parts in {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}.items():
         codes = (torch.from_numpy(stored[f"{EXPERTS}{name}_{kind}"]) for kind in ("blocks", "scales"))
@@ -66,7 +68,10 @@ def test_experts_are_transformers_own(tmp_path, caplog):
                 module = f"layers.0.mlp.experts.{e}.{part}"
                 tensor = checkpoint.tensor(f"{module}.weight")
                 assert tensor.dtype.name == "bfloat16"
-                np.testing.assert_array_equal(tensor.astype(np.float32), expected_EIO[e][:, at :: len(parts)].T)
+                expected_OI = expected_EIO[e][:, at :: len(parts)].T
+                np.testing.assert_array_equal(tensor.astype(np.float32), expected_OI)
+                of_codes = pack_blocks(*checkpoint.codes(f"{module}.weight"), bits=4, table=COMPACT.table)
+                np.testing.assert_array_equal(unpack(of_codes, *expected_OI.shape), expected_OI)
                 bias = stored[f"{EXPERTS}{name}_bias"][e, at :: len(parts)]
                 np.testing.assert_array_equal(checkpoint.tensor(f"{module}.bias"), bias)
     config = EngineConfig(

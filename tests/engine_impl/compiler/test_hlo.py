@@ -78,6 +78,8 @@ def test_copies_of_the_cache_are_found_wherever_it_goes(program):
     """Through tuples, loop and a kernel that works in place. Not the weights' copy, prefetches into VMEM and CMEM, what
     a kernel makes of it, or the update in place."""
     assert program.copies_of(CACHE, 8 * 128 * 4) == ["layer", "saved", "flushed_copy"]
+    prefetched = ["prefetch", "prefetch_of_v4"]
+    assert program.copies_of(CACHE, 8 * 128 * 4, on_chip=True) == ["layer", *prefetched, "saved", "flushed_copy"]
 
 
 def test_copies_below_the_threshold_are_nobodys_business(program):

@@ -28,7 +28,8 @@ DEVICES = os.environ["XLA_FLAGS"].replace("device_count=8", "device_count=2")
 START_S, END_S = 300.0, 30.0
 STEP_S = 5.0
 """--step-timeout: what a test of a host that hangs takes."""
-MODEL = CONFIG | {"num_attention_heads": 8, "num_key_value_heads": 8}
+MODEL = CONFIG | {"num_attention_heads": 12, "num_key_value_heads": 12}
+"""For two hosts and for three."""
 PROMPT = [5, 6, 7, 8, 9]
 SAMPLED = {"temperature": 1.5, "seed": 7, "top_k": 40}
 
@@ -115,7 +116,7 @@ def on_one_host(folder: Path, devices: int, steps: int, **options) -> list[int]:
 
 def test_a_group_answers_as_one_host_does_and_ends_in_order(folder):
     """Greedy and drawn; SIGTERM to a follower has the leader drain: what runs is answered, and all exit with 0."""
-    count = 4
+    count = 3
     with hosts(folder, count) as group:
         address = group.address()
         assert list(asked(address, 12)) == on_one_host(folder, 2 * count, 12)

@@ -163,10 +163,10 @@ def written_by_transformers(family: str, root: Path) -> tuple[Path, Any]:
     return root / family, model
 
 
-ON_ONE_ONLY = {"qwen2-windows", "smollm3-windows", "glm"}
-ON_BOTH = {"llama", "gemma2", "gemma3", "mixtral", "phi3", "gpt_oss", "cohere2"}
+ON_ONE_ONLY = {"qwen2-windows", "smollm3-windows"}
+ON_BOTH = {"gemma3", "mixtral", "cohere2"}
 """On one device layers are unrolled, by one code for all families: these have what it may get wrong (windows, ropes,
-soft caps, experts, sinks, matrices that are split)."""
+experts). Speculation's tests compare the others that do, token by token (llama, gemma2, phi3, gpt_oss, glm)."""
 
 
 def marks_of(family, devices):

@@ -22,7 +22,8 @@ from slipstream.engine_impl.quantization.swap import quantize
 from slipstream.engine_impl.session import Session
 from slipstream.engine_impl.weights.sharding import make_mesh
 
-from ..checkpoints.gguf_writing import HALVES, write_random_llama
+from ..checkpoints.gguf_writing import HALVES, write_gguf, write_random_llama
+from ..checkpoints.test_gguf_families import folder_of
 from ..tiny_models import TINY, RandomCheckpoint
 
 KINDS = gguf.GGMLQuantizationType
@@ -77,19 +78,19 @@ def check_equal(checkpoint):
 def test_numbers_of_gguf_files_are_those_of_float32(tmp_path, caplog):
     """Every kind in one file, so that layers differ; a matrix of float32 among them."""
     kinds = [*HALVES, KINDS.F16, KINDS.BF16, KINDS.F32]
-    path = write_random_llama(tmp_path / "m.gguf", kinds)
+    path = write_random_llama(tmp_path / "m.gguf", kinds, layers=3)
     with caplog.at_level(logging.INFO, "slipstream.engine_impl.loading"):
         engine, _ = check_equal(GGUFCheckpoint(path))
     found = forms(engine)
     assert found["embed_tokens"] == found["lm_head"] == "8-bit codes in blocks of 32"
     assert found["layers.0.self_attn.q_proj"] == "4-bit codes in blocks of 32"
-    assert found["layers.1.mlp.down_proj"] == "4-bit codes in blocks of 32", "the fourteenth matrix, the first kind"
+    assert found["layers.1.mlp.down_proj"] == "float16", "the fourteenth matrix and kind"
     assert set(found.values()) == {
         "4-bit codes in blocks of 16", "4-bit codes in blocks of 32", "8-bit codes in blocks of 16",
         "8-bit codes in blocks of 32", "float16", "bfloat16", "float32",
     }  # fmt: skip
     assert (
-        "matrices in memory: 5 of 8-bit codes in blocks of 32, 4 of 4-bit codes in blocks of 32, 2 of 4-bit codes in "
+        "matrices in memory: 8 of 4-bit codes in blocks of 32, 8 of 8-bit codes in blocks of 32, 2 of 4-bit codes in "
         "blocks of 16, 1 of 8-bit codes in blocks of 16, 1 of float16, 1 of bfloat16, 1 of float32"
     ) in caplog.text
 
@@ -120,13 +121,35 @@ def write_folder(folder, *, tied):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    ("family", "kind", "experts", "sizes"),
+    [
+        ("mixtral", KINDS.Q4_0, "4-bit codes in blocks of 32", {}),
+        ("qwen3moe", KINDS.BF16, "bfloat16", {}),
+        ("gpt-oss", KINDS.MXFP4, "4-bit codes in blocks of 32", {"hidden_size": 128, "head_dim": 32}),
+    ],
+)
+def test_numbers_of_experts_are_those_of_float32(family, kind, experts, sizes, tmp_path):
+    """With biases and without."""
+    folder = folder_of(family, tmp_path, **({"num_hidden_layers": 2, "intermediate_size": 96} | sizes))
+    engine, params = check_equal(GGUFCheckpoint(write_gguf(folder, tmp_path / "m.gguf", kind=kind)))
+    found = forms(engine)
+    assert {found[f"layers.{i}.mlp.{name}"] for i in range(2) for name in ("w1", "w2", "w3")} == {experts}
+    assert found["layers.0.mlp.gate"] == found["embed_tokens"] == experts
+    plain = decoded(engine.model, params)
+    checkpoint = GGUFCheckpoint(tmp_path / "m.gguf")
+    for expert, source in enumerate(engine.model.sources("layers.1.mlp.w2.weight")):
+        np.testing.assert_array_equal(plain["layers"][1]["mlp.w2.weight"][expert].T, checkpoint.tensor(source))
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("tied", [False, True])
 def test_numbers_of_folders_are_those_of_float32(tmp_path, tied):
     engine, params = check_equal(SafetensorsCheckpoint(write_folder(tmp_path, tied=tied)))
     found = forms(engine)
     assert set(found.values()) == {"bfloat16", "float16", "float32"}
-    assert ("embed_tokens" in found) == tied
-    assert params["layers"][0]["mlp.down_proj.code"].dtype == found["layers.0.mlp.down_proj"]
+    assert found["embed_tokens"] == "bfloat16"
+    assert (params["stacks"] | params["layers"][0])["mlp.down_proj.code"].dtype == found["layers.0.mlp.down_proj"]
 
 
 def test_weights_are_the_files(tmp_path):

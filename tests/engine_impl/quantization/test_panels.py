@@ -10,6 +10,7 @@ from slipstream.engine_impl import bridge
 from slipstream.engine_impl.api import Piece
 from slipstream.engine_impl.config import EngineConfig
 from slipstream.engine_impl.errors import RefusedError
+from slipstream.engine_impl.forward import numbered
 from slipstream.engine_impl.loading import build_engine
 from slipstream.engine_impl.quantization.panels import PanelEmbedding, PanelLinear, PanelWeight
 
@@ -18,6 +19,7 @@ from ..tiny_models import TINY, RandomCheckpoint, greedy
 SHAPE = replace(TINY, model_dim=64, ffn_dim=96)  # blocks of 32
 TIED = replace(SHAPE, tied_embeddings=True)
 PROMPTS = [[5, 17, 3], [90, 2, 41, 8, 60, 77, 13] * 4]
+PRODUCT = (pytest.mark.slow, pytest.mark.product)
 
 
 def engine_with(shape, devices=1, **options):
@@ -35,17 +37,18 @@ def kinds(engine):
     ("options", "shape", "expected"),
     [
         ({}, TIED, {"float32"}),
-        pytest.param({}, SHAPE, {"float32"}, marks=pytest.mark.slow),
         pytest.param({"dtype": "bfloat16"}, TIED, {"bfloat16"}, marks=pytest.mark.slow),
         pytest.param(
             {"dtype": "bfloat16", "quantize_weights": "int8"}, SHAPE, {"bfloat16", "int8"}, marks=pytest.mark.slow
         ),
-        pytest.param({"quantize_weights": "int8"}, SHAPE, {"float32", "int8"}, marks=pytest.mark.slow),
         pytest.param({"quantize_weights": "int4"}, TIED, {"float32", "int4"}, marks=pytest.mark.slow),
         pytest.param(
             {"quantize_weights": "int4", "quantize_exclude": ()}, TIED, {"int8", "int4"}, marks=pytest.mark.slow
         ),
         pytest.param({"quantize_kv": "int8"}, SHAPE, {"float32"}, marks=pytest.mark.slow),
+        # A head of its own and int8 codes are above, each beside something else:
+        pytest.param({}, SHAPE, {"float32"}, marks=PRODUCT),
+        pytest.param({"quantize_weights": "int8"}, SHAPE, {"float32", "int8"}, marks=PRODUCT),
     ],
 )
 def test_tokens_are_those_of_xla(options, shape, expected):
@@ -74,7 +77,8 @@ def test_a_tied_embedding_lies_there_once(options, expected):
     assert params["lm_head"] is params["embed_tokens"]
     assert {name: leaf.dtype.name for name, leaf in params["embed_tokens"].items()} == expected
     looked_up_VD = bridge.run(engine.model.embed_tokens, params["embed_tokens"], jnp.arange(TIED.vocab_size))
-    multiplied_DV = bridge.run(engine.model.lm_head, params["lm_head"], jnp.eye(TIED.model_dim))
+    head = params["lm_head"] | numbered(engine.model.lm_head, jnp.int32(0))
+    multiplied_DV = bridge.run(engine.model.lm_head, head, jnp.eye(TIED.model_dim))
     np.testing.assert_array_equal(looked_up_VD, multiplied_DV.T)
 
 

@@ -16,7 +16,8 @@ compilations.keep_in(Path(sys.argv[1]))
 import jax
 def double(x): return x * 2
 def triple(x): return x * 3
-print(jax.jit(double)(1.0), jax.jit(triple)(1.0), compilations.programs().compiled)
+def halve(x): return x / 2
+print(jax.jit(double)(1.0), jax.jit(triple)(1.0), jax.jit(halve)(1.0), compilations.programs().compiled)
 """
 
 
@@ -26,20 +27,22 @@ def start(folder, before=""):
         [sys.executable, "-c", before + START, str(folder)], capture_output=True, text=True, timeout=120, check=True
     )
     *values, compiled = done.stdout.split()
-    assert values == ["2.0", "3.0"]
+    assert values == ["2.0", "3.0", "0.5"]
     return int(compiled), done.stderr
 
 
-@pytest.mark.parametrize("keep", [0, 20])
-def test_a_damaged_program_is_replaced_and_the_start_after_compiles_nothing(keep, tmp_path):
+def test_damaged_programs_are_replaced_and_the_start_after_compiles_nothing(tmp_path):
+    """One is empty, one is cut off, and one is whole."""
     compiled, log = start(tmp_path)
-    assert (compiled > 0, log) == (True, "")
-    (damaged,) = tmp_path.glob("jit_double-*-cache")
-    damaged.write_bytes(damaged.read_bytes()[:keep])
+    assert (compiled > 2, log) == (True, "")
+    for name, keep in (("double", 0), ("triple", 20)):
+        (damaged,) = tmp_path.glob(f"jit_{name}-*-cache")
+        damaged.write_bytes(damaged.read_bytes()[:keep])
     compiled, log = start(tmp_path)
-    assert compiled == 1
-    assert len(log.splitlines()) == 1
-    assert f"a compiled program in {tmp_path} is damaged" in log
+    assert compiled == 2
+    lines = log.splitlines()
+    assert len(lines) == 2
+    assert all(f"a compiled program in {tmp_path} is damaged" in line for line in lines)
     assert start(tmp_path) == (0, "")
 
 

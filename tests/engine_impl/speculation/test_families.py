@@ -1,20 +1,23 @@
-"""Steps of several tokens, in every family: what they bring is what steps of one token bring."""
+"""Steps of several tokens, in every family: what they bring is what steps of one token bring, and transformers says."""
 
 import itertools
 
+import numpy as np
 import pytest
+import torch
 from slipstream.engine_impl.sampling.params import SamplingParams
 
+from ..models.against_transformers import reference_logits
 from ..models.test_families import FAMILIES, PROMPTS, load, written_by_transformers
 from .steps import told_by
 
 TOKENS, WIDTHS = 24, [4, 4, 1]
-SAMPLINGS = [SamplingParams(), SamplingParams(temperature=0.7, top_p=0.95, seed=5)]
+SAMPLINGS = [SamplingParams(logprobs=0), SamplingParams(temperature=0.7, top_p=0.95, seed=5, logprobs=0)]
 
 ON_EIGHT = {"gemma3"}
 """It has windows, and two ropes; and eight devices scan over the layers."""
 
-ON_ONE = {"llama", "gemma2", "qwen3_moe", "gpt_oss", "smollm3", "cohere2", "olmo3", "phi3", "glm"}
+ON_ONE = {"llama", "gemma2", "qwen3_moe", "gpt_oss", "smollm3", "phi3", "glm"}
 """A layer's own code takes rows and knows no slots, so norms, biases, factors and activations see no step's width. What
 does is here: positions (ropes of all kinds, of a part of a head, layers without), windows, soft caps, sinks, kv heads
 in groups, and how many rows the experts take."""
@@ -34,13 +37,23 @@ CASES = [
 @pytest.mark.parametrize(("family", "devices"), CASES)
 def test_no_draft_changes_a_token(family, devices, tmp_path_factory):
     """Drafts that are right, but for every seventh; greedy, and drawn beside it; over a page's border."""
-    folder, _ = written_by_transformers(family, tmp_path_factory.getbasetemp())
+    folder, reference = written_by_transformers(family, tmp_path_factory.getbasetemp())
     loaded = load(folder, devices, speculate="auto")
     cases = [(prompt, sampling, ()) for prompt, sampling in zip(PROMPTS, SAMPLINGS, strict=True)]
     plain, _ = told_by(loaded, cases, TOKENS, 1)
     assert all(len({*one.tokens}) >= 4 for one in plain), "a model that repeats itself would prove little"
+    assert_transformers_says_so(reference, plain)
     edited = [[(t + 1) % 101 if n % 7 == 6 else t for n, t in enumerate(one.tokens)] for one in plain]
     predicted = [(*case[:2], prediction) for case, prediction in zip(cases, edited, strict=True)]
     told, _ = told_by(loaded, predicted, TOKENS, WIDTHS)
     assert [one.tokens for one in told] == [one.tokens for one in plain]
     assert max(max(one.counts) for one in told) > 2
+
+
+def assert_transformers_says_so(reference, plain):
+    """Every token's log-probability, of both texts; and the greedy ones are the likeliest."""
+    for prompt, one in zip(PROMPTS, plain, strict=True):
+        logits_TV = reference_logits(reference, prompt + one.tokens[:-1])[len(prompt) - 1 :]
+        logprob_TV = torch.log_softmax(torch.from_numpy(logits_TV), dim=-1).numpy()
+        np.testing.assert_allclose(one.logprobs, logprob_TV[np.arange(TOKENS), one.tokens], atol=1e-4)
+        assert prompt is not PROMPTS[0] or one.tokens == logits_TV.argmax(-1).tolist()

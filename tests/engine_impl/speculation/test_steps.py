@@ -37,10 +37,15 @@ OPENINGS = [(PROMPT, sampling, ()) for sampling in SAMPLINGS]
 
 
 @pytest.fixture(scope="module")
-def plain():
-    """Told of each sampling without speculation."""
+def without_drafts():
     engine, params = tiny_engine()
-    told, _ = told_by((with_tokenizer(engine), params), OPENINGS, TOKENS, 1)
+    return with_tokenizer(engine), params
+
+
+@pytest.fixture(scope="module")
+def plain(without_drafts):
+    """Told of each sampling without speculation."""
+    told, _ = told_by(without_drafts, OPENINGS, TOKENS, 1)
     assert all(len({*one.tokens}) > 8 for one in told), "a model that repeats itself would prove little"
     return told
 
@@ -234,12 +239,12 @@ def test_an_answer_that_was_interrupted_drafts_and_chooses_as_it_would_have(plai
         assert tokens[: TOKENS - kept + 1] == answer[kept - 1 :]
 
 
-def test_a_width_that_there_is_not_is_told(drafting):
+def test_a_width_that_there_is_not_is_told(drafting, without_drafts):
     session = Session(*drafting)
     session.start(0, PROMPT)
     with pytest.raises(ValueError, match=r"width=3 must be one of \(1, 4, 8\)"):
         session.step(3)
-    plain = Session(*tiny_engine())
+    plain = Session(*without_drafts)
     plain.start(0, PROMPT)
     with pytest.raises(ValueError, match=r"width=4 must be one of \(1,\)"):
         plain.step(4)

@@ -3,7 +3,6 @@
 from contextlib import asynccontextmanager
 from typing import Any
 
-from anthropic import AsyncAnthropic
 from openai import AsyncOpenAI, DefaultAsyncHttpxClient
 from slipstream.server.config import ServerConfig
 
@@ -27,6 +26,8 @@ def client_of(server, token="none", **more):
 
 
 def anthropics_client_of(server, key="none"):
+    from anthropic import AsyncAnthropic  # takes two seconds, which processes that run other tests are spared
+
     return AsyncAnthropic(base_url=url(server), api_key=key, max_retries=0, timeout=WAIT_S, http_client=plain_http())
 
 

@@ -6,7 +6,6 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 import aiohttp
-import anthropic
 import openai
 import pytest
 from slipstream.server.config import SecurityConfig
@@ -88,6 +87,8 @@ def test_system_turns_and_blocks_reach_the_template():
 
 
 def test_anthropics_errors(tmp_path):
+    import anthropic
+
     (tmp_path / "tokens").write_text("secret\n")
     security = SecurityConfig(auth_token_file=tmp_path / "tokens")
 
@@ -135,6 +136,8 @@ def test_anthropics_errors(tmp_path):
 
 
 def test_a_failure_in_anthropics_stream_is_its_last_event():
+    import anthropic
+
     async def scenario():
         engine = FakeEngine(late_errors={1: RuntimeError("boom")}, step_s=0.02)
         async with serving_anthropic(engine) as (_, client):
