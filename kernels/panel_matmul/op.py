@@ -17,8 +17,8 @@ def panel_matmul(
 ) -> jax.Array:
     """x @ weight, one row or many; sums are f32.
 
-    The native kernel adds them up input after input, or where it multiplies bf16 by AMX's tiles 32 inputs after 32; in the
-    same order whatever the number of rows.
+    The native kernel adds them up input after input, of bf16 by AMX's tiles 32 inputs after 32: in the same order
+    whatever the number of rows.
 
     Args:
         x_RI: activations; f32, or bf16 where weights are bf16 or codes.
