@@ -319,7 +319,7 @@ void check_products() {
         }
 }
 
-// Threads with rows and weights of their own, at once: what one has set up is not the other's.
+// Threads with rows and weights of their own, at once, as many rows and others: what one has set up is not the other's.
 void check_threads() {
   struct Task {
     int64_t rows;
@@ -329,7 +329,7 @@ void check_threads() {
     int differing;
   };
   constexpr int64_t I = 1058, O = 128;
-  Task tasks[] = {{3, {}, {}, {}, {}, 0}, {40, {}, {}, {}, {}, 0}};
+  Task tasks[] = {{3, {}, {}, {}, {}, 0}, {3, {}, {}, {}, {}, 0}, {40, {}, {}, {}, {}, 0}};
   const auto multiply = [](const Task& task) {
     return multiplied(task.weight, task.rows, [&](float* out, int64_t rows, int64_t first, int64_t last) {
       if (kernels().dots) return kernels().dots(task.halves.data(), task.weight.panels, out, rows, first, last);
@@ -349,7 +349,7 @@ void check_threads() {
   std::vector<std::thread> threads;
   for (Task& task : tasks)
     threads.emplace_back([&task, multiply] {
-      for (int64_t n = 0; n < 320 / task.rows; ++n) task.differing += multiply(task) != task.out;
+      for (int64_t n = 0; n < 2000 / task.rows; ++n) task.differing += multiply(task) != task.out;
     });
   for (std::thread& thread : threads) thread.join();
   for (const Task& task : tasks) expect(!task.differing, "products of threads at once", task.differing);
