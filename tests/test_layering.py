@@ -45,6 +45,7 @@ SUB_ROOMS: dict[str, dict[str, set[str]]] = {
         "blockwise_matmul": {"backend"},
         "cache_flush": {"backend"},
         "chunk_attention": {"backend", "lanes", "native", "scores"},
+        "expert_matmul": {"backend", "native", "panel_matmul"},
         "native": set(),
         "panel_matmul": {"backend", "native"},
         "ragged_attention": {"backend", "lanes", "native", "scores"},

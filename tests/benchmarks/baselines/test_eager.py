@@ -26,7 +26,8 @@ def sharded():
 
 def stacked_layers(params):
     """Params as a TPU's: all layers' weights in one array, walked by a scan."""
-    return {**params, "layers": jax.tree.map(lambda *weights: jnp.stack(weights), *params["layers"])}
+    layers = jax.tree.map(lambda *weights: jnp.stack(weights), *params["layers"])
+    return {**params, "layers": layers | params["stacks"], "stacks": {}}
 
 
 @pytest.mark.slow

@@ -11,9 +11,9 @@ from slipstream.engine_impl.session import Session
 
 from ..tiny_models import TINY, tiny_engine
 from .steps import told_by
-from .test_steps import OPENINGS, PROMPT, TOKENS, plain, with_tokenizer
+from .test_steps import OPENINGS, PROMPT, TOKENS, plain, with_tokenizer, without_drafts
 
-__all__ = ["plain"]
+__all__ = ["plain", "without_drafts"]
 
 STRANGER = replace(TINY, num_layers=1, num_kv_heads=2, head_dim=8, ffn_dim=32)
 """Of other sizes; what it says is mostly wrong."""
