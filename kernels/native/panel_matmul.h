@@ -170,17 +170,10 @@ struct Blocks4 {
 };
 
 // Codes that stand for a table's values.
-struct Table4 {
-  using X = float;
-  static constexpr int STEP = 2;
+struct Table4 : Blocks4 {
   static constexpr int KEPT = 5;
-  static constexpr int64_t BYTES = PANEL / 2;
-  const uint8_t* panel;
-  Grid grid;
   Table table;
 
-  INLINE const char* at(int64_t i) const { return reinterpret_cast<const char*>(panel) + i * BYTES; }
-  INLINE void fetch(int64_t i, int j) const { __builtin_prefetch(panel + (i + 128) * (PANEL / 2) + j); }
   INLINE void read(int64_t i, int j, int v, F (&w)[STEP]) const {
     const I32 pair = widened(panel + i * (PANEL / 2) + j);
     w[0] = looked_up(table, pair) * grid.scales[v], w[1] = looked_up(table, pair >> 4) * grid.scales[v];
@@ -190,7 +183,7 @@ struct Table4 {
 // Calls each(from, end) for the blocks of inputs that share a scale, whose scales are at hand then; others are one block.
 template <int V, typename Codes, typename Each>
 static INLINE void each_block(Codes& codes, int64_t first, int64_t last, int j, const Each& each) {
-  if constexpr (std::is_same_v<Codes, Blocks8> || std::is_same_v<Codes, Blocks4> || std::is_same_v<Codes, Table4>) {
+  if constexpr (std::is_same_v<Codes, Blocks8> || std::is_base_of_v<Blocks4, Codes>) {
     int64_t q = first / codes.grid.block;
     for (int64_t from = first; from < last; from += codes.grid.block, ++q) {
       codes.grid.template start<V>(q, j);
@@ -427,7 +420,7 @@ static void panels(const float* x, const Panels& weight, float* out, int64_t row
   const auto blocks8 = [=](int64_t p) { return Blocks8{codes8(p).panel, grid(p)}; };
   const auto blocks4 = [=](int64_t p) { return Blocks4{bytes + p * I / 2 * PANEL, grid(p)}; };
   const auto table4 = [=, table = weight.table ? table_of(weight.table) : Table{}](int64_t p) {
-    return Table4{bytes + p * I / 2 * PANEL, grid(p), table};
+    return Table4{blocks4(p), table};
   };
 #if LANES == 16
   if (rows == 1 && weight.stored == Stored::kInt8) first = in_twos(x, weight, out, first, last, codes8);
