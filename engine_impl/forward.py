@@ -207,7 +207,8 @@ def _walk(
 
         def step(stream, of_layer):
             weights, index, kind, which = of_layer
-            weights = {**weights, **vectors_of(alike, index), **whole, **of_all, **numbered(model.layers[0], index)}
+            weights |= vectors_of(alike, index)
+            weights = {**weights, **whole, **of_all, **numbered(model.layers[0], index)}
             rope = ropes[0] if ropes_stacked is None else jax.tree.map(lambda leaves: leaves[which], ropes_stacked)
             return layer(stream, weights, index, kind, rope)
 

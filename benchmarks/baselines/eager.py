@@ -147,11 +147,10 @@ class EagerLayers:
             read_whole = forward.names_read_whole(one)
             whole = {name: stack for name, stack in layers.items() if name in read_whole}
             sliced = {name: stack for name, stack in layers.items() if name not in whole}
-            sliced, alike = forward.alike_vectors(self._model, sliced)
 
             def step(carry, of_layer):
                 weights, index = of_layer
-                weights = {**weights, **forward.vectors_of(alike, index), **whole, **forward.numbered(one, index)}
+                weights = {**weights, **whole, **forward.numbered(one, index)}
                 return layer(*carry, rope, weights, index), None
 
             (x_BD, out_BD, cache), _ = jax.lax.scan(step, (x_BD, out_BD, cache), (sliced, index_L))
