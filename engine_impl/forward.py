@@ -202,12 +202,10 @@ def _walk(
         read_whole = names_read_whole(model.layers[0])
         whole = {name: stack for name, stack in layers.items() if name in read_whole}
         sliced = {name: stack for name, stack in layers.items() if name not in whole}
-        sliced, alike = alike_vectors(model, sliced)
         ropes_stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *ropes) if len(ropes) > 1 else None
 
         def step(stream, of_layer):
             weights, index, kind, which = of_layer
-            weights |= vectors_of(alike, index)
             weights = {**weights, **whole, **of_all, **numbered(model.layers[0], index)}
             rope = ropes[0] if ropes_stacked is None else jax.tree.map(lambda leaves: leaves[which], ropes_stacked)
             return layer(stream, weights, index, kind, rope)
@@ -226,47 +224,6 @@ def _walk(
         per_layer.append(kv)
     x_RD, out_RD = stream
     return x_RD + out_RD, jax.tree.map(lambda *of_layers: jnp.stack(of_layers), *per_layer)
-
-
-def alike_vectors(
-    model: Decoder, stacks: dict[str, jax.Array]
-) -> tuple[dict[str, jax.Array], dict[tuple[str, ...], jax.Array]]:
-    """Takes out of a scan's stacks the vectors, [L, n], of which there are several alike: the norms' weights, and the
-    int8 scales of gate and up, say.
-
-    XLA:TPU has an operation for each vector that it takes out of a stack, and one for all that it takes alike out of
-    one array. A step of 128 slots of llama-3.1-8b with int8 weights has 1,096 operations so, and 1,212 without
-    (docs/tpu-evidence.md).
-
-    Returns:
-        The stacks that are left, and an array [names, L, n] for each group of names.
-    """
-    groups: dict[Any, list[str]] = {}
-    for name, stack in stacks.items():
-        if stack.ndim == 2:
-            groups.setdefault((stack.shape, stack.dtype, _sharing_of(model, name)), []).append(name)
-    alike = {tuple(names): jnp.stack([stacks[name] for name in names]) for names in groups.values() if len(names) > 1}
-    taken = {name for names in alike for name in names}
-    return {name: stack for name, stack in stacks.items() if name not in taken}, alike
-
-
-def vectors_of(alike: dict[tuple[str, ...], jax.Array], index: jax.Array) -> dict[str, jax.Array]:
-    """Those of one layer. Each is one slice: were its array taken first, XLA:TPU would copy that in every layer."""
-
-    def one(stacks: jax.Array, which: int) -> jax.Array:
-        start, size = (which, index, 0), (1, 1, stacks.shape[-1])
-        return jax.lax.dynamic_slice(stacks, start, size, allow_negative_indices=False)[0, 0]
-
-    return {name: one(stacks, i) for names, stacks in alike.items() for i, name in enumerate(names)}
-
-
-def _sharing_of(model: Decoder, name: str) -> Any:
-    """Equal for those of a layer's parameters that the devices share alike, if their shapes are the same."""
-    path, _, own = name.rpartition(".")
-    part: Any = model.layers[0].get_submodule(path)
-    if own in getattr(part, "stored", ()):
-        return part.stored[own].spec(part.axis)
-    return model.shard_axis.get(path.rpartition(".")[2])
 
 
 def modules_of_layers(model: Decoder) -> list[int]:
