@@ -239,9 +239,10 @@ static INLINE void add_inputs(const typename Codes::X* x, int64_t x_row, const C
 
 // out[N, 32] (+)= x[N, first ... last) times the panel; `x` and `out` have rows of their own lengths.
 template <int N, typename Codes>
-static void multiply(const typename Codes::X* x, int64_t x_row, Codes codes, int64_t first, int64_t last,
+static void multiply(const typename Codes::X* x, int64_t x_row, const Codes& given, int64_t first, int64_t last,
                      const Sums& to) {
   constexpr int V = VECTORS<N, Codes>;
+  Codes codes = given;  // copied by the caller, its members would be read together before they are in memory
   for (int j = 0; j < PANEL; j += V * LANES) {
     F sums[N][V];
 #pragma GCC unroll 16
