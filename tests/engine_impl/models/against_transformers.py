@@ -55,26 +55,32 @@ together, each of which costs two programs."""
 
 
 GIVEN = [(5 * i * i + 2 * i + 3) % 101 for i in range(32)]
-"""What stands behind each prompt: any tokens do, as each one's log-probability has all logits in it."""
+"""What stands behind each prompt: any tokens do, as each one's log-probability has all logits in it. What chooses
+tokens is one for all families, and takes the compiler longer than the layers."""
 
 
 def assert_equal(reference: Any, engine: Engine, params: Any) -> None:
-    """Logits behind both prompts; then the log-probability of each given token, by steps, is what transformers says of
-    it behind the same text; and so are the logits where a text goes on behind prompt and beginning.
-
-    The tokens are given: what chooses them is one for all families, and takes the compiler longer than the layers."""
-    session, texts = Session(engine, params), [prompt + GIVEN for prompt in PROMPTS]
-    logits = [reference_logits(reference, text)[len(prompt) - 1 :] for prompt, text in zip(PROMPTS, texts, strict=True)]
+    """Logits behind both prompts, steps that go on from there, and logits where a text goes on behind prompt and
+    beginning."""
+    session = Session(engine, params)
+    logits = [reference_logits(reference, prompt + GIVEN)[len(prompt) - 1 :] for prompt in PROMPTS]
     for slot, (prompt, logits_TV) in enumerate(zip(PROMPTS, logits, strict=True)):
         np.testing.assert_allclose(logits_behind(engine, params, prompt + GIVEN[:9]), logits_TV[9], atol=1e-4)
         prefix = session.prefilled(slot, prompt)
         np.testing.assert_allclose(np.asarray(prefix.logits_NV)[0], logits_TV[0], atol=1e-4)
         assert len(set(logits_TV.argmax(-1).tolist())) >= 5  # a model that repeats itself would prove little
         session.insert(engine.force(prefix, GIVEN[:1]), slot)
-    told = np.array([session.score([token] * len(PROMPTS)) for token in GIVEN[1:]])
+    assert_steps_equal(session, logits)
+
+
+def assert_steps_equal(session: Session, logits: list[np.ndarray], atol: float = 1e-4) -> None:
+    """What steps say of each given token is what its logits_TV do: those of a slot, behind its prompt and behind each
+    of the tokens. The first of these is each slot's last."""
+    given = GIVEN[1 : len(logits[0]) - 1]
+    told = np.array([session.score([token] * len(logits)) for token in given])
     for slot, logits_TV in enumerate(logits):
         logprob_TV = torch.log_softmax(torch.from_numpy(logits_TV[1:-1]), dim=-1).numpy()
-        np.testing.assert_allclose(told[:, slot], logprob_TV[np.arange(len(told)), GIVEN[1:]], atol=1e-4)
+        np.testing.assert_allclose(told[:, slot], logprob_TV[np.arange(len(given)), given], atol=atol)
 
 
 def reference_logits(model, token_ids):
