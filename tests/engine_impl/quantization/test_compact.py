@@ -5,6 +5,7 @@ import json
 import logging
 
 import gguf
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -20,6 +21,7 @@ from slipstream.engine_impl.models import registry
 from slipstream.engine_impl.quantization.panels import PanelWeight, decoded
 from slipstream.engine_impl.quantization.swap import quantize
 from slipstream.engine_impl.session import Session
+from slipstream.engine_impl.sizes import Demand
 from slipstream.engine_impl.weights.sharding import make_mesh
 
 from ..checkpoints.gguf_writing import HALVES, write_gguf, write_random_llama
@@ -44,9 +46,19 @@ class InFloat32:
 
 
 def engine_with(checkpoint, **options):
+    """An engine and its parameters, which take the memory that was counted before."""
     config = EngineConfig(slots=2, cache_length=128, max_prefill_length=32, tensor_parallel=1, **options)
     engine = build_engine(config, checkpoint)
-    return engine, engine.parameters.load(checkpoint)
+    params = engine.parameters.load(checkpoint)
+    arrays = {id(array): array for array in jax.tree.leaves(params)}  # a tied head is there once
+    assert counted(engine, config, checkpoint) == sum(array.nbytes for array in arrays.values())
+    return engine, params
+
+
+def counted(engine, config, checkpoint):
+    """What an automatic cache size follows from (bytes)."""
+    demand = Demand(config, engine.model.config, engine.mesh, jnp.dtype("float32"), compact=checkpoint.compact())
+    return demand.weights_bytes
 
 
 def forms(engine):
@@ -182,8 +194,10 @@ def test_weights_are_the_files(tmp_path):
 def test_options_mean_what_they_mean_of_floats(options, expected, tmp_path):
     """What is left out of quantisation keeps its form."""
     path = write_random_llama(tmp_path / "m.gguf", [KINDS.Q4_0], layers=1)
-    config = EngineConfig(slots=2, cache_length=128, tensor_parallel=1, **options)
-    assert set(forms(build_engine(config, GGUFCheckpoint(path))).values()) == expected
+    config, checkpoint = EngineConfig(slots=2, cache_length=128, tensor_parallel=1, **options), GGUFCheckpoint(path)
+    engine = build_engine(config, checkpoint)
+    assert set(forms(engine).values()) == expected
+    assert counted(engine, config, checkpoint) == engine.parameters.bytes
 
 
 def test_rows_of_a_fused_tensor_keep_its_form(tmp_path):
