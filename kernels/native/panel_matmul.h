@@ -167,6 +167,26 @@ struct Table4 : Blocks4 {
   }
 };
 
+// Floats of 8 bits. Their scales make up for what `load` gives.
+struct Floats8 {
+  using X = float;
+  static constexpr int STEP = 1;
+  static constexpr int KEPT = 6;
+  static constexpr int64_t BYTES = PANEL;
+  struct Scales : Grid {
+    template <int V>
+    INLINE void start(int64_t q, int j) {
+      Grid::start<V>(q, j);
+      for (int v = 0; v < V; ++v) scales[v] *= OF_FLOAT8;
+    }
+  };
+  const Float8* panel;
+  Scales grid;
+
+  INLINE const char* at(int64_t i) const { return reinterpret_cast<const char*>(panel) + i * BYTES; }
+  INLINE void read(int64_t i, int j, int v, F (&w)[STEP]) const { w[0] = load(panel + i * PANEL + j) * grid.scales[v]; }
+};
+
 // Brings memory into the nearest cache, once for many products: it takes instructions that could multiply.
 static INLINE void fetch(const char* from, int64_t bytes) {
   for (const char* end = from + bytes; from < end; from += LINE) __builtin_prefetch(from);
@@ -182,10 +202,14 @@ static INLINE void fetch_next(const Plain<Lane>& codes, int64_t i) {
   fetch(codes.next + i * codes.stride, UNROLLED * codes.stride);
 }
 
+template <typename Codes>
+constexpr bool IN_BLOCKS =
+    std::is_same_v<Codes, Blocks8> || std::is_base_of_v<Blocks4, Codes> || std::is_same_v<Codes, Floats8>;
+
 // Calls each(from, end) for the blocks of inputs that share a scale, whose scales are at hand then; others are one block.
 template <int V, typename Codes, typename Each>
 static INLINE void each_block(Codes& codes, int64_t first, int64_t last, int j, const Each& each) {
-  if constexpr (std::is_same_v<Codes, Blocks8> || std::is_base_of_v<Blocks4, Codes>) {
+  if constexpr (IN_BLOCKS<Codes>) {
     int64_t q = first / codes.grid.block;
     for (int64_t from = first; from < last; from += codes.grid.block, ++q) {
       codes.grid.template start<V>(q, j);
@@ -429,7 +453,11 @@ static void panels(const float* x, const Panels& weight, float* out, int64_t row
   const auto table4 = [=, table = weight.table ? table_of(weight.table) : Table{}](int64_t p) {
     return Table4{blocks4(p), table};
   };
+  const auto floats8 = [=](int64_t p) {
+    return Floats8{reinterpret_cast<const Float8*>(bytes) + p * I * PANEL, {grid(p)}};
+  };
 #if LANES == 16
+  if (rows == 1 && weight.stored == Stored::kFloat8) first = in_twos(x, weight, out, first, last, floats8);
   if (rows == 1 && weight.stored == Stored::kInt8) first = in_twos(x, weight, out, first, last, codes8);
   if (rows == 1 && weight.stored == Stored::kBlocks8) first = in_twos(x, weight, out, first, last, blocks8);
   if (rows == 1 && weight.stored == Stored::kBlocks4) first = in_twos(x, weight, out, first, last, blocks4);
@@ -451,6 +479,8 @@ static void panels(const float* x, const Panels& weight, float* out, int64_t row
         return multiply_panel(x, blocks4(p), I, rows, to);
       case Stored::kTable4:
         return multiply_panel(x, table4(p), I, rows, to);
+      case Stored::kFloat8:
+        return multiply_panel(x, floats8(p), I, rows, to);
     }
   });
 }
