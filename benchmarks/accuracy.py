@@ -170,9 +170,9 @@ def theory_bytes(engine: Engine) -> int:
         elif kind == "int8":
             inputs = shape[1]  # of [O, I] and of experts, [E, I, O]
             bytes_there += count + 4 * count // inputs
-        elif kind in ("4-bit", "8-bit"):
+        elif part.keeps_codes:
             grids = (1 + part.form.has_offset) * jnp.dtype(part.form.grid).itemsize
-            bytes_there += count * int(kind[0]) // 8 + grids * count // part.block
+            bytes_there += count // (2 if kind == "4-bit" else 1) + grids * count // part.block
         else:
             bytes_there += count * (2 if kind in ("bfloat16", "float16") else size)
     return bytes_there

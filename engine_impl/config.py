@@ -31,7 +31,8 @@ class EngineConfig:
 
     cache_tokens: int | None = None
     """Tokens of all requests together that the cache holds; a multiple of its pages' rows. Default: on CPUs what all
-    slots can hold, at most a quarter of the free memory; else what weights and programs leave."""
+    slots can hold, at most a quarter of the free memory, and what the weights leave of it; else what weights and
+    programs leave."""
 
     max_prefill_length: int | None = None
     """Longest prompt (tokens), at most the cache length, which is the default."""

@@ -163,7 +163,8 @@ def build_engine(
         draft = draft_model(config, its.config, its.quantization, mesh, length, its.compact())
     config = resolved(config, checkpoint.quantization, model, mesh)
     memory, free = memory_of(mesh.local_devices), free_memory()
-    asked, config = config, sized(config, model.config, mesh, dtype, memory, free, draft)
+    compact = checkpoint.compact()
+    asked, config = config, sized(config, model.config, mesh, dtype, memory, free, draft, compact)
     if reserves and asked.slots is None:
         config = with_pages_for_all(config)
     model = registry.build(model.config.for_length(longest_text(config, model.config)))
@@ -172,12 +173,11 @@ def build_engine(
             f"{checkpoint.name} has {len(tokenizer.stop_ids)} stop tokens, more than {MAX_MODEL_STOP_IDS}; "
             "list fewer as eos_token_id in its generation_config.json"
         )
-    compact = checkpoint.compact()
     engine = assembled(
         model, mesh, config, dtype, tokenizer, config.model, shape.num_kv_heads, draft, page_rows, compact
     )
     if matrices := told(model):
-        log.info("matrices in memory: %s", matrices)
+        log.info("matrices in memory: %s; all weights take %d MiB", matrices, engine.parameters.bytes >> 20)
     log.info(
         "%d slots, requests of up to %d tokens, a cache of %d tokens (%d MiB), prompts in chunks of %d",
         engine.sizes.slots,
@@ -190,30 +190,37 @@ def build_engine(
 
 
 def check_memory(engine: Engine, memory: int | None, free: int | None) -> None:
-    """Raises RefusedError for a cache, or a state of so many slots, that alone is more than there is.
+    """Raises RefusedError for weights, a cache or a state of so many slots that are more than there is.
 
-    What comes beside them, weights and temporaries, is not counted: `slipstream plan` asks the compiler for that.
+    Temporaries are not counted: `slipstream plan` asks the compiler for those of accelerators.
 
     Args:
         memory: what JAX may use on each device (bytes); None where the devices do not tell, as CPUs.
         free: the host's free memory (bytes), of account where they do not; None: unknown.
     """
-    there = free if memory is None else memory * engine.mesh.size
+    hosts = engine.mesh.size // len(engine.mesh.local_devices)
+    there = memory * engine.mesh.size if memory is not None else None if free is None else free * hosts
     if there is None:
         return
-    layout, cache_bytes = engine.layout, engine.programs.cache_bytes
-    if cache_bytes > there:
-        tokens = layout.pages * layout.page_rows
-        fitting = there * tokens // cache_bytes // TILE * TILE
+    layout, weights_bytes, cache_bytes = engine.layout, engine.parameters.bytes, engine.programs.cache_bytes
+    if weights_bytes > there:
         raise RefusedError(
-            f"cache_tokens={tokens} take {cache_bytes >> 20} MiB and there are {there >> 20} MiB: "
+            f"the weights take {weights_bytes >> 20} MiB and there are {there >> 20} MiB: give --quantize-weights int8 "
+            "or int4, a smaller model, or memory that other programs hold"
+        )
+    left = there - weights_bytes
+    if cache_bytes > left:
+        tokens = layout.pages * layout.page_rows
+        fitting = left * tokens // cache_bytes // TILE * TILE
+        raise RefusedError(
+            f"cache_tokens={tokens} take {cache_bytes >> 20} MiB and there are {left >> 20} MiB beside the weights: "
             f"use at most {fitting}, or leave --cache-tokens out"
         )
     slot_bytes = COUNT_BYTES * engine.sizes.vocab_size
-    if layout.slots * slot_bytes > there:
+    if layout.slots * slot_bytes > left:
         raise RefusedError(
             f"slots={layout.slots} take {layout.slots * slot_bytes >> 20} MiB beside the cache and there are "
-            f"{there >> 20} MiB: use at most {there // slot_bytes}, or leave --slots out"
+            f"{left >> 20} MiB: use at most {left // slot_bytes}, or leave --slots out"
         )
 
 

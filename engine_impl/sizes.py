@@ -6,7 +6,7 @@ and takes minutes.
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -19,6 +19,7 @@ from ..kernels import backend_for, is_xla
 from .adapters.sites import sites_of
 from .adapters.stacks import AdapterPlaces
 from .attention import stored_head_dim
+from .checkpoints.contract import Compact
 from .config import TILE, EngineConfig
 from .draft_model import DraftModel
 from .forward import layer_loop_for
@@ -26,7 +27,7 @@ from .layout import CHUNK, page_rows_of
 from .models import registry
 from .models.decoder import ModelConfig
 from .models.parts import ExpertLinear, Linear
-from .quantization.swap import quantize
+from .quantization.swap import NOTHING_COMPACT, quantize
 from .shapes import WIDE_ROWS
 from .weights import load as weights
 
@@ -61,31 +62,34 @@ def sized(
     memory: int | None,
     free: int | None = None,
     draft: DraftModel | None = None,
+    compact: Mapping[str, Compact] = NOTHING_COMPACT,
 ) -> EngineConfig:
     """The config with slots, cache length and cache tokens filled in where they were left out.
 
     The cache length is what the model was trained for, in whole tiles of rows: it costs nothing by itself. Slots are
     MOST_SLOTS, or as many as a step has memory for; the cache has what weights and programs then leave. Where memory is
     not asked: SLOTS, at most LENGTH, and a cache that all slots can fill, of at most FREE_SHARE of the host's free
-    memory. The cache has a tile at least, and whoever allocates it is told.
+    memory and of what the weights leave of it. The cache has a tile at least, and whoever allocates it is told.
 
     Args:
         shape: kv heads as the mesh has them.
         memory: what a program may use on each device (bytes); None: not asked, as on CPUs.
         free: the host's free memory (bytes), of account on CPUs; None: unknown.
         draft: a model that is there beside, with a cache of its own in the same pages.
+        compact: see `Checkpoint.compact`.
     """
     context = shape.context_length
     length = config.cache_length or tiles(context if memory is not None else min(LENGTH, context))
     config = replace(config, cache_length=length)
     if config.slots is not None and config.cache_tokens is not None:
         return config
-    demand = Demand(config, shape, mesh, dtype, draft)
+    demand = Demand(config, shape, mesh, dtype, draft, compact)
     if memory is None:
         slots = config.slots or SLOTS
         tokens = slots * length
-        if free is not None:
-            tokens = min(tokens, int(free * FREE_SHARE) // (demand.row_bytes * mesh.size))  # they share one memory
+        if free is not None:  # the devices share it
+            left = int(free * (1 - SPARE)) - demand.weights_bytes * mesh.size
+            tokens = min(tokens, min(int(free * FREE_SHARE), left) // (demand.row_bytes * mesh.size))
     else:
         left = int(memory * (1 - SPARE)) - demand.weights_bytes - demand.wide_bytes
         slots = config.slots or min(max(1, int(left * STEP_SHARE) // demand.slot_bytes), MOST_SLOTS)
@@ -112,6 +116,7 @@ class Demand:
         mesh: Mesh,
         dtype: jnp.dtype,
         draft: DraftModel | None = None,
+        compact: Mapping[str, Compact] = NOTHING_COMPACT,
     ) -> None:
         platform = mesh.devices.flat[0].platform
         backend = backend_for(platform)
@@ -122,7 +127,7 @@ class Demand:
         outputs += sum(chosen * module.weight.shape[-1] for module in layer if isinstance(module, ExpertLinear))
         width = next(parameter.shape[1] for parameter in model.embed_tokens.parameters())
         sites = sites_of(model, mesh) if config.max_adapters else ()
-        quantize(model, config, dtype, mesh, backend)
+        quantize(model, config, dtype, mesh, backend, compact)
         loop = layer_loop_for(platform, model)
         places = AdapterPlaces(sites, shape.num_layers, config.max_adapters, config.max_adapter_rank, mesh, dtype)
         tile = CacheLayout(
@@ -142,7 +147,8 @@ class Demand:
         self.wide_bytes = WIDE_ROWS * self._vocab_bytes if speculates else 0
         """Logits of the widest step."""
         if draft is not None:
-            small = Demand(replace(draft.config, speculate="off", draft_model=None), draft.model.config, mesh, dtype)
+            alone = replace(draft.config, speculate="off", draft_model=None)
+            small = Demand(alone, draft.model.config, mesh, dtype, compact=draft.compact)
             self.weights_bytes += small.weights_bytes
             self.row_bytes += small.row_bytes
 

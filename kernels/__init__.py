@@ -11,7 +11,19 @@ from .blockwise_matmul import Blockwise, Split, blockwise_matmul
 from .cache_flush import cache_flush
 from .chunk_attention import chunk_attention
 from .expert_matmul import expert_matmul
-from .panel_matmul import PANEL, Panels, columns, pack, pack_blocks, pack_int4, pack_int8, panel_matmul, rounded, unpack
+from .panel_matmul import (
+    PANEL,
+    Panels,
+    columns,
+    pack,
+    pack_blocks,
+    pack_int4,
+    pack_int8,
+    panel_matmul,
+    rounded,
+    takes_blocks,
+    unpack,
+)
 from .ragged_attention import attention_steps, page_rows, ragged_attention
 from .rms_norm import rms_norm
 
@@ -39,5 +51,6 @@ __all__ = [
     "ragged_attention",
     "rms_norm",
     "rounded",
+    "takes_blocks",
     "unpack",
 ]

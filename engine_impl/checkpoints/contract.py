@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple, Protocol
 
+import jax.numpy as jnp
 import numpy as np
 
 from ..models.decoder import ModelConfig
@@ -13,6 +14,7 @@ from ..text.tokenizer import Tokenizer
 
 WEIGHT = "weight"
 """The last part of a matrix's name."""
+FLOAT8 = jnp.dtype("float8_e4m3fn")
 
 
 @dataclass(frozen=True)
@@ -37,7 +39,7 @@ class Quantization:
 class Compact:
     """A form of fewer bytes than float32 in which memory holds the very values of a matrix."""
 
-    kind: Literal["bfloat16", "float16", "4-bit", "8-bit"]
+    kind: Literal["bfloat16", "float16", "4-bit", "8-bit", "float8"]
     """floats, or codes: value = code * scale + offset, or table[code] * scale, rounded once to float32"""
     block: int = 0
     """of codes: inputs that share a scale"""
@@ -57,7 +59,7 @@ class Codes(NamedTuple):
     """A matrix of codes as a `Compact` describes it: O outputs, I inputs, Q blocks of inputs."""
 
     code: np.ndarray
-    """i8 [O, I]"""
+    """i8 [O, I], or float8_e4m3fn"""
     scale: np.ndarray
     """[O, Q]"""
     offset: np.ndarray | None

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from .contract import Codes, Compact
 from .prequantized import Arrays, Format, Matrix, Shapes
 from .widened import Float8
 
@@ -49,6 +50,17 @@ class Mixed:
         """Float32 [O, I]."""
         assert isinstance(matrix, Own)
         return matrix.format.floats(matrix, arrays)
+
+    def compact(self, matrix: Matrix) -> Compact | None:
+        """The form of `codes`; None: there is none but `floats`."""
+        assert isinstance(matrix, Own)
+        return matrix.format.compact(matrix) if isinstance(matrix.format, Float8) else None
+
+    def codes(self, matrix: Matrix, arrays: Arrays) -> Codes:
+        """Of a matrix that has a compact form."""
+        assert isinstance(matrix, Own)
+        assert isinstance(matrix.format, Float8)
+        return matrix.format.codes(matrix, arrays)
 
     def _pattern_of(self, module: str) -> str | None:
         names = (module, f"model.{module}")

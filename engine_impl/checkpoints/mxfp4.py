@@ -55,6 +55,10 @@ class MXFP4:
             raise self._refused(f"wants {module}{SCALES} to be {at[:2]}, but it {there}")
         return Matrix((at[0], at[1] * 2 * BLOCK_BYTES), {part: module + part for part in (BLOCKS, SCALES)})
 
+    def compact(self, matrix: Matrix) -> Compact:
+        """The form of `codes`."""
+        return COMPACT
+
     def codes(self, matrix: Matrix, arrays: Arrays) -> Codes:
         """As `COMPACT` describes them. Raises RefusedError for codes of another type."""
         self._check(matrix, arrays)

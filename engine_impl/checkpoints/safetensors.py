@@ -25,11 +25,13 @@ from .contract import WEIGHT, Codes, Compact, Quantization
 from .damage import damage_told
 from .hf_config import config_path, read_fields, read_hf_config
 from .mistral_format import PARAMS, WEIGHTS, folder_error, own_name
-from .mxfp4 import COMPACT, MXFP4
+from .mixed import Mixed
+from .mxfp4 import MXFP4
 from .prequantized import Matrix
 from .quantization_config import read_format
 from .sources import halves_from_pairs
 from .tokenizer_files import read_tokenizer
+from .widened import Float8
 
 log = logging.getLogger(__name__)
 
@@ -122,7 +124,7 @@ class SafetensorsCheckpoint:
         if codes:
             raise _not_floats(self.name, codes)
         if self._format is not None and self._format.quantization is None:
-            where = ", but by native kernels of CPUs" if isinstance(self._format, MXFP4) else ""
+            where = ", but by native kernels of CPUs" if self._compact_matrices() else ""
             told = (
                 "%s has %d matrices of %s, which are widened to floats%s; --quantize-weights int8 takes a byte for each"
             )
@@ -158,13 +160,19 @@ class SafetensorsCheckpoint:
         return self._format.floats(self._matrices[name], self._parts(self._matrices[name]))
 
     def compact(self) -> Mapping[str, Compact]:
-        """What is stored as bfloat16 or float16, and MXFP4; other quantised matrices have none."""
+        """What is stored as bfloat16 or float16, MXFP4 and floats of 8 bits; other quantised matrices have none."""
         plain = {name: _COMPACT[tensor.dtype] for name, tensor in self._plain.items() if tensor.dtype in _COMPACT}
-        return plain | dict.fromkeys(self._matrices if isinstance(self._format, MXFP4) else (), COMPACT)
+        return plain | self._compact_matrices()
+
+    def _compact_matrices(self) -> dict[str, Compact]:
+        if not isinstance(self._format, MXFP4 | Float8 | Mixed):
+            return {}
+        forms = {name: self._format.compact(matrix) for name, matrix in self._matrices.items()}
+        return {name: form for name, form in forms.items() if form is not None}
 
     def codes(self, name: str) -> Codes:
-        """MXFP4's. Raises KeyError for others."""
-        if not isinstance(self._format, MXFP4):
+        """Those of MXFP4 and of floats of 8 bits. Raises KeyError for others."""
+        if not isinstance(self._format, MXFP4 | Float8 | Mixed):
             raise KeyError(name)
         return self._format.codes(self._matrices[name], self._parts(self._matrices[name]))
 

@@ -1,4 +1,5 @@
-"""Checkpoints whose codes are floats of 8 bits, or stand for the values of a table (NF4): they are widened to floats.
+"""Checkpoints whose codes are floats of 8 bits, or stand for the values of a table (NF4): they are widened to floats,
+but for floats of 8 bits by CPUs with native kernels.
 
 A weight is a code's value times its scale, in float32. Formats as transformers, llm-compressor, AutoFP8 and
 bitsandbytes write them. Scales of activations are left out: ours stay floats, which is more exact.
@@ -12,14 +13,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import jax.numpy as jnp
 import numpy as np
 
 from ..errors import RefusedError
-from .contract import WEIGHT
+from .contract import FLOAT8, WEIGHT, Codes, Compact
 from .prequantized import Arrays, Matrix, Shapes
 
-FLOAT8 = jnp.dtype("float8_e4m3fn")
 VALUES = np.arange(256, dtype=np.uint8).view(FLOAT8).astype(np.float32)
 """Of every code. Looking them up takes a quarter of the time that a cast does."""
 
@@ -71,12 +70,23 @@ class Float8:
             parts[INPUT_SCALE] = module + INPUT_SCALE
         return Matrix((O, I), parts)
 
+    def compact(self, matrix: Matrix) -> Compact:
+        """The form of `codes`."""
+        return Compact("float8", self.block[1] if self.strategy == "block" else matrix.shape[1])
+
+    def codes(self, matrix: Matrix, arrays: Arrays) -> Codes:
+        """Each output has scales of its own. Raises RefusedError for codes of another type."""
+        self._check(matrix, arrays)
+        (O, _), scale = matrix.shape, arrays["scale"].astype(np.float32)
+        if self.strategy == "block":
+            return Codes(arrays[WEIGHT], scale.repeat(self.block[0], axis=0)[:O], None)
+        return Codes(arrays[WEIGHT], np.broadcast_to(scale.reshape(-1, 1), (O, 1)), None)
+
     def floats(self, matrix: Matrix, arrays: Arrays) -> np.ndarray:
         """Float32 [O, I]. Raises RefusedError for codes of another type."""
-        codes, scale = arrays[WEIGHT], arrays["scale"].astype(np.float32)
-        if codes.dtype != FLOAT8:
-            raise self._refused(f"wants {matrix.parts[WEIGHT]} to be {FLOAT8.name}, but it is {codes.dtype.name}")
-        weight_OI = VALUES[codes.view(np.uint8)]
+        self._check(matrix, arrays)
+        scale = arrays["scale"].astype(np.float32)
+        weight_OI = VALUES[arrays[WEIGHT].view(np.uint8)]
         if self.strategy != "block":
             weight_OI *= scale.reshape(-1, 1)
             return weight_OI
@@ -84,6 +94,11 @@ class Float8:
         for i, scale_Q in enumerate(scale):
             weight_OI[i * outputs : (i + 1) * outputs] *= scale_Q.repeat(inputs)[: matrix.shape[1]]
         return weight_OI
+
+    def _check(self, matrix: Matrix, arrays: Arrays) -> None:
+        dtype = arrays[WEIGHT].dtype
+        if dtype != FLOAT8:
+            raise self._refused(f"wants {matrix.parts[WEIGHT]} to be {FLOAT8.name}, but it is {dtype.name}")
 
     def _refused(self, what: str) -> RefusedError:
         return RefusedError(f"{self.where!r} {what}; fetch the model anew")

@@ -40,7 +40,8 @@ class EncodedModule(nn.Module):
     """A module whose weight is stored as other arrays: which, where they lie, and the bias, which stays as it is."""
 
     kind: str
-    """What its weight is stored as: the type of floats, "int8" or "int4", or "8-bit" or "4-bit", a checkpoint's own."""
+    """What its weight is stored as: the type of floats, "int8" or "int4", or a checkpoint's own: "8-bit", "4-bit" or
+    "float8"."""
     source: jnp.dtype = jnp.dtype("float32")
     """What `encode` takes. Rounding before codes are made would move values off their grid."""
     keeps_codes: bool = False

@@ -29,10 +29,11 @@ from ...kernels import (
     pack_int4,
     pack_int8,
     panel_matmul,
+    takes_blocks,
     unpack,
 )
 from .. import bridge
-from ..checkpoints.contract import WEIGHT, Codes, Compact
+from ..checkpoints.contract import FLOAT8, WEIGHT, Codes, Compact
 from ..config import EngineConfig
 from ..models.decoder import Decoder, Pairs, Transposed
 from ..models.parts import ExpertLinear, Linear
@@ -47,8 +48,8 @@ HEAD, EMBEDDING = "lm_head", "embed_tokens"
 class Form:
     """What a weight in panels is stored as."""
 
-    kind: Literal["float32", "bfloat16", "float16", "int8", "int4", "4-bit", "8-bit"]
-    """floats; or codes, "int8" and "int4" those that floats are rounded to, "4-bit" and "8-bit" a checkpoint's own"""
+    kind: Literal["float32", "bfloat16", "float16", "int8", "int4", "4-bit", "8-bit", "float8"]
+    """floats; or codes, "int8" and "int4" those that floats are rounded to, the last three a checkpoint's own"""
     block: int = 0
     """inputs that share a scale, of codes in blocks"""
     grid: Literal["float32", "float16"] = "float32"
@@ -65,6 +66,11 @@ class Form:
         return f"{self.kind}{codes} in blocks of {self.block}" if self.block else self.kind
 
     @property
+    def keeps_codes(self) -> bool:
+        """Whether it is of a checkpoint's own codes."""
+        return self.kind in ("4-bit", "8-bit", "float8")
+
+    @property
     def source(self) -> jnp.dtype:
         """What floats are read as. Codes are encoded from float32: rounding first would move values off their grid."""
         return jnp.dtype(self.kind if self.kind in ("bfloat16", "float16") else "float32")
@@ -72,10 +78,10 @@ class Form:
     def described(self, outputs: int, inputs: int) -> Panels:
         """Shapes and types of a weight's panels."""
         weight_OI = jax.ShapeDtypeStruct((outputs, inputs), self.source)
-        if self.kind not in ("4-bit", "8-bit"):
+        if not self.keeps_codes:
             return jax.eval_shape(self.panels, weight_OI)
         grid_OQ = jax.ShapeDtypeStruct((outputs, inputs // self.block), jnp.dtype(self.grid))
-        code_OI = jax.ShapeDtypeStruct((outputs, inputs), jnp.dtype("int8"))
+        code_OI = jax.ShapeDtypeStruct((outputs, inputs), FLOAT8 if self.kind == "float8" else jnp.dtype("int8"))
         return jax.eval_shape(self.of_codes, code_OI, grid_OQ, grid_OQ if self.has_offset else None)
 
     def of_codes(self, code_OI: Array, scale_OQ: Array, offset_OQ: Array | None) -> Panels:
@@ -145,7 +151,7 @@ def _exact(model: Decoder, parameter: str, module: nn.Module, compact: Mapping[s
     else:
         source = sources[0]
         moves_inputs = isinstance(source, Transposed) or (isinstance(source, Pairs) and source.axis) or sources[1:]
-    return None if moves_inputs or inputs % form.block else Form(**vars(form))
+    return None if moves_inputs or not takes_blocks(inputs, form.block) else Form(**vars(form))
 
 
 def told(model: Decoder) -> str:
@@ -192,7 +198,7 @@ class PanelWeight(EncodedModule):
             self.outputs, self.inputs = self.inputs, self.outputs
         super().__init__(replaced, _stored(form, self.outputs, self.inputs, tuple(stack)), None, mesh)
         self.form, self.kind, self.block, self.source = form, form.kind, form.block, form.source
-        self.keeps_codes = form.kind in ("4-bit", "8-bit")
+        self.keeps_codes = form.keeps_codes
 
     def encode(self, weight: jax.Array) -> Mapping[str, jax.Array]:
         return _arrays(self.form.panels(weight))

@@ -254,9 +254,9 @@ class _Loader:
         """A parameter's, or a part of it, of which the checkpoint has codes."""
         self._wait()
         codes = self._checkpoint.codes(source).each(lambda rows: self._repeated(name, taken(rows, source)))
-        for grid_OQ in codes[1:]:
-            if grid_OQ is not None:
-                self._finite.append((name, _all_finite(grid_OQ)))
+        for array in codes:
+            if array is not None and array.dtype != np.int8:
+                self._finite.append((name, _all_finite(array)))
         return codes
 
     def _repeated(self, name: str, array: np.ndarray) -> np.ndarray:

@@ -21,6 +21,7 @@ enum class Stored {
   kBlocks8,  // int8 [P, I, 32]; scale, offset [P, Q, 32]
   kBlocks4,  // 0 ... 15, [P, I / 2, 32] bytes, input 2 i in the low half and 2 i + 1 in the high one; scale, offset as above
   kTable4,   // the same, that stand for a table's values, without offset
+  kFloat8,   // float8_e4m3fn [P, I, 32]; scale [P, Q, 32]
 };
 
 struct Panels {

@@ -42,6 +42,8 @@ struct Weights {
         if (scale.dimensions().size() != 4) return Stored::kInt8;
         if (table.element_count()) return Stored::kTable4;
         return code.dimensions()[2] * 2 == inputs ? Stored::kBlocks4 : Stored::kBlocks8;
+      case ffi::DataType::F8E4M3FN:
+        return Stored::kFloat8;
       default:
         return std::nullopt;
     }

@@ -11,6 +11,7 @@
 constexpr int DEPTH = 256;  // a multiple of the inputs of every block, or a divisor
 constexpr int HALF = PANEL / 2;
 constexpr int UNROLLED = 4;  // a multiple of each STEP
+constexpr int64_t LINE = 64, AHEAD = 32 * LINE;  // bytes of a cache, and of codes that are fetched before they are read
 constexpr int TILE_PAIRS = 16;  // pairs of inputs of a tile; DEPTH is a multiple
 
 // Two inputs in bfloat16, the earlier in the low half.
@@ -50,10 +51,6 @@ struct Plain {
   const char* next;
   int64_t stride;  // bytes of `next` for each input
 
-  INLINE void fetch(int64_t i, int) const {
-    __builtin_prefetch(next + i * stride);
-    if (stride > 64) __builtin_prefetch(next + i * stride + 64);
-  }
   INLINE void read(int64_t i, int j, int, Vector<Lane> (&w)[STEP]) const { w[0] = load(panel + i * PANEL + j); }
 };
 
@@ -66,11 +63,6 @@ struct Widened {
   const Pair* panel;
 
   INLINE const char* at(int64_t i) const { return reinterpret_cast<const char*>(panel) + i * BYTES; }
-  INLINE void fetch(int64_t i, int j) const {
-    const Pair* row = panel + i * (PANEL / 2) + j;
-    __builtin_prefetch(row + 32 * PANEL);
-    __builtin_prefetch(row + 32 * PANEL + HALF);
-  }
   INLINE void read(int64_t i, int j, int, F (&w)[STEP]) const {
     const U32 pair = load(panel + i * (PANEL / 2) + j);
     w[0] = as_floats(pair << 16), w[1] = as_floats(pair & 0xffff0000);
@@ -86,7 +78,6 @@ struct Halves {
   const Half* panel;
 
   INLINE const char* at(int64_t i) const { return reinterpret_cast<const char*>(panel) + i * BYTES; }
-  INLINE void fetch(int64_t i, int j) const { __builtin_prefetch(panel + (i + 32) * PANEL + j); }
   INLINE void read(int64_t i, int j, int, F (&w)[STEP]) const { w[0] = load(panel + i * PANEL + j); }
 };
 
@@ -99,7 +90,6 @@ struct Codes8 {
   const int8_t* panel;
 
   INLINE const char* at(int64_t i) const { return reinterpret_cast<const char*>(panel) + i * BYTES; }
-  INLINE void fetch(int64_t i, int j) const { __builtin_prefetch(panel + (i + 64) * PANEL + j); }
   INLINE void read(int64_t i, int j, int, F (&w)[STEP]) const { w[0] = load(panel + i * PANEL + j); }
 };
 
@@ -112,7 +102,6 @@ struct PairedCodes8 {
   const int8_t* panel;
 
   INLINE const char* at(int64_t i) const { return reinterpret_cast<const char*>(panel) + i * BYTES; }
-  INLINE void fetch(int64_t i, int j) const { __builtin_prefetch(panel + (2 * i + 64) * PANEL + j); }
   INLINE void read(int64_t i, int j, int, U32 (&w)[STEP]) const {
     const int8_t* row = panel + 2 * i * PANEL + j;
     const F low = load(row), high = load(row + PANEL);
@@ -149,7 +138,6 @@ struct Blocks8 {
   Grid grid;
 
   INLINE const char* at(int64_t i) const { return reinterpret_cast<const char*>(panel) + i * BYTES; }
-  INLINE void fetch(int64_t i, int j) const { __builtin_prefetch(panel + (i + 64) * PANEL + j); }
   INLINE void read(int64_t i, int j, int v, F (&w)[STEP]) const { w[0] = grid.weight(load(panel + i * PANEL + j), v); }
 };
 
@@ -162,7 +150,6 @@ struct Blocks4 {
   Grid grid;
 
   INLINE const char* at(int64_t i) const { return reinterpret_cast<const char*>(panel) + i * BYTES; }
-  INLINE void fetch(int64_t i, int j) const { __builtin_prefetch(panel + (i + 128) * (PANEL / 2) + j); }
   INLINE void read(int64_t i, int j, int v, F (&w)[STEP]) const {
     const I32 pair = widened(panel + i * (PANEL / 2) + j);
     w[0] = grid.weight(low_half(pair), v), w[1] = grid.weight(high_half(pair), v);
@@ -180,10 +167,49 @@ struct Table4 : Blocks4 {
   }
 };
 
+// Floats of 8 bits. Their scales make up for what `load` gives.
+struct Floats8 {
+  using X = float;
+  static constexpr int STEP = 1;
+  static constexpr int KEPT = 6;
+  static constexpr int64_t BYTES = PANEL;
+  struct Scales : Grid {
+    template <int V>
+    INLINE void start(int64_t q, int j) {
+      Grid::start<V>(q, j);
+      for (int v = 0; v < V; ++v) scales[v] *= OF_FLOAT8;
+    }
+  };
+  const Float8* panel;
+  Scales grid;
+
+  INLINE const char* at(int64_t i) const { return reinterpret_cast<const char*>(panel) + i * BYTES; }
+  INLINE void read(int64_t i, int j, int v, F (&w)[STEP]) const { w[0] = load(panel + i * PANEL + j) * grid.scales[v]; }
+};
+
+// Brings memory into the nearest cache, once for many products: it takes instructions that could multiply.
+static INLINE void fetch(const char* from, int64_t bytes) {
+  for (const char* end = from + bytes; from < end; from += LINE) __builtin_prefetch(from);
+}
+
+// What is read next, as much as UNROLLED inputs are.
+template <typename Codes>
+static INLINE void fetch_next(const Codes& codes, int64_t i) {
+  fetch(codes.at(i) + AHEAD, UNROLLED * Codes::BYTES);
+}
+template <typename Lane>
+static INLINE void fetch_next(const Plain<Lane>& codes, int64_t i) {
+  fetch(codes.next + i * codes.stride, UNROLLED * codes.stride);
+}
+
+template <typename Codes>
+constexpr bool IN_BLOCKS =
+    std::is_same_v<Codes, Blocks8> || std::is_base_of_v<Blocks4, Codes> || std::is_same_v<Codes, Floats8>;
+
 // Calls each(from, end) for the blocks of inputs that share a scale, whose scales are at hand then; others are one block.
 template <int V, typename Codes, typename Each>
 static INLINE void each_block(Codes& codes, int64_t first, int64_t last, int j, const Each& each) {
-  if constexpr (std::is_same_v<Codes, Blocks8> || std::is_base_of_v<Blocks4, Codes>) {
+  if constexpr (IN_BLOCKS<Codes>) {
     int64_t q = first / codes.grid.block;
     for (int64_t from = first; from < last; from += codes.grid.block, ++q) {
       codes.grid.template start<V>(q, j);
@@ -215,7 +241,6 @@ static INLINE void add_inputs(const typename Codes::X* x, int64_t x_row, const C
   using Lane = typename Codes::X;
   constexpr int STEP = Codes::STEP;
   Vector<Lane> w[V][STEP];
-  codes.fetch(i, j);
 #pragma GCC unroll 4
   for (int v = 0; v < V; ++v) {
     codes.read(i, j + v * LANES, v, w[v]);
@@ -238,9 +263,10 @@ static INLINE void add_inputs(const typename Codes::X* x, int64_t x_row, const C
 
 // out[N, 32] (+)= x[N, first ... last) times the panel; `x` and `out` have rows of their own lengths.
 template <int N, typename Codes>
-static void multiply(const typename Codes::X* x, int64_t x_row, Codes codes, int64_t first, int64_t last,
+static void multiply(const typename Codes::X* x, int64_t x_row, const Codes& given, int64_t first, int64_t last,
                      const Sums& to) {
   constexpr int V = VECTORS<N, Codes>;
+  Codes codes = given;  // copied by the caller, its members would be read together before they are in memory
   for (int j = 0; j < PANEL; j += V * LANES) {
     F sums[N][V];
 #pragma GCC unroll 16
@@ -248,9 +274,11 @@ static void multiply(const typename Codes::X* x, int64_t x_row, Codes codes, int
 #pragma GCC unroll 4
       for (int v = 0; v < V; ++v) sums[n][v] = to.adds ? load(to.out + n * to.row + j + v * LANES) : F{};
     each_block<V>(codes, first, last, j, [&](int64_t i, int64_t end) INLINED {
-      for (; i + UNROLLED <= end; i += UNROLLED)
+      for (; i + UNROLLED <= end; i += UNROLLED) {
+        fetch_next(codes, i);
 #pragma GCC unroll 4
         for (int u = 0; u < UNROLLED; u += Codes::STEP) add_inputs<N, V>(x, x_row, codes, i + u, j, sums);
+      }
       for (; i < end; i += Codes::STEP) add_inputs<N, V>(x, x_row, codes, i, j, sums);
     });
 #pragma GCC unroll 16
@@ -288,12 +316,12 @@ template <typename Lane>
 static void multiply_all(int64_t rows, const Lane* x, int64_t x_row, const Lane* panel, int64_t inputs,
                          const char* next, int64_t bytes, Sums to) {
   const int64_t portions = (rows + ROWS_TOGETHER<Lane> - 1) / ROWS_TOGETHER<Lane>;
-  const int64_t stride = (bytes + portions - 1) / portions;
+  const int64_t stride = (bytes + portions - 1) / portions, least = rows / portions, larger = rows % portions;
   for (int64_t p = 0; p < portions; ++p) {
-    const int64_t count = (rows + portions - p - 1) / (portions - p);
+    const int64_t count = least + (p < larger);
     const Plain<Lane> codes{panel, next + p * inputs * stride, stride};
     multiply_portion(count, x, x_row, codes, inputs, to);
-    x += count * x_row, to.out += count * to.row, rows -= count;
+    x += count * x_row, to.out += count * to.row;
   }
 }
 
@@ -305,12 +333,15 @@ static void multiply_two(const float* x, Codes left, Codes right, int64_t inputs
     F sums[2][1][V] = {};
     each_block<V>(left, 0, inputs, j, [&](int64_t from, int64_t last) INLINED {
       each_block<V>(right, from, last, j, [&](int64_t i, int64_t end) INLINED {
-        for (; i + UNROLLED <= end; i += UNROLLED)
+        for (; i + UNROLLED <= end; i += UNROLLED) {
+          fetch_next(left, i);
+          fetch_next(right, i);
 #pragma GCC unroll 4
           for (int u = 0; u < UNROLLED; u += Codes::STEP) {
             add_inputs<1, V>(x, inputs, left, i + u, j, sums[0]);
             add_inputs<1, V>(x, inputs, right, i + u, j, sums[1]);
           }
+        }
         for (; i < end; i += Codes::STEP) {
           add_inputs<1, V>(x, inputs, left, i, j, sums[0]);
           add_inputs<1, V>(x, inputs, right, i, j, sums[1]);
@@ -360,7 +391,7 @@ static void multiply_panel(const typename Codes::X* x, Codes codes, int64_t inpu
     for (int j = 0; j < PANEL; j += V * LANES)
       each_block<V>(codes, first, last, j, [&](int64_t i, int64_t end) INLINED {
         for (; i < end; i += Codes::STEP) {
-          codes.fetch(i, j);
+          if (i % UNROLLED == 0) fetch_next(codes, i);
           for (int v = 0; v < V; ++v) {
             Vector<Lane> w[Codes::STEP];
             codes.read(i, j + v * LANES, v, w);
@@ -376,10 +407,10 @@ static void multiply_panel(const typename Codes::X* x, Codes codes, int64_t inpu
 // A panel that is multiplied as it lies.
 template <typename Lane>
 static void multiply_panel(const Lane* x, const Lane* panel, int64_t inputs, int64_t rows, Sums to) {
-  constexpr int64_t BYTES = PANEL * sizeof(Lane), AHEAD = 64;
+  constexpr int64_t BYTES = PANEL * sizeof(Lane);
   const auto* bytes = reinterpret_cast<const char*>(panel);
   if (rows <= ROWS_TOGETHER<Lane>)
-    return multiply_portion(rows, x, inputs, Plain<Lane>{panel, bytes + AHEAD * BYTES, BYTES}, inputs, to);
+    return multiply_portion(rows, x, inputs, Plain<Lane>{panel, bytes + 64 * BYTES, BYTES}, inputs, to);
   // In even runs: each takes the sums from memory and back, a short one for few inputs.
   constexpr int64_t STEP = BY_TILES<Lane> ? TILE_PAIRS : UNROLLED;
   const int64_t runs = (inputs + DEPTH - 1) / DEPTH, depth = (inputs + runs * STEP - 1) / (runs * STEP) * STEP;
@@ -422,7 +453,11 @@ static void panels(const float* x, const Panels& weight, float* out, int64_t row
   const auto table4 = [=, table = weight.table ? table_of(weight.table) : Table{}](int64_t p) {
     return Table4{blocks4(p), table};
   };
+  const auto floats8 = [=](int64_t p) {
+    return Floats8{reinterpret_cast<const Float8*>(bytes) + p * I * PANEL, {grid(p)}};
+  };
 #if LANES == 16
+  if (rows == 1 && weight.stored == Stored::kFloat8) first = in_twos(x, weight, out, first, last, floats8);
   if (rows == 1 && weight.stored == Stored::kInt8) first = in_twos(x, weight, out, first, last, codes8);
   if (rows == 1 && weight.stored == Stored::kBlocks8) first = in_twos(x, weight, out, first, last, blocks8);
   if (rows == 1 && weight.stored == Stored::kBlocks4) first = in_twos(x, weight, out, first, last, blocks4);
@@ -444,6 +479,8 @@ static void panels(const float* x, const Panels& weight, float* out, int64_t row
         return multiply_panel(x, blocks4(p), I, rows, to);
       case Stored::kTable4:
         return multiply_panel(x, table4(p), I, rows, to);
+      case Stored::kFloat8:
+        return multiply_panel(x, floats8(p), I, rows, to);
     }
   });
 }

@@ -82,8 +82,7 @@ static void multiply_tiles(int64_t rows, const Pair* x, int64_t x_row, const Pla
   }
   int64_t i = 0;
   for (; i + TILE_PAIRS <= pairs; i += TILE_PAIRS) {
-    const char* next = weights.next + i * weights.stride;
-    for (int64_t ahead = 0; ahead < TILE_PAIRS * weights.stride; ahead += 64) __builtin_prefetch(next + ahead);
+    fetch(weights.next + i * weights.stride, TILE_PAIRS * weights.stride);
     add_tiles<has_lower>(x + i, x_row, weights.panel + i * PANEL);
   }
   if (i < pairs) {  // the last inputs, zeros behind them

@@ -9,6 +9,7 @@ typedef int32_t I32 __attribute__((vector_size(LANES * 4)));
 typedef uint32_t U32 __attribute__((vector_size(LANES * 4)));
 typedef int8_t I8 __attribute__((vector_size(LANES)));
 typedef uint8_t U8 __attribute__((vector_size(LANES)));
+typedef int16_t I16 __attribute__((vector_size(LANES * 2)));
 typedef uint16_t U16 __attribute__((vector_size(LANES * 2)));
 typedef float F4 __attribute__((vector_size(16)));
 
@@ -129,25 +130,58 @@ struct Half {
   uint16_t bits;
 };
 
-// Half precision, exactly. Nothing here is a subnormal float: those may be taken for 0.
-static INLINE F load(const Half* from) {
+// float8_e4m3fn: a sign, 4 bits of exponent, 3 of mantissa; the largest of either sign is NaN.
+struct Float8 {
+  uint8_t bits;
+};
+
+// Half precision as floats, exactly. Nothing here is a subnormal float: those may be taken for 0.
+static INLINE F of_halves(U16 halves) {
 #if LANES == 16
-  return (F)_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
+  return (F)_mm512_cvtph_ps((__m256i)halves);
 #elif LANES == 8
-  return (F)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
+  return (F)_mm256_cvtph_ps((__m128i)halves);
 #elif defined(__aarch64__)
-  float16x4_t halves;
-  __builtin_memcpy(&halves, from, sizeof halves);
-  return (F)vcvt_f32_f16(halves);
+  return (F)vcvt_f32_f16((float16x4_t)halves);
 #else
-  U16 halves;
-  __builtin_memcpy(&halves, from, sizeof halves);
   const U32 bits = __builtin_convertvector(halves, U32), size = (bits & 0x7fff) << 13;
   constexpr uint32_t ONE = 1 << 23, BIAS = 112 * ONE;  // of exponents, and what a float's has more
   const U32 normal = size + (size >= 31 * ONE ? splat(2 * BIAS) : splat(BIAS));  // or infinite, or NaN
   const U32 subnormal = (U32)((F)(size + BIAS + ONE) - (F)splat(BIAS + ONE));
   return (F)((size < ONE ? subnormal : normal) | (bits & 0x8000) << 16);
 #endif
+}
+
+static INLINE F load(const Half* from) {
+  U16 halves;
+  __builtin_memcpy(&halves, from, sizeof halves);
+  return of_halves(halves);
+}
+
+// int8 to int16, likewise.
+static INLINE I16 halfway_widened(const int8_t* from) {
+#if LANES == 16
+  return (I16)_mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
+#elif LANES == 8
+  return (I16)_mm_cvtepi8_epi16(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from)));
+#elif defined(__aarch64__)
+  int32_t four;
+  __builtin_memcpy(&four, from, sizeof four);
+  return (I16)vget_low_s16(vmovl_s8(vreinterpret_s8_s32(vdup_n_s32(four))));
+#else
+  I8 codes;
+  __builtin_memcpy(&codes, from, sizeof codes);
+  return __builtin_convertvector(codes, I16);
+#endif
+}
+
+constexpr float OF_FLOAT8 = 256;  // its value over that of the half precision with its bits: exponents' biases are 7 and 15
+
+// Over OF_FLOAT8, exactly.
+static INLINE F load(const Float8* from) {
+  const I16 half = halfway_widened(reinterpret_cast<const int8_t*>(from)) << 7 & static_cast<int16_t>(0xbf80);
+  const I16 is_nan = (half & 0x3f80) == 0x3f80;
+  return of_halves((U16)(half | is_nan));
 }
 
 static INLINE F splat(float value) { return value - F{}; }

@@ -8,7 +8,7 @@ from .native_cpu import panel_matmul_native
 from .reference import PANEL, Panels, panel_matmul_reference
 
 LONGEST_RUN = 256
-"""Inputs that the native kernel unpacks together: a block of codes divides it."""
+"""Inputs that the native kernel unpacks together."""
 FLOATS = (jnp.float32, jnp.bfloat16, jnp.float16)
 
 
@@ -62,6 +62,13 @@ def check_stack(stack: Panels, x_RI: jax.Array, outputs: int) -> None:
         raise ValueError(f"x_RI must be {' or '.join(jnp.dtype(one).name for one in allowed)}, got {x_RI.dtype}")
 
 
+def takes_blocks(inputs: int, block: int) -> bool:
+    """Whether codes of so many inputs may have a scale for each `block` of them: the native kernel unpacks whole blocks
+    together, or within one."""
+    is_aligned = LONGEST_RUN % block == 0 or block % LONGEST_RUN == 0 or block == inputs
+    return is_aligned and inputs % block == 0 and block % 2 == 0
+
+
 def _check_weight(weight: Panels, inputs: int, outputs: int) -> None:
     (code, scale, offset, table), P = weight, -(-outputs // PANEL)
     _check_dtypes(weight)
@@ -80,8 +87,11 @@ def _check_weight(weight: Panels, inputs: int, outputs: int) -> None:
     for name, leaf in (("scale", scale), ("offset", offset)):
         if leaf is not None:
             check_shape(name, leaf, (P, blocks, PANEL), "PQX")
-    if not blocks or inputs % blocks or LONGEST_RUN % (inputs // blocks) or inputs // blocks % 2:
-        raise ValueError(f"{inputs=} in {blocks=}: a block must be whole and a divisor of {LONGEST_RUN}, at least 2")
+    if not blocks or inputs % blocks or not takes_blocks(inputs, inputs // blocks):
+        raise ValueError(
+            f"{inputs=} in {blocks=}: a block must be whole, even, and all inputs, a divisor of {LONGEST_RUN} or a "
+            "multiple of it"
+        )
 
 
 def _check_dtypes(weight: Panels) -> None:
@@ -91,12 +101,13 @@ def _check_dtypes(weight: Panels) -> None:
         fits = code.dtype in FLOATS and offset is table is None
     else:
         of_grid = (jnp.float32, jnp.float16) if scale.ndim == 3 else (jnp.float32,)
-        fits = code.dtype == jnp.int8 and scale.dtype in of_grid
+        is_float8 = code.dtype == jnp.float8_e4m3fn and scale.ndim == 3
+        fits = scale.dtype in of_grid and (code.dtype == jnp.int8 or (is_float8 and offset is table is None))
         fits &= offset is None or (scale.ndim == 3 and offset.dtype == scale.dtype)
         fits &= table is None or (scale.ndim == 3 and offset is None and table.dtype == jnp.int8)
     if not fits:
         raise ValueError(
             "panels are float32, bfloat16 or float16, or int8 codes with float32 scales of outputs, or with scales and "
-            "offsets of blocks that are both float32 or both float16, or with scales of blocks and an int8 table, got "
-            f"{dtypes}"
+            "offsets of blocks that are both float32 or both float16, or with scales of blocks and an int8 table, or "
+            f"float8_e4m3fn with scales of blocks, got {dtypes}"
         )

@@ -20,12 +20,13 @@ class Panels(NamedTuple):
     code: jax.Array
     """The weight itself: f32 or f16 [P, I, 32], or bf16 [P, I / 2, 32, 2], where two inputs of an output are
     neighbours, as dot products take them, and a zero fills an odd number of inputs up. Or its codes: i8 [P, I, 32]; or
-    i8 [P, I / 2, 32] with two inputs' codes in a byte, each from 0 to 15, the earlier input's in the low half."""
+    i8 [P, I / 2, 32] with two inputs' codes in a byte, each from 0 to 15, the earlier input's in the low half; or
+    float8_e4m3fn [P, I, 32], whose scales are blocks'."""
     scale: jax.Array | None = None
-    """f32 [P, 32], an output's, of codes of 8 bits; or f32 or f16 [P, Q, 32], a block's. In f32 weight =
+    """f32 [P, 32], an output's, of i8 codes of 8 bits; or f32 or f16 [P, Q, 32], a block's. In f32 weight =
     code * scale + offset, rounded once where f32 holds code * scale."""
     offset: jax.Array | None = None
-    """[P, Q, 32] of the scale's type; of codes in blocks: of 8 bits where there is one, of 4 bits without a table"""
+    """[P, Q, 32] of the scale's type; of i8 codes in blocks: of 8 bits where there is one, of 4 bits without a table"""
     table: jax.Array | None = None
     """i8 [16], what codes of 4 bits stand for, instead of an offset"""
 
@@ -57,7 +58,7 @@ def pack_int4(packed: jax.Array, scale_QO: jax.Array, offset_QO: jax.Array) -> P
 def pack_blocks(
     code_OI: jax.Array, scale_OQ: jax.Array, offset_OQ: jax.Array | None, bits: int, table: tuple[int, ...] = ()
 ) -> Panels:
-    """Codes i8 with a scale, and perhaps an offset, for each block of I / Q inputs.
+    """Codes i8 or float8_e4m3fn with a scale, and for i8 perhaps an offset, for each block of I / Q inputs.
 
     Args:
         bits: 8, or 4 for codes from 0 to 15, which have an offset or a table.

@@ -66,9 +66,9 @@ def test_programs_are_kept_where_jax_is_told(told, kept, monkeypatch):
     assert [str(folder) for folder in folders] == [kept]
 
 
-def test_a_cache_that_memory_cannot_hold_is_refused_with_the_largest_that_it_can():
+def test_a_cache_that_memory_cannot_hold_beside_the_weights_is_refused_with_the_largest_that_it_can():
     engine = engine_of(slots=2, cache_tokens=1024)
-    size = engine.layout.bytes
+    size = engine.parameters.bytes + engine.layout.bytes
     for memory, free in ((size, 1), (None, size), (None, None)):
         loading.check_memory(engine, memory, free)
     for memory, free in ((size - 1, None), (None, size - 1)):
@@ -80,6 +80,14 @@ def test_slots_whose_state_memory_cannot_hold_are_refused_with_the_most_that_it_
     engine = engine_of(slots=100_000, cache_tokens=128)
     size = 100_000 * 2 * engine.sizes.vocab_size
     assert engine.layout.bytes < size
+    size += engine.parameters.bytes
     loading.check_memory(engine, None, size)
     with pytest.raises(RefusedError, match=r"slots=100000 take .* use at most 99999, or leave --slots out"):
         loading.check_memory(engine, None, size - 1)
+
+
+def test_weights_that_memory_cannot_hold_are_refused():
+    engine = engine_of(slots=1)
+    for memory, free in ((2**10, None), (None, 2**10)):
+        with pytest.raises(RefusedError, match=r"weights take 0 MiB and there are 0 MiB: give --quantize-weights int8"):
+            loading.check_memory(engine, memory, free)

@@ -1,5 +1,6 @@
 """Slots, cache length and the cache's tokens where nobody said."""
 
+import math
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
@@ -64,6 +65,10 @@ def test_on_cpus_the_cache_takes_a_quarter_of_the_free_memory_at_most():
         assert sized(EngineConfig(), TINY, mesh(devices), F32, None, 4 * 2047 * ROW).chosen == (8, 512, 1920)
     assert sized(EngineConfig(), TINY, mesh(), F32, None, 2**40).chosen == (8, 512, 4096)
     assert sized(EngineConfig(), TINY, mesh(), F32, None, 1).chosen == (8, 512, 128), "a tile at least"
+    wide = replace(TINY, vocab_size=200_000)
+    for rows, tokens in ((1024, 1024), (1023, 896)):  # the weights go first
+        free = math.ceil((demand(shape=wide).weights_bytes + rows * ROW) / (1 - SPARE))
+        assert sized(EngineConfig(), wide, mesh(), F32, None, free).cache_tokens == tokens
     assert sized(EngineConfig(cache_tokens=4096), TINY, mesh(), F32, None, 1).cache_tokens == 4096
 
 

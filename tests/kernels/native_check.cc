@@ -92,11 +92,13 @@ struct Weight {
 };
 
 constexpr Stored ALL[] = {Stored::kF32,  Stored::kBF16,    Stored::kF16,
-                          Stored::kInt8, Stored::kBlocks8, Stored::kBlocks4, Stored::kTable4};
+                          Stored::kInt8, Stored::kBlocks8, Stored::kBlocks4, Stored::kTable4, Stored::kFloat8};
 
 bool is_of_4_bits(Stored stored) { return stored == Stored::kBlocks4 || stored == Stored::kTable4; }
 
-bool is_in_blocks(Stored stored) { return stored == Stored::kBlocks8 || is_of_4_bits(stored); }
+bool is_in_blocks(Stored stored) {
+  return stored == Stored::kBlocks8 || stored == Stored::kFloat8 || is_of_4_bits(stored);
+}
 
 double widened(uint16_t half) {
   const uint32_t bits = static_cast<uint32_t>(half) << 16;
@@ -112,6 +114,15 @@ float of_half(uint16_t half) {
                       : exponent     ? std::ldexp(1024 + mantissa, exponent - 25)
                                      : std::ldexp(mantissa, -24);
   return static_cast<float>(half >> 15 ? -size : size);
+}
+
+// float8_e4m3fn, by what its bits mean.
+float of_float8(uint8_t bits) {
+  const int exponent = bits >> 3 & 15, mantissa = bits & 7;
+  const double size = exponent == 15 && mantissa == 7 ? NAN
+                      : exponent                      ? std::ldexp(8 + mantissa, exponent - 10)
+                                                      : std::ldexp(mantissa, -9);
+  return static_cast<float>(bits >> 7 ? -size : size);
 }
 
 // Of around 1, small ones, and now and then a subnormal one or a zero.
@@ -150,7 +161,7 @@ void fill(Weight& weight, Stored stored, int64_t I, int64_t O, Grids grids) {
   if (is_in_blocks(stored)) {
     weight.bytes = codes(P * I * PANEL / (is_of_4_bits(stored) ? 2 : 1));
     weight.table = codes(16);
-    grids.has_offset &= stored != Stored::kTable4;
+    grids.has_offset &= stored != Stored::kTable4 && stored != Stored::kFloat8;
     weight.scale_halves = halves(P * Q * PANEL), weight.scale = of_halves(weight.scale_halves);
     weight.offset_halves = halves(P * Q * PANEL), weight.offset = of_halves(weight.offset_halves);
     if (!grids.is_f16) weight.offset = numbers(P * Q * PANEL);
@@ -187,6 +198,13 @@ void fill(Weight& weight, Stored stored, int64_t I, int64_t O, Grids grids) {
           const uint8_t pair = weight.bytes[(p * I / 2 + i / 2) * PANEL + lane];
           const float code = i % 2 ? pair >> 4 : pair & 15;
           value = std::fma(code, weight.scale[grid], weight.offset[grid]);
+          break;
+        }
+        case Stored::kFloat8: {
+          int8_t& code = weight.bytes[at];
+          if (o >= O) code = 0x7f;
+          if (o < O && (code & 0x7f) == 0x7f) code = 0x55;
+          value = of_float8(code) * weight.scale[grid];
           break;
         }
         case Stored::kTable4: {
@@ -310,7 +328,12 @@ void check_products() {
   for (Stored stored : ALL)
     for (int64_t R : {97, 131})  // a prompt's
       for (int64_t I : {128, 544}) check_product(stored, R, I, 33);
-  for (Stored stored : {Stored::kBlocks8, Stored::kBlocks4, Stored::kTable4})
+  for (int64_t R : {1, 3, 30})
+    for (int64_t I : {34, 300, 512, 1024}) {  // one scale for all, or for several runs of unpacked inputs
+      check_product(Stored::kFloat8, R, I, 140, {I});
+      if (I % 512 == 0) check_product(Stored::kFloat8, R, I, 40, {512});
+    }
+  for (Stored stored : {Stored::kBlocks8, Stored::kBlocks4, Stored::kTable4, Stored::kFloat8})
     for (int64_t R : {1, 3, 30})
       for (bool is_f16 : {false, true})
         for (bool has_offset : {false, true}) {

@@ -6,6 +6,7 @@ import hashlib
 
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 import pytest
 from slipstream.kernels import native, ragged_attention, rms_norm
@@ -107,7 +108,7 @@ def test_products_with_codes(level, I, O, dtype):
         check_product(x_RI, panels, np.asarray(unpack(panels, O, I)))
 
 
-FORMS = ["f16", "blocks8", "blocks8 with offsets", "blocks4", "blocks4 in floats", "table", "table in floats"]
+FORMS = ["f16", "blocks8", "blocks8 with offsets", "blocks4", "blocks4 in floats", "table", "table in floats", "float8"]
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -118,6 +119,11 @@ def test_products_are_those_of_the_weight_in_floats(level, form):
     scale_OQ, offset_OQ = jnp.asarray(rng.normal(size=(2, O, Q)), jnp.float16).astype(grid_dtype)
     if form == "f16":
         panels = pack(jnp.asarray(oracle.normal(2, O, Q * block)), jnp.float16)
+    elif form == "float8":
+        code_OI = rng.integers(0, 256, (O, Q * block)).astype(np.uint8)
+        code_OI[code_OI & 127 == 127] = 0x80
+        scale_OQ = jnp.asarray(oracle.normal(2, O, Q))
+        panels = pack_blocks(jnp.asarray(code_OI.view(ml_dtypes.float8_e4m3fn)), scale_OQ, None, 8)
     elif form.startswith("blocks8"):
         code_OI = jnp.asarray(rng.integers(-128, 128, (O, Q * block), np.int8))
         panels = pack_blocks(code_OI, scale_OQ, offset_OQ if form.endswith("offsets") else None, 8)
@@ -131,6 +137,22 @@ def test_products_are_those_of_the_weight_in_floats(level, form):
     for rows in (1, 3, 8, 30):
         out_RO, expected_RO = (MULTIPLY(x_RI[:rows], of, outputs=O, backend="native_cpu") for of in (panels, floats))
         assert np.array_equal(out_RO, expected_RO)
+
+
+@pytest.mark.parametrize("I", [34, 288, 512])
+def test_every_float_of_8_bits_is_what_numpy_takes_it_for(level, I):
+    """By products with one input at a time, one row and many; NaN stays NaN. One scale of all inputs."""
+    code_OI = np.arange(256 * I).reshape(I, 256).T.astype(np.uint8) + np.arange(I, dtype=np.uint8)
+    scale_O1 = oracle.normal(0, 256, 1)
+    panels = pack_blocks(jnp.asarray(code_OI.view(ml_dtypes.float8_e4m3fn)), jnp.asarray(scale_O1), None, 8)
+    expected_OI = code_OI.view(ml_dtypes.float8_e4m3fn).astype(np.float32) * scale_O1
+    for row in (0, I - 1):
+        alone_RI = jnp.zeros((1, I)).at[0, row].set(1.0)
+        panels_of_one = Panels(jnp.zeros_like(panels.code).at[:, row].set(panels.code[:, row]), panels.scale)
+        for rows in (1, 20):
+            out_RO = MULTIPLY(alone_RI.repeat(rows, axis=0), panels_of_one, outputs=256, backend="native_cpu")
+            for out_O in np.asarray(out_RO):
+                np.testing.assert_array_equal(out_O, expected_OI[:, row])
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])

@@ -1,6 +1,7 @@
 """Weights in panels as kernels/panel_matmul/reference.py defines them; their products in C++ are test_native's."""
 
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 import pytest
 from slipstream.kernels.panel_matmul import (
@@ -78,6 +79,18 @@ def test_they_hold_the_codes_of_int4():
     check_holds(panels, (code_IO * scale_QO.repeat(8, axis=0) + offset_QO.repeat(8, axis=0)).T, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("block", [2, 32, 96])
+def test_they_hold_floats_of_8_bits(block):
+    """Every code but NaN, times a scale of 24 significant bits, rounded once."""
+    rng, (O, I) = np.random.default_rng(0), (70, 96)
+    code_OI = rng.integers(0, 256, (O, I)).astype(np.uint8)
+    code_OI[code_OI & 127 == 127] = 0x80
+    scale_OQ = rng.uniform(0.5, 2, (O, I // block)).astype(np.float32)
+    panels = pack_blocks(jnp.asarray(code_OI.view(ml_dtypes.float8_e4m3fn)), jnp.asarray(scale_OQ), None, 8)
+    assert panels.code.dtype == jnp.float8_e4m3fn
+    check_holds(panels, code_OI.view(ml_dtypes.float8_e4m3fn).astype(np.float32) * scale_OQ.repeat(block, axis=1))
+
+
 def test_two_inputs_of_a_byte_are_unsigned_and_in_order():
     code_OI = jnp.asarray([[15, 0, 8, 7]], jnp.int8)
     panels = pack_blocks(code_OI, jnp.ones((1, 1)), jnp.zeros((1, 1)), 4)
@@ -137,9 +150,17 @@ def test_two_inputs_of_a_byte_are_unsigned_and_in_order():
             "inputs=64 in blocks=64",
         ),
         (
+            {"x": jnp.zeros((2, 96)), "code": jnp.zeros((1, 96, 32), jnp.int8), "scale": jnp.zeros((1, 2, 32))},
+            "inputs=96 in blocks=2: a block must be whole, even, and all inputs, a divisor of 256 or a multiple of it",
+        ),
+        (
+            {"code": jnp.zeros((1, 64, 32), jnp.float8_e4m3fn), "scale": jnp.zeros((1, 32))},
+            r"got \['float8_e4m3fn', 'float32'\]",
+        ),
+        (
             {"code": jnp.zeros((1, 32, 32), jnp.int8), "table": jnp.zeros(16, jnp.int8)}
             | dict.fromkeys(("scale", "offset"), jnp.zeros((1, 2, 32))),
-            "scales of blocks and an int8 table, got",
+            "scales of blocks and an int8 table, or float8_e4m3fn with scales of blocks, got",
         ),
         (
             {

@@ -1,4 +1,4 @@
-"""fp8 and NF4 folders against values computed by hand, and against the same floats in a plain folder."""
+"""fp8 and NF4 folders against values computed by hand: as floats, and as what lies in memory."""
 
 import json
 import logging
@@ -45,9 +45,9 @@ FORMATS = {  # the quantization_config, what the scale is called, its shape for 
 
 
 def float8_folder(kind, path, damage=lambda tensors: None):
-    """(the folder, {parameter: its exact values, float64})."""
-    described, scale_name, scale_shape = FORMATS[kind]
-    rng, tensors, exact = np.random.default_rng(3), {}, {}
+    """(the folder, {parameter: its exact values, float64}). `kind` is a key of FORMATS, or what stands there."""
+    described, scale_name, scale_shape = kind if isinstance(kind, tuple) else FORMATS[kind]
+    rng, tensors, exact, block = np.random.default_rng(3), {}, {}, described.get("weight_block_size", BLOCK)
     for name, value in random_tensors().items():
         if not name.endswith("_proj.weight"):
             tensors[name] = value
@@ -59,7 +59,7 @@ def float8_folder(kind, path, damage=lambda tensors: None):
             tensors[module + "input_scale"] = np.full(1, 0.5, np.float32)
         exact[name.removeprefix("model.")] = np.array(
             [
-                [float(code[o, i]) * float(scale_of(scale, o, i)) for i in range(value.shape[1])]
+                [float(code[o, i]) * float(scale_of(scale, o, i, block)) for i in range(value.shape[1])]
                 for o in range(value.shape[0])
             ]
         )
@@ -67,10 +67,10 @@ def float8_folder(kind, path, damage=lambda tensors: None):
     return write_folder(path, tensors=tensors, config=CONFIG | {"quantization_config": described}), exact
 
 
-def scale_of(scale, o, i):
+def scale_of(scale, o, i, block):
     if scale.size == 1:
         return scale.reshape(())
-    return scale[o, 0] if scale.shape[1] == 1 else scale[o // BLOCK[0], i // BLOCK[1]]
+    return scale[o, 0] if scale.shape[1] == 1 else scale[o // block[0], i // block[1]]
 
 
 @pytest.mark.parametrize("kind", FORMATS)
@@ -78,7 +78,7 @@ def test_float8_is_widened(kind, tmp_path, caplog):
     with caplog.at_level(logging.INFO):
         folder, exact = float8_folder(kind, tmp_path)
         checkpoint = SafetensorsCheckpoint(folder)
-    assert "14 matrices of fp8, which are widened to floats" in caplog.text
+    assert "14 matrices of fp8, which are widened to floats, but by native kernels of CPUs" in caplog.text
     assert len(exact) == 14
     for name, values in exact.items():
         tensor = checkpoint.tensor(name)
@@ -178,7 +178,7 @@ def test_nf4_is_widened(nested, tmp_path, caplog):
     with caplog.at_level(logging.INFO):
         folder, exact = nf4_folder(tmp_path, nested=nested)
         checkpoint = SafetensorsCheckpoint(folder)
-    assert "14 matrices of NF4, which are widened to floats" in caplog.text
+    assert "14 matrices of NF4, which are widened to floats; --quantize-weights" in caplog.text
     for name, values in exact.items():
         np.testing.assert_allclose(checkpoint.tensor(name), values, rtol=1e-6, atol=1e-9)
     assert checkpoint.quantization is None

@@ -181,10 +181,9 @@ CASES = [
 
 
 @pytest.mark.parametrize(("family", "devices"), CASES)
-def test_logits_and_greedy_tokens_equal_transformers(family, devices, tmp_path_factory):
-    """Prompts longer than the windows, in one piece and in two; then 32 tokens, each what transformers would say after
-    the same text, and the same where an answer goes on behind prompt and beginning. Eight devices scan over the layers,
-    one has them unrolled."""
+def test_logits_and_steps_equal_transformers(family, devices, tmp_path_factory):
+    """Prompts longer than the windows, in one piece and in two; then 32 tokens, of each of which a step says what
+    transformers says of it. Eight devices scan over the layers, one has them unrolled."""
     folder, reference = written_by_transformers(family, tmp_path_factory.getbasetemp())
     assert_equal(reference, *load(folder, devices))
 

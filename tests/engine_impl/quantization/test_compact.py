@@ -5,11 +5,12 @@ import json
 import logging
 
 import gguf
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from slipstream.engine_impl.checkpoints.contract import WEIGHT, Compact
 from slipstream.engine_impl.checkpoints.gguf import GGUFCheckpoint
 from slipstream.engine_impl.checkpoints.safetensors import SafetensorsCheckpoint
@@ -20,10 +21,12 @@ from slipstream.engine_impl.models import registry
 from slipstream.engine_impl.quantization.panels import PanelWeight, decoded
 from slipstream.engine_impl.quantization.swap import quantize
 from slipstream.engine_impl.session import Session
+from slipstream.engine_impl.sizes import Demand
 from slipstream.engine_impl.weights.sharding import make_mesh
 
 from ..checkpoints.gguf_writing import HALVES, write_gguf, write_random_llama
 from ..checkpoints.test_gguf_families import folder_of
+from ..checkpoints.test_widened import FORMATS, UP, float8_folder
 from ..tiny_models import TINY, RandomCheckpoint
 
 KINDS = gguf.GGMLQuantizationType
@@ -44,9 +47,19 @@ class InFloat32:
 
 
 def engine_with(checkpoint, **options):
+    """An engine and its parameters, which take the memory that was counted before."""
     config = EngineConfig(slots=2, cache_length=128, max_prefill_length=32, tensor_parallel=1, **options)
     engine = build_engine(config, checkpoint)
-    return engine, engine.parameters.load(checkpoint)
+    params = engine.parameters.load(checkpoint)
+    arrays = {id(array): array for array in jax.tree.leaves(params)}  # a tied head is there once
+    assert counted(engine, config, checkpoint) == sum(array.nbytes for array in arrays.values())
+    return engine, params
+
+
+def counted(engine, config, checkpoint):
+    """What an automatic cache size follows from (bytes)."""
+    demand = Demand(config, engine.model.config, engine.mesh, jnp.dtype("float32"), compact=checkpoint.compact())
+    return demand.weights_bytes
 
 
 def forms(engine):
@@ -95,6 +108,76 @@ def test_numbers_of_gguf_files_are_those_of_float32(tmp_path, caplog):
     ) in caplog.text
 
 
+FLOAT8_BLOCKS = (
+    {"quant_method": "fp8", "weight_block_size": [20, 16]}, "weight_scale_inv", lambda O, I: (-(-O // 20), I // 16),
+)  # fmt: skip
+"""Which divide the inputs and not the outputs."""
+
+
+def check_held(checkpoint):
+    """That memory holds the very values of the files; gives the forms."""
+    engine, params = engine_with(checkpoint)
+    plain = decoded(engine.model, params)
+    for name in checkpoint.shapes():
+        section, _, rest = name.partition(".")
+        layer, _, own = rest.partition(".")
+        held = plain["layers"][int(layer)][own] if section == "layers" else plain[section][rest]
+        np.testing.assert_array_equal(held, checkpoint.tensor(name), name)
+    return forms(engine)
+
+
+@pytest.mark.slow
+def test_numbers_of_fp8_are_those_of_float32(tmp_path):
+    folder, _ = float8_folder(FLOAT8_BLOCKS, tmp_path)
+    engine, params = check_equal(SafetensorsCheckpoint(folder))
+    assert forms(engine)["layers.0.mlp.down_proj"] == "float8 in blocks of 16"
+    assert params["stacks"]["mlp.down_proj.code"].dtype == jnp.float8_e4m3fn
+
+
+@pytest.mark.parametrize(
+    ("kind", "of_up", "of_down"),
+    [
+        ("fp8, a tensor", "float8 in blocks of 32", "float8 in blocks of 48"),
+        ("float-quantized, channels", "float8 in blocks of 32", "float8 in blocks of 48"),
+        ("fp8, blocks", "float32", "float32"),
+    ],
+)
+def test_fp8_is_held_as_it_comes(kind, of_up, of_down, tmp_path):
+    """A scale of an output is its inputs' one block; blocks of 12 inputs are none that a product reads."""
+    assert kind in FORMATS
+    found = check_held(SafetensorsCheckpoint(float8_folder(kind, tmp_path)[0]))
+    assert (found["layers.0.mlp.up_proj"], found["layers.1.mlp.down_proj"]) == (of_up, of_down)
+
+
+def test_fp8_that_is_no_number_is_told(tmp_path):
+    def spoil(tensors):
+        tensors[f"{UP}weight"].view(np.uint8)[0, 0] = 0x7F
+
+    folder, _ = float8_folder("fbgemm", tmp_path, spoil)
+    with pytest.raises(RefusedError, match=r"NaN or infinite as float32: layers\.1\.mlp\.up_proj\.weight; fetch"):
+        engine_with(SafetensorsCheckpoint(folder))
+
+
+@pytest.mark.slow
+def test_experts_of_fp8_are_held_as_they_come(tmp_path):
+    folder = folder_of("qwen3moe", tmp_path, num_hidden_layers=1, moe_intermediate_size=32)
+    tensors = load_file(folder / "model.safetensors")
+    for name in [name for name in tensors if ".experts." in name]:
+        O, I = tensors[name].shape
+        tensors[name] = tensors[name].to(torch.float8_e4m3fn)
+        tensors[f"{name}_scale_inv"] = torch.rand(-(-O // 20), I // 16) + 0.5
+    save_file(tensors, folder / "model.safetensors")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"quantization_config": FLOAT8_BLOCKS[0]}))
+    checkpoint = SafetensorsCheckpoint(folder)
+    engine, params = engine_with(checkpoint)
+    found, plain = forms(engine), decoded(engine.model, params)
+    for name in ("w1", "w2", "w3"):
+        assert found[f"layers.0.mlp.{name}"] == "float8 in blocks of 16"
+        for expert, source in enumerate(engine.model.sources(f"layers.0.mlp.{name}.weight")):
+            np.testing.assert_array_equal(plain["layers"][0][f"mlp.{name}.weight"][expert].T, checkpoint.tensor(source))
+
+
 def write_folder(folder, *, tied):
     """In two files, matrices of bfloat16 and float16 in turns and one of float32."""
     shapes = {name: RandomCheckpoint(TINY).tensor(name) for name in RandomCheckpoint(TINY).shapes()}
@@ -136,10 +219,10 @@ def test_numbers_of_experts_are_those_of_float32(family, kind, experts, sizes, t
     found = forms(engine)
     assert {found[f"layers.{i}.mlp.{name}"] for i in range(2) for name in ("w1", "w2", "w3")} == {experts}
     assert found["layers.0.mlp.gate"] == found["embed_tokens"] == experts
-    plain = decoded(engine.model, params)
+    held = jax.jit(lambda params: decoded(engine.model, params)["layers"][1]["mlp.w2.weight"])(params)
     checkpoint = GGUFCheckpoint(tmp_path / "m.gguf")
-    for expert, source in enumerate(engine.model.sources("layers.1.mlp.w2.weight")):
-        np.testing.assert_array_equal(plain["layers"][1]["mlp.w2.weight"][expert].T, checkpoint.tensor(source))
+    for held_IO, source in zip(np.asarray(held), engine.model.sources("layers.1.mlp.w2.weight"), strict=True):
+        np.testing.assert_array_equal(held_IO.T, checkpoint.tensor(source))
 
 
 @pytest.mark.slow
@@ -156,14 +239,7 @@ def test_weights_are_the_files(tmp_path):
     """Rows of q and k in the model's order; an untied head; codes beside a head that becomes int8."""
     kinds = [KINDS.Q4_K, KINDS.Q4_1, KINDS.Q5_1, KINDS.Q6_K, KINDS.Q8_0, KINDS.BF16, KINDS.Q5_K]
     path = write_random_llama(tmp_path / "m.gguf", kinds, layers=1, tied=False, head=KINDS.Q6_K)
-    checkpoint = GGUFCheckpoint(path)
-    engine, params = engine_with(checkpoint)
-    plain = decoded(engine.model, params)
-    for name in checkpoint.shapes():
-        section, _, rest = name.partition(".")
-        layer, _, own = rest.partition(".")
-        held = plain["layers"][int(layer)][own] if section == "layers" else plain[section][rest]
-        np.testing.assert_array_equal(held, checkpoint.tensor(name), name)
+    check_held(GGUFCheckpoint(path))
 
 
 @pytest.mark.parametrize(
@@ -182,8 +258,10 @@ def test_weights_are_the_files(tmp_path):
 def test_options_mean_what_they_mean_of_floats(options, expected, tmp_path):
     """What is left out of quantisation keeps its form."""
     path = write_random_llama(tmp_path / "m.gguf", [KINDS.Q4_0], layers=1)
-    config = EngineConfig(slots=2, cache_length=128, tensor_parallel=1, **options)
-    assert set(forms(build_engine(config, GGUFCheckpoint(path))).values()) == expected
+    config, checkpoint = EngineConfig(slots=2, cache_length=128, tensor_parallel=1, **options), GGUFCheckpoint(path)
+    engine = build_engine(config, checkpoint)
+    assert set(forms(engine).values()) == expected
+    assert counted(engine, config, checkpoint) == engine.parameters.bytes
 
 
 def test_rows_of_a_fused_tensor_keep_its_form(tmp_path):
