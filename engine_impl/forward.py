@@ -26,7 +26,8 @@ LayerLoop = Literal["scan", "unrolled"]
 Params = dict[str, Any]
 """`embed_tokens`, `after_embedding`, `norm`, `lm_head`: {parameter name: array}; `layers`: the same with all layers
 stacked ("scan"), or a tuple with one such dict a layer ("unrolled"). `adapters`, where there may be some: likewise, see
-adapters/stacks.py. `stacks`: of unrolled layers what is stacked nevertheless, see `stacked_parts`.
+adapters/stacks.py. `stacks`: of unrolled layers what is stacked nevertheless, see `stacked_parts`. `alike`: of stacked
+layers the vectors that are not in `layers` but in one array with others, {their names: array}, see weights/alike.py.
 
 A scan hands each layer its slice of the stacks. Modules that read the stack themselves (`reads_stack`) get all of it
 and, as `layer`, the layer's number; where theirs is not stacked, that is 0."""
@@ -147,15 +148,15 @@ def _layers(model: Decoder, params: Params, tokens: _Tokens, attend: Attend) -> 
     x_RD = bridge.run(model.embed_tokens, params["embed_tokens"], token_R)
     x_RD = bridge.run(model.after_embedding, params["after_embedding"], x_RD, position_R)
     ropes = _ropes(model, position_R, reach_R)
-    layers = params["layers"]
+    layers, alike, stacks = params["layers"], params["alike"], params["stacks"]
     if adapter_R is None:
-        return _walk(model, layers, x_RD, ropes, attend, params["stacks"])
-    adapters, stacks = params["adapters"], params["stacks"]
+        return _walk(model, layers, alike, x_RD, ropes, attend, stacks)
+    adapters = params["adapters"]
     both = layers | adapters if isinstance(layers, dict) else tuple(map(dict.__or__, layers, adapters))
     return jax.lax.cond(
         (adapter_R > 0).any(),
-        lambda: _walk(model, both, x_RD, ropes, attend, stacks | sites.of_rows(model.layers[0], adapter_R)),
-        lambda: _walk(model, layers, x_RD, ropes, attend, stacks | sites.of_nobody(model.layers[0])),
+        lambda: _walk(model, both, alike, x_RD, ropes, attend, stacks | sites.of_rows(model.layers[0], adapter_R)),
+        lambda: _walk(model, layers, alike, x_RD, ropes, attend, stacks | sites.of_nobody(model.layers[0])),
     )
 
 
@@ -175,9 +176,15 @@ def _ropes(model: Decoder, position_R: jax.Array, reach_R: jax.Array | None) -> 
 
 
 def _walk(
-    model: Decoder, layers: Any, x_RD: jax.Array, ropes: Any, attend: Attend, of_all: dict[str, jax.Array]
+    model: Decoder,
+    layers: Any,
+    alike: dict[tuple[str, ...], jax.Array],
+    x_RD: jax.Array,
+    ropes: Any,
+    attend: Attend,
+    of_all: dict[str, jax.Array],
 ) -> tuple[jax.Array, Any]:
-    """The layer loop itself. `of_all`: arrays that all layers take alike.
+    """The layer loop itself. `alike`: as in `Params`. `of_all`: arrays that all layers take.
 
     Layers differ in their weights, in how far back they see and in their rope. Under a scan all three are selected by
     the layer's number; unrolled, a layer is traced once for each way of seeing, and for each of `modules_of_layers`.
@@ -206,7 +213,7 @@ def _walk(
 
         def step(stream, of_layer):
             weights, index, kind, which = of_layer
-            weights = {**weights, **whole, **of_all, **numbered(model.layers[0], index)}
+            weights = {**weights, **vectors_of(alike, index), **whole, **of_all, **numbered(model.layers[0], index)}
             rope = ropes[0] if ropes_stacked is None else jax.tree.map(lambda leaves: leaves[which], ropes_stacked)
             return layer(stream, weights, index, kind, rope)
 
@@ -224,6 +231,17 @@ def _walk(
         per_layer.append(kv)
     x_RD, out_RD = stream
     return x_RD + out_RD, jax.tree.map(lambda *of_layers: jnp.stack(of_layers), *per_layer)
+
+
+def vectors_of(alike: dict[tuple[str, ...], jax.Array], index: jax.Array) -> dict[str, jax.Array]:
+    """Those of one layer, by name. Each is one slice: were its array taken first, XLA:TPU would copy that in every
+    layer."""
+
+    def one(stacks_GLD: jax.Array, which: int) -> jax.Array:
+        start, size = (which, index, 0), (1, 1, stacks_GLD.shape[-1])
+        return jax.lax.dynamic_slice(stacks_GLD, start, size, allow_negative_indices=False)[0, 0]
+
+    return {name: one(stacks_GLD, i) for names, stacks_GLD in alike.items() for i, name in enumerate(names)}
 
 
 def modules_of_layers(model: Decoder) -> list[int]:

@@ -15,6 +15,7 @@ from .errors import RefusedError
 from .forward import LayerLoop, Params
 from .models.decoder import Decoder
 from .sizes import device_bytes
+from .weights.alike import join, joined_shapes
 from .weights.load import abstract_params, needed_shapes
 from .weights.loaded import loaded
 
@@ -44,10 +45,9 @@ class Parameters:
 
     def abstract(self) -> Params:
         """Shapes, types and shardings."""
-        form = self.mesh, self.dtype, self.layer_loop
-        params = abstract_params(self.model, *form)
+        params = self._shapes_of(self.model)
         if self.draft is not None:
-            params |= {"draft": abstract_params(self.draft, *form)}
+            params |= {"draft": self._shapes_of(self.draft)}
         return params if self.places is None else params | {"adapters": self.places.abstract(self.layer_loop)}
 
     @property
@@ -58,11 +58,18 @@ class Parameters:
     def load(self, checkpoint: Checkpoint, draft_checkpoint: Checkpoint | None = None) -> Params:
         """Read the weights onto the mesh, the draft model's too where there is one. Raises RefusedError when a
         checkpoint does not fit its model."""
-        form = self.mesh, self.dtype, self.layer_loop
-        params = loaded(self.model, checkpoint, *form, self.kept_in)
+        params = self._loaded(self.model, checkpoint)
         if self.draft is not None and draft_checkpoint is not None:
-            params |= {"draft": loaded(self.draft, draft_checkpoint, *form, self.kept_in)}
+            params |= {"draft": self._loaded(self.draft, draft_checkpoint)}
         return self.without_adapters(params)
+
+    def _shapes_of(self, model: Decoder) -> Params:
+        return joined_shapes(model, abstract_params(model, self.mesh, self.dtype, self.layer_loop))
+
+    def _loaded(self, model: Decoder, checkpoint: Checkpoint) -> Params:
+        """Vectors are joined behind loading, so that no checkpoint and no folder of kept weights knows of it."""
+        params = loaded(model, checkpoint, self.mesh, self.dtype, self.layer_loop, self.kept_in)
+        return join(params, self._shapes_of(model))
 
     def read_adapter(self, path: str) -> AdapterWeights:
         """A PEFT folder's, or a hub id's, into the host's memory; from any thread.

@@ -150,7 +150,8 @@ class EagerLayers:
 
             def step(carry, of_layer):
                 weights, index = of_layer
-                weights = {**weights, **whole, **forward.numbered(one, index)}
+                weights = {**weights, **forward.vectors_of(params["alike"], index), **whole}
+                weights |= forward.numbered(one, index)
                 return layer(*carry, rope, weights, index), None
 
             (x_BD, out_BD, cache), _ = jax.lax.scan(step, (x_BD, out_BD, cache), (sliced, index_L))

@@ -11,6 +11,9 @@ from ...engine_impl.models.parts import ExpertLinear
 from ...engine_impl.quantization.linear import EncodedModule, Int8ExpertLinear
 from ...engine_impl.quantization.panels import PanelExperts, PanelWeight, told
 
+WHOLE = "alike", "stacks", "norm", "lm_head"
+"""Sections of the parameters that a step reads whole."""
+
 
 def bytes_per_step(engine: Engine, params: Params, live_tokens: int) -> int:
     """Weights and all live rows read once, the new rows written; of what is quantised, codes and scales.
@@ -25,7 +28,7 @@ def bytes_per_step(engine: Engine, params: Params, live_tokens: int) -> int:
         for layer in (layers if isinstance(layers, tuple) else (layers,))
         for name, leaf in layer.items()
     )
-    weights += sum(leaf.nbytes for part in ("stacks", "norm", "lm_head") for leaf in jax.tree.leaves(params[part]))
+    weights += sum(leaf.nbytes for part in WHOLE for leaf in jax.tree.leaves(params[part]))
     layout = replace(engine.layout, head_dim=engine.model.config.head_dim)
     row_bytes = layout.bytes / layout.pages / layout.page_rows
     return round(weights + row_bytes * layout.slots * (live_tokens + 1))

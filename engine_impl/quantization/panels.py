@@ -183,6 +183,7 @@ def decoded(model: Decoder, params: dict[str, Any]) -> dict[str, Any]:
             section(layer, {**weights, **{name: stack[i] for name, stack in params["stacks"].items()}})
             for i, (layer, weights) in enumerate(zip(model.layers, params["layers"], strict=True))
         ),
+        "alike": params["alike"],
         "stacks": {},
         "norm": params["norm"],
         "lm_head": embed_tokens if model.config.tied_embeddings else section(model.lm_head, params["lm_head"]),

@@ -6,6 +6,7 @@ import math
 
 import pytest
 from jax.experimental.pallas import tpu as pltpu
+from slipstream.engine_impl import parameters
 from slipstream.engine_impl.compiler.budget import cache_copies
 from slipstream.engine_impl.compiler.hlo import Program
 from slipstream.engine_impl.compiler.lowering import lower_score_step
@@ -70,6 +71,20 @@ def test_codes_stay_codes(topology, mode, program):
         logits_bytes = 4 * FEW * SHAPE.vocab_size // chips
         room = 8 * logits_bytes + unpacked_mask_bytes(hlo, FEW, SHAPE.vocab_size // chips)
         assert memory.temp_size_in_bytes < 0.01 * cache_bytes + room + 2**20
+
+
+@pytest.mark.slow
+def test_scales_that_lie_alike_are_taken_from_their_stacks_together(monkeypatch):
+    """Both norms' weights, and the scales of k and v, of gate and up, of o and down: four operations a layer fewer."""
+    config = EngineConfig(slots=FEW, cache_length=CACHE_LENGTH, cache_tokens=CACHE_TOKENS, **MODES["int8"])
+    engine = abstract_engine(SHAPE, "v5e:2x4", config)
+
+    def operations() -> int:
+        return Program(compiled_once(lower_score_step(engine), engine.mesh).as_text()).operations()
+
+    together = operations()
+    monkeypatch.setattr(parameters, "joined_shapes", lambda model, shapes: shapes | {"alike": {}})
+    assert together <= operations() - 4 * LAYERS
 
 
 @pytest.mark.gates

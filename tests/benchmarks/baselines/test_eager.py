@@ -3,10 +3,10 @@
 from dataclasses import replace
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from slipstream.benchmarks.baselines.eager import eager_twin
+from slipstream.engine_impl.assembly import twin
 from slipstream.engine_impl.config import EngineConfig
 from slipstream.engine_impl.loading import build_engine
 from slipstream.engine_impl.session import Session
@@ -24,10 +24,11 @@ def sharded():
     return engine, params, greedy(engine, params, PROMPTS, STEPS)
 
 
-def stacked_layers(params):
+def stacked_layers(engine, checkpoint):
     """Params as a TPU's: all layers' weights in one array, walked by a scan."""
-    layers = jax.tree.map(lambda *weights: jnp.stack(weights), *params["layers"])
-    return {**params, "layers": layers | params["stacks"], "stacks": {}}
+    params = twin(engine, layer_loop="scan").parameters.load(checkpoint)
+    assert params["alike"]
+    return params
 
 
 @pytest.mark.slow
@@ -35,7 +36,7 @@ def stacked_layers(params):
 def test_greedy_tokens_are_ours_and_a_full_slot_is_not_written(form, loop, sharded):
     """Guards the scatter's mode too: at row S, a clamped write would overwrite the last token."""
     engine, params, expected = sharded
-    params = stacked_layers(params) if loop == "scan" else params
+    params = stacked_layers(engine, RandomCheckpoint(TINY)) if loop == "scan" else params
     eager = eager_twin(engine, form)
     assert greedy(eager, params, PROMPTS, STEPS) == expected
 
@@ -58,5 +59,5 @@ def test_int4_weights_that_are_read_from_the_stack():
     engine = build_engine(config, checkpoint)
     params = engine.parameters.load(checkpoint)
     expected = greedy(engine, params, PROMPTS, 4)
-    for of_loop in (params, stacked_layers(params)):  # unrolled, and a scan
+    for of_loop in (params, stacked_layers(engine, checkpoint)):  # unrolled, and a scan
         assert greedy(eager_twin(engine, "stacked"), of_loop, PROMPTS, 4) == expected

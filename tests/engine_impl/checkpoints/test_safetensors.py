@@ -13,6 +13,7 @@ from slipstream.engine_impl.assembly import twin
 from slipstream.engine_impl.checkpoints.safetensors import SafetensorsCheckpoint
 from slipstream.engine_impl.config import EngineConfig
 from slipstream.engine_impl.errors import RefusedError
+from slipstream.engine_impl.forward import vectors_of
 from slipstream.engine_impl.loading import build_engine, load_engine
 from slipstream.engine_impl.session import Session
 from slipstream.engine_impl.text.chat import Chat
@@ -35,7 +36,7 @@ def parameters(params, layers=2):
     for i in range(layers):
         of_layer = params["layers"][i] if isinstance(params["layers"], tuple) else {
             name: stack[i] for name, stack in params["layers"].items()
-        }  # fmt: skip
+        } | vectors_of(params["alike"], i)  # fmt: skip
         named |= {f"model.layers.{i}.{name}": value for name, value in of_layer.items()}
     return named
 
