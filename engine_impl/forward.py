@@ -233,7 +233,7 @@ def _walk(
     return x_RD + out_RD, jax.tree.map(lambda *of_layers: jnp.stack(of_layers), *per_layer)
 
 
-def vectors_of(alike: dict[tuple[str, ...], jax.Array], index: jax.Array) -> dict[str, jax.Array]:
+def vectors_of(alike: dict[tuple[str, ...], jax.Array], index: jax.Array | int) -> dict[str, jax.Array]:
     """Those of one layer, by name. Each is one slice: were its array taken first, XLA:TPU would copy that in every
     layer."""
 

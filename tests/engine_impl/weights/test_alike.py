@@ -1,6 +1,7 @@
 """Vectors of stacked layers that lie alike: which these are, and that each layer gets its own."""
 
 from dataclasses import asdict
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +10,7 @@ import pytest
 import torch
 from slipstream.engine_impl.assembly import twin
 from slipstream.engine_impl.config import EngineConfig
-from slipstream.engine_impl.forward import vectors_of
+from slipstream.engine_impl.forward import LayerLoop, vectors_of
 from slipstream.engine_impl.models import registry
 from slipstream.engine_impl.models.qwen2 import Qwen2Config
 from slipstream.engine_impl.quantization.swap import quantize
@@ -20,19 +21,20 @@ from slipstream.engine_impl.weights.sharding import make_mesh
 
 from ..tiny_models import TINY, RandomCheckpoint, logits_behind, tiny_engine
 
-SQUARE = Qwen2Config(**asdict(TINY) | {"model_dim": TINY.num_heads * TINY.head_dim})
+OF_A_SQUARE: dict[str, Any] = asdict(TINY) | {"model_dim": TINY.num_heads * TINY.head_dim}
+SQUARE = Qwen2Config(**OF_A_SQUARE)
 """A query's bias has the length of a norm's weights. Chips share the one, and each has the other."""
 NORMS = ("input_layernorm.weight", "post_attention_layernorm.weight")
 KV = ("self_attn.k_proj", "self_attn.v_proj")
 
 
-def shapes_of(config, devices, loop="scan", **quantization):
+def shapes_of(config, devices, loop: LayerLoop = "scan", **quantization: Any):
     """The model, and its parameters' shapes before any are joined."""
     with torch.device("meta"):
         model = registry.build(config)
     mesh = make_mesh(jax.devices(), config.num_heads, config.num_kv_heads, devices)
     dtype = jnp.dtype("bfloat16")
-    quantize(model, EngineConfig(slots=1, **quantization), dtype, mesh, "xla_cpu")
+    quantize(model, EngineConfig(slots=1, **quantization), dtype, mesh, "xla")
     return model, abstract_params(model, mesh, dtype, loop)
 
 
