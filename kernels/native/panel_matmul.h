@@ -171,7 +171,7 @@ struct Table4 : Blocks4 {
 struct Floats8 {
   using X = float;
   static constexpr int STEP = 1;
-  static constexpr int KEPT = 6;
+  static constexpr int KEPT = 5;
   static constexpr int64_t BYTES = PANEL;
   struct Scales : Grid {
     template <int V>
