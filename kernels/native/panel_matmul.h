@@ -11,7 +11,8 @@
 constexpr int DEPTH = 256;  // a multiple of the inputs of every block, or a divisor
 constexpr int HALF = PANEL / 2;
 constexpr int UNROLLED = 4;  // a multiple of each STEP
-constexpr int64_t LINE = 64, AHEAD = 32 * LINE;  // bytes of a cache, and of codes that are fetched before they are read
+constexpr int64_t LINE = 64;  // bytes that a cache fetches at once
+constexpr int64_t AHEAD = 32 * LINE;  // so long before they are read codes are fetched
 constexpr int TILE_PAIRS = 16;  // pairs of inputs of a tile; DEPTH is a multiple
 
 // Two inputs in bfloat16, the earlier in the low half.
