@@ -11,7 +11,8 @@
 constexpr int DEPTH = 256;  // a multiple of the inputs of every block, or a divisor
 constexpr int HALF = PANEL / 2;
 constexpr int UNROLLED = 4;  // a multiple of each STEP
-constexpr int64_t LINE = 64, AHEAD = 32 * LINE;  // bytes of a cache, and of codes that are fetched before they are read
+constexpr int64_t LINE = 64;  // bytes that a cache fetches at once
+constexpr int64_t AHEAD = 32 * LINE;  // so long before they are read codes are fetched
 constexpr int TILE_PAIRS = 16;  // pairs of inputs of a tile; DEPTH is a multiple
 
 // Two inputs in bfloat16, the earlier in the low half.
@@ -171,7 +172,7 @@ struct Table4 : Blocks4 {
 struct Floats8 {
   using X = float;
   static constexpr int STEP = 1;
-  static constexpr int KEPT = 6;
+  static constexpr int KEPT = 5;
   static constexpr int64_t BYTES = PANEL;
   struct Scales : Grid {
     template <int V>

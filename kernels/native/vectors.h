@@ -130,7 +130,8 @@ struct Half {
   uint16_t bits;
 };
 
-// float8_e4m3fn: a sign, 4 bits of exponent, 3 of mantissa; the largest of either sign is NaN.
+// float8_e4m3fn: a sign, 4 bits of exponent, 3 of mantissa. No weight is NaN, the largest of either sign: to tell it takes
+// three instructions more and up to 1.45 of a product's time.
 struct Float8 {
   uint8_t bits;
 };
@@ -180,8 +181,7 @@ constexpr float OF_FLOAT8 = 256;  // its value over that of the half precision w
 // Over OF_FLOAT8, exactly.
 static INLINE F load(const Float8* from) {
   const I16 half = halfway_widened(reinterpret_cast<const int8_t*>(from)) << 7 & static_cast<int16_t>(0xbf80);
-  const I16 is_nan = (half & 0x3f80) == 0x3f80;
-  return of_halves((U16)(half | is_nan));
+  return of_halves((U16)half);
 }
 
 static INLINE F splat(float value) { return value - F{}; }

@@ -21,7 +21,7 @@ class Panels(NamedTuple):
     """The weight itself: f32 or f16 [P, I, 32], or bf16 [P, I / 2, 32, 2], where two inputs of an output are
     neighbours, as dot products take them, and a zero fills an odd number of inputs up. Or its codes: i8 [P, I, 32]; or
     i8 [P, I / 2, 32] with two inputs' codes in a byte, each from 0 to 15, the earlier input's in the low half; or
-    float8_e4m3fn [P, I, 32], whose scales are blocks'."""
+    float8_e4m3fn [P, I, 32], whose scales are blocks' and which has no NaN: whoever loads weights refuses it."""
     scale: jax.Array | None = None
     """f32 [P, 32], an output's, of i8 codes of 8 bits; or f32 or f16 [P, Q, 32], a block's. In f32 weight =
     code * scale + offset, rounded once where f32 holds code * scale."""

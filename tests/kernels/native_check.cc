@@ -203,7 +203,7 @@ void fill(Weight& weight, Stored stored, int64_t I, int64_t O, Grids grids) {
         case Stored::kFloat8: {
           int8_t& code = weight.bytes[at];
           if (o >= O) code = 0x7f;
-          if (o < O && (code & 0x7f) == 0x7f) code = 0x55;
+          if (o < O && (code & 0x7f) == 0x7f) code = 0x55;  // there is no NaN
           value = of_float8(code) * weight.scale[grid];
           break;
         }

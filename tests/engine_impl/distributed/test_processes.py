@@ -30,6 +30,8 @@ STEP_S = 5.0
 """--step-timeout: what a test of a host that hangs takes."""
 MODEL = CONFIG | {"num_attention_heads": 12, "num_key_value_heads": 12}
 """For two hosts and for three."""
+SIZES = ("--slots=1", "--cache-length=128", "--max-prefill-length=16")
+"""One step and one prefill, as each host of a group compiles all there are; texts come one behind the other."""
 PROMPT = [5, 6, 7, 8, 9]
 SAMPLED = {"temperature": 1.5, "seed": 7, "top_k": 40}
 
@@ -46,7 +48,7 @@ class Hosts:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
-        common = ("--slots=2", "--cache-length=128", "--port=0", f"--step-timeout={STEP_S}", f"--num-hosts={count}")
+        common = (*SIZES, "--port=0", f"--step-timeout={STEP_S}", f"--num-hosts={count}")
         self._flags = [f"--model={folder}", *common, f"--coordinator=127.0.0.1:{port}", *more]
         self._logs = folder.parent
         self.processes = [self._started(index, of_followers if index else ()) for index in range(count)]
@@ -107,7 +109,7 @@ def on_one_host(folder: Path, devices: int, steps: int, **options) -> list[int]:
     from slipstream.engine_impl.config import EngineConfig
     from slipstream.engine_impl.loading import load_engine
 
-    config = EngineConfig(model=str(folder), slots=2, cache_length=128, tensor_parallel=devices)
+    config = EngineConfig(model=str(folder), slots=1, cache_length=128, max_prefill_length=16, tensor_parallel=devices)
     session = Session(*load_engine(config))
     results = [session.start(0, PROMPT, SamplingParams(ignore_eos=True, **options))]
     results += [session.step() for _ in range(steps - 1)]
