@@ -170,7 +170,7 @@ def theory_bytes(engine: Engine) -> int:
         elif kind == "int8":
             inputs = shape[1]  # of [O, I] and of experts, [E, I, O]
             bytes_there += count + 4 * count // inputs
-        elif part.keeps_codes:
+        elif kind in ("4-bit", "8-bit", "float8"):
             grids = (1 + part.form.has_offset) * jnp.dtype(part.form.grid).itemsize
             bytes_there += count // (2 if kind == "4-bit" else 1) + grids * count // part.block
         else:
