@@ -8,7 +8,7 @@
 // Every sum is made input after input, by tiles 32 inputs after 32, whatever the number of rows: a row's result does not
 // depend on the others.
 
-constexpr int DEPTH = 256;  // a multiple of the inputs of every block, or a divisor
+constexpr int DEPTH = 256;  // a multiple of the inputs of every block, or a divisor; or a block has all inputs
 constexpr int HALF = PANEL / 2;
 constexpr int UNROLLED = 4;  // a multiple of each STEP
 constexpr int64_t LINE = 64;  // bytes that a cache fetches at once
@@ -408,10 +408,10 @@ static void multiply_panel(const typename Codes::X* x, Codes codes, int64_t inpu
 // A panel that is multiplied as it lies.
 template <typename Lane>
 static void multiply_panel(const Lane* x, const Lane* panel, int64_t inputs, int64_t rows, Sums to) {
-  constexpr int64_t BYTES = PANEL * sizeof(Lane);
+  constexpr int64_t BYTES = PANEL * sizeof(Lane), INPUTS_AHEAD = 64;
   const auto* bytes = reinterpret_cast<const char*>(panel);
   if (rows <= ROWS_TOGETHER<Lane>)
-    return multiply_portion(rows, x, inputs, Plain<Lane>{panel, bytes + 64 * BYTES, BYTES}, inputs, to);
+    return multiply_portion(rows, x, inputs, Plain<Lane>{panel, bytes + INPUTS_AHEAD * BYTES, BYTES}, inputs, to);
   // In even runs: each takes the sums from memory and back, a short one for few inputs.
   constexpr int64_t STEP = BY_TILES<Lane> ? TILE_PAIRS : UNROLLED;
   const int64_t runs = (inputs + DEPTH - 1) / DEPTH, depth = (inputs + runs * STEP - 1) / (runs * STEP) * STEP;

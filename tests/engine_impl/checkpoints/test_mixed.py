@@ -112,7 +112,8 @@ def test_gptq_with_rules_for_some_modules(tmp_path, caplog):
 
 
 def test_compressed_tensors_in_groups_of_modules(tmp_path, caplog):
-    """fp8 where a pattern says so, 4 bits elsewhere, and one module by its name as int8."""
+    """fp8 where a pattern says so, which alone has codes that memory may hold; 4 bits elsewhere, and one module by its
+    name as int8."""
     by_channel = {"num_bits": 8, "type": "float", "symmetric": True, "strategy": "channel"}
     described = {
         "quant_method": "compressed-tensors", "format": "mixed-precision", "ignore": ["lm_head"], "config_groups": {
@@ -135,4 +136,12 @@ def test_compressed_tensors_in_groups_of_modules(tmp_path, caplog):
             return {"weight": (parts["code"] - 128).astype(np.int8), "weight_scale": parts["scale"]}, exact_OI
         return grouped(shape, GROUP, 16, 8, packers.packed_symmetric)
 
-    check(*folder_of(tmp_path, described, make), 14, "several kinds", caplog)
+    folder, exact = folder_of(tmp_path, described, make)
+    check(folder, exact, 14, "several kinds", caplog)
+    checkpoint = SafetensorsCheckpoint(folder)
+    kept = {name: form for name, form in checkpoint.compact().items() if name in exact}
+    assert set(kept) == {name for name in exact if "self_attn" in name}
+    for name, form in kept.items():
+        code_OI, scale_O1, offset = checkpoint.codes(name)
+        assert (form.kind, form.block, offset) == ("float8", code_OI.shape[1], None)
+        np.testing.assert_allclose(code_OI.astype(np.float32) * scale_O1, exact[name], rtol=1e-6, err_msg=name)
