@@ -40,8 +40,12 @@ def test_text_in_text_out():
 
 def test_a_stream_is_the_answer_in_pieces():
     async def scenario():
-        async with serving(FakeEngine(step_s=0.005)) as (_, client):
-            answer = await chunks(client, max_tokens=6)
+        engine = FakeEngine(pace=threading.Semaphore(1))
+        async with serving(engine) as (_, client):
+            answer = []
+            async for chunk in await complete(client, max_tokens=6, stream=True):
+                answer.append(chunk)
+                engine.pace.release()
             assert len(answer) > 2
             assert "".join(chunk.choices[0].text for chunk in answer) == "bcdefg"
             assert [chunk.choices[0].finish_reason for chunk in answer] == [None] * (len(answer) - 1) + ["length"]

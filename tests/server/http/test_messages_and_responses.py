@@ -1,6 +1,7 @@
 """POST /v1/messages and /v1/responses, asked by Anthropic's and OpenAI's own clients."""
 
 import asyncio
+import threading
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
@@ -52,11 +53,13 @@ def test_a_message():
 
 def test_a_message_comes_as_a_stream():
     async def scenario():
-        async with serving_anthropic(FakeEngine(step_s=0.005)) as (_, client):
+        engine = FakeEngine(pace=threading.Semaphore(1))
+        async with serving_anthropic(engine) as (_, client):
             kinds = []
             async with client.messages.stream(**ASK | {"max_tokens": 6}) as stream:
                 async for event in stream:
                     kinds.append(event.type)
+                    engine.pace.release()
                 whole = await stream.get_final_message()
             assert (whole.content[0].text, whole.stop_reason, whole.usage.output_tokens) == ("bcdefg", "max_tokens", 6)
             assert kinds[:2] == ["message_start", "content_block_start"]
@@ -164,10 +167,13 @@ def test_a_response():
 
 def test_a_response_comes_as_a_stream():
     async def scenario():
-        async with serving_openai(FakeEngine(step_s=0.005)) as client:
-            events = [
-                event async for event in await client.responses.create(**ANSWER | {"max_output_tokens": 6}, stream=True)
-            ]
+        engine = FakeEngine(pace=threading.Semaphore(1))
+        async with serving_openai(engine) as client:
+            events = []
+            async for event in await client.responses.create(**ANSWER | {"max_output_tokens": 6}, stream=True):
+                events.append(event)
+                engine.pace.release()
+            engine.pace.release(99)
             assert [event.sequence_number for event in events] == list(range(len(events)))
             kinds = [event.type.removeprefix("response.") for event in events]
             assert kinds[:4] == ["created", "in_progress", "output_item.added", "content_part.added"]
