@@ -3,6 +3,7 @@
 Tensors go one by one from the file to the devices that hold them: the host never holds more than a few.
 """
 
+import functools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -55,7 +56,7 @@ def needed_shapes(model: Decoder, kv_heads: int) -> dict[str, tuple[int, ...]]:
     for name, shape in float_shapes(model).items():
         if name == HEAD and model.config.tied_embeddings:
             continue
-        sources = model.sources(name)
+        sources = _sources(model, name)
         if _of_kv_heads(model, name):
             shape = (shape[0] * kv_heads // model.config.num_kv_heads, *shape[1:])
         for source in sources:
@@ -66,6 +67,11 @@ def needed_shapes(model: Decoder, kv_heads: int) -> dict[str, tuple[int, ...]]:
                 of_source = (max(source.stop, shapes.get(source, (0,))[0]), *of_source[1:])
             shapes[str(source)] = of_source
     return shapes
+
+
+def _sources(model: Decoder, name: str) -> tuple[str, ...]:
+    """Those of all parameters that are in this one; several are stacked on a new leading axis."""
+    return tuple(source for one in model.parameters_in(name) for source in model.sources(one))
 
 
 def float_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
@@ -175,7 +181,8 @@ class _Loader:
 
     def __init__(self, model: Decoder, checkpoint: Checkpoint, dtype: jnp.dtype) -> None:
         self._model, self._checkpoint, self._dtype = model, checkpoint, dtype
-        self._finite: list[tuple[str, jax.Array]] = []
+        self._finite: list[tuple[tuple[str, ...], jax.Array]] = []
+        """parameters that came together, and whether each of them is finite"""
 
     def plain(self, leaf: _Leaf) -> jax.Array:
         """A leaf as the checkpoint has it."""
@@ -202,7 +209,7 @@ class _Loader:
                 return module.encode_codes(self._codes(name, str(source)))  # the model's [in, out] is their [out, in]
             self._wait()
             weight_OI = jnp.asarray(copied(taken(self._checkpoint.tensor(source), source).T, module.source))
-            self._finite.append((name, _all_finite(weight_OI)))
+            self._finite.append(((name,), _all_finite(weight_OI)))
             return module.encode(weight_OI)
 
         stacks = {name: jnp.zeros(stored.shape, stored.dtype) for name, stored in module.stored.items()}
@@ -227,7 +234,8 @@ class _Loader:
         return stacks
 
     def check_finite(self) -> None:
-        faulty = list(dict.fromkeys(name for name, finite in self._finite if not finite))
+        told = [of for names, finite_G in self._finite for of in zip(names, np.asarray(finite_G), strict=True)]
+        faulty = list(dict.fromkeys(name for name, finite in told if not finite))
         if faulty:
             raise RefusedError(
                 f"{self._checkpoint.name} has values that are NaN or infinite as {self._dtype.name}: {_told(faulty)}; "
@@ -238,7 +246,8 @@ class _Loader:
         """One parameter. Every device's share is read for itself, so that no more of a memory map is touched."""
         self._wait()
         sources = [
-            self._repeated(name, taken(self._checkpoint.tensor(source), source)) for source in self._model.sources(name)
+            self._repeated(name, taken(self._checkpoint.tensor(source), source))
+            for source in _sources(self._model, name)
         ]
 
         def share(index: Any) -> np.ndarray:
@@ -247,7 +256,8 @@ class _Loader:
             return stacked([source[index[1:]] for source in sources[index[0]]], dtype)
 
         array = jax.make_array_from_callback(leaf.shape, leaf.of_one, share)
-        self._finite.append((name, _all_finite(array)))
+        names = self._model.parameters_in(name)
+        self._finite.append((names, _all_finite(array, len(names) > 1)))
         return array
 
     def _codes(self, name: str, source: str) -> Codes:
@@ -256,7 +266,7 @@ class _Loader:
         codes = self._checkpoint.codes(source).each(lambda rows: self._repeated(name, taken(rows, source)))
         for array in codes:
             if array is not None and array.dtype != np.int8:
-                self._finite.append((name, _all_finite(array)))
+                self._finite.append(((name,), _all_finite(array)))
         return codes
 
     def _repeated(self, name: str, array: np.ndarray) -> np.ndarray:
@@ -292,9 +302,11 @@ class _Describer:
         }
 
 
-@jax.jit
-def _all_finite(array: jax.Array) -> jax.Array:
-    return jnp.isfinite(array).all()
+@functools.partial(jax.jit, static_argnums=1)
+def _all_finite(array: jax.Array, apart: bool = False) -> jax.Array:
+    """[1], or of each entry of the first axis."""
+    finite = jnp.isfinite(array)
+    return finite.all(axis=tuple(range(1, array.ndim))) if apart else finite.all()[None]
 
 
 def _build(model: Decoder, mesh: Mesh, loop: LayerLoop, maker: "_Loader | _Describer") -> Params:
