@@ -78,7 +78,7 @@ class EncodedModule(nn.Module):
         return None if self.axis is None else ("outputs", "inputs")[self.axis - len(self.float_shape)]
 
     def encode(self, weight: jax.Array) -> Mapping[str, jax.Array]:
-        """The arrays of a float weight."""
+        """The arrays of a float weight; of one, where it stands for several."""
         raise NotImplementedError
 
     def encode_codes(self, codes: Codes) -> Mapping[str, jax.Array]:
@@ -112,7 +112,7 @@ class Int8Linear(EncodedModule):
         self._multiply_shares = shared(multiply, self.split, mesh, groups=len(shape) > 2)
 
     def encode(self, weight: jax.Array) -> Mapping[str, jax.Array]:
-        return encode_int8(weight) if weight.ndim == 2 else jax.vmap(encode_int8)(weight)
+        return encode_int8(weight)
 
     def forward(self, x_RI: Tensor) -> Tensor:
         return self.with_bias(bridge.call_kernel(self._multiply_shares, x_RI, self.code, self.scale))
