@@ -38,8 +38,9 @@ class JoinedMLP(nn.Module):
 
 
 def join_gate_and_up(model: nn.Module) -> None:
-    """Swaps those whose two weights are of one kind, as quantisation left them: both floats, or both int8. Two kinds
-    (`--quantize-exclude` names one) stay apart, and so do int4's, whose kernels win nothing by it."""
+    """Swaps those whose two weights are of one kind, as quantisation left them: both floats, or both int8. These stay
+    apart: two kinds (`--quantize-exclude` names one); int4, whose kernels win nothing by it; int8 whose activations are
+    rounded, where XLA:TPU finds each row's largest within up's product, and only so."""
     for name, module in list(model.named_modules()):
         if isinstance(module, GatedMLP) and (both := _joined(module)) is not None:
             parent, _, own = name.rpartition(".")
@@ -49,6 +50,8 @@ def join_gate_and_up(model: nn.Module) -> None:
 def _joined(mlp: GatedMLP) -> GroupedLinear | Int8Linear | None:
     gate, up = mlp.gate_proj, mlp.up_proj
     if type(gate) is not type(up) or not isinstance(gate, Linear | Int8Linear):
+        return None
+    if isinstance(gate, Int8Linear) and gate.rounds_activations:
         return None
     outputs, inputs = gate.float_shape if isinstance(gate, Int8Linear) else gate.weight.shape
     both = GroupedLinear(NAMES, inputs, outputs)
