@@ -40,7 +40,7 @@ class JoinedMLP(nn.Module):
 def join_gate_and_up(model: nn.Module) -> None:
     """Swaps those whose two weights are of one kind, as quantisation left them: both floats, or both int8. These stay
     apart: two kinds (`--quantize-exclude` names one); int4, whose kernels win nothing by it; int8 whose activations are
-    rounded, where XLA:TPU finds each row's largest within up's product, and only so."""
+    rounded, where one product takes XLA:TPU longer."""
     for name, module in list(model.named_modules()):
         if isinstance(module, GatedMLP) and (both := _joined(module)) is not None:
             parent, _, own = name.rpartition(".")
