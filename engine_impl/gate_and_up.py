@@ -42,19 +42,16 @@ def join_gate_and_up(model: nn.Module) -> None:
     apart: two kinds (`--quantize-exclude` names one); int4, whose kernels win nothing by it; int8 whose activations are
     rounded, where one product takes XLA:TPU longer."""
     for name, module in list(model.named_modules()):
-        if isinstance(module, GatedMLP) and (both := _joined(module)) is not None:
+        if type(module) is GatedMLP and (both := _joined(module)) is not None:
             parent, _, own = name.rpartition(".")
             setattr(model.get_submodule(parent), own, JoinedMLP(module, both))
 
 
 def _joined(mlp: GatedMLP) -> GroupedLinear | Int8Linear | None:
     gate, up = mlp.gate_proj, mlp.up_proj
-    if type(gate) is not type(up) or not isinstance(gate, Linear | Int8Linear):
-        return None
-    if isinstance(gate, Int8Linear) and gate.rounds_activations:
-        return None
-    outputs, inputs = gate.float_shape if isinstance(gate, Int8Linear) else gate.weight.shape
-    both = GroupedLinear(NAMES, inputs, outputs)
-    if isinstance(gate, Linear):
-        return both
-    return Int8Linear(both, None if gate.axis is None else 1 + gate.axis, gate.mesh, multiply=gate.multiply)
+    if isinstance(gate, Int8Linear) and isinstance(up, Int8Linear) and not gate.rounds_activations:
+        both = GroupedLinear(NAMES, *reversed(gate.float_shape))
+        return Int8Linear(both, None if gate.axis is None else 1 + gate.axis, gate.mesh, multiply=gate.multiply)
+    if isinstance(gate, Linear) and isinstance(up, Linear):
+        return GroupedLinear(NAMES, gate.in_features, gate.out_features)
+    return None
