@@ -18,6 +18,7 @@ from .draft_model import DraftModel, beside
 from .drafting import of_long_repeats, of_text
 from .engine import Engine
 from .forward import LayerLoop, layer_loop_for
+from .gate_and_up import join_gate_and_up
 from .layout import chunk_of, layout_of
 from .models.decoder import Decoder
 from .norms import swap_norms
@@ -40,15 +41,17 @@ def assembled(
     draft: DraftModel | None = None,
     page_rows: int | None = None,
     compact: Mapping[str, Compact] = NOTHING_COMPACT,
+    layer_loop: LayerLoop | None = None,
 ) -> Engine:
     """The engine of a model, without weights.
 
     `model` may be on the meta device; its kv heads must be a multiple of the mesh's size (see `loading`). Its linear
-    modules are swapped here if the config asks for quantised weights, and adapted if it asks for adapters.
+    modules are swapped here if the config asks for quantised weights, and adapted if it asks for adapters. Under a scan
+    gate and up become one (gate_and_up.py).
 
     `kv_heads`: as checkpoints and adapters have them; default: the model's. `draft`: a draft model likewise, where the
     config speculates. `page_rows`: of pages that another engine has too; default: what suits the mesh. `compact`: see
-    `Checkpoint.compact`.
+    `Checkpoint.compact`. `layer_loop`: default: the platform's.
 
     Raises RefusedError for a cache or a chunk that is not whole pages.
     """
@@ -57,9 +60,15 @@ def assembled(
     layout = layout_of(config, model.config, mesh, dtype, page_rows)
     places, count = None, config.max_adapters
     sites = sites_of(model, mesh) if count else ()
-    quantize(model, config, dtype, mesh, backend, compact)
-    adapt(model, sites)
     of_models = [model] if draft is None else [model, draft.model]
+    layer_loop = layer_loop or layer_loop_for(platform, *of_models)
+    quantize(model, config, dtype, mesh, backend, compact)
+    if draft is not None:
+        quantize(draft.model, draft.config, dtype, mesh, backend, draft.compact)
+    if layer_loop == "scan":
+        for one in of_models:
+            join_gate_and_up(one)
+    adapt(model, sites)
     if packs(mesh, backend) and dtype == jnp.float32:
         for one in of_models:
             swap_norms(one, backend)
@@ -70,7 +79,6 @@ def assembled(
         drafting = Drafting(propose=of_text)
         if draft is not None:
             small = draft.model
-            quantize(small, draft.config, dtype, mesh, backend, draft.compact)
             its = Programs(small, mesh, beside(layout, small.config, backend), backend, False)
             drafting = Drafting(propose=of_long_repeats, model=its)
     programs = Programs(model, mesh, layout, backend, count > 0, drafting=drafting)
@@ -82,7 +90,7 @@ def assembled(
             draft=small,
             mesh=mesh,
             dtype=dtype,
-            layer_loop=layer_loop_for(platform, *of_models),
+            layer_loop=layer_loop,
             kv_heads=kv_heads or model.config.num_kv_heads,
             places=places,
             kept_in=None if config.weight_cache is None else Path(config.weight_cache).expanduser(),

@@ -199,6 +199,14 @@ class Decoder(nn.Module):
         axes = (axes,) if isinstance(axes, int) else axes
         return next((axis for axis in axes if axis < len(shape) and shape[axis] % chips == 0), None)
 
+    def parameters_in(self, name: str) -> tuple[str, ...]:
+        """The parameters, by the names that the family knows, that are in the one of this name: itself or, of a module
+        that stands for several (`stands_for`), theirs, on a leading axis."""
+        path, _, parameter = name.rpartition(".")
+        stands_for: tuple[str, ...] = getattr(self.get_submodule(path), "stands_for", ())
+        parent, _, _ = path.rpartition(".")
+        return tuple(f"{parent}.{module}.{parameter}" for module in stands_for) or (name,)
+
     @classmethod
     def parts_of(cls, name: str, shape: tuple[int, ...]) -> Mapping[str, Part | None]:
         """The names by which `sources` asks for a tensor of a Hugging Face folder, prefixes taken off: its own, or one

@@ -1,4 +1,5 @@
-"""Modules that the families are made of. Matrix weights live in `Linear`, `Embedding` and `ExpertLinear` only."""
+"""Modules that the families are made of. Matrix weights live in `Linear`, `GroupedLinear`, `Embedding`
+and `ExpertLinear` only."""
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +16,20 @@ class Embedding(nn.Embedding):
     """Likewise."""
 
     def reset_parameters(self) -> None: ...
+
+
+class GroupedLinear(nn.Module):
+    """G `Linear` without biases of one input, as one product: weight [G, out, in]."""
+
+    def __init__(self, stands_for: tuple[str, ...], in_features: int, out_features: int) -> None:
+        """`stands_for`: the names, within the same module, of those whose weights it has; checkpoints know these."""
+        super().__init__()
+        self.stands_for = stands_for
+        self.weight = nn.Parameter(torch.empty(len(stands_for), out_features, in_features, device="meta"))
+
+    def forward(self, x_RI: Tensor) -> Tensor:
+        """Their answers: [G, R, out]."""
+        return torch.einsum("ri,goi->gro", x_RI, self.weight)
 
 
 class ExpertLinear(nn.Module):

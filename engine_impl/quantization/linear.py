@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ...kernels import AXIS, Backend, Blockwise, Split, blockwise_matmul
 from .. import bridge
 from ..checkpoints.contract import Codes
-from ..models.parts import ExpertLinear
+from ..models.parts import ExpertLinear, GroupedLinear, Linear
 from .codecs import encode_int4, encode_int8, encode_int8_experts
 from .int8_matmul import Multiply, multiply_rounded, shared
 
@@ -62,6 +62,8 @@ class EncodedModule(nn.Module):
         """
         super().__init__()
         self.mesh, self.stored = mesh, stored
+        self.stands_for: tuple[str, ...] = getattr(replaced, "stands_for", ())
+        """as of `GroupedLinear`"""
         self.float_shape: tuple[int, ...] = tuple(replaced.get_parameter("weight").shape)
         shared = [leaf.shape[leaf.axes[axis]] for leaf in stored.values() if axis in leaf.axes]
         self.axis = axis if all(size % mesh.size == 0 for size in shared) else None
@@ -72,11 +74,11 @@ class EncodedModule(nn.Module):
 
     @property
     def split(self) -> Split:
-        """Which of the axes of a weight [O, I] the devices share."""
-        return None if self.axis is None else ("outputs", "inputs")[self.axis]
+        """Which of the axes of a weight [O, I], or [G, O, I], the devices share."""
+        return None if self.axis is None else ("outputs", "inputs")[self.axis - len(self.float_shape)]
 
     def encode(self, weight: jax.Array) -> Mapping[str, jax.Array]:
-        """The arrays of a float weight."""
+        """The arrays of a float weight; of one, where it stands for several."""
         raise NotImplementedError
 
     def encode_codes(self, codes: Codes) -> Mapping[str, jax.Array]:
@@ -100,20 +102,20 @@ class Int8Linear(EncodedModule):
     code: Tensor
     scale: Tensor
 
-    def __init__(self, replaced: nn.Linear, axis: int | None, mesh: Mesh, *, multiply: Multiply) -> None:
+    def __init__(self, replaced: Linear | GroupedLinear, axis: int | None, mesh: Mesh, *, multiply: Multiply) -> None:
         """`multiply` is one of those in int8_matmul.py."""
-        I, O = replaced.in_features, replaced.out_features
-        code = Stored((O, I), jnp.dtype("int8"), {0: 0, 1: 1})
-        scale = Stored((O,), jnp.dtype("float32"), {0: 0})
+        shape = tuple(replaced.weight.shape)
+        code = Stored(shape, jnp.dtype("int8"), {i: i for i in range(len(shape))})
+        scale = Stored(shape[:-1], jnp.dtype("float32"), {i: i for i in range(len(shape) - 1)})
         super().__init__(replaced, {"code": code, "scale": scale}, axis, mesh)
-        self.multiply = shared(multiply, self.split, mesh)
-        self.rounds_activations = multiply is multiply_rounded
+        self.multiply, self.rounds_activations = multiply, multiply is multiply_rounded
+        self._multiply_shares = shared(multiply, self.split, mesh, groups=len(shape) > 2)
 
     def encode(self, weight: jax.Array) -> Mapping[str, jax.Array]:
         return encode_int8(weight)
 
     def forward(self, x_RI: Tensor) -> Tensor:
-        return self.with_bias(bridge.call_kernel(self.multiply, x_RI, self.code, self.scale))
+        return self.with_bias(bridge.call_kernel(self._multiply_shares, x_RI, self.code, self.scale))
 
 
 class Int8ExpertLinear(EncodedModule):

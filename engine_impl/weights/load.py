@@ -5,7 +5,7 @@ Tensors go one by one from the file to the devices that hold them: the host neve
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -55,7 +55,7 @@ def needed_shapes(model: Decoder, kv_heads: int) -> dict[str, tuple[int, ...]]:
     for name, shape in float_shapes(model).items():
         if name == HEAD and model.config.tied_embeddings:
             continue
-        sources = model.sources(name)
+        sources = [source for one in model.parameters_in(name) for source in model.sources(one)]
         if _of_kv_heads(model, name):
             shape = (shape[0] * kv_heads // model.config.num_kv_heads, *shape[1:])
         for source in sources:
@@ -149,10 +149,10 @@ def _of_kv_heads(model: Decoder, name: str) -> bool:
 class _Leaf:
     """One array of `Params`."""
 
-    names: list[str]
-    """the parameters in it: one, or that of every layer, stacked"""
+    names: list[tuple[str, ...]]
+    """the parameters in it: of one layer, or of every one, stacked; see `Decoder.parameters_in`"""
     shape: tuple[int, ...]
-    """of one of them"""
+    """of a layer's"""
     spec: PartitionSpec
     mesh: Mesh
     stacked: bool
@@ -160,6 +160,25 @@ class _Leaf:
     @property
     def full_shape(self) -> tuple[int, ...]:
         return (len(self.names), *self.shape) if self.stacked else self.shape
+
+    @property
+    def has_several(self) -> bool:
+        """Whether a layer has several parameters in it, along the first axis of `shape`."""
+        return len(self.names[0]) > 1
+
+    @property
+    def of_parameter(self) -> "_Leaf":
+        """As it were if each had one of its own."""
+        return replace(self, shape=self.shape[1:], spec=PartitionSpec(*self.spec[1:])) if self.has_several else self
+
+    @property
+    def places(self) -> list[tuple[str, tuple[int, ...]]]:
+        """(parameter, its indices along the leading axes), of all in it."""
+        return [
+            (name, ((layer,) if self.stacked else ()) + ((i,) if self.has_several else ()))
+            for layer, names in enumerate(self.names)
+            for i, name in enumerate(names)
+        ]
 
     @property
     def of_one(self) -> NamedSharding:
@@ -179,10 +198,12 @@ class _Loader:
 
     def plain(self, leaf: _Leaf) -> jax.Array:
         """A leaf as the checkpoint has it."""
-        return self._assembled(leaf, {"": leaf}, lambda name: {"": self._array(name, leaf, self._dtype)})[""]
+        one = leaf.of_parameter
+        return self._assembled(leaf, {"": leaf}, lambda name: {"": self._array(name, one, self._dtype)})[""]
 
     def encoded(self, leaf: _Leaf, parts: dict[str, "_Leaf"], module: EncodedModule) -> dict[str, jax.Array]:
         """The arrays that stand for `leaf`."""
+        one = leaf.of_parameter
 
         def read(name: str) -> Mapping[str, jax.Array]:
             if module.by_expert:
@@ -190,7 +211,7 @@ class _Loader:
             if module.keeps_codes:
                 (source,) = self._model.sources(name)
                 return module.encode_codes(self._codes(name, source))
-            return module.encode(self._array(name, leaf, module.source))
+            return module.encode(self._array(name, one, module.source))
 
         return self._assembled(leaf, parts, read)
 
@@ -208,22 +229,24 @@ class _Loader:
         stacks = {name: jnp.zeros(stored.shape, stored.dtype) for name, stored in module.stored.items()}
         put = jax.jit(_put, donate_argnums=0)
         for expert, source in enumerate(self._model.sources(name)):
-            stacks = put(stacks, dict(read(source)), expert)
+            stacks = put(stacks, dict(read(source)), (expert,))
         return stacks
 
     def _assembled(
         self, leaf: _Leaf, parts: dict[str, _Leaf], read: Callable[[str], Mapping[str, jax.Array]]
     ) -> dict[str, jax.Array]:
-        """What `read` gives of each name of the leaf; stacked ones are filled in place, layer by layer."""
-        first = read(leaf.names[0])
-        if not leaf.stacked:
+        """What `read` gives of each parameter in the leaf; where there are several its arrays are filled in place, one
+        by one."""
+        places = leaf.places
+        first = read(places[0][0])
+        if not places[0][1]:
             return {name: jax.device_put(first[name], part.of_one) for name, part in parts.items()}
         stacks = {
             name: jnp.zeros(part.full_shape, first[name].dtype, device=part.sharding) for name, part in parts.items()
         }
         put = jax.jit(_put, donate_argnums=0, out_shardings={name: part.sharding for name, part in parts.items()})
-        for index, name in enumerate(leaf.names):
-            stacks = put(stacks, dict(first if index == 0 else read(name)), index)
+        for i, (name, index) in enumerate(places):
+            stacks = put(stacks, dict(first if i == 0 else read(name)), index)
         return stacks
 
     def check_finite(self) -> None:
@@ -270,10 +293,16 @@ class _Loader:
             self._finite[-2][1].block_until_ready()
 
 
-def _put(stacks: dict[str, jax.Array], arrays: dict[str, jax.Array], index: jax.Array) -> dict[str, jax.Array]:
-    return jax.tree.map(
-        lambda stack, array: jax.lax.dynamic_update_index_in_dim(stack, array, index, 0), stacks, arrays
-    )
+def _put(
+    stacks: dict[str, jax.Array], arrays: dict[str, jax.Array], index: tuple[jax.Array, ...]
+) -> dict[str, jax.Array]:
+    """With the arrays at these indices along the leading axes."""
+
+    def put(stack: jax.Array, array: jax.Array) -> jax.Array:
+        update = jnp.expand_dims(array, tuple(range(len(index))))
+        return jax.lax.dynamic_update_slice(stack, update, (*index, *[0] * array.ndim))
+
+    return jax.tree.map(put, stacks, arrays)
 
 
 class _Describer:
@@ -309,7 +338,8 @@ def _build(model: Decoder, mesh: Mesh, loop: LayerLoop, maker: "_Loader | _Descr
 
         def leaf(name: str, shape: tuple[int, ...], spec: PartitionSpec | None = None) -> _Leaf:
             names = [f"{prefix}.{name}" for prefix in prefixes]
-            return _Leaf(names, shape, spec or parameter_spec(model, names[0], shape, mesh), mesh, stacked)
+            spec = spec or parameter_spec(model, names[0], shape, mesh)
+            return _Leaf([model.parameters_in(one) for one in names], shape, spec, mesh, stacked)
 
         encoded = {path: part for path, part in module.named_modules() if isinstance(part, EncodedModule)}
         stored = {_join(path, name) for path, part in encoded.items() for name in part.stored}
@@ -325,7 +355,8 @@ def _build(model: Decoder, mesh: Mesh, loop: LayerLoop, maker: "_Loader | _Descr
 
     def encoded_part(path: str, part: EncodedModule, prefixes: list[str], stacked: bool) -> dict[str, Any]:
         def leaf(name: str, shape: tuple[int, ...], spec: PartitionSpec) -> _Leaf:
-            return _Leaf([f"{prefix}.{_join(path, name)}" for prefix in prefixes], shape, spec, mesh, stacked)
+            names = [f"{prefix}.{_join(path, name)}" for prefix in prefixes]
+            return _Leaf([model.parameters_in(one) for one in names], shape, spec, mesh, stacked)
 
         parts = {name: leaf(name, of.shape, of.spec(part.axis)) for name, of in part.stored.items()}
         made = maker.encoded(leaf(WEIGHT, part.float_shape, part.float_spec), parts, part)

@@ -38,8 +38,10 @@ def make_mesh(devices: Sequence[Any], num_heads: int, num_kv_heads: int, wanted:
 
 def parameter_spec(model: Decoder, name: str, shape: Sequence[int], mesh: Mesh) -> PartitionSpec:
     """How one parameter is split: along the axis that the model's `shard_axis` gives for its module, if the devices
-    divide it; otherwise each device has a copy."""
-    axis = model.shared_axis(name.split(".")[-2], shape, mesh.size)
+    divide it; otherwise each device has a copy. One that has several in it is split as each of them would be."""
+    one, *others = model.parameters_in(name)
+    front = 1 if others else 0
+    axis = model.shared_axis(one.split(".")[-2], shape[front:], mesh.size)
     if axis is None:
         return PartitionSpec()
-    return PartitionSpec(*[AXIS if i == axis else None for i in range(len(shape))])
+    return PartitionSpec(*[AXIS if i == front + axis else None for i in range(len(shape))])

@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import pytest
+from slipstream.engine_impl import assembly
 from slipstream.engine_impl.compiler.budget import cache_copies
 from slipstream.engine_impl.compiler.chips import chip_of
 from slipstream.engine_impl.compiler.hlo import Program
@@ -133,6 +134,34 @@ def sliced_weights(name: str, program: str) -> list[str]:
 )
 def test_products_read_the_stacked_weights_themselves(name, program):
     assert sliced_weights(name, program) == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("topology", "weights", "saved"),
+    [
+        ("v5e:2x4", "none", 7000),
+        pytest.param("v5e:2x4", "int8", 5000, marks=pytest.mark.gates),
+        pytest.param("v6e:2x4", "none", 1000, marks=pytest.mark.gates),
+        pytest.param("v6e:2x4", "int8", 2000, marks=pytest.mark.gates),
+    ],
+)
+def test_gate_and_up_are_one_product(topology, weights, saved, monkeypatch):
+    """At least so many static cycles and an operation a layer fewer than apart, and both read in the stack; of four
+    layers of llama-3.1-8b and 128 slots."""
+
+    def step() -> Program:
+        config = EngineConfig(slots=128, cache_length=512, cache_tokens=128 * 512, quantize_weights=weights)
+        engine = abstract_engine(replace(PRESETS["llama-3.1-8b"], num_layers=4), topology, config)
+        return Program(text_of(compiled_once(lower_score_step(engine), engine.mesh)))
+
+    joined = step()
+    monkeypatch.setattr(assembly, "join_gate_and_up", lambda model: None)
+    apart = step()
+    assert joined.loop_slices(2**18) == []
+    assert joined.estimated_cycles() <= apart.estimated_cycles() - 4 * saved
+    assert joined.operations() <= apart.operations() - 4
+    assert joined.collectives() == apart.collectives()
 
 
 @pytest.mark.slow

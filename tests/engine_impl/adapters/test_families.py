@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from slipstream.engine_impl.assembly import assembled, twin
+from slipstream.engine_impl.assembly import assembled
 from slipstream.engine_impl.checkpoints.safetensors import SafetensorsCheckpoint
 from slipstream.engine_impl.config import EngineConfig
 from slipstream.engine_impl.models import registry
@@ -47,9 +47,10 @@ def engine_of(folder, devices):
     model = registry.build(replace(shape, num_kv_heads=max(shape.num_kv_heads, mesh.size)))
     config = EngineConfig(slots=4, cache_length=128, cache_tokens=512, prefill_chunk=128, **PLACES)
     tokenizer: Any = None
-    engine = assembled(model, mesh, config, jnp.dtype("float32"), tokenizer, "tiny", shape.num_kv_heads)
-    if devices > 1:
-        engine = twin(engine, layer_loop="scan")
+    engine = assembled(
+        model, mesh, config, jnp.dtype("float32"), tokenizer, "tiny", shape.num_kv_heads,
+        layer_loop="scan" if devices > 1 else "unrolled",
+    )  # fmt: skip
     return engine, engine.parameters.load(checkpoint)
 
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
-from slipstream.engine_impl.assembly import twin
+from slipstream.engine_impl import assembly
 from slipstream.engine_impl.checkpoints.safetensors import SafetensorsCheckpoint
 from slipstream.engine_impl.config import EngineConfig
 from slipstream.engine_impl.errors import RefusedError
@@ -34,9 +34,11 @@ def parameters(params, layers=2):
     named = {f"model.{part}.{name}": v for part in ("embed_tokens", "norm") for name, v in params[part].items()}
     named |= {f"lm_head.{name}": value for name, value in params["lm_head"].items()}
     for i in range(layers):
-        of_layer = params["layers"][i] if isinstance(params["layers"], tuple) else {
+        of_layer = dict(params["layers"][i]) if isinstance(params["layers"], tuple) else {
             name: stack[i] for name, stack in params["layers"].items()
         } | vectors_of(params["alike"], i)  # fmt: skip
+        if (both := of_layer.pop("mlp.gate_and_up.weight", None)) is not None:
+            of_layer |= {"mlp.gate_proj.weight": both[0], "mlp.up_proj.weight": both[1]}
         named |= {f"model.layers.{i}.{name}": value for name, value in of_layer.items()}
     return named
 
@@ -54,12 +56,12 @@ def test_every_tensor_arrives(tmp_path, files):
 
 @pytest.mark.parametrize("loop", ["unrolled", "scan"])
 @pytest.mark.parametrize("devices", [1, 4])
-def test_both_layer_loops_on_any_mesh_hold_the_files_values(tmp_path, loop, devices):
+def test_both_layer_loops_on_any_mesh_hold_the_files_values(tmp_path, loop, devices, monkeypatch):
     """Four devices: kv heads are repeated, a device holds a share; stacked layers are filled one by one."""
     folder = write_folder(tmp_path / "m", files=2)
     checkpoint = SafetensorsCheckpoint(folder)
+    monkeypatch.setattr(assembly, "layer_loop_for", lambda platform, *models: loop)
     engine = build_engine(EngineConfig(cache_length=128, tensor_parallel=devices), checkpoint)
-    engine = twin(engine, layer_loop=loop)
     loaded = parameters(engine.parameters.load(checkpoint))
     for name, tensor in random_tensors().items():
         if devices == 4 and name.split(".")[-2] in ("k_proj", "v_proj"):
@@ -139,19 +141,19 @@ def test_only_a_share_is_in_memory_at_a_time(tmp_path, monkeypatch):
     build_engine(EngineConfig(cache_length=128, tensor_parallel=1), checkpoint).parameters.load(checkpoint)
 
 
-def test_stacking_layers_takes_no_stack_on_the_host(tmp_path):
+def test_stacking_layers_takes_no_stack_on_the_host(tmp_path, monkeypatch):
     """Eight layers of 2 MiB a matrix: numpy never holds 16 MiB at once (tracemalloc sees its arrays, not JAX's)."""
     config = CONFIG | {"num_hidden_layers": 8, "hidden_size": 512, "intermediate_size": 1024}
     checkpoint = SafetensorsCheckpoint(write_folder(tmp_path / "m", config=config))
+    monkeypatch.setattr(assembly, "layer_loop_for", lambda platform, *models: "scan")
     engine = build_engine(EngineConfig(cache_length=128, tensor_parallel=2), checkpoint)
-    engine = twin(engine, layer_loop="scan")
     tracemalloc.start()
     try:
         params = engine.parameters.load(checkpoint)
         _, peak = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
-    stack = params["layers"]["mlp.up_proj.weight"]
+    stack = params["layers"]["mlp.down_proj.weight"]
     assert stack.nbytes == 16 * 2**20
     assert peak < 10 * 2**20
 
@@ -217,10 +219,10 @@ def test_a_value_too_large_for_the_type_is_told(tmp_path):
         load(write_folder(tmp_path / "m", tensors=tensors))
 
 
-def test_a_nan_in_a_stack_is_told_by_its_layer(tmp_path):
+def test_a_nan_in_a_stack_is_told_by_its_layer(tmp_path, monkeypatch):
     checkpoint = SafetensorsCheckpoint(write_folder(tmp_path / "m", tensors=change(random_tensors(), UP, with_nan)))
+    monkeypatch.setattr(assembly, "layer_loop_for", lambda platform, *models: "scan")
     engine = build_engine(EngineConfig(cache_length=128, tensor_parallel=2), checkpoint)
-    engine = twin(engine, layer_loop="scan")
     with pytest.raises(RefusedError, match=r"infinite as float32: layers\.1\.mlp\.up_proj\.weight;"):
         engine.parameters.load(checkpoint)
 

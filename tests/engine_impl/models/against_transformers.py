@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import torch
-from slipstream.engine_impl.assembly import assembled, twin
+from slipstream.engine_impl.assembly import assembled
 from slipstream.engine_impl.checkpoints.safetensors import SafetensorsCheckpoint
 from slipstream.engine_impl.config import EngineConfig
 from slipstream.engine_impl.engine import Engine
@@ -43,9 +43,9 @@ def load(folder, devices, cache_length=256, speculate: Literal["off", "auto"] = 
         speculate=speculate,
     )
     tokenizer: Any = None
-    engine = assembled(model, mesh, config, jnp.dtype("float32"), tokenizer, "tiny")
-    if devices > 1 and len(set(model.module_of_layer)) == 1:
-        engine = twin(engine, layer_loop="scan")  # as on TPUs: a layer's window and rope are selected by its number
+    as_on_tpus = devices > 1 and len(set(model.module_of_layer)) == 1
+    loop = "scan" if as_on_tpus else "unrolled"  # a layer's window and rope are selected by its number
+    engine = assembled(model, mesh, config, jnp.dtype("float32"), tokenizer, "tiny", layer_loop=loop)
     return engine, engine.parameters.load(checkpoint)
 
 

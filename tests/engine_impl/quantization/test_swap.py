@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import Mesh
-from slipstream.engine_impl import forward, loading
+from slipstream.engine_impl import assembly, loading
 from slipstream.engine_impl.config import EngineConfig
 from slipstream.engine_impl.errors import RefusedError
 from slipstream.engine_impl.models import registry
@@ -215,7 +215,7 @@ def answers_of_decoded_weights(kind):
 )
 def test_an_engine_equals_one_with_the_decoded_weights(kind, devices, loop, monkeypatch):
     reference = answers_of_decoded_weights(kind)
-    monkeypatch.setattr(forward, "layer_loop_for", lambda platform, model: loop)
+    monkeypatch.setattr(assembly, "layer_loop_for", lambda platform, *models: loop)
     engine = engine_with(RandomCheckpoint(OF_8_BLOCKS), devices=devices, quantize_weights=kind)
     assert greedy(*engine, PROMPTS, 12) == reference
 

@@ -14,7 +14,7 @@ os.environ.update(JAX_PLATFORMS="cpu", XLA_FLAGS="--xla_force_host_platform_devi
 import jax
 import numpy as np
 from safetensors.numpy import save_file
-from slipstream.engine_impl.assembly import twin
+from slipstream.engine_impl import assembly
 from slipstream.engine_impl.checkpoints.safetensors import INDEX, SafetensorsCheckpoint
 from slipstream.engine_impl.config import EngineConfig
 from slipstream.engine_impl.forward import LayerLoop
@@ -67,8 +67,8 @@ def measure(loop: LayerLoop, folder: Path) -> dict[str, int]:
     """On a CPU the weights stay in this process: the peak counts, mapped file pages included, less all that remains."""
     largest = write(folder)
     checkpoint = SafetensorsCheckpoint(folder, "test")
+    assembly.layer_loop_for = lambda platform, *models: loop
     engine = build_engine(EngineConfig(dtype="bfloat16", tensor_parallel=4, platform="cpu"), checkpoint)
-    engine = twin(engine, layer_loop=loop)
     Path("/proc/self/clear_refs").write_text("5")  # forgets the peak so far
     before = memory("VmRSS")
     params = jax.block_until_ready(engine.parameters.load(checkpoint))

@@ -11,6 +11,7 @@ import torch
 from slipstream.engine_impl.assembly import twin
 from slipstream.engine_impl.config import EngineConfig
 from slipstream.engine_impl.forward import LayerLoop, vectors_of
+from slipstream.engine_impl.gate_and_up import join_gate_and_up
 from slipstream.engine_impl.models import registry
 from slipstream.engine_impl.models.qwen2 import Qwen2Config
 from slipstream.engine_impl.quantization.swap import quantize
@@ -35,6 +36,8 @@ def shapes_of(config, devices, loop: LayerLoop = "scan", **quantization: Any):
     mesh = make_mesh(jax.devices(), config.num_heads, config.num_kv_heads, devices)
     dtype = jnp.dtype("bfloat16")
     quantize(model, EngineConfig(slots=1, **quantization), dtype, mesh, "xla")
+    if loop == "scan":
+        join_gate_and_up(model)
     return model, abstract_params(model, mesh, dtype, loop)
 
 
@@ -67,7 +70,6 @@ def test_each_layer_gets_its_own_of_those_that_lie_alike():
         NORMS,
         tuple(f"{name}.scale" for name in KV),
         ("self_attn.o_proj.scale", "mlp.down_proj.scale"),
-        ("mlp.gate_proj.scale", "mlp.up_proj.scale"),
     }
     for layer in range(TINY.num_layers):
         found = vectors_of(joined["alike"], jnp.int32(layer))

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from slipstream.engine_impl.assembly import assembled, twin
+from slipstream.engine_impl.assembly import assembled
 from slipstream.engine_impl.checkpoints.safetensors import SafetensorsCheckpoint
 from slipstream.engine_impl.config import EngineConfig
 from slipstream.engine_impl.engine import Engine
@@ -42,8 +42,10 @@ def engine_of(folder, devices=1, loop: LayerLoop = "unrolled", **changes) -> tup
         slots=1, cache_length=128, cache_tokens=128, weight_cache=str(folder.parent / "kept"), **changes
     )
     tokenizer: Any = None
-    engine = assembled(model, mesh, config, jnp.dtype("float32"), tokenizer, "tiny", shape.num_kv_heads)
-    return twin(engine, layer_loop=loop), checkpoint
+    engine = assembled(
+        model, mesh, config, jnp.dtype("float32"), tokenizer, "tiny", shape.num_kv_heads, layer_loop=loop
+    )
+    return engine, checkpoint
 
 
 def entries(folder) -> list[str]:
