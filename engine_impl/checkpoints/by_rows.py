@@ -15,6 +15,9 @@ THREADS = min(max(8, os.cpu_count() or 1), 32)
 BYTES = 8 * 2**20
 """What a thread does at a time, of the result."""
 
+LOOKED_AT = 2**17
+"""Values that are looked at together: they stay in a core's cache."""
+
 ALIGNED = 64
 """Where in memory an array has to begin that XLA's CPU takes as it is (bytes); it copies others."""
 
@@ -47,6 +50,22 @@ def stacked(sources: Sequence[np.ndarray], dtype: np.dtype) -> np.ndarray:
 
     by_rows(len(sources), out.nbytes, fill_some)
     return out
+
+
+def all_finite(array: np.ndarray) -> bool:
+    """Whether no value is NaN or infinite, of any type of floats."""
+    dtype = array.dtype
+    bits = np.dtype(f"u{dtype.itemsize}")
+    infinite = np.asarray(np.inf).astype(dtype).view(bits)  # or NaN, in a type that has no other: all of its exponent
+    rows, found = array if array.ndim else array[None], []
+
+    def look_at(which: slice) -> None:
+        part = np.ascontiguousarray(rows[which]).reshape(-1).view(bits)
+        some = (part[start : start + LOOKED_AT] for start in range(0, len(part), LOOKED_AT))
+        found.append(all((one & infinite).max() < infinite for one in some))
+
+    by_rows(len(rows), array.nbytes, look_at)
+    return all(found)
 
 
 def by_rows(rows: int, total_bytes: int, work: Callable[[slice], object]) -> None:

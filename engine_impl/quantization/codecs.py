@@ -164,15 +164,24 @@ def _fitted(weight_QiO: jax.Array, whole: _Grid, least_QO: jax.Array, largest_QO
         scale_QO = jnp.where(is_fit_QO, covariance_QO / jnp.where(is_fit_QO, variance_QO, 1), grid.scale_QO)
         return _Grid.through(value_QO, code_QO, scale_QO, dtype)
 
-    best, least_error_QO = whole, error(whole)
-    for shrink in SHRINKS:
+    def better(grid: _Grid, best: _Grid, least_error_QO: jax.Array) -> tuple[_Grid, jax.Array]:
+        error_QO = error(grid)
+        is_better_QO = error_QO < least_error_QO  # false where a scale has become 0
+        best = jax.tree.map(lambda new_QO, old_QO: jnp.where(is_better_QO, new_QO, old_QO), grid, best)
+        return best, jnp.where(is_better_QO, error_QO, least_error_QO)
+
+    def refit(_: jax.Array, carry: tuple[_Grid, _Grid, jax.Array]) -> tuple[_Grid, _Grid, jax.Array]:
+        grid, best, least_error_QO = carry
+        grid = refitted(grid)
+        return grid, *better(grid, best, least_error_QO)
+
+    def cut(found: tuple[_Grid, jax.Array], shrink: jax.Array) -> tuple[tuple[_Grid, jax.Array], None]:
         cut_QO = shrink * (largest_QO - least_QO)
         scale_QO = jnp.where(largest_QO > least_QO, (largest_QO - least_QO - 2 * cut_QO) / 15, 1)
         grid = _Grid.through(least_QO + cut_QO, -8, scale_QO, dtype)
-        for _ in range(REFITS + 1):
-            error_QO = error(grid)
-            is_better_QO = error_QO < least_error_QO  # false where a scale has become 0
-            best = jax.tree.map(lambda new_QO, old_QO, is_=is_better_QO: jnp.where(is_, new_QO, old_QO), grid, best)
-            least_error_QO = jnp.where(is_better_QO, error_QO, least_error_QO)
-            grid = refitted(grid)
+        _, best, least_error_QO = jax.lax.fori_loop(0, REFITS, refit, (grid, *better(grid, *found)))
+        return (best, least_error_QO), None
+
+    # Loops, since unrolled it takes the compiler longer, for each shape of a matrix.
+    (best, _), _ = jax.lax.scan(cut, (whole, error(whole)), jnp.array(SHRINKS, jnp.float32))
     return best

@@ -3,6 +3,7 @@
 Tensors go one by one from the file to the devices that hold them: the host never holds more than a few.
 """
 
+import functools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -11,10 +12,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from torch import nn
 
-from ..checkpoints.by_rows import copied, stacked
+from ..checkpoints.by_rows import all_finite, copied, stacked
 from ..checkpoints.contract import WEIGHT, Checkpoint, Codes
 from ..checkpoints.sources import repeat_heads, taken
 from ..errors import RefusedError
@@ -190,16 +192,22 @@ class _Leaf:
 
 
 class _Loader:
-    """Moves tensors, at most two at a time on their way, and remembers which were finite."""
+    """Moves tensors, at most two at a time on their way, and remembers which were not finite. The host looks, at what
+    it has just read or converted: no program has to be compiled for each shape."""
 
     def __init__(self, model: Decoder, checkpoint: Checkpoint, dtype: jnp.dtype) -> None:
         self._model, self._checkpoint, self._dtype = model, checkpoint, dtype
-        self._finite: list[tuple[str, jax.Array]] = []
+        self._finite: dict[str, bool] = {}
+        self._sent: Any = ()  # what was read last
 
     def plain(self, leaf: _Leaf) -> jax.Array:
         """A leaf as the checkpoint has it."""
         one = leaf.of_parameter
-        return self._assembled(leaf, {"": leaf}, lambda name: {"": self._array(name, one, self._dtype)})[""]
+
+        def read(name: str) -> Mapping[str, jax.Array]:
+            return self._paced({"": self._array(name, one, self._dtype)})
+
+        return self._assembled(leaf, {"": leaf}, read)[""]
 
     def encoded(self, leaf: _Leaf, parts: dict[str, "_Leaf"], module: EncodedModule) -> dict[str, jax.Array]:
         """The arrays that stand for `leaf`."""
@@ -210,8 +218,8 @@ class _Loader:
                 return self._by_expert(name, module)
             if module.keeps_codes:
                 (source,) = self._model.sources(name)
-                return module.encode_codes(self._codes(name, source))
-            return module.encode(self._array(name, one, module.source))
+                return self._paced(module.encode_codes(self._codes(name, source)))
+            return self._paced(module.encode(self._array(name, one, module.source)))
 
         return self._assembled(leaf, parts, read)
 
@@ -219,14 +227,13 @@ class _Loader:
         """The arrays of all experts' matrices, which are read one by one."""
 
         def read(source: str) -> Mapping[str, jax.Array]:
-            if module.keeps_codes:
-                return module.encode_codes(self._codes(name, str(source)))  # the model's [in, out] is their [out, in]
-            self._wait()
-            weight_OI = jnp.asarray(copied(taken(self._checkpoint.tensor(source), source).T, module.source))
-            self._finite.append((name, _all_finite(weight_OI)))
-            return module.encode(weight_OI)
+            if module.keeps_codes:  # the model's [in, out] is their [out, in]
+                return self._paced(module.encode_codes(self._codes(name, str(source))))
+            weight_OI = copied(taken(self._checkpoint.tensor(source), source).T, module.source)
+            self._look_at(name, weight_OI)
+            return self._paced(module.encode(jnp.asarray(weight_OI)))
 
-        stacks = {name: jnp.zeros(stored.shape, stored.dtype) for name, stored in module.stored.items()}
+        stacks = _zeros({name: jax.ShapeDtypeStruct(of.shape, of.dtype) for name, of in module.stored.items()})
         put = jax.jit(_put, donate_argnums=0)
         for expert, source in enumerate(self._model.sources(name)):
             stacks = put(stacks, dict(read(source)), (expert,))
@@ -241,16 +248,21 @@ class _Loader:
         first = read(places[0][0])
         if not places[0][1]:
             return {name: jax.device_put(first[name], part.of_one) for name, part in parts.items()}
-        stacks = {
-            name: jnp.zeros(part.full_shape, first[name].dtype, device=part.sharding) for name, part in parts.items()
+        shapes = {
+            name: jax.ShapeDtypeStruct(part.full_shape, first[name].dtype, sharding=part.sharding)
+            for name, part in parts.items()
         }
+        stacks = _zeros(shapes)
         put = jax.jit(_put, donate_argnums=0, out_shardings={name: part.sharding for name, part in parts.items()})
         for i, (name, index) in enumerate(places):
             stacks = put(stacks, dict(first if i == 0 else read(name)), index)
         return stacks
 
     def check_finite(self) -> None:
-        faulty = list(dict.fromkeys(name for name, finite in self._finite if not finite))
+        finite = np.array(list(self._finite.values()))
+        if jax.process_count() > 1:  # each host has looked at its devices' shares
+            finite = np.all(multihost_utils.process_allgather(finite), axis=0)
+        faulty = [name for name, is_finite in zip(self._finite, finite, strict=True) if not is_finite]
         if faulty:
             raise RefusedError(
                 f"{self._checkpoint.name} has values that are NaN or infinite as {self._dtype.name}: {_told(faulty)}; "
@@ -259,27 +271,27 @@ class _Loader:
 
     def _array(self, name: str, leaf: _Leaf, dtype: jnp.dtype) -> jax.Array:
         """One parameter. Every device's share is read for itself, so that no more of a memory map is touched."""
-        self._wait()
+        self._finite.setdefault(name, True)
         sources = [
             self._repeated(name, taken(self._checkpoint.tensor(source), source)) for source in self._model.sources(name)
         ]
 
         def share(index: Any) -> np.ndarray:
             if len(sources) == 1:
-                return copied(sources[0][index], dtype)
-            return stacked([source[index[1:]] for source in sources[index[0]]], dtype)
+                array = copied(sources[0][index], dtype)
+            else:
+                array = stacked([source[index[1:]] for source in sources[index[0]]], dtype)
+            self._look_at(name, array)
+            return array
 
-        array = jax.make_array_from_callback(leaf.shape, leaf.of_one, share)
-        self._finite.append((name, _all_finite(array)))
-        return array
+        return jax.make_array_from_callback(leaf.shape, leaf.of_one, share)
 
     def _codes(self, name: str, source: str) -> Codes:
         """A parameter's, or a part of it, of which the checkpoint has codes."""
-        self._wait()
         codes = self._checkpoint.codes(source).each(lambda rows: self._repeated(name, taken(rows, source)))
         for array in codes:
             if array is not None and array.dtype != np.int8:
-                self._finite.append((name, _all_finite(array)))
+                self._look_at(name, array)
         return codes
 
     def _repeated(self, name: str, array: np.ndarray) -> np.ndarray:
@@ -287,10 +299,29 @@ class _Loader:
             return array
         return repeat_heads(array, self._checkpoint.config.num_kv_heads, self._model.config.num_kv_heads)
 
-    def _wait(self) -> None:
-        """Until what was read before the last is on its device."""
-        if len(self._finite) > 1:
-            self._finite[-2][1].block_until_ready()
+    def _look_at(self, name: str, array: np.ndarray) -> None:
+        """Remembers whether all that has been seen of a parameter is finite."""
+        self._finite[name] = all_finite(array) and self._finite.get(name, True)
+
+    def _paced(self, arrays: Mapping[str, jax.Array]) -> Mapping[str, jax.Array]:
+        """The same, once what was read before them is on its device."""
+        before, self._sent = self._sent, arrays
+        jax.block_until_ready(before)
+        return arrays
+
+
+def _zeros(shapes: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:
+    """All of them by one program."""
+    return _maker_of_zeros(tuple(shapes.items()))()
+
+
+@functools.cache
+def _maker_of_zeros(shapes: tuple[tuple[str, jax.ShapeDtypeStruct], ...]) -> Callable[[], dict[str, jax.Array]]:
+    """One for all leaves of these shapes, so that it is compiled once."""
+    return jax.jit(
+        lambda: {name: jnp.zeros(of.shape, of.dtype) for name, of in shapes},
+        out_shardings={name: of.sharding for name, of in shapes},
+    )
 
 
 def _put(
@@ -319,11 +350,6 @@ class _Describer:
             name: jax.ShapeDtypeStruct(part.full_shape, module.stored[name].dtype, sharding=part.sharding)
             for name, part in parts.items()
         }
-
-
-@jax.jit
-def _all_finite(array: jax.Array) -> jax.Array:
-    return jnp.isfinite(array).all()
 
 
 def _build(model: Decoder, mesh: Mesh, loop: LayerLoop, maker: "_Loader | _Describer") -> Params:

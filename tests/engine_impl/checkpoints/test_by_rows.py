@@ -49,6 +49,26 @@ def test_what_overflows_is_infinite_without_a_word():
     assert np.isinf(by_rows.copied(np.full((100, 9), 1e30, np.float32), np.dtype(np.float16))).all()
 
 
+@pytest.mark.parametrize(
+    "dtype", [np.float64, np.float32, np.float16, ml_dtypes.bfloat16, ml_dtypes.float8_e5m2, ml_dtypes.float8_e4m3fn]
+)
+def test_one_value_that_is_not_finite_is_seen(dtype, monkeypatch):
+    """Wherever it stands, of either sign; the largest values are finite."""
+    monkeypatch.setattr(by_rows, "LOOKED_AT", 8)
+    limits = ml_dtypes.finfo(dtype)
+    values = np.random.default_rng(0).normal(size=(37, 11)).astype(dtype)
+    values[3, :4] = limits.max, limits.min, 0, limits.smallest_subnormal
+    assert by_rows.all_finite(values)
+    for value in (np.nan, -np.nan, np.inf, -np.inf):  # an infinity is NaN in float8_e4m3fn
+        for place in ((0, 0), (20, 7), (36, 10)):
+            faulty = values.copy()
+            faulty[place] = value
+            assert not by_rows.all_finite(faulty)
+            assert not by_rows.all_finite(faulty.T)
+    assert not by_rows.all_finite(np.array(np.nan, dtype))
+    assert by_rows.all_finite(np.zeros((0, 5), dtype))
+
+
 def test_every_row_is_worked_on_once_and_by_several_threads():
     seen, together = [], threading.Barrier(2, timeout=30)
 
