@@ -10,7 +10,7 @@ from slipstream.engine_impl import bridge
 from slipstream.engine_impl.api import Piece
 from slipstream.engine_impl.config import EngineConfig
 from slipstream.engine_impl.errors import RefusedError
-from slipstream.engine_impl.forward import numbered
+from slipstream.engine_impl.forward import numbered, told_padding
 from slipstream.engine_impl.loading import build_engine
 from slipstream.engine_impl.quantization.panels import PanelEmbedding, PanelLinear, PanelWeight
 
@@ -78,6 +78,7 @@ def test_a_tied_embedding_lies_there_once(options, expected):
     assert {name: leaf.dtype.name for name, leaf in params["embed_tokens"].items()} == expected
     looked_up_VD = bridge.run(engine.model.embed_tokens, params["embed_tokens"], jnp.arange(TIED.vocab_size))
     head = params["lm_head"] | numbered(engine.model.lm_head, jnp.int32(0))
+    head |= told_padding(engine.model.lm_head, jnp.ones(TIED.model_dim, bool))
     multiplied_DV = bridge.run(engine.model.lm_head, head, jnp.eye(TIED.model_dim))
     np.testing.assert_array_equal(looked_up_VD, multiplied_DV.T)
 
