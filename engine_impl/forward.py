@@ -120,14 +120,15 @@ class _Tokens(NamedTuple):
 def _rows(rows: Rows) -> _Tokens:
     """A slot's side by side."""
     each = of_tokens(rows.adapter_N, rows.width), of_tokens(rows.reach_N, rows.width)
-    return _Tokens(*(of_NW.reshape(-1) for of_NW in (rows.token_NW, rows.position_NW, rows.is_live_NW)), *each)
+    return _Tokens(rows.token_NW.reshape(-1), rows.position_NW.reshape(-1), rows.is_live_NW.reshape(-1), *each)
 
 
 def _pieces(pieces: PieceBatch) -> _Tokens:
     """One piece behind another."""
     tokens = pieces.token_NT.shape[1]
     each = of_tokens(pieces.adapter_N, tokens), of_tokens(pieces.reach_N, tokens)
-    return _Tokens(*(of_NT.reshape(-1) for of_NT in (pieces.token_NT, pieces.position_NT, pieces.is_live_NT)), *each)
+    token_R, position_R = pieces.token_NT.reshape(-1), pieces.position_NT.reshape(-1)
+    return _Tokens(token_R, position_R, pieces.is_live_NT.reshape(-1), *each)
 
 
 def _last(x_RD: jax.Array, pieces: PieceBatch) -> jax.Array:
@@ -153,9 +154,7 @@ def _layers(model: Decoder, params: Params, tokens: _Tokens, attend: Attend) -> 
     x_RD = bridge.run(model.after_embedding, params["after_embedding"], x_RD, position_R)
     ropes = _ropes(model, position_R, reach_R)
     layers, alike, stacks = params["layers"], params["alike"], params["stacks"]
-    walk = functools.partial(
-        _walk, model, alike=alike, x_RD=x_RD, is_live_R=is_live_R, ropes=ropes, attend=attend
-    )
+    walk = functools.partial(_walk, model, alike=alike, x_RD=x_RD, is_live_R=is_live_R, ropes=ropes, attend=attend)
     if adapter_R is None:
         return walk(layers, of_all=stacks)
     adapters = params["adapters"]

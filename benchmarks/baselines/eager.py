@@ -159,9 +159,7 @@ class EagerLayers:
         modules = forward.modules_of_layers(self._model)
         layers = [
             {**weights, **params["stacks"], **numbers, **forward.told_padding(self._model.layers[module], self._live_B)}
-            for weights, numbers, module in zip(
-                layers, forward.numbers_of_unrolled(self._model), modules, strict=True
-            )
+            for weights, numbers, module in zip(layers, forward.numbers_of_unrolled(self._model), modules, strict=True)
         ]
         if isinstance(cache, tuple):
             per_layer = []

@@ -268,9 +268,7 @@ class PanelExperts(PanelWeight):
         bias_EO = self._parameters["bias"]
         return out_RXO if bias_EO is None else out_RXO + bias_EO[expert_RX]
 
-    def multiply(
-        self, x_MI: jax.Array, expert_MX: jax.Array, is_live_R: jax.Array, panels: Panels
-    ) -> jax.Array:
+    def multiply(self, x_MI: jax.Array, expert_MX: jax.Array, is_live_R: jax.Array, panels: Panels) -> jax.Array:
         """Of rows, or of M / R choices of each one behind another."""
         return self._multiply(x_MI, expert_MX, panels, jnp.repeat(is_live_R, len(x_MI) // len(is_live_R)))
 

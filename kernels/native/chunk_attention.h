@@ -119,10 +119,10 @@ static void of_blocks(const Chunk& of, int64_t text, int64_t kv_head, int64_t fi
   const int64_t start = std::min<int64_t>(std::max(of.start[text], 0), of.pages_per_text * R), place = start + first;
   const int64_t oldest = of.window > 0 ? std::max<int64_t>(place - of.window + 1, 0) : 0;
   const int64_t own = oldest > start ? oldest - start : 0;
-  for (int64_t to = end; to > own;) {
-    const int64_t from = std::max(to - KEYS, own), at = (text * of.tokens + from) * row + kv_head * H;
+  for (int64_t to = end, border = first + PANEL; to > own;) {  // blocks are the same wherever the piece ends
+    const int64_t from = std::max(border - KEYS, own), at = (text * of.tokens + from) * row + kv_head * H;
     add(Block{of.k + at, of.v + at, row, row, to - from, from - first});
-    to = from;
+    to = border = from;
   }
   for (int64_t to = start; to > oldest;) {
     const int64_t page = (to - 1) / R, from = std::max({to - KEYS, oldest, page * R}), count = to - from;
