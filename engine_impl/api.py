@@ -297,6 +297,8 @@ class Sizes:
     """
     prefill_lengths: tuple[int, ...]
     """What a piece that is prefilled alone is padded to, ascending (tokens); the last is `prefill_chunk`."""
+    skips_padding: bool
+    """Whether a prefill takes as long as its tokens do, whatever it is padded to."""
     tokens_per_step: int
     """W: most tokens that a step brings a slot; 1 where nothing drafts."""
     page_rows: int

@@ -141,6 +141,7 @@ def _engine_of(
         prefill_chunk=shapes.chunk,
         prefill_batch=shapes.burst,
         prefill_lengths=shapes.lengths,
+        skips_padding=any(getattr(part, "skips_padding", False) for part in programs.model.modules()),
         tokens_per_step=shapes.widths[-1],
         page_rows=layout.page_rows,
         pages=layout.pages,

@@ -98,6 +98,7 @@ def attend_chunk(
     start_N: jax.Array,
     page_NJ: jax.Array,
     *,
+    count_N: jax.Array | None = None,
     codec: Codec,
     window_of_layer: Sequence[int | None] = (None,),
     soft_cap: float | None = None,
@@ -110,6 +111,7 @@ def attend_chunk(
     Args:
         start_N: i32, whole pages.
         page_NJ: i32, the texts' pages.
+        count_N: i32, tokens of each piece, the others are padding; None: all.
         codec: the cache's.
 
     The rest is as for `attend_cache`.
@@ -121,8 +123,8 @@ def attend_chunk(
     def attend(layer, kind, q_TNH, k_TKH, v_TKH, sink_N=None):
         out_TNH = chunk_attention(
             _queries(q_TNH, C // 2), _padded(k_TKH, C // 2), _padded(v_TKH, C // 2), cache.rows, layer, start_N,
-            page_NJ, scale_LPK2R=cache.scales, window=_chosen(windows, kind, reach), soft_cap=soft_cap, sink_N=sink_N,
-            mesh=mesh, backend=backend,
+            page_NJ, count_M=count_N, scale_LPK2R=cache.scales, window=_chosen(windows, kind, reach),
+            soft_cap=soft_cap, sink_N=sink_N, mesh=mesh, backend=backend,
         )  # fmt: skip
         return out_TNH[..., : q_TNH.shape[-1]]
 

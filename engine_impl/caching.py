@@ -104,7 +104,8 @@ class Caching:
         return attend_cache(cache, length_N, page_NJ, max_pages=self.layout.table_entries, **self._attention)
 
     def _attend_pieces(self, cache: KV, pieces: PieceBatch) -> Attend:
-        return attend_chunk(cache, pieces.start_N, pieces.page_NJ, codec=self.layout.codec, **self._attention)
+        where = {"count_N": pieces.count_N, "codec": self.layout.codec}
+        return attend_chunk(cache, pieces.start_N, pieces.page_NJ, **where, **self._attention)
 
     @property
     def _text_sharding(self) -> KV:

@@ -90,6 +90,7 @@ class DisaggregatedEngine:
             prefill_chunk=of_prefill.prefill_chunk,
             prefill_batch=of_prefill.prefill_batch,
             prefill_lengths=of_prefill.prefill_lengths,
+            skips_padding=of_prefill.skips_padding,
         )
         self.prefill_engine, self.decode_engine = prefill, decode
         self.model_name = decode.model_name

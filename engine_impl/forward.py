@@ -79,14 +79,15 @@ class Prefilled(NamedTuple):
 
 def decode(model: Decoder, params: Params, rows: Rows, attend: Attend) -> Decoded:
     """A step's tokens, from position `length` on."""
-    x_RD, new_LRKC = _layers(model, params, _rows(rows), attend)
-    return Decoded(logits(model, params, x_RD), new_LRKC)
+    tokens = _rows(rows)
+    x_RD, new_LRKC = _layers(model, params, tokens, attend)
+    return Decoded(logits(model, params, x_RD, tokens.is_live_R), new_LRKC)
 
 
 def prefill(model: Decoder, params: Params, pieces: PieceBatch, attend: Attend, mesh: Mesh) -> Prefilled:
     """Padded pieces of texts, at the positions from `start` on."""
     x_RD, kv = _layers(model, params, _pieces(pieces), attend)
-    logits_NV = logits(model, params, _last(x_RD, pieces))
+    logits_NV = logits(model, params, _last(x_RD, pieces), pieces.count_N > 0)
     return Prefilled(logits_NV, kv, _next_logprobs(model, params, x_RD, pieces, mesh))
 
 
@@ -98,7 +99,8 @@ def carry(
     both = jax.tree.map(lambda *values: jnp.concatenate(values), _rows(rows), _pieces(pieces))
     x_RD, (new_LMKC, kv) = _layers(model, params, both, attend)
     x_MD, x_RD = x_RD[:M], x_RD[M:]
-    logits_RV = logits(model, params, jnp.concatenate([x_MD, _last(x_RD, pieces)]))
+    is_live_R = jnp.concatenate([both.is_live_R[:M], pieces.count_N > 0])
+    logits_RV = logits(model, params, jnp.concatenate([x_MD, _last(x_RD, pieces)]), is_live_R)
     told = _next_logprobs(model, params, x_RD, pieces, mesh)
     return Decoded(logits_RV[:M], new_LMKC), Prefilled(logits_RV[M:], kv, told)
 
@@ -108,6 +110,8 @@ class _Tokens(NamedTuple):
 
     token_R: jax.Array
     position_R: jax.Array
+    is_live_R: jax.Array
+    """bool; the others are padding"""
     adapter_R: jax.Array | None
     """as in DecodeState, and so below"""
     reach_R: jax.Array | None
@@ -116,14 +120,15 @@ class _Tokens(NamedTuple):
 def _rows(rows: Rows) -> _Tokens:
     """A slot's side by side."""
     each = of_tokens(rows.adapter_N, rows.width), of_tokens(rows.reach_N, rows.width)
-    return _Tokens(rows.token_NW.reshape(-1), rows.position_NW.reshape(-1), *each)
+    return _Tokens(rows.token_NW.reshape(-1), rows.position_NW.reshape(-1), rows.is_live_NW.reshape(-1), *each)
 
 
 def _pieces(pieces: PieceBatch) -> _Tokens:
     """One piece behind another."""
     tokens = pieces.token_NT.shape[1]
     each = of_tokens(pieces.adapter_N, tokens), of_tokens(pieces.reach_N, tokens)
-    return _Tokens(pieces.token_NT.reshape(-1), pieces.position_NT.reshape(-1), *each)
+    token_R, position_R = pieces.token_NT.reshape(-1), pieces.position_NT.reshape(-1)
+    return _Tokens(token_R, position_R, pieces.is_live_NT.reshape(-1), *each)
 
 
 def _last(x_RD: jax.Array, pieces: PieceBatch) -> jax.Array:
@@ -136,7 +141,7 @@ def _last(x_RD: jax.Array, pieces: PieceBatch) -> jax.Array:
 def _next_logprobs(model: Decoder, params: Params, x_RD: jax.Array, pieces: PieceBatch, mesh: Mesh) -> Logprobs:
     """[N T] each; no logits are computed where nobody asks."""
     next_R = pieces.next_NT.reshape(-1)
-    return prompt_logprobs(x_RD, next_R, pieces.asked, lambda some_RD: logits(model, params, some_RD), mesh)
+    return prompt_logprobs(x_RD, next_R, pieces.asked, functools.partial(logits, model, params), mesh)
 
 
 def _layers(model: Decoder, params: Params, tokens: _Tokens, attend: Attend) -> tuple[jax.Array, Any]:
@@ -144,19 +149,20 @@ def _layers(model: Decoder, params: Params, tokens: _Tokens, attend: Attend) -> 
 
     Where there are adapters the loop is there twice: rows of which none has one do not pay for those that there are.
     """
-    token_R, position_R, adapter_R, reach_R = tokens
+    token_R, position_R, is_live_R, adapter_R, reach_R = tokens
     x_RD = bridge.run(model.embed_tokens, params["embed_tokens"], token_R)
     x_RD = bridge.run(model.after_embedding, params["after_embedding"], x_RD, position_R)
     ropes = _ropes(model, position_R, reach_R)
     layers, alike, stacks = params["layers"], params["alike"], params["stacks"]
+    walk = functools.partial(_walk, model, alike=alike, x_RD=x_RD, is_live_R=is_live_R, ropes=ropes, attend=attend)
     if adapter_R is None:
-        return _walk(model, layers, alike, x_RD, ropes, attend, stacks)
+        return walk(layers, of_all=stacks)
     adapters = params["adapters"]
     both = layers | adapters if isinstance(layers, dict) else tuple(map(dict.__or__, layers, adapters))
     return jax.lax.cond(
         (adapter_R > 0).any(),
-        lambda: _walk(model, both, alike, x_RD, ropes, attend, stacks | sites.of_rows(model.layers[0], adapter_R)),
-        lambda: _walk(model, layers, alike, x_RD, ropes, attend, stacks | sites.of_nobody(model.layers[0])),
+        lambda: walk(both, of_all=stacks | sites.of_rows(model.layers[0], adapter_R)),
+        lambda: walk(layers, of_all=stacks | sites.of_nobody(model.layers[0])),
     )
 
 
@@ -180,6 +186,7 @@ def _walk(
     layers: Any,
     alike: dict[tuple[str, ...], jax.Array],
     x_RD: jax.Array,
+    is_live_R: jax.Array,
     ropes: Any,
     attend: Attend,
     of_all: dict[str, jax.Array],
@@ -214,6 +221,7 @@ def _walk(
         def step(stream, of_layer):
             weights, index, kind, which = of_layer
             weights = {**weights, **vectors_of(alike, index), **whole, **of_all, **numbered(model.layers[0], index)}
+            weights |= told_padding(model.layers[0], is_live_R)
             rope = ropes[0] if ropes_stacked is None else jax.tree.map(lambda leaves: leaves[which], ropes_stacked)
             return layer(stream, weights, index, kind, rope)
 
@@ -226,7 +234,7 @@ def _walk(
     per_layer = []
     modules, numbers = modules_of_layers(model), numbers_of_unrolled(model)
     for index, (weights, module) in enumerate(zip(layers, modules, strict=True)):
-        weights = {**weights, **of_all, **numbers[index]}
+        weights = {**weights, **of_all, **numbers[index], **told_padding(model.layers[module], is_live_R)}
         stream, kv = layer(stream, weights, jnp.int32(index), kind_of_layer[index], ropes[rope_of_layer[index]], module)
         per_layer.append(kv)
     x_RD, out_RD = stream
@@ -261,20 +269,26 @@ def stacked_parts(model: Decoder) -> tuple[str, ...]:
     return tuple(path for path, part in parts if getattr(part, "lies_in_stack", False))
 
 
-def logits(model: Decoder, params: Params, x_RD: jax.Array) -> jax.Array:
-    head = {**params["lm_head"], **numbered(model.lm_head, jnp.int32(0))}
+def logits(model: Decoder, params: Params, x_RD: jax.Array, is_live_R: jax.Array) -> jax.Array:
+    """logits_RV; of rows that are not live (bool) they mean nothing, and are finite."""
+    head = {**params["lm_head"], **numbered(model.lm_head, jnp.int32(0)), **told_padding(model.lm_head, is_live_R)}
     logits_RV = bridge.run(model.lm_head, head, bridge.run(model.norm, params["norm"], x_RD))
     return bridge.run(model.after_logits, {}, logits_RV)
 
 
 def names_read_whole(module: nn.Module) -> set[str]:
     """The arrays that their modules read from the stack."""
-    return {f"{prefix}{name}" for prefix, part in _stack_readers(module).items() for name in part.stored}
+    return {f"{prefix}{name}" for prefix, part in _prefixes(module, "reads_stack").items() for name in part.stored}
 
 
 def numbered(module: nn.Module, layer: jax.Array) -> dict[str, jax.Array]:
     """The number that these modules take beside their weights."""
-    return {f"{prefix}layer": layer for prefix in _stack_readers(module)}
+    return {f"{prefix}layer": layer for prefix in _prefixes(module, "reads_stack")}
+
+
+def told_padding(module: nn.Module, is_live_R: jax.Array) -> dict[str, jax.Array]:
+    """What these modules take, likewise, to leave out rows that are padding."""
+    return {f"{prefix}is_live": is_live_R for prefix in _prefixes(module, "skips_padding")}
 
 
 def numbers_of_unrolled(model: Decoder) -> list[dict[str, jax.Array]]:
@@ -286,7 +300,7 @@ def numbers_of_unrolled(model: Decoder) -> list[dict[str, jax.Array]]:
     ]
 
 
-def _stack_readers(module: nn.Module) -> dict[str, Any]:
-    """By how the names of their arrays begin."""
+def _prefixes(module: nn.Module, trait: Literal["reads_stack", "skips_padding"]) -> dict[str, Any]:
+    """The modules of a trait, see `EncodedModule`, by how the names of their arrays begin."""
     parts = module.named_modules()
-    return {f"{path}." if path else "": part for path, part in parts if getattr(part, "reads_stack", False)}
+    return {f"{path}." if path else "": part for path, part in parts if getattr(part, trait, False)}

@@ -10,15 +10,13 @@ from .api import Piece
 from .errors import PieceError
 from .state import PieceBatch
 
-PIECES = {"cpu": (16, 64, 128, 256)}
-PIECE = (16, 64, 256)
-"""Padded lengths of a text's last piece, by platform (tokens); behind them in powers of four up to the chunk. A CPU has
-one more, as each row costs its multiplications there."""
-STEPS = {"cpu": (1, 8, 16, 32, 128), "tpu": (8, 32, 128)}
+PIECES = (16, 64, 256)
+"""Padded lengths of a text's last piece (tokens); behind them in powers of four up to the chunk. A CPU's native kernels
+leave padding out (benchmarks/README.md); XLA's products there, without these kernels, compute it."""
+STEPS = {"tpu": (8, 32, 128)}
 STEPS_ELSEWHERE = (1, 8, 32, 128)
-"""Slots that a step computes, by platform; behind them all that there are. A CPU has one more, as each row costs its
-multiplications there. A TPU has no step of 1: there a product with one row is slower than with eight (305 thousand
-static cycles for two small layers on v5e, of eight 169)."""
+"""Slots that a step computes, by platform; behind them all that there are. A TPU has no step of 1: there a product with
+one row is slower than with eight (305 thousand static cycles for two small layers on v5e, of eight 169)."""
 WIDTHS = {"cpu": {1: (4, 8), 8: (2, 4)}}
 WIDTHS_ELSEWHERE = {32: (4, 8), 64: (4,)}
 """Tokens that a step of so many slots at most computes of each, where something drafts, by platform: the last one and
@@ -29,8 +27,8 @@ WIDE_ROWS = 256
 BURSTS = {"cpu": (4, 8, 32)}
 BURST = (2, 8, 64)
 """Short texts that are prefilled together, by platform: how many at least and at most, and the longest (tokens). On a
-CPU each row costs its multiplications, padding too. SmolLM2-135M on two cores, ms of CPU time: a text of 32 tokens
-alone 108, eight in 8 x 64 rows 642."""
+CPU each row costs its multiplications: so few texts take no less time together, and longer ones either
+(benchmarks/README.md)."""
 
 
 class Carried(NamedTuple):
@@ -79,7 +77,7 @@ class Shapes:
     @property
     def lengths(self) -> tuple[int, ...]:
         """See `api.Sizes.prefill_lengths`."""
-        lengths = [length for length in PIECES.get(self.platform, PIECE) if length < self.chunk]
+        lengths = [length for length in PIECES if length < self.chunk]
         while lengths[-1] * 4 < self.chunk:
             lengths.append(lengths[-1] * 4)
         return (*lengths, self.chunk)

@@ -34,6 +34,11 @@ class PieceBatch(NamedTuple):
         """i32, each token's place in its text."""
         return self.start_N[:, None] + jnp.arange(self.token_NT.shape[1], dtype=jnp.int32)
 
+    @property
+    def is_live_NT(self) -> jax.Array:
+        """bool, which tokens are no padding."""
+        return jnp.arange(self.token_NT.shape[1]) < self.count_N[:, None]
+
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
@@ -131,6 +136,12 @@ class Rows:
     def position_NW(self) -> jax.Array:
         """i32, each token's place in its text."""
         return self.length_N[:, None] + jnp.arange(self.width, dtype=jnp.int32)
+
+    @property
+    def is_live_NW(self) -> jax.Array:
+        """bool, which tokens are no padding: of live slots the last one and its drafts."""
+        drafts_N = self.width if self.drafts is None else self.drafts.count_N
+        return self.is_live_N[:, None] & (jnp.arange(self.width) < jnp.reshape(drafts_N + 1, (-1, 1)))
 
 
 @jax.tree_util.register_dataclass

@@ -282,6 +282,7 @@ class FakeEngine:
             prefill_chunk=self.prefill_chunk,
             prefill_batch=(min(2, self.batch), self.batch, self.prefill_chunk),
             prefill_lengths=(*self.prefill_lengths, self.prefill_chunk),
+            skips_padding=False,
             tokens_per_step=self.widths[-1],
             page_rows=self.page_rows,
             pages=self.pages,

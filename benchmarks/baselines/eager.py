@@ -151,16 +151,16 @@ class EagerLayers:
             def step(carry, of_layer):
                 weights, index = of_layer
                 weights = {**weights, **forward.vectors_of(params["alike"], index), **whole}
-                weights |= forward.numbered(one, index)
+                weights |= forward.numbered(one, index) | forward.told_padding(one, self._live_B)
                 return layer(*carry, rope, weights, index), None
 
             (x_BD, out_BD, cache), _ = jax.lax.scan(step, (x_BD, out_BD, cache), (sliced, index_L))
-            return forward.logits(self._model, params, x_BD + out_BD), cache
-        layers = [
-            {**weights, **params["stacks"], **numbers}
-            for weights, numbers in zip(layers, forward.numbers_of_unrolled(self._model), strict=True)
-        ]
+            return forward.logits(self._model, params, x_BD + out_BD, self._live_B), cache
         modules = forward.modules_of_layers(self._model)
+        layers = [
+            {**weights, **params["stacks"], **numbers, **forward.told_padding(self._model.layers[module], self._live_B)}
+            for weights, numbers, module in zip(layers, forward.numbers_of_unrolled(self._model), modules, strict=True)
+        ]
         if isinstance(cache, tuple):
             per_layer = []
             for weights, cache_1PKRC, module in zip(layers, cache, modules, strict=True):
@@ -170,7 +170,7 @@ class EagerLayers:
         else:
             for index, (weights, module) in enumerate(zip(layers, modules, strict=True)):
                 x_BD, out_BD, cache = layer(x_BD, out_BD, cache, rope, weights, jnp.int32(index), module=module)
-        return forward.logits(self._model, params, x_BD + out_BD), cache
+        return forward.logits(self._model, params, x_BD + out_BD, self._live_B), cache
 
     def _layer(
         self, steps, module, x_BD, out_BD, cache_LPKRC, rope, weights, index

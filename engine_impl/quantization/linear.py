@@ -51,6 +51,9 @@ class EncodedModule(nn.Module):
     they give is stacked."""
     reads_stack: ClassVar[bool] = False
     """Its matrix product takes all layers' weights and the number of the layer, `layer`: see forward.py."""
+    skips_padding: ClassVar[bool] = False
+    """Whether it takes which rows are no padding, `is_live`, likewise: the others cost next to nothing, and are zeros
+    before the bias."""
     lies_in_stack: ClassVar[bool] = False
     """Whether they are stacked where layers are unrolled, too: whoever reads the stack makes no copy of a layer."""
 

@@ -193,6 +193,9 @@ def decoded(model: Decoder, params: dict[str, Any]) -> dict[str, Any]:
 class PanelWeight(EncodedModule):
     """A matrix [O, I] in panels, or experts' [E, I, O]; its parameters are named as the fields of `Panels`."""
 
+    is_live: Tensor
+    """of those that `skips_padding`"""
+
     def __init__(self, replaced: nn.Module, mesh: Mesh, form: Form) -> None:
         *stack, self.outputs, self.inputs = replaced.get_parameter(WEIGHT).shape
         if stack:
@@ -226,6 +229,7 @@ class PanelLinear(PanelWeight):
     """In the place of a `Linear`."""
 
     reads_stack = True
+    skips_padding = True
     lies_in_stack = True
     layer: Tensor
 
@@ -233,32 +237,40 @@ class PanelLinear(PanelWeight):
         super().__init__(replaced, mesh, form)
         self._multiply = functools.partial(panel_matmul, outputs=self.outputs, backend=backend)
         self.register_buffer("layer", torch.empty((), dtype=torch.int32, device="meta"))
+        self.register_buffer("is_live", torch.empty((0,), dtype=torch.bool, device="meta"))
 
     def forward(self, x_RI: Tensor) -> Tensor:
-        return self.with_bias(self.call(self.multiply, x_RI.to(getattr(torch, self.form.activations)), self.layer))
+        x_RI = x_RI.to(getattr(torch, self.form.activations))
+        return self.with_bias(self.call(self.multiply, x_RI, self.layer, self.is_live))
 
-    def multiply(self, x_RI: jax.Array, layer: jax.Array, panels: Panels) -> jax.Array:
+    def multiply(self, x_RI: jax.Array, layer: jax.Array, is_live_R: jax.Array, panels: Panels) -> jax.Array:
         """Of panels that are a layer's of a stack, or alone."""
         is_stack = panels.code.ndim > len(self.stored["code"].shape)
-        return self._multiply(x_RI, panels, layer if is_stack else None)
+        return self._multiply(x_RI, panels, layer if is_stack else None, is_live_R)
 
 
 class PanelExperts(PanelWeight):
     """In the place of an `ExpertLinear`, for experts that are asked by row: see `MixtureOfExperts`."""
 
     by_expert = True
+    skips_padding = True
 
     def __init__(self, replaced: ExpertLinear, mesh: Mesh, form: Form, backend: Backend) -> None:
         super().__init__(replaced, mesh, form)
-        self.multiply = functools.partial(expert_matmul, outputs=self.outputs, backend=backend)
+        self._multiply = functools.partial(expert_matmul, outputs=self.outputs, backend=backend)
+        self.register_buffer("is_live", torch.empty((0,), dtype=torch.bool, device="meta"))
 
     def of_chosen(self, x: Tensor, expert_RX: Tensor) -> Tensor:
         """What each row's experts answer, [R, X, out], to the row, [R, in], or each to a row of its own, [R, X, in]."""
         x_MI = x.reshape(-1, self.inputs).to(getattr(torch, self.form.activations))
         expert_MX = expert_RX.to(torch.int32).reshape(len(x_MI), -1)
-        out_RXO = self.call(self.multiply, x_MI, expert_MX).reshape(*expert_RX.shape, self.outputs)
+        out_RXO = self.call(self.multiply, x_MI, expert_MX, self.is_live).reshape(*expert_RX.shape, self.outputs)
         bias_EO = self._parameters["bias"]
         return out_RXO if bias_EO is None else out_RXO + bias_EO[expert_RX]
+
+    def multiply(self, x_MI: jax.Array, expert_MX: jax.Array, is_live_R: jax.Array, panels: Panels) -> jax.Array:
+        """Of rows, or of M / R choices of each one behind another."""
+        return self._multiply(x_MI, expert_MX, panels, jnp.repeat(is_live_R, len(x_MI) // len(is_live_R)))
 
     def unpacked(self, panels: Panels) -> jax.Array:
         return jax.vmap(super().unpacked)(panels).swapaxes(1, 2)

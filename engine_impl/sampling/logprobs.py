@@ -62,13 +62,17 @@ def logprob_of(logits_RV: jax.Array, token_R: jax.Array) -> jax.Array:
 
 
 def prompt_logprobs(
-    x_RD: jax.Array, next_R: jax.Array, asked: jax.Array, logits_of: Callable[[jax.Array], jax.Array], mesh: Mesh
+    x_RD: jax.Array,
+    next_R: jax.Array,
+    asked: jax.Array,
+    logits_of: Callable[[jax.Array, jax.Array], jax.Array],
+    mesh: Mesh,
 ) -> Logprobs:
     """Of the token `next_R` (i32) behind each row, and the likeliest where `asked` (i32) is more than 0. Zeros where
     next_R is -1, and where nobody asks.
 
-    `logits_of` turns rows of the last layer's output into logits. It sees at most PROMPT_CHUNK rows at a time, so that
-    the logits of a whole prompt never exist.
+    `logits_of` turns rows of the last layer's output into logits, those that its second argument says (bool). It sees
+    at most PROMPT_CHUNK rows at a time, so that the logits of a whole prompt never exist.
     """
     rows = next_R.shape[0]
     chunks = -1, gcd(PROMPT_CHUNK, rows)
@@ -76,7 +80,7 @@ def prompt_logprobs(
     def of_chunk(chunk: tuple[jax.Array, jax.Array]) -> Logprobs:
         x_CD, next_C = chunk
         asked_C = jnp.where(next_C >= 0, asked, -1)
-        return logprobs(logits_of(x_CD), next_C, asked_C, mesh)
+        return logprobs(logits_of(x_CD, next_C >= 0), next_C, asked_C, mesh)
 
     def made() -> Logprobs:
         of_chunks = jax.lax.map(of_chunk, (x_RD.reshape(*chunks, x_RD.shape[1]), next_R.reshape(chunks)))

@@ -15,6 +15,7 @@ def chunk_attention_native(
     scale_LPK2R: jax.Array | None,
     layer: jax.Array,
     start_M: jax.Array,
+    count_M: jax.Array,
     page_MJ: jax.Array,
     window: jax.Array | None,
     sink_N: jax.Array | None,
@@ -30,5 +31,5 @@ def chunk_attention_native(
     seen = jnp.int32(0) if window is None else window
     sink = jnp.zeros((0,), jnp.float32) if sink_N is None else sink_N
     out_TNH = jax.ShapeDtypeStruct(q_TNH.shape, jnp.float32)
-    operands = (q_TNH, k_TKH, v_TKH, cache_LPKRC, scale, layer, start_M, page_MJ, seen, sink)
+    operands = (q_TNH, k_TKH, v_TKH, cache_LPKRC, scale, layer, start_M, count_M, page_MJ, seen, sink)
     return native.call("slipstream_chunk_attention", out_TNH, *operands, soft_cap=np.float32(soft_cap or 0.0))

@@ -35,6 +35,7 @@ def chunk_attention(
     start_M: jax.Array,
     page_MJ: jax.Array,
     *,
+    count_M: jax.Array | None = None,
     scale_LPK2R: jax.Array | None = None,
     window: jax.Array | int | None = None,
     soft_cap: float | None = None,
@@ -49,7 +50,8 @@ def chunk_attention(
     page_MJ[m, s // R]. The chunk's own k and v need not be in the cache, which is only read here.
 
     Padding belongs at the end of a text's chunk: causality keeps it out of the real rows, and the padding's own rows
-    mean nothing. It must be finite.
+    mean nothing. It must be finite, but where the native kernel knows its `count_M`: that reads none of it, and gives
+    zeros there.
 
     Args:
         q_TNH: queries, rope applied; bf16 or f32. Query head n uses kv head n // (N / K). Sharded on N, as K.
@@ -60,6 +62,8 @@ def chunk_attention(
         layer: which layer to read, a Python int or an i32 scalar, traced or not.
         start_M: i32, rows of each text in the cache, multiples of R, at most J R. 0 reads nothing.
         page_MJ: i32, the pages of each text, its first tokens' first. Texts may share pages.
+        count_M: i32, rows of each text's chunk that are no padding, up to T / M. Of use to the native kernel alone, to
+            which padding then costs next to nothing. None: all.
         scale_LPK2R: f32, what an int8 row's k and v are to be multiplied by. Sharded on K.
         window: how many tokens a query sees, itself included. A Python int or an i32 scalar, traced or not: layers
             under one scan may differ. What no query of a block sees is not computed. None is everything.
@@ -89,26 +93,31 @@ def chunk_attention(
     check_cache(cache_LPKRC, scale_LPK2R, layer, head_dim=H, backend=backend)
     if start_M.ndim != 1 or not start_M.size or T % start_M.size:
         raise ValueError(f"start_M must be [M], M a divisor of the {T=} rows, got {start_M.shape}")
+    if count_M is not None:
+        check_shape("count_M", count_M, start_M.shape, "M")
+        count_M = count_M.astype(jnp.int32)
     check_pages("page_MJ", page_MJ, texts=start_M.size, rows=R, is_tiled=backend not in ("xla", "native_cpu"))
     if sink_N is not None:
         check_shape("sink_N", sink_N, (N,), "N")
         sink_N = sink_N.astype(jnp.float32)
 
+    layer = jnp.asarray(layer, jnp.int32)
+    window = None if window is None else jnp.asarray(window, jnp.int32)
+    texts = (start_M.astype(jnp.int32),)
     if is_xla(backend):
         attention = chunk_attention_gpu if backend == "xla_gpu" else chunk_attention_reference
         if backend == "native_cpu" and q_TNH.dtype == jnp.float32:
             attention = chunk_attention_native
+            texts += (jnp.full(start_M.shape, T // start_M.size) if count_M is None else count_M,)
     else:
         attention = functools.partial(chunk_attention_tpu, interpret=interpret_params(backend))
     heads, pages = P(None, AXIS), P(None, None, AXIS)
     sharded = jax.shard_map(
         functools.partial(attention, soft_cap=soft_cap),
         mesh=mesh,
-        in_specs=(heads, heads, heads, pages, pages, P(), P(), P(), P(), P(AXIS)),
+        in_specs=(heads, heads, heads, pages, pages, P(), *(P() for _ in texts), P(), P(), P(AXIS)),
         out_specs=heads,
         check_vma=False,  # pallas_call's results carry no varying-axes type
     )
-    layer = jnp.asarray(layer, jnp.int32)
-    window = None if window is None else jnp.asarray(window, jnp.int32)
-    start_M, page_MJ = start_M.astype(jnp.int32), page_MJ.astype(jnp.int32)
-    return sharded(q_TNH, k_TKH, v_TKH, cache_LPKRC, scale_LPK2R, layer, start_M, page_MJ, window, sink_N)
+    page_MJ = page_MJ.astype(jnp.int32)
+    return sharded(q_TNH, k_TKH, v_TKH, cache_LPKRC, scale_LPK2R, layer, *texts, page_MJ, window, sink_N)

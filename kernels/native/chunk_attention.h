@@ -119,10 +119,10 @@ static void of_blocks(const Chunk& of, int64_t text, int64_t kv_head, int64_t fi
   const int64_t start = std::min<int64_t>(std::max(of.start[text], 0), of.pages_per_text * R), place = start + first;
   const int64_t oldest = of.window > 0 ? std::max<int64_t>(place - of.window + 1, 0) : 0;
   const int64_t own = oldest > start ? oldest - start : 0;
-  for (int64_t to = end; to > own;) {
-    const int64_t from = std::max(to - KEYS, own), at = (text * of.tokens + from) * row + kv_head * H;
+  for (int64_t to = end, border = first + PANEL; to > own;) {  // blocks are the same wherever the piece ends
+    const int64_t from = std::max(border - KEYS, own), at = (text * of.tokens + from) * row + kv_head * H;
     add(Block{of.k + at, of.v + at, row, row, to - from, from - first});
-    to = from;
+    to = border = from;
   }
   for (int64_t to = start; to > oldest;) {
     const int64_t page = (to - 1) / R, from = std::max({to - KEYS, oldest, page * R}), count = to - from;
@@ -144,13 +144,16 @@ static void of_blocks(const Chunk& of, int64_t text, int64_t kv_head, int64_t fi
 }
 
 static void attend_part(const Chunk& of, int64_t text, int64_t kv_head, int64_t first) {
-  const int64_t H = of.head_dim, N = of.heads, G = N / of.kv_heads, end = std::min(first + PANEL, of.tokens);
+  const int64_t H = of.head_dim, N = of.heads, G = N / of.kv_heads, last = std::min(first + PANEL, of.tokens);
+  const int64_t end = std::clamp<int64_t>(of.count[text], first, last);  // of the tokens, behind it is padding
+  const int64_t at = ((text * of.tokens + first) * N + kv_head * G) * H;
+  for (int64_t x = end - first; x < last - first; ++x) std::fill_n(of.out + at + x * N * H, G * H, 0.0f);
+  if (end == first) return;
   static thread_local Workspace workspace;
   float* q = workspace.of((2 * G * H + KEYS + 2 * G + 1) * PANEL + KEYS * 2 * H);
   float *sums = q + G * H * PANEL, *score = sums + G * H * PANEL, *m = score + KEYS * PANEL, *l = m + G * PANEL;
   float *decay = l + G * PANEL, *unpacked = decay + PANEL;
   const float scale = 1.0f / std::sqrt(static_cast<float>(H));
-  const int64_t at = ((text * of.tokens + first) * N + kv_head * G) * H;
   std::fill(q, score, 0.0f);  // also the lanes of no query
   for (int64_t g = 0; g < G; ++g) {
     for (int64_t x = 0; x < end - first; ++x)

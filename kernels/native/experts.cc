@@ -14,20 +14,23 @@ struct ExpertPart {
   int64_t expert, row, rows, first, last;
 };
 
-// The choices, counted row by row, expert by expert; where each expert's begin. Empty for a number that no expert has.
+// The choices of rows that count, numbered row by row, expert by expert; where each expert's begin. Empty for a number
+// that no expert has.
 struct Sorted {
   std::vector<int64_t> choice, start;
 };
 
-Sorted sorted(const int32_t* expert, int64_t choices, int64_t experts) {
+Sorted sorted(const int32_t* expert, const std::vector<int64_t>& rows, int64_t of_a_row, int64_t experts) {
   std::vector<int64_t> start(experts + 1);
-  for (int64_t i = 0; i < choices; ++i) {
-    if (expert[i] < 0 || expert[i] >= experts) return {};
-    ++start[expert[i] + 1];
-  }
+  for (int64_t row : rows)
+    for (int64_t i = row * of_a_row; i < (row + 1) * of_a_row; ++i) {
+      if (expert[i] < 0 || expert[i] >= experts) return {};
+      ++start[expert[i] + 1];
+    }
   for (int64_t e = 0; e < experts; ++e) start[e + 1] += start[e];
-  std::vector<int64_t> choice(choices), next(start.begin(), start.end() - 1);
-  for (int64_t i = 0; i < choices; ++i) choice[next[expert[i]]++] = i;
+  std::vector<int64_t> choice(rows.size() * of_a_row), next(start.begin(), start.end() - 1);
+  for (int64_t row : rows)
+    for (int64_t i = row * of_a_row; i < (row + 1) * of_a_row; ++i) choice[next[expert[i]]++] = i;
   return {choice, start};
 }
 
@@ -42,15 +45,16 @@ std::vector<ExpertPart> parts_of(const std::vector<int64_t>& start, int64_t pane
   return parts;
 }
 
-ffi::Error multiply_chosen(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::Buffer<ffi::DataType::S32> expert,
-                           ffi::AnyBuffer code, ffi::AnyBuffer scale, ffi::AnyBuffer offset, ffi::AnyBuffer table,
+ffi::Error multiply_chosen(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::Buffer<ffi::DataType::PRED> is_live,
+                           ffi::Buffer<ffi::DataType::S32> expert, ffi::AnyBuffer code, ffi::AnyBuffer scale, ffi::AnyBuffer offset, ffi::AnyBuffer table,
                            ffi::ResultBuffer<ffi::DataType::F32> out) {
   const int64_t I = x.dimensions()[1], X = expert.dimensions()[1], O = out->dimensions()[2];
-  const int64_t choices = expert.element_count();
+  const LiveRows rows(is_live.typed_data(), x.dimensions()[0]);
+  const int64_t choices = rows.count() * X;
   const Weights weights{code, scale, offset, table, I, O};
   const auto stored = weights.stored();
   if (!stored) return ffi::Error::InvalidArgument("weights of a type that has no kernel");
-  const Sorted order = sorted(expert.typed_data(), choices, weights.count());
+  const Sorted order = sorted(expert.typed_data(), rows.live, X, weights.count());
   if (order.start.empty()) return ffi::Error::InvalidArgument("an expert that there is not");
 
   const int64_t bytes = x.element_count() ? x.size_bytes() / x.dimensions()[0] : 0;
@@ -68,6 +72,7 @@ ffi::Error multiply_chosen(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::Buffer<f
           const Panels weight = weights.at(stored, part.expert);
           from.multiply(part.row, part.rows, weight, to + part.row * O, part.first, part.last);
         });
+  for (int64_t row : rows.padding) std::fill_n(out->typed_data() + row * X * O, X * O, 0.0f);
   for (int64_t i = 0; i < choices; ++i)
     std::memcpy(out->typed_data() + order.choice[i] * O, &answers[i * O], O * sizeof(float));
   return ffi::Error::Success();
@@ -82,6 +87,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(slipstream_expert_matmul, slipstream::multiply_cho
                               ffi::Ffi::Bind()
                                   .Ctx<ffi::ThreadPool>()
                                   .Arg<ffi::AnyBuffer>()                    // x_RI, float or bfloat16
+                                  .Arg<ffi::Buffer<ffi::DataType::PRED>>()  // is_live_R
                                   .Arg<ffi::Buffer<ffi::DataType::S32>>()   // expert_RX
                                   .Arg<ffi::AnyBuffer>()                    // code
                                   .Arg<ffi::AnyBuffer>()                    // scale, or empty

@@ -12,24 +12,43 @@ constexpr int64_t PARTS_OF_A_THREAD = 4;  // of a step's attention
 constexpr int64_t MOST_TOGETHER = 4;  // slots whose queries stay in the nearest cache beside a page
 
 // Shapes and types are checked where the call is made, in op.py.
-ffi::Error multiply(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer code, ffi::AnyBuffer scale,
-                    ffi::AnyBuffer offset, ffi::AnyBuffer table, ffi::Buffer<ffi::DataType::S32> layer,
-                    ffi::ResultBuffer<ffi::DataType::F32> out) {
+//
+// Rows that count and do not lie one behind another are multiplied as though they did, so that panels are read once.
+ffi::Error multiply(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::Buffer<ffi::DataType::PRED> is_live,
+                    ffi::AnyBuffer code, ffi::AnyBuffer scale, ffi::AnyBuffer offset, ffi::AnyBuffer table,
+                    ffi::Buffer<ffi::DataType::S32> layer, ffi::ResultBuffer<ffi::DataType::F32> out) {
   const int64_t R = x.dimensions()[0], I = x.dimensions()[1], O = out->dimensions()[1];
   const Weights weights{code, scale, offset, table, I, O};
   const auto stored = weights.stored();
   if (!stored) return ffi::Error::InvalidArgument("weights of a type that has no kernel");
   const int64_t own = std::clamp<int64_t>(*layer.typed_data(), 0, weights.count() - 1);  // as XLA clamps
   const Panels weight = weights.at(*stored, own);
-  const int64_t P = weights.panels(), threads = R * I * O < SMALL ? 1 : pool.num_threads();
-  const int64_t row_parts = R > ROWS_OF_A_PART ? (R + ROWS_OF_A_PART - 1) / ROWS_OF_A_PART : 1;
-  const int64_t rows = (R + row_parts - 1) / row_parts, each = R == 1 ? in_turn(*stored) : 1;
-  const Rows given(x.element_type(), x.untyped_data(), R, I, *stored, kernels());
-  share(pool, threads, row_parts * ((P + each - 1) / each),
-        [=, from = given.view(), to = out->typed_data()](int64_t part) {
-          const int64_t row = part % row_parts * rows, count = std::min(rows, R - row);
+  const LiveRows of(is_live.typed_data(), R);
+  const int64_t live = of.count(), padding = R - live, first = live ? of.live.front() : 0;
+  const int64_t P = weights.panels(), threads = live * I * O < SMALL ? 1 : pool.num_threads();
+  const int64_t row_parts = live > ROWS_OF_A_PART ? (live + ROWS_OF_A_PART - 1) / ROWS_OF_A_PART : 1;
+  const int64_t rows = (live + row_parts - 1) / row_parts, each = live == 1 ? in_turn(*stored) : 1;
+  const int64_t row_bytes = R ? static_cast<int64_t>(x.size_bytes()) / R : 0;
+  const auto* lying = static_cast<const char*>(x.untyped_data()) + first * row_bytes;
+  const bool is_run = of.is_run();
+  const auto gathered = is_run ? nullptr : of.gathered(static_cast<const char*>(x.untyped_data()), row_bytes);
+  const std::unique_ptr<float[]> apart(is_run ? nullptr : new float[live * O]);
+  const Rows given(x.element_type(), is_run ? lying : gathered.get(), live, I, *stored, kernels());
+  const int64_t parts = row_parts * ((P + each - 1) / each);
+  share(pool, threads, parts,
+        [=, from = given.view(), all = out->typed_data(), apart = apart.get(), at = of.live.data(),
+         empty = of.padding.data()](int64_t part) {
+          const int64_t row = part % row_parts * rows, count = std::min(rows, live - row);
           const int64_t panel = part / row_parts * each, last = std::min(panel + each, P);
+          float* to = apart ? apart : all + first * O;
           if (count > 0) from.multiply(row, count, weight, to + row * O, panel, last);
+          if (apart) {
+            const int64_t output = panel * PANEL, outputs = std::min(last * PANEL, O) - output;
+            for (int64_t r = row; r < row + count; ++r)
+              std::copy_n(apart + r * O + output, outputs, all + at[r] * O + output);
+          }
+          for (int64_t i = padding * part / parts; i < padding * (part + 1) / parts; ++i)
+            std::fill_n(all + empty[i] * O, O, 0.0f);
         });
   return ffi::Error::Success();
 }
@@ -87,14 +106,14 @@ ffi::Error attend(ffi::ThreadPool pool, ffi::Buffer<ffi::DataType::F32> q, ffi::
 ffi::Error attend_chunk(ffi::ThreadPool pool, ffi::Buffer<ffi::DataType::F32> q, ffi::Buffer<ffi::DataType::F32> k,
                         ffi::Buffer<ffi::DataType::F32> v, ffi::AnyBuffer cache, ffi::Buffer<ffi::DataType::F32> scale,
                         ffi::Buffer<ffi::DataType::S32> layer, ffi::Buffer<ffi::DataType::S32> start,
-                        ffi::Buffer<ffi::DataType::S32> page, ffi::Buffer<ffi::DataType::S32> window,
+                        ffi::Buffer<ffi::DataType::S32> count, ffi::Buffer<ffi::DataType::S32> page, ffi::Buffer<ffi::DataType::S32> window,
                         ffi::Buffer<ffi::DataType::F32> sink, ffi::ResultBuffer<ffi::DataType::F32> out,
                         float soft_cap) {
   if (!has_kernel(cache)) return ffi::Error::InvalidArgument("a cache of a type that has no kernel");
   const int64_t texts = start.dimensions()[0];
   const Chunk of{
       cached(cache, scale, layer, page, window, sink, q.dimensions()[1], soft_cap),
-      q.typed_data(), k.typed_data(), v.typed_data(), start.typed_data(), out->typed_data(),
+      q.typed_data(), k.typed_data(), v.typed_data(), start.typed_data(), count.typed_data(), out->typed_data(),
       texts, q.dimensions()[0] / texts,
   };
   const Kernels& own = kernels();
@@ -135,6 +154,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(slipstream_panel_matmul, slipstream::multiply,
                               ffi::Ffi::Bind()
                                   .Ctx<ffi::ThreadPool>()
                                   .Arg<ffi::AnyBuffer>()                    // x_RI, float or bfloat16
+                                  .Arg<ffi::Buffer<ffi::DataType::PRED>>()  // is_live_R
                                   .Arg<ffi::AnyBuffer>()                    // code
                                   .Arg<ffi::AnyBuffer>()                    // scale, or empty
                                   .Arg<ffi::AnyBuffer>()                    // offset, or empty
@@ -167,6 +187,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(slipstream_chunk_attention, slipstream::attend_chu
                                   .Arg<ffi::Buffer<ffi::DataType::F32>>()  // scale_LPK2R, or empty
                                   .Arg<ffi::Buffer<ffi::DataType::S32>>()  // layer
                                   .Arg<ffi::Buffer<ffi::DataType::S32>>()  // start_M
+                                  .Arg<ffi::Buffer<ffi::DataType::S32>>()  // count_M
                                   .Arg<ffi::Buffer<ffi::DataType::S32>>()  // page_MJ
                                   .Arg<ffi::Buffer<ffi::DataType::S32>>()  // window, 0 is none
                                   .Arg<ffi::Buffer<ffi::DataType::F32>>()  // sink_N, or empty

@@ -66,11 +66,12 @@ struct Attention : Cached {
   const Group* groups;
 };
 
-// Of pieces of B texts, T tokens each.
+// Of pieces of B texts, T tokens each, padding included.
 struct Chunk : Cached {
   const float* q;        // [B, T, N, H]
   const float *k, *v;    // [B, T, K, H]
   const int32_t* start;  // [B], cached rows
+  const int32_t* count;  // [B], tokens; what the padding behind them gives is zeros
   float* out;            // [B, T, N, H]
   int64_t texts, tokens;
 };

@@ -1,7 +1,9 @@
 // Operands of products as XLA hands them over. Shapes and types are checked where the calls are made, in op.py.
 #pragma once
 
+#include <algorithm>
 #include <cstring>
+#include <memory>
 #include <optional>
 #include <vector>
 
@@ -63,6 +65,26 @@ struct Weights {
   const void* part(ffi::AnyBuffer stack, int64_t index) const {
     if (!stack.element_count()) return nullptr;
     return static_cast<const char*>(stack.untyped_data()) + stack.size_bytes() / stack.dimensions()[0] * index;
+  }
+};
+
+// Which rows of a product count. The others are padding: nothing of them is read, and zeros are what they give.
+struct LiveRows {
+  std::vector<int64_t> live, padding;
+
+  LiveRows(const bool* is_live, int64_t count) {
+    for (int64_t row = 0; row < count; ++row) (is_live[row] ? live : padding).push_back(row);
+  }
+
+  int64_t count() const { return static_cast<int64_t>(live.size()); }
+  // Whether they lie one behind another.
+  bool is_run() const { return live.empty() || live.back() - live.front() + 1 == count(); }
+
+  // Those of `rows`, one behind another.
+  std::unique_ptr<char[]> gathered(const char* rows, int64_t row_bytes) const {
+    std::unique_ptr<char[]> found(new char[live.size() * row_bytes]);
+    for (size_t i = 0; i < live.size(); ++i) std::memcpy(&found[i * row_bytes], rows + live[i] * row_bytes, row_bytes);
+    return found;
   }
 };
 

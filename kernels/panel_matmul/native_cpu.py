@@ -7,10 +7,12 @@ from .. import native
 from .reference import Panels
 
 
-def panel_matmul_native(x_RI: jax.Array, weight: Panels, layer: jax.Array, outputs: int) -> jax.Array:
+def panel_matmul_native(
+    x_RI: jax.Array, weight: Panels, layer: jax.Array, is_live_R: jax.Array, outputs: int
+) -> jax.Array:
     """`op.panel_matmul` of a stack: f32 [R, O]. The layer is read where it lies."""
     out_RO = jax.ShapeDtypeStruct((x_RI.shape[0], outputs), jnp.float32)
-    return native.call("slipstream_panel_matmul", out_RO, x_RI, weight.code, *grid_of(weight), layer)
+    return native.call("slipstream_panel_matmul", out_RO, x_RI, is_live_R, weight.code, *grid_of(weight), layer)
 
 
 def grid_of(weight: Panels) -> list[jax.Array]:

@@ -13,7 +13,13 @@ FLOATS = (jnp.float32, jnp.bfloat16, jnp.float16)
 
 
 def panel_matmul(
-    x_RI: jax.Array, weight: Panels, layer: jax.Array | None = None, *, outputs: int, backend: Backend
+    x_RI: jax.Array,
+    weight: Panels,
+    layer: jax.Array | None = None,
+    is_live_R: jax.Array | None = None,
+    *,
+    outputs: int,
+    backend: Backend,
 ) -> jax.Array:
     """x @ weight, one row or many; sums are f32.
 
@@ -25,6 +31,8 @@ def panel_matmul(
         weight: see `Panels`.
         layer: i32 scalar, traced or not: which of the weights to take, all of whose arrays are stacked along a leading
             axis. The native kernel reads it where it lies. None: there is one weight, and no such axis.
+        is_live_R: bool, which rows count. The others are padding: they may hold anything, NaN too, give zeros, and cost
+            the native kernel next to nothing wherever they stand. None: all count.
         outputs: O; the last panel's other outputs are not computed.
         backend: "native_cpu", or any other for XLA's product of the unpacked weight.
 
@@ -37,10 +45,12 @@ def panel_matmul(
     check_backend(backend)
     stack = weight if layer is not None else jax.tree.map(lambda leaf: leaf[None], weight)
     check_stack(stack, x_RI, outputs)
+    check_live(is_live_R, x_RI)
     if backend != "native_cpu":
-        return panel_matmul_reference(x_RI, weight if layer is None else _layer_of(weight, layer), outputs)
+        one = weight if layer is None else _layer_of(weight, layer)
+        return panel_matmul_reference(x_RI, one, outputs, is_live_R)
     x_RI = in_pairs(x_RI) if weight.code.dtype == jnp.bfloat16 else x_RI
-    return panel_matmul_native(x_RI, stack, jnp.int32(0) if layer is None else layer, outputs)
+    return panel_matmul_native(x_RI, stack, jnp.int32(0) if layer is None else layer, live(is_live_R, x_RI), outputs)
 
 
 def _layer_of(stack: Panels, layer: jax.Array) -> Panels:
@@ -50,6 +60,20 @@ def _layer_of(stack: Panels, layer: jax.Array) -> Panels:
 def in_pairs(x_RI: jax.Array) -> jax.Array:
     """With an even number of inputs, as panels of bfloat16 have it."""
     return jnp.pad(x_RI, ((0, 0), (0, x_RI.shape[1] % 2)))
+
+
+def live(is_live_R: jax.Array | None, x_RI: jax.Array) -> jax.Array:
+    """bool_R, which rows count."""
+    return jnp.ones(len(x_RI), bool) if is_live_R is None else is_live_R
+
+
+def check_live(is_live_R: jax.Array | None, x_RI: jax.Array) -> None:
+    """Raises ValueError for what is no bool of each row."""
+    if is_live_R is None:
+        return
+    if is_live_R.dtype != jnp.bool_:
+        raise ValueError(f"is_live_R must be bool, got {is_live_R.dtype}")
+    check_shape("is_live_R", is_live_R, (len(x_RI),), "R")
 
 
 def check_stack(stack: Panels, x_RI: jax.Array, outputs: int) -> None:

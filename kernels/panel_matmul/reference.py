@@ -94,11 +94,14 @@ def rounded(x: jax.Array) -> jax.Array:
     return jax.lax.reduce_precision(x, exponent_bits=8, mantissa_bits=7)
 
 
-def panel_matmul_reference(x_RI: jax.Array, weight: Panels, outputs: int) -> jax.Array:
+def panel_matmul_reference(
+    x_RI: jax.Array, weight: Panels, outputs: int, is_live_R: jax.Array | None = None
+) -> jax.Array:
     """`op.panel_matmul`: f32 [R, O]."""
     if x_RI.dtype == jnp.bfloat16:
         x_RI = rounded(x_RI.astype(jnp.float32))  # said again, for XLA leaves a rounding out that it sees widened
-    return jnp.einsum("RI,OI->RO", x_RI, unpack(weight, outputs, x_RI.shape[1]))
+    out_RO = jnp.einsum("RI,OI->RO", x_RI, unpack(weight, outputs, x_RI.shape[1]))
+    return out_RO if is_live_R is None else jnp.where(is_live_R[:, None], out_RO, 0)
 
 
 def _codes(weight: Panels, inputs: int) -> jax.Array:

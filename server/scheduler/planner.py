@@ -37,7 +37,7 @@ class Planner(Generic[ParamsT, PrefixT, StateT]):
         self._widths, self._probes, self._ended = widths, probes, ended
         sizes = engine.sizes
         self._max_adapters = sizes.max_adapters
-        self._single = PrefillBudget(sizes.prefill_batch, sizes.prefill_lengths, 0)
+        self._single = PrefillBudget(sizes.prefill_batch, sizes.prefill_lengths, 0, sizes.skips_padding)
         # streams that run wait for a chunk and a step at most
         self._several = self._single if engine.prefills_apart else replace(self._single, tokens=sizes.prefill_chunk)
         self._most_prompts = self._several.most_prompts

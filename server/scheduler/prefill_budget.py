@@ -19,7 +19,10 @@ class PrefillBudget:
     lengths: tuple[int, ...]
     """See `Sizes.prefill_lengths`."""
     tokens: int
-    """Of all pieces, padding included. The first prefill is computed whatever it comes to; 0: it alone."""
+    """Of all pieces, padding included where it counts. The first prefill is computed whatever it comes to; 0: it
+    alone."""
+    skips_padding: bool = False
+    """See `Sizes.skips_padding`. Still a prefill counts as the shortest piece at least: it reads all weights."""
 
     @property
     def most_prompts(self) -> int:
@@ -36,7 +39,7 @@ class PrefillBudget:
         chosen: list[tuple[Prompt, ...]] = []
         ahead, at, spent = Lookahead(work), 0, 0
         while together := self._together(ahead, at):
-            spent += self._padded(together)
+            spent += self._counted(together)
             if chosen and spent > self.tokens:
                 break
             chosen.append(tuple(prompt for prompt, _ in together))
@@ -59,8 +62,11 @@ class PrefillBudget:
         first = ahead.at(at)
         return [] if first is None else [first]
 
-    def _padded(self, together: Sequence[Work]) -> int:
+    def _counted(self, together: Sequence[Work]) -> int:
         """Tokens of one prefill."""
+        if self.skips_padding:
+            tokens = sum(min(left, self.lengths[-1]) for _, left in together)
+            return max(tokens, self.lengths[0])
         if len(together) > 1:
             _, most, short = self.batch
             return most * short

@@ -154,7 +154,8 @@ def test_an_engine_takes_what_its_model_was_trained_for():
     assert (sizes.page_rows, sizes.pages_per_slot) == (ROWS, 256 // ROWS)
     assert (sizes.pages, sizes.table_entries) == (2048 // ROWS, 2048 // ROWS)
     assert (sizes.prefill_chunk, sizes.prefill_batch, sizes.cache_tokens) == (256, (4, 8, 32), 2048)
-    assert sizes.prefill_lengths == (16, 64, 128, 256)
+    assert sizes.prefill_lengths == (16, 64, 256)
+    assert sizes.skips_padding
     engine, _ = engine_of(200)
     assert (engine.layout.length, engine.sizes.cache_length, engine.sizes.max_prefill_length) == (256, 200, 200)
     engine, _ = engine_of(512, slots=1, max_prefill_length=100)

@@ -520,7 +520,11 @@ void check_chunk(bool coded, int64_t T, int64_t K, int64_t G, int64_t H, int32_t
   std::vector<float> cache(coded ? 0 : L * P * K * R * 2 * H, NOT_A_NUMBER);
   std::vector<int8_t> cells = coded ? codes(L * P * K * R * 2 * H) : std::vector<int8_t>();
   std::vector<float> scale(coded ? L * P * K * 2 * R : 0, NOT_A_NUMBER);
-  const std::vector<float> q = numbers(B * T * N * H), k = numbers(B * T * K * H), v = numbers(B * T * K * H);
+  const std::vector<int32_t> count = {static_cast<int32_t>(T), static_cast<int32_t>(T / 2), 0, static_cast<int32_t>(T - 1)};
+  std::vector<float> q = numbers(B * T * N * H), k = numbers(B * T * K * H), v = numbers(B * T * K * H);
+  for (int64_t b = 0; b < B; ++b)
+    for (auto [rows, width] : {std::pair{&q, N * H}, {&k, K * H}, {&v, K * H}})
+      std::fill_n(rows->begin() + (b * T + count[b]) * width, (T - count[b]) * width, NOT_A_NUMBER);
   const std::vector<float> sink = numbers(sinks ? N : 0);
   std::vector<float> out(B * T * N * H, NOT_A_NUMBER);
   int32_t next = 0;
@@ -547,7 +551,7 @@ void check_chunk(bool coded, int64_t T, int64_t K, int64_t G, int64_t H, int32_t
   const void* stored = coded ? static_cast<const void*>(cells.data()) : static_cast<const void*>(cache.data());
   const Chunk of{{stored, coded ? scale.data() : nullptr, page.data(), N, K, H, L, P, R, J, static_cast<int32_t>(layer),
                   window, cap, sinks ? sink.data() : nullptr},
-                 q.data(), k.data(), v.data(), start.data(), out.data(), B, T};
+                 q.data(), k.data(), v.data(), start.data(), count.data(), out.data(), B, T};
   const int64_t parts = parts_of(of);
   for (int64_t part = 0, each = 1; part < parts; part += each++) kernels().attend_chunk(of, part, std::min(part + each, parts));
   double worst = 0;
@@ -555,10 +559,13 @@ void check_chunk(bool coded, int64_t T, int64_t K, int64_t G, int64_t H, int32_t
     for (int64_t of_kv = 0; of_kv < K; ++of_kv) {
       const auto first = [&](int64_t x) { return window ? std::max<int64_t>(0, start[b] + x - window + 1) : 0; };
       std::vector<double> keys, values;
-      for (int64_t s = first(0); s < start[b] + T; ++s)
+      for (int64_t s = first(0); s < start[b] + count[b]; ++s)
         for (int64_t h = 0; h < H; ++h)
           keys.push_back(value(b, of_kv, s, h, false)), values.push_back(value(b, of_kv, s, h, true));
-      for (int64_t x = 0; x < T; ++x)
+      for (int64_t x = count[b]; x < T; ++x)
+        for (int64_t i = of_kv * G * H; i < (of_kv + 1) * G * H; ++i)
+          expect(out[(b * T + x) * N * H + i] == 0, "padding of a chunk", out[(b * T + x) * N * H + i]);
+      for (int64_t x = 0; x < count[b]; ++x)
         for (int64_t n = of_kv * G; n < (of_kv + 1) * G; ++n) {
           const int64_t at = ((b * T + x) * N + n) * H, skipped = (first(x) - first(0)) * H;
           const auto plain = plainly(&q[at], &keys[skipped], &values[skipped], start[b] + x + 1 - first(x), H, cap,

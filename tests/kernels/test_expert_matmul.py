@@ -66,6 +66,19 @@ def test_inputs_in_bfloat16(form, backend):
     np.testing.assert_allclose(out_RXO, expected_RXO, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("backend", ["native_cpu", "xla"])
+def test_padding_is_left_out(backend):
+    """It is NaN, names experts that there are not, and gives zeros."""
+    experts = stacked([one_expert("float32", number) for number in range(E)])
+    expert_RX, x_RI = CHOSEN["many"], jnp.asarray(oracle.normal(7, 90, I))
+    expected_RXO = MULTIPLY(x_RI, jnp.int32(expert_RX), experts, outputs=O, backend=backend)
+    for is_live_R in (np.arange(90) % 7 < 3, np.arange(90) < 1, np.zeros(90, bool)):
+        padded_RI, padded_RX = (np.where(is_live_R[:, None], *of) for of in ((x_RI, np.nan), (expert_RX, -7)))
+        args = jnp.asarray(padded_RI), jnp.int32(padded_RX), experts, jnp.asarray(is_live_R)
+        out_RXO = MULTIPLY(*args, outputs=O, backend=backend)
+        np.testing.assert_array_equal(out_RXO, jnp.where(is_live_R[:, None, None], expected_RXO, 0))
+
+
 def test_what_nobody_chose_is_not_read():
     """It is NaN, and so is what fills the last panel up."""
     experts = [one_expert("float32", number) for number in range(E)]

@@ -169,6 +169,40 @@ def test_products(level, R, I, dtype):
     check_product(jnp.asarray(oracle.normal(1, R, I), dtype), panels, weight_OI)
 
 
+LIVE = {
+    "none": lambda row_R: row_R < 0,
+    "one": lambda row_R: row_R == 7,
+    "a piece": lambda row_R: row_R < 33,
+    "more than a part": lambda row_R: row_R < 171,
+    "a burst": lambda row_R: row_R % 64 < 9,
+    "slots": lambda row_R: row_R % 5 != 1,
+    "all": lambda row_R: row_R >= 0,
+}
+
+
+@pytest.mark.parametrize("form", ["float32", "bfloat16", "int8", "blocks4"])
+def test_padding_is_left_out_of_products(level, form):
+    """It is NaN, and gives zeros; what counts has the very bits that it has without padding. By one thread and several,
+    in one part and in several, one behind another and gathered."""
+    rng, (R, I, O) = np.random.default_rng(0), (200, 64, 200)
+    if form == "int8":
+        panels = pack_int8(jnp.asarray(rng.integers(-128, 128, (O, I), np.int8)), oracle.normal(2, O))
+    elif form == "blocks4":
+        code_OI, scale_OQ = jnp.asarray(rng.integers(0, 16, (O, I), np.int8)), jnp.asarray(oracle.normal(2, O, 2))
+        panels = pack_blocks(code_OI, scale_OQ, scale_OQ, 4)
+    else:
+        panels = pack(jnp.asarray(oracle.normal(2, O, I)), jnp.dtype(form))
+    x_RI = jnp.asarray(oracle.normal(1, R, I), jnp.bfloat16 if form == "bfloat16" else jnp.float32)
+    expected_RO = MULTIPLY(x_RI, panels, outputs=O, backend="native_cpu")
+    for told, of in LIVE.items():
+        is_live_R = of(np.arange(R))
+        padded_RI = jnp.where(is_live_R[:, None], x_RI, jnp.nan)
+        out_RO = MULTIPLY(padded_RI, panels, None, jnp.asarray(is_live_R), outputs=O, backend="native_cpu")
+        np.testing.assert_array_equal(out_RO, jnp.where(is_live_R[:, None], expected_RO, 0), told)
+    of_xla_RO = MULTIPLY(padded_RI, panels, None, jnp.asarray(is_live_R), outputs=O, backend="xla")
+    np.testing.assert_allclose(out_RO, of_xla_RO, rtol=1e-4, atol=1e-4 * np.abs(expected_RO).max())
+
+
 def check_product(x_RI, panels, weight_OI):
     """Against float64; natively a row alone has the very bits that it has beside others."""
     O = len(weight_OI)
@@ -264,3 +298,16 @@ def test_slots_that_share_pages_are_as_alone(level, mesh, coded):
 def test_attention_of_chunks(level, mesh, int8, H, tokens, rows):
     """Pieces of two texts, a window that ends within a page, a cap, an odd head; NaN in pages that nobody may read."""
     Case([256, 0], tokens, 2, 3, H, window=150, int8=int8, rows=rows).check("native_cpu", mesh, soft_cap=3.0)
+
+
+@pytest.mark.parametrize("counts", [[0, 1, 70], [33, 64, 69], [70, 32, 0]])
+def test_padding_is_left_out_of_attention(level, mesh, counts):
+    """It is NaN, and gives zeros; what counts has the very bits that it has without padding."""
+    case = Case([128, 0, 128], 70, 2, 3, 20, rows=64)
+    expected_TNH = case.attend("native_cpu", mesh)
+    is_live_T11 = (np.arange(70) < np.array(counts)[:, None]).reshape(-1, 1, 1)
+    case.q_TNH, case.k_TKH, case.v_TKH = (
+        jnp.where(is_live_T11, x, jnp.nan) for x in (case.q_TNH, case.k_TKH, case.v_TKH)
+    )
+    out_TNH = case.attend("native_cpu", mesh, count_M=jnp.int32(counts))
+    np.testing.assert_array_equal(out_TNH, jnp.where(is_live_T11, expected_TNH, 0))

@@ -98,6 +98,16 @@ def test_two_inputs_of_a_byte_are_unsigned_and_in_order():
     assert unpack(panels, 1, 4).tolist() == [[15, 0, 8, 7]]
 
 
+def test_padding_is_told_by_a_bool_of_each_row():
+    x_RI, panels = jnp.zeros((2, 64)), pack(jnp.zeros((30, 64)), jnp.float32)
+    for is_live_R, message in (
+        (jnp.ones(2, jnp.int32), "is_live_R must be bool, got int32"),
+        (jnp.ones(3, bool), r"is_live_R must be \[R\] = \(2,\), got \(3,\)"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            panel_matmul(x_RI, panels, None, is_live_R, outputs=30, backend="native_cpu")
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -10,9 +10,10 @@ from slipstream.engine_impl import bridge
 from slipstream.engine_impl.api import Piece
 from slipstream.engine_impl.config import EngineConfig
 from slipstream.engine_impl.errors import RefusedError
-from slipstream.engine_impl.forward import numbered
+from slipstream.engine_impl.forward import numbered, told_padding
 from slipstream.engine_impl.loading import build_engine
 from slipstream.engine_impl.quantization.panels import PanelEmbedding, PanelLinear, PanelWeight
+from slipstream.engine_impl.session import Session
 
 from ..tiny_models import TINY, RandomCheckpoint, greedy
 
@@ -78,8 +79,30 @@ def test_a_tied_embedding_lies_there_once(options, expected):
     assert {name: leaf.dtype.name for name, leaf in params["embed_tokens"].items()} == expected
     looked_up_VD = bridge.run(engine.model.embed_tokens, params["embed_tokens"], jnp.arange(TIED.vocab_size))
     head = params["lm_head"] | numbered(engine.model.lm_head, jnp.int32(0))
+    head |= told_padding(engine.model.lm_head, jnp.ones(TIED.model_dim, bool))
     multiplied_DV = bridge.run(engine.model.lm_head, head, jnp.eye(TIED.model_dim))
     np.testing.assert_array_equal(looked_up_VD, multiplied_DV.T)
+
+
+def test_padding_changes_no_bit_of_a_piece():
+    """Of a piece in a longer program, and beside a shorter piece and none."""
+    engine, params = engine_with(SHAPE)
+    session = Session(engine, params)
+    pieces = [Piece(token_T=np.array(prompt, np.int32), start=0, page_J=session.page_BJ[0]) for prompt in PROMPTS]
+
+    def prefilled(*of, shape):
+        batch = engine.shapes.pieces(of, shape)
+        return engine.jitted.prefill(params, session.state.cache, batch, session.state.draft_cache)
+
+    alone, padded = (prefilled(pieces[1], shape=(1, tokens)) for tokens in (28, 64))
+    together = prefilled(*pieces, shape=(4, 32))
+    for prefix, n in ((padded, 0), (together, 1)):
+        np.testing.assert_array_equal(prefix.logits_NV[n], alone.logits_NV[0])
+        tokens = prefix.kv.rows.shape[2] // len(prefix.logits_NV)
+        rows_LKTC = prefix.kv.rows[:, :, n * tokens : n * tokens + 28]
+        np.testing.assert_array_equal(rows_LKTC, alone.kv.rows)
+        assert np.isfinite(prefix.kv.rows).all()
+    assert np.isfinite(together.logits_NV).all()
 
 
 def test_a_rope_is_computed_once_for_all_layers():

@@ -73,10 +73,11 @@ def test_a_prompts_logprobs_are_of_the_token_behind_each(rows, asked):
     next_R = random.integers(0, 50, rows)
     x_RD[asked:], next_R[asked:] = np.nan, -1
     devices = mesh(1)
-    told = [
-        prompt_logprobs(array(x_RD), array(next_R), jnp.int32(k), lambda some: some @ weight_DV, devices)
-        for k in (0, 3)
-    ]
+
+    def logits_of(some_RD, is_asked_R):
+        return jnp.where(is_asked_R[:, None], some_RD @ weight_DV, jnp.nan)
+
+    told = [prompt_logprobs(array(x_RD), array(next_R), jnp.int32(k), logits_of, devices) for k in (0, 3)]
     logprob_RV = softmax(x_RD[:asked] @ weight_DV)
     expected_R, top_RP = np.zeros(rows), np.zeros((rows, MAX_LOGPROBS))
     expected_R[:asked] = logprob_RV[np.arange(asked), next_R[:asked]]

@@ -335,6 +335,18 @@ def test_prompts_are_prefilled_one_behind_the_other_as_far_as_their_padded_token
     assert house.turn(long, waiting[0]) == entering(long), "the first is computed whatever it comes to"
 
 
+def test_where_padding_is_free_true_tokens_are_counted():
+    """A prefill counts as the shortest piece at least, a text as its next piece at most."""
+    house = House(9)
+    waiting = [house.prompt([number] * tokens) for number, tokens in enumerate([5, 1, 1, 1])]
+    for tokens, computed in ((8, 2), (9, 3), (10, 3)):
+        house.budget = PrefillBudget((1, 1, 8), (2, 4, 8), tokens, skips_padding=True)
+        assert house.turn(*waiting).let_in == tuple(waiting[:computed])
+    house.budget = PrefillBudget((2, 3, 4), (2, 4, 8), 8, skips_padding=True)
+    short = [house.prompt([number]) for number in range(6)]
+    assert house.turn(*short, house.prompt([7] * 30)).prefills == (tuple(short[:3]), tuple(short[3:]))
+
+
 def test_few_prompts_are_prefilled_a_turn_each():
     """All that wait would fit; then the first token of the first does not wait for the others' prefills."""
     house = House(9, tokens=8)
