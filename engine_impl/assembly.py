@@ -18,7 +18,7 @@ from .draft_model import DraftModel, beside
 from .drafting import of_long_repeats, of_text
 from .engine import Engine
 from .forward import LayerLoop, layer_loop_for
-from .gate_and_up import join_gate_and_up
+from .joined import join_products
 from .layout import chunk_of, layout_of
 from .models.decoder import Decoder
 from .norms import swap_norms
@@ -47,7 +47,7 @@ def assembled(
 
     `model` may be on the meta device; its kv heads must be a multiple of the mesh's size (see `loading`). Its linear
     modules are swapped here if the config asks for quantised weights, and adapted if it asks for adapters. Under a scan
-    gate and up become one (gate_and_up.py).
+    some products become one (joined.py).
 
     `kv_heads`: as checkpoints and adapters have them; default: the model's. `draft`: a draft model likewise, where the
     config speculates. `page_rows`: of pages that another engine has too; default: what suits the mesh. `compact`: see
@@ -67,7 +67,7 @@ def assembled(
         quantize(draft.model, draft.config, dtype, mesh, backend, draft.compact)
     if layer_loop == "scan":
         for one in of_models:
-            join_gate_and_up(one)
+            join_products(one)
     adapt(model, sites)
     if packs(mesh, backend) and dtype == jnp.float32:
         for one in of_models:

@@ -27,7 +27,7 @@ WIDE_ROWS = 256
 BURSTS = {"cpu": (4, 8, 32)}
 BURST = (2, 8, 64)
 """Short texts that are prefilled together, by platform: how many at least and at most, and the longest (tokens). On a
-CPU each row costs its multiplications: so few texts take no less time together, and longer ones either
+CPU each row costs its multiplications: so few texts take no less time together, and longer ones little less
 (benchmarks/README.md)."""
 
 

@@ -67,6 +67,15 @@ class TransformerConfig(ModelConfig):
         return 0 if self.rope_beyond is None else self.rope_beyond.reach_of(length)
 
 
+def both(one: nn.Module, other: nn.Module, joined: nn.Module | None, x_RI: Tensor) -> tuple[Tensor, Tensor]:
+    """The answers of two linear modules to one x. `joined`: their one product, where there is one; each of them only
+    hands its half on then."""
+    if joined is None:
+        return one(x_RI), other(x_RI)
+    out_GRO = joined(x_RI)
+    return one(x_RI, out_GRO[0]), other(x_RI, out_GRO[1])
+
+
 class Attention(nn.Module):
     """Grouped-query attention; hands q, k, v to `attend`, keeps nothing."""
 
@@ -81,14 +90,16 @@ class Attention(nn.Module):
         self.k_proj = Linear(config.model_dim, kv_dim, bias=qkv_bias)
         self.v_proj = Linear(config.model_dim, kv_dim, bias=qkv_bias)
         self.o_proj = Linear(q_dim, config.model_dim, bias=config.attention_bias)
+        self.k_and_v: nn.Module | None = None  # as of GatedMLP
         self.q_norm: nn.Module = nn.Identity()
         self.k_norm: nn.Module = nn.Identity()
         self.sinks: nn.Parameter | None = None
 
     def forward(self, x_RD: Tensor, rope: tuple[Tensor, Tensor], attend: Attend) -> tuple[Tensor, Tensor, Tensor]:
         q_RNH = rotate(self.q_norm(self._heads(self.q_proj(x_RD))), rope) * self.query_scale
-        k_RKH = rotate(self.k_norm(self._heads(self.k_proj(x_RD))), rope)
-        v_RKH = self._heads(self.v_proj(x_RD))
+        k_RO, v_RO = both(self.k_proj, self.v_proj, self.k_and_v, x_RD)
+        k_RKH = rotate(self.k_norm(self._heads(k_RO)), rope)
+        v_RKH = self._heads(v_RO)
         return self.o_proj(attend(q_RNH, k_RKH, v_RKH, self.sinks).flatten(-2)), k_RKH, v_RKH
 
     def _heads(self, x: Tensor) -> Tensor:
@@ -104,9 +115,12 @@ class GatedMLP(nn.Module):
         self.gate_proj = Linear(config.model_dim, config.ffn_dim, bias=False)
         self.up_proj = Linear(config.model_dim, config.ffn_dim, bias=False)
         self.down_proj = Linear(config.ffn_dim, config.model_dim, bias=False)
+        self.gate_and_up: nn.Module | None = None
+        """The product of both, where they are one: see engine_impl/joined.py."""
 
     def forward(self, x_RD: Tensor) -> Tensor:
-        return self.down_proj(self.activation(self.gate_proj(x_RD)) * self.up_proj(x_RD))
+        gate_RF, up_RF = both(self.gate_proj, self.up_proj, self.gate_and_up, x_RD)
+        return self.down_proj(self.activation(gate_RF) * up_RF)
 
 
 class Layer(nn.Module):

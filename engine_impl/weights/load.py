@@ -54,10 +54,10 @@ def abstract_params(model: Decoder, mesh: Mesh, dtype: jnp.dtype, loop: LayerLoo
 def needed_shapes(model: Decoder, kv_heads: int) -> dict[str, tuple[int, ...]]:
     """The tensors that a checkpoint of this model has to have; `kv_heads` as they are there, not repeated."""
     shapes: dict[str, tuple[int, ...]] = {}
-    for name, shape in float_shapes(model).items():
+    for name, shape in _apart(model):
         if name == HEAD and model.config.tied_embeddings:
             continue
-        sources = [source for one in model.parameters_in(name) for source in model.sources(one)]
+        sources = model.sources(name)
         if _of_kv_heads(model, name):
             shape = (shape[0] * kv_heads // model.config.num_kv_heads, *shape[1:])
         for source in sources:
@@ -68,6 +68,13 @@ def needed_shapes(model: Decoder, kv_heads: int) -> dict[str, tuple[int, ...]]:
                 of_source = (max(source.stop, shapes.get(source, (0,))[0]), *of_source[1:])
             shapes[str(source)] = of_source
     return shapes
+
+
+def _apart(model: Decoder) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """`float_shapes` by the names that the family knows."""
+    for name, shape in float_shapes(model).items():
+        ones = model.parameters_in(name)
+        yield from ((one, shape if len(ones) == 1 else shape[1:]) for one in ones)
 
 
 def float_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:

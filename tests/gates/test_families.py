@@ -156,7 +156,7 @@ def test_gate_and_up_are_one_product(topology, weights, saved, monkeypatch):
         return Program(text_of(compiled_once(lower_score_step(engine), engine.mesh)))
 
     joined = step()
-    monkeypatch.setattr(assembly, "join_gate_and_up", lambda model: None)
+    monkeypatch.setattr(assembly, "join_products", lambda model: None)
     apart = step()
     assert joined.loop_slices(2**18) == []
     assert joined.estimated_cycles() <= apart.estimated_cycles() - 4 * saved

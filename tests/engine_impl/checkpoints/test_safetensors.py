@@ -29,6 +29,12 @@ def load(folder, **options):
     return load_engine(EngineConfig(model=str(folder), cache_length=128, slots=2, **settings))
 
 
+JOINED = {
+    "mlp.gate_and_up": ("mlp.gate_proj", "mlp.up_proj"),
+    "self_attn.k_and_v": ("self_attn.k_proj", "self_attn.v_proj"),
+}
+
+
 def parameters(params, layers=2):
     """Hugging Face's names of all that was loaded."""
     named = {f"model.{part}.{name}": v for part in ("embed_tokens", "norm") for name, v in params[part].items()}
@@ -37,8 +43,9 @@ def parameters(params, layers=2):
         of_layer = dict(params["layers"][i]) if isinstance(params["layers"], tuple) else {
             name: stack[i] for name, stack in params["layers"].items()
         } | vectors_of(params["alike"], i)  # fmt: skip
-        if (both := of_layer.pop("mlp.gate_and_up.weight", None)) is not None:
-            of_layer |= {"mlp.gate_proj.weight": both[0], "mlp.up_proj.weight": both[1]}
+        for product, names in JOINED.items():
+            if (both := of_layer.pop(f"{product}.weight", None)) is not None:
+                of_layer |= {f"{name}.weight": both[which] for which, name in enumerate(names)}
         named |= {f"model.layers.{i}.{name}": value for name, value in of_layer.items()}
     return named
 

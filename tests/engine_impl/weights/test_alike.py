@@ -11,7 +11,7 @@ import torch
 from slipstream.engine_impl.assembly import twin
 from slipstream.engine_impl.config import EngineConfig
 from slipstream.engine_impl.forward import LayerLoop, vectors_of
-from slipstream.engine_impl.gate_and_up import join_gate_and_up
+from slipstream.engine_impl.joined import join_products
 from slipstream.engine_impl.models import registry
 from slipstream.engine_impl.models.qwen2 import Qwen2Config
 from slipstream.engine_impl.quantization.swap import quantize
@@ -37,7 +37,7 @@ def shapes_of(config, devices, loop: LayerLoop = "scan", **quantization: Any):
     dtype = jnp.dtype("bfloat16")
     quantize(model, EngineConfig(slots=1, **quantization), dtype, mesh, "xla")
     if loop == "scan":
-        join_gate_and_up(model)
+        join_products(model)
     return model, abstract_params(model, mesh, dtype, loop)
 
 

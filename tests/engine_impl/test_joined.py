@@ -1,5 +1,5 @@
-"""Gate and up as one product: which are joined, that the weights are the checkpoint's, and that adapters, exclusions
-and int8 answer as they do where the two are apart."""
+"""Gate and up, and k and v, as one product each: which are joined, that the weights are the checkpoint's, and that
+adapters, exclusions and int8 answer as they do where the two are apart."""
 
 from dataclasses import replace
 from typing import Any
@@ -14,7 +14,6 @@ from slipstream.engine_impl.assembly import assembled
 from slipstream.engine_impl.config import EngineConfig
 from slipstream.engine_impl.engine import Engine
 from slipstream.engine_impl.forward import LayerLoop
-from slipstream.engine_impl.gate_and_up import JoinedMLP
 from slipstream.engine_impl.models import registry
 from slipstream.engine_impl.models.llama import LlamaConfig
 from slipstream.engine_impl.session import Session
@@ -24,6 +23,7 @@ from slipstream.engine_impl.weights.sharding import make_mesh
 from .tiny_models import TINY, RandomCheckpoint, logits_behind
 
 GATE, UP = "mlp.gate_proj", "mlp.up_proj"
+K, V = "self_attn.k_proj", "self_attn.v_proj"
 TEXT = list(range(1, 12))
 WIDE = replace(TINY, model_dim=64, ffn_dim=128)
 """Blocks of 32 divide it."""
@@ -38,32 +38,46 @@ def engine_of(loop: LayerLoop, devices: int = 2, config: LlamaConfig = WIDE, **o
     return assembled(model, mesh, settings, jnp.dtype("float32"), tokenizer, "tiny", layer_loop=loop)
 
 
-def joined_in(engine: Engine) -> list[bool]:
-    return [isinstance(layer.mlp, JoinedMLP) for layer in engine.model.layers]
+def joined_in(engine: Engine) -> tuple[bool, bool]:
+    """Whether gate and up are joined, and k and v, in all layers."""
+    found = {(layer.mlp.gate_and_up is not None, layer.self_attn.k_and_v is not None) for layer in engine.model.layers}
+    return found.pop() if len(found) == 1 else pytest.fail(f"layers differ: {found}")
 
 
 INT8: dict[str, Any] = {"quantize_weights": "int8"}
-BOTH = tuple(f"*.{name}" for name in (GATE, UP))
-KINDS: dict[str, tuple[bool, dict[str, Any]]] = {
-    "floats": (True, {}),
-    "int8": (True, INT8),
-    "int8 activations": (False, INT8 | {"quantize_activations": "int8"}),
-    "both excluded": (True, INT8 | {"quantize_exclude": BOTH}),
-    "gate excluded": (False, INT8 | {"quantize_exclude": BOTH[:1]}),
-    "up excluded": (False, INT8 | {"quantize_exclude": BOTH[1:]}),
-    "int4": (False, {"quantize_weights": "int4"}),
+
+
+def without(*names: str) -> dict[str, Any]:
+    return INT8 | {"quantize_exclude": tuple(f"*.{name}" for name in names)}
+
+
+KINDS: dict[str, tuple[tuple[bool, bool], dict[str, Any]]] = {
+    "floats": ((True, True), {}),
+    "int8": ((True, False), INT8),
+    "int8 activations": ((False, False), INT8 | {"quantize_activations": "int8"}),
+    "both excluded": ((True, False), without(GATE, UP)),
+    "gate excluded": ((False, False), without(GATE)),
+    "up excluded": ((False, False), without(UP)),
+    "k and v excluded": ((True, True), without(K, V)),
+    "v excluded": ((True, False), without(V)),
+    "int4": ((False, False), {"quantize_weights": "int4"}),
 }
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_two_of_one_kind_are_joined_under_a_scan(kind):
-    is_joined, options = KINDS[kind]
+    joined, options = KINDS[kind]
     scan, apart = engine_of("scan", **options), engine_of("unrolled", **options)
-    assert (joined_in(scan), joined_in(apart)) == ([is_joined] * 2, [False] * 2)
+    assert (joined_in(scan), joined_in(apart)) == (joined, (False, False))
     assert scan.parameters.bytes == apart.parameters.bytes
-    assert needed_shapes(scan.model, 4) == needed_shapes(apart.model, 4)
+    for kv_heads in (4, 2):  # as they are in the checkpoint, or repeated
+        assert needed_shapes(scan.model, kv_heads) == needed_shapes(apart.model, kv_heads)
     elements = [sum(n for _, n in matrices(engine.model, engine.mesh)) for engine in (scan, apart)]
     assert elements[0] == elements[1]
+
+
+def test_biases_keep_k_and_v_apart():
+    assert joined_in(engine_of("scan", config=replace(WIDE, attention_bias=True))) == (True, False)
 
 
 @pytest.mark.parametrize(("devices", "ffn_dim", "share"), [(4, 128, 32), (4, 126, 126), (1, 128, 128)])
@@ -74,9 +88,10 @@ def test_the_weights_lie_one_behind_the_other(devices, ffn_dim, share, without_n
     params = engine.parameters.load(checkpoint)
     stack_LGFD = params["layers"]["mlp.gate_and_up.weight"]
     assert not {f"{GATE}.weight", f"{UP}.weight"} & set(params["layers"])
-    expected = [[checkpoint.tensor(f"layers.{i}.{name}.weight") for name in (GATE, UP)] for i in range(2)]
-    np.testing.assert_array_equal(stack_LGFD, expected)
     assert stack_LGFD.addressable_shards[0].data.shape == (2, 2, share, 64)
+    for stack, names in ((stack_LGFD, (GATE, UP)), (params["layers"]["self_attn.k_and_v.weight"], (K, V))):
+        expected = [[checkpoint.tensor(f"layers.{i}.{name}.weight") for name in names] for i in range(2)]
+        np.testing.assert_array_equal(stack, expected)
 
 
 def test_codes_and_scales_are_those_of_each():
