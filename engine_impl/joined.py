@@ -27,9 +27,9 @@ def join_products(model: nn.Module) -> None:
     two kinds (`--quantize-exclude` names one); int4, whose kernels win nothing by it; and what takes XLA:TPU longer as
     one product: int8 whose activations are rounded, and int8 k and v."""
     for module in list(model.modules()):
-        if isinstance(module, GatedMLP):
+        if type(module) is GatedMLP:  # not a family's own, which may not ask `both`
             module.gate_and_up = _joined(module, GATE_AND_UP, (Linear, Int8Linear))
-        elif isinstance(module, Attention):
+        elif type(module) is Attention:
             module.k_and_v = _joined(module, K_AND_V, (Linear,))
 
 

@@ -46,8 +46,8 @@ std::vector<ExpertPart> parts_of(const std::vector<int64_t>& start, int64_t pane
 }
 
 ffi::Error multiply_chosen(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::Buffer<ffi::DataType::PRED> is_live,
-                           ffi::Buffer<ffi::DataType::S32> expert, ffi::AnyBuffer code, ffi::AnyBuffer scale, ffi::AnyBuffer offset, ffi::AnyBuffer table,
-                           ffi::ResultBuffer<ffi::DataType::F32> out) {
+                           ffi::Buffer<ffi::DataType::S32> expert, ffi::AnyBuffer code, ffi::AnyBuffer scale,
+                           ffi::AnyBuffer offset, ffi::AnyBuffer table, ffi::ResultBuffer<ffi::DataType::F32> out) {
   const int64_t I = x.dimensions()[1], X = expert.dimensions()[1], O = out->dimensions()[2];
   const LiveRows rows(is_live.typed_data(), x.dimensions()[0]);
   const int64_t choices = rows.count() * X;

@@ -106,9 +106,9 @@ ffi::Error attend(ffi::ThreadPool pool, ffi::Buffer<ffi::DataType::F32> q, ffi::
 ffi::Error attend_chunk(ffi::ThreadPool pool, ffi::Buffer<ffi::DataType::F32> q, ffi::Buffer<ffi::DataType::F32> k,
                         ffi::Buffer<ffi::DataType::F32> v, ffi::AnyBuffer cache, ffi::Buffer<ffi::DataType::F32> scale,
                         ffi::Buffer<ffi::DataType::S32> layer, ffi::Buffer<ffi::DataType::S32> start,
-                        ffi::Buffer<ffi::DataType::S32> count, ffi::Buffer<ffi::DataType::S32> page, ffi::Buffer<ffi::DataType::S32> window,
-                        ffi::Buffer<ffi::DataType::F32> sink, ffi::ResultBuffer<ffi::DataType::F32> out,
-                        float soft_cap) {
+                        ffi::Buffer<ffi::DataType::S32> count, ffi::Buffer<ffi::DataType::S32> page,
+                        ffi::Buffer<ffi::DataType::S32> window, ffi::Buffer<ffi::DataType::F32> sink,
+                        ffi::ResultBuffer<ffi::DataType::F32> out, float soft_cap) {
   if (!has_kernel(cache)) return ffi::Error::InvalidArgument("a cache of a type that has no kernel");
   const int64_t texts = start.dimensions()[0];
   const Chunk of{
