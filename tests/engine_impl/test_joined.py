@@ -40,7 +40,8 @@ def engine_of(loop: LayerLoop, devices: int = 2, config: LlamaConfig = WIDE, **o
 
 def joined_in(engine: Engine) -> tuple[bool, bool]:
     """Whether gate and up are joined, and k and v, in all layers."""
-    found = {(layer.mlp.gate_and_up is not None, layer.self_attn.k_and_v is not None) for layer in engine.model.layers}
+    layers: Any = engine.model.layers
+    found = {(layer.mlp.gate_and_up is not None, layer.self_attn.k_and_v is not None) for layer in layers}
     return found.pop() if len(found) == 1 else pytest.fail(f"layers differ: {found}")
 
 
