@@ -168,4 +168,4 @@ def test_gate_and_up_are_one_product(topology, weights, saved, monkeypatch):
 def test_left_alone_the_compiler_would_slice_them_out(monkeypatch):
     """Why `bridge.linear` keeps a product apart; and that the gate sees it."""
     monkeypatch.setattr(jax.lax, "optimization_barrier", lambda x: x)
-    assert len(sliced_weights("llama-2-7b", "score")) == 3  # q, k, v
+    assert len(sliced_weights("llama-2-7b", "score")) == 1, "q: k and v are one product, which reads the stack by itself"
